@@ -31,7 +31,7 @@ SHUTDOWN_SECONDS = 60
 # together. Most schedulers kill a process 30 s after the signal.
 TOGETHER_SECONDS = 20
 # Process 0 waits this much longer than the other processes. When process 0 exits, JAX's
-# coordination service ends, and processes that still run abort with code 134.
+# coordination service ends, and processes that still run abort with exit code 134.
 FIRST_WAITS_SECONDS = 5
 
 # Exit codes of the signals that this process received outside the training steps. A signal handler
@@ -150,8 +150,8 @@ def stop_together() -> None:
   """Makes SIGTERM and Ctrl-C outside the training steps end all processes of the job together.
 
   If only one process exited, the other processes would fail with an error. So all processes exit
-  with the same code at the next `gather`. After TOGETHER_SECONDS without a `gather`, or after a
-  second Ctrl-C, this process exits without the others. A thread ends the process, because Python
+  with the same exit code at the next `gather`. After TOGETHER_SECONDS without a `gather`, or after
+  a second Ctrl-C, this process exits without the others. A thread ends the process, because Python
   runs no signal handler while the process waits for another process in native code. If
   `asked_to_stop` returns an exit code, its caller must end the process.
   """
@@ -199,7 +199,8 @@ def _tell() -> None:
 
 def asked_to_stop() -> int:
   """Returns the exit code of the signals received so far, or 0, and forgets the signals."""
-  code = min(_asked, default=0)  # SIGTERM has the smaller code, so it wins over Ctrl-C.
+  # SIGTERM has the smaller exit code, so it takes precedence over Ctrl-C.
+  code = min(_asked, default=0)
   _asked.clear()
   while _exits:
     _exits.pop().cancel()

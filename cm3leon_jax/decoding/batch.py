@@ -58,7 +58,7 @@ class Padded(NamedTuple):
 
 
 class Prompts(NamedTuple):
-  """Left-padded prompts without their last tokens, split into shared prefixes and rests.
+  """Left-padded prompts without their last tokens, split into shared prefixes and remainders.
 
   Attributes:
     prefixes: shared prefixes [U0, P0]; None if no prompts share a prefix.
@@ -228,8 +228,8 @@ def _unique(prompts: Sequence[Tokens]) -> tuple[Int32[np.ndarray, " _"], list[To
 def stream_widths(prompts: Prompts, streams: int) -> tuple[int, ...]:
   """Returns, for each stream, the number of prompt entries that its cache must keep.
 
-  These are the last entries, since prompts are padded on the left. A stream with short prompts gets
-  a short cache.
+  The cache keeps the last entries, since prompts are padded on the left. A stream with short
+  prompts gets a short cache.
   """
   prefixed = np.zeros(len(prompts.prefix_of), bool)
   if prompts.prefixes is not None:

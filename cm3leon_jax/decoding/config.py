@@ -26,7 +26,8 @@ class SamplingConfig:
   temperature: PositiveFloat = 1.0
   """Divisor of the guided logits. For greedy sampling, set `top_k` to 1."""
   top_k: NonNegativeInt = 256
-  """Number of most probable candidates to keep before the nucleus; 0 keeps all, 1 is greedy."""
+  """Number of most probable candidates to keep before nucleus sampling. 0 keeps all, and 1
+  is greedy."""
   top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
   """Nucleus: a candidate is kept if all more probable candidates together have less than this
   probability."""
@@ -37,16 +38,16 @@ class SamplingConfig:
   """Schedule of guidance over the codes of an image. `linear` and `cosine` grow from 1 at the first
   code to the full weight at the last."""
   image_guidance: NonNegativeFloat = 1.5
-  """Guidance weight of the given image in image editing (section 4.1)."""
+  """Guidance weight of the input image in image editing (section 4.1)."""
   edit_guidance: NonNegativeFloat = 7.5
   """Guidance weight of the instruction in image editing."""
   contrastive_k: PositiveInt = 16
   """CD-K keeps tokens that are at least `contrastive_alpha` times as probable as the k-th most
-  probable token. k = 1 is contrastive decoding (Li et al. 2022), which is nearly greedy. The paper
-  does not give k and alpha; this default of k is ours."""
+  probable token. k = 1 is contrastive decoding (Li et al. 2022), which is nearly greedy. The
+  paper does not give k and alpha; the default of k is this project's choice."""
   contrastive_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
   """Alpha of CD-K; see `contrastive_k`. The defaults of alpha and of the two temperatures are from
-  the released script."""
+  CM3Leon's released script."""
   contrastive_temperature: PositiveFloat = 0.8
   """Divisor of the scores of CD-K."""
   amateur_temperature: PositiveFloat = 0.5

@@ -71,7 +71,8 @@ class GeneratorConfig:
       )
     if self.draft_window > self.image_tokens:
       raise ValueError(
-        f"draft_window is {self.draft_window}; an image has {self.image_tokens} codes."
+        f"draft_window is {self.draft_window}; it must be at most {self.image_tokens}, the number "
+        "of codes of an image."
       )
     if self.batch_size < 1:
       raise ValueError(f"batch_size is {self.batch_size}; it must be positive.")
@@ -122,7 +123,7 @@ class GeneratorConfig:
 
 
 def _codes_first(batch: Batch) -> int:
-  """Returns the number of codes per image if all samples of a batch start with one, else 0."""
+  """Returns the number of codes per image if all samples of a batch start with an image, else 0."""
   first = batch.control.plan[:, 0]
   codes = int(first[0, 1])
   return codes if (first == [grammar.CODES, codes, 0]).all() else 0
@@ -217,9 +218,9 @@ class Generator:
     following, positions = grammar.max_new_tokens(request.plan), self.config.positions
     if request.positions > positions:
       raise UserError(
-        f"a prompt has {request.positions - following} tokens; at most {positions - following} "
-        f"leave room for the {following} tokens that follow in the {positions} positions of "
-        "training: shorten it, or retrieve fewer documents."
+        f"a prompt has {request.positions - following} tokens; the maximum is "
+        f"{positions - following}, since {following} more tokens must fit into the {positions} "
+        "trained positions: shorten it, or retrieve fewer documents."
       )
 
   def _generate_batch(
@@ -230,7 +231,7 @@ class Generator:
     sampling: SamplingConfig,
     progress: Callable[[int], None],
   ) -> list[np.ndarray]:
-    """Generates a batch of requests that have equally many streams.
+    """Generates a batch of requests with the same number of streams.
 
     Returns [ids, log_probs, divergence].
     """

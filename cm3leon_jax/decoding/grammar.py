@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 
 def max_new_tokens(plan: Sequence[Part]) -> int:
-  """Returns the largest number of tokens in a plan."""
+  """Returns the largest number of tokens that a plan allows."""
   most = 0
   for kind, count, _ in plan:
     most += {CODES: count, TEXT: count + 1, DOCUMENT: count, DONE: 0}.get(kind, 1)

@@ -110,7 +110,7 @@ def read_padded(
 ) -> tuple[Layers, Bool[Array, "U T"]]:  # fmt: skip
   """Reads left-padded tokens [U, L] into cache entries [entry, entry + L).
 
-  Returns (cache, seen), where `seen` marks the entries that hold a token.
+  Returns (cache, seen), where `seen` marks the entries that contain a token.
   """
   length = tokens.ids.shape[1]
   seen = jnp.concatenate([seen[:, :entry], tokens.valid, seen[:, entry + length :]], axis=1)
@@ -133,7 +133,8 @@ def read_prompts(
   """Reads every prefix and every rest once.
 
   U and U0 must be multiples of the number of devices over which the batch is sharded. Returns the
-  cache of each layer, with U rows and T = `prompts.entries`, and the entries that hold a token.
+  cache of each layer, with U rows and T = `prompts.entries`, and a mask of the entries that contain
+  a token.
   """
   rests = Padded(*(shard(x, "batch", None) for x in prompts.rests))
   count, length = rests.ids.shape

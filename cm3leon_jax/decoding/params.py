@@ -22,7 +22,7 @@ SUMMED = {"qkv": (1,), "out": (0, 1), "up": (0,), "gate": (0,), "down": (0,)}
 
 
 class Int8(NamedTuple):
-  """A matrix in int8. The scale of an output is its largest absolute entry, divided by 127."""
+  """A matrix in int8. The scale of each output is its largest absolute weight, divided by 127."""
 
   values: Int8Array[Array, "..."]
   scale: Float32[Array, "..."]
@@ -35,7 +35,7 @@ class DecodeParams(NamedTuple):
     model: parameters of the Transformer in the compute dtype. `blocks` is a tuple with the
       parameters of each layer. Each matrix (also q, k and v) is a separate array or an `Int8`,
       because XLA would copy a slice of a stacked array before each product.
-    image_head: columns of the output table for image codes; None: `head` serves them, too.
+    image_head: columns of the output table for image codes; None if `head` is used for them, too.
     head: the output table, with image codes before text. An image code has the same column index in
       `image_head`, so it gets the same noise when it is sampled.
   """

@@ -21,7 +21,8 @@ from cm3leon_jax.xla_options import DECODE_OPTIONS, compiler_options
 # entries.
 CAPACITY = 128
 T = TypeVar("T")
-CHUNK = 64  # Steps per call. Between calls, the progress bar moves, and a finished batch ends.
+# Number of steps per call. After each call, the progress bar moves, and a finished batch ends.
+CHUNK = 64
 
 
 def cache_capacities(prompt: int, max_new_tokens: int) -> tuple[int, ...]:

@@ -17,11 +17,11 @@ class EvaluationConfig:
   batch_size: PositiveInt = 8
   """Rows in a batch for scoring; a multiple of mesh.data x mesh.fsdp x mesh.fsdp_inner."""
   num_resamples: Annotated[int, Field(ge=100)] = 10_000
-  """Number of bootstrap resamples for the intervals. Resamples draw whole concepts."""
+  """Number of bootstrap resamples for the confidence intervals. Resamples draw whole concepts."""
   scenes: NonNegativeInt = 0
   """Number of held-out captions for which images are generated and judged, if `raw.source` is
   "scenes". 0 judges no images."""
   scene_guidance: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (1.0,)
-  """Guidance weights. For each of these captions, one image is generated per weight."""
+  """Guidance weights for the images of `scenes`. Each caption gets one image per weight."""
   scene_neighbors: NonNegativeInt = 0
-  """Number of retrieved documents before each of these captions."""
+  """Number of retrieved documents before each caption."""

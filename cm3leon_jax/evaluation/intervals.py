@@ -1,4 +1,4 @@
-"""Computes means of dependent samples, with 95% intervals that resample whole groups."""
+"""Computes means of dependent samples. The 95% confidence intervals resample whole groups."""
 
 # n samples, G groups.
 
@@ -100,7 +100,7 @@ def describe_groups(interval: dict, noun: str = "concept") -> str:
 
 
 def describe_share(measure: dict | None) -> str:
-  """Formats a share and its interval, e.g. "81.0% [77.4, 84.1]". None becomes "-"."""
+  """Formats a share with its confidence interval, e.g. "81.0% [77.4, 84.1]". None becomes "-"."""
   if measure is None:
     return "-"
   text = f"{measure['share']:.1%}"

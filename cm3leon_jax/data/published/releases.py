@@ -13,7 +13,7 @@ KINDS = {str: "a text", int: "an integer", list: "a list", dict: "an object"}
 
 
 def check_split(name: str, split: str, splits: Mapping[str, tuple[str, ...]]) -> None:
-  """Raises UserError if `splits[name]` lacks `split`. () allows any split."""
+  """Raises UserError if the format `name` or its `split` is unknown. () allows any split."""
   if name not in splits:
     raise UserError(f"The format is '{name}'; it must be one of {', '.join(splits)}.")
   if splits[name] and split not in splits[name]:
@@ -70,7 +70,7 @@ def field_of(entry: Any, name: str, kind: type, where: object) -> Any:
 
 
 def entries_by_id(entries: list, name: str, kind: type, where: str) -> dict:
-  """Returns a dict of entries by their field `name`. Raises UserError if a key occurs twice."""
+  """Returns {value of the field `name`: entry}. Raises UserError if a value occurs twice."""
   found = {}
   for number, entry in enumerate(entries, 1):
     key = field_of(entry, name, kind, f"{where}, entry {number}")
@@ -81,14 +81,14 @@ def entries_by_id(entries: list, name: str, kind: type, where: str) -> dict:
 
 
 def texts_of(entries: list, name: str, where: str) -> tuple[str, ...]:
-  """Returns the field `name` of all entries. Raises UserError if the list is empty."""
+  """Returns the text in the field `name` of each entry. Raises UserError without entries."""
   if not entries:
     raise UserError(f"{where} has no '{name}'; it must have at least one.")
   return tuple(field_of(e, name, str, f"{where}, entry {n}") for n, e in enumerate(entries, 1))
 
 
 def text_list(entry: Any, name: str, where: str) -> tuple[str, ...]:
-  """Returns the texts in the list `name`. Raises UserError if the list is empty or not of texts."""
+  """Returns the texts in the list `name`. Raises UserError if it is empty or has a non-text."""
   values = field_of(entry, name, list, where)
   if not values or not all(isinstance(value, str) for value in values):
     raise UserError(f"{where} must have at least one text, and only texts, in its list '{name}'.")

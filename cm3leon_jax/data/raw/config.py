@@ -1,4 +1,4 @@
-"""Defines the config section of raw data: its source, checks and images."""
+"""Defines the config section of raw data: source, checks, and size and format of images."""
 
 from typing import Annotated, Literal
 
@@ -9,7 +9,7 @@ from cm3leon_jax.config import STRICT
 
 Format = Literal["auto", "folder", "sidecars", "webdataset", "parquet", "text"]
 Crop = Literal["center", "pad"]
-MOVED = ("openmoji", "docstrings")  # Earlier sources, now in examples/openmoji.
+MOVED = ("openmoji", "docstrings")  # Former built-in sources, now in examples/openmoji.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -18,7 +18,8 @@ class RawConfig:
 
   source: str = ""
   """Source of the records: a folder, a file or a glob pattern, local or in a GCS bucket; or
-  `scenes`, images that the section `scenes` composes. Only `cm3leon prepare_data` needs it."""
+  `scenes` for images that are composed from the config section `scenes`. Only `cm3leon
+  prepare_data` needs it."""
   format: Format = "auto"
   """Format of the files. `auto` detects it from the file names."""
   licenses: tuple[str, ...] = ()
@@ -29,15 +30,15 @@ class RawConfig:
   """Attribution of records without an attribution field."""
   allow_outside: bool = False
   """Whether records may name images outside the folder of their file. Use it only for records that
-  you trust, because such records can name any file of the machine."""
+  you trust, because such records can name any file on the machine."""
   max_caption_characters: PositiveInt = 2_000
   """Maximum length of a caption in characters. Longer captions are rejected."""
   max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
-  """Maximum share of rejected records. With more, the command stops. The share is checked at the
-  end, and after every shard once 10,000 records were read."""
+  """Maximum share of rejected records. If more are rejected, the command stops. The share is
+  checked at the end and, once 10,000 records have been read, after every shard."""
   resolution: Annotated[int, Field(ge=0, le=8192)] = 256
-  """Side of the square images in pixels, to which all images are scaled. 0 means 48, or 24 if most
-  images of the source are smaller."""
+  """Side in pixels of the square to which all images are scaled. 0 means 48, or 24 if most images
+  of the source are smaller."""
   crop: Crop = "center"
   """Treatment of images that are not square. `center` crops to a centered square, `pad` adds white
   borders."""
@@ -46,18 +47,18 @@ class RawConfig:
   becomes an additional pair with the caption and concept of its image. -1 chooses a number that
   yields about 3,200 pairs."""
   jpeg_quality: Annotated[int, Field(ge=0, le=95)] = 0
-  """JPEG quality of the stored images. For photographs, 95 needs a quarter of the bytes of PNG.
-  0 means lossless PNG."""
+  """JPEG quality of the stored images. At 95, photographs take a quarter of the bytes of PNG. 0
+  means lossless PNG."""
   heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-  """Share of the concepts that is held out, and of the texts and interleaved documents. A record
-  with a field `split` is not counted."""
+  """Share of concepts that are held out. The same share applies to texts and to interleaved
+  documents. Records that have a field `split` are not counted."""
   num_threads: PositiveInt = 8
   """Number of images that are read, scaled and written in parallel."""
 
   def __post_init__(self) -> None:
     if self.source in MOVED:
       raise ValueError(
-        f"source is '{self.source}', which the package no longer has: write its records to a "
+        f"source is '{self.source}', which is no longer a built-in source: write its records to a "
         "folder with examples/openmoji/make_data.py and train with examples/openmoji/config.py, or "
         f"use the version that made this run (./{self.source} names a folder)."
       )

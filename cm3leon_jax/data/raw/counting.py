@@ -1,4 +1,4 @@
-"""Measures sources and raw folders. Some config fields are computed from the results."""
+"""Measures sources and raw folders, from which some config fields are computed."""
 
 from collections.abc import Iterable, Iterator, Mapping
 import itertools
@@ -20,7 +20,7 @@ SIDES = (24, 48)  # Image sides in pixels. With these sides, a model trains in m
 IMAGES = 200  # Number of images that are opened to choose a side.
 PAIRS = 3_200  # Desired number of pairs, including crops.
 MOST_CROPS = 99  # Maximum number of crops per image.
-CHARACTERS = 2**24  # Tokens are counted in this many characters of captions and texts.
+CHARACTERS = 2**24  # Number of characters of captions and texts in which tokens are counted.
 
 
 def resolution_of(parts: list[formats.SourcePart], allow_outside: bool = False) -> int:
@@ -66,7 +66,7 @@ def counts_of(
   num_special: int,
   config: TextTokenizerConfig,
 ) -> Counts:
-  """Computes the largest text vocabulary that the texts can fill. Copies the counts of `summary`.
+  """Computes the largest text vocabulary that the texts support. Copies the counts of `summary`.
 
   `summary` is the result of `ingest.prepare`.
   """

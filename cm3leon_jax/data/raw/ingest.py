@@ -21,11 +21,12 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.files.shards import Runner, run_shards
 
 SUMMARY_VERSION = 3  # Version of the summaries. Shards of other versions are written again.
-CHECK_FROM = 10_000  # After this many records, the share is checked after every shard.
+# The share of rejected records is checked after every shard once this many records have been read.
+CHECK_FROM = 10_000
 
 
 class Rejections:
-  """Counts rejected records over shards. Raises UserError if their share is above `most`."""
+  """Counts the rejected records of all shards. Raises UserError if their share exceeds `most`."""
 
   def __init__(self, most: float, path: epath.Path):
     self._most, self._path = most, path
@@ -172,7 +173,7 @@ def _identity(config: RawConfig, part: formats.SourcePart, drawn: DrawnSource | 
 
 @dataclasses.dataclass(frozen=True)
 class _Ingest:
-  """The job by which `prepare` writes shards. `parts` maps shard names to parts of the source."""
+  """Writes the shards of a source. `parts` maps shard names to parts of the source."""
 
   config: RawConfig
   folder: str

@@ -36,18 +36,20 @@ from cm3leon_jax.runs import stages
 # B images, H height, W width.
 
 INDEX = "index.json"
-IMAGE_DIGESTS = "images.sha256"  # File of image digests, as `sha256sum` writes.
+IMAGE_DIGESTS = "images.sha256"  # File of image digests, in the format of `sha256sum`.
 SCHEMA_VERSION = 1
 IN_MEMORY_BYTES = 2**31
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")  # Other decoders may start programs.
+# The decoders of other formats may start programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")
 MAX_BYTES = 2**26  # Maximum size of an image file in bytes.
-MAX_PIXELS = 2**25  # Maximum per image. Scaling an image of this size takes 0.7 GB of memory.
+# Maximum number of pixels per image. Scaling an image of this size takes 0.7 GB of memory.
+MAX_PIXELS = 2**25
 LARGE = 2**22  # Images with more pixels are read one at a time.
 _ONE_LARGE_IMAGE = threading.Lock()
 
 
 def shards(folder: epath.PathLike) -> dict[str, dict]:
-  """Returns the shards of a raw folder in order: name -> counts and digest of their records."""
+  """Returns {name of a shard: counts and digest of its records}, in the order of the shards."""
   return read_index(folder)["shards"]
 
 
@@ -103,7 +105,7 @@ def read_shard(folder: epath.PathLike, name: str, cls: type[T], split: str) -> l
 
 
 def described_files(folder: epath.PathLike, name: str) -> dict[str, dict]:
-  """Returns size and SHA-256 digest of the files of a shard. {} if an earlier version wrote it."""
+  """Returns the size and SHA-256 digest of each file of a shard, or {} if they are not stored."""
   about = epath.Path(folder) / "done" / f"{name}.json"
   return read_json(about, {"summary": dict})["summary"].get("files", {}) if exists(about) else {}
 
@@ -128,7 +130,7 @@ def _read(path: epath.Path, cls: type[T]) -> Iterator[T]:
   """Yields the records of a file that `ingest.prepare` wrote."""
   if not path.exists():
     raise UserError(
-      f"{path} does not exist, though {INDEX} names its shard: run `cm3leon prepare_data` again."
+      f"{path} does not exist, although {INDEX} lists its shard: run `cm3leon prepare_data` again."
     )
   for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
     if line:
@@ -149,17 +151,17 @@ def load_image(
 def load_with_size(
   image: str | bytes | epath.Path, resolution: int | None, crop: str = "center"
 ) -> tuple[np.ndarray, tuple[int, int]]:
-  """Reads an image, turns it upright, puts it on white, and scales it to a square.
+  """Reads an image, rotates it upright, puts it on white, and scales it to a square.
 
-  Reads the first frame of an animation. Strangers may have made the images, so the size of files
-  and the number of pixels are limited, and large images are read one at a time.
+  Reads the first frame of an animation. Images may come from untrusted sources, so file sizes and
+  pixel counts are limited, and large images are read one at a time.
 
   Args:
     resolution: side of the result in pixels. None keeps the size of the image.
     crop: "center" or "pad", see `RawConfig.crop`.
 
   Returns:
-    Pixels, [H, W, 3] uint8, and width and height of the upright image before scaling.
+    The pixels, [H, W, 3] uint8, and the (width, height) of the upright image before scaling.
 
   Raises:
     UserError: the file is missing, is not a regular file, is damaged, has a format that is not in
@@ -170,11 +172,12 @@ def load_with_size(
     with open_image(image, name) as file:
       return _decode(file, name, resolution, crop)
   except Exception as error:  # Decoders raise many kinds of errors for damaged files.
-    for cause in causes(error):  # Frames of an error that is kept would keep the image, too.
+    for cause in causes(error):  # The frames of a stored error would keep the image in memory.
       traceback.clear_frames(cause.__traceback__)
     if isinstance(error, UserError):
       raise
-    unknown = isinstance(error, UnidentifiedImageError)  # Its message contains no file name.
+    # The message of this error does not name the file.
+    unknown = isinstance(error, UnidentifiedImageError)
     why = "its content has another format" if unknown else error
     raise UserError(
       f"image {name} cannot be read ({why}); it must be a PNG, JPEG, WebP, GIF or AVIF file."
@@ -191,7 +194,7 @@ def _decode(
     raise UserError(f"image {name} has {pixels:,} pixels; the maximum is {MAX_PIXELS:,}.")
   if pixels <= LARGE:
     return _upright_square(opened, resolution, crop)
-  del opened  # Frees the file content while this thread waits.
+  del opened  # Frees the file content before this thread waits for the lock.
   with _one_at_a_time():
     file.seek(0)
     return _upright_square(Image.open(file, formats=FORMATS), resolution, crop)
@@ -200,9 +203,9 @@ def _decode(
 def _upright_square(
   opened: Image.Image, resolution: int | None, crop: str
 ) -> tuple[np.ndarray, tuple[int, int]]:
-  """Turns an image upright and puts it on white. Scales it to a square if `resolution` is set."""
+  """Rotates an image upright, puts it on white, and scales it to a square of `resolution`."""
   pixels = ImageOps.exif_transpose(opened).convert("RGBA")
-  del opened  # Frees its pixels, and its decoder, which may need as much memory.
+  del opened  # Frees the original pixels, and the decoder, which may need as much memory.
   size = pixels.size
   pixels = Image.alpha_composite(Image.new("RGBA", size, "white"), pixels).convert("RGB")
   if resolution and size != (resolution, resolution):
@@ -216,10 +219,10 @@ def _upright_square(
 
 @contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
-  """Holds the lock of large images. Returns freed memory to the system before and after.
+  """Lets one thread at a time read a large image. Returns freed memory to the system.
 
-  glibc keeps the memory that a thread frees for the same thread: 0.4 GB after a large image. If
-  decoding fails, this memory becomes free only after the error was handled. In that case, the trim
+  When a thread frees memory, glibc keeps it for this thread: 0.4 GB after a large image. If
+  decoding fails, the memory is freed only after the error was handled. In that case, the trim
   before the next image returns the memory to the system.
   """
   with _ONE_LARGE_IMAGE:
@@ -234,7 +237,7 @@ def _trim_memory() -> None:
 
 
 def open_image(image: str | bytes | epath.Path, name: str) -> IO[bytes]:
-  """Opens a file or bytes. Raises UserError if the file is not regular or is too large."""
+  """Opens a file or bytes. Raises UserError if it is not a regular file or is too large."""
   if isinstance(image, bytes):
     size, file = len(image), io.BytesIO(image)
   else:
@@ -254,7 +257,7 @@ def open_image(image: str | bytes | epath.Path, name: str) -> IO[bytes]:
 def load_images(
   paths: Iterable[epath.PathLike], resolution: int | None, num_threads: int, crop: str = "center"
 ) -> np.ndarray:
-  """Reads images of equal size in several threads, [B, H, W, 3] uint8, see `load_image`."""
+  """Reads images in several threads. Returns [B, H, W, 3] uint8; see `load_image`."""
   with futures.ThreadPoolExecutor(num_threads) as pool:
     images = list(pool.map(lambda path: load_image(path, resolution, crop), paths))
   side = resolution or 0
@@ -263,7 +266,7 @@ def load_images(
 
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
-  """Images on disk. `files[rows]` reads the images of these rows, [B, H, W, 3] uint8."""
+  """Images on disk. `files[rows]` reads the images with the indices `rows`, [B, H, W, 3] uint8."""
 
   paths: list
   resolution: int

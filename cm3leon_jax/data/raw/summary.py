@@ -10,7 +10,7 @@ NAMES = {
   "texts": ("text", "texts"),
   "interleaved": ("interleaved document", "interleaved documents"),
 }
-# Reason of a rejection -> its singular and plural description.
+# Reason for a rejection -> its singular and plural description.
 REASONS = {
   "unknown_suffix": ("image with an unknown suffix", "images with unknown suffixes"),
   "missing_caption": ("image without a caption", "images without a caption"),
@@ -28,7 +28,7 @@ REASONS = {
   "conflicting_captions": ("second caption that differs", "second captions that differ"),
   "image_of_same_name": ("second image of the same name", "second images of the same name"),
 }
-REJECTED = "rejected_"  # Prefix of the names of reasons in a summary.
+REJECTED = "rejected_"  # Prefix of the rejection reasons among the names in a summary.
 SUMS = ("train_caption_characters", "train_text_characters", "train_crops")
 
 
@@ -37,7 +37,7 @@ def of_record(record: Record, sizes: Sequence[tuple[int, int]]) -> dict:
 
   Returns:
     train_caption_characters: number of characters in the caption of a training pair.
-    train_text_characters: number of characters in the texts of another training record.
+    train_text_characters: number of characters in the texts of a training record other than a pair.
     train_crops: 1 for an added crop, otherwise 0.
     fewest_caption_words, most_caption_words: number of words in the caption. 0 without a caption.
     smallest_image, largest_image: [width, height] of the source images with the fewest and the most

@@ -108,7 +108,7 @@ class _Writer:
     return dataclasses.replace(item, split=split, **extra)
 
   def _crops(self, item: Record | Rejected | None) -> list[RawPair]:
-    """Returns the pairs of the random crops that are added for a training pair."""
+    """Returns one pair for each random crop that is added for a training pair."""
     if not isinstance(item, RawPair) or item.split != "train":
       return []
     numbers = range(1, self.config.crops + 1)
@@ -117,7 +117,7 @@ class _Writer:
     ]
 
   def _load_crop(self, image: str | bytes, key: str) -> tuple[np.ndarray, tuple[int, int]]:
-    """Loads a random crop of an image. `key` decides the crop."""
+    """Loads a random crop of an image. `key` determines the crop."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
     generator, side = np.random.default_rng(seed), self.config.resolution
     # The image is scaled first and then cropped, so that pixels are scaled only once.
@@ -132,7 +132,8 @@ class _Writer:
     """Saves the images of a record.
 
     Returns the record with the new image names, or `Rejected` after an error. Also returns the
-    digest of the pixels, the original sizes, and a line with the SHA-256 digest per image file.
+    digest of the pixels, the original sizes, and, for each image file, a line with its SHA-256
+    digest.
     """
     if not isinstance(item, Record) or not images:
       return item, b"", [], []
@@ -165,7 +166,7 @@ class _Writer:
   ) -> None:
     if item is None:
       return
-    if isinstance(item, Rejected):  # In ASCII, because names may be invalid Unicode.
+    if isinstance(item, Rejected):  # Written in ASCII, because names may be invalid Unicode.
       self._first = self._first or (item.message if item.reason not in NOTES else "")
       self._reasons[item.reason] += 1
       self._files[REJECTED].write(json.dumps(dataclasses.asdict(item)) + "\n")

@@ -29,7 +29,7 @@ def sample_spans(
 
   A free span lies between two uniformly random points of the sample. It is clipped to the segment
   with which it overlaps most (CM3Leon's released code). A span is rejected if it is empty, overlaps
-  an earlier span or masks the last remaining token of the segments. If spans are whole segments, at
+  an earlier span or would leave no token of the segments unmasked. If spans are whole segments, at
   least one segment is not masked. A sample with one segment always gets free spans.
 
   Args:

@@ -1,4 +1,4 @@
-"""Defines the config section of training rows: how documents become rows."""
+"""Defines the config section of training rows: how documents are joined, masked and packed."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -13,30 +13,32 @@ PAPER_NEIGHBORS, PAPER_CANDIDATES = 3, 4  # The paper uses 3 of 4 candidates.
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class DataConfig:
-  """Settings of training rows. Defaults follow the tutorial where it differs from the paper."""
+  """Settings of training rows. If tutorial and paper differ, the defaults follow the tutorial."""
 
   sequence_length: Annotated[int, Field(ge=2)] = 4_096
-  """Slots of a row. The minimum is 2, the slots of a one-token document."""
+  """Number of slots of a row. The minimum, 2, fits a document of one token."""
   num_neighbors: NonNegativeInt = 2
   """K, the number of retrieved documents before each document with an image (paper: 3)."""
   neighbor_sampling: Literal["fixed", "paper", "uniform", "best"] = "fixed"
   """How neighbors are chosen from a document's candidates. `fixed`: K random candidates. `paper`:
-  three random candidates of the best four (CM3Leon, section 2.1), so K must be 3. `uniform`: a
-  random number of random candidates, uniform in {0, ..., K} (RA-CM3). `best`: the best K in
+  three random candidates of the best four (CM3Leon, section 2.1), so K must be 3. `uniform`: n
+  random candidates, where n is random, uniform in {0, ..., K} (RA-CM3). `best`: the best K in
   descending order, as at inference. A document with fewer candidates gets fewer neighbors."""
   neighbor_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
   """Share of samples without neighbors, so that the model also works without a bank."""
   condition_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-  """Share of the remaining image samples in which one sentinel replaces caption and neighbors, as
-  in the unconditional stream of guidance (tutorial: 10%; the paper drops nothing)."""
+  """Of the samples that end in an image and did not lose their neighbors by `neighbor_dropout`,
+  share in which one sentinel replaces caption and neighbors, as in the unconditional stream of
+  guidance (tutorial: 10%; the paper drops nothing)."""
   code_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Maximum share of input codes that are replaced by `<unk>` in a document's own images, if
-  neighbors precede them, or in an instruction's target image, if a given image precedes it. The
-  codes remain targets (word dropout, Bowman et al. 2016, section 3.1). Each sample draws its share
-  from [0, code_dropout]. With codes hidden, the decoder learns earlier to use the preceding
-  images."""
+  """Maximum share of input codes that `<unk>` replaces in a document's own images, if neighbors
+  precede them, or in an instruction's target image, if an input image precedes it. The codes
+  remain targets (word dropout, Bowman et al. 2016, section 3.1). The share of each sample is
+  random, uniform in [0, code_dropout]. With hidden codes, the decoder learns earlier to use the
+  preceding images."""
   code_dropout_alone: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Like `code_dropout`, for documents without neighbors and instructions without a given image."""
+  """Like `code_dropout`, for documents without neighbors and for instructions without an input
+  image."""
   mean_spans: NonNegativeFloat = 1.0
   """Mean of the Poisson distribution of the number of CM3 spans. 0 means plain causal
   prediction."""
@@ -56,8 +58,8 @@ class DataConfig:
   """Reaction to a document that cannot be read. `raise` stops the run. `skip` replaces its sample
   by padding with loss weight 0 and prints a warning; all other samples stay the same."""
   max_skipped: NonNegativeInt = 100
-  """Maximum number of different samples that a process may skip after each start. With more, the
-  run stops."""
+  """Maximum number of different samples that a process may skip after each start. If more cannot be
+  read, the run stops."""
 
   def __post_init__(self) -> None:
     if self.text_share + self.interleaved_share > 1:
@@ -75,7 +77,7 @@ class DataConfig:
   def for_heldout(self) -> "DataConfig":
     """Returns the config of the rows for the held-out loss.
 
-    These rows have no CM3 spans and drop nothing. The best K neighbors precede each document.
+    These rows have no CM3 spans and no dropout. The best K neighbors precede each document.
     Neighbors have loss weight 0, because they are training documents.
     """
     return dataclasses.replace(

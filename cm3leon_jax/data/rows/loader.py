@@ -30,7 +30,7 @@ FIELDS = {
 
 
 def join(documents: list[Document], vocab: VocabLayout) -> np.ndarray:
-  """Joins neighbors and then the document to a sample, [T] int32 (CM3Leon, section 2.1).
+  """Joins neighbors and a document, in this order, into a sample, [T] int32 (CM3Leon, 2.1).
 
   documents = [caption 50, image 519 520], [caption 40 41, image 517 518]
   result = [</s> 50 <break> 519 520 <break> 40 41 <break> 517 518 </s>]
@@ -42,14 +42,14 @@ def join(documents: list[Document], vocab: VocabLayout) -> np.ndarray:
 
 
 class SampleTokens(NamedTuple):
-  """The tokens of a sample.
+  """Tokens of a sample, with their loss weights.
 
   Attributes:
     tokens: [T] int32.
     weights: [T] float32, the loss weight of predicting each token.
     own_codes: [T] bool. True for the image codes of the document, and False for its neighbors. In
       an instruction, True only for the codes of the target image.
-    has_source: whether a given image or the image of a neighbor precedes the own codes.
+    has_source: whether an input image or the image of a neighbor precedes these codes.
   """
 
   tokens: np.ndarray
@@ -183,7 +183,7 @@ class RowLoader:
       for placement, sample in zip(placements, samples):
         most = config.code_dropout if sample.has_source else config.code_dropout_alone
         rng = self.plan.code_generator(*placement[:3])
-        share = most * rng.random()  # Random, so that some samples keep whole images.
+        share = most * rng.random()  # Random, so that some samples keep almost all codes.
         hidden = sample.own_codes & (rng.random(len(sample.own_codes)) < share)
         row["inputs"][at : at + len(hidden) - 1][hidden[:-1]] = self.vocab.unk
         at += len(hidden) - 1
@@ -236,7 +236,7 @@ class RowLoader:
       loss = (spec.instructions.loss_on, spec.instructions.loss_weight)
       tokens, weights = build_instruction(document, plan, self.vocab, *loss)
       own, is_code = np.zeros(len(tokens), bool), self.vocab.is_image(tokens)
-      if not plan.spans:  # With spans, the target is no image but a text at the end.
+      if not plan.spans:  # If there are spans, the target is a text at the end, not an image.
         own[slice(*plan.target)] = True
       return SampleTokens(tokens, weights, own & is_code, bool((is_code & ~own).any()))
     candidates = spec.candidates(index)
@@ -250,7 +250,7 @@ class RowLoader:
 
 
 def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int]:
-  """Returns the rows of a [B, L] batch that devices of this process hold, wholly or in part."""
+  """Returns the rows of a [B, L] batch of which devices of this process store at least a part."""
   indices = sharding.addressable_devices_indices_map(shape)
   return sorted({r for rows, _ in indices.values() for r in range(*rows.indices(shape[0]))})
 

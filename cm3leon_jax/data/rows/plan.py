@@ -142,7 +142,7 @@ class SampleGenerators(threading.local):
 
 
 def pass_seeds(seed: int, source: int, pass_: int) -> tuple[np.ndarray, int]:
-  """Computes the random key of a pass, [2] uint64, and the seed of the order of its units."""
+  """Computes the random key of a pass, [2] uint64, and the seed for the order of its units."""
   words = np.random.SeedSequence((seed, source, pass_)).generate_state(3, np.uint64)
   return words[:2], int(words[2]) % 2**32
 
@@ -154,7 +154,7 @@ def pack_best_fit(slots: Sequence[int], capacity: int) -> list[list[int]]:
   [[1, 3], [2, 0]]
   """
   rows: list[list[int]] = []
-  # Rows by the number of their free slots.
+  # Number of free slots -> the rows with that many free slots.
   open_rows: dict[int, list[list[int]]] = collections.defaultdict(list)
   sizes: list[int] = []  # The keys of `open_rows` in ascending order.
   for i in sorted(range(len(slots)), key=lambda i: -slots[i]):
@@ -178,12 +178,12 @@ def pack_best_fit(slots: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class RowPlan:
-  """Computes which samples a row holds, for any row. Thread-safe.
+  """Computes which samples a row contains, for any row. Thread-safe.
 
   A plan proceeds in windows of samples. A window takes samples from the sources by their shares of
   slots, packs them into rows by best fit, and shuffles the rows. Each window begins where the
   previous window ends. The first access to a row therefore plans all earlier windows, unless a file
-  holds the starts of these windows. The newest windows stay in memory.
+  contains the starts of these windows. The newest windows stay in memory.
   """
 
   def __init__(
@@ -197,8 +197,8 @@ class RowPlan:
   ):
     """Opens the plan. Windows are planned only when a row is accessed.
 
-    `starts_path` is the file with the starts of earlier windows, see `WindowStarts`. With
-    `write_starts`, which one process of a run sets, new starts are appended to the file.
+    `starts_path` is the file with the starts of earlier windows, see `WindowStarts`. If
+    `write_starts`, new starts are appended to the file; only one process of a run sets it.
 
     Raises:
       ValueError: a source has a share above 0, but no documents.
@@ -259,7 +259,7 @@ class RowPlan:
     return self._windows[window]
 
   def _samples(self, start: Start) -> tuple[list[Placement], list[int], list[int]]:
-    """Returns the samples of a window, and the number of units and slots per source at its end."""
+    """Returns the samples of a window, and the units and slots taken per source until its end."""
     taken, used, samples = list(start.taken), list(start.used), []
     sizes, shares = [len(u) for u in self.units], [s.share for s in self.sources]
     progress = {i: used[i] / share for i, share in enumerate(shares) if share > 0}

@@ -15,7 +15,8 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.files.atomic import replacing
 
-BUCKET_BATCH = 16  # Windows per write to a GCS bucket, because each write rewrites the file.
+# Number of windows per write to a GCS bucket, where each write rewrites the whole file.
+BUCKET_BATCH = 16
 SPOTS = 4_096  # The fingerprint covers about this many evenly spaced values per array.
 
 
@@ -77,7 +78,7 @@ class WindowStarts:
     self._header, self._writes = _line({"fingerprint": identity}), bool(path) and writes
     self._starts = [Start(0, (0,) * num_sources, (0,) * num_sources)]
     self._digests = [_digest("", self._header)]  # Digests of the header and of each line.
-    self._whole = False  # Whether the file holds exactly these starts. If so, `_write` appends.
+    self._whole = False  # Whether the file contains exactly these starts. If so, `_write` appends.
     if self._path and self._path.exists():
       self._read(self._path.read_bytes().decode(errors="replace"))
 
@@ -92,7 +93,7 @@ class WindowStarts:
     return bisect.bisect_right(self._starts, row, key=lambda s: s.first_row) - 1
 
   def add(self, window: int, start: Start) -> None:
-    """Adds the start of the next window. Raises UserError if another start of `window` is known."""
+    """Adds the start of the next window. Raises UserError if `window` already has another start."""
     if window < len(self._starts):
       if self._starts[window] != start:
         raise UserError(

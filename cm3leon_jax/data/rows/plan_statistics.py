@@ -17,8 +17,8 @@ def plan_statistics(plan: RowPlan, windows: int = 1) -> dict:
   """Summarizes the first `windows` windows of a plan. Reads lengths, but no tokens.
 
   Returns:
-    windows, rows, samples: their numbers.
-    fill: share of slots that hold samples.
+    windows, rows, samples: number of each.
+    fill: share of slots that contain tokens of samples.
     source_shares: share of each source in the filled slots.
     samples_per_row, spans_per_sample: mean numbers.
     The remaining values cover only samples of sources with neighbors.

@@ -28,7 +28,7 @@ from cm3leon_jax.data.sources.samples import SAMPLE_SUFFIXES, sample_records
 
 MAX_MEMBER = 2**26  # Maximum size of a file in a tar, in bytes.
 MAX_HEADER = 2**20  # Maximum size of a header in a tar, in bytes.
-MAX_GROUP = 2**30  # Maximum size of the columns that are read in a Parquet row group.
+MAX_GROUP = 2**30  # Maximum size in bytes of the columns that are read in a Parquet row group.
 PARQUET_BUFFER = 2**20
 # Names of the Parquet columns that are read.
 NAMES = {*ALIASES, *itertools.chain(*ALIASES.values())}
@@ -36,7 +36,7 @@ NAMES |= {field.name for cls in (RawPair, RawText) for field in dataclasses.fiel
 
 
 class _Bounded:
-  """A file for `tarfile`. It refuses huge headers, because `tarfile` reads headers completely."""
+  """File object for `tarfile`. Rejects huge headers, because `tarfile` reads whole headers."""
 
   def __init__(self, stream: IO[bytes]) -> None:
     self._stream = stream
@@ -52,9 +52,9 @@ def tar_samples(
   fs: fsspec.AbstractFileSystem, file: str, images: Callable
 ) -> Iterator[Record | Rejected]:
   """Yields the samples of an img2dataset tar: images and captions whose names have equal stems."""
-  del images  # The images are in the tar.
+  del images  # Not needed, because the images are in the tar.
   try:
-    # "r:" refuses compressed tars, because a small file could become a thousand times as large.
+    # "r:" rejects compressed tars, because a small file could become a thousand times as large.
     with (
       fs.open(file, "rb") as stream,
       # tarfile calls only the methods `seek`, `tell` and `read`.
@@ -147,7 +147,7 @@ def parquet_rows(
 
 
 def _columns(group: Any) -> tuple[list[str], int, int]:
-  """Returns the columns of a row group that records need, their size, and the number of rows."""
+  """Returns the columns of a row group that records need, their bytes, and the number of rows."""
   columns, size = [], 0
   for i in range(group.num_columns):
     column = group.column(i)
@@ -189,7 +189,7 @@ def _row(
 
 
 def _long_captions(columns: dict, longest: int) -> dict[str, int]:
-  """Returns the lengths in characters of captions longer than `longest`, by column."""
+  """Returns the number of characters of each caption longer than `longest`, by column."""
   import pyarrow as pa
   from pyarrow import compute
 

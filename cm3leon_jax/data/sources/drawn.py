@@ -38,7 +38,7 @@ class DrawnSource(Protocol):
     """Returns the value of `raw.source`, which is also the kind of the parts."""
 
   def identity(self) -> dict[str, Any]:
-    """Returns all values on which records and images depend, except part and section `raw`."""
+    """Returns all values on which records and images depend, except the part and section `raw`."""
 
   def parts(self, licenses: tuple[str, ...], resolution: int) -> list[SourcePart]:
     """Splits the source into parts, one per raw shard.
@@ -55,13 +55,13 @@ class DrawnSource(Protocol):
     """Draws the image of a record: [H, W, 3] uint8."""
 
   def number_of(self, pair: RawPair) -> str:
-    """Returns the name of the count that a record increases in the summary."""
+    """Returns the name of the counter in the summary that a record increments."""
 
   def numbers(self) -> dict[str, int]:
     """Returns numbers that describe the whole source, for the summary."""
 
   def leaks(self, folder: epath.PathLike) -> FactLeakReport:
-    """Compares the facts of the splits in a raw folder.
+    """Compares the facts of held-out images with those of training images in a raw folder.
 
     A comparison of pixels would not help, because drawn images of both splits are similar.
     """

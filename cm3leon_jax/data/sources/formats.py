@@ -111,7 +111,7 @@ def parts(source: str, kind: str = "auto") -> list[SourcePart]:
   """
   fs, path = _filesystem(source)
   found = _files(fs, path, source)
-  # Only `sidecars` allows links, because only its reader checks where links lead.
+  # Links are allowed only in `sidecars`, whose reader checks where they lead.
   files = [name for name, about in found.items() if not about.is_link]
   kinds = [kind] if kind != "auto" else _detect(found, files, source)
   result = []
@@ -160,7 +160,7 @@ def _samples(files: Iterable[str], root: str, folders: Collection[str]) -> Itera
 
 
 def _single(kind: str, files: Iterable[str], beside: Collection[str]) -> list[list[str]]:
-  """Groups files of one format. Skips caption files and lists if `beside` has all other files."""
+  """Groups files of one format. With `beside` (all files), skips caption files and lists."""
   names = [name for name in files if name.lower().endswith(SUFFIXES[kind])]
   if beside:
     stems, folders = by_stem(beside), _folders(beside, LISTS)
@@ -191,7 +191,7 @@ def _is_in(file: str, folders: Collection[str]) -> bool:
 
 
 def _root(path: str, files: Collection[str]) -> str:
-  """Returns the folder of a source. In a pattern, it is the folder before the first wildcard."""
+  """Returns the folder of a source. For a pattern, this is the folder before the first wildcard."""
   if any(c in path for c in WILDCARDS):
     return posixpath.dirname(path[: min(path.index(c) for c in WILDCARDS if c in path)])
   return posixpath.dirname(path) if path in files else path
@@ -255,7 +255,7 @@ def _files(fs: fsspec.AbstractFileSystem, path: str, source: str) -> dict[str, _
 
 
 def _detect(found: Collection[str], files: Collection[str], source: str) -> list[str]:
-  """Detects the formats of a source, in the order of their parts. `files` has no links."""
+  """Detects the formats of a source, in the order of their parts. `files` omits links."""
   lists = len(found) > 1 and any(posixpath.basename(file) in LISTS for file in files)
   images = [names for names in by_stem(found).values() if has_image(names)]
   if lists:
@@ -319,12 +319,12 @@ def _folder(
 
 
 def _joined(folder: str, image: Any) -> str:
-  """Returns the full path of an image in a list in `folder`, or "" if `image` is not a path."""
+  """Returns the full path of an image that a list in `folder` names, or "" if it is not a path."""
   return posixpath.normpath(posixpath.join(folder, image)) if isinstance(image, str) else ""
 
 
 def _unnamed(path: str, known: Collection[str], named: set[str]) -> list[str]:
-  """Returns images that are in no list, and their captions. Skips subfolders with lists."""
+  """Returns images that are in no list, and their caption files. Skips subfolders with lists."""
   inner = _folders(known, IMAGE_LISTS) - {path}
   stems = by_stem(f for f in sorted(known) if not _is_in(f, inner))
   samples = (names for names in stems.values() if has_image(names) and has_caption(names))
@@ -350,8 +350,8 @@ def _with_images(
 ) -> Record | Rejected:
   """Makes the image paths of a record absolute. Returns `Rejected` if an image is invalid.
 
-  Paths are relative to `folder`. The function does not look up files in `known`, which exist. It
-  rejects paths out of the folder without a look-up, so that no message reveals which files exist.
+  Paths are relative to `folder`. Files in `known` exist and are not looked up. Paths that lead out
+  of the folder are rejected without a look-up, so that no message reveals which files exist.
   """
   if isinstance(item, Rejected):
     return item

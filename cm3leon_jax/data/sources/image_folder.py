@@ -1,4 +1,4 @@
-"""Resolves the image paths in records. Refuses paths that lead out of a folder."""
+"""Resolves the image paths in records. Rejects paths that lead out of a folder."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ LOCAL = ("", "file://", "local://")  # Prefixes that fsspec allows for local pat
 class ImageFolder:
   """The folder that must contain the images of records. Links are resolved before the check.
 
-  Strangers may have written the records. A path out of the folder could name any file of the
+  Records may come from untrusted sources. A path out of the folder could name any file on the
   machine, and a URL could make the machine send requests.
 
   Attributes:
@@ -51,7 +51,7 @@ class ImageFolder:
   def _holds(self, path: str) -> bool:
     try:
       return _resolve(path).startswith(self._inside)
-    except ValueError:  # The path contains a null or half of a surrogate pair.
+    except ValueError:  # The path contains a null character or half of a surrogate pair.
       return False
 
   @functools.cached_property

@@ -22,7 +22,7 @@ def bounded_lines(raw: IO[bytes], file: object) -> Iterator[tuple[str, bytes | R
   Yields a `RecordError` in place of a line with more than MAX_LINE bytes. Never reads such a line
   into memory as a whole. Closes the file at the end.
   """
-  # The method `readline` of files in a GCS bucket ignores the limit.
+  # Files in a GCS bucket ignore the size limit of `readline`.
   with io.BufferedReader(raw) as stream:  # type: ignore[type-var]  # It has the needed methods.
     for number in itertools.count(1):
       line = stream.readline(MAX_LINE + 1)

@@ -28,7 +28,7 @@ class RawPair:
   """A captioned image.
 
   Attributes:
-    key: unique in its folder.
+    key: name of the record, unique in its folder.
     image: content of the file, or its path. Paths are relative in pairs.jsonl, but absolute in
       records that were read.
     group: name that near duplicates share. Records of a group are never neighbors of each other.
@@ -106,7 +106,7 @@ def with_images(record: T, images: Iterable[str | bytes]) -> T:
 
 
 def batches(items: Iterable, count: int, size: int) -> Iterator[list]:
-  """Yields batches. A batch ends after `count` items, or `size` bytes of images in memory."""
+  """Yields batches. A batch ends after `count` items or after `size` bytes of images."""
   batch, total = [], 0
   for item in items:
     images = images_of(item) if isinstance(item, Record) else []
@@ -202,12 +202,12 @@ def _check_value(name: str, value: Any, required: bool, where: str) -> None:
     value.encode()
   except UnicodeEncodeError as error:
     raise RecordError(
-      f"{where}: field '{name}' holds half of a surrogate pair; it must be valid Unicode."
+      f"{where}: field '{name}' contains half of a surrogate pair; it must be valid Unicode."
     ) from error
 
 
 def _depth(value: Any) -> int:
-  """Counts the nesting levels of lists and objects. Stops at MAX_DEPTH + 1."""
+  """Counts the nesting levels of lists and objects. Stops counting at MAX_DEPTH + 1."""
   level, depth = [value], 0
   while level and depth <= MAX_DEPTH:
     depth += 1
@@ -231,7 +231,7 @@ def parse_json(line: str, where: str, required: list[str]) -> dict:
   """Parses a line of a JSONL file. Raises RecordError if the line is not a JSON object."""
   try:
     record = json.loads(line)
-  except (ValueError, RecursionError) as error:  # Numbers of 5,000 digits also raise ValueError.
+  except (ValueError, RecursionError) as error:  # A number of 5,000 digits also raises ValueError.
     raise RecordError(
       f"{where} is not valid JSON ({error}); every line must be one JSON object."
     ) from error
@@ -243,7 +243,7 @@ def parse_json(line: str, where: str, required: list[str]) -> dict:
 
 
 def renamed(values: dict) -> dict:
-  """Adds the fields of ALIASES. A field gets the first value of its aliases that is not None."""
+  """Adds the fields of ALIASES. A field gets the first of its aliases that is not None."""
   result = dict(values)
   for name, aliases in ALIASES.items():
     value = next((values[a] for a in aliases if values.get(a) is not None), None)
@@ -277,9 +277,10 @@ def key_of(values: Mapping, default: Any) -> Any:
 
 
 def origin_counts(origins: Iterable[dict]) -> list[dict]:
-  """Sums the records of each origin. Merges all but MOST_ORIGINS origins by kind and license.
+  """Counts the records of each origin. Keeps the MOST_ORIGINS most frequent origins.
 
-  An origin is a dict of `ORIGIN_FIELDS` and "records", the number of its records.
+  The remaining origins are merged by kind and license. An origin is a dict of `ORIGIN_FIELDS` and
+  "records", the number of its records.
   """
   counts: collections.Counter[tuple] = collections.Counter()
   for origin in origins:

@@ -26,11 +26,12 @@ from cm3leon_jax.data.sources.records import (
 )
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "avif", "jfif")
-# Images in these formats are rejected later. Their captions must not be read as texts.
+# Images in these formats are rejected later. Their caption files must not be read as texts.
 OTHER_IMAGES = ("bmp", "tif", "tiff", "heic", "heif", "jxl", "svg")
-CAPTION_SUFFIXES = ("txt", "caption", "json")  # The first file that is not blank has the caption.
+# The caption comes from the first of these files that is not blank.
+CAPTION_SUFFIXES = ("txt", "caption", "json")
 SAMPLE_SUFFIXES = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)  # Other members of a tar are not read.
-GROUP = 1_000  # Mean number of samples per part. The maximum is 4 times as high.
+GROUP = 1_000  # Mean number of samples per part. A part has at most 4 times as many.
 THREADS = 8  # Number of samples whose files are read in parallel.
 
 _IMAGES = (*IMAGE_SUFFIXES, *OTHER_IMAGES)
@@ -77,8 +78,8 @@ def has_caption(names: Iterable[str]) -> bool:
 def grouped(stems: Iterable[str]) -> Iterator[list[str]]:
   """Yields groups of 1,000 stems on average.
 
-  The hash of a stem decides whether a group begins at this stem. An added or removed stem therefore
-  changes only one group, or rarely two.
+  The hash of a stem decides whether a group begins at this stem. Therefore, adding or removing a
+  stem changes only one group, rarely two.
   """
   group: list[str] = []
   for stem in stems:

@@ -9,5 +9,5 @@ def fraction(text: str) -> float:
 
 
 def split_of(name: str, heldout_fraction: float) -> str:
-  """Returns the split of a concept or module, which depends only on its name."""
+  """Returns the split of a concept or module. It depends only on the name."""
   return "heldout" if fraction("split:" + name) < heldout_fraction else "train"

@@ -1,4 +1,4 @@
-"""Reads untrusted YAML files. Limits memory and time."""
+"""Reads YAML files from untrusted sources. Limits memory and time."""
 
 from typing import Any
 
@@ -9,11 +9,12 @@ from cm3leon_jax.config import UserError, short
 from cm3leon_jax.files.json_files import check_foreign
 
 MOST_BYTES = 2**20  # Maximum file size in bytes. PyYAML takes about 10 seconds for 1 MiB.
-MOST_VALUES = 2**17  # Maximum per file. An alias of a value counts like the value itself.
+# Maximum number of values per file. An alias of a value counts like the value itself.
+MOST_VALUES = 2**17
 
 
 def read(path: epath.PathLike) -> str:
-  """Reads a YAML file. Raises UserError if it is no regular file, is too large or is not UTF-8."""
+  """Reads a YAML file. Raises UserError if it is not a regular file, too large or not UTF-8."""
   check_foreign(path, MOST_BYTES)
   try:
     return epath.Path(path).read_text(encoding="utf-8")
@@ -33,8 +34,8 @@ def parse(text: str, where: str) -> list[tuple[yaml.Node, Any]]:
     sizes: dict[int, int] = {}
     if sum(_size(node, sizes) for node in nodes) > MOST_VALUES:
       raise UserError(
-        f"{where} has more than {MOST_VALUES:,} values, because aliases repeat the values that "
-        "they name: write fewer."
+        f"{where} has more than {MOST_VALUES:,} values, including the values that aliases "
+        "repeat: write fewer values."
       )
     return list(zip(nodes, yaml.safe_load_all(text), strict=True))
   except UserError:
@@ -51,7 +52,7 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
   `sizes` caches results by the id of the node. A node that contains itself exceeds MOST_VALUES.
   """
   if id(node) not in sizes:
-    sizes[id(node)] = MOST_VALUES + 1  # Only a node that contains itself reads this.
+    sizes[id(node)] = MOST_VALUES + 1  # Read only for a node that contains itself.
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     inner = [part for pair in pairs for part in pair]
     if isinstance(node, yaml.SequenceNode):

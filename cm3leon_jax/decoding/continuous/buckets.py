@@ -14,7 +14,7 @@ from cm3leon_jax.decoding.loop import Static
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling.rows import Sampler
 
-SHORT = 8  # Entries for the unconditional prompt. Prefill reads two of its three tokens.
+SHORT = 8  # Cache entries for the unconditional prompt: prefill reads two of its three tokens.
 
 
 class Bucket(NamedTuple):
@@ -39,10 +39,10 @@ class Bucket(NamedTuple):
     return sum(self.stream_capacities)
 
   def fits(self, other: "Bucket") -> bool:
-    """Returns whether a request of this bucket may take a slot of a batch of another bucket.
+    """Returns whether a request of this bucket may use a slot in a batch of bucket `other`.
 
-    Sharing a batch saves time, since each step of a running batch reads all parameters. But the
-    other bucket may have at most 3 times the capacity, since attention reads all cache entries.
+    Sharing a batch saves time, since each step of a running batch reads all parameters. But `other`
+    may have at most 3 times the capacity, since attention reads all cache entries.
     """
     if not self._compiled_as(other, self.static.sampler) or self.parts > other.parts:
       return False
@@ -51,7 +51,7 @@ class Bucket(NamedTuple):
     return all(larger) and other.capacity <= 3 * self.capacity
 
   def holds(self, request: Request, own: "Bucket") -> bool:
-    """Returns whether a slot of this bucket can hold a request, even with much unused capacity.
+    """Returns whether a slot of this bucket can hold a request, even if most of it stays empty.
 
     `own` is the result of `bucket_of` for the request. A bucket that sorts all logits accepts any
     number of candidates.
@@ -107,15 +107,15 @@ def largest(own: Bucket, config: GeneratorConfig) -> Bucket:
   """Returns a bucket that can hold any request with S streams.
 
   `own` is the result of `bucket_of` for one such request. The first stream may use all positions.
-  The second stream holds an image, a sentinel for each row of a box, and a few words of an edit.
-  The third stream is the unconditional prompt.
+  The second stream has room for an image, a sentinel for each row of a box, and a few words of an
+  edit. The third stream is the unconditional prompt.
   """
   image = config.image_tokens
   second = batch_lib.bucket_length(image + math.isqrt(image) + 2 * batch_lib.BUCKET)
   streams = len(own.static.widths)
   widths = (batch_lib.bucket_length(config.positions), second, SHORT)[:streams]
-  # With one stream, the entries for the prompt cover all positions, so they also hold the generated
-  # tokens.
+  # With one stream, the entries for the prompt cover all positions, so generated tokens fit into
+  # them, too.
   new_tokens = batch_lib.BUCKET if streams == 1 else image + 1
   sampler = Sampler(0, 0, own.static.sampler.others)
   parts = 1 << min(3 * config.vocab.num_masks, config.positions).bit_length()

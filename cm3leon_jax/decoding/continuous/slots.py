@@ -81,10 +81,10 @@ class RunningBatch:
     self.control = without_samples(
       slots, streams, config.sampling, config.image_tokens, bucket.parts
     )
-    self.placed: Control | None = None  # Copy of `control` on the devices; None: outdated.
+    self.placed: Control | None = None  # Copy of `control` on the devices; None if outdated.
     self.state: BatchState | None = None
     self.program: jax.stages.Compiled = None  # The first step sets it.
-    # A smaller program serves batches in which only the first slots are occupied.
+    # Number of slots of a smaller program, which is used while all later slots are empty.
     self.few = slots // 4 if shards == 1 else 0
     self.program_of_few: jax.stages.Compiled | None = None
 
@@ -174,9 +174,9 @@ class RunningBatch:
     return self.program_of_few
 
   def _limit(self) -> int:
-    """Returns the number of steps of the next chunk.
+    """Returns the number of steps in the next chunk.
 
-    If a sample will soon be complete, the chunk ends with the last token of this sample.
+    If a sample is about to finish, the chunk ends with its last token.
     """
     known = [x.left for x in self.slots if x is not None and x.left is not None]
     if known and min(known) <= self.chunk + self.least:

@@ -96,7 +96,10 @@ def empty(*, static: Static, slots: int, steps: int) -> BatchState:
 def _put(
   into: Shaped[Array, "B ..."], x: Shaped[Array, "J ..."], slots: Int32[Array, " J"]
 ) -> Shaped[Array, "B ..."]:
-  """Writes `x` to slots of `into`, in each shard of the batch. `slots` is as in `Admitted`."""
+  """Writes the rows of `x` to the given slots of `into`, separately in each shard of the batch.
+
+  `slots` is as in `Admitted`.
+  """
   split = jax.typeof(into).sharding.spec
 
   def put(into: Array, x: Array, slots: Array) -> Array:
@@ -110,7 +113,7 @@ def _read_stream(
 ) -> tuple[Layers, Bool[Array, "J T"]]:
   """Reads prompts into rings of `capacity` entries, so that they end directly before entry `end`.
 
-  Returns (cache of each layer, mask of the entries that hold a token).
+  Returns (cache of each layer, mask of the entries that contain a token).
   """
   prompts = Padded(*(shard(x, "batch", None) for x in prompts))
   count, width = prompts.ids.shape
@@ -181,7 +184,8 @@ def _with_first_slots(state: BatchState, first: BatchState) -> BatchState:
   """Writes the state of the first slots back to the state of all slots."""
 
   def put(x: Array, part: Array) -> Array:
-    if x.shape == part.shape:  # A field in OF_ALL_SLOTS, since arrays with a slot axis differ.
+    # True for fields in OF_ALL_SLOTS: the shapes of the other fields differ.
+    if x.shape == part.shape:
       return part
     return jax.lax.dynamic_update_slice_in_dim(x, part, 0, 0)
 

@@ -57,7 +57,7 @@ class SamplingMethod:
 
 
 class TokenMethod(SamplingMethod):
-  """A method that samples tokens itself.
+  """A method that samples tokens, unlike a mixture, which only chooses methods.
 
   The rows of a batch may use different methods. So the program computes the tokens of all methods,
   and each row takes the token of its method.

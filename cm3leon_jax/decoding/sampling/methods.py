@@ -49,8 +49,8 @@ def choose_methods(
   """Chooses the token method of every sample of each prompt.
 
   A prompt with one stream uses top-p if the chosen method needs an unconditional stream. `seeds`
-  and `streams` have one element per prompt. `streams` are numbers of streams, and `samples` is the
-  number of samples per prompt.
+  and `streams` have one element per prompt. `streams` has the number of streams of each prompt, and
+  `samples` is the number of samples per prompt.
   """
   members = METHODS[name].members
 

@@ -82,7 +82,7 @@ class RowSettings(NamedTuple):
 
 
 def uses_of(methods: Sequence[TokenMethod]) -> dict[str, Bool[np.ndarray, " B"]]:
-  """Returns the mask of the rows that use each method in OTHERS. Row i uses `methods[i]`."""
+  """Returns, for each method in OTHERS, a mask of the rows that use it. Row i uses `methods[i]`."""
   return {other.name: np.array([other is method for method in methods], bool) for other in OTHERS}
 
 

@@ -32,7 +32,7 @@ class TopPMethod(TokenMethod):
   temperature = "temperature"
 
   def compiled(self, config: SamplingConfig) -> tuple[int, int]:
-    """Returns (C if only image codes are sampled, C if texts may be sampled, too)."""
+    """Returns (C if only image codes are sampled, C if texts may also be sampled)."""
     both = config.top_k, config.text_top_k
     return config.top_k, 0 if 0 in both else max(both)  # 0 keeps all candidates.
 

@@ -1,4 +1,4 @@
-"""Grades answers to held-out instructions, by a model or by a baseline, with a world's judge."""
+"""Grades answers of a model or a baseline to held-out instructions, with a world's judge."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -68,9 +68,9 @@ def without_model(
   """Judges answers that need no model: baselines that a model should beat, and an upper bound.
 
   Returns:
-    Title -> judged answers. Questions have the `guesses` of the world. Tasks that answer with an
-    image have "copy", the given image unchanged, if an image is given, and "tokenizer", the true
-    image as the image tokenizer reconstructs it. No model can beat "tokenizer".
+    Title -> judged answers. Tasks that answer questions have the `guesses` of the world. Tasks that
+    answer with an image have "copy", the unchanged input image (if there is one), and "tokenizer",
+    the true image as the image tokenizer reconstructs it. No model can beat "tokenizer".
   """
   if task.target in records[0].texts:
     guesses = world.guesses(records).items()
@@ -87,7 +87,7 @@ def without_model(
 
 
 def summarize(answers: Sequence[Answer], num_resamples: int, seed: int) -> dict:
-  """Computes the share of right answers, with a 95% interval over groups of records.
+  """Computes the share of correct answers, with a 95% confidence interval over groups of records.
 
   Returns {"answers": count, "right": {share, low, high, groups, effective_groups}}. If the answers
   are images in which parts had to stay unchanged, "kept" is added, with the same fields as "right".
@@ -107,7 +107,7 @@ def _share(values: Sequence, answers: Sequence[Answer], num_resamples: int, seed
 
 
 def gain(after: Sequence[Answer], before: Sequence[Answer], num_resamples: int, seed: int) -> dict:
-  """Computes the share of right answers in `after` minus the share of right answers in `before`.
+  """Computes the share of correct answers in `after` minus the share in `before`.
 
   Both sequences must answer the same records. Returns {share, low, high, groups, effective_groups}.
   """
@@ -125,7 +125,7 @@ def means(
     kinds: name of a kind, such as "edits" -> names of the tasks of this kind.
 
   Returns:
-    {"edits": {title: mean share of right answers}, "edits, kept": {title: mean share of "kept"}},
+    {"edits": {title: mean share of correct answers}, "edits, kept": {title: mean share of "kept"}},
     for the titles that all tasks of the kind have. "edits, kept" is present only if all tasks of
     the kind have "kept".
   """

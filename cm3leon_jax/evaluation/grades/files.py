@@ -61,7 +61,8 @@ def write(
 def choose(answers: Sequence[Answer], seed: int) -> list[tuple[str, list[int]]]:
   """Chooses random answers, and the wrong answers with the highest `score`, as examples.
 
-  Returns (title, indices into `answers`) for both kinds. No index occurs twice.
+  Returns (title, indices into `answers`) for the random and for the wrong examples. No index occurs
+  twice.
   """
   order = np.random.default_rng(seed).permutation(len(answers)).tolist()
   chosen = order[:EXAMPLES]
@@ -71,7 +72,7 @@ def choose(answers: Sequence[Answer], seed: int) -> list[tuple[str, list[int]]]:
 
 
 def _line(folder: epath.Path, task: str, title: str, i: int, answer: Answer, shown: bool) -> dict:
-  """Returns the line of an answer in answers.jsonl. If `shown`, it also writes its images."""
+  """Returns the line of an answer in answers.jsonl. If `shown`, also writes the answer's images."""
   is_text = isinstance(answer.answer, str)
   line: dict[str, Any] = {
     "task": task,
@@ -97,7 +98,7 @@ def _line(folder: epath.Path, task: str, title: str, i: int, answer: Answer, sho
 
 
 def describe(result: dict) -> str:
-  """Formats the shares of all tasks as text."""
+  """Formats the shares of correct answers of all tasks as text."""
   titles = [t for t in TITLES if any(t in table for table in result["tasks"].values())]
   lines = [f"{'':<16}" + "".join(f"{title:<24}" for title in titles).rstrip()]
   for task, table in result["tasks"].items():

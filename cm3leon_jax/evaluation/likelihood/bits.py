@@ -1,4 +1,4 @@
-"""Measures bits per image code and text token of held-out documents, with and without neighbors."""
+"""Measures the loss of held-out documents, in bits, with and without neighbors."""
 
 # T tokens, C stored candidates of a document, n documents.
 
@@ -30,7 +30,7 @@ ROW_MULTIPLE = 64  # Rows are padded to a multiple of this, so that few shapes a
 
 
 def check_batch(config: EvaluationConfig) -> None:
-  """Raises UserError if the current mesh cannot split `config.batch_size` rows."""
+  """Raises UserError unless `config.batch_size` rows divide evenly over the current mesh."""
   parts = batch_shards()
   if config.batch_size % parts:
     raise UserError(
@@ -40,7 +40,7 @@ def check_batch(config: EvaluationConfig) -> None:
 
 
 def unigram_bits(counts: npt.ArrayLike) -> np.ndarray:
-  """Computes the bits of each symbol under the add-one smoothed frequencies of `counts`.
+  """Computes -log2 p of each symbol, where p are the add-one smoothed frequencies of `counts`.
 
     counts = [3, 0, 1]: probabilities 4/7, 1/7, 2/7, so bits = [0.807, 2.807, 1.807]
 
@@ -51,10 +51,10 @@ def unigram_bits(counts: npt.ArrayLike) -> np.ndarray:
 
 
 def unigram_table(store: Bank | DocumentStore, vocab: VocabLayout) -> np.ndarray:
-  """Computes the bits of every id under a unigram model of image codes and a unigram model of text.
+  """Computes -log2 p of every id under two unigram models: one of image codes, one of text.
 
   `store` has the training documents. Only its token counts are read. The result is [vocab.size]
-  float64. Special tokens are in neither model, so their bits are NaN.
+  float64. Special tokens are in neither model, so their values are NaN.
   """
   counts = store.token_counts
   text, image = slice(vocab.num_special, vocab.text_size), slice(vocab.text_size, vocab.size)
@@ -82,7 +82,7 @@ def partners(concepts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
 
 
 def fit_neighbors(document: Document, neighbors: Iterable[Document], length: int) -> list[Document]:
-  """Returns the first of `neighbors` that fit before `document` in a row of `length` slots.
+  """Returns as many of the first `neighbors` as fit before `document` in a row of `length` slots.
 
   `neighbors` are sorted, best first. A sample of T tokens takes T - 1 slots.
 
@@ -191,8 +191,8 @@ def _samples(
   concepts = [str(store.concepts[j] or f"document {j}") for j in chosen]
   if len(set(concepts)) < 2:
     raise UserError(
-      f"the documents chosen from {store.folder} ({len(chosen)}) show fewer than two concepts, "
-      "which an interval needs: hold out more concepts."
+      f"the documents chosen from {store.folder} ({len(chosen)}) show fewer than two concepts, but "
+      "a confidence interval needs at least two: hold out more concepts."
     )
   candidates = [[int(i) for i in neighbor_ids[j] if i >= 0][: data.num_neighbors] for j in chosen]
   partner = partners(concepts, rng)
@@ -225,7 +225,7 @@ def evaluate(
   config: EvaluationConfig,
   seed: int,
 ) -> dict[str, Any]:
-  """Measures the bits of held-out pairs by causal prediction, without masked spans or dropout.
+  """Measures the loss of held-out pairs in bits, by causal prediction without spans or dropout.
 
   Only targets of the document itself count (`own_targets`). There are three conditions:
   - `true`: the document follows its own neighbors.
@@ -287,7 +287,7 @@ def _score_conditions(
     def score(rows: list[np.ndarray]) -> list[np.ndarray]:
       return score_samples(params, model_config, rows, vocab, batch_size, bar.update)
 
-    # One call scores both conditions with neighbors, so that one program is compiled for them.
+    # One call scores both conditions that have neighbors, so that one program is compiled for them.
     together = score(samples["true"] + samples["shuffled"])
     return {"true": together[:n], "shuffled": together[n:], "none": score(samples["none"])}
 

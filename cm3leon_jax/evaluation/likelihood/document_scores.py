@@ -1,4 +1,6 @@
-"""Scores documents token by token: log-probabilities, sums by modality, perplexity with intervals.
+"""Scores documents token by token: log-probabilities, sums by modality, perplexity.
+
+Sums and perplexity have confidence intervals.
 
 Documents are scored in parts, and each part is a file. Therefore a command that was killed can
 continue after the last finished part, and memory does not grow with the number of documents.
@@ -33,13 +35,14 @@ from cm3leon_jax.vocab import VocabLayout
 SCORES, SUMMARY, PARTS = "scores.jsonl", "summary.json", "parts"
 PART = 256  # Number of documents per part.
 MODALITIES = ("text", "image", "special")  # "special": <break> and the </s> at the end.
-MAX_GROUPS = 10_000  # Largest number of groups of an interval. If there are more, some are merged.
+# Largest number of groups for a confidence interval. If there are more, some are merged.
+MAX_GROUPS = 10_000
 DIGITS = 6  # Number of decimals with which log-probabilities are written.
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-  """Finds up to `count` neighbors of a pair by its text, as at inference. Excludes the pair."""
+  """Finds up to `count` neighbors of a pair by its text, as at inference. Excludes this pair."""
 
   count: int
   retriever: Retriever
@@ -79,7 +82,7 @@ class Scorer:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
     positions: number of slots of a row in training.
     batch_size: rows in a batch, see `bits.check_batch`.
-    find: returns the neighbors of each document, best first. None: documents have no neighbors.
+    find: returns the neighbors of each document, best first. None if documents have no neighbors.
   """
 
   params: dict
@@ -196,8 +199,8 @@ def run(
 
   All processes of a job must call this function. The first process writes the files. Until all
   parts are done, they are in parts/ in `folder`. A part has `part` documents. `checked` is the
-  result of `documents.check`. `num_resamples` and `seed` are for the intervals. Returns the
-  summary, see `Totals.summary`.
+  result of `documents.check`. `num_resamples` and `seed` are for the confidence intervals. Returns
+  the summary, see `Totals.summary`.
   """
   folder = epath.Path(folder)
   count = -(-checked.documents // part)
@@ -253,7 +256,7 @@ class Totals:
     self.log_probs = {name: np.zeros(most) for name in MODALITIES}
 
   def row(self, name: str) -> int:
-    """Returns the row of a group."""
+    """Returns the index of the row to which the sums of a group are added."""
     group = group_id(name)
     if group not in self.rows and len(self.rows) == self.most:
       return group % self.most

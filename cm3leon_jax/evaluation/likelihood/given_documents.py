@@ -163,7 +163,7 @@ class DocumentFile:
 
 @dataclasses.dataclass(frozen=True)
 class StoredDocuments:
-  """Documents of a store, which the stage with the id `made` wrote."""
+  """Documents of a store, written by the `encode_documents` stage with the id `made`."""
 
   store: DocumentStore
   layout: PromptLayout
@@ -178,7 +178,7 @@ class StoredDocuments:
     """
     store, pairs = self.store, 0
     if not len(store):
-      raise UserError(f"--documents names {store.folder}, which holds no documents.")
+      raise UserError(f"--documents names {store.folder}, which contains no documents.")
     for start in range(0, len(store), BLOCK):
       offsets = np.asarray(store.offsets[start : start + BLOCK + 1])
       segments = slice(offsets[0], offsets[-1])
@@ -225,8 +225,8 @@ def open_documents(
   done = path.parent / stages.DONE
   if not (path / INDEX).exists() or not done.exists():
     raise UserError(
-      f"--documents names the folder {path}, which is not a store of a finished "
-      "`cm3leon encode_documents`: give a JSONL file, or a folder such as "
+      f"--documents names the folder {path}, which no finished "
+      "`cm3leon encode_documents` has written: give a JSONL file, or a folder such as "
       "workdir/documents/heldout_pairs."
     )
   made = read_json(done, {"config": dict, "id": str})

@@ -22,7 +22,7 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 PERIOD = re.compile(r"\.(?!\d)")
 MAX_PERIODS = 32
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# The table of the official code, except upper-case keys. The official code can never match them.
+# The table of the official VQA code, without the upper-case keys, which that code never matches.
 CONTRACTIONS = (
   "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't"
   " haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't"
@@ -42,7 +42,7 @@ SPELLINGS = {
   for word in CONTRACTIONS.split()
   for i, char in enumerate(word)
   if char == "'"
-} | {"somebody'd": "somebodyd"}  # The official table has this spelling.
+} | {"somebody'd": "somebodyd"}  # This spelling is from the official table.
 
 
 def normalize(answer: str) -> str:
@@ -52,7 +52,7 @@ def normalize(answer: str) -> str:
 
   In this order:
   1. Line breaks and tabs become spaces. Spaces at both ends are removed.
-  2. If a sign of `PUNCTUATION` is next to a space once, or if the answer has a comma between
+  2. If a sign of `PUNCTUATION` is next to a space anywhere, or if the answer has a comma between
      digits, all occurrences of the sign are removed. Otherwise they become spaces. Examples:
      "1,000-2,000" becomes "10002000", "black/white" becomes "black white", and "yes / no-one"
      becomes "yes no one".

@@ -116,7 +116,7 @@ def cider(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]
 
 
 def _similarity(candidate: list[dict], reference: list[dict]) -> float:
-  """Averages a cosine over n-gram orders. Weights of the candidate are clipped to the reference."""
+  """Averages the cosine over n-gram orders. Clips weights of the candidate to the reference's."""
   cosines = []
   for own, other in zip(candidate, reference):
     product = sum(

@@ -1,9 +1,9 @@
 """Compares how often two sets of images use each image code.
 
-The frequencies ignore arrangement: the distance between an image and its shuffled codes is 0. The
-distances of this module detect a model that uses codes (colors, textures, flat areas) too often or
-never, but they do not detect wrong shapes. The distances need no extractor. Their values depend on
-the image tokenizer.
+The frequencies ignore the arrangement of codes: the distance between an image and its shuffled
+codes is 0. The distances of this module detect a model that uses codes (colors, textures, flat
+areas) too often or never, but they do not detect wrong shapes. The distances need no extractor.
+Their values depend on the image tokenizer.
 """
 
 # C number of codes in the codebook of the tokenizer.

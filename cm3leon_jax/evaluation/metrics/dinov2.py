@@ -75,11 +75,11 @@ def _read_model(folder: epath.Path, dtype: Any) -> Any:
     local_files_only=True,
     use_safetensors=True,
     dtype=dtype,
-    ignore_mismatched_sizes=True,  # The checks below raise an error that names the tensor.
+    ignore_mismatched_sizes=True,  # The checks below report mismatches.
     output_loading_info=True,
   )
   path = folder / WEIGHTS
-  # These are the tensor names of the loaded model. The file has other names.
+  # These names are from the loaded model. The names in the file differ.
   if wrong := sorted(info["mismatched_keys"]):
     name, found, expected = wrong[0]
     raise UserError(
