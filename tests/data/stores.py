@@ -14,7 +14,7 @@ IMAGE_TOKENS = 16
 
 
 def make_sources(folder, num_pairs=50, num_texts=30, text_share=0.3, seed=0) -> list[RowSource]:
-  """Makes pairs with 4 random candidates each, and texts of up to 300 tokens."""
+  """Makes pairs with 4 random candidate neighbors each, and texts of up to 300 tokens."""
   rng = np.random.default_rng(seed)
 
   def text(n):
@@ -41,7 +41,7 @@ def make_sources(folder, num_pairs=50, num_texts=30, text_share=0.3, seed=0) -> 
 
 
 def make_instructions(folder, count=30, seed=0) -> list[RowSource]:
-  """Makes two tasks, each with half of the tokens: answers within a text, and edits of an image."""
+  """Makes two tasks with equal shares: answers inside a text, and edits of an image."""
   rng = np.random.default_rng(seed)
 
   def text(n):
