@@ -68,7 +68,7 @@ def make_instructions(folder, count=30, seed=0) -> list[RowSource]:
 
 
 def damage_record(path, record: int) -> None:
-  """Flips a bit of a shard so that only one record cannot be read."""
+  """Flips one bit of a shard so that exactly the record `record` becomes unreadable."""
   whole = path.read_bytes()
 
   def unreadable(i: int) -> bool:
@@ -83,7 +83,7 @@ def damage_record(path, record: int) -> None:
     path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
     if unreadable(record) and not any(unreadable(i) for i in range(count) if i != record):
       return
-  raise AssertionError(f"no bit of {path} belongs only to record {record}")
+  raise AssertionError(f"no bit of {path} damages only record {record}")
 
 
 def make_plan(sources, seed=0, **fields) -> RowPlan:

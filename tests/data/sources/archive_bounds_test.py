@@ -28,8 +28,8 @@ from tests.messages import refused
 
 MIB = 2**20
 LONG = 100 * MIB
-# Program that reads a source. Prints the memory that this took, in MiB, the number of items, and the
-# kinds of items: "right" or the reason of a rejection.
+# Program that reads a source. Prints the memory that this took, in MiB, the number of items, and
+# the kinds of items: "right" or the reason of a rejection.
 READ = """
 import pathlib, resource, sys
 from cm3leon_jax.data.sources import formats as sources
