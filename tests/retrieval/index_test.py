@@ -14,7 +14,7 @@ def unit(values):
 
 @pytest.fixture(scope="module")
 def clustered():
-  """Returns 2,000 vectors in 40 clusters, and 100 queries near some vectors."""
+  """Returns 2,000 vectors in 40 clusters, and 100 queries near some of the vectors."""
   rng = np.random.default_rng(0)
   centers = rng.normal(size=(40, 32))
   vectors = unit(centers[rng.integers(0, 40, 2_000)] + 0.7 * rng.normal(size=(2_000, 32)))
