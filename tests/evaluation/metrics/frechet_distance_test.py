@@ -198,7 +198,7 @@ def coverage(num_groups, width, is_equal=False, simulations=200, resamples=60, w
   """Returns, for several kinds of intervals, the share that contains the expected distance.
 
   `not_corrected` (negative control) keeps the bias. `limit` compares the interval without its bias
-    with the distance of 20,000 groups. `of_rows` (negative control) treats each row as a group.
+  with the distance of 20,000 groups. `of_rows` (negative control) treats each row as a group.
   """
   rng = np.random.default_rng(0)
 
