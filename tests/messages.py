@@ -30,7 +30,7 @@ from cm3leon_jax.config import UserError
 ROOT = pathlib.Path(__file__).parents[1]
 NAME = "messages.json"
 HEX = re.compile(r"(?<![\w])(?=\d*[a-f])[0-9a-f]{12,}(?!\w)")
-ATTRIBUTE = "messages"  # Name of the messages in the output of an xdist worker.
+ATTRIBUTE = "messages"  # Key of the messages in the output of an xdist worker.
 
 
 @dataclasses.dataclass

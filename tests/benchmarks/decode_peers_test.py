@@ -45,7 +45,7 @@ def prompts():
 
 
 def uncached(folder, prompt, guidance):
-  """Decodes greedily without a cache; returns ids [I] and the smallest lead of a top logit."""
+  """Decodes greedily without a cache; returns ids [I] and the smallest gap of the top 2 logits."""
   import torch
   import transformers
 

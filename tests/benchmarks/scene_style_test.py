@@ -80,7 +80,7 @@ def test_a_filled_object_is_not_recognized_as_another_one():
 
 
 def test_known_codes_and_drawings_in_literals():
-  """A drawing fills a quarter of an image. 1 2 3 4 is known; 1 2 3 0 is new, its codes are not."""
+  """A drawing is an image quarter. 1 2 3 4 is known; 1 2 3 0 is new, but its codes are known."""
   trained = np.array([[1, 2, 0, 0, 3, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]])
   image = np.array([[0, 0, 1, 2, 0, 0, 3, 4, 1, 2, 0, 0, 3, 0, 0, 9]])
   assert scene_style.cells_of(trained)[0].tolist() == [[1, 2, 3, 4], [0] * 4, [0] * 4, [0] * 4]

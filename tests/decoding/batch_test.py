@@ -83,7 +83,7 @@ def test_tokens_at_other_positions_are_not_shared():
 
 
 def test_positions_of_a_prompt_are_those_of_training():
-  """Before a hole or an image to generate, positions are those in the finished sample."""
+  """Before codes, a prompt has the positions of the finished sample; before text, they continue."""
   caption, neighbor = np.array([20, 21, 22]), ([30], CODES)
   image = request.text_to_image(VOCAB, IMAGE, caption, [neighbor])
   hole = request.infill(VOCAB, IMAGE, [(caption,), (request.Hole(codes=2), CODES[2:])], [neighbor])
@@ -168,7 +168,7 @@ def test_equal_prompts_are_read_once():
 
 
 def test_a_stream_of_short_prompts_needs_few_entries():
-  """Given two streams with short prompts in one of them, that stream needs few cache entries."""
+  """A stream of short prompts needs few cache entries. A shared prefix needs all of its entries."""
   short, other = [7, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9]
   made = plain_arrays([other, short, other[:6], short])
   assert made.prefixes is not None

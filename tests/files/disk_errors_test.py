@@ -59,7 +59,7 @@ def circle() -> Exception:
 
 
 def test_errors_that_led_to_one_another_come_once():
-  """Given two errors that cause each other, as after Orbax lacks a permission, lists each once."""
+  """Lists two errors that cause each other only once; Orbax raises them without permissions."""
   assert [str(error) for error in causes(circle())] == ["first", "second"]
   assert not is_full(circle())
 

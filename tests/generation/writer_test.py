@@ -65,7 +65,7 @@ def every_task(workdir, clip, image_file, tmp_path_factory):
     make_task(cls.name, fields[cls.name], seed=i, row=i, sampling=SAMPLING)
     for i, cls in enumerate(TASKS)
   ]
-  # Computing logits of all ids, not only of image codes, compiles fewer programs.
+  # Without a separate head for image codes, programs compile faster.
   records = generate(folder, workdir, tasks, clip, image_head=False)
   return folder, {line["task"]: line for line in records}
 

@@ -59,7 +59,7 @@ def build(root, out="out", config=CONFIG, runner=Runner(), dropout=0.2):  # noqa
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-  """Returns the summary, and a folder with raw/ and out/."""
+  """Returns a folder with raw/ and out/, and the summary of the stage."""
   root = tmp_path_factory.mktemp("bank")
   make_raw(root / "raw")
   return root, build(root)

@@ -26,7 +26,7 @@ def some_scenes(category, number):
 
 
 def overlaps(icons):
-  """Returns the intersection over union of each two icons, [N, N] with 0 on the diagonal."""
+  """Returns the intersection over union of each pair of icons, [N, N] with 0 on the diagonal."""
   ink = np.stack([drawings.alpha(icon) for icon in icons]).reshape(len(icons), -1)
   ink = ink.astype(np.float32) / 255
   found = np.zeros((len(icons), len(icons)), np.float32)

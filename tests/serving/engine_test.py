@@ -197,7 +197,7 @@ def job(task, count=1):
 
 
 def test_jobs_that_wait_are_prepared_together(engine, monkeypatch):
-  """The engine prepares as many waiting jobs at once as it has slots, even if one slot is free."""
+  """Prepares as many waiting jobs at once as there are slots, even if only one slot is free."""
   sizes, opens = [], engine_module.open_jobs
 
   def open_jobs(pipeline, jobs, decoded):

@@ -70,7 +70,7 @@ def test_a_line_without_end_is_named(tmp_path, monkeypatch):
 
 
 def test_the_lines_before_a_wrong_one_are_read(tmp_path):
-  """Reads the records one at a time: the lines before the wrong line give records."""
+  """Reads records one at a time, so the lines before a wrong line give records."""
   (tmp_path / "train.jsonl").write_text(json.dumps(RIGHT) + "\n[]\n")
   records = open_records("jsonl", tmp_path, "train")
   assert next(records).key == "1"

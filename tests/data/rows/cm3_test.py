@@ -145,7 +145,7 @@ def test_a_free_span_is_where_two_uniform_points_cover_most_of_a_segment():
 
 
 def test_several_tries_find_the_spans_that_are_wanted():
-  """Draws of 3 spans have nine candidates, which usually suffice; three would seldom suffice."""
+  """A draw of 3 spans has nine candidates, which usually suffice; three would seldom suffice."""
   draws = [cm3.sample_spans([40, 50], 3, False, np.random.default_rng(seed)) for seed in range(500)]
   assert 0.55 < np.mean([len(spans) == 3 for spans in draws]) < 0.75
 

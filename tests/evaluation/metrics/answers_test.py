@@ -26,7 +26,7 @@ ANSWERS = st.lists(st.sampled_from(["yes", "no", "2", "Two", "a cat.", "cat"]), 
     ("red\n\nball   x", "red ball x"),
     ("yes-\tno-one", "yes noone"),  # A tab counts as a space in the rules below.
     ("re?ally? ", "re ally"),  # A space at the end does not count.
-    # Case.
+    # Upper case.
     ("YES", "yes"),
     # A punctuation mark inside a word becomes a space.
     ("black/white", "black white"),

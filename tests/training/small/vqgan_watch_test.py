@@ -196,7 +196,7 @@ def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
   """Covers averaged parameters, the adaptive discriminator weight and all pixel losses.
 
   Kernels, codebook, and their moments and averages are sharded over the devices. The codebook is
-  small: of many codes, two would be almost equally near to some encoding, and rounding would decide.
+  small: of many codes, two may be almost equally near to an encoding, and rounding would decide.
   """
   monkeypatch.setattr(trainer, "LOG_EVERY", 1)
   monkeypatch.setattr(trainer, "SPLIT_FROM", 128)

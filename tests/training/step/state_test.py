@@ -21,7 +21,7 @@ from tests.models.tiny import CONFIG, mesh_of, model_logits, random_params
 
 OPTIMIZER = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 10)
 MUON = create_optimizer(OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=2), 10)
-B, L, S = 8, 16, 5  # Number of sources; the last has no targets.
+B, L, S = 8, 16, 5  # S is the number of sources; the last has no targets.
 
 
 def make_batch(seed=0):

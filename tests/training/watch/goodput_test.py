@@ -63,7 +63,7 @@ def test_compiling_counts_as_such_wherever_it_happens():
 
 
 def test_a_trace_within_a_trace_counts_once(watch, clock):
-  """Ends and durations: inner trace 11 s, 0.2 s; outer trace 11.5 s, 0.9 s; another 13 s, 0.3 s."""
+  """Traces (end, duration): inner (11 s, 0.2 s), outer (11.5 s, 0.9 s), another (13 s, 0.3 s)."""
   for clock.now, duration in ((11.0, 0.2), (11.5, 0.9), (13.0, 0.3)):
     jax.monitoring.record_event_duration_secs("/jax/core/compile/jaxpr_trace_duration", duration)
   assert watch.seconds()["compile"] == pytest.approx(1.2)
