@@ -1,4 +1,4 @@
-"""Lets tools that look for setup.py build the package; all metadata is in pyproject.toml."""
+"""Supports tools that look for setup.py. All metadata is in pyproject.toml."""
 
 import setuptools
 

@@ -1,1 +1,1 @@
-"""Entry points of the commands in a checkout, one file per command, and scripts that run them."""
+"""Runs the commands from a checkout: one module per command, and scripts for clusters."""

@@ -1,1 +1,1 @@
-"""Makes this folder the package `tests`, because torch-fidelity installs a package `tests`, too."""
+"""Makes this folder a package, because torch-fidelity also installs a package named `tests`."""

@@ -1,4 +1,4 @@
-"""Tests that importing the package is cheap, and that JAX falls back to the CPU."""
+"""Tests that importing the package is fast, and that JAX falls back to the CPU."""
 
 import os
 import pathlib

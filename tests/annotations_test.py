@@ -1,4 +1,4 @@
-"""Tests that shapes and dtypes in signatures are checked in every test, see `conftest.py`."""
+"""Tests that every test checks the shapes and dtypes in signatures, see `conftest.py`."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Tests that a mistake in the arguments of a Python call raises an error with one sentence."""
+"""Tests that a wrong argument of a Python call raises an error with a one-sentence message."""
 
 import numpy as np
 from PIL import Image

@@ -63,7 +63,7 @@ def model(run):
 
 @pytest.fixture
 def compiled():
-  """Returns a list to which the name of each program compiled in this test is appended."""
+  """Returns a list that collects the names of the programs that JAX compiles during a test."""
   found = []
 
   def note(event, seconds, **about):

@@ -1,6 +1,6 @@
-"""Serves fake GCS buckets on this machine, with the parts of the JSON API that our libraries use.
+"""Serves fake GCS buckets on localhost, with the parts of the JSON API that our libraries use.
 
-Its clients are gcsfs, TensorStore, google-cloud-storage and the C++ client of ArrayRecord. Tests
+The clients are gcsfs, TensorStore, google-cloud-storage and the C++ client of ArrayRecord. Tests
 make the server answer slowly, with errors, or not at all.
 """
 
@@ -19,13 +19,13 @@ OBJECT = re.compile(r"^(?:/download)?(?:/storage/v1)?/b/([^/]+)/o/(.+)$")
 
 
 class Server:
-  """Serves GCS buckets from memory. A bucket exists while it holds an object.
+  """Serves GCS buckets from memory. A bucket exists as long as it contains an object.
 
   Attributes:
     objects: stored objects, (bucket, name) -> (content, generation).
-    requests: (method, path with its query) of each request.
+    requests: (method, path and query) of each request.
     fault: called with the method and the path before a request is answered. It may wait, or return
-      the status of the answer.
+      the status code of the response.
   """
 
   def __init__(self):
@@ -44,10 +44,11 @@ class Server:
     self._http.server_close()
 
   def environment(self) -> dict[str, str]:
-    """Returns environment variables that make the libraries of a process use this server."""
+    """Returns environment variables that direct a process's client libraries to this server."""
     return {
       "STORAGE_EMULATOR_HOST": self.url,
-      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # Else gcsfs would ask Google for the kind.
+      # Otherwise gcsfs asks Google for the kind of bucket.
+      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
       "GOOGLE_CLOUD_PROJECT": "tests",
       "TENSORSTORE_GCS_HTTP_URL": self.url,
       "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
@@ -56,7 +57,7 @@ class Server:
     }
 
   def files(self, prefix: str) -> dict[str, bytes]:
-    """Returns name -> content of the objects below `prefix`, such as `bucket/folder/`."""
+    """Returns the objects below `prefix`, such as `bucket/folder/`, as name -> content."""
     return {
       f"{bucket}/{name}".removeprefix(prefix): content
       for (bucket, name), (content, _) in sorted(self.objects.items())
@@ -111,7 +112,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
   protocol_version = "HTTP/1.1"
 
   def __init__(self, buckets: Server, *connection):
-    self.buckets = buckets  # This must be first, because `super().__init__` handles the connection.
+    # Must be first, because `super().__init__` handles the whole connection.
+    self.buckets = buckets
     super().__init__(*connection)
 
   def log_message(self, *_):
@@ -158,7 +160,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self.answer(200, self.buckets.list(found[1], query))
     elif (found := re.match(r"^/storage/v1/b/([^/]+)$", url.path)) and has(found[1]):
       self.answer(200, {"kind": "storage#bucket", "id": found[1], "name": found[1]})
-    elif found := re.match(r"^/([^/]+)/(.+)$", url.path):  # The C++ client uses this API.
+    # The C++ client of ArrayRecord uses this API.
+    elif found := re.match(r"^/([^/]+)/(.+)$", url.path):
       self.object(found[1], found[2], {**query, "alt": "media"})
     else:
       self.refuse(404)

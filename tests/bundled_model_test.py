@@ -24,7 +24,7 @@ def model():
 
 
 def heldout(reason):
-  """Returns 32 pairs of scenes that are held out for the reason `reason`."""
+  """Returns 32 scene pairs that are held out for the reason `reason`."""
   pairs = [source.pair(ScenesConfig(rare_objects=1_550), "heldout", i) for i in range(300)]
   pairs = [pair for pair in pairs if pair.facts["heldout"] == reason]
   assert len(pairs) >= 32
@@ -84,7 +84,7 @@ def test_its_images_show_what_captions_of_new_scenes_say(model):
   facts = [pair.facts for pair in pairs]
   samples = model.generate([pair.caption for pair in pairs], seed=0)
   assert right(samples, facts) >= 0.85
-  # Negative control: the image is judged by the next caption, which fits only if it is vague.
+  # Negative control: the judge checks each image against the next caption, which seldom fits.
   assert right(samples, facts[1:] + facts[:1]) <= 0.1
 
 
@@ -139,7 +139,7 @@ def test_the_tuned_one_answers_questions_about_new_scenes(tuned):
     return np.mean([scene_answers.is_right(*pair) for pair in zip(records, answers)])
 
   assert share_of_right(records) >= 0.8
-  # Negative control: the answers belong to the questions of another task.
+  # Negative control: each answer is checked against a question of another task.
   assert share_of_right(records[EACH:] + records[:EACH]) <= 0.1
 
 
@@ -156,7 +156,7 @@ def test_the_tuned_one_edits_new_scenes(tuned):
 
   assert share_of_right(after) >= 0.5
   assert share_of_right(before) == 0
-  # Generated images are decoded by the tokenizer.
+  # Replaces the input images by tokenizer reconstructions, because generated images come from it.
   tokenizer = tuned.pipeline.image_tokenizer
   drawn = list(tokenizer.decode(tokenizer.encode(np.stack(before))))
   edited = tuned.edit(drawn, [record.texts["instruction"] for record in records])

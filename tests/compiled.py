@@ -1,4 +1,4 @@
-"""Finds the folder of compiled programs without importing JAX, which conftest.py configures."""
+"""Finds the folder of the compilation cache without importing JAX, which conftest.py configures."""
 
 import hashlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Gives every test 8 CPU devices; makes implicit rank promotion and wrong annotations errors."""
+"""Gives every test 8 CPU devices; makes implicit rank promotion and wrong annotations raise."""
 
 import functools
 import gc
@@ -10,23 +10,23 @@ import re
 from tests import compiled
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests spend more time on compiling than on computing. Subprocesses inherit the variable;
-# tests/planning compiles for TPU without it.
+# Without optimizations, tests compile faster, which saves more time than slower computations cost.
+# Subprocesses inherit the variable; tests/planning removes it and compiles for TPU.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-# Otherwise XLA may start collectives in a different order on each device. With few cores they then
-# deadlock, and XLA ends the process after 40 s.
+# Otherwise XLA may start collectives in a different order on each device. With few CPU cores they
+# then deadlock, and XLA ends the process after 40 s.
 os.environ["XLA_FLAGS"] = (
   "--xla_force_host_platform_device_count=8"
   " --xla_cpu_enable_concurrency_optimized_scheduler=false"
   " --xla_cpu_collective_call_terminate_timeout_seconds=300"
-  # Compiling one program in several threads takes more processor time in total.
+  # Compiling one program in several threads takes more CPU time in total.
   " --xla_cpu_parallel_codegen_split_count=1"
-  # The newer fusion emitters take more than twice as long; jaxlib 0.12 has no others.
+  # The newer fusion emitters take more than twice as long. jaxlib 0.12 has only those.
   " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
 if platform.machine() == "x86_64":
-  # Newer instruction sets have fused multiply-add, with which two equivalent programs would differ
-  # in the last bit.
+  # Newer instruction sets have fused multiply-add, which makes equivalent programs differ in the
+  # last bit.
   os.environ["XLA_FLAGS"] += " --xla_cpu_max_isa=AVX"
 
 # Compiling takes most of the time, so later test runs reuse the compiled programs.
@@ -61,9 +61,9 @@ ORACLES = re.compile(r'importorskip\("(torch|transformers|diffusers|torchvision|
 
 @functools.cache
 def _group(path: pathlib.Path) -> str:
-  """Returns the group of a test file; a group runs in one process (--dist=loadgroup).
+  """Returns the group of a test file; each group runs in one process (--dist=loadgroup).
 
-  The tests of the server form one group, and so do the files that import torch, to save memory.
+  To save memory, the server tests form one group, and the files that import torch another.
   """
   root = pathlib.Path(__file__).parent
   if root / "serving" in path.parents:
@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def _short_waits():
-  """Shortens the waits of a job that takes a lease."""
+  """Shortens the waiting times of jobs that acquire a lease."""
   from cm3leon_jax.training.faults import lease
 
   with pytest.MonkeyPatch.context() as patch:
@@ -92,15 +92,15 @@ def _short_waits():
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_maps():
-  """Discards compiled programs after a test module if the process has many memory maps."""
+  """Clears compiled programs after a test module if the process has too many memory maps."""
   yield
   if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
     jax.clear_caches()
     gc.collect()
 
 
-# Reasons for which a test may be skipped: properties of a machine. A skip for another reason, such
-# as a missing package, would hide tests, so it fails the session.
+# Reasons for which a test may be skipped; each is a property of the machine. Any other skip, such
+# as for a missing package, fails the session, because it would hide tests.
 SKIPS = (
   "needs Linux",
   "needs systemd-analyze",
@@ -131,7 +131,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture
 def optimized():
-  """Makes XLA optimize the programs of a test, because its computations are long."""
+  """Lets XLA optimize the programs of a test whose computations are long."""
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", True)

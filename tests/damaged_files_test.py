@@ -1,4 +1,4 @@
-"""Tests that a message names damaged files of a workdir, and that reading a file runs no code."""
+"""Tests that messages name damaged files of a workdir, and that reading a file executes no code."""
 
 import ast
 import json
@@ -73,7 +73,7 @@ def run_shards(folder):
   return list(shards.run_shards(Job(), {"a": {"b": 1}}, folder, runner, "shards"))
 
 
-# File name -> function that reads the file, given its folder.
+# File name -> function that reads the file, given the folder.
 READERS = {
   "documents/done.json": lambda root: stages.require(root, "documents"),
   "raw/done.json": lambda root: stages.once(root / "raw", {"a": 1}).__enter__(),
@@ -137,13 +137,13 @@ def test_a_bad_line_within_the_log_is_named(line, sentence, tmp_path):
       read()
     assert f"metrics.jsonl, {sentence}" in str(error.value)
     assert "Delete this line" in str(error.value) or "delete this line" in str(error.value)
-  log.write_bytes(b"\n".join(LINES) + b"\n{")  # The last line is incomplete, as after a kill.
+  log.write_bytes(b"\n".join(LINES) + b"\n{")  # Ends with an incomplete line, as after a kill.
   assert len(read_json_lines(log)) == 3
 
 
 @pytest.mark.parametrize("junk", [*JUNK.values(), b'{"window": 2, "first_row": -1}'])
 def test_starts_of_windows_after_a_bad_line_are_planned_again(junk, tmp_path):
-  """Applies to a file without digests. If a file has digests, a message names the bad line."""
+  """Covers files without digests. With digests, a message names the bad line instead."""
   path, start = tmp_path / "plan.jsonl", Start(9, (4, 0), (70, 0))
   starts = WindowStarts(2, path, "x", writes=True)
   starts.add(1, start)
@@ -161,7 +161,7 @@ def test_starts_of_windows_after_a_bad_line_are_planned_again(junk, tmp_path):
 
 
 def test_stray_files_beside_digests_are_left_alone(tmp_path):
-  """Regression: stray files were mistaken for the digests of a step."""
+  """Regression: unrelated files were read as the digests of a step."""
   with one_device():
     state = {"w": jax.device_put(np.ones(2), NamedSharding(jax.sharding.get_mesh(), P()))}
     checkpoints = Checkpoints(tmp_path, 1)
@@ -218,14 +218,14 @@ def test_tensors_that_are_not_finite_are_refused_with_file_and_name(value, tmp_p
   assert set(published.read_tensors(path)) == {"a", "b.c"}
 
 
-# Modules and functions that run code of the files that they read.
+# Modules and functions that execute code from the files that they read.
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "code"}
 UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "pd.read_pickle"}
 PACKAGE = pathlib.Path(cm3leon_jax.__file__).parent
 
 
 def unsafe(source: str) -> list[str]:
-  """Returns imports and calls in `source` that could run code from the files they read."""
+  """Returns the imports and calls in `source` that could execute code from a file."""
   found = []
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Import):

@@ -123,7 +123,7 @@ def test_a_missing_cluster_is_a_user_error():
   assert f"UserError: {reason}" in result.stderr
 
 
-# A process that waits in native code runs its signal handlers only after the wait.
+# Program that blocks SIGTERM: a process that waits in native code runs no signal handlers.
 WAITS = """
 import signal, sys, time
 from cm3leon_jax import distributed
@@ -139,7 +139,7 @@ time.sleep(60)
 
 @pytest.mark.slow
 def test_processes_that_are_asked_to_stop_while_they_wait_all_end_with_its_code(tmp_path):
-  """Process 0 runs JAX's coordination service, so it must end last although it is asked first."""
+  """Process 0 hosts JAX's coordination service, so it must exit last; it is signaled first."""
   address, jobs, ready = f"localhost:{free_port()}", [], [tmp_path / "0", tmp_path / "1"]
   for i in range(2):
     command = [sys.executable, "-c", WAITS, address, str(i), str(ready[i])]
@@ -158,7 +158,8 @@ def test_processes_that_are_asked_to_stop_while_they_wait_all_end_with_its_code(
   assert [job.returncode for job in jobs] == [INTERRUPTED] * 2, found
 
 
-# The signal arrives just before the steps and stops them. Then the process runs past its own limit.
+# Program that receives the signal before its first step. The steps stop, and the process then takes
+# longer than its time limit.
 TAKEN_OVER = """
 import signal, sys, time
 import jax

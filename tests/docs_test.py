@@ -1,4 +1,4 @@
-"""Tests that the documentation builds and names only existing things; tests metadata files."""
+"""Tests that the documentation builds and mentions only names that exist; tests metadata files."""
 
 import collections
 import dataclasses
@@ -27,17 +27,17 @@ SOURCES = {
   for path in (ROOT / folder).rglob("*.*")
   if path.suffix in (".py", ".sh", ".sbatch", ".yaml", ".service", ".jinja")
 }
-EXAMPLES = {"path/own.py", "my_tuning.py"}  # Names that examples use for a user's files.
+EXAMPLES = {"path/own.py", "my_tuning.py"}  # Example names of a user's files.
 
 
 def flags_in(*files: str) -> set[str]:
-  """Returns the flags that `files`, relative to the root, define."""
+  """Returns the names of the flags that `files` define; paths are relative to the root."""
   pattern = r"(?:DEFINE_\w+|add_argument)\(\s*\"(?:--)?(\w+)\""
   return {"help", *(flag for file in files for flag in re.findall(pattern, SOURCES[ROOT / file]))}
 
 
 def unknown_names(text: str) -> list[str]:
-  """Returns names of commands, flags, config fields, files and module members that do not exist."""
+  """Returns the commands, flags, config fields, files and members in `text` that do not exist."""
   unknown = []
   text = text.replace("\\\n", " ").replace("\n$G", "\ncm3leon generate")
   text = text.replace("python -m launch.pod", "").replace("python -m launch.", "cm3leon ")
@@ -67,13 +67,15 @@ def unknown_names(text: str) -> list[str]:
     if path not in EXAMPLES and not any(str(p).endswith(f"/{path}") for p in SOURCES):
       unknown.append(path)
   modules = [p for p in SOURCES if p.is_relative_to(ROOT / "cm3leon_jax") and p.suffix == ".py"]
-  stems = collections.defaultdict(str)  # Modules in different folders share names.
+  # Name of a module -> source text; modules of several folders may share a name.
+  stems = collections.defaultdict(str)
   for path in modules:
     stems[path.stem] += SOURCES[path]
   package = "".join(stems.values())
   for module, name in itertools.chain(*(re.findall(r"^(\w+)\.(\w+)$", s) for s in inline)):
     exists = f"{module}.{name}" in FIELDS or re.search(rf"\b{name}\b", stems.get(module, name))
-    exists = exists or re.search(rf"\bdef {name}\b", package)  # `module` may be a variable.
+    # `module` may be a variable instead of a module.
+    exists = exists or re.search(rf"\bdef {name}\b", package)
     if name not in SUFFIXES and not exists:
       unknown.append(f"{module}.{name}")
   return unknown
@@ -89,7 +91,7 @@ def test_the_site_builds_without_warnings_and_renders_every_table_and_list(tmp_p
   for page in (ROOT / "docs").glob("*.md"):
     html = site / ("index.html" if page.stem == "index" else f"{page.stem}/index.html")
     paragraphs = re.findall(r"<p>(.*?)</p>", html.read_text(), re.DOTALL)
-    # Python-Markdown needs an empty line before a table or a list.
+    # A table or a list without an empty line before it renders as a paragraph.
     assert not [p[:200] for p in paragraphs if re.search(r"^(\| |- |\d\. )", p, re.MULTILINE)], page
 
 
@@ -106,7 +108,7 @@ def test_what_a_page_names_exists(page):
     assert not [line for line in prose.split("\n") if len(line) > 130]
 
 
-# Commands that work only in a checkout.
+# Commands that work only in a checkout of the repository.
 OF_A_CHECKOUT = re.compile(
   r"python\s-m\slaunch\.(?!pod)|\blaunch\.[a-z]+(?<!launch\.pod)\b`|=ml_configs/"
 )

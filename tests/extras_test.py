@@ -47,7 +47,7 @@ def test_the_metadata_names_every_package_of_an_extra():
 
 
 def canonical(requirement):
-  """Returns the name and the sorted bounds of a requirement."""
+  """Returns the name and the sorted version bounds of a requirement."""
   name, bounds = re.fullmatch(r"([\w.\[\]-]+)(.*)", requirement).groups()
   return name, tuple(sorted(bounds.split(",")))
 
@@ -67,7 +67,7 @@ def test_pages_and_docstrings_name_the_versions_of_the_extras():
 USES = re.compile(r"extras\.install\(['\"](\w+)['\"]\)")
 ON_AN_INDEX = re.compile(r"pip install (?:-\S+ )*['\"]?cm3leon_jax(?![\w.*-]*\.whl)")
 OF_A_CHECKOUT = re.compile(r"pip install -e")
-# Files that may describe an installation from a checkout.
+# Files that may explain how to install from a checkout.
 CHECKOUT = ("docs/installation.md", "cm3leon_jax/extras.py", "benchmarks/fuzz_records.py")
 
 

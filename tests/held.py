@@ -1,4 +1,4 @@
-"""Starts a process that holds the lease of a folder, like another job."""
+"""Starts a process that owns the lease of a folder, as another job would."""
 
 from collections.abc import Iterator
 import contextlib
@@ -19,7 +19,7 @@ with lease.Lease(sys.argv[1]):
 
 @contextlib.contextmanager
 def held(folder: os.PathLike) -> Iterator[subprocess.Popen]:
-  """Yields a process that holds the lease of a folder; it is killed at the end."""
+  """Yields a process that owns the lease of a folder, and kills it at the end."""
   environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
   command = [sys.executable, "-c", HOLD, folder]
   with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as other:

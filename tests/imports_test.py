@@ -1,4 +1,4 @@
-"""Tests names, import cycles, and the sizes of folders, files and functions.
+"""Tests module names, import cycles, and the sizes of folders, files and functions.
 
 `lint-imports` in pyproject.toml defines which package may import which.
 """
@@ -20,11 +20,11 @@ import pytest
 from cm3leon_jax import worlds
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "cm3leon_jax"
-SECTION = "cm3leon_jax.scenes.config"  # The settings import this module.
+SECTION = "cm3leon_jax.scenes.config"  # The settings may import this module.
 
 
 def names_a_world(source: str) -> bool:
-  """Returns whether a file imports a module from the folder of a world.
+  """Returns whether source text imports from the folder of a world.
 
   >>> names_a_world("from cm3leon_jax.scenes.judge import judge")
   True
@@ -66,10 +66,10 @@ MODULES = {
 
 
 def in_order(graph: grimp.ImportGraph) -> list[str]:
-  """Returns the modules, each after its imports. Raises CycleError if there is a cycle."""
+  """Returns all modules, each after those it imports. Raises CycleError if imports form a cycle."""
   imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
   for names in imports.values():
-    names.discard("cm3leon_jax")  # This module is imported only for its version.
+    names.discard("cm3leon_jax")  # Imported only to read its version.
   return list(graphlib.TopologicalSorter(imports).static_order())
 
 
@@ -82,7 +82,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_a_folder_has_at_most_15_files_of_its_own():
-  """The folder `commands` is exempt, because it has one file per command."""
+  """Exempts the folder `commands`, which has one file per command."""
   folders = {path.parent for path in MODULES.values()} - {PACKAGE / "commands"}
   sizes = {
     str(f.relative_to(PACKAGE)): len({*f.glob("*.py")} - {f / "__init__.py"}) for f in folders
@@ -116,7 +116,7 @@ def test_no_two_public_classes_have_one_name():
 
 
 def libraries() -> set[str]:
-  """Returns the import names of the project's dependencies."""
+  """Returns the import names of the packages that the project depends on."""
   project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
   extras = project["optional-dependencies"].values()
   needed = [*project["dependencies"], *itertools.chain(*extras)]

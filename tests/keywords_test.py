@@ -1,4 +1,4 @@
-"""Tests that types of keyword arguments match the fields, and that mypy rejects wrong keywords."""
+"""Tests that types of keyword arguments match the fields, and that mypy finds wrong keywords."""
 
 import pathlib
 import subprocess

@@ -1,6 +1,6 @@
-"""Runs commands as a user does, but in a fork of a process that has imported their libraries.
+"""Runs commands as a user does, but in forks of a process that has imported the libraries.
 
-Otherwise a command that refuses its flags would spend nearly all of its time on imports.
+Otherwise tests of rejected flags would spend nearly all of their time on imports.
 """
 
 import atexit
@@ -25,7 +25,7 @@ SERVER = "from tests.launched import serve; serve()"
 
 
 class Server:
-  """Process that has imported modules, and from which commands are forked."""
+  """Process with imported modules, which forks a process for each command."""
 
   running: ClassVar[list["Server"]] = []
 
@@ -37,7 +37,7 @@ class Server:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
-      start_new_session=True,  # With a separate group, `killpg` also ends the forked processes.
+      start_new_session=True,  # In a session of its own, `killpg` also kills the forks.
     )
     self.pid = self._process.pid
     self.running.append(self)
@@ -53,7 +53,7 @@ class Server:
     return int(self._process.stdout.readline())
 
   def close(self) -> None:
-    """Ends this process and its forks; the next command starts a new server."""
+    """Kills the server and its forks; the next command starts a new server."""
     server.cache_clear()
     self.running[:] = [other for other in self.running if other is not self]
     with contextlib.suppress(ProcessLookupError):
@@ -63,23 +63,23 @@ class Server:
 
 @functools.cache
 def server(imported: tuple[str, ...]) -> Server:
-  """Returns the server that has imported these modules."""
+  """Starts, or reuses, the server that has imported these modules."""
   return Server(imported)
 
 
 def run(
   module: str, argv: list[str], cwd=ROOT, missing=(), imported=(), timeout=300, **environment
 ):
-  """Runs a module as a program in a separate process; returns a CompletedProcess.
+  """Runs a module as the main program in a separate process; returns a CompletedProcess.
 
   Args:
     module: name of the module.
     argv: name of the program and its arguments.
-    cwd: current folder of the program.
-    missing: modules that seem not to be installed.
+    cwd: working directory of the program.
+    missing: modules that cannot be imported, as if they are not installed.
     imported: slow modules that are imported once, before the program starts.
-    timeout: in seconds.
-    **environment: variables that differ from the variables of this process. Variables that JAX
+    timeout: maximum run time in seconds.
+    **environment: environment variables to add or replace. Variables that JAX
       reads at import have no effect.
   """
   with tempfile.TemporaryDirectory() as folder:
@@ -107,17 +107,18 @@ def cm3leon(*flags: str, **options):
 
 
 def serve() -> None:
-  """Forks a process for each line of stdin, and runs the job of that line in it."""
+  """Forks a process for each line of stdin, a job, and prints its exit code."""
   import cm3leon_jax.commands.common
   import cm3leon_jax.settings  # noqa: F401
 
   for module in sys.argv[1:]:
     importlib.import_module(module)
   gc.collect()
-  gc.freeze()  # Otherwise the garbage collection at exit takes 0.6 s.
+  gc.freeze()  # Without this, garbage collection at exit takes 0.6 s.
   for line in sys.stdin:
     with warnings.catch_warnings():
-      warnings.filterwarnings("ignore", message=".*fork")  # JAX has no running threads yet.
+      # Forking is safe, because JAX runs no threads yet.
+      warnings.filterwarnings("ignore", message=".*fork")
       child = os.fork()
     if not child:
       return _run(json.loads(line))
@@ -126,7 +127,8 @@ def serve() -> None:
 
 def _run(job: dict) -> None:
   for number, name in enumerate((os.devnull, "stdout", "stderr")):
-    path = pathlib.Path(job["out"], name)  # /dev/null is absolute, so the folder is ignored.
+    # For /dev/null, which is absolute, the folder has no effect.
+    path = pathlib.Path(job["out"], name)
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY), number)
   os.environ.clear()
   os.environ.update(job["environment"])

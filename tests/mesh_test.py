@@ -85,7 +85,7 @@ for name, slices in (("v6e:4x4", {}), ("v5e:4x4", {"num_slices": 2})):
 
 @pytest.mark.tpu_backend
 def test_slices_lie_along_data():
-  """Uses two slices of 2 x 2 chips, in a new process because libtpu breaks the profiler."""
+  """Two slices of 2 x 2 chips. Uses a new process, because libtpu breaks the profiler."""
   pytest.importorskip("libtpu")
   env = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
   result = python(SLICES, timeout=120, env=env)

@@ -1,11 +1,11 @@
-"""Compares error messages with the sentences in messages.json; a flag renews the file.
+"""Compares error messages with the sentences stored in messages.json; a flag updates the file.
 
   def test_a_negative_width_is_refused():
     with refused(FieldError, path=("width",)) as error:
       build(Sample, {"width": -1}, "sample")
 
-A test states the class of an error and its attributes, or runs a command (`check_refused`).
-tests/messages.json has the sentences of each test, in the order of its errors.
+A test states the class and the attributes of an error, or runs a command (`check_refused`).
+tests/messages.json has the messages of each test, in the order in which they occur.
 `pytest --renew-messages tests/config_test.py` stores the sentences of the tests that ran, and
 removes tests that no longer exist.
 """
@@ -30,12 +30,12 @@ from cm3leon_jax.config import UserError
 ROOT = pathlib.Path(__file__).parents[1]
 NAME = "messages.json"
 HEX = re.compile(r"(?<![\w])(?=\d*[a-f])[0-9a-f]{12,}(?!\w)")
-ATTRIBUTE = "messages"  # Key of the sentences in the output of an xdist worker.
+ATTRIBUTE = "messages"  # Key of the messages in the output of an xdist worker.
 
 
 @dataclasses.dataclass
 class _Running:
-  """Running test: its key, its stored sentences (None: not compared), and its errors so far."""
+  """State of the running test: key, stored sentences (None: not compared), and errors so far."""
 
   key: str
   stored: list[str] | None
@@ -43,7 +43,7 @@ class _Running:
 
 
 _running: _Running | None = None
-_base = pathlib.Path()  # Folder of the session's temporary files.
+_base = pathlib.Path()  # Folder for the temporary files of the session.
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -54,7 +54,7 @@ def _know_base(tmp_path_factory):
 
 @contextlib.contextmanager
 def refused(kind: type[BaseException], **facts: Any) -> Iterator[pytest.ExceptionInfo]:
-  """Expects an error of the class `kind` with the attributes `facts` and the stored sentence.
+  """Expects an error of class `kind`, with attributes `facts` and the stored sentence as message.
 
   Yields:
     The result of `pytest.raises`; after the block, its `value` is the error.
@@ -71,7 +71,7 @@ def refused(kind: type[BaseException], **facts: Any) -> Iterator[pytest.Exceptio
 
 
 def check_refused(result: subprocess.CompletedProcess, code: int = 2) -> None:
-  """Expects a command to exit with `code` and to print only the stored one-line error."""
+  """Expects that a command exited with `code` and printed only the stored one-line error."""
   _require_test()
   assert (result.returncode, result.stdout) == (code, ""), result.stderr
   assert re.fullmatch(r"error: .*\n", result.stderr), result.stderr
@@ -79,18 +79,20 @@ def check_refused(result: subprocess.CompletedProcess, code: int = 2) -> None:
 
 
 def check_sentence(sentence: str) -> None:
-  """Expects that `text`, e.g. an answer of a server, equals the stored sentence."""
+  """Expects that a text, such as a server's response, equals the stored sentence."""
   _require_test()
   _compare(_without_machine(sentence, _base))
 
 
 def _require_test() -> None:
   if _running is None:
-    raise RuntimeError("refused() is for the bodies of tests: in a fixture, use pytest.raises.")
+    raise RuntimeError(
+      "refused() works only in the body of a test: in a fixture, use pytest.raises."
+    )
 
 
 def _compare(sentence: str) -> None:
-  """Records a sentence of the running test; raises AssertionError if the stored one differs."""
+  """Adds a sentence to the running test's; raises AssertionError if the stored one differs."""
   _running.met.append(sentence)
   if _running.stored is None:
     return
@@ -110,7 +112,7 @@ def _different(key: str, stored: str, met: str) -> str:
 
 
 def same_everywhere(error: BaseException, base: pathlib.Path) -> str:
-  """Returns the message of an error, with placeholders for parts that depend on the machine.
+  """Returns the message of an error, with placeholders for what differs between machines.
 
   The placeholders are TMP for the folder of a test in `base`, ROOT for the repository, PYTHON for
   the Python environment, HOME for the home folder, HEX for digests, PID and HOST for this process
@@ -141,9 +143,9 @@ def _without_machine(sentence: str, base: pathlib.Path) -> str:
 
 
 def _said_by_libraries(error: BaseException) -> Iterator[str]:
-  """Yields the messages of causes of an error that other packages raised.
+  """Yields the messages of those causes of an error that other packages raised.
 
-  Omits KeyErrors, because the text of a KeyError is the key, which is a fact.
+  Omits KeyErrors: their text is the key, which does not depend on a package's version.
   """
   seen = {id(error)}
   while (error := error.__cause__ or error.__context__) and id(error) not in seen:
@@ -158,24 +160,24 @@ def _said_by_libraries(error: BaseException) -> Iterator[str]:
 
 
 def _key(item: pytest.Item) -> str:
-  """Returns the node id relative to tests/, without the xdist group."""
+  """Returns a test's key in messages.json: its path relative to tests/, without the xdist group."""
   return re.sub(r"@[^]@]*$", "", item.nodeid).removeprefix("tests/")
 
 
 class Keeper:
-  """Passes each test its stored sentences; with --renew-messages, writes the new sentences."""
+  """Provides each test with its stored sentences; --renew-messages stores the new sentences."""
 
   def __init__(self, config: pytest.Config):
     self._config, self._renew = config, config.getoption("renew_messages")
     self._file = config.rootpath / "tests" / NAME
     self._stored = json.loads(self._file.read_text("utf-8")) if self._file.exists() else {}
-    self._met: dict[str, list[str]] = {}  # Key of a passed test -> its sentences.
+    self._met: dict[str, list[str]] = {}  # Key of a finished test -> its sentences.
     self._gone: set[str] = set()  # Keys of tests that no longer exist.
 
-  @pytest.hookimpl(tryfirst=True)  # This runs before tests are deselected.
+  @pytest.hookimpl(tryfirst=True)  # Runs before other plugins deselect tests.
   def pytest_collection_modifyitems(self, config, items):
     if any("::" in name for name in config.args) or config.getoption("lf", False):
-      return  # Some tests of a file may not be collected.
+      return  # Not all tests of a file are collected, so missing keys prove nothing.
     keys = {_key(item) for item in items}
     files = {key.partition("::")[0] for key in keys}
     self._gone = {k for k in self._stored if k.partition("::")[0] in files and k not in keys}

@@ -1,4 +1,4 @@
-"""Tests the comparison of error messages in separate pytest sessions, and the stored sentences."""
+"""Tests the comparison of messages in separate pytest sessions, and the sentences in the file."""
 
 import json
 import os
@@ -51,7 +51,7 @@ LIVING = {key: sentences for key, sentences in STORED.items() if not key.endswit
 
 @pytest.fixture
 def session(tmp_path):
-  """Runs CASES with stored sentences; returns exit code, output, and newly stored sentences."""
+  """Runs CASES with given sentences; returns (exit code, output, sentences stored afterwards)."""
   (tmp_path / "tests").mkdir()
   file = tmp_path / "tests/messages.json"
 

@@ -1,14 +1,15 @@
-"""Runs one-line mutants of the package; a test must fail on each.
+"""Runs mutants: small changes of the package that at least one test must notice.
 
   python -m tests.mutants                    # all mutants
   python -m tests.mutants --part=2/4         # every fourth mutant, starting with the second
   python -m tests.mutants --only=adam        # mutants whose name contains "adam"
 
-A mutant replaces one text of one file in a copy of the tree. Only the tests that are listed for the
-mutant run. Tests marked `slow` run only if no other test notices the mutant. A mutant that no test
-notices survives, which shows a gap in the tests. A mutant that cannot be imported proves nothing
-about the tests, so it counts as invalid, not as killed. `mutants_test.py` runs the same list in a
-test marked `slow`. Its other tests check that each mutant can be made and that its tests exist.
+A mutant replaces one text of one file in a copy of the repository. Only the tests that are listed
+for the mutant run. Tests marked `slow` run only if no other test notices the mutant. A mutant that
+no test notices survives and shows a gap in the tests. A mutant that cannot be imported proves
+nothing about the tests, so it counts as invalid, not as killed. `mutants_test.py` runs the same
+list in a test marked `slow`. Its other tests check that each mutant can be applied and that its
+tests exist.
 """
 
 import argparse
@@ -37,7 +38,7 @@ NOT_A_PROGRAM = ("SyntaxError", "IndentationError", "NameError", "UnboundLocalEr
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """Outcome of the tests of a mutant.
+  """Outcome of running a mutant's tests.
 
   Attributes:
     verdict: KILLED, SURVIVES or INVALID.
@@ -53,7 +54,7 @@ class Outcome:
 
 
 def mutated(mutant: Mutant, text: str) -> str:
-  """Applies a mutant. Raises ValueError unless it occurs once in `text` and the result compiles."""
+  """Applies a mutant. Raises ValueError if `old` does not occur exactly once, or on bad syntax."""
   if text.count(mutant.old) != 1:
     raise ValueError(
       f"{mutant.name}: {mutant.file} contains {mutant.old!r} {text.count(mutant.old)} times, not "
@@ -71,11 +72,11 @@ def judge(code: int, output: str) -> tuple[str, str]:
   """Returns verdict and detail of a run of `pytest -x`, given its exit code and output.
 
   A failing test or fixture kills the mutant. It is invalid if a file cannot be collected, or if the
-  error shows that the mutant is not a valid program. It survives if the marks select no test.
+  error shows that the mutant is not a valid program. It survives if the test marks select no test.
   """
   if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
     return SURVIVES, ""
-  summary = output.rpartition("short test summary info")[2]  # Earlier logs have similar lines.
+  summary = output.rpartition("short test summary info")[2]  # Logs above may contain similar lines.
   lines = [line for line in summary.splitlines() if line.startswith(("FAILED ", "ERROR "))]
   if code != 1 or not lines:
     return INVALID, f"pytest ended with {code}: {' '.join(lines) or output[-400:]}"
@@ -87,7 +88,7 @@ def judge(code: int, output: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def copied() -> Iterator[pathlib.Path]:
-  """Yields the root of a temporary copy of the tree."""
+  """Yields the root of a temporary copy of the repository."""
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder) / "tree"
     root.mkdir()
@@ -101,7 +102,7 @@ def copied() -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _changed(path: pathlib.Path, mutant: Mutant) -> Iterator[None]:
-  """Applies a mutant to a file inside the context."""
+  """Applies a mutant to a file, and undoes it at the end of the context."""
   text = path.read_text(encoding="utf-8")
   path.write_text(mutated(mutant, text), encoding="utf-8")
   try:
@@ -117,20 +118,21 @@ def run(
   timeout: float = TIMEOUT,
   slow: bool = False,
 ) -> Outcome:
-  """Runs tests on a copy of the tree with the mutant in it.
+  """Runs tests on a copy of the repository to which a mutant is applied.
 
   Args:
     root: root of the copy.
-    mutant: None for the unchanged tree.
+    mutant: mutant to apply, or None to run the tests without one.
     tests: files or node ids.
-    timeout: in seconds.
+    timeout: maximum run time in seconds.
     slow: whether to run only the tests marked `slow` (True), or only the other tests (False).
   """
   start, marks = time.monotonic(), "slow" if slow else "not slow"
   options = ["-q", "-x", "-p", "no:cacheprovider", "-m", marks]
   command = [sys.executable, "-m", "pytest", *options, *tests]
-  environment = {**os.environ, "COLUMNS": "400"}  # pytest cuts the lines of its summary.
-  # Compiling Python code, also of the libraries, takes half of the time of a small test.
+  # Otherwise pytest truncates the lines of its summary.
+  environment = {**os.environ, "COLUMNS": "400"}
+  # Compiling Python code, including that of libraries, takes half of the time of a small test.
   environment["PYTHONPYCACHEPREFIX"] = str(root.parent / "bytecode")
   environment.pop("PYTHONDONTWRITEBYTECODE", None)
   with _changed(root / mutant.file, mutant) if mutant else contextlib.nullcontext():
@@ -168,7 +170,7 @@ def part(mutants: Sequence[Mutant], which: str) -> list[Mutant]:
 def report(root: pathlib.Path, mutants: Sequence[Mutant]) -> bool:
   """Runs mutants in a copy of the tree, prints their outcomes, and returns whether all were killed.
 
-  First, the tests must pass without a mutant, because a failing test would kill every mutant.
+  Before that, all tests must pass without a mutant: a failing test would kill every mutant.
   """
   killed, by_default, start = 0, 0, time.monotonic()
   tests = sorted({test for mutant in mutants for test in mutant.tests})

@@ -1,4 +1,4 @@
-"""Tests that every mutant can be made, and (slow) that its tests notice it."""
+"""Tests that every mutant can be applied, and (slow) that its tests notice it."""
 
 import ast
 import functools
@@ -43,7 +43,7 @@ def test_the_decoder_and_decoding_have_their_share():
 
 @functools.cache
 def is_default(test: str) -> bool:
-  """Returns whether a test is not marked `slow`, or whether a file has such a test."""
+  """Returns whether a test, or any test in a file, is not marked `slow`."""
   file, _, name = test.partition("::")
   body = ast.parse((mutants.ROOT / file).read_text(encoding="utf-8")).body
   marks = [ast.unparse(x.value) for x in body if isinstance(x, ast.Assign)]
@@ -129,12 +129,12 @@ def test_a_mutant_is_in_the_copy_as_long_as_its_tests_run(tree, monkeypatch):
   [
     (("not slow", True), mutants.KILLED, False),
     (("slow", True), mutants.KILLED, True),
-    (("slow", True, False), mutants.INVALID, True),  # This slow test also fails without a mutant.
+    (("slow", True, False), mutants.INVALID, True),  # The slow test fails without a mutant, too.
     ((), mutants.SURVIVES, True),
   ],
 )
 def test_slow_tests_run_where_no_other_notices(tree, monkeypatch, failing, verdict, slow):
-  """`failing`: marks of tests that fail with a mutant, and False if they also fail without it."""
+  """`failing`: `-m` marks of failing tests; True: they fail with the mutant, False: without it."""
 
   def pytest_ends(command, cwd, **_):
     mutated = (cwd / CM3).read_text() != (mutants.ROOT / CM3).read_text()

@@ -34,7 +34,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     cell.pop("outputs", None)
     if cell.cell_type == "code":
       cell.outputs = []
-  nbclient.NotebookClient(notebook, timeout=300).execute()  # This raises the errors of cells.
+  nbclient.NotebookClient(notebook, timeout=300).execute()  # Raises the error of a failing cell.
   code = [cell for cell in notebook.cells if cell.cell_type == "code"]
   assert all(cell.outputs for cell in code)
   assert any("image/png" in output.get("data", {}) for output in code[1].outputs)

@@ -1,4 +1,4 @@
-"""Runs every block of the tutorial docs/own_images.md in order, on a tiny folder."""
+"""Runs every code block of the tutorial docs/own_images.md in order, on a tiny folder."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from benchmarks import own_images
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "own_images.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-# Text of the page -> text with smaller values for the test.
+# Text of the page -> replacement that makes the test faster.
 SMALLER = {"--config=own ": "--config=own:0.1 ", "own.get_config()": 'own.get_config("0.1")'}
 SMALLER |= {'"steps": 500, "checkpoint_every": 100': '"steps": 10, "checkpoint_every": 5'}
 PORT = "8080"
@@ -28,12 +28,13 @@ def test_every_block_of_the_page_is_run_or_shows_a_folder():
 
 
 def shell(folder, command):
-  """Starts a block in a shell that uses the tests' `cm3leon` and `python`."""
+  """Starts a code block in a shell in which `cm3leon` and `python` are those of the tests."""
   run = f'"{sys.executable}" -m cm3leon_jax'
   functions = f'cm3leon() {{ {run} "$@"; }}\npython() {{ "{sys.executable}" "$@"; }}\n'
-  if command.startswith("cm3leon serve"):  # `exec`, so that a signal reaches the server.
+  # With `exec`, signals reach the server instead of the shell.
+  if command.startswith("cm3leon serve"):
     functions, command = "", command.replace("cm3leon", f"exec {run}", 1)
-  # A user has one device, not 8.
+  # Users have one device; XLA_FLAGS of the tests would make 8.
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
   return subprocess.Popen(
     ["bash", "-euc", functions + command],
@@ -43,12 +44,12 @@ def shell(folder, command):
 
 
 def serve(folder, command):
-  """Starts the server of the page on a free port; returns process and port."""
+  """Starts the page's server on a free port; returns (process, port)."""
   server = shell(folder, command.replace(f"--port={PORT}", "--port=0"))
   for line in server.stdout:
     if found := re.search(r"http://[\w.]+:(\d+)", line):
       return server, found[1]
-  raise AssertionError("the server has not printed its address")
+  raise AssertionError("the server did not print its address")
 
 
 @pytest.mark.slow

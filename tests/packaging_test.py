@@ -1,4 +1,4 @@
-"""Tests the package: metadata, the wheel, and the extras that files of the repository install."""
+"""Tests packaging: metadata, the wheel, and the extras that scripts and files install."""
 
 import pathlib
 import re
@@ -23,7 +23,7 @@ PROMISED = (
 
 
 def build(source, target) -> pathlib.Path:
-  """Builds the wheel of the project in `source` without a network."""
+  """Builds the wheel of the project in `source` without network access."""
   pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
   built = subprocess.run(
     [*pip, f"--wheel-dir={target}", "."], cwd=source, capture_output=True, text=True, check=False
@@ -34,7 +34,7 @@ def build(source, target) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-  """Builds the wheel from a copy of the tree without build outputs."""
+  """Builds the wheel from a copy of the repository without build outputs."""
   source = tmp_path_factory.mktemp("source")
   for name in ("cm3leon_jax", "examples", "launch", "ml_configs", "tests"):
     shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -81,7 +81,7 @@ def test_the_installed_console_script_runs_a_shipped_config(wheel, tmp_path):
 
 @pytest.mark.slow
 def test_the_image_installs_dependencies_without_the_package(tmp_path):
-  # The same files as in launch/pod/Dockerfile.
+  # launch/pod/Dockerfile copies the same files.
   for name in ("pyproject.toml", "requirements.txt", "constraints.txt"):
     shutil.copy(ROOT / name, tmp_path)
   with zipfile.ZipFile(build(tmp_path, tmp_path / "wheel")) as archive:
@@ -128,7 +128,7 @@ def test_packages_are_found_in_a_file(text, packages):
 
 
 def names_of(requirements) -> set[str]:
-  """Returns package names: ["jax[tpu]>=0.10; python_version < '3.12'"] gives {"jax"}."""
+  """Returns names of packages, such as {"jax"} for ["jax[tpu]>=0.10; python_version < '3.12'"]."""
   return {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
 
 
@@ -136,7 +136,7 @@ def test_the_python_of_the_image_is_one_that_is_resolved():
   text = (ROOT / "launch" / "pod" / "Dockerfile").read_text()
   (python,) = re.findall(r"^FROM python:(3\.\d+)-slim$", text, re.MULTILINE)
   assert python in EXTRAS["PYTHONS"]
-  # CI runs the tests on this Python version, and the wheel on all versions.
+  # CI runs the tests on this Python version, and tests the wheel on all versions.
   assert f'export PYTHON="${{PYTHON:-python{python}}}"' in (ROOT / ".ci/run").read_text()
   workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
   matrix = workflow["jobs"]["wheel"]["strategy"]["matrix"]["python"]
@@ -172,7 +172,7 @@ def test_the_layout_of_the_project():
 
 
 def test_the_wheel_is_tried_only_on_a_python_that_is_there():
-  """A missing Python version causes a message and a failure, not a skip."""
+  """A missing Python version causes an error message and a failure, not a skip."""
   result = subprocess.run(
     ["bash", ROOT / ".ci" / "wheel.sh", "python3.99"], capture_output=True, text=True, check=False
   )

@@ -44,7 +44,8 @@ def test_a_filled_module_computes_what_its_parameters_say_under_jit_too():
 
   np.testing.assert_allclose(compute(params), make()(x), rtol=1e-6)
   doubled = jax.tree.map(lambda x: 2 * x, params)
-  # The module multiplies the sum of its layers by its factor, and both are twice as large.
+  # The output is the sum of layers times a factor. Both are doubled, so the output is 4 times as
+  # large.
   np.testing.assert_allclose(jax.jit(compute)(doubled), 4 * make()(x), rtol=1e-6)
   np.testing.assert_allclose(compute(params), make()(x), rtol=1e-6)  # The skeleton is unchanged.
 
@@ -90,4 +91,4 @@ def test_an_index_names_files_of_its_folder_only(place, tmp_path):
   with refused(UserError):
     parameters.files_of_index(path)
   with refused(UserError):
-    find_files(tmp_path)  # The reader of published image tokenizers refuses the index, too.
+    find_files(tmp_path)  # The reader of published tokenizers rejects the index, too.

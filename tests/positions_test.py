@@ -1,4 +1,4 @@
-"""Tests that positions count from the images of a sample, and increase by one within a unit."""
+"""Tests that positions count from a sample's images, and increase by one within a unit."""
 
 import itertools
 
@@ -66,7 +66,7 @@ some_seeds = st.integers(0, 2**16)
 
 @given(st.integers(1, 6), st.booleans(), st.integers(0, 3), some_seeds)
 def test_without_neighbors_positions_differ_by_a_constant(words, whole_segments, num_spans, seed):
-  """Positions in a pair (also with spans) and in a text increase by one at each token."""
+  """In a pair, even with spans, and in a text, positions increase by one per token."""
   rng = np.random.default_rng(seed)
   for kinds in ([(False, words), (True, 4)], [(False, words)]):
     sample = join([document(kinds, rng)], VOCAB)
@@ -81,14 +81,14 @@ def test_images_of_pairs_stand_at_the_same_positions(words, seed):
   sample = join([document([(False, n), (True, 4)], rng) for n in words], VOCAB)
   positions = positions_of(sample, VOCAB, True)
   assert positions[VOCAB.is_image(sample)].tolist() == [0, 1, 2, 3] * len(words)
-  # Positions before an image count backwards from it.
+  # Before an image, positions count backwards from it.
   expected = [range(-n - 1, 5) for n in words]
   assert positions.tolist() == [-words[0] - 2, *itertools.chain(*expected)]
 
 
 @given(st.lists(some_kinds, min_size=1, max_size=3), st.integers(0, 3), some_seeds)
 def test_no_position_is_larger_than_the_index(documents, num_spans, seed):
-  """The first position is at least minus the length. Positions increase by one within a unit."""
+  """No position is below minus the length, and only a new unit interrupts steps of one."""
   rng = np.random.default_rng(seed)
   sample = join([document(kinds, rng) for kinds in documents], VOCAB)
   lengths = [4 if i else n for kinds in documents for i, n in kinds]

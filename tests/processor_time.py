@@ -1,6 +1,6 @@
-"""Counts the processor seconds of each test; with --fail-seconds, a slow test fails the session.
+"""Measures the CPU time of each test; with --fail-seconds, a slow test fails the session.
 
-Counts all threads of the test's process, the processes that it waited for, and commands of
+Includes all threads of the test's process, child processes that it waited for, and commands of
 `tests.launched`. The setup of a module or session fixture counts for the fixture, not for the first
 test that uses it.
 """
@@ -14,12 +14,12 @@ import pytest
 
 from tests import launched
 
-SHOWN = 15  # Number of rows in the summary.
-PROPERTY = "processor seconds"  # Field of a report: (seconds of the test, fixture -> seconds).
+SHOWN = 15  # Number of tests in the printed table.
+PROPERTY = "processor seconds"  # Field of a test report: (seconds of the test, fixture -> seconds).
 
 
 def now() -> float:
-  """Returns the processor seconds of this process, finished children, and `launched` servers."""
+  """Returns the CPU seconds of this process, its finished children, and `launched` servers."""
   times = os.times()
   total = times.user + times.system + times.children_user + times.children_system
   for server in launched.Server.running:
@@ -29,11 +29,11 @@ def now() -> float:
 
 
 class Counter:
-  """Counts in the process that runs the tests, and adds the seconds to the report of each test."""
+  """Measures CPU seconds in the process that runs the tests; adds them to each test's report."""
 
   def __init__(self):
     self._start = 0.0
-    self._shared: dict[str, float] = {}  # Name of a fixture that this test set up -> seconds.
+    self._shared: dict[str, float] = {}  # Fixture that this test set up -> seconds.
 
   @pytest.hookimpl(wrapper=True)
   def pytest_fixture_setup(self, fixturedef):
@@ -61,7 +61,7 @@ class Counter:
 
 
 class Judge:
-  """Collects the seconds, prints the slowest tests, and fails the session if a test is too slow."""
+  """Collects CPU seconds, prints the slowest tests, and fails the session after a too slow test."""
 
   def __init__(self, warn: float, fail: float):
     self.warn, self.fail = warn, fail
@@ -71,13 +71,14 @@ class Judge:
   def pytest_runtest_logreport(self, report):
     for name, value in report.user_properties:
       if name == PROPERTY:
-        test = re.sub(r"@[^]@]*$", "", report.nodeid)  # Removes the group of --dist=loadgroup.
+        # Removes the group that --dist=loadgroup appends.
+        test = re.sub(r"@[^]@]*$", "", report.nodeid)
         self.tests[test], shared = value
         for fixture, seconds in shared.items():
           self.fixtures[fixture] = self.fixtures.get(fixture, 0.0) + seconds
 
   def over(self, limit: float) -> list[str]:
-    """Returns the tests that take more than `limit` seconds, slowest first."""
+    """Returns the tests that take more than `limit` CPU seconds, slowest first."""
     found = [name for name, seconds in self.tests.items() if seconds > limit]
     return sorted(found, key=lambda name: -self.tests[name])
 

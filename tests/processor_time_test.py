@@ -1,4 +1,4 @@
-"""Tests the count of processor seconds in separate pytest sessions."""
+"""Tests the measurement of CPU time in separate pytest sessions."""
 
 import os
 import re

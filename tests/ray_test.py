@@ -1,4 +1,4 @@
-"""Tests that Ray workers write the same bytes as a single process, even if a worker is killed."""
+"""Tests that Ray workers write the same bytes as one process, even after a worker is killed."""
 
 import dataclasses
 import json
@@ -36,14 +36,14 @@ def ray_address():
 
 
 class Letters:
-  """Fake text tokenizer with a token per character."""
+  """Fake text tokenizer with one token per character."""
 
   def encode_batch(self, texts):
     return [np.array([ord(c) + 8 for c in text], np.int32) for text in texts]
 
 
 class Corners:
-  """Fake image tokenizer whose codes are corner pixels; the first `kill_at` kills the process."""
+  """Fake image tokenizer: codes are corner pixels; the first code `kill_at` kills the process."""
 
   def __init__(self, mark: str = "", kill_at: int = -1):
     self.mark, self.kill_at = pathlib.Path(mark), kill_at
@@ -67,7 +67,7 @@ class Load:
 @pytest.fixture
 def raw(tmp_path):
   images = np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), np.uint8)
-  images[13, 0, 0] = 255  # An image of the fourth of six shards.
+  images[13, 0, 0] = 255  # Puts the code that kills the worker into the fourth of six shards.
   splits = ["train", "train", "train", "heldout"]
   pairs = [
     {"key": f"k{i}", "caption": chr(97 + i) * 3, "group": f"g{i // 2}", "split": splits[i % 4]}
@@ -96,7 +96,7 @@ def test_documents_of_a_killed_worker_are_there_once_and_the_same(raw, tmp_path,
 
   local = make("local", Load(), Runner())
   ray = make("ray", Load(str(tmp_path / "mark"), 255), Runner("ray", ray_address, workers=2))
-  assert (tmp_path / "mark").exists()  # Negative control: a worker was killed.
+  assert (tmp_path / "mark").exists()  # A worker was killed, as intended.
   assert ray == local
   assert files(tmp_path / "ray") == files(tmp_path / "local")
   assert len(files(tmp_path / "local")) > SHARDS
@@ -126,7 +126,7 @@ def test_ray_does_every_shard_although_a_worker_is_killed(tmp_path, ray_address)
     name: name for name in NAMES
   }
   assert (tmp_path / "killed").exists()
-  assert log(tmp_path).count("05") == 2  # The worker was killed while it wrote this shard.
+  assert log(tmp_path).count("05") == 2  # Written twice, because its worker was killed.
   assert len(set((tmp_path / "opened").read_text().split())) >= 2
   assert sorted(
     json.loads(p.read_text())["config"]["digest"] for p in (tmp_path / "done").glob("*.json")

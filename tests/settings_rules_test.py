@@ -1,4 +1,4 @@
-"""Tests the rules for several fields together, and the refusal of unknown fields."""
+"""Tests rules that involve several fields, and that unknown fields are rejected."""
 
 import pytest
 

@@ -20,7 +20,7 @@ from tests.messages import refused
 
 
 def settings_with(**fields) -> Settings:
-  """Returns the default settings with other values for `fields`, e.g. `train__steps=3`."""
+  """Returns the default settings with changed `fields`, such as `train__steps=3`."""
   config = default_config().to_dict()
   for name, value in fields.items():
     section, _, field = name.partition("__")
@@ -32,7 +32,7 @@ def settings_with(**fields) -> Settings:
 
 
 def schemas() -> dict[tuple[str, str], dict]:
-  """Returns (section, field) -> JSON schema with type and range."""
+  """Returns (section, field) -> JSON schema with the type and the range."""
   found = {}
   for section, cls in SECTIONS.items():
     properties = pydantic.TypeAdapter(cls).json_schema()["properties"]
@@ -41,12 +41,12 @@ def schemas() -> dict[tuple[str, str], dict]:
 
 
 SCHEMAS = schemas()
-# Type -> value of another type. Only an int is converted: to a float.
+# Type -> value of a wrong type. Only integers are converted, to floats.
 OTHER_TYPE = {"string": 3, "boolean": 1, "integer": "3", "number": "3", "array": 3}
 
 
 def wrong_values(schema: dict) -> Iterator[tuple[Any, tuple[int, ...]]]:
-  """Yields (value, place of the mistake in it): another type, and one value beyond each bound."""
+  """Yields (wrong value, path of the mistake in it): a wrong type, a value beyond each bound."""
   yield OTHER_TYPE[schema["type"]], ()
   step = 0.1 if schema.get("type") == "number" else 1
   if "enum" in schema:
@@ -67,7 +67,7 @@ def wrong_values(schema: dict) -> Iterator[tuple[Any, tuple[int, ...]]]:
     yield from (((value,), (0, *path)) for value, path in wrong_values(schema["items"]))
 
 
-# Tuples that must not be empty, although docs/config.md does not mention it.
+# Tuples that must not be empty; docs/config.md does not mention this.
 NOT_EMPTY = {("reinforce", "tasks"), ("evaluation", "scene_guidance")}
 
 
@@ -77,7 +77,7 @@ def test_tuples_that_must_not_be_empty():
 
 @pytest.mark.parametrize(("section", "field"), SCHEMAS)
 def test_another_type_and_a_value_out_of_each_bound_are_refused(section, field):
-  """test_the_page_of_all_fields_is_current fails if a field gets another type or range."""
+  """Types and ranges themselves are tested by test_the_page_of_all_fields_is_current."""
   for value, path in wrong_values(SCHEMAS[section, field]):
     with pytest.raises(FieldError) as error:
       settings_with(**{f"{section}__{field}": value})
@@ -107,7 +107,7 @@ INTEGERS = [field for field, schema in SCHEMAS.items() if schema.get("type") == 
 
 @pytest.mark.parametrize(("section", "field"), INTEGERS)
 def test_the_largest_whole_number_takes_no_time(section, field):
-  """Regression: the check of `vqgan.discriminator_layers` = 2^70 did not end."""
+  """Regression: checking `vqgan.discriminator_layers` = 2^70 never ended."""
   with refused(FieldError, path=(field,)):
     settings_with(**{f"{section}__{field}": 2**70})
   begin = time.process_time()

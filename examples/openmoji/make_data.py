@@ -15,25 +15,27 @@ import hashlib
 import json
 import pathlib
 
-# Modules in the folder of this script.
+# These modules are in the folder of this script.
 import drawings as drawings_lib
 from drawings import Drawing
 from PIL import Image
 import texts as texts_lib
 
 SIDE = 64  # Pixels.
-HELDOUT = 0.07  # Share of the concepts and modules; 103 concepts of drawings.
-MOST_IMAGES = 3  # Images of an interleaved document: 256 codes each, in rows of 1,024 tokens.
+# Held-out share of the concepts and of the modules. It holds out 103 concepts of drawings.
+HELDOUT = 0.07
+# Most images per interleaved document. An image has 256 codes, and a row has 1,024 tokens.
+MOST_IMAGES = 3
 
 
 def split_of(name: str) -> str:
-  """Returns the split of a concept or module, which depends only on its name."""
+  """Returns the split of a concept or a module; it depends only on the name."""
   digest = hashlib.sha256(f"split:{name}".encode()).digest()
   return "heldout" if int.from_bytes(digest[:8], "big") / 2**64 < HELDOUT else "train"
 
 
 def origin() -> dict[str, str]:
-  """Returns the fields of a record that state where a drawing comes from."""
+  """Returns the record fields that state the origin of the drawings."""
   return {
     "source": drawings_lib.source(),
     "license": drawings_lib.LICENSE,
@@ -42,14 +44,14 @@ def origin() -> dict[str, str]:
 
 
 def image_of(drawing: Drawing) -> str:
-  """Returns the path of the image of a drawing, relative to the folder."""
+  """Returns the path of a drawing's image, relative to the output folder."""
   return f"images/{drawing.code}.png"
 
 
 def pairs(drawings: Iterable[Drawing]) -> Iterator[dict]:
   """Yields the lines of pairs.jsonl: one captioned image per drawing.
 
-  Drawings of one concept are a group: they are never neighbors of each other.
+  Drawings of one concept have the same `group`, so they are never neighbors of each other.
   """
   for drawing in drawings:
     yield {
@@ -63,7 +65,7 @@ def pairs(drawings: Iterable[Drawing]) -> Iterator[dict]:
 
 
 def interleaved(drawings: Iterable[Drawing]) -> Iterator[dict]:
-  """Yields the lines of interleaved.jsonl: a document for each concept with several drawings."""
+  """Yields the lines of interleaved.jsonl: one document for each concept with several drawings."""
   by_concept = collections.defaultdict(list)
   for drawing in drawings:
     by_concept[drawing.concept].append(drawing)
@@ -83,7 +85,7 @@ def interleaved(drawings: Iterable[Drawing]) -> Iterator[dict]:
 
 
 def texts(limit: int) -> Iterator[dict]:
-  """Yields the lines of texts.jsonl; all texts of a module are in one split."""
+  """Yields the lines of texts.jsonl. All texts of a Python module are in one split."""
   for piece in texts_lib.pieces(limit):
     module = piece.module
     yield {
@@ -97,7 +99,7 @@ def texts(limit: int) -> Iterator[dict]:
 
 
 def write_lines(path: pathlib.Path, records: Iterable[dict]) -> int:
-  """Writes a line of JSON for each record and returns the number of lines."""
+  """Writes each record as one line of JSON and returns the number of lines."""
   lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
   path.write_text("".join(lines), encoding="utf-8")
   return len(lines)
@@ -112,7 +114,8 @@ def main() -> None:
   args = parser.parse_args()
 
   named, nameless = drawings_lib.drawings()
-  if args.drawings:  # Evenly spaced, because neighboring codes are drawings of one kind.
+  # Evenly spaced, because drawings with adjacent code points show similar things.
+  if args.drawings:
     named = named[:: max(1, len(named) // args.drawings)][: args.drawings]
   named = drawings_lib.unite_concepts(named, SIDE, args.threads)
   (args.folder / "images").mkdir(parents=True, exist_ok=True)

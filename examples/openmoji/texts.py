@@ -1,4 +1,4 @@
-"""Reads prose from docstrings of the standard library and installed packages: texts to train on."""
+"""Reads prose to train on from docstrings of the standard library and of installed packages."""
 
 import ast
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ MAX_CHARS = 1_500
 _OPEN = re.compile(
   r"\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|MPL|HPND)\b", re.IGNORECASE
 )
-# Folders of tests, and of files that belong to another package.
+# Skipped folders: tests, and files that belong to another package.
 _SKIPPED = {"tests", "test", "testing", "idlelib", "site-packages", ".."}
 _SKIPPED |= {"_vendor", "vendor", "vendored", "third_party", "externals"}
 _ROLE = re.compile(r":[a-z:]+:`~?\.?([^`<]+?)(?: <[^`>]+>)?`")
@@ -31,7 +31,7 @@ _CODE = re.compile(r">>>|::|[{}<>=|\\]|\w\(|^\s*[-*.@:+]|https?:|\w_\w|\.\. ")
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """A source file that is read and never imported."""
+  """Python source file, which is read but never imported."""
 
   name: str
   path: pathlib.Path
@@ -42,7 +42,7 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """A text of a docstring; its key is module, line of the definition and number of the piece."""
+  """Part of a docstring; the key is the module, the line of the definition and the part number."""
 
   key: str
   text: str
@@ -52,8 +52,8 @@ class Piece:
 def pieces(limit: int) -> Iterator[Piece]:
   """Yields at most `limit` different texts of MIN_CHARS to MAX_CHARS characters.
 
-  Modules are ordered by a hash of their names: any limit takes from all packages. The pieces depend
-  only on the installed versions.
+  Modules are ordered by a hash of their names, so that a small limit still covers many packages.
+  The result depends only on the installed versions.
   """
   if limit == 0:
     return
@@ -74,7 +74,7 @@ def _order(module: Module) -> bytes:
 
 
 def prose(docstring: str) -> list[str]:
-  """Returns runs of paragraphs of sentences, without code, tables, lists, signatures and fields."""
+  """Returns the prose in a docstring: no code, tables, lists, signatures or fields."""
   texts, run = [], ""
   for paragraph in [*re.split(r"\n\s*\n", docstring), ""]:
     sentence = _sentence(paragraph)
@@ -87,7 +87,7 @@ def prose(docstring: str) -> list[str]:
 
 
 def _sentence(paragraph: str) -> str:
-  """Returns a paragraph as one line, '' if it is not plain sentences."""
+  """Returns a paragraph as one line, or '' if it contains anything but sentences."""
   text = _ROLE.sub(r"\1", paragraph)
   text = " ".join(text.replace("`", "").split())
   if (
@@ -101,7 +101,7 @@ def _sentence(paragraph: str) -> str:
 
 
 def _docstrings(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-  """Yields (line, docstring) of a module, its classes and functions; nothing at a syntax error."""
+  """Yields (line, docstring) of a module and its definitions, or nothing after a syntax error."""
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")
@@ -141,7 +141,7 @@ def _module_name(path: pathlib.PurePath) -> str:
 
 
 def _license(about: Any) -> str:
-  """Returns the license of a package, '' if it has none or forbids reuse of its text."""
+  """Returns the license of a package, or '' if it has none or forbids reuse of its text."""
   stated = [about.get("License-Expression"), about.get("License")]
   stated += [
     c.rsplit(" :: ", 1)[-1]

@@ -1,6 +1,6 @@
-"""Tests that the pages of the config cards match their numbers.
+"""Tests that the numbers on the pages of the config cards are the stored numbers.
 
-`python -m benchmarks.cards --check` compiles the configs again.
+`python -m benchmarks.cards --check` compiles the configs again and compares the results.
 """
 
 import pytest
@@ -38,7 +38,7 @@ def test_drift_is_the_relative_change_of_each_number():
 class TestCheck:
   @pytest.fixture
   def measured(self, monkeypatch):
-    """Returns numbers of the first card, as if just compiled, and the names of compiled cards."""
+    """Fakes compilation: returns the numbers that it finds, and the names of the compiled cards."""
     card = STORED[0]
     old = cards.stored(card.size)[card.name]
     new, names = {**old}, []

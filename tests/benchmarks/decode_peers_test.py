@@ -1,4 +1,4 @@
-"""Tests that the decoder's peers sample like an uncached forward pass of the exported model."""
+"""Tests that the peer decoders sample the same tokens as the exported model without a cache."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def peers():
   pytest.importorskip("transformers")
   from benchmarks import decode_peers
 
-  # Waiting threads spin, which takes seconds instead of milliseconds on shared cores.
+  # With several threads, waiting threads spin, and tests take seconds instead of milliseconds.
   threads = torch.get_num_threads()
   torch.set_num_threads(1)
   yield decode_peers
@@ -45,7 +45,7 @@ def prompts():
 
 
 def uncached(folder, prompt, guidance):
-  """Returns greedy ids [I] without a cache, and the smallest lead of their guided logits."""
+  """Decodes greedily without a cache; returns ids [I] and the smallest gap of the top 2 logits."""
   import torch
   import transformers
 
@@ -98,7 +98,7 @@ def test_equal_seeds_give_equal_tokens(peers, exported):
 
 
 def test_sampling_keeps_the_nucleus_of_the_top_k(peers):
-  """With top_k = 3 and top_p = 0.6, [.1 .4 .2 .3] keeps ids 1 and 3 in the ratio 4 to 3."""
+  """Given top_k = 3 and top_p = 0.6, [.1 .4 .2 .3] keeps ids 1 and 3, in the ratio 4 to 3."""
   import torch
 
   logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]])).repeat(20_000, 1)

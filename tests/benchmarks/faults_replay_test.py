@@ -13,7 +13,7 @@ compute = Replay._compute
 
 
 def misread(stage):
-  """Returns a `Replay._compute` that flips a bit in the fingerprint of a stage."""
+  """Returns a fake of `Replay._compute` that flips one bit in the fingerprint of `stage`."""
 
   def computed(self, number, *args):
     state, metrics, prints = compute(self, number, *args)
@@ -27,7 +27,7 @@ def misread(stage):
 
 
 def trials_of_process(out, address, process):
-  """Runs the trials of one of two processes; both draw the same flips."""
+  """Runs all trials as one of two processes. Both flip the same bits, because seeds are equal."""
   from cm3leon_jax import distributed
 
   distributed.initialize(address, 2, process, 120)
@@ -55,7 +55,7 @@ def test_a_flip_in_one_of_two_processes_is_named_by_both(tmp_path):
   for process in processes:
     faults_run.finish(process)
   results = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
-  # The processes agree in every trial, also where one of them read a damaged fingerprint.
+  # The processes agree in every trial, even if one of them read a damaged fingerprint.
   assert results[0] == results[1]
   *results, changed, apart = results[0]
   assert "step 5 reads: step, params.blocks.down" in changed["sentence"]
@@ -89,7 +89,7 @@ def test_a_flip_that_is_not_found_or_a_false_alarm_fails():
     result("none", found=False, recovered=False),
   ):
     assert faults_table.replay_failures(faults_replay.summarize([*fine, wrong]))
-  # A flip between unchecked steps may be rounded away, so nothing can be found.
+  # Rounding may remove a flip between two checked steps; then there is nothing to find.
   vanished = faults_replay.summarize([*fine, result(REPLICAS[0], found=False, named=False)])
   assert faults_table.replay_failures(vanished) == []
   assert vanished["kinds"][REPLICAS[0]]["vanished"] == 1

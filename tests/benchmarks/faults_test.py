@@ -1,4 +1,4 @@
-"""Tests the counts and comparisons of `benchmarks.faults`; only the slow tests cause faults."""
+"""Tests the counts and comparisons of `benchmarks.faults`. Only the slow tests inject faults."""
 
 import faulthandler
 import json
@@ -25,7 +25,7 @@ ROOT = pathlib.Path(faults.__file__).parents[1] / "cm3leon_jax"
 
 
 def stacks(*main: tuple[str, str], other: str = "checkpoints/checkpoint.py") -> str:
-  """Returns stacks of two threads as faulthandler writes them, with the main thread last."""
+  """Returns the stacks of two threads in the format of faulthandler, with the main thread last."""
   frames = [f'  File "{file}", line 7 in {function}' for file, function in main]
   first = f'Thread 0x00007f (most recent call first):\n  File "{PACKAGE}/{other}", line 5 in save\n'
   return "\n".join([first, "Current thread 0x00007e (most recent call first):", *frames, ""])
@@ -62,7 +62,7 @@ def test_tracing_in_a_step_is_a_phase_of_its_own():
 
 
 def test_the_main_thread_is_the_last_that_faulthandler_writes(tmp_path):
-  """`phase_of` depends on this order."""
+  """`phase_of` relies on this order."""
   inside, end = threading.Event(), threading.Event()
 
   def wait_in_another_thread():
@@ -111,14 +111,14 @@ def test_results_differ_in_the_last_bit_of_a_loss_and_not_in_times(tmp_path):
   ("hit", "step", "same", "outcome", "lost"),
   [
     (1, 20, True, "went back", 10),
-    (1, 20, False, "wrong", 10),  # The arrays differ from the saved arrays.
+    (1, 20, False, "wrong", 10),  # The restored arrays differ from the saved ones.
     (1, 30, True, "harmless", 0),
     (1, 30, False, "wrong", 0),
-    (1, 10, True, "wrong", 20),  # More steps were lost than necessary.
+    (1, 10, True, "wrong", 20),  # The run lost more steps than necessary.
     (1, None, True, "wrong", 0),
     (2, 10, True, "went back", 20),
     (3, None, True, "refused", 0),
-    (3, 0, False, "wrong", 30),  # The run silently started from step 0.
+    (3, 0, False, "wrong", 30),  # The run restarted from step 0 without a message.
     (0, 30, True, "harmless", 0),
   ],
 )

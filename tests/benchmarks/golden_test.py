@@ -24,7 +24,7 @@ DONE = {"seconds": 1, "files": {"a": {"time": 2}}}
     ({"a__bin": "a", "b__bin": "b"}, {"a__bin": "a", "b__bin": "c"}, ["b.bin"]),
     ({"a__bin": "a", "b__bin": "b"}, {"a__bin": "a", "c__bin": "b"}, ["b.bin", "c.bin"]),
     ({"a__jsonl": '{"a": 1}\n{"a": 2}\n'}, {"a__jsonl": '{"a": 2}\n{"a": 1}\n'}, ["a.jsonl"]),
-    # Times and texts for people are ignored.
+    # The comparison ignores times and texts for people.
     ({"done__json": DONE}, {"done__json": {"seconds": 3, "files": {"a": {"time": 4}}}}, []),
     ({}, {"README__md": "a card", "report__html": "a page"}, []),
   ],

@@ -34,7 +34,8 @@ def test_each_layout_has_the_same_pairs_and_no_mistake_is_taken_for_one(
   summary = ingest.prepare(config, parts, tmp_path, Runner("local", "", 1, 1.0))
   found = [p for s in ("train", "heldout") for p in reader.read_pairs(tmp_path, s)]
   captions = sorted(pair.caption for pair in found)
-  # One mistake is a JPEG file with a wrong suffix. JSONL may name it, because its content is valid.
+  # One of the bad files is a JPEG with a wrong suffix. JSONL accepts it, because its content is
+  # valid.
   taken = {"sidecars": [], "tar": [], "jsonl": ["a red disc at the left"]}[layout]
   assert captions == sorted([*(fact.caption for _, fact, _ in pairs), *taken])
   assert summary["rejected_unreadable_image"] == 4

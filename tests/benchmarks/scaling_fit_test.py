@@ -44,7 +44,7 @@ def test_the_fit_recovers_a_law_with_a_floor(floor, scale, exponent):
 
 
 def test_a_floor_is_taken_where_the_largest_size_needs_it():
-  """Control: without a floor the fit mispredicts the fifth size by 5%."""
+  """The fit needs a floor: without a floor, the prediction for the fifth size is too low."""
   bits = law(3, 4, 0.4).bits(FLOPS)
   np.testing.assert_allclose(bits, [7, 6.0314, 5.2974, 4.7411], atol=1e-4)
   assert scaling_fit.needs_floor(FLOPS, bits)
@@ -68,7 +68,7 @@ def test_many_laws_are_fitted_as_each_alone():
 
 @pytest.mark.parametrize("of", ["without", "neighbors"])
 def test_the_ratio_of_laws_that_differ_by_a_factor_of_flops(of):
-  """Retrieval saves four fifths of the FLOPs at any bits, so the ratio is 5."""
+  """With retrieval, any loss needs a fifth of the FLOPs, so the ratio is 5."""
   without, neighbors = law(1, 4, 0.5), law(1, 4, 0.5, reference=0.2e12)
   found = scaling_fit.ratio(without, neighbors, (1e12, 16e12), of)
   np.testing.assert_allclose(found["ratio"], 5)
@@ -81,7 +81,7 @@ def test_the_ratio_of_bits_that_are_never_reached():
   rising, neighbors = law(0, 8, -0.1), law(0, 8, 0.5)
   found = scaling_fit.ratio(rising, neighbors, (1e12, 16e12), "neighbors")
   assert (found["bits"], found["ratio"]) == (2, np.inf)
-  # The bits rise without neighbors: the smallest run has the best bits, 8.
+  # Without neighbors the loss rises with the FLOPs, so the smallest run is the best, with 8 bits.
   found = scaling_fit.ratio(rising, neighbors, (1e12, 16e12), "without")
   assert (found["bits"], found["ratio"]) == (8, 16)
 

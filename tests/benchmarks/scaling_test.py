@@ -14,7 +14,8 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.training.watch import flops
 from tests.messages import refused
 
-# Bits per image. Retrieval saves 4/5 of the FLOPs for rare images and triples them for others.
+# Laws of bits per image. For rare images, retrieval divides the FLOPs by 5; for others, it
+# multiplies them by 3.
 LAWS = {
   ("rare", "without"): Law(1e12, np.float64(0), np.float64(90), np.float64(0.2)),
   ("rare", "neighbors"): Law(2e11, np.float64(0), np.float64(90), np.float64(0.2)),
@@ -36,9 +37,9 @@ def small(tmp_path, **changes):
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-  """Replaces trainings by laws and skips slow plots; returns the runs in order.
+  """Fakes training by scaling laws and skips slow plots; returns the list of runs in order.
 
-  Each run records whether a prediction existed before the run.
+  Each run is (parent folder, folder, whether predictions.json existed before the run).
   """
   order = []
 
@@ -52,7 +53,7 @@ def trained(tmp_path, monkeypatch):
   def measure(settings, run, corpus, condition, judged):
     spent = settings.train.steps * settings.train.global_batch_size * settings.data.sequence_length
     spent = flops.model_flops(settings.model, spent, settings.data.sequence_length)
-    # Images and seeds scale the bits by factors with mean 1.
+    # Each image and each seed multiplies the bits by a factor. The factors have mean 1.
     factors = np.linspace(0.5, 1.5, 6).tolist() + np.linspace(0.8, 1.2, 9).tolist()
     seed = 1 + 0.01 * (2 * settings.seed - 1)
     bits = [
@@ -125,7 +126,7 @@ def test_tokens_may_grow_more_slowly_than_parameters(tmp_path):
     for p in (0.0, 0.5, 1.0)
   )
   assert equal == [3_120, 3_120]
-  assert proportional == [3_120, 972]  # The sizes have 1,064,960 and 331,776 parameters.
+  assert proportional == [3_120, 972]  # The two sizes have 1,064,960 and 331,776 parameters.
   assert root == [3_120, 1_742]
 
 
@@ -158,7 +159,8 @@ def test_the_fifth_size_is_predicted_before_it_is_trained(tmp_path, trained):
   assert at_best["rare"][0]["ratio"] == pytest.approx(5)
   assert at_best["common"][1]["ratio"] == pytest.approx(1 / 3)
   assert all(row["low"] <= row["ratio"] <= row["high"] for row in at_best["rare"])
-  # For the best bits of the better condition, the other condition needs more FLOPs than any run.
+  # To reach the best loss of the better condition, the other condition would need more FLOPs than
+  # its largest run.
   assert [row["beyond"] for row in at_best["rare"]] == [None, "above"]
   assert [row["beyond"] for row in at_best["common"]] == ["above", None]
   assert read_json(tmp_path / "results.json")["images"]["rare"]["documents"] == 6
@@ -201,13 +203,14 @@ def test_the_first_prediction_stays(tmp_path):
   again = scaling.predict_once(path, {"runs": 1}, {"series": 2}, started=True)
   assert again == first
   assert first["series"] == 1
-  write_json(path, {**first, "series": 3})  # Control: the predictions in the file are used.
+  # Control: the function returns the predictions that are in the file.
+  write_json(path, {**first, "series": 3})
   assert scaling.predict_once(path, {"runs": 1}, {"series": 1}, started=True)["series"] == 3
 
 
 @pytest.mark.slow
 def test_late_copying_is_mispredicted(tmp_path, trained, monkeypatch):
-  """Control: bits that drop suddenly between the fourth and the fifth size follow no law."""
+  """Control: a loss that drops suddenly between the fourth and fifth size is mispredicted."""
 
   class Late(Law):
     def bits(self, flops):

@@ -24,7 +24,7 @@ def image(*codes):
 
 
 def test_copied_ink_in_literals():
-  """The neighbor's background, 5, does not count. Of its ink 1 2 3 4, the image has 2 and 4."""
+  """Codes of the background (5) do not count. The image has 2 and 4 of the neighbor's 1 2 3 4."""
   bank = [image(5, 5, 5, 5, 5, 1, 2, 3, 4)]
   made = [np.array([5, 5, 5, 5, 5, 9, 2, 5, 4]), np.array([5, 5, 5, 5, 5, 1, 2, 3, 4])]
   shares = copied(Settings, corpus(bank, [0, 0, -1]), [0, 1, 2], [*made, made[0]])
@@ -38,7 +38,7 @@ def test_evenly_spaced_scenes_of_each_subset_are_judged():
 
 
 def test_runs_differ_in_neighbors_and_documents(tmp_path, monkeypatch):
-  counts = {1: 700, 0: 120}  # Rows for the same documents, by number of neighbors.
+  counts = {1: 700, 0: 120}  # Number of neighbors -> number of rows that the same documents fill.
   monkeypatch.setattr(
     scene_retrieval,
     "rows_of_documents",
@@ -49,7 +49,8 @@ def test_runs_differ_in_neighbors_and_documents(tmp_path, monkeypatch):
   assert (of["neighbors"]["train.steps"], of["tokens"]["train.steps"]) == (100, 100)
   assert of["tokens"] == {**of["neighbors"], "data.num_neighbors": 0}
   documents = scene_retrieval.overrides_of(experiment, "documents", 4)
-  assert documents == {**of["tokens"], "train.steps": 60}  # A step reads two rows.
+  # The 120 rows take 60 steps, because a step reads two rows.
+  assert documents == {**of["tokens"], "train.steps": 60}
   assert experiment.settings(documents).seed == 4
 
 
@@ -115,5 +116,5 @@ def test_the_table_says_it(result):
   text = scene_retrieval_table.markdown(result)
   assert "**rare**: 4 held-out scenes of 3 concepts, 3 of them judged. 75.0% have a " in text
   assert "| trained with a neighbor | true neighbor | 6.250 [" in text
-  assert "-7.500" in text  # 30 bits over 4 codes.
+  assert "-7.500" in text  # A difference of 30 bits over 4 codes.
   assert "-55% |" in text

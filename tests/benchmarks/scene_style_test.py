@@ -80,7 +80,7 @@ def test_a_filled_object_is_not_recognized_as_another_one():
 
 
 def test_known_codes_and_drawings_in_literals():
-  """Places are quarters. Drawing 1 2 3 4 is known; 1 2 3 0 is new, though its codes are known."""
+  """A drawing is an image quarter. 1 2 3 4 is known; 1 2 3 0 is new, but its codes are known."""
   trained = np.array([[1, 2, 0, 0, 3, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]])
   image = np.array([[0, 0, 1, 2, 0, 0, 3, 4, 1, 2, 0, 0, 3, 0, 0, 9]])
   assert scene_style.cells_of(trained)[0].tolist() == [[1, 2, 3, 4], [0] * 4, [0] * 4, [0] * 4]
@@ -146,5 +146,5 @@ def test_the_table_in_literals():
   assert "Seeds of the runs: 0, 1." in text
   assert "| rare, never trained (4 of 3 objects) | outlined | 87.5% [" in text
   assert "]; 75.0%, 100.0% |" in text
-  # A single object has no interval.
+  # A single object has no confidence interval.
   assert "| common, in another combination (1 of 1 objects) | outlined | 0.0%; 0.0%, 0.0% |" in text

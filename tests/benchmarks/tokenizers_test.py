@@ -33,7 +33,8 @@ def test_arms_differ_in_the_quantizer_alone(small):
   assert {arm: s.vqgan.quantizer for arm, s in settings.items()} == {"restarts": "", "fsq": "fsq"}
   base = settings["restarts"]
   for arm, own in settings.items():
-    assert own.vqgan.code_dim == (2 if arm == "fsq" else 8)  # FSQ has 8 x 8 levels.
+    # 64 codes of FSQ are 8 x 8 levels, which have 2 dimensions.
+    assert own.vqgan.code_dim == (2 if arm == "fsq" else 8)
     same = dataclasses.replace(own.vqgan, quantizer="", code_dim=8)
     assert dataclasses.replace(own, vqgan=same) == base
   assert (base.seed, base.vocab.image_size, base.data.num_neighbors) == (2, 64, 0)
@@ -47,19 +48,20 @@ def test_steps_take_the_minutes_and_are_measured_once(small, monkeypatch):
   for name, steps in plan["steps"].items():
     minutes = small.decoder_minutes if name == "decoder" else small.minutes
     assert steps * plan["cpu_seconds"][name] == pytest.approx(120 * minutes, rel=0.1) or steps == 10
-  monkeypatch.setattr(tokenizers, "cpu_seconds", None)  # A second measurement would fail.
+  monkeypatch.setattr(tokenizers, "cpu_seconds", None)  # Measuring again would call None.
   assert tokenizers.plan_steps(small) == plan
   assert "decoder" in plan["steps"]
 
 
 def test_the_commonest_square_bounds_the_perplexity():
   images = np.zeros((2, 4, 4, 3), np.uint8)
-  images[0, :2, :2], images[1, 3, 3] = 9, (0, 0, 1)  # Two of the eight 2 x 2 squares.
+  images[0, :2, :2], images[1, 3, 3] = 9, (0, 0, 1)  # Changes two of the eight 2 x 2 squares.
   assert tokenizers.commonest_square(images, 2) == 6 / 8
   bound = tokenizers_table.perplexity_bound
   assert bound(1.0, 8) == 1
   assert bound(1 / 8, 8) == pytest.approx(8)
-  # 1 bit says whether the code is the first of 5; half of the codes need 2 more bits: 2 bits.
+  # Entropy: 1 bit for whether the code is the first, and 2 bits more for half of the codes, 2 in
+  # all.
   assert bound(0.5, 5) == pytest.approx(4)
   codes = np.repeat(np.arange(5), [4, 1, 1, 1, 1])
   assert vqgan_training.perplexity(codes, 5) == pytest.approx(4)
@@ -77,7 +79,7 @@ def test_cpu_seconds_are_those_of_the_work():
 
 @pytest.fixture
 def ran(monkeypatch):
-  """Replaces the commands by the files that they write; returns the calls."""
+  """Fakes the commands: each only writes its output files. Returns the list of calls."""
   calls = []
 
   def run_stage(name, config, workdir, overrides):
@@ -87,7 +89,7 @@ def ran(monkeypatch):
       if summary is not None:
         calls.append((folder.name, stage))
         if len(calls) == 12:
-          raise KeyboardInterrupt  # A user presses Ctrl-C in the middle of a run.
+          raise KeyboardInterrupt  # As if a user presses Ctrl-C during the run.
         summary.update(psnr_db=20.0 + overrides["seed"], codebook_perplexity=30.0, codes_used=40)
         summary.update(train_codebook_perplexity=31.0, train_codes_used=48)
 
@@ -150,7 +152,7 @@ def summary(bounded=True):
 
 
 def test_the_table_in_literals():
-  """Differences of +1 and +2 dB have the interval 1.5 -+ 12.706 x 0.5."""
+  """The confidence interval of differences of +1 and +2 dB is 1.5 +- 12.706 x 0.5."""
   result = summary()
   assert result["arms"].keys() == {"restarts", "fsq"}
   gap = result["arms"]["fsq"]["difference"]["psnr_db"]
@@ -160,7 +162,7 @@ def test_the_table_in_literals():
   assert lines[0].count("|") == lines[2].count("|") == 9
   assert "| 21.00 (20.00 to 22.00) | 100 | 75.0% | 0.5500 (0.5000 to 0.6000) | - | - |" in lines[2]
   assert lines[3].startswith("| FSQ | 20 | 22.50 (21.00 to 24.00) | 100 | 75.0% | 0.4000 | +1.50 [")
-  # Half of the squares are equal, and 511 other codes remain: 2 x sqrt(511).
+  # Half of the squares are equal; the rest use 511 other codes. The bound is 2 x sqrt(511).
   assert (
     " ".join(lines).rstrip().endswith("equal and have one code, so perplexity is at most 45.2.")
   )
@@ -188,7 +190,7 @@ def test_a_number_of_codes_that_fsq_cannot_have_is_refused_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_a_whole_comparison(tmp_path):
-  """Runs two arms with the real commands; the second call trains nothing."""
+  """Compares two tokenizers with the real commands. The second call trains nothing."""
   given = {
     "scenes.train": 300, "scenes.heldout": 70, "scenes.rare_objects": 20, "scenes.bank": 40,
     "vocab.text_size": 512, "clip.steps": 20, "clip.batch_size": 32, "vqgan.width": 8,

@@ -20,7 +20,7 @@ def test_a_climb_is_a_call_of_a_room_above():
   with walks.Walk() as walk:
     build(vocab.VocabLayout, {})
   assert set(walk.files) == {"config.py", "vocab.py"}
-  assert walk.climbs() == []  # Both modules belong to the base.
+  assert walk.climbs() == []  # Both modules belong to the same room, the base.
   walk.pairs = {("files/atomic.py", "data/rows/plan.py"): None, ("api.py", "mesh.py"): None}
   assert walk.climbs() == [("files/atomic.py", "data/rows/plan.py")]
 

@@ -69,7 +69,7 @@ def test_a_checkpoint_without_digests_does_not_count(saved):
     checkpoints = checkpoint.Checkpoints(saved, keep=2)
     assert checkpoints.newest() == 1
     recovery.discard_unsealed(checkpoints)
-    checkpoints.save(fresh(3), 2, next_row=99)  # The checkpoint is written again.
+    checkpoints.save(fresh(3), 2, next_row=99)  # Writes a checkpoint of the same step again.
     checkpoints.wait()
     assert checkpoints.newest() == 2
     checkpoints.close()
@@ -116,7 +116,7 @@ def small(step):
 
 
 def test_checkpoints_are_kept_for_three_reasons_also_by_the_next_start(tmp_path):
-  """Keeps the newest two, multiples of 3, and the two of lowest loss. Step 4 is later replaced."""
+  """Keeps the 2 newest, multiples of 3, and the 2 with the lowest loss; replaces step 4 later."""
   losses = [5.0, 1.0, 9.0, 2.0, 7.0, 6.0, 1.5, float("nan"), 4.0, 8.0]
   for starts in (range(1, 6), range(6, 11)):
     with checkpoint.Checkpoints(tmp_path, 2, keep_every=3, keep_best=2) as checkpoints:
@@ -137,7 +137,7 @@ def test_a_save_in_flight_is_finished_when_an_error_ends_the_run(tmp_path):
   assert on_disk(tmp_path) == [[1], [1]]
 
 
-# This program ends with an error while it writes a checkpoint of 200 MB.
+# Program that raises an error while it writes a checkpoint of 200 MB.
 FAILS = """
 import sys
 import jax.numpy as jnp
@@ -159,7 +159,7 @@ def test_a_save_in_flight_does_not_bury_the_sentence_of_an_error(tmp_path):
   assert on_disk(tmp_path) == [[1], [1]]
 
 
-# This program saves 4 kB, and then 40 MB. As on a full disk, a file can have only 1 MB.
+# Program that saves 4 kB and then 40 MB. Its files are limited to 1 MB, as on a full disk.
 FULL_DISK = """
 import resource, time
 import jax.numpy as jnp
@@ -190,7 +190,7 @@ def test_a_save_that_fails_is_reported_in_the_loop_and_leaves_the_one_before(tmp
   checkpoints.close()
 
 
-# This program has no permission to make the folder of its second checkpoint.
+# Program without permission to create the folder of its second checkpoint.
 NO_RIGHTS = """
 import os, time
 import jax.numpy as jnp
@@ -216,7 +216,7 @@ common.run(main, config=False)
 
 @pytest.mark.slow
 def test_a_save_that_may_not_begin_ends_the_run_soon(tmp_path):
-  """Orbax raises errors that cause one another in a circle, and leaves waiting threads."""
+  """The errors that Orbax raises cause one another in a cycle, and its threads keep waiting."""
   start = time.monotonic()
   result = python(NO_RIGHTS, f"--workdir={tmp_path}")
   assert time.monotonic() - start < 120
@@ -228,7 +228,7 @@ def test_a_save_that_may_not_begin_ends_the_run_soon(tmp_path):
 
 @pytest.mark.parametrize("saves", [0, 1, 2])
 def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_path, saves):
-  """The bucket fails at any moment of the loop. The run first finishes the save in flight."""
+  """Given a bucket that fails between two steps, the run first finishes the save in progress."""
   gone = RuntimeError("All 32 retry attempts failed: status 503")
 
   def run():
@@ -244,7 +244,7 @@ def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_
 
 def test_a_job_that_lost_its_lease_neither_saves_nor_seals(tmp_path):
   lost = UserError("another job took the lease")
-  # The lease is lost after the first save begins and before the save is sealed.
+  # The job loses the lease after its first save begins and before that checkpoint is sealed.
   check = mock.Mock(side_effect=[None, lost, lost])
   checkpoints = checkpoint.Checkpoints(tmp_path, 2, check=check)
   checkpoints.save(small(1), 1, next_row=1)
@@ -259,7 +259,7 @@ def test_a_job_that_lost_its_lease_neither_saves_nor_seals(tmp_path):
 
 
 def test_the_step_loop_is_not_stopped_by_digests(tmp_path, monkeypatch):
-  """Digests are computed while the loop continues, however long they take."""
+  """The loop continues while digests are computed, even if they take long."""
   release = threading.Event()
 
   def slow(folder):

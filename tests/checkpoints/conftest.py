@@ -1,4 +1,4 @@
-"""Defines checkpoints that tests damage."""
+"""Makes checkpoints for tests to damage."""
 
 import shutil
 
@@ -12,7 +12,7 @@ from tests.models.tiny import mesh_of
 
 @pytest.fixture(scope="session")
 def original(tmp_path_factory):
-  """Saves two checkpoints on a (1, 1, 1) mesh, with the states of seeds 1 and 2."""
+  """Saves two checkpoints on a (1, 1, 1) mesh; their states are initialized from seeds 1 and 2."""
   folder = tmp_path_factory.mktemp("original")
   with jax.set_mesh(mesh_of(1, 1, 1)):
     checkpoints = checkpoint.Checkpoints(folder, keep=2)

@@ -1,4 +1,4 @@
-"""Tests which checkpoint a run goes back to, and that two processes of a run agree on it."""
+"""Tests which checkpoint a run goes back to, and that its processes agree on it."""
 
 import os
 import shutil
@@ -17,8 +17,8 @@ from tests.distributed_test import free_port
 from tests.messages import refused
 from tests.models.tiny import mesh_of
 
-# This program saves steps 1 to 5, damages 5, unseals 4, and leaves digests of 7. Then it goes back
-# to the newest whole checkpoint, then to step 2.
+# Program that saves steps 1 to 5, damages the digests of 5, removes those of 4, and adds digests of
+# 7. Then it goes back to the newest intact checkpoint, and then to step 2.
 PROCESS = """
 import pathlib, sys
 import numpy as np
@@ -99,7 +99,7 @@ def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys
   shutil.rmtree(saved / "checkpoints" / "2")
   for path in (saved / "checkpoints.digests").iterdir():
     path.unlink()
-  # Digests of a second process, which this job does not have.
+  # Digests from a second process of the killed job; the new job has one process.
   (saved / "checkpoints.digests" / "1.part1").write_text('{"other": "digest"}')
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
   recovery.discard_unsealed(checkpoints)
@@ -112,7 +112,7 @@ def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys
 
 @pytest.mark.parametrize("digests", [None, b"", b"{}", b"[]", b"\x00\xff", b'{"a": 1}'])
 def test_a_run_goes_back_to_the_newest_whole_checkpoint(saved, capsys, digests):
-  """If `digests` is None, a file of the checkpoint is damaged; otherwise its digests are."""
+  """Given `digests`, damages the digests of checkpoint 2; given None, damages one of its files."""
   if digests is None:
     flip(largest_file(saved / "checkpoints" / "2"))
   else:
@@ -126,14 +126,14 @@ def test_a_run_goes_back_to_the_newest_whole_checkpoint(saved, capsys, digests):
   assert [p.name for p in (saved / "checkpoints").iterdir()] == ["1"]
   assert [p.name for p in (saved / "checkpoints.digests").iterdir()] == ["1.json"]
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    checkpoints.save(fresh(3), 2, next_row=99)  # The checkpoint is written again.
+    checkpoints.save(fresh(3), 2, next_row=99)  # Writes a checkpoint of the same step again.
     checkpoints.wait()
   assert recovery.newest_whole(checkpoints) == 2
   checkpoints.close()
 
 
 def test_a_step_to_go_back_to_leaves_no_digests_after_it(saved):
-  """No digests remain, either of a deleted checkpoint or of a checkpoint that does not exist."""
+  """Removes the digests of later steps, even of a step that has no checkpoint."""
   shutil.copy(saved / "checkpoints.digests" / "2.json", saved / "checkpoints.digests" / "3.json")
   with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
     recovery.check_target(checkpoints, 1)
@@ -170,7 +170,7 @@ def test_checkpoints_without_digests_are_kept_and_refused(saved):
 
 
 def test_a_checkpoint_in_a_bucket_that_does_not_answer_is_no_damaged_one(saved, monkeypatch):
-  """Damaged checkpoints are deleted. Errors of gcsfs are OSErrors, like errors of a disk."""
+  """No checkpoint is deleted, because neither gcsfs nor disk errors prove that it is damaged."""
   aiohttp = pytest.importorskip("aiohttp")
   checkpoints = checkpoint.Checkpoints(saved, 2)
   steps = checkpoints.sealed()
@@ -186,7 +186,7 @@ def test_a_checkpoint_in_a_bucket_that_does_not_answer_is_no_damaged_one(saved, 
 
 
 def test_digests_in_a_bucket_that_does_not_answer_are_not_damaged(saved, monkeypatch):
-  """The fake raises an error like gcsfs, whose text has the word "invalid"."""
+  """The fake raises an error like those of gcsfs; its message contains the word "invalid"."""
   path_type = type(epath.Path(saved))
   read = path_type.read_text
 

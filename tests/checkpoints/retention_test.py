@@ -13,7 +13,7 @@ NAN = float("nan")
     ({1: 0.5, 2: 0.3, 3: 0.4, 4: 0.6}, 1, 0, 1, {2, 6}),
     ({1: 0.5, 2: 0.3, 3: 0.4, 4: 0.6}, 1, 5, 2, {2, 3, 5, 6}),
     ({1: NAN, 2: 0.9}, 1, 0, 1, {2, 6}),
-    ({1: 0.5}, 1, 0, 2, {1, 6}),  # Checkpoints without a loss are not the best.
+    ({1: 0.5}, 1, 0, 2, {1, 6}),  # Checkpoints without a loss are never the best.
   ],
 )
 def test_a_checkpoint_is_kept_for_any_of_three_reasons(losses, last, every, best, expected):

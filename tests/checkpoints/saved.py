@@ -1,4 +1,4 @@
-"""Saves checkpoints of a tiny decoder, and damages them."""
+"""Saves checkpoints of a tiny decoder, and damages their files."""
 
 import jax
 

@@ -33,7 +33,7 @@ def test_sharded_and_newer_files_load_the_same(folder, tmp_path):
 
 @pytest.mark.parametrize("patch", [32, 14])
 def test_published_layouts(patch, tmp_path):
-  """ViT-B/32 and ViT-L/14 have the tensors of transformers' CLIPModel, and can embed."""
+  """Given the sizes of ViT-B/32 and ViT-L/14, the tensors match those of transformers."""
   torch = pytest.importorskip("torch")
   large = patch == 14
   text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12} if large else {}

@@ -1,4 +1,4 @@
-"""Provides a transformers CLIP with random weights."""
+"""Provides a transformers CLIP model with random weights."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Writes the files of a transformers CLIP with random weights."""
+"""Writes the files of a transformers CLIP model with random weights."""
 
 import json
 
@@ -15,7 +15,7 @@ CAPTIONS = ["red", "A  red, red APPLE!", "größe ♥", "a caption that is too l
 
 
 def write_tokenizer(folder):
-  """Writes a tokenizer with all bytes (also with </w>), three merges, and start and end tokens."""
+  """Writes a tokenizer with all bytes (also with </w>), three merges, a start and an end token."""
   letters = sorted(pre_tokenizers.ByteLevel.alphabet())
   merges = ["r e", "re d</w>", "p p"]
   words = (
@@ -30,7 +30,7 @@ def write_tokenizer(folder):
 
 
 def write_checkpoint(folder, activation, eos_id, **save):
-  """Saves and returns a CLIPModel with random tensors that are not tiny."""
+  """Saves and returns a CLIPModel whose tensors are random and not tiny."""
   torch = pytest.importorskip("torch")
   sizes = {"hidden_size": 32, "intermediate_size": 48}
   sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
@@ -59,7 +59,7 @@ def load(folder, dtype="float32", devices=1):
 
 
 def some_tokens():
-  """Returns [3, L] ids that end early; one row has an id above the end token (an added token)."""
+  """Returns captions [3, L] padded with end tokens; one contains an id above the end token."""
   tokens = np.random.default_rng(0).integers(3, START, (3, LENGTH)).astype(np.int32)
   tokens[:, 0], tokens[2, 4] = START, END + 2
   tokens[0, 5:], tokens[1, 9:], tokens[2, 7:] = END, END, END

@@ -68,7 +68,8 @@ def test_embeddings_equal_torch(checkpoint):
   np.testing.assert_allclose(embed(clip.config), texts, atol=TOLERANCE, rtol=0)
   np.testing.assert_allclose(clip.embed_images(images), image_embeddings, atol=TOLERANCE, rtol=0)
   assert clip.embed_images(images).dtype == np.float32
-  # Negative controls: the other activation, and the other rule for the end of a caption.
+  # Negative controls: the other activation function, and the other way to find the end of a
+  # caption.
   other = {"gelu": "quick_gelu", "quick_gelu": "gelu"}[clip.config.text.activation]
   for wrong in (
     dataclasses.replace(clip.config, text=dataclasses.replace(clip.config.text, activation=other)),
@@ -80,7 +81,7 @@ def test_embeddings_equal_torch(checkpoint):
     ),
   ):
     assert np.abs(embed(wrong) - texts).max() > 100 * TOLERANCE
-  # In these rows the end token is the largest id, so both rules agree.
+  # In these rows the end token is the largest id, so both ways find it.
   assert np.abs(embed(clip.config)[:2] - embed(wrong)[:2]).max() < TOLERANCE
 
 
@@ -98,12 +99,12 @@ def test_captions_equal_torch(checkpoint):
   )
   np.testing.assert_allclose(clip.embed_texts(ids), expected, atol=TOLERANCE, rtol=0)
   np.testing.assert_allclose(clip.embed_texts(ids[1:2])[0], expected[1], atol=TOLERANCE, rtol=0)
-  # A caption without tokens still has a start and an end token.
+  # A caption without words still has a start token and an end token.
   assert clip.embed_texts([ids[0][:0]]).shape == (1, 24)
 
 
 def test_every_tensor_matters(folder):
-  """Every tensor changes the embeddings, except key biases, which cancel in the softmax."""
+  """Changing any tensor changes the embeddings, except key biases, which cancel in the softmax."""
   clip, tokens = load(folder), some_tokens()
   pixels = np.random.default_rng(0).normal(size=(1, 3, SIDE, SIDE)).astype(np.float32)
 
@@ -131,7 +132,8 @@ def test_eight_devices_embed_as_one(folder):
   images, one, eight = some_images(70), load(folder), load(folder, devices=8)
   texts = [one.encode(f"{i} apples") for i in range(70)]
   assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(eight.params))
-  with jax.set_mesh(create_mesh(MeshConfig(2, 2, 2))):  # A mesh that generation may use.
+  # A mesh with three axes, such as generation may use.
+  with jax.set_mesh(create_mesh(MeshConfig(2, 2, 2))):
     np.testing.assert_allclose(eight.embed_images(images), one.embed_images(images), atol=1e-6)
     np.testing.assert_allclose(eight.embed_texts(texts), one.embed_texts(texts), atol=1e-6)
     few = eight.in_batches(3)
@@ -169,7 +171,7 @@ def test_preprocessing_scales_crops_and_normalizes(folder, height, width):
     np.testing.assert_allclose(result, expected.transpose(2, 0, 1), atol=1e-5)
 
 
-# This is a module, so that `tests.launched` can run it.
+# Written to a module, so that `tests.launched` can run it.
 WITHOUT_TORCH = """
 import sys
 import numpy as np
@@ -183,13 +185,13 @@ print(clip.embed_texts([clip.encode("red")]).shape, clip.embed_images(images).sh
 @pytest.mark.slow
 def test_it_needs_no_torch(folder, tmp_path):
   (tmp_path / "without_torch.py").write_text(WITHOUT_TORCH)
-  missing = ("torch", "torchvision")  # These packages must not be imported.
+  missing = ("torch", "torchvision")  # Importing these packages raises an error.
   done = run("without_torch", ["without_torch", str(folder)], cwd=tmp_path, missing=missing)
   assert done.stdout.endswith("(1, 24) (2, 24)\n"), done.stderr
 
 
 def test_it_builds_neighbors_of_raw_pairs(folder, tmp_path):
-  """Runs the stage with token dropout in queries, and with images that must be resized."""
+  """Uses token dropout in the queries, and images that must be resized."""
   splits = ["train", "train", "train", "heldout"]
   pairs = [
     {"key": f"k{i}", "caption": f"the k{i} red apples", "split": splits[i % 4]} for i in range(12)

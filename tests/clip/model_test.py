@@ -56,7 +56,7 @@ def test_padding_does_not_matter():
   embed = jax.jit(lambda tokens: clip_lib.bind(TINY, TEXT_SIZE, clip.params).embed_texts(tokens))
   short, long = clip_lib.pad_texts(TEXTS[1:2], 4), clip_lib.pad_texts(TEXTS[1:2], 6)
   np.testing.assert_allclose(embed(short), embed(long), atol=1e-6)
-  long[0, -1] = 9  # Negative control: a token instead of padding.
+  long[0, -1] = 9  # Negative control: replaces padding by a token.
   assert np.abs(embed(short) - embed(long)).max() > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""Tests that a mistake in the command line causes one sentence, before JAX is imported."""
+"""Tests that a wrong command line prints one sentence before JAX is imported."""
 
 import json
 import os
@@ -42,7 +42,7 @@ MISTAKES = [
 ]
 JOBS = [(argv, "") for argv in MISTAKES]
 JOBS += [(["train", *RUN], platforms) for platforms in ("cuda", "gpu", "cpu,tpu")]
-# Forks a process for each mistake, which prints its exit code and the heavy modules it imported.
+# For each job, forks a process that prints its exit code and the heavy modules it imported.
 FORK = """
 import gc, json, os, runpy, sys
 import cm3leon_jax.commands.common  # Of all commands, and without the heavy modules.

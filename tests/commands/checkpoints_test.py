@@ -1,4 +1,4 @@
-"""Tests that the checkpoints of a workdir can be listed, verified, pruned and rolled back."""
+"""Tests that `cm3leon checkpoints` lists, verifies, prunes and rolls back checkpoints."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ LOSSES = {2: 3.0, 4: 1.5, 6: 2.0, 8: 2.5}
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-  """Makes a finished run with nine steps and small arrays."""
+  """Makes a finished run with nine steps and a small training state."""
   folder = tmp_path_factory.mktemp("original")
   with Checkpoints(folder, keep=9) as checkpoints:
     for step in STEPS:

@@ -28,7 +28,7 @@ def test_every_command_is_listed():
   )
 
 
-# Forks a process for each command, which prints --help and then the heavy modules that it imported.
+# For each command, forks a process that prints --help and then the heavy modules it imported.
 HELP = """
 import gc, os, runpy, sys
 import cm3leon_jax.commands.common  # Of all commands, and without the heavy modules.
@@ -118,7 +118,7 @@ def test_a_config_by_name_or_by_path_works_in_any_folder(tmp_path):
   check_refused(result)
 
 
-# This program runs a command that uses devices, without JAX_PLATFORMS.
+# Program that runs a command that uses devices, with JAX_PLATFORMS unset.
 DEVICES = """
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.common import use_mesh
@@ -234,7 +234,7 @@ def test_every_config_of_the_demo_takes_minutes():
 
 def test_an_old_python_is_refused(tmp_path):
   old = tmp_path / "old-python"
-  old.write_text("#!/bin/sh\nexit 1\n")  # Python's check of its version exits with 1.
+  old.write_text("#!/bin/sh\nexit 1\n")  # As if the check of the Python version fails.
   old.chmod(0o755)
   result = run("bash", "-c", f'source "{ROOT}/launch/venv.sh"; find_python', PYTHON=str(old))
   check_refused(result)

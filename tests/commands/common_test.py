@@ -70,7 +70,8 @@ def test_a_file_that_cannot_be_read_is_one_sentence_and_may_be_tried_again(numbe
   assert end.value.code == TryAgain.exit_code
   sentence = f"error: run/train/config.json could not be read or written ({os.strerror(number)})"
   assert capsys.readouterr().err.startswith(sentence)
-  with pytest.raises(FileNotFoundError), common._reporting():  # A bug keeps its traceback.
+  # Errors caused by bugs keep their traceback.
+  with pytest.raises(FileNotFoundError), common._reporting():
     raise FileNotFoundError(errno.ENOENT, "no such file", "x")
 
 

@@ -35,7 +35,7 @@ NUM_SCENES = 24
 
 
 def settings_of(**fields):
-  # One batch of 16 rows holds all images, as in the bundled model.
+  # All images fit into one batch of 16 rows, as in the bundled model.
   evaluation = {"num_documents": 4, "num_resamples": 100, "batch_size": 16, **fields}
   return dataclasses.replace(
     SETTINGS, evaluation=dataclasses.replace(SETTINGS.evaluation, **evaluation)
@@ -44,7 +44,7 @@ def settings_of(**fields):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-  """Makes a finished run whose held-out documents are scenes, with random weights and codes."""
+  """Makes a finished run with random weights; held-out documents are scenes with random codes."""
   root = epath.Path(tmp_path_factory.mktemp("run"))
   save_run(root)
   encode, rng = TextTokenizer(root / "text_tokenizer", VOCAB).encode, np.random.default_rng(0)
@@ -109,7 +109,8 @@ def test_scenes_are_generated_judged_and_written(made, run, capsys):
   assert result["gain"]["title"] == "guidance 2.5"
   assert result["gain"]["share"] == 0
   summary = read_json(folder / "metrics.json")
-  assert summary["scenes"]["best"]["title"] == "guidance 1"  # The first of equal columns.
+  # Both columns have the same result; the first is the best.
+  assert summary["scenes"]["best"]["title"] == "guidance 1"
   assert summary["scenes"]["best"]["correct"]["groups"] == 10
   assert summary["scenes"]["real images"]["correct"] == 1
   assert summary["documents"] == 4
@@ -119,7 +120,7 @@ def test_scenes_are_generated_judged_and_written(made, run, capsys):
   run(settings)
   assert "finished already, skipped" in capsys.readouterr().out
   warmer = dataclasses.replace(settings.sampling, temperature=0.5)
-  run(dataclasses.replace(settings, sampling=warmer))  # Another temperature needs new samples.
+  run(dataclasses.replace(settings, sampling=warmer))  # A changed temperature needs new samples.
   assert "skipped" not in capsys.readouterr().out
 
 
@@ -169,7 +170,7 @@ def test_too_many_scenes_end_the_command_before_anything_is_measured(made, run, 
 
 @pytest.fixture(scope="module")
 def bundled(made):
-  """Bundles `made` without its bank. The bundled models of the package have no bank either."""
+  """Makes a bundle of `made` without its bank, like the bundled models of the package."""
   folder = made.parent / "bundled"
   cost = {"train_seconds": 60.0, "other_seconds": 7.0, "machine": "1 CPU core"}
   with one_device():
@@ -227,7 +228,7 @@ def test_the_bundled_model_gets_the_captions_of_the_sheet(made, bundled, run, mo
   }
   monkeypatch.setattr(evaluate, "_images_of", lambda model, seed, texts: [real[t] for t in texts])
   (bundled / bundles.FILE).write_text((bundled / bundles.FILE).read_text() + " ")
-  run(settings)  # The file of the bundled model has changed, so the run evaluates it again.
+  run(settings)  # Repeats the evaluation, because a file of the bundled model changed.
   found = read_json(made / "evaluation" / "metrics.json")["scenes"]["bundled"]
   assert found["right"] == {"guidance 1": 0, "guidance 2": 0, "bundled model": 12}
 
@@ -252,7 +253,7 @@ def test_an_export_has_the_folders_of_geneval_and_the_paths_of_geneval_2(made, r
   run(settings_of(), export="geneval", prompts=str(path))
   (folder,) = (made / "geneval").glob("my-prompts-*")
   found = []
-  # This reads the folder like evaluate_images.py of GenEval.
+  # Reads the folder in the same way as GenEval's evaluate_images.py.
   for sub in sorted(x for x in folder.iterdir() if x.is_dir() and x.name.isdigit()):
     metadata = json.loads((sub / "metadata.jsonl").read_text())
     images = sorted(x.name for x in (sub / "samples").iterdir())
@@ -262,7 +263,7 @@ def test_an_export_has_the_folders_of_geneval_and_the_paths_of_geneval_2(made, r
     assert any((pixels[0] != other).any() for other in pixels[1:])
     found.append(metadata)
   assert found == PROMPTS
-  paths = read_json(folder / "image_paths.json")  # GenEval 2 maps prompts to images.
+  paths = read_json(folder / "image_paths.json")  # GenEval 2 reads a map from prompts to images.
   assert list(paths) == ["a bird", "two cars"]
   assert paths["two cars"] == str(folder / "00001" / "samples" / "0000.png")
 

@@ -46,7 +46,7 @@ def write_store(folder, n, vocab, seed):
 
 @pytest.fixture
 def workdir(tmp_path):
-  """Writes the files that an evaluation reads; parameters are NaN, their average is untrained."""
+  """Writes the files that an evaluation reads. Last parameters are NaN; their average is random."""
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   settings = tiny_settings()
@@ -74,7 +74,7 @@ def workdir(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The BCa confidence interval")  # NaNs have no interval.
 def test_the_last_parameters_are_measured_apart_from_their_average(workdir):
-  """The parameters are NaN, so their evaluation does not count as finished."""
+  """The last parameters are NaN, so their evaluation fails and is not marked as finished."""
   evaluate.main(tiny_settings(), workdir)
   with flagsaver.flagsaver(last_params=True):
     with refused(UserError):
@@ -90,10 +90,10 @@ def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir,
   found = read_json(workdir / "evaluation" / "metrics.json")
   assert found["step"] == 7
   assert found["documents"] == 4
-  # The caption has two neighbors; the neighbors of the image are -1 and do not count.
+  # The caption has two neighbors. The image's neighbors are all -1 (none) and do not count.
   assert found["mean_neighbors"]["true"] == 2.0
   assert found["image"]["tokens"] == 16
-  # An untrained decoder spreads its probability evenly over the whole vocabulary.
+  # An untrained decoder predicts a nearly uniform distribution over the whole vocabulary.
   assert found["image"]["true"]["bits"] == pytest.approx(np.log2(288), abs=0.05)
   assert "bits per image code" in capsys.readouterr().out
   evaluate.main(tiny_settings(), workdir)

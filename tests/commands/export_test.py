@@ -35,11 +35,12 @@ class Killed(Exception):
 
 
 class Kill:
-  """Raises `Killed` after `left` operations below a folder: opens for writing, moves, removals."""
+  """Raises `Killed` after `left` writes in a folder: opens for writing, moves, removals."""
 
   def __init__(self):
     self.folder, self.left = "", -1
-    sys.addaudithook(self._hear)  # Cannot be removed, so the process ends with the test.
+    # An audit hook cannot be removed, so this test runs in its own process.
+    sys.addaudithook(self._hear)
 
   def _hear(self, event, args):
     if not self.folder or event not in ("open", "os.rename", "os.remove"):
@@ -59,7 +60,7 @@ def contents(folder):
 
 @pytest.fixture
 def exported_before(tmp_path):
-  """Makes a run whose export and bundle hold other weights."""
+  """Makes a run whose export and bundle contain other weights than its checkpoint."""
   root = epath.Path(tmp_path / "run")
   save_run(root)
   with one_device():
@@ -75,7 +76,7 @@ def exported_before(tmp_path):
 
 
 def test_the_average_is_exported_and_a_bundle_knows_its_cost(tmp_path):
-  """The parameters of the checkpoint are NaN (see `save_run`)."""
+  """Exports the average, because the last parameters are NaN (see `save_run`)."""
   save_run(tmp_path)
   export.main(SETTINGS, tmp_path, str(tmp_path / "bundle"))
   with one_device():
@@ -87,7 +88,7 @@ def test_the_average_is_exported_and_a_bundle_knows_its_cost(tmp_path):
   assert found.keys() == expected.keys()
   for name, tensor in expected.items():
     np.testing.assert_array_equal(found[name], tensor)
-  # `save_run` stores a duration of one second for each stage.
+  # `save_run` records one second for each stage.
   cost = {"train_seconds": 1.0, "other_seconds": 5.0, "machine": None}
   assert bundles.about(tmp_path / "bundle")["cost"] == cost
 
@@ -150,7 +151,7 @@ def test_the_stage_is_made_again_in_another_format_and_skipped_in_the_same(gelu,
 
 
 def test_the_last_parameters_are_written_if_they_are_asked_for(gelu, tmp_path):
-  """The last parameters are NaN (see `save_run`), and NaN is refused."""
+  """Tries to export the last parameters, which are NaN (see `save_run`) and therefore rejected."""
   settings, root = gelu
   choice, output = formats.Choice(average=False), str(tmp_path / "out")
   with refused(UserError):
@@ -196,7 +197,7 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
       export.main(settings, root, choice=orbax, output=str(output))
   assert contents(output) == before
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
-  # An export that is killed between two renames leaves this state.
+  # As after a kill between the two renames of an export.
   output.rename(tmp_path / "out.old")
   with monkeypatch.context() as patch:
     patch.setattr(formats, "write", mock.Mock(side_effect=Killed))
@@ -215,8 +216,8 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
 
 @mock.patch.object(huggingface, "can_compare", new=mock.Mock(return_value=False))
 def kill_at_any_write(exported_before, tmp_path):
-  """Returns the states after kills: (weights exist, the export is finished, step of the bundle)."""
-  # Both folders have the same name, because the export records it.
+  """Kills an export at each write; returns (has weights, is finished, step of the bundle)."""
+  # The run folders have the same name, because an export records the name.
   kill, whole, work = Kill(), tmp_path / "whole" / "run", tmp_path / "work" / "run"
   shutil.copytree(exported_before, whole)
   export.main(SETTINGS, epath.Path(whole), str(whole / "bundle"))
@@ -261,7 +262,7 @@ def kill_at_any_write(exported_before, tmp_path):
 def test_an_export_that_is_killed_at_any_write_is_whole_or_counts_as_none(
   exported_before, tmp_path
 ):
-  """Replaces an older export; the next start of the command completes the new one."""
+  """Kills an export that replaces an older one; the next start of the command completes it."""
   with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
     states = pool.submit(kill_at_any_write, exported_before, tmp_path).result(timeout=600)
   assert states == {(True, False, 3), (False, False, 3), (True, True, 3), (True, True, 0)}
@@ -279,7 +280,7 @@ def test_an_export_on_a_full_disk_is_one_sentence_and_counts_as_none(exported_be
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert not (exported_before / "export" / stages.DONE).exists()
   assert not (exported_before / "export" / huggingface.WEIGHTS).exists()
-  assert bundles.read(epath.Path(target))[1] == 3  # The bundle was not touched.
+  assert bundles.read(epath.Path(target))[1] == 3  # The export did not change the bundle.
   export.main(SETTINGS, exported_before, target)
   assert bundles.read(epath.Path(target))[1] == 7
 

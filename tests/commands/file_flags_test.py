@@ -40,7 +40,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundled(run):
-  """Bundles `run`, which has no bank."""
+  """Makes a bundle of `run`, which has no bank."""
   folder = run.parent / "bundled"
   with one_device():
     params, step = reading.load_params(run / "train", SETTINGS.model)
@@ -57,7 +57,7 @@ def documents(tmp_path):
 
 @pytest.fixture
 def protocol(tmp_path):
-  """Returns the flags of a protocol over the captions of two images."""
+  """Returns the flags of an evaluation whose protocol has the captions of two images."""
   rng, images = np.random.default_rng(0), []
   for i in range(2):
     Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{i}.jpg")
@@ -177,7 +177,7 @@ def test_a_file_in_place_of_a_folder_is_one_sentence(call, bundled, documents):
 
 
 def test_the_flag_has_no_default_that_would_reach_other_commands():
-  """The last imported command defines the common flag, so this test needs a new process."""
+  """In one process, the command that is imported last would define the shared flag."""
   code = (
     "from absl import flags\n"
     "from cm3leon_jax.commands import generate, inspect_data\n"

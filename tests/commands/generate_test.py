@@ -107,12 +107,12 @@ def test_a_file_of_prompts(run, workdir, image_file, tmp_path, capsys):
   assert (image["task"], image["seed"]) == ("text_to_image", 3)
   assert (caption["task"], caption["seed"], caption["image"]) == ("caption", 4, image_file)
   assert f"{image_file}: " in capsys.readouterr().out
-  # Renaming the file changes nothing.
+  # Finds the finished samples although the prompt file was renamed.
   (tmp_path / "mine.jsonl").rename(tmp_path / "renamed.jsonl")
   run(prompts=str(tmp_path / "renamed.jsonl"), seed=3)
   assert f"{folder}: finished already, skipped." in capsys.readouterr().out
   assert not list((workdir / "prompts").glob("renamed-*"))
-  # An image with other pixels makes another task, despite its old name.
+  # A file of the same name with other pixels is another input.
   Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(image_file)
   run(prompts=str(tmp_path / "renamed.jsonl"), seed=3)
   assert len(list((workdir / "prompts").glob("renamed-*"))) == 1
@@ -131,7 +131,7 @@ def test_images_of_a_file_of_prompts_are_in_its_folder(run, workdir, image_file,
 
 
 class Loads(Exception):
-  """Error that is raised when a command would read the model."""
+  """Raised in place of loading the model."""
 
 
 def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys, monkeypatch):
@@ -145,7 +145,7 @@ def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys, 
   printed = capsys.readouterr().out
   assert "generate: warning: this model was not trained to edit images by instructions" in printed
   assert "occurred in training" not in printed
-  # Without this store, some tokens never occurred in training.
+  # Makes some tokens never occur in training.
   texts = workdir / "documents" / "train_texts"
   texts.rename(workdir / "texts")
   try:

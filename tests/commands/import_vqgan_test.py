@@ -47,7 +47,7 @@ FAMILY = dataclasses.replace(
 
 
 def make_settings(**vqgan):
-  """Returns settings for an f16 tokenizer at 256 pixels with a tiny decoder."""
+  """Returns settings for an f16 tokenizer at 256 pixels with a tiny decoder model."""
   config = make_config(320)
   config.vqgan.update({"resolution": 256, "downsample": 16, "stem": 16, **vqgan})
   config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 16})
@@ -64,7 +64,7 @@ SETTINGS = make_settings()
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-  """Writes random weights as diffusers does; returns the folder and its tokenizer."""
+  """Saves random weights with diffusers; returns the folder and the diffusers tokenizer."""
   folder = tmp_path_factory.mktemp("source")
   rng, tensors = np.random.default_rng(0), {}
   for name, shape in published_files.tensor_shapes(FAMILY, VOCAB.image_size).items():
@@ -98,7 +98,7 @@ def test_a_tokenizer_is_imported_once(source, tmp_path, capsys):
   assert read_json(tmp_path / "vqgan" / stages.DONE) == before
   import_vqgan.main(SETTINGS, tmp_path / "copy", str(tmp_path / "vqgan"), None)
   assert capsys.readouterr().out.startswith(f"import_vqgan: amused, {numbers:,} parameters in ")
-  train_vqgan.main(SETTINGS, tmp_path)  # Would fail if it trained, since raw/ is missing.
+  train_vqgan.main(SETTINGS, tmp_path)  # Training would fail here, because raw/ is missing.
   printed = (
     f"{tmp_path / 'vqgan'}: made by cm3leon import_vqgan, stays as it is; nothing is trained."
   )
@@ -114,7 +114,7 @@ def test_the_tokenizer_of_an_export_needs_no_family(tmp_path, capsys):
   assert ImageTokenizer.load(tmp_path / "vqgan").config == config
   assert digest(tmp_path / "vqgan" / vqgan.PARAMS) == digest(folder / vqgan.PARAMS)
   import_vqgan.main(SETTINGS, tmp_path, str(folder), None)
-  train_vqgan.main(SETTINGS, tmp_path)  # Would fail if it trained, since raw/ is missing.
+  train_vqgan.main(SETTINGS, tmp_path)  # Training would fail here, because raw/ is missing.
   printed = capsys.readouterr().out
   assert "import_vqgan: trained by cm3leon train_vqgan, " in printed
   assert "vqgan: finished already, skipped." in printed
@@ -146,7 +146,7 @@ def test_another_tokenizer_is_not_overwritten(source, tmp_path):
 
 
 def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monkeypatch, capsys):
-  """The config of the tuning may have other VQGAN sizes, which are unused, but not another grid."""
+  """The tuned run's config may set other VQGAN sizes, which are unused, but not another grid."""
   run, tuned = tmp_path / "run", tmp_path / "tuned"
   run.mkdir()
   write_data(run)
@@ -159,7 +159,7 @@ def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monk
   assert made == dict.fromkeys(("text_tokenizer", "vqgan", "clip"), "copied")
   capsys.readouterr()
   for command in (train_text_tokenizer, train_vqgan, train_clip):
-    command.main(other, tuned)  # Would fail if it trained, since raw/ is missing.
+    command.main(other, tuned)  # Training would fail here, because raw/ is missing.
   lines = capsys.readouterr().out.splitlines()
   assert lines == [
     f"{tuned / name}: made by cm3leon copy_tokenizers, stays as it is; nothing is trained."
@@ -220,7 +220,7 @@ def test_the_flag_has_all_families():
 
 @pytest.mark.parametrize("family", ["taming_gumbel_f8", "chameleon"])
 def test_the_configs_of_the_page_fit_the_grids(family):
-  """Uses the configs of docs/published_tokenizers.md: `:paper`, and 512 pixels."""
+  """Covers the configs on docs/published_tokenizers.md: `:paper`, and `base` at 512 pixels."""
   from cm3leon_jax.configs import base
 
   config = base.get_config("paper" if family == "taming_gumbel_f8" else "")
@@ -242,7 +242,8 @@ def write_data(root) -> np.ndarray:
     for i in range(8)
   ]
   write_raw(root / "raw", pairs, images)
-  words = [f"word{i} word{i + 1}" for i in range(400)]  # Enough words for the vocabulary.
+  # Has enough different words to train the text tokenizer.
+  words = [f"word{i} word{i + 1}" for i in range(400)]
   text.train_text_tokenizer(words, VOCAB, TextTokenizerConfig(), root / "text_tokenizer")
   params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
   clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params).save(root / "clip")
@@ -262,7 +263,7 @@ def one_mesh(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_on_an_imported_tokenizer(source, tmp_path, one_mesh, capsys):
-  """Imports, encodes, trains a step, generates and decodes; codes and pixels equal diffusers'."""
+  """Imports, encodes, trains a step, generates and decodes; compares with diffusers' results."""
   diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
   model = diffusers.VQModel.from_pretrained(source[0]).eval()
   root = epath.Path(tmp_path)

@@ -28,7 +28,7 @@ from tests.retrieval.stores import write_bank, write_neighbors
 from tests.trained import rows_test
 
 ROOT = pathlib.Path(__file__).parents[2]
-stores = rows_test.workdir  # Documents and neighbors for training.
+stores = rows_test.workdir  # Fixture that makes document stores with neighbors for training.
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_the_page_shows_rows_of_both_splits(workdir, capsys, split):
   html = out.read_text(encoding="utf-8")
   assert "Rows 2 to 7" in html
   assert "ml_configs/mine.py" in html
-  assert ('class="box infill' in html) == (split == "train")  # Held-out rows have no spans.
+  assert ('class="box infill' in html) == (split == "train")  # Only training rows have spans.
   assert capsys.readouterr().out.startswith("inspect_data: 6 rows, ")
   assert [path.name for path in out.parent.iterdir()] == ["rows.html"]
 
@@ -63,7 +63,7 @@ def test_the_page_shows_rows_of_both_splits(workdir, capsys, split):
 @pytest.mark.parametrize("split", ["train", "heldout"])
 @pytest.mark.parametrize("replay_share", [0.0, 0.4])
 def test_the_page_shows_rows_of_instructions(tmp_path, capsys, split, replay_share):
-  """A run without documents has no folder for them."""
+  """A run that has only instructions has no folder documents/."""
   config = tiny_instruct_config.get_config()
   config.instructions.replay_share = replay_share
   settings, workdir = settings_from_config(config), epath.Path(tmp_path)

@@ -49,7 +49,7 @@ def settings_of(**fields):
   sections["data"] = dataclasses.replace(SETTINGS.data, pack_window=16)
   evaluation = dataclasses.replace(SETTINGS.evaluation, num_resamples=100, batch_size=8)
   sections |= {"mesh": MeshConfig(1, 1, 1), "evaluation": evaluation}
-  # The seed differs from the seed of the run that it starts from.
+  # Differs from the seed of the run that it is tuned from.
   return dataclasses.replace(SETTINGS, seed=1, **sections)
 
 
@@ -95,7 +95,7 @@ def test_a_run_is_tuned(tuned):
   lines = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
   assert [line["step"] for line in lines if "loss" in line] == [1, 2]
   steps = [line["step"] for line in lines if "heldout_loss/count" in line]
-  assert steps == [0, 2]  # Evaluations before and after the training.
+  assert steps == [0, 2]  # The held-out loss is computed before and after training.
 
 
 def test_its_answers_are_graded_and_reported(tuned, capsys):

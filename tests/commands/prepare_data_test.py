@@ -60,7 +60,7 @@ def test_a_batch_larger_than_the_data_is_said_before_its_stage():
   )
   assert clip.startswith("config.clip.batch_size is 32,768, but there are only 200 ")
   assert prepare_data.batch_warnings(settings, 40_000) == []
-  assert prepare_data.batch_warnings(settings, 0) == []  # Another message covers this case.
+  assert prepare_data.batch_warnings(settings, 0) == []  # 0 images: another check reports this.
   published = dataclasses.replace(settings.retrieval, clip="clip")
   assert prepare_data.batch_warnings(dataclasses.replace(settings, retrieval=published), 200) == [
     vqgan
@@ -137,8 +137,8 @@ def test_scenes_are_checked_by_their_facts(tmp_path):
   with leaked.open("a") as file:
     file.write(records.splitlines()[0].replace('"split": "heldout"', '"split": "train"') + "\n")
   checked = command(*flags, "--check_leaks")
-  assert "000000/pairs.jsonl has " in checked.stderr  # The size of the file is wrong.
-  (tmp_path / "raw" / "done" / "000000.json").unlink()  # This file holds the digests.
+  assert "000000/pairs.jsonl has " in checked.stderr  # The message reports a wrong file size.
+  (tmp_path / "raw" / "done" / "000000.json").unlink()  # Removes the digests of the shard.
   checked = command(*flags, "--check_leaks")
   assert checked.returncode == 2
   assert "heldout 'scenes/heldout/0000000' (scene): " in checked.stdout

@@ -1,4 +1,4 @@
-"""Tests that mistakes found before any read or write end in one sentence and exit code 2."""
+"""Tests that mistakes found before any file access print one sentence and exit with code 2."""
 
 import pathlib
 import subprocess

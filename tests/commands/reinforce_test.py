@@ -1,4 +1,4 @@
-"""Tests that launch.reinforce starts from a tiny run, stops, continues, and writes a run."""
+"""Tests that launch.reinforce starts from a tiny run, stops, continues, and makes a usable run."""
 
 import dataclasses
 
@@ -101,7 +101,7 @@ def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, cap
 
 @pytest.mark.slow
 def test_clip_scores_captions(source, prepared, tmp_path):
-  """Needs neither a bank nor a judge."""
+  """A reward by CLIP needs neither a bank nor a judge."""
   workdir, settings = epath.Path(tmp_path), settings_to_learn("clip")
   for stage in ("text_tokenizer", "vqgan", "clip", "instructions"):
     (tmp_path / stage).symlink_to(prepared / stage)

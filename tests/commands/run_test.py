@@ -63,7 +63,7 @@ def test_the_time_left_follows_from_the_stages_that_ended():
 
 @pytest.fixture
 def started(monkeypatch):
-  """Replaces each command of a run by a fake that prints two lines; returns the calls."""
+  """Fakes each stage of a run: it only prints some lines. Returns the calls (command, flags)."""
   calls = []
 
   def start(self, command, flags, show):

@@ -66,7 +66,7 @@ def test_a_file_is_scored_once(run, workdir, file, capsys):
   assert [line["key"] for line in lines] == ["My docs.jsonl/0", "pair", "My docs.jsonl/2"]
   assert [line["image"]["tokens"] for line in lines] == [0, IMAGE_TOKENS, IMAGE_TOKENS]
   assert (summary["step"], summary["retrieve"], summary["documents"]) == (7, 0, 3)
-  # The parameters are NaN, so these scores are computed with their average.
+  # The last parameters are NaN, so finite scores must come from their average.
   assert summary["text"]["low"] < summary["text"]["bits"] < summary["text"]["high"]
   for modality in ("text", "image", "special"):
     total = sum(line[modality]["log_prob"] for line in lines)

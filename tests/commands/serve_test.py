@@ -27,7 +27,7 @@ from tests.messages import check_refused
   ],
 )
 def test_buckets_may_have_their_name_of_before(given, printed, warnings):
-  """The test runs a new process, because commands define flags with the same names."""
+  """Runs a new process, because other imported commands define flags with the same names."""
   code = f"""
 from absl import flags
 from cm3leon_jax.commands import serve
@@ -130,11 +130,13 @@ def test_it_keeps_programs_logs_requests_and_lets_them_end_at_sigterm(run, tmp_p
   assert re.search(r"\] POST /v1/images/generations status=200 .* images=8 tokens=\d+$", line)
   assert "apple" not in log
   programs = kept(tmp_path)
-  # Steps of running batches are compiled ahead of time, other programs at their first call.
+  # The server compiles programs for running batches at the start, and the others at their first
+  # use.
   names = {re.sub(r"-[0-9a-f]{64}-cache$", "", name) for name in programs}
   assert {"jit_steps", "jit_admit", "jit_empty"} <= names, names
   with started(run, tmp_path):
-    assert kept(tmp_path) == programs  # A program that is compiled again would have a new name.
+    # Nothing was compiled again: a new program would have a new name.
+    assert kept(tmp_path) == programs
 
 
 def requests_end_at_sigterm(process, url):

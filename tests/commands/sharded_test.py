@@ -30,7 +30,7 @@ def settings_of(config):
 def test_a_second_job_of_a_stage_is_refused_and_leaves_its_folder_as_it_is(
   tmp_path, monkeypatch, name, folder, config, more
 ):
-  """The stage's done.json stays, too, although the inputs of the stage have changed."""
+  """Keeps the stage's done.json, even though the inputs of the stage have changed."""
   read = {"raw", "text_tokenizer", "vqgan", "clip"} - {folder}
   for stage in read:
     write_json(tmp_path / stage / stages.DONE, {"id": "before"})

@@ -1,4 +1,4 @@
-"""Tests which trainings launch.train_clip continues (see also train_vqgan_test)."""
+"""Tests which interrupted trainings launch.train_clip continues (see also train_vqgan_test)."""
 
 from unittest import mock
 
@@ -16,7 +16,8 @@ from tests.generation.run import CAPTIONS, SETTINGS
 
 def test_a_training_is_one_of_its_pairs_and_its_text_tokenizer(tmp_path):
   write_images(tmp_path, 0)
-  words = [f"{CAPTIONS[i % 5]} word{i}" for i in range(200)] * 3  # Enough words for 512 ids.
+  # Has enough different words for a vocabulary of 512.
+  words = [f"{CAPTIONS[i % 5]} word{i}" for i in range(200)] * 3
   tokenizer = tmp_path / "text_tokenizer"
   text.train_text_tokenizer(words, VOCAB, SETTINGS.text_tokenizer, tokenizer)
   write_json(tokenizer / stages.DONE, {"id": "texts"})

@@ -41,7 +41,7 @@ def test_a_workdir_of_another_run_is_refused(workdir):
 @pytest.mark.parametrize("changes", [{}, {"seed": 1}])
 @pytest.mark.parametrize("name", ["checkpoints/5/state", "checkpoints/5"])
 def test_checkpoints_without_their_config_are_refused(workdir, name, changes):
-  """Every config is refused, since the config of the run is unknown."""
+  """Without the stored config, no given config can be checked, so each is rejected."""
   folder = pathlib.Path(workdir) / "train"
   (folder / name).mkdir(parents=True)
   with refused(UserError):
@@ -77,7 +77,7 @@ def root(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(root, monkeypatch):
-  """Embeddings of codes start as a linear function of the codebook; a short training keeps that."""
+  """Initial embeddings of codes are linear in the codebook vectors, also after a short training."""
   table = ImageTokenizer.load(root / "vqgan").params["codebook"]["table"]
   codebook = table / np.linalg.norm(table, axis=1, keepdims=True)
   config = make_config()
@@ -105,7 +105,7 @@ def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(root, monkeypatch
 
 
 def short_config(**train_fields):
-  """Returns a config with one pair per row; all tests share its compiled program."""
+  """Returns a config with one pair per row. Its program is compiled once for all tests."""
   config = make_config()
   config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 8})
   config.train.update({"global_batch_size": 1, "steps": 4, "tensorboard": False, **train_fields})
@@ -134,14 +134,14 @@ def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(root, capsys):
   assert rates[5] > 0.04
   stored = read_json(root / "train" / "config.json")
   assert stored["changes"] == [{"step": 4, "fields": [f"{name}: 0.001 -> 0.5"]}]
-  start(0.5, 5)  # The stored config has the new rate, so `allow_changed` is no longer needed.
+  start(0.5, 5)  # The stored config now has the new rate, so `allow_changed` is not needed.
   assert "finished already" in capsys.readouterr().out
   assert read_json(root / "train" / "config.json")["changes"] == stored["changes"]
 
 
 @pytest.mark.slow
 def test_a_finished_run_goes_back_and_leaves_rows_out_once(root, monkeypatch, capsys):
-  """Repeating the flags or omitting them changes nothing."""
+  """The same rollback and skip flags take effect only once, whether repeated or omitted later."""
   settings = settings_from_config(short_config(checkpoint_every=1))
   back = GoBack(3, range(2, 5))
   train.main(settings, root)
@@ -172,7 +172,7 @@ def test_a_finished_run_goes_back_and_leaves_rows_out_once(root, monkeypatch, ca
     lambda self, i: rows.append(skipped_rows.row_number(i, self._skipped)) or rows[-1],
   )
   train.main(longer, root)
-  assert rows[:2] == [7, 8]  # Rows 0, 1, 2 and 6 were read before.
+  assert rows[:2] == [7, 8]  # The run had read 0, 1, 2 and 6 and left out 3 to 5.
 
 
 def test_wrong_profile_steps_are_refused_before_training(workdir):

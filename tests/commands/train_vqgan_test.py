@@ -26,7 +26,7 @@ from tests.tokenizers.vqgan_test import LOCAL
 
 @dataclasses.dataclass(frozen=True)
 class Half:
-  """Fake tokenizer that keeps odd images and makes even images blank."""
+  """Fake tokenizer whose reconstructions of even images are blank and of odd images perfect."""
 
   config: VQGANConfig
 
@@ -80,7 +80,7 @@ class Killed(Exception):
 
 @pytest.mark.slow
 def test_a_training_that_ended_on_other_images_does_not_count(tmp_path, monkeypatch, capsys):
-  """Kills the training in its evaluation, then replaces raw/ by as many other pairs."""
+  """Kills a training during evaluation, then replaces raw/ by the same number of other pairs."""
   config = make_config()
   config.vqgan.update({"steps": 60, "batch_size": 8, "learning_rate": 3e-3, "restart_every": 0})
   settings = settings_from_config(config)
@@ -110,7 +110,7 @@ def test_a_training_that_ended_on_other_images_does_not_count(tmp_path, monkeypa
 
 def test_no_board_is_opened_and_nothing_printed_without_tensorboard(tmp_path, monkeypatch, capsys):
   (board,) = command._open_boards(tmp_path, True, 0)
-  # The thread of the board must write before the module is removed.
+  # The writer thread of the board must finish before the module is removed.
   board.close()
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
   assert command._open_boards(tmp_path, True, 0) == []

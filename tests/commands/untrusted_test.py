@@ -1,4 +1,4 @@
-"""Tests that messages about untrusted flags and sources are safe to print in a terminal."""
+"""Tests that messages with text from untrusted flags and sources are safe for a terminal."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from cm3leon_jax.settings import Settings, settings_from_config
 from tests.launched import launch
 from tests.reports.hostile import CONTROLS, HOSTILE
 
-# Errors that `common` turns into one sentence.
+# Errors that `common` prints as one sentence.
 KNOWN = (UserError, flags.Error, AttributeError, KeyError)
 SECTIONS = [
   "seed", "train.steps", "vqgan.multipliers", "vqgan.discriminator_layers", "raw.source", "train",
@@ -109,7 +109,7 @@ def test_any_yaml_is_read_or_one_sentence(name):
 
 
 def test_a_command_prints_no_control_character_of_a_source(tmp_path):
-  """The command exits with code 2 and prints one line. A file lists the errors of each record."""
+  """The command exits with code 2 and prints one line. A file lists the error of each record."""
   source, workdir = tmp_path / "set", tmp_path / "run"
   source.mkdir()
   lines = [
@@ -122,7 +122,8 @@ def test_a_command_prints_no_control_character_of_a_source(tmp_path):
   )
   assert run.returncode == 2, run.stderr
   bars, _, message = run.stderr.partition("error: 3 of 3 records are invalid")
-  assert bars  # Progress bars may move the cursor.
+  # Checks that progress bars were found; they are excluded because they may move the cursor.
+  assert bars
   assert "<script>alert(1)" in message
   controls = set(CONTROLS) - set("[2J]0;title31m")
   assert not controls & set(message + run.stdout)

@@ -57,7 +57,7 @@ def test_real_sizes_are_the_tutorials_and_the_papers(size, layers, width, heads,
 
 
 def test_only_the_demos_name_a_source():
-  """A run of a real size must not train on drawings by default."""
+  """Prevents runs of a real size from training on generated drawings by default."""
   sources = {
     module.__name__.rpartition(".")[2]: module.get_config().raw.source
     for module in (*SIZES.values(), *TUNED.values(), scenes, scenes_instruct)
@@ -143,7 +143,7 @@ def test_the_world_that_needs_its_bank_shows_each_rare_object_where_training_and
     for scene in scene_world.bank_scenes(world)[: world.bank]
     for placed in scene.objects
   )
-  assert len(counts) == common + len(names)  # Each image has one color.
+  assert len(counts) == common + len(names)  # Each image shows one color.
   assert collections.Counter(counts.values()) == {1: len(names) - heldout, 4: common + heldout}
 
 

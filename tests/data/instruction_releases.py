@@ -1,6 +1,6 @@
-"""Makes files with few entries in the formats of public releases of instruction data.
+"""Makes small files in the formats of public releases of instruction data.
 
-The formats of `published.files` are in `releases`.
+The formats that `published.files` reads are in `releases`.
 """
 
 import json
@@ -136,12 +136,12 @@ RELEASES = {
       "images": [image_of_size(7, 400, 200), image_of_size(8, 256, 256), image_of_size(9, 64, 128)],
       "annotations": [
         instance(7, 44, [100, 50, 100, 25]),
-        instance(7, 3, [290.5, -2.0, 60, 400]),  # Half of the box is in the square.
-        instance(7, 3, [0, 0, 100, 200]),  # The box is left of the square.
+        instance(7, 3, [290.5, -2.0, 60, 400]),  # Half of this box is in the square.
+        instance(7, 3, [0, 0, 100, 200]),  # This box is left of the square.
         instance(7, 1, [110, 10, 100, 100], crowd=1),
-        instance(9, 44, [0, 0, 64, 32]),  # The box is above the square.
+        instance(9, 44, [0, 0, 64, 32]),  # This box is above the square.
         instance(8, 44, [199, 130, 5, 20]),
-        instance(8, 1, [3.4, 5.6, 0.0, 12.0]),  # The box has no width.
+        instance(8, 1, [3.4, 5.6, 0.0, 12.0]),  # This box has no width.
       ],
       "categories": [
         {"supercategory": "person", "id": 1, "name": "person"},
@@ -176,7 +176,7 @@ RELEASES = {
 
 
 def split_of(name: str) -> str:
-  """Returns the split whose files are in RELEASES[name]."""
+  """Returns the split to which the files in RELEASES[name] belong."""
   return SPLITS.get(name, "val")
 
 

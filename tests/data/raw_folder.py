@@ -1,4 +1,4 @@
-"""Writes a raw folder, as `ingest.prepare` does, from the records of a test."""
+"""Writes a raw folder like that of `ingest.prepare` from the records of a test."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from cm3leon_jax.files.json_files import write_json
 
 
 def write_raw(folder, pairs, images, num_shards=1):
-  """Writes shards of pairs (dicts with the fields of RawPair) and their images, [H, W, 3] uint8."""
+  """Writes shards of pairs (dicts with fields of RawPair) and images ([H, W, 3] uint8)."""
   folder, index = pathlib.Path(folder), {}
   size = -(-len(pairs) // num_shards)
   for s in range(num_shards):

@@ -1,4 +1,4 @@
-"""Makes files with few entries in the formats of public releases of evaluations."""
+"""Makes small files in the formats of public evaluation releases."""
 
 import json
 

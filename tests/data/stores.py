@@ -14,7 +14,7 @@ IMAGE_TOKENS = 16
 
 
 def make_sources(folder, num_pairs=50, num_texts=30, text_share=0.3, seed=0) -> list[RowSource]:
-  """Makes pairs with 4 random candidates each, and texts of up to 300 tokens."""
+  """Makes pairs with 4 random candidate neighbors each, and texts of up to 300 tokens."""
   rng = np.random.default_rng(seed)
 
   def text(n):
@@ -41,7 +41,7 @@ def make_sources(folder, num_pairs=50, num_texts=30, text_share=0.3, seed=0) -> 
 
 
 def make_instructions(folder, count=30, seed=0) -> list[RowSource]:
-  """Makes two tasks, each with half of the tokens: answers within a text, and edits of an image."""
+  """Makes two tasks with equal shares: answers inside a text, and edits of an image."""
   rng = np.random.default_rng(seed)
 
   def text(n):
@@ -68,7 +68,7 @@ def make_instructions(folder, count=30, seed=0) -> list[RowSource]:
 
 
 def damage_record(path, record: int) -> None:
-  """Flips a bit of a shard so that only one record cannot be read."""
+  """Flips one bit of a shard so that exactly the record `record` becomes unreadable."""
   whole = path.read_bytes()
 
   def unreadable(i: int) -> bool:
@@ -83,7 +83,7 @@ def damage_record(path, record: int) -> None:
     path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
     if unreadable(record) and not any(unreadable(i) for i in range(count) if i != record):
       return
-  raise AssertionError(f"no bit of {path} belongs only to record {record}")
+  raise AssertionError(f"no bit of {path} damages only record {record}")
 
 
 def make_plan(sources, seed=0, **fields) -> RowPlan:

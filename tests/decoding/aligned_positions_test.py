@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def aligned_requests():
-  """Returns requests of two streams. Their neighbors have captions of unequal lengths."""
+  """Returns requests of two streams; the captions of their neighbors differ in length."""
   neighbors, other = [(B, CODES), (A, OTHER)], [(A, OTHER)]
   image = functools.partial(request_lib.text_to_image, VOCAB, IMAGE)
   segments = [(A,), (Hole(codes=2), OTHER[2:])]
@@ -30,7 +30,7 @@ def aligned_requests():
 
 
 def scored(model, params, prompt, ids):
-  """Returns [G, K] log-probabilities of all codes at the place of each of `ids`, by evaluation."""
+  """Scores all codes in place of each of `ids`; returns log-probabilities [G, K]."""
   codes = VOCAB.image_ids(np.arange(VOCAB.image_size))
   starts = [np.concatenate([prompt, ids[:i]]) for i in range(len(ids))]
   samples = [np.append(start, code).astype(np.int32) for start in starts for code in codes]
@@ -43,7 +43,7 @@ def scored(model, params, prompt, ids):
   "kind", ["apart", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("shared", "edits"))]
 )
 def test_aligned_positions_are_those_of_training(kind, monkeypatch):
-  """Greedy codes and log_probs equal the scores of `bits.score_samples` on the whole sample."""
+  """Compares greedy codes and log_probs with scores of whole samples (`bits.score_samples`)."""
   if kind == "shared":
     monkeypatch.setattr(batch, "SHARED", 2)
     monkeypatch.setattr(batch, "BUCKET", 8)

@@ -1,6 +1,6 @@
-"""Traces programs of small batches: 1, 2, 3 and 8 samples of every task, on one device and on 8.
+"""Traces programs for 1, 2, 3 and 8 samples of every task, on one device and on 8 devices.
 
-The programs are not run, because JAX checks the shardings of an explicit mesh during tracing.
+Tracing suffices: on a mesh with explicit axes, JAX checks shardings while it traces.
 """
 
 # B samples, S guidance streams, R = B x S rows.
@@ -21,7 +21,7 @@ from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.mesh import abstract, batch_shards
 from tests.decoding.small import CODES, IMAGE, MIXTURE, VOCAB, A, B, on_mesh, small_generator
 
-ROWS = {1: 1, 2: 2, 3: 4, 8: 8}  # Number of samples on a device -> rows of its program.
+ROWS = {1: 1, 2: 2, 3: 4, 8: 8}  # Number of samples on a device -> number of rows in its program.
 SIZES = (1, 2, 3, 8)
 MESHES = {"one device": (1, 1, 1), "8 shards of the batch": (1, 8, 1)}
 REQUESTS = {
@@ -48,12 +48,12 @@ def generator(request):
 
 
 def typed(tree):
-  """Returns shape, dtype and sharding of each array, e.g. "int32[8@(data,fsdp,fsdp_inner),7]"."""
+  """Returns the type of each array, e.g. "int32[8@(data,fsdp,fsdp_inner),7]", with its sharding."""
   return jax.tree.map(lambda x: str(jax.typeof(x)), tree)
 
 
 def types_of(generator, request, size: int, **fields):
-  """Returns (static arguments, types of (params, Prompts, Control)) for a batch of one request."""
+  """Returns (static arguments, types of (params, Prompts, Control)) for `size` equal requests."""
   config = dataclasses.replace(generator.config, **fields)
   batch, static = config.batch([request] * size, range(size))
   types = generator.params, batch.prompts, batch.control
@@ -61,12 +61,12 @@ def types_of(generator, request, size: int, **fields):
 
 
 def batches_of(generator, request, **fields):
-  """Yields the results of `types_of`, once for batches of the same shapes."""
+  """Yields the results of `types_of` for each batch size, without repeating equal types."""
   seen = []
   for size in SIZES:
     static, types = types_of(generator, request, size, **fields)
-    # A batch has only as many rows as its samples need, rounded up to a power of two on each
-    # device. Each device reads equal prompts once.
+    # Each device has as many rows as its samples need, rounded up to a power of two. It reads equal
+    # prompts only once.
     shards, streams = batch_shards(), len(request.streams)
     _, prompts, control = types
     assert control.seeds.shape == (shards * ROWS[-(-size // shards)],)
@@ -78,7 +78,7 @@ def batches_of(generator, request, **fields):
 
 
 def prefilled(static, params, prompts, control):
-  """Returns the types of the state before the first step."""
+  """Returns the types of the decoding state after the prompts are read."""
   prefill = functools.partial(loop.prefill, static=static)
   return jax.eval_shape(prefill, params.model, prompts, control.plan)
 
@@ -108,7 +108,7 @@ def test_batches_of_drafts(generator, task):
 @pytest.mark.parametrize("of_shard", [1, 4])
 @pytest.mark.parametrize("task", STREAMS)
 def test_a_running_batch_of_one_slot_and_of_four(generator, task, of_shard):
-  """One slot is filled, then all slots. Steps are for all slots or for the first slot."""
+  """Admits one sample per shard, then a sample per slot. Steps use all slots or only the first."""
   bucket = bucket_of(REQUESTS[task], MIXTURE, generator)
   slots = of_shard * batch_shards()
   batch = RunningBatch(bucket, generator, slots, chunk=3, shards=batch_shards())

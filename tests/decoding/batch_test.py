@@ -21,14 +21,14 @@ def small():
 
 
 def plain_arrays(rows, shards=1):
-  """Returns arrays of prompts whose positions count from 0."""
+  """Returns the arrays of prompts with positions 0, 1, 2, ..."""
   rows = [np.array(r, np.int32) for r in rows]
   read = [batch.StreamPrompt.of(r, np.arange(len(r) + 1)) for r in rows]
   return batch.prompt_arrays(read, PAD, shards)
 
 
 def pairs(ids, first=0):
-  """Returns pairs [T, 2] of an id and its position; positions count from `first`."""
+  """Returns [T, 2] of (id, position); positions count from `first`."""
   return np.array([*zip(ids, itertools.count(first))], np.int32).reshape(-1, 2)
 
 
@@ -52,8 +52,8 @@ def test_pad_left():
   [
     ([[1, 2, 3, 4], [9, 9, 9, 9], [1, 2, 3, 5]], [3, 0, 3]),
     ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [1, 2, 3, 9]], [3, 3, 3]),
-    ([[1, 2, 3], [1, 2, 3, 4]], [3, 3]),  # One prompt is the beginning of the other prompt.
-    ([[1, 2, 4], [1, 2, 3]], [0, 0]),  # A shared prefix of two tokens is too short.
+    ([[1, 2, 3], [1, 2, 3, 4]], [3, 3]),  # The first prompt is a prefix of the second.
+    ([[1, 2, 4], [1, 2, 3]], [0, 0]),  # A common prefix of two tokens is too short to be shared.
     ([[1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 3, 5], [5, 6, 7, 8, 9]], [3, 4, 3, 4]),
     ([[], [1]], [0, 0]),
   ],
@@ -63,7 +63,7 @@ def test_shared_prefixes(prompts, lengths):
 
 
 def test_tokens_at_other_positions_are_not_shared():
-  """Two aligned prompts have the same neighbor; only its tokens have the same positions."""
+  """Two aligned prompts start with the same neighbor, so only its tokens have equal positions."""
   neighbor = [*pairs([1, 5, 6, 7], -1)]
   long, short, other = ([*neighbor, *pairs([8, 8, 8, 9], -n)] for n in (4, 3, 4))
   other[-1] = pairs([7], 7)[0]
@@ -83,7 +83,7 @@ def test_tokens_at_other_positions_are_not_shared():
 
 
 def test_positions_of_a_prompt_are_those_of_training():
-  """Before codes, positions equal the positions in the finished sample; otherwise they continue."""
+  """Before codes, a prompt has the positions of the finished sample; before text, they continue."""
   caption, neighbor = np.array([20, 21, 22]), ([30], CODES)
   image = request.text_to_image(VOCAB, IMAGE, caption, [neighbor])
   hole = request.infill(VOCAB, IMAGE, [(caption,), (request.Hole(codes=2), CODES[2:])], [neighbor])
@@ -99,7 +99,7 @@ def test_positions_of_a_prompt_are_those_of_training():
   assert batch.prompt_positions(image.streams[0], image.plan, VOCAB, True)[-5:].tolist() == [
     *range(-4, 1)
   ]
-  # The image to be edited ends a unit, so the first code of the new image has position 0 again.
+  # The input image ends a unit, so the first code of the output image has position 0 again.
   assert batch.prompt_positions(edit.streams[1], edit.plan, VOCAB, True)[-2:].tolist() == [IMAGE, 0]
   caption_of = request.infill(VOCAB, IMAGE, [(request.Hole(most_text=9),), (CODES,)])
   [stream] = caption_of.streams
@@ -107,7 +107,7 @@ def test_positions_of_a_prompt_are_those_of_training():
   assert found.tolist() == [*range(-3, IMAGE + 3)]
 
 
-# There are few different ids and prefixes, so prompts share much.
+# Few different ids and beginnings, so that prompts often share prefixes.
 beginnings = st.sampled_from([[], [5, 6], [5, 6, 7], [5, 6, 7, 8, 9], [5, 6, 7, 8, 1, 1]])
 some_prompts = st.lists(
   st.builds(lambda a, b: [*a, *b], beginnings, st.lists(st.integers(1, 3), min_size=1, max_size=6)),
@@ -131,10 +131,10 @@ def test_every_row_can_be_put_together(some, shards):
     assert len(tokens) % shards == 0
     assert tokens.shape[1] % batch.BUCKET == 0
     assert (tokens[~valid] == PAD).all()
-    assert (np.diff(valid.astype(int), axis=1) >= 0).all()  # Padding is at the left.
+    assert (np.diff(valid.astype(int), axis=1) >= 0).all()  # Padding is on the left.
   of_shard = batch.rounded(max(map(len, unique)), 1)
   assert len(made.rests[0]) == shards * of_shard
-  # Each shard reads only its own prefixes, so devices exchange nothing.
+  # Each shard uses only prefixes of its own, so devices exchange nothing.
   assert (made.row // of_shard == np.arange(len(rows)) // size).all()
   if made.prefixes is not None:
     prefixes = len(made.prefixes[0]) // shards
@@ -151,7 +151,7 @@ def test_every_row_can_be_put_together(some, shards):
     assert at.tolist() == [*range(len(first), len(prompt) - 1)]
     assert (made.last_positions[row], made.next_positions[row]) == (len(prompt) - 1, len(prompt))
     assert len(first) == 0 or len(first) >= batch.SHARED
-  # In total, no more tokens are read than without sharing, and several prompts use each prefix.
+  # Sharing reads fewer tokens in total, and at least two prompts use each prefix.
   if made.prefixes is not None:
     used = made.prefix_of
     assert made.prefixes[1].sum() + made.rests[1].sum() < sum(len(r) for u in unique for r in u)
@@ -159,7 +159,7 @@ def test_every_row_can_be_put_together(some, shards):
 
 
 def test_equal_prompts_are_read_once():
-  """Covers samples of one request, and prompts that differ only in the last token."""
+  """Shares prompts of one request, and prompts that differ only in the last token."""
   made = plain_arrays([[1, 2], [1, 2], [1, 3], [7, 2]])
   assert made.prefixes is None
   assert made.row.tolist() == [0, 0, 0, 1]
@@ -168,7 +168,7 @@ def test_equal_prompts_are_read_once():
 
 
 def test_a_stream_of_short_prompts_needs_few_entries():
-  """There are two streams. A prompt whose prefix is shared needs all entries from the first on."""
+  """A stream of short prompts needs few cache entries. A shared prefix needs all of its entries."""
   short, other = [7, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9]
   made = plain_arrays([other, short, other[:6], short])
   assert made.prefixes is not None

@@ -12,8 +12,8 @@ from cm3leon_jax.planning.hlo import Program
 from tests.models.tiny import CONFIG, mesh_of
 
 R, T, N, H = 2, 6, CONFIG.num_heads, CONFIG.head_dim
-# Tolerance relative to the largest entry of a result. Errors of keys and values are at most 1/254
-# of their largest entry.
+# Tolerance relative to the largest entry of a result. int8 keys and values have errors of at most
+# 1/254 of their largest entry.
 INT8_ERROR = 0.02
 
 
@@ -34,7 +34,7 @@ def causal():
 
 
 def filled(k, v, capacity: int = T, dtype: str = "compute"):
-  """Returns the first layer's cache after a write of four tokens and two writes of one token."""
+  """Writes four tokens at once and two one by one; returns the cache of the first layer."""
   layer = cache_lib.empty(CONFIG, R, capacity, dtype)[0]
   for start, stop in ((0, 4), (4, 5), (5, 6)):
     layer = layer.write(start, k[:, start:stop], v[:, start:stop])
@@ -45,7 +45,7 @@ def test_attention_over_the_cache_is_attention_over_what_was_written(qkv):
   q, k, v = qkv
   expected = np.asarray(masked_attention(q, k, v, causal()))
   np.testing.assert_allclose(filled(k, v).attend(q, causal()), expected, atol=1e-5)
-  # Negative control: a key that was not written.
+  # Negative control: one key is missing.
   wrong = filled(k, v).write(2, 0 * k[:, :1], v[:, :1]).attend(q, causal())
   assert np.abs(np.asarray(wrong) - expected).max() > 0.1
 
@@ -65,7 +65,7 @@ def test_rows_are_copied_and_entries_added_at_the_end(qkv):
 
 def test_int8_is_near(qkv):
   q, k, v = qkv
-  # The keys of tokens have different scales.
+  # Each token has its own scale of keys.
   k, v = k * jnp.array([0.1, 1, 3, 1, 1, 1])[None, :, None, None], v * 5
   expected = np.asarray(masked_attention(q, k, v, causal()))
   layer = filled(k, v, dtype="int8")
@@ -76,7 +76,7 @@ def test_int8_is_near(qkv):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
   assert 0 < error(layer) < INT8_ERROR
-  # Negative controls: six bits instead of eight, and the scales of other tokens.
+  # Negative controls: six bits instead of eight, and scales of other tokens.
   fewer = layer._replace(keys=layer.keys // 4 * 4, values=layer.values // 4 * 4)
   assert error(fewer) > INT8_ERROR
   assert error(layer._replace(key_scales=layer.key_scales[:, :, ::-1])) > INT8_ERROR
@@ -100,7 +100,7 @@ def test_rows_and_heads_are_split_over_the_mesh(dtype):
 
 @pytest.mark.parametrize("dtype", cache_lib.DTYPES)
 def test_rows_of_a_shard_are_gathered_without_a_transfer(dtype):
-  """8 rows on 4 devices, heads on 2. Each device copies entries that it holds, by their indices."""
+  """Given 8 rows on 4 devices and heads on 2, each device gathers only rows that it stores."""
   with jax.set_mesh(mesh_of(2, 2, 2)):
     values = jax.random.normal(jax.random.key(0), (8, T, N, H))
     values = shard(values, "batch", "length", "heads", "head_dim")

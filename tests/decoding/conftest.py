@@ -1,4 +1,4 @@
-"""Defines fixtures: generators with random weights on one device."""
+"""Defines fixtures: generators with random weights, on one device."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def generator(params):
 
 @pytest.fixture(scope="session")
 def plain_generator(params):
-  """Returns a generator with smaller programs, which always compute the whole head."""
+  """Returns a generator that always computes logits of all ids, so its programs are smaller."""
   with on_mesh():
     return small_generator(params=params, sampling=MIXTURE, batch_size=4, image_head=False)
 

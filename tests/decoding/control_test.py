@@ -42,7 +42,7 @@ def test_samples_in_rows_are_those_of_a_batch():
 
 
 def test_a_row_is_written_whole():
-  """A shorter plan overwrites all of the previous plan."""
+  """Writing a shorter plan clears the rest of the row's previous plan."""
   pieces = (Hole(codes=1), CODES[1:3], Hole(codes=1), CODES[4:])
   long, short = infill(VOCAB, IMAGE, [(A,), pieces]), text_to_image(VOCAB, IMAGE, A)
   control = without_samples(1, 2, MIXTURE, IMAGE, PARTS)

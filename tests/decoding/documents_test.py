@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def test_stops_when_all_samples_are_over(plain_generator):
-  """Documents could have 24 tokens, but end with the first token. No later steps are computed."""
+  """Given documents of up to 24 tokens that end early, decoding stops when all have ended."""
   starts = [[a, b] for a in (A, B) for b in (CODES, OTHER)]
   requests = [request_lib.document(VOCAB, IMAGE, segments, 24) for segments in starts]
   stopped = set()
@@ -32,7 +32,7 @@ def letters(ids) -> str:
 
 
 def test_documents_obey_their_format_and_length(plain_generator):
-  """The number of tokens is limited; document_segments returns the whole document."""
+  """The generated tokens match their regular expression; the segments contain prompt and tokens."""
   segment, length = "(t+|i{6})", 24
   cases = [
     (request_lib.document(VOCAB, IMAGE, [], length), rf"{segment}(b{segment})*e", []),
@@ -55,7 +55,7 @@ def test_documents_obey_their_format_and_length(plain_generator):
       assert len(text) <= length
       seen |= set(re.findall(r"i{6}|b|t", text))
       segments = document_segments(VOCAB, request, result.tokens)
-      # Joined, the segments equal the prompt and the generated tokens.
+      # The joined segments equal the prompt followed by the generated tokens.
       whole = np.concatenate([request.streams[0], result.tokens])
       joined = np.concatenate([[part] for s in segments for part in (VOCAB.brk, *s)], axis=None)
       np.testing.assert_array_equal([VOCAB.eos, *joined[1:], VOCAB.eos], whole)
@@ -65,10 +65,10 @@ def test_documents_obey_their_format_and_length(plain_generator):
 
 
 def test_infill_of_text_and_image(plain_generator):
-  """One document has holes of both kinds; the content around the holes is unchanged."""
+  """Given one hole in a text and one in an image, all content outside the holes is unchanged."""
   segments = [(A, Hole(most_text=4), B), (CODES[:2], Hole(codes=3), CODES[5:])]
   request = request_lib.infill(VOCAB, IMAGE, segments, [(B, OTHER)])
-  # Documents are in the same batch, so that plans differ.
+  # Shares a batch with documents, so that the plans in the batch differ.
   [result, *_] = plain_generator.generate(
     [request, *[request_lib.document(VOCAB, IMAGE, [], 24)] * 3], SEEDS
   )

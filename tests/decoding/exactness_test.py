@@ -1,4 +1,4 @@
-"""Tests that greedy tokens equal OPTForCausalLM of transformers in fp64, also with guidance."""
+"""Tests that greedy tokens equal those of transformers' OPT in fp64, with and without guidance."""
 
 import jax
 import numpy as np
@@ -20,15 +20,15 @@ PROMPTS = [[20, 21, 22], [30], [*range(40, 90)]]
 
 
 class OnlyCodes(transformers.LogitsProcessor):
-  """Allows only image codes, as in our plan."""
+  """Allows only image codes, as the plan of our requests does."""
 
   def __call__(self, input_ids, scores):
     return scores.index_fill(1, torch.arange(VOCAB.text_size), -torch.inf)
 
 
 def theirs(folder, requests, count: int, guidance: float):
-  """Generates with transformers in fp64, left-padded; returns [B, G] ids and log-probabilities."""
-  # The eager attention of OPT computes its softmax in fp32.
+  """Generates with transformers in fp64 (left padding); returns ids and log_probs [B, G]."""
+  # OPT's eager attention computes its softmax in fp32, even in fp64 models.
   model = transformers.OPTForCausalLM.from_pretrained(
     str(folder), dtype=torch.float64, attn_implementation="sdpa"
   ).eval()
@@ -68,7 +68,7 @@ def ours(params, requests, guidance: float):
 def model(tmp_path_factory):
   folder = tmp_path_factory.mktemp("exported")
   config, threads = model_config(max_positions=POSITIONS), torch.get_num_threads()
-  torch.set_num_threads(1)  # More threads wait for each other longer than they work.
+  torch.set_num_threads(1)  # With more threads, waiting takes longer than the computation.
   with on_mesh():
     params = random_params(config)
     huggingface.export(folder, params, config, VOCAB, None)
@@ -92,7 +92,7 @@ def check(model, count: int, guidance: float):
   assert ids.shape == (len(PROMPTS), count)
   np.testing.assert_array_equal(ids, expected)
   np.testing.assert_allclose(log_probs, expected_log_probs, atol=2e-6)  # `log_probs` are fp32.
-  # Negative controls: rows differ, do not repeat one code, and depend on guidance.
+  # Controls: samples differ, do not repeat one code, and change with guidance.
   assert len({tuple(row) for row in ids.tolist()}) == len(PROMPTS)
   assert min(len(set(row)) for row in ids.tolist()) > 5
   if guidance != 1:

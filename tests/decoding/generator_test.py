@@ -1,4 +1,4 @@
-"""Tests that a Generator equals plain passes: guided, batched, padded, shared, sharded, stopped."""
+"""Tests that a Generator equals uncached passes: guided, batched, padded, sharded, stopped."""
 
 # S guidance streams, G generated tokens.
 
@@ -57,7 +57,7 @@ def differ(found, expected) -> bool:
 
 @functools.partial(jax.jit, static_argnums=0)
 def walk(grammar, plan, ids):
-  """Returns [G, V] bool: the ids that were legal at the place of each of ids [G]."""
+  """Returns [G, V] bool: which ids were legal in place of each of the ids [G]."""
 
   plan = shard(plan, "batch", None, None)
 
@@ -69,7 +69,7 @@ def walk(grammar, plan, ids):
 
 
 def legal_log_probs(request, ids, logits):
-  """Returns [G, V] log-probabilities of guided [G, V] logits among the legal ids."""
+  """Returns log-probabilities [G, V] of guided logits [G, V], normalized over the legal ids."""
   legal = np.asarray(walk(Grammar(VOCAB, IMAGE), plan_array([request.plan]), ids))
   return np.asarray(jax.nn.log_softmax(np.where(legal, logits, -np.inf), axis=-1))
 
@@ -80,7 +80,7 @@ def chosen(log_probs, ids):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_streams_equal_separate_passes(generator, params, guidance):
-  """log_probs equal two separate uncached passes. Guidance 1 uses only the conditional pass."""
+  """Compares log_probs with uncached passes of both streams, or of only one at guidance 1."""
   sampling = dataclasses.replace(generator.config.sampling, guidance=guidance)
   results = generator.generate(guided_requests(), SEEDS, sampling=sampling)
   for request, result in zip(guided_requests(), results):
@@ -96,14 +96,14 @@ def test_streams_equal_separate_passes(generator, params, guidance):
 
 
 def guided_by(sampling, request, ids, streams):
-  """Returns [G, V] log-probabilities of legal ids for [S, G, V] logits, with weights by place."""
+  """Combines stream logits [S, G, V] by the guidance weights; returns log-probabilities [G, V]."""
   weights, is_image = request.guidance_weights(sampling, IMAGE), VOCAB.is_image(ids)
   of_tokens = weights[np.where(is_image, np.cumsum(is_image) - 1, -1)]
   return legal_log_probs(request, ids, np.einsum("GS,SGV->GV", of_tokens, streams))
 
 
 def test_guidance_grows_over_the_codes(generator, params):
-  """Each code has the weights of its place in the image. The end has weights of the last code."""
+  """The guidance of a code depends on its position in the image; </s> uses the last code's."""
   sampling = dataclasses.replace(MIXTURE, method="top_p", guidance=5.0, guidance_schedule="linear")
   requests, model = guided_requests(), generator.config.model
   for request, result in zip(requests, generator.generate(requests, SEEDS, sampling=sampling)):
@@ -150,7 +150,7 @@ def edits():
 
 
 def test_edit_equals_the_formula_on_separate_passes(generator, params):
-  """Greedy decoding takes the best id of u + s_img (i - u) + s_txt (f - i)."""
+  """Greedy tokens maximize u + s_img (i - u) + s_txt (f - i), computed from uncached passes."""
   sampling = dataclasses.replace(GREEDY, image_guidance=1.5, edit_guidance=7.5)
   for request, result in zip(edits(), generator.generate(edits(), SEEDS[:2], sampling=sampling)):
     f, i, u = (
@@ -165,13 +165,13 @@ def test_edit_equals_the_formula_on_separate_passes(generator, params):
 
 @pytest.mark.parametrize("kind", ["guided", pytest.param("plain", marks=pytest.mark.slow)])
 def test_a_request_does_not_depend_on_its_batch(generator, plain_generator, kind):
-  """Requests with different prompts and plans run together, and one at a time."""
+  """Requests with different prompts and plans give the same results in one batch and alone."""
   generator = plain_generator if kind == "plain" else generator
   requests = plain_requests() if kind == "plain" else guided_requests()
   together = generator.generate(requests, SEEDS)
   alone = [generator.generate([r], [seed])[0] for r, seed in zip(requests, SEEDS)]
   same(together, alone)
-  # Samples with odd seeds use contrastive decoding if they have a stream to contrast with.
+  # Odd seeds use contrastive decoding, unless the request has only one stream.
   assert [r.contrastive for r in together] == [kind == "guided" and seed % 2 == 1 for seed in SEEDS]
   assert differ(generator.generate(requests, SEEDS[::-1]), alone)
 
@@ -249,7 +249,7 @@ def test_without_a_head_for_images_alone(on_one_device, plain_generator):
 
 @pytest.fixture
 def grown(plain_generator, monkeypatch):
-  """Makes caches for two tokens; returns a list to which each growth is appended, in entries."""
+  """Starts caches with a capacity of two tokens; returns a list of the sizes of later growths."""
   grown, plain = [], plain_generator.programs.grow
   monkeypatch.setattr(batch, "BUCKET", 4)
   monkeypatch.setattr(compile_lib, "CAPACITY", 2)
@@ -280,7 +280,7 @@ def test_a_cache_that_grows_equals_plain_passes(plain_generator, params, grown):
 
 @pytest.mark.slow
 def test_growth_of_the_cache_changes_nothing(plain_generator, request):
-  """Documents have at most 24 tokens; the cache begins with a capacity of two."""
+  """The cache starts with a capacity of two tokens, and documents have up to 24."""
   generate = functools.partial(
     plain_generator.generate, documents(24), SEEDS[:2], sampling=ANYTHING
   )
@@ -302,7 +302,7 @@ def test_rooms_double():
 
 @pytest.mark.slow
 def test_int8_in_all_places(params):
-  """Generated ids are about as probable as in an exact pass."""
+  """Given int8 weights and cache, log_probs are near those of exact passes, but not equal."""
   generator = small_generator(
     params=params, weight_dtype="int8", cache_dtype="int8", image_head=False
   )
@@ -316,7 +316,7 @@ def test_int8_in_all_places(params):
 
 
 def test_no_step_makes_a_nan(generator, plain_generator):
-  """Padding rows, finished samples in a running batch, and illegal ids do not produce NaN."""
+  """Neither padding rows nor finished samples nor illegal ids produce NaNs."""
   broken = copy.copy(generator)
   broken.params = generator.params._replace(head=generator.params.head * np.nan)
   with jax.debug_nans(True):
@@ -324,7 +324,7 @@ def test_no_step_makes_a_nan(generator, plain_generator):
       plain_requests(), SEEDS
     )
     assert all(np.isfinite(r.log_probs).all() for r in results)
-    # Negative control: the check finds a NaN.
+    # Negative control: NaN parameters raise an error.
     with pytest.raises(Exception, match="nan"):
       broken.generate(guided_requests(), SEEDS)
 
@@ -337,13 +337,13 @@ def test_other_numbers_do_not_compile_again(generator, caplog):
     )
     assert differ(generator.generate(guided_requests(), SEEDS, sampling=other), first)
     assert "Compiling jit" not in caplog.text
-    # Negative control: another number of candidates.
+    # Negative control: another number of candidates (top_k) compiles again.
     generator.generate(guided_requests(), SEEDS, sampling=dataclasses.replace(MIXTURE, top_k=19))
     assert "Compiling jit" in caplog.text
 
 
 def test_batches_come_in_order(plain_generator):
-  """Batches have at most batch_size samples with equally many streams; samples keep their order."""
+  """Batches have up to batch_size samples with the same number of streams, in the given order."""
   generator = copy.copy(plain_generator)
   generator.config = dataclasses.replace(generator.config, batch_size=3)
   requests, reported = [*guided_requests()[:2], guided_requests()[3], *plain_requests()[:2]], []

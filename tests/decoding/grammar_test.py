@@ -1,4 +1,4 @@
-"""Tests that the grammar allows exactly the legal tokens, given by regular expressions."""
+"""Tests that the grammar allows exactly the legal tokens, defined by regular expressions."""
 
 # B rows, V vocabulary, T steps.
 
@@ -42,11 +42,11 @@ CLASSES = {letter: [i] for i, letter in enumerate("peubsABCD")} | {
 }
 LETTERS = np.array([letter for letter, ids in CLASSES.items() for _ in ids])
 FIRST = {letter: ids[0] for letter, ids in CLASSES.items()}
-PARTS, ROWS = 8, 4096  # Parts to which plans are padded, and rows to which calls are padded.
+PARTS, ROWS = 8, 4096  # Number of parts and of rows to which arrays are padded.
 
 
 def documents(image: int):
-  """Returns regular expressions of what may follow in a document, by where its prompt ends."""
+  """Returns where a document's prompt ends -> regular expression of its continuations."""
   segment = rf"(t+|i{{{image}}})"
   return {
     SEGMENT_START: rf"{segment}(b{segment})*e",
@@ -56,7 +56,7 @@ def documents(image: int):
 
 
 def languages(image: int, lengths):
-  """Returns [(plan, regular expression of its language, maximum number of tokens)]."""
+  """Returns [(plan, regular expression of its token strings, maximum number of tokens)]."""
   plans = [
     ((Part(CODES, image), Part(END)), rf"i{{{image}}}[eb]", image + 1),
     ((Part(CODES, 1), Part(EOSS)), "is", 2),
@@ -91,12 +91,12 @@ def mesh():
 
 
 def rows_of(plans):
-  """Returns `plan_array` of plans padded to PARTS parts, so that tests share compiled programs."""
+  """Returns the array of plans padded to PARTS parts, so that all calls share compiled programs."""
   return plan_array([(*plan, *[Part(DONE)] * (PARTS - len(plan))) for plan in plans])
 
 
 def by_batch(function):
-  """Returns the jitted `function(grammar, plan, *rest)`, which accepts arrays from any device."""
+  """Jits `function(grammar, plan, *rest)` and shards its arrays over the batch."""
 
   def place(tree):
     return jax.tree.map(lambda x: shard(x, *["batch"] + [None] * (x.ndim - 1)), tree)
@@ -127,25 +127,26 @@ def test_docstring_examples():
 
 
 def filled(x):
-  """Pads an array of rows to ROWS rows, so that all calls share a compiled program."""
+  """Pads an array to ROWS rows, so that all calls share a compiled program."""
   return np.pad(np.asarray(x), [(0, ROWS - len(x))] + [(0, 0)] * (np.ndim(x) - 1), mode="edge")
 
 
 @pytest.mark.parametrize("image", [1, 2, 3])
 def test_admits_exactly_the_language(image):
-  """Exactly the strings of the language are allowed, step by step to their end."""
+  """Extends strings by every legal token; the complete strings are exactly the language."""
   grammar, depth = Grammar(VOCAB, image), 6
   plans = languages(image, range(2, depth + 1))
   complete = [set() for _ in plans]
-  # One call extends the unfinished strings of all plans: [(number of the plan, letters so far)].
+  # Unfinished strings of all plans: [(index of the plan, letters so far)]. One call extends them
+  # all.
   alive, plan = [(n, "") for n in range(len(plans))], rows_of([plan for plan, _, _ in plans])
   state = start(grammar, plan)
   for _ in range(depth + 1):
     state = State(*map(filled, state))
     legal, active = (np.asarray(x)[: len(alive)] for x in ask(grammar, filled(plan), state))
-    for ids in CLASSES.values():  # Either all ids of a class are legal, or none.
+    for ids in CLASSES.values():  # Of each class, all ids are legal or none.
       assert (legal[:, list(ids)] == legal[:, [ids[0]]]).all()
-    assert legal[active].any(axis=1).all()  # Every prefix can be continued to an end.
+    assert legal[active].any(axis=1).all()  # Every unfinished string can be continued.
     for i in np.flatnonzero(~active):
       assert not legal[i].any()
       complete[alive[i][0]].add(alive[i][1])
@@ -166,10 +167,10 @@ def test_admits_exactly_the_language(image):
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def random_runs(grammar, plan, key, steps: int):
-  """Samples rows of legal ids by random logits; half of the rows prefer random classes of ids.
+  """Samples legal ids at random; every second row prefers some classes of ids, chosen at random.
 
   Returns:
-    (ids [B, T], dead [B]: no id was legal before the end, active [B] at the end).
+    ids [B, T]; for each row, whether it had no legal id before its end, and whether it did not end.
   """
   ids = jnp.arange(VOCAB.size)
   kind = jnp.where(ids < VOCAB.num_special, ids, VOCAB.num_special + VOCAB.is_image(ids))
@@ -207,7 +208,7 @@ def test_ten_thousand_random_runs():
   assert not dead.any()
   assert not active.any()
   assert all(is_legal(text, *cases[n][1:]) for text, n in zip(texts, of_row))
-  # The rows differ in everything that may differ: ends, lengths, both modalities in one document.
+  # Samples of a plan vary: in their ends, in their lengths, and documents mix text and images.
   for n, (_, pattern, most) in enumerate(cases):
     found = {text for text, row in zip(texts, of_row) if row == n}
     if "[eb]" in pattern:
@@ -217,14 +218,14 @@ def test_ten_thousand_random_runs():
     if most == 24:
       assert any("tbiiiiib" in text for text in found)
       assert any(len(text) == 24 for text in found)
-  # Negative controls: images of another length, and one token too many or too few, are refused.
+  # Negative controls: no match with another image length, one token too few, or one too many.
   assert sum(not is_legal(text, *others[n][1:]) for text, n in zip(texts, of_row)) > 1_000
   assert not any(is_legal(text[:-1], *cases[n][1:]) for text, n in zip(texts, of_row) if text)
   assert not any(is_legal(text + "e", *cases[n][1:]) for text, n in zip(texts, of_row))
 
 
 def test_what_may_follow_an_image():
-  """codes_done counts codes of a part or an image; in_image means that only codes may follow."""
+  """Counts the codes so far of a part and of an image in a document; None if text may follow."""
   grammar = Grammar(VOCAB, 3)
   plan = rows_of([(Part(CODES, 2), Part(EOSS)), (Part(DOCUMENT, 9, SEGMENT_START),)])
   state, found = start(grammar, plan), []

@@ -39,7 +39,7 @@ def test_the_compute_dtype_and_no_image_head():
 
 
 def test_int8_literals():
-  """Every output has its own scale, which is its largest entry / 127."""
+  """Each output has its own scale: the largest absolute weight / 127."""
   w = jnp.array([[127.0, 0.5], [-64.0, -2.54]])
   made = params_lib.quantized(w, (0,))
   np.testing.assert_array_equal(made.values, [[127, 25], [-64, -127]])
@@ -53,7 +53,7 @@ def test_int8_literals():
 
 @pytest.mark.parametrize("family", ["opt", "modern"])
 def test_int8_is_near(family):
-  """The error of a matrix is at most half a step of its scale. Each output has a scale."""
+  """Errors are at most half a quantization step. Each output has its own scale."""
   with on_mesh():
     config = model_config(family)
     params = random_params(config)

@@ -1,4 +1,4 @@
-"""Tests that programs compile once per kind of arguments, and again for other parameter layouts."""
+"""Tests that programs compile once per kind of arguments, and again for other shardings."""
 
 import functools
 

@@ -75,7 +75,7 @@ def test_infill():
 
 
 def test_the_unconditional_stream_of_an_infill_numbers_its_holes_as_training_does():
-  """There are several holes, and texts before and after the image. Only the image remains."""
+  """Given two holes in an image between texts, the unconditional stream has only the image."""
   image = ([271], Hole(codes=1), [273], Hole(codes=1))
   document = [([17, 18],), image, ([19],)]
   request = request_lib.infill(VOCAB, IMAGE, document, [([15], PICTURE)])
@@ -101,7 +101,7 @@ def test_document():
 
 
 def test_weights_of_the_streams():
-  """Each code of an image has a row. Other tokens have one row, with the last code's weights."""
+  """Weights have a row per code of an image; other tokens use one row, equal to the last code's."""
   sampling = SamplingConfig(
     guidance=3.0, guidance_schedule="linear", image_guidance=1.5, edit_guidance=7.5
   )
@@ -118,7 +118,7 @@ def test_weights_of_the_streams():
 
 @st.composite
 def documents(draw):
-  """Returns (segments, the segments with up to two holes, the answers for the holes)."""
+  """Draws (segments, the segments with one or two holes, the spans of the holes)."""
   texts = st.lists(st.integers(8, 263), min_size=1, max_size=5)
   images = st.lists(st.integers(264, 319), min_size=IMAGE, max_size=IMAGE)
   segments = draw(st.lists(st.one_of(texts, images), min_size=1, max_size=4))
@@ -150,7 +150,7 @@ def test_an_infill_with_its_answer_is_the_document_as_cm3_trained_it(made):
   np.testing.assert_array_equal(request.streams[0], prompt)
   assert len(answer) <= grammar.max_new_tokens(request.plan)
   assert [s.tolist() for s in document_segments(VOCAB, request, answer)] == segments
-  # Negative control: another answer gives another document.
+  # Negative control: a changed answer gives another document.
   answer[0] += 1 if answer[0] != 263 else -1
   assert [s.tolist() for s in document_segments(VOCAB, request, answer)] != segments
 

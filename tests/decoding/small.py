@@ -1,4 +1,4 @@
-"""Makes a tiny generator, requests of every kind, and an oracle: causal passes without a cache."""
+"""Makes a tiny generator, requests of every kind, and logits of causal passes without a cache."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
 IMAGE = 6
 POSITIONS = 128
 GREEDY = SamplingConfig(top_k=1, text_top_k=1)
-# A batch mixes guided and contrastive rows. Changes of the other settings do not compile again.
+# Mixes top-p and contrastive samples in a batch. Settings other than top_k do not compile again.
 MIXTURE = SamplingConfig(method="mixture", top_k=20, text_top_k=30)
 ANYTHING = dataclasses.replace(
   MIXTURE, temperature=50.0, top_p=1.0, text_temperature=50.0, text_top_p=1.0
@@ -49,14 +49,14 @@ def small_generator(family="opt", params=None, align_images=False, **fields):
 
 
 def guided_requests():
-  """Returns requests of two streams with different prompts and plans, for three or seven tokens."""
+  """Returns two-stream requests for three or seven tokens, with different prompts and plans."""
   image = functools.partial(request_lib.text_to_image, VOCAB, IMAGE)
   hole = request_lib.infill(VOCAB, IMAGE, [(A,), (OTHER[:3], Hole(codes=2), OTHER[5:])])
   return [image(A), image(B), hole, image(A, [(B, CODES), (A, OTHER)])]
 
 
 def plain_requests():
-  """Returns requests of one stream, at most seven tokens each: an image, infills, documents."""
+  """Returns one-stream requests for up to seven tokens: an image, an infill and two documents."""
   return [
     request_lib.unconditional(VOCAB, IMAGE),
     request_lib.infill(VOCAB, IMAGE, [(A, Hole(most_text=6), B), (CODES,)]),
@@ -73,12 +73,12 @@ def _causal(config, params, tokens, positions):
 
 
 def full_logits(config, params, tokens):
-  """Returns logits [T, V] of ids [T] by one causal pass without a cache, at training positions."""
+  """Returns logits [T, V] of ids [T] from one causal pass without a cache, as in training."""
   rows = np.stack([tokens, positions_of(tokens, VOCAB, config.align_images)])
   rows = np.pad(rows, ((0, 0), (0, POSITIONS - len(tokens)))).astype(np.int32)
   return np.asarray(_causal(config, params, rows[:1], rows[1:]))[: len(tokens)]
 
 
 def teacher_forced(config, params, prompt, ids):
-  """Returns [G, V] logits at the place of each of `ids` after `prompt`, without a cache."""
+  """Returns logits [G, V] that predict each of `ids` after `prompt`, without a cache."""
   return full_logits(config, params, np.concatenate([prompt, ids]))[len(prompt) - 1 : -1]

@@ -1,4 +1,4 @@
-"""Tests that decoding several codes per step keeps the distribution of decoding one at a time."""
+"""Tests that decoding several codes per step does not change the distribution of images."""
 
 import dataclasses
 import functools
@@ -70,7 +70,8 @@ def test_drafts_hold_as_often_as_the_distributions_overlap():
   assert abs((holds >= 1).mean() - overlap[0]) < 0.02
   assert abs((holds == 2).mean() - overlap.prod()) < 0.02
   np.testing.assert_array_equal(tokens[holds >= 1, 0], drafts[holds >= 1, 0])
-  assert not (holds[drafts[:, 0] == 3] > 0).any()  # P[0] of code 3 is 0.
+  # Code 3 has probability 0 at the first position, so drafts of it are rejected.
+  assert not (holds[drafts[:, 0] == 3] > 0).any()
 
 
 def test_equal_distributions_hold_all():
@@ -81,13 +82,13 @@ def test_equal_distributions_hold_all():
 
 
 def guided(generator, params, request, ids):
-  """Returns [G, K] guided logits of all codes at the place of each of `ids`, by plain passes."""
+  """Returns guided logits [G, K] of all codes in place of each of `ids`, without a cache."""
   c, u = of_streams(generator, params, request, ids)
   return 3 * c - 2 * u
 
 
 def of_streams(generator, params, request, ids):
-  """Returns [G, K] logits of each stream for all codes at the place of each of `ids`."""
+  """Returns, for each stream, logits [G, K] of all codes in place of each of `ids`."""
   return [
     teacher_forced(generator.config.model, params, p, ids)[:, VOCAB.text_size :]
     for p in request.streams
@@ -96,7 +97,7 @@ def of_streams(generator, params, request, ids):
 
 @pytest.mark.slow
 def test_three_codes_have_the_joint_distribution_of_single_steps(params):
-  """Compares 27 images of three codes (three candidates at each place) with exact probabilities."""
+  """Compares frequencies of the first three codes (27 triples) with exact probabilities."""
   request, sampling = images()[0], SamplingConfig(top_k=3, top_p=1.0, temperature=2.0)
   with on_mesh():
     generator = small_generator(params=params, draft_window=3, batch_size=512, sampling=sampling)
@@ -123,7 +124,7 @@ def test_three_codes_have_the_joint_distribution_of_single_steps(params):
   counts = dict.fromkeys(exact, 0)
   for image in map(tuple, codes.tolist()):
     counts[image] += 1
-  # Chi-square needs frequent cells, so cells that are expected less than five times are merged.
+  # A chi-square test needs frequent cells, so cells with an expected count below five are merged.
   expected, found = (np.array([table[image] for image in exact]) for table in (exact, counts))
   expected *= len(codes) / expected.sum()
   rare = expected < 5
@@ -170,7 +171,7 @@ def test_a_window_has_the_weights_of_its_places_and_the_end_follows_all_codes(ge
 
 
 def test_an_image_does_not_depend_on_its_batch(generator):
-  """Codes of an image in another row and batch may be accepted at other steps."""
+  """An image is the same in another row and batch, where drafts are accepted at other steps."""
   together = generator.generate(images(), SEEDS)
   turned = generator.generate(images()[::-1], SEEDS[::-1])[::-1]
   beside_others = generator.generate(images(), [SEEDS[0], 21, 22])[:1]

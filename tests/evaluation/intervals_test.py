@@ -5,8 +5,7 @@ import pytest
 
 from cm3leon_jax.evaluation import intervals
 
-# Number of documents per held-out concept: a few concepts have many variants, many have one
-# document.
+# Number of documents per held-out concept: few concepts have many documents, many have one.
 SIZES = np.array([18] * 4 + [12] * 2 + [6] * 6 + [1] * 40)
 GROUPS = np.repeat(np.arange(len(SIZES)), SIZES)
 
@@ -18,7 +17,7 @@ def test_the_interval_is_that_of_the_docstring():
 
 
 def sample_documents(rng):
-  """Samples sums and weights of documents that differ more between concepts than within one."""
+  """Draws sums and weights of documents that vary more between concepts than within one."""
   tokens = rng.integers(1, 10, len(GROUPS)).astype(float)
   rates = 3.0 + rng.normal(0, 1, len(SIZES))[GROUPS] + rng.normal(0, 0.3, len(GROUPS))
   return tokens * rates, tokens
@@ -43,7 +42,7 @@ def test_intervals_of_few_equal_concepts_cover_at_their_level():
     sums = 3.0 + rng.normal(0, 1, 6)[groups] + rng.normal(0, 0.3, 30)
     found = intervals.mean_interval(sums, np.ones(30), groups, num_resamples=400, seed=seed)
     covered += found["low"] <= 3.0 <= found["high"]
-  assert 0.91 * 300 <= covered <= 0.98 * 300  # A plain percentile interval covers 84%.
+  assert 0.91 * 300 <= covered <= 0.98 * 300  # A plain percentile interval would cover only 84%.
 
 
 def test_levels_are_those_of_the_docstring():

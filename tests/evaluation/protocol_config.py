@@ -1,4 +1,4 @@
-"""Defines the config of tests that run protocols in separate processes."""
+"""Defines the config for tests that run protocols in separate processes."""
 
 from tests.generation.run import make_config
 

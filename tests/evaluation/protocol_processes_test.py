@@ -59,7 +59,7 @@ def test_two_processes_find_what_one_finds_also_after_a_kill(protocol, tmp_path)
     workdir = epath.Path(tmp_path / str(processes))
     make_workdir(workdir, settings_from_config(get_config()))
     job = start(workdir, data, file, processes)
-    if processes == 2:  # Kill the job after it has written the first samples.
+    if processes == 2:  # Kills the job after it writes the first samples.
       while not list((workdir / "evaluations").glob("samples/*/samples/*/part_00000.jsonl")):
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.05)

@@ -152,7 +152,7 @@ def test_the_page_shows_numbers_examples_and_the_worst(done):
   page = (job.folder / evaluation_page.PAGE).read_text()
   for text in ("five drawings", "Worst by CLIP score", "best of two", "red apple", "a paper"):
     assert text in page
-  # Four sections (examples and three of the worst), five rows each, three images a row.
+  # Four sections (examples, and three of the worst samples) of five rows of three images.
   assert page.count("data:image/png") == 4 * 5 * 3
 
 
@@ -218,7 +218,7 @@ def test_paired_differences_cancel_what_both_find_hard():
 def test_differences_of_equal_resamples_cancel_what_they_share():
   rng = np.random.default_rng(0)
   shared = rng.normal(5, 1, 100)
-  # The metric on all data differs by 0.1. Its resamples differ by 0.6, because they are biased.
+  # The metric of all data differs by 0.1. Resamples are biased: their metrics differ by 0.6.
   other = shared + 0.6 + 0.01 * rng.normal(size=100)
   found = compare.resampled(shared, other, np.arange(100), 0.1, 0)
   assert 0.07 < found["low"] < 0.1 < found["high"] < 0.13

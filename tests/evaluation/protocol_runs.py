@@ -1,4 +1,4 @@
-"""Makes a run with random weights and the files of all releases, for tests of protocols."""
+"""Makes a tiny run and the files of all evaluation releases, for tests of protocols."""
 
 import copy
 import pathlib
@@ -27,7 +27,7 @@ def make_workdir(root: epath.Path, settings) -> epath.Path:
 
 
 def make_data(root: pathlib.Path) -> pathlib.Path:
-  """Writes the files of all releases and their images, with ten answers to each question."""
+  """Writes the files and images of all evaluation releases, with ten answers to each question."""
   for name, release in releases.RELEASES.items():
     more = {"test_split.json": [31, 32]} if name == "vg_paragraphs" else {}
     releases.write(root, more_answers(copy.deepcopy(release)) | more)
@@ -38,7 +38,7 @@ def make_data(root: pathlib.Path) -> pathlib.Path:
 
 
 def more_answers(value):
-  """Repeats the answers to a question up to ten, the number in the released files."""
+  """Extends the answers to a question to ten, as in the released files."""
   if isinstance(value, dict):
     return {
       k: (v * 10)[:10] if k == "answers" and is_answers(v) else more_answers(v)

@@ -1,6 +1,7 @@
-"""Reads captions and their tokens by pycocoevalcap 1.2's PTBTokenizer, which runs in Java.
+"""Reads captions and their tokens from pycocoevalcap 1.2's PTBTokenizer, which runs in Java.
 
-Each caption was followed by the caption "zebra". Tokens are split at all spaces, as in the metrics.
+In the input of the tokenizer, the caption "zebra" follows each caption. Its output is split at all
+spaces, as in the metrics.
 """
 
 import json

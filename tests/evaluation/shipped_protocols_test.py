@@ -1,4 +1,4 @@
-"""Tests every protocol of the package on tiny files of the right shape."""
+"""Tests every protocol of the package on tiny files in the format of its release."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ from tests.evaluation.protocol_runs import make_data, make_workdir
 from tests.generation.run import make_config
 from tests.messages import refused
 
-# One protocol of answers and one of captions; `protocol_run_test.py` has one of images.
+# One protocol for answers and one for captions. `protocol_run_test.py` covers one for images.
 FAST = ("cm3leon_table2/vqa_v2", "cm3leon_table2/coco")
 PROTOCOLS = [
   pytest.param(
@@ -62,9 +62,9 @@ def data(tmp_path_factory):
 
 
 def tiny(protocol):
-  """Returns the protocol with all examples, and with the image size and CLIP model of the run.
+  """Returns the protocol for all examples, with the image size and the CLIP model of the run.
 
-  The images of this run are not drawings, so they are not judged.
+  Removes the metric `judged`, because the generated images show no scenes.
   """
   return dataclasses.replace(
     protocol,
@@ -104,9 +104,11 @@ def test_every_protocol_runs_to_its_results(name, protocol, settings, workdir, d
 @pytest.mark.parametrize(
   ("name", "needs_data", "fields"),
   [
-    ("cm3leon_table1", True, {"metrics": ("clip_score",)}),  # This protocol needs 256 pixels.
-    ("cm3leon_table1", True, {}),  # Inception needs its published weights.
-    ("scenes_decoding", False, {"metrics": ("clip_score",)}),  # Asks for more examples than exist.
+    # The protocol needs images of 256 pixels.
+    ("cm3leon_table1", True, {"metrics": ("clip_score",)}),
+    ("cm3leon_table1", True, {}),  # The FID needs the published Inception weights.
+    # The protocol needs more examples than exist.
+    ("scenes_decoding", False, {"metrics": ("clip_score",)}),
   ],
 )
 def test_a_protocol_that_does_not_fit_is_refused(settings, workdir, data, name, needs_data, fields):
@@ -127,7 +129,7 @@ def test_too_few_examples_for_a_metric_are_refused(settings, workdir, data):
   protocol, _ = protocol_lib.load("scenes")
   for examples, metrics in ((2, ("precision_recall",)), (0, ("precision_recall",))):
     options = evaluate_protocol.Options(metrics, examples, data if examples == 0 else None)
-    if examples == 0:  # All examples: 3 of COCO, 5 of others.
+    if examples == 0:  # 0 means all examples: 3 of COCO, 5 of the other releases.
       protocol = tiny(protocol_lib.load("tutorial_decoding")[0])
     with refused(UserError):
       measure(settings, workdir, "x", protocol, options)
@@ -217,7 +219,7 @@ metrics: [cider]
 
 @pytest.mark.slow
 def test_distances_are_of_the_features_of_inception(settings, workdir, data, tmp_path, monkeypatch):
-  # Padded batches would be slow for so few images.
+  # Larger padded batches would be slow for so few images.
   load = functools.partial(extractors.load_inception, rows_per_device=1)
   monkeypatch.setattr(extractors, "load_inception", load)
   path = tmp_path / "inception.safetensors"

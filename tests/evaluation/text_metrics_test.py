@@ -49,7 +49,7 @@ def test_the_interval_of_bleu_resamples_groups():
   found = text_metrics.bleu4(column(texts, references, groups))
   assert found["low"] < found["value"] < found["high"]
   assert np.std(found["resamples"]) == pytest.approx((found["high"] - found["low"]) / 4, rel=0.3)
-  # The groups are equal, so resamples do not vary.
+  # The groups have equal texts, so resamples do not vary.
   same = text_metrics.bleu4(column(texts[:2] * 20, references[:2] * 20, groups))
   assert same["low"] == pytest.approx(same["high"]) == pytest.approx(same["value"])
   alone = text_metrics.bleu4(column(texts, references, [0] * 40))

@@ -73,7 +73,7 @@ SIGNS = re.compile(
 
 
 def test_sequences_of_one_form_are_one_concept():
-  """Sequences that differ only in skin, gender, age, hair or direction share a concept."""
+  """Drawings whose codes differ only in skin, gender, age, hair or direction share a concept."""
   concepts = collections.defaultdict(set)
   for drawing in openmoji.drawings()[0]:
     points = ["person" if p in PEOPLE else p for p in SIGNS.sub("", drawing.code).split("-")]
@@ -105,7 +105,7 @@ def test_concepts_of_near_images_are_united():
 
 @given(st.permutations(range(8)))
 def test_what_is_united_does_not_depend_on_the_order(order):
-  """Uses a chain of four names: each name has an image near an image of the next."""
+  """Covers a chain of four names in which images of adjacent names are near duplicates."""
   images = [photo(seed) // (1 + half) for seed in range(4) for half in range(2)]
   names = ["d", "c", "c", "b", "b", "a", "e", "f"]
   expected = ["a", "a", "a", "a", "a", "a", "e", "e"]

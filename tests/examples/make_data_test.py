@@ -1,4 +1,4 @@
-"""Tests the contents of the OpenMoji example's folder, and that its split does not leak."""
+"""Tests the contents of the OpenMoji example's folder, and that its splits share no drawing."""
 
 import collections
 import json
@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def make(folder, *flags):
   script = ROOT / "examples" / "openmoji" / "make_data.py"
   command = [sys.executable, str(script), str(folder), *flags]
-  # As after a start from a shell, sys.path begins with the folder of the script.
+  # When a shell starts a script, sys.path begins with the folder of the script.
   environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
   result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
   return result.stdout
@@ -63,7 +63,7 @@ def test_a_small_folder_is_read_completely(tmp_path):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-  """Returns a folder with all drawings and few texts, and its raw/ folder."""
+  """Returns a folder with all drawings and few texts, and the raw/ folder prepared from it."""
   base = tmp_path_factory.mktemp("openmoji")
   make(base / "data", "--texts=40")
   prepare(base / "data", base / "raw")
@@ -89,7 +89,7 @@ def test_the_records_of_the_whole_folder(folders):
 
 @pytest.mark.slow
 def test_all_drawings_of_a_concept_are_in_one_split(folders):
-  """Covers the pairs and the interleaved document of a concept."""
+  """Checks the pairs and the interleaved document of each concept."""
   splits, count = collections.defaultdict(set), collections.Counter()
   for line in lines_of(folders[0], "pairs"):
     splits[line["group"]].add(line["split"])
@@ -107,7 +107,7 @@ def test_no_heldout_drawing_is_near_a_training_drawing(folders):
   report = leaks.check(raw, 2)
   assert (report.pairs, report.leaked) == (0, 0)
   train, heldout = (reader.read_pairs(raw, split) for split in SPLITS[:2])
-  assert report.heldout >= len(heldout)  # Includes images of interleaved documents.
+  assert report.heldout >= len(heldout)  # The report also counts images in interleaved documents.
   assert len({pair.concept for pair in heldout}) >= 90
   for name in (lambda pair: pair.concept, lambda pair: openmoji.concept(pair.caption)):
     assert not set(map(name, heldout)) & set(map(name, train))
@@ -115,7 +115,7 @@ def test_no_heldout_drawing_is_near_a_training_drawing(folders):
 
 @pytest.mark.slow
 def test_every_heldout_drawing_is_further_away_than_the_tokenizer_s_error(folders):
-  """Compares all pixels, independently of the functions that unite concepts."""
+  """Compares all pixels, without the functions that merge concepts."""
   train, heldout = (
     reader.load_images(
       [pair.image for pair in reader.read_pairs(folders[1], split)], None, 2

@@ -87,7 +87,7 @@ def test_it_generates_without_the_run_and_retrieves_nothing(bundled, tmp_path):
 
 @pytest.mark.slow
 def test_it_has_the_bank_of_a_run_that_retrieves_from_nothing_else(run, tmp_path):
-  """The last documents of the run serve as the split `bank`."""
+  """Given a run that retrieves only from the split `bank`, the bundle has only these documents."""
   retrieval = dataclasses.replace(SETTINGS.retrieval, train_documents=False)
   settings = dataclasses.replace(SETTINGS, retrieval=retrieval)
   copied, folder = epath.Path(tmp_path / "run"), tmp_path / "bundle"
@@ -107,14 +107,14 @@ def test_it_has_the_bank_of_a_run_that_retrieves_from_nothing_else(run, tmp_path
   assert found[0] == next(key for key in among_all if key in found)
   [sample] = model.generate("a red bell", seed=1)
   assert [document.key for document in sample.neighbors] == found[: SETTINGS.data.num_neighbors]
-  # Overwriting the folder with a bundle without a bank removes the bank.
+  # Writing a bundle without a bank over this one removes the bank.
   bundle.write(folder, Run(run, SETTINGS), params, step)
   assert not (epath.Path(folder) / "documents").exists()
 
 
 @pytest.fixture(scope="module")
 def tuned(run, bundled, tmp_path_factory):
-  """Returns the run with the tokenizers and CLIP of its bundle, as `copy_tokenizers` leaves it."""
+  """Returns the run with the tokenizers and CLIP of its bundle, as after `copy_tokenizers`."""
   folder = epath.Path(tmp_path_factory.mktemp("tuned")) / "run"
   shutil.copytree(run, folder)
   for stage, names in bundles.FILES.items():
@@ -151,7 +151,7 @@ def test_a_bundle_on_a_base_generates_what_a_whole_one_does(tuned, bundled, tmp_
 
 
 def test_a_base_of_other_tokenizers_is_refused_and_nothing_is_written(run, bundled, tmp_path):
-  """The run's tokenizers have not been rounded, so they differ."""
+  """The bundle's tokenizers are rounded, so they differ from those of the run."""
   with refused(config.UserError):
     bundle.write(tmp_path / "based", Run(run, SETTINGS), {}, 7, base=str(bundled))
   assert not (tmp_path / "based").exists()
@@ -191,7 +191,7 @@ def test_a_file_of_another_content_is_refused_by_name(bundled, tmp_path, name):
   "name", ["/etc/hostname", "vqgan/../../outside", "http://a.b/c", "zero", "vqgan"]
 )
 def test_a_bundle_names_files_of_its_own_only(bundled, tmp_path, name):
-  """Reading /dev/zero would never end."""
+  """Rejects names outside the bundle and devices: reading /dev/zero would never end."""
   folder = epath.Path(tmp_path / "copy")
   bundle.copy(bundled, folder)
   (tmp_path / "copy" / "zero").symlink_to("/dev/zero")
@@ -213,7 +213,7 @@ def test_a_base_that_is_no_name_and_digest_is_refused(bundled, tmp_path, base):
 
 
 def test_files_of_a_bundle_may_be_links(bundled, tmp_path):
-  """Model hubs and package managers store files as links."""
+  """Model hubs and package managers store files as symbolic links."""
   folder = epath.Path(tmp_path / "copy")
   bundle.copy(bundled, folder)
   weights_file = tmp_path / "copy" / "model.safetensors"

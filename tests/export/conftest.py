@@ -1,4 +1,4 @@
-"""Makes one tiny run for each test file of this folder."""
+"""Makes one tiny run for each test file in this folder."""
 
 import shutil
 
@@ -20,7 +20,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory):
-  """Returns a copy, at another path, of the folder that the command writes."""
+  """Writes a StableHLO export and returns the path of a copy."""
   output = tmp_path_factory.mktemp("exported") / "output"
   export.main(SETTINGS, run, choice=formats.Choice(format="stablehlo"), output=str(output))
   return shutil.copytree(output, tmp_path_factory.mktemp("copied") / "served")

@@ -1,4 +1,4 @@
-"""Tests that the script of an export decodes and encodes as the image tokenizer does."""
+"""Tests that an export's script decodes and encodes images as the image tokenizer does."""
 
 import dataclasses
 import json
@@ -25,8 +25,8 @@ from tests.messages import refused
 torch = pytest.importorskip("torch")
 from cm3leon_jax.export import decode_image  # noqa: E402
 
-K = 30  # Number of codes of FSQ with 6 x 5 levels (an even and an odd number).
-TOLERANCE = 1e-4  # fp32 pixels in [-1, 1].
+K = 30  # FSQ with 6 x 5 levels, an even and an odd number, has 30 codes.
+TOLERANCE = 1e-4  # Tolerance for fp32 pixels in [-1, 1].
 PLAIN = {"resolution": 16, "downsample": 4, "width": 8, "code_dim": 4, "multipliers": (1, 2)}
 PLAIN |= {"encoder_blocks": (0, 0), "decoder_blocks": (0, 1)}
 VARIANTS = {
@@ -49,7 +49,7 @@ VARIANTS |= {
 
 
 def random_tokenizer(fields: dict) -> ImageTokenizer:
-  """Returns a tokenizer with nonzero biases."""
+  """Returns a tokenizer whose parameters, biases included, are random."""
   config = VQGANConfig(**fields, adversarial_weight=0.0)
   params = jax.eval_shape(lambda: vqgan.init_params(config, K, jax.random.key(0)))
   rng = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def pixels_of(tokenizer: ImageTokenizer, codes):
 
 
 def save(tokenizer: ImageTokenizer, folder):
-  """Writes a tokenizer as vqgan/ and as an export; returns the folder of the export."""
+  """Saves a tokenizer as vqgan/ of a run and as an export; returns the folder of the export."""
   tokenizer.save(folder / "run" / "vqgan")
   image_tokenizer.write(folder / "export", Run(folder / "run", SETTINGS))
   return folder / "export" / IMAGES
@@ -81,7 +81,7 @@ def save(tokenizer: ImageTokenizer, folder):
 
 @pytest.fixture(params=VARIANTS, scope="module")
 def variant(request, tmp_path_factory):
-  """Returns a tokenizer, its exported folder, codes of three images, and their pixels in JAX."""
+  """Returns a tokenizer, its export's folder, codes of three images, and their pixels by JAX."""
   tokenizer = random_tokenizer(VARIANTS[request.param])
   codes = np.random.default_rng(1).integers(0, K, (3, tokenizer.config.image_tokens))
   folder = save(tokenizer, tmp_path_factory.mktemp("variant"))
@@ -197,7 +197,7 @@ def test_other_codes_are_refused(folder, codes):
 
 
 def run_script(folder, *arguments):
-  """Runs the script as users do, without packages that they may lack."""
+  """Runs the script in a new process without packages that users may lack."""
   absent = "jax", "flax", "cm3leon_jax"
   code = f"import runpy, sys; sys.modules.update(dict.fromkeys({absent})); del sys.argv[0]; "
   code += "sys.path.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -241,7 +241,7 @@ def test_the_script_writes_images_without_this_package(folder, tmp_path):
   ],
 )
 def test_a_mistake_is_one_sentence(folder, tmp_path, monkeypatch, capsys, content, target, message):
-  """Runs in this process, which has all packages."""
+  """Runs the script's main function in this process, which has all packages."""
   source = tmp_path / "codes.json"
   if content is not None:
     source.write_text(content)

@@ -21,7 +21,7 @@ from tests.messages import refused
 from tests.models.tiny import random_params
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
-TOLERANCE = 2e-5  # fp32; logits are about 10.
+TOLERANCE = 2e-5  # Tolerance in fp32, for logits of about 10.
 
 
 def config(family, **fields):
@@ -86,7 +86,7 @@ def test_aligned_positions_are_recorded_and_those_of_transformers(tmp_path):
   assert layouts.config_of(described)["model"]["align_images"] is True
   assert layouts.config_of(described)["vocab"] == dataclasses.asdict(VOCAB)
   model = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path), dtype=torch.float32)
-  with torch.no_grad():  # Logits are computed without position_ids, and with shifted position_ids.
+  with torch.no_grad():  # Without position_ids, and with shifted position_ids.
     plain = [model(torch.from_numpy(x).long()[None]).logits[0].numpy() for x in (alone, after)]
     ids = positions_of(after, VOCAB, True) + 17
     tokens, ids = (torch.from_numpy(x).long()[None] for x in (after, ids))
@@ -111,7 +111,7 @@ def test_parameters_and_config_are_read_back(exported):
 
 @pytest.mark.slow
 def test_every_weight_is_compared(exported):
-  """Negative control: changing any tensor of the file changes the logits."""
+  """Negative control: changing any tensor in the file changes the logits."""
   pytest.importorskip("torch")
   folder, params, model_config, _ = exported
   tensors = safetensors_numpy.load_file(folder / huggingface.WEIGHTS)
@@ -126,7 +126,7 @@ def test_every_weight_is_compared(exported):
 
 
 def test_transformers_loads_every_weight(exported):
-  """No weight is missing or unused, and padding and start ids agree with the vocabulary."""
+  """No weight is missing or unused; padding and start ids are those of the vocabulary."""
   pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   folder, _, model_config, summary = exported
@@ -141,7 +141,7 @@ def test_transformers_loads_every_weight(exported):
 
 
 def test_generation_stops_at_the_end_of_a_document_and_of_an_infill(exported):
-  """Forces the next token: `generate` stops after </s> and <eoss>, and not after <break>."""
+  """Given a forced next token, `generate` stops after </s> and <eoss>, but not after <break>."""
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   folder = str(exported[0])

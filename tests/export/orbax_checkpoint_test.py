@@ -37,7 +37,7 @@ def test_orbax_alone_restores_it(exported):
 
 
 def test_nothing_is_compressed(exported):
-  """Each thread that compresses would need more memory."""
+  """Compression would need more memory in each of its threads."""
   _, params, folder, run = exported
   constant = stored.of_tree(jax.tree.map(np.ones_like, params))
   numbers = orbax_checkpoint.write(

@@ -1,7 +1,7 @@
-"""Tests that exported decoders have the logits of this project in transformers, in fp32 and fp64.
+"""Tests that transformers computes this project's logits from exports, in fp32 and fp64.
 
-The weights are random and not small: logits have a standard deviation of at least 1. The vocabulary
-has the real sizes, so that ids of image codes are above 56,320.
+Weights are random and not small: logits have a standard deviation of at least 1. The vocabulary has
+its full size, so that ids of image codes are above 56,320.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ MODELS = {
 
 
 def rows():
-  """Returns ids, positions and mask [3, LENGTH]; the second row is padded on the left."""
+  """Returns ids, positions and mask, each [3, LENGTH]; the second row is padded on the left."""
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, VOCAB.size, (3, LENGTH)).astype(np.int32)
   tokens[:, ::3] = VOCAB.image_ids(rng.integers(0, VOCAB.image_size, tokens[:, ::3].shape))
@@ -61,7 +61,7 @@ def write(folder, config, params):
 
 
 class Rotary(torch.nn.Module):
-  """Rotary positions in fp64; transformers' Qwen3 always uses fp32."""
+  """Computes rotary positions in fp64. The module of transformers' Qwen3 always uses fp32."""
 
   def __init__(self, head_dim, base):
     super().__init__()
@@ -74,7 +74,7 @@ class Rotary(torch.nn.Module):
 
 
 def use_fp64_throughout(model):
-  """Replaces the norms and rotary positions of Qwen3, which always compute in fp32."""
+  """Replaces the norms and rotary positions of Qwen3 by modules that compute in fp64."""
   config = model.config
   model.model.rotary_emb = Rotary(config.head_dim, config.rope_parameters["rope_theta"])
   for module in list(model.modules()):
@@ -94,7 +94,7 @@ def load(folder, dtype):
 
 
 def theirs(folder, dtype=torch.float32, change=lambda model: None):
-  """Returns logits [3, LENGTH, V] of transformers; OPT derives positions from the mask."""
+  """Returns logits [3, LENGTH, V] from transformers, whose OPT derives positions from the mask."""
   tokens, positions, mask = (torch.from_numpy(x).long() for x in rows())
   model = load(folder, dtype)
   change(model)
@@ -104,7 +104,7 @@ def theirs(folder, dtype=torch.float32, change=lambda model: None):
 
 
 def difference(a, b):
-  """Returns the largest difference of logits outside of padding."""
+  """Returns the largest difference between logits, without padding."""
   return np.abs(a - b)[rows()[2] == 1].max()
 
 
@@ -124,7 +124,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-  """Returns a function: model name -> config, parameters, exported folder, logits in JAX."""
+  """Returns a function from a model's name to (config, parameters, export folder, JAX logits)."""
   cache = {}
 
   def make(name):
@@ -189,7 +189,7 @@ def transpose(name):
 
 
 OPT, QWEN3 = "model.decoder.layers.1.self_attn", "model.layers.1.self_attn"
-# (Model, mistake, changes of its tensors, of its config.json, and of the loaded model).
+# (model, mistake, changes of its tensors, of its config.json, and of the loaded model)
 WRONG = [
   ("opt", "eps", None, {}, set_eps),
   ("opt", "activation", None, {"activation_function": "gelu"}, None),
@@ -208,7 +208,7 @@ WRONG = [
   ("name", "wrong", "tensors", "config", "model"), WRONG, ids=lambda x: x if type(x) is str else ""
 )
 def test_the_comparison_finds_a_wrong_model(made, tmp_path, name, wrong, tensors, config, model):
-  """Negative controls: each change fails the comparison in fp32."""
+  """Negative controls: with each mistake, the comparison fails in fp32."""
   _, _, folder, logits = made(name)
   copy = tmp_path / "copy"
   shutil.copytree(folder, copy)
@@ -225,7 +225,7 @@ def test_the_comparison_finds_a_wrong_model(made, tmp_path, name, wrong, tensors
 
 @functools.partial(jax.jit, static_argnums=0)
 def greedy(config, params, tokens, positions, mask):
-  """Appends GENERATED tokens to each row, each time the token with the largest logit."""
+  """Extends each row by GENERATED tokens, always the token with the largest logit."""
   model = transformer.bind(config, params)
 
   def step(i, tokens):
@@ -260,7 +260,7 @@ def test_256_greedy_tokens_are_those_of_transformers(made, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_restored_checkpoint_exports_the_bytes_of_the_live_state(tmp_path, name):
-  """Saves a checkpoint on 8 devices, reads it without a mesh, and exports it to 1 or more files."""
+  """Saves a checkpoint on 8 devices, reads it without a mesh, exports it to one file or several."""
   config = dataclasses.replace(MODELS[name], vocab_size=96, max_positions=32, num_layers=3)
   with jax.set_mesh(mesh_of(2, 2, 2)):
     params = random_params(config)

@@ -39,7 +39,7 @@ def changed_manifest(folder, change):
 
 
 def refusal(folder, monkeypatch, capsys, *arguments):
-  """Runs the example in this process, which must refuse; returns its last line."""
+  """Runs the example in this process with arguments that it rejects; returns the last line."""
   monkeypatch.chdir(folder)
   monkeypatch.setattr(sys, "argv", ["serve_example.py", *arguments])
   monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
@@ -111,7 +111,7 @@ def test_another_calling_convention_is_refused(copied, monkeypatch, capsys, vers
 
 @pytest.mark.parametrize("part", [b"ML\xefR", b"\0\0\0\0"])
 def test_a_program_of_a_version_that_jax_cannot_read_is_refused(copied, monkeypatch, capsys, part):
-  """The version of the serialized function or of its StableHLO is wrong; the digest is right."""
+  """The digest is valid, but the version of the serialized function or of its StableHLO is not."""
   file = "generate_image.stablehlo"
   data = (copied / file).read_bytes()
   (copied / file).write_bytes(data.replace(part, b"\xff" * 4))

@@ -58,7 +58,7 @@ def test_weights_are_those_that_the_generator_prepares(run, fields, weight_dtype
 
 
 def test_aligned_int8_decoders_with_neighbors_draw_as_the_generator(run):
-  """Calls the functions before they are exported. Positions are aligned with the images."""
+  """Calls the functions without exporting them; positions are aligned with images."""
   sampling = dataclasses.replace(SETTINGS.sampling, guidance_schedule="linear")
   model = dataclasses.replace(SETTINGS.model, **MODERN)
   changed = dataclasses.replace(SETTINGS, model=model, sampling=sampling)

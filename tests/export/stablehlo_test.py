@@ -1,4 +1,4 @@
-"""Tests that a StableHLO export, served with jax only, generates the same as `Generator`."""
+"""Tests that a StableHLO export, run with jax alone, generates the same results as `Generator`."""
 
 import dataclasses
 import importlib.util
@@ -34,7 +34,7 @@ from tests.reports.snippets import snippets
 
 CAPTIONS = [[100, 101, 102], [200], [300, 301, 302, 303, 304, 305]]
 SEEDS = [3, 4, 5]
-MOST = 7  # Maximum number of tokens of a description.
+MOST = 7  # Maximum number of tokens of a caption.
 PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "opt_einsum", "flatbuffers")
 PACKAGES += ("tokenizers",)
 ALONE = """
@@ -70,12 +70,12 @@ except ModuleNotFoundError as error:
 
 @pytest.fixture(scope="module")
 def served(run, folder, tmp_path_factory):
-  """Returns results and output of an isolated process with only jax and its dependencies."""
+  """Runs an export in a process that has only jax; returns its results and printed lines."""
   site = tmp_path_factory.mktemp("site")
   for name in PACKAGES:
     package = pathlib.Path(importlib.util.find_spec(name).origin).parent
     (site / name).symlink_to(package)
-  [(_, command)] = snippets((folder / "README.md").read_text())  # The command in the model card.
+  [(_, command)] = snippets((folder / "README.md").read_text())  # Command in the model card.
   python, *command = shlex.split(command)
   ids = TextTokenizer(run / "text_tokenizer", VOCAB).encode(command[-1]).tolist()
   arguments = [str(site), *map(json.dumps, (CAPTIONS, SEEDS, MOST, ids)), *command]
@@ -93,7 +93,7 @@ def served(run, folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generated(run):
-  """Returns the results of `Generator` for the same requests."""
+  """Returns the results of `Generator` for the requests that `served` runs."""
   image = [request.text_to_image(VOCAB, 16, caption) for caption in CAPTIONS]
   with one_device():
     generator = Generator(random_params(SETTINGS.model), GeneratorConfig.of(SETTINGS))
@@ -122,7 +122,7 @@ def test_one_artifact_serves_any_batch(served, generated):
 
 
 def test_settings_are_those_of_each_sample(served):
-  """The third sample has the run's default guidance of 3."""
+  """Only the third sample has the default guidance of 3, so only its tokens stay the same."""
   results, _ = served
   same = (results["unlike"] == results["tokens"]).all(axis=1)
   assert same.tolist() == [False, False, True]
@@ -200,7 +200,7 @@ def test_a_dtype_that_no_decoder_computes_in_is_refused(run, tmp_path):
 
 @pytest.mark.parametrize("source", ["", "scenes-instruct"])
 def test_a_workdir_or_a_bundle_is_exported_by_name(run, tmp_path, monkeypatch, source):
-  """scenes-instruct uses the tokenizers of another bundle."""
+  """Given scenes-instruct, reads the tokenizers of the bundle on which it is based."""
   monkeypatch.setattr(stablehlo, "export", lambda *arguments: arguments)
   written = stablehlo.write_model(tmp_path, source or run, "bfloat16", "int8")
   folder, params, changed, image_tokenizer, texts, weight_dtype = written
@@ -230,9 +230,9 @@ def test_several_devices_split_the_batch_of_one_artifact(folder, monkeypatch):
   np.testing.assert_array_equal(found, decode(weights, tokens=tokens))
 
 
-# Compiles with libtpu in a new process, because libtpu cannot be unloaded. Compiles generate_image
-# for one device of v5e-8, and for all eight with shard_map and with automatic partitioning; the
-# other artifacts for one device.
+# Compiles for TPU in a new process, because libtpu cannot be unloaded: generate_image for one
+# device of v5e-8, and for all eight with shard_map and with automatic partitioning; the other
+# functions for one device.
 FOR_TPU = """
 import collections, json, re, sys
 from cm3leon_jax.planning import topology

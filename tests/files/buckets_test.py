@@ -1,4 +1,4 @@
-"""Tests unanswered requests to a GCS bucket, in new processes, which read other time-outs."""
+"""Tests GCS requests without an answer, in new processes, which read other time-outs."""
 
 import contextlib
 import io as io_lib
@@ -49,7 +49,7 @@ def server():
 
 
 def run(server, code):
-  """Starts a process without the time-outs that other tests have set in this process."""
+  """Starts a process whose TensorStore time-outs are not those of the tests."""
   env = {name: value for name, value in os.environ.items() if "TENSORSTORE_CURL" not in name}
   env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
   pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -64,7 +64,7 @@ print(load_image("gs://bucket/image.png", None).shape)
 
 
 def test_the_bytes_of_an_image_take_one_request(server):
-  """There is only one request. By default, gcsfs would send a request for each few kilobytes."""
+  """By default, gcsfs would send one request per few kilobytes."""
   pytest.importorskip("gcsfs")
   noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
   file = io_lib.BytesIO()
@@ -77,7 +77,7 @@ def test_the_bytes_of_an_image_take_one_request(server):
 
 @pytest.mark.slow
 def test_an_array_whose_request_is_not_answered_is_asked_for_again(server):
-  """Without the time-out, TensorStore would wait as long as the connection is open."""
+  """Without a time-out, TensorStore would wait as long as the connection is open."""
   asked, stop = [], threading.Event()
 
   def fault(method, path):
@@ -95,8 +95,8 @@ def test_an_array_whose_request_is_not_answered_is_asked_for_again(server):
 
 @pytest.mark.slow
 def test_a_file_whose_request_is_not_answered_is_asked_for_again(server):
-  """A file that another process writes is also seen, although its folder was listed before."""
-  pytest.importorskip("gcsfs")  # This package is in the extra [data].
+  """Listing the folder again shows a file that another process has written since."""
+  pytest.importorskip("gcsfs")  # In the extra [data].
   asked, stop = [], threading.Event()
 
   def fault(method, path):
@@ -118,7 +118,7 @@ def test_a_file_whose_request_is_not_answered_is_asked_for_again(server):
   assert output == "['file', 'other'] True\n", errors
 
 
-# TensorStore's message after its last try, here the second.
+# Program that prints TensorStore's message after its last try, here the second.
 GIVES_UP = """
 retries = {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"}
 kvstore = {"driver": "gcs", "bucket": "bucket", "path": "file"}
@@ -177,7 +177,7 @@ def test_a_host_that_cannot_be_resolved_is_said(server):
 
 
 def test_the_errors_of_the_clients_are_known():
-  """The errors are from a server that answered with 503, with 403, and not at all."""
+  """Covers the errors of each client from a server that answers 503 or 403, or not at all."""
   aiohttp, retry = pytest.importorskip("aiohttp"), pytest.importorskip("gcsfs.retry")
   exceptions = pytest.importorskip("google.api_core.exceptions")
   gone = "a GCS bucket did not answer, or answered with errors, until the last try"
@@ -257,17 +257,18 @@ print(sealing.files_below(epath.Path("gs://bucket/step")))
 
 @pytest.mark.slow
 def test_a_folder_of_a_checkpoint_whose_request_fails_is_no_file(server):
-  """Otherwise `is_dir` would return False, and the checkpoint would count as damaged."""
+  """Otherwise `is_dir` would return False, and the checkpoint would be taken for damaged."""
   pytest.importorskip("gcsfs")
   server.put("bucket", "step/state/array", b"", None)
   output, errors = run(server, FILES_BELOW).communicate(timeout=300)
   assert output == "['state/array']\n", errors
-  server.fault = lambda method, path: 403 if "state" in path else None  # 403 is not tried again.
+  # gcsfs does not retry after 403.
+  server.fault = lambda method, path: 403 if "state" in path else None
   output, errors = run(server, FILES_BELOW).communicate(timeout=300)
   assert (output, errors.splitlines()[-2]) == ("", "OSError: Forbidden: b/bucket/o"), errors
 
 
-# This command gets an error like the errors of gcsfs.
+# Program that fails with an error caused by an error of gcsfs.
 COMMAND = """
 import gcsfs.retry, pathlib
 from cm3leon_jax.commands import common
@@ -311,7 +312,7 @@ def test_a_command_ends_with_one_sentence_and_is_started_again_if_that_may_help(
 
 @pytest.mark.slow
 def test_a_stage_whose_bucket_is_gone_ends_with_one_sentence(server):
-  """The errors last half a minute, because gcsfs repeats a request 6 times."""
+  """Takes half a minute, because gcsfs tries a request 6 times."""
   server.fault = lambda method, path: 503
   code = "from cm3leon_jax.commands import prepare_data as stage\nstage.common.run(stage.main)"
   flags = ["--config=scenes", "--workdir=gs://bucket/run", "--config.raw.source=gs://bucket/in"]

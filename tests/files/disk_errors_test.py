@@ -1,4 +1,4 @@
-"""Tests that a full disk causes one sentence, and that other errors of Orbax keep tracebacks."""
+"""Tests that a full disk causes a one-sentence message, and other errors keep their traceback."""
 
 import asyncio
 import errno
@@ -15,7 +15,7 @@ WRITING = 'OUT_OF_RANGE: Failed writing: "/a/d/756ac1": Failed to write 35 bytes
 
 
 def caused(error: Exception) -> Exception:
-  """Returns an error that another error has caused."""
+  """Returns a RuntimeError whose cause is `error`."""
   try:
     try:
       raise error
@@ -59,7 +59,7 @@ def circle() -> Exception:
 
 
 def test_errors_that_led_to_one_another_come_once():
-  """Orbax raises such errors if it has no permission to write."""
+  """Lists two errors that cause each other only once; Orbax raises them without permissions."""
   assert [str(error) for error in causes(circle())] == ["first", "second"]
   assert not is_full(circle())
 
@@ -105,7 +105,7 @@ def test_a_write_that_ends_after_the_first_error_prints_nothing(monkeypatch):
   prepare_logging()
   print_unraisable = sys.unraisablehook
   print_unraisable(types.SimpleNamespace(exc_value=late, exc_traceback=from_here.tb_next))
-  assert printed == []  # The error is recognized by the words of TensorStore.
+  assert printed == []  # Hidden: TensorStore reported to a closed event loop.
   others = [
     types.SimpleNamespace(exc_value=late, exc_traceback=from_here),
     types.SimpleNamespace(exc_value=OSError(errno.EIO, "Input/output"), exc_traceback=None),

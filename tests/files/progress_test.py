@@ -35,7 +35,7 @@ def test_a_log_has_whole_lines(tmp_path):
   assert text.isascii()
   *lines, last = text.split("\n")[:-1]
   assert last == "done"
-  assert 3 <= len(lines) <= 12  # 20 steps take 0.4 s, with one line every 0.05 s.
+  assert 3 <= len(lines) <= 12  # 20 steps take 0.4 s and print a line every 0.05 s.
   assert all(line.startswith("vqgan: ") for line in lines)
   assert "| 20/20 [" in lines[-1]
 
@@ -51,7 +51,7 @@ def test_a_cell_of_a_notebook_has_a_bar_and_a_pipe_has_none(monkeypatch):
   for stream, expected in ((cell(), True), (io.StringIO(), False)):
     monkeypatch.setattr(sys, "stderr", stream)
     assert progress.is_interactive() is expected
-  assert progress.tqdm is tqdm.auto.tqdm  # In a notebook, the bar is a widget.
+  assert progress.tqdm is tqdm.auto.tqdm  # In a notebook, the progress bar is a widget.
 
 
 def test_a_terminal_has_a_bar_in_one_line():
@@ -61,5 +61,5 @@ def test_a_terminal_has_a_bar_in_one_line():
   os.close(theirs)
   text = os.read(ours, 1 << 16).decode()
   os.close(ours)
-  assert text.count("\r\n") == 2  # The last line of the bar, and "done".
+  assert text.count("\r\n") == 2  # The last state of the bar, and "done".
   assert "\rvqgan: 100%" in text

@@ -12,7 +12,7 @@ NAMES = {f"{i:02d}": {"digest": i} for i in range(12)}
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-  """Writes the name of each shard, and appends a line to a log each time a shard is written."""
+  """Writes the name of each shard to its file, and a line to a log each time."""
 
   folder: str
   wrong: str = ""

@@ -1,4 +1,4 @@
-"""Makes one tiny run for the tests of this folder."""
+"""Makes one tiny run for the tests in this folder."""
 
 from etils import epath
 import pytest

@@ -27,7 +27,7 @@ def test_heldout_captions_are_evenly_spaced_and_have_their_neighbors(workdir, la
     [bank[int(i)].key for i in ids[row][:2]] for row in (0, 2, 4)
   ]
   every = heldout_tasks(layout, workdir, 5, 7, COLUMNS)
-  assert len(every[1].neighbors) == 1  # The document has no second neighbor.
+  assert len(every[1].neighbors) == 1  # The document has only one neighbor.
   both = heldout_tasks(layout, workdir, 2, 7, [(0, SETTINGS.sampling), *COLUMNS])
   fields = [(t.row, t.retrieve, len(t.neighbors)) for t in both]
   assert fields == [(0, 0, 0), (1, 0, 0), (0, 2, 2), (1, 2, 2)]
@@ -37,7 +37,7 @@ def test_heldout_captions_are_evenly_spaced_and_have_their_neighbors(workdir, la
 
 
 def test_the_model_reads_the_ids_of_the_store(workdir, layout):
-  """The text of a truncated caption may encode to other ids."""
+  """Given a truncated caption, the model reads the stored ids; its text may encode to other ids."""
   (task,) = heldout_tasks(layout, workdir, 1, 0, [(0, SETTINGS.sampling)])
   cut = task.document.segments[0].tokens[:-1]
   segments = (task.document.segments[0].__class__(False, cut), task.document.segments[1])

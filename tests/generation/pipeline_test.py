@@ -50,7 +50,7 @@ def text_to_image(prompt, **fields):
 
 
 def prepare(pipeline, *tasks):
-  """Returns the requests and the neighbors of tasks."""
+  """Returns, for each task, its request and its neighbors."""
   given = check_tasks(pipeline.layout, tasks, pipeline.bank)
   found = pipeline.retrieve(tasks)
   return list(zip(pipeline.requests(tasks, given, found), found))
@@ -86,7 +86,7 @@ def test_a_given_image_is_its_own_query(pipeline, workdir, clip, tmp_path):
 
 
 def test_queries_are_those_of_the_stage(pipeline, clip, tmp_path):
-  """Held-out captions and images are embedded as in `build_neighbors`, also with a lexical part."""
+  """Embeds held-out captions and images as `build_neighbors` does, with a lexical part, too."""
   config = RetrievalConfig(
     backend="exact", max_similarity=1.0, lexical_weight=0.5, lexical_width=32
   )
@@ -183,11 +183,11 @@ def test_an_empty_or_absent_bank_is_refused(pipeline, layout, tmp_path, monkeypa
   settings = dataclasses.replace(pipeline.settings, retrieval=least)
   monkeypatch.setattr(pipeline, "settings", settings)
   ((_, found),) = prepare(pipeline, task)
-  assert found == ()  # No document is similar enough.
+  assert found == ()  # No document is similar enough to the prompt.
 
 
 class Brightness:
-  """Fake CLIP that scores bright images higher."""
+  """Fake CLIP whose scores are the brightness of the images."""
 
   resolution = 8
 
@@ -223,7 +223,7 @@ def test_samples_are_ranked_by_their_scores(pipeline):
       np.testing.assert_array_equal(sample.tokens, before[sample.index].tokens)
   assert [[s.index for s in x] for x in ranked] != [[0, 1, 2]] * 2
   assert len({tuple(s.tokens) for of_task in plain for s in of_task}) == 6
-  # A sample does not depend on the other samples.
+  # A sample does not depend on the batch.
   ((alone,),) = pipeline.generate(tasks[1:])
   np.testing.assert_array_equal(alone.tokens, plain[1][0].tokens)
   np.testing.assert_array_equal(np.asarray(alone.image), alone.segments[0])
@@ -281,4 +281,4 @@ def test_a_task_that_knows_of_no_neighbor_searches_for_none(pipeline, layout, wo
   ((_, found),) = prepare(pipeline, dataclasses.replace(task, neighbors=()))
   assert found == ()
   ((_, found),) = prepare(pipeline, text_to_image(task.prompt, retrieve=1))
-  assert len(found) == 1  # Negative control: the same caption.
+  assert len(found) == 1  # Negative control: an unchanged caption.

@@ -92,7 +92,7 @@ def test_a_file_has_one_task_per_line(tmp_path):
   assert apple == TextToImage(
     "red apple",
     seed=100,
-    retrieve=2,  # The command line has the same default.
+    retrieve=2,  # The default is the same on the command line.
     sampling=SamplingConfig(temperature=2.0, guidance=5.0, top_k=64),
     where=f"{path}, line 1",
   )

@@ -1,4 +1,4 @@
-"""Tests that prompts from a task's template equal the tokens before the answer in training."""
+"""Tests that a task template's prompt has the same tokens as training samples up to the answer."""
 
 import dataclasses
 import pathlib
@@ -33,7 +33,7 @@ CASES = [
 
 
 def sample_of(task, record, encode):
-  """Returns the training sample of a record whose images all have the codes CODES."""
+  """Returns the training sample of a record, with the codes CODES for each image."""
   codes = dict.fromkeys(record.images, VOCAB.image_ids(CODES))
   one = join_record(task, record, encode, codes)
   lengths = [len(segment.tokens) for segment in one.segments]
@@ -53,7 +53,7 @@ def test_the_prompt_of_every_shipped_template_is_the_beginning_of_its_sample(
   assert choose_template(task, record.key) == template
   sample = sample_of(task, record, layout.encode)
   layout = dataclasses.replace(layout, positions=4_096)
-  # A user writes the line with an optional text, or leaves the line out.
+  # Users include a line with an optional text, or omit the line.
   asked = dataclasses.replace(task, templates=(template.replace("?}", "}"),))
   request = prompt_of(asked, record).to_request(layout, CODES)
   prompt = request.streams[0]
@@ -68,7 +68,7 @@ def test_the_prompt_of_every_shipped_template_is_the_beginning_of_its_sample(
 
 @pytest.fixture(scope="module")
 def records():
-  """Returns the first held-out record of each task over scenes."""
+  """Returns task name -> first held-out record, for each task over scenes."""
   return {
     name: record(SETTINGS.scenes, task.format.partition("/")[2], "heldout", 0)
     for name, task in SCENES.items()
@@ -114,7 +114,7 @@ def test_nothing_of_the_answer_is_in_what_is_asked():
 
 
 def commands_of_the_page():
-  """Returns the arguments of each `$G` line, as bash splits them."""
+  """Returns the arguments of each `$G` line on the page, split as in bash."""
   lines = re.findall(r"^\$G (.*)$", PAGE, re.MULTILINE)
   for line in lines:
     line = re.sub(r"\$'(.*?)'", lambda m: shlex.quote(m[1].replace("\\n", "\n")), line)

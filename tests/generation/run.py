@@ -1,4 +1,4 @@
-"""Makes a tiny run that is ready for generation, with random weights and without raw data."""
+"""Makes a tiny run for generation, with random weights and without raw data."""
 
 import contextlib
 import dataclasses
@@ -57,12 +57,13 @@ def one_device() -> contextlib.AbstractContextManager:
 
 def make_run(root: epath.Path) -> None:
   """Writes tokenizers, five held-out pairs of 8 x 8 pixels, and a bank of twelve documents."""
-  words = [f"{CAPTIONS[i % 5]} word{i}" for i in range(200)] * 3  # Enough words for 512 ids.
+  # Has enough different words for a vocabulary of 512.
+  words = [f"{CAPTIONS[i % 5]} word{i}" for i in range(200)] * 3
   text.train_text_tokenizer(words, VOCAB, TextTokenizerConfig(), root / "text_tokenizer")
   encode = text.TextTokenizer(root / "text_tokenizer", VOCAB).encode
   bank = make_sources(root / "made", num_pairs=12)[0].store
   write_documents(root / "documents" / "train_pairs", [bank[i] for i in range(12)], VOCAB)
-  # Every text token occurs in training.
+  # Makes every text token occur in training.
   every = Segment(False, np.arange(VOCAB.num_special, VOCAB.text_size, dtype=np.int32))
   texts = [dataclasses.replace(bank[0], key="t", segments=(every,))]
   write_documents(root / "documents" / "train_texts", texts, VOCAB)
@@ -90,9 +91,9 @@ def clip_params(settings=SETTINGS) -> dict:
 
 
 def save_run(root: epath.Path, settings=SETTINGS) -> None:
-  """Makes a run for `CM3Leon.load` and all commands: `make_run`, a CLIP, a checkpoint of step 7.
+  """Makes a run that `CM3Leon.load` and all commands can read, with CLIP and checkpoint 7.
 
-  The parameters are NaN and their average is random, because every reader uses the average.
+  The last parameters are NaN and their average is random: all readers must use the average.
   """
   make_run(root)
   clip_lib.CLIP(settings.clip, VOCAB.text_size, clip_params(settings)).save(root / "clip")

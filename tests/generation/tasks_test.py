@@ -30,7 +30,7 @@ IDS = VOCAB.image_ids(CODES)
 
 
 def infilled(request, ids):
-  """Returns the training sample of a request and its generated ids, without `</s>`."""
+  """Returns the document of a prompt and its generated ids, in order and without `</s>`."""
   whole = undo_cm3_mask(np.concatenate([request.streams[0], np.array(ids, np.int32)]), VOCAB)
   assert (whole[0], whole[-1]) == (VOCAB.eos, VOCAB.eos)
   return whole[1:-1].tolist()
@@ -96,13 +96,13 @@ def test_texts_with_masks_are_tokenized_as_if_filled(layout, text, fills, image)
 
 
 def test_a_space_before_a_mask_belongs_to_its_hole(layout):
-  """Equal pieces are distinguished by their position, not by object identity."""
+  """Pieces that are equal are told apart by their position, not by object identity."""
   pieces = text_pieces(layout.encode, "a <mask> <mask> ")
   assert [len(piece) for piece in pieces[1:]] == [0, 1]
 
 
 def test_a_line_break_before_a_mask_stays():
-  """Uses a tokenizer that keeps line breaks, with one id per character."""
+  """Uses a tokenizer with one id per character, which keeps line breaks."""
 
   def encode(text):
     return np.array([ord(c) for c in (f" {text}" if text else "")], np.int32)
@@ -122,7 +122,7 @@ def test_a_box_is_one_hole_per_row(layout):
   assert len(request.streams) == 2
   without = dataclasses.replace(task, prompt="").to_request(layout, CODES)
   assert len(without.streams) == 1
-  # The unconditional stream is the request without a prompt.
+  # The unconditional stream equals the request without a prompt.
   np.testing.assert_array_equal(request.streams[1], without.streams[0])
 
 

@@ -1,4 +1,4 @@
-"""Tests that untrusted prompt files and calls give a task or one clear sentence."""
+"""Tests that untrusted prompt files and calls give a task or a one-sentence message."""
 
 # B rows, V ids.
 
@@ -22,8 +22,8 @@ from tests.data.stores import IMAGE_TOKENS, VOCAB
 from tests.generation.run import one_device
 from tests.messages import refused
 
-HUGE = 10**4_400  # Python refuses to print a number of this length.
-# Inputs that once ended in a traceback.
+HUGE = 10**4_400  # Python does not print integers of this length by default.
+# Inputs that caused a traceback in earlier versions.
 FOUND = {
   "not UTF-8": b'{"prompt": "caf\xe9"}',
   "a byte that ends no character": b'{"prompt": "a"}\xc3',
@@ -41,7 +41,7 @@ FOUND = {
 
 
 def made(make):
-  """Returns the result of `make`, or None if `make` raises a UserError that is safe to print."""
+  """Returns the result of `make`, or None after a UserError whose message is safe to print."""
   error = None
   try:
     return make()
@@ -152,7 +152,7 @@ def test_any_call_makes_tasks_or_one_sentence(name, seed, chosen, inputs, fields
   assert result is None or all(isinstance(task, Task) for task in result[1])
 
 
-PARTS = 64  # All plans have this length, so that they share a program.
+PARTS = 64  # All plans are padded to this length, so that they share a compiled program.
 IDS = np.arange(VOCAB.size)
 
 
@@ -173,7 +173,7 @@ ADVANCE = jax.jit(lambda plan, state, token: GRAMMAR.advance(*place((plan, state
 
 
 def walk(plan, rng) -> np.ndarray:
-  """Returns random legal ids [G] up to the end of a plan."""
+  """Draws legal ids at random until a plan ends; returns ids [G]."""
   rows = plan_array([(*plan, *[Part(DONE)] * (PARTS - len(plan)))])
   state, ids = START(rows), []
   while (legal := np.flatnonzero(np.asarray(LEGAL(rows, state))[0])).size:
@@ -193,7 +193,7 @@ def walk(plan, rng) -> np.ndarray:
 @example(fields={"task": "question", "prompt": "{0} {x}", "image": "a.png"}, seed=0)
 @settings(max_examples=60, deadline=None)
 def test_any_request_ends_and_what_it_generates_is_read(layout, fields, seed):
-  """For any request, random legal tokens reach an end and can be read as an answer."""
+  """Random legal tokens end within the limit and are readable as the result of any task."""
   fields, rng = dict(fields), np.random.default_rng(seed)
   common = {"sampling": SamplingConfig(method=fields.pop("method", "top_p")), "where": "here"}
   if "seed" in fields:

@@ -39,7 +39,7 @@ def generate(folder, workdir, tasks, clip, **options):
 
 @pytest.fixture(scope="module")
 def heldout(workdir, layout, clip, tmp_path_factory):
-  """Returns (folder, tasks, records) for two captions, two guidances and two retrieval counts."""
+  """Returns (folder, tasks, records); two captions, each with 2 guidances x 2 retrieval counts."""
   folder = epath.Path(tmp_path_factory.mktemp("samples"))
   columns = [(n, dataclasses.replace(SAMPLING, guidance=g)) for n in (0, 2) for g in (1.0, 3.0)]
   tasks = heldout_tasks(layout, workdir, 2, 5, columns)
@@ -48,7 +48,7 @@ def heldout(workdir, layout, clip, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def every_task(workdir, clip, image_file, tmp_path_factory):
-  """Returns (folder, records by task); texts have at most 16 tokens, documents 17."""
+  """Returns (folder, task -> record); texts have at most 16 tokens, documents at most 17."""
   folder = epath.Path(tmp_path_factory.mktemp("tasks"))
   fields = {
     "text_to_image": {"prompt": "red apple", "retrieve": 1, "keep_neighbors": True},
@@ -65,7 +65,7 @@ def every_task(workdir, clip, image_file, tmp_path_factory):
     make_task(cls.name, fields[cls.name], seed=i, row=i, sampling=SAMPLING)
     for i, cls in enumerate(TASKS)
   ]
-  # Programs compile faster without a separate head for image codes.
+  # Without a separate head for image codes, programs compile faster.
   records = generate(folder, workdir, tasks, clip, image_head=False)
   return folder, {line["task"]: line for line in records}
 

@@ -1,4 +1,4 @@
-"""Writes a published layout once for the tests of this folder."""
+"""Writes a published checkpoint once for the tests in this folder."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.importing import published
 
 @pytest.fixture(scope="session")
 def qwen3_folder(tmp_path_factory):
-  """Returns the folder of a small Qwen3ForCausalLM with grouped heads and tied embeddings."""
+  """Returns the folder of a small Qwen3 with grouped-query attention and tied embeddings."""
   folder = tmp_path_factory.mktemp("qwen3")
   published.save_qwen3(folder)
   return folder

@@ -20,7 +20,7 @@ from tests.generation.run import make_config
 from tests.importing import published
 from tests.models.tiny import mesh_of, random_params
 
-TOLERANCE = 1e-4  # Tolerance in nats per token, in fp32; losses are about 7.
+TOLERANCE = 1e-4  # Tolerance in nats per token; in fp32, losses are about 7.
 SAMPLES = np.random.default_rng(0).integers(0, published.TOKENS, (2, 24)).astype(np.int32)
 QWEN3 = {"family": "modern", "num_layers": 2, "num_heads": 4, "mlp_width": 64, "head_size": 12}
 QWEN3 |= {"rope_base": 1e6}
@@ -39,7 +39,7 @@ def imported(source, workdir, settings):
 
 
 def losses_of(params, settings) -> np.ndarray:
-  """Returns the losses of SAMPLES in nats, computed only from logits of the source's text ids."""
+  """Computes the losses of SAMPLES in nats, normalized over the source's text ids only."""
   vocab, losses = settings.vocab, []
   model = dataclasses.replace(settings.model, attention="plain")
   for sample in SAMPLES:
@@ -62,7 +62,7 @@ def losses_of_original(model) -> np.ndarray:
 
 
 def losses_of_import(workdir, settings, change=None) -> np.ndarray:
-  """Returns losses of the parameters in `init`, read on eight devices as launch.train does."""
+  """Returns the losses of the parameters in init/, read on eight devices, as in training."""
   with jax.set_mesh(mesh_of(2, 2, 2)):
     params = initial.load(initial.find(settings, str(workdir / "init")), settings)
     return losses_of(params if change is None else change(params), settings)

@@ -1,4 +1,4 @@
-"""Writes random models in published layouts with transformers, and similar tokenizers."""
+"""Writes random models and tokenizers in published formats, with transformers."""
 
 import contextlib
 import os
@@ -8,10 +8,12 @@ import random
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-ROWS = 480  # Rows of the embedding; as in Qwen3, more than the tokenizer has tokens.
+ROWS = 480  # Number of rows of the embedding; as in Qwen3, larger than the number of tokens.
 TOKENS = 470
-ADDED = {"<|endoftext|>": True, "<think>": False, "</s>": True}  # Whether a token is special.
-# As in Qwen's tokenizer, numbers are split into digits, and a mark joins the letters after it.
+# Added token -> whether it is special.
+ADDED = {"<|endoftext|>": True, "<think>": False, "</s>": True}
+# As in Qwen's tokenizer, numbers are split into digits, and one punctuation mark joins the letters
+# after it.
 SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
   r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,7 +25,7 @@ WORDS = [f"{a} {b} left of {c}" for a in ("red", "blue", "green") for b in ("bel
 def save_tokenizer(
   folder: pathlib.Path, normalizer=None, gpt2: bool = False
 ) -> tokenizers.Tokenizer:
-  """Writes and returns a byte-level BPE with `TOKENS` ids, like Qwen's or GPT-2's."""
+  """Writes and returns a byte-level BPE tokenizer with `TOKENS` ids, like that of Qwen or GPT-2."""
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.normalizer = normalizers.NFC() if normalizer is None else normalizer
   if gpt2:
@@ -50,7 +52,7 @@ def save_tokenizer(
 
 
 def randomize(model, seed: int = 0) -> None:
-  """Gives a model random weights, so that logits are not tiny; norm scales are around 1."""
+  """Sets random weights that are not tiny; the scales of norms are around 1."""
   import torch
 
   generator = torch.Generator().manual_seed(seed)
@@ -61,14 +63,14 @@ def randomize(model, seed: int = 0) -> None:
 
 
 def _save(model, folder: pathlib.Path, **options):
-  """Writes a model and reads it again, which undoes the rounding of its rotary frequencies."""
+  """Saves a model and loads it again, so that its rotary frequencies are not rounded."""
   with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # No progress bars.
     model.save_pretrained(folder, **options)
     return type(model).from_pretrained(folder, dtype="float32").eval()
 
 
 def save_qwen3(folder: pathlib.Path, dtype="float32", shards: str = "50GB", **fields):
-  """Writes a Qwen3ForCausalLM and its tokenizer; returns the model that transformers reads."""
+  """Saves a Qwen3ForCausalLM and its tokenizer; returns the model as transformers loads it."""
   import torch
   import transformers
 

@@ -20,7 +20,7 @@ Q = "layers.0.self_attn.q_proj"
 
 
 def altered(folder, target, config=(), tensors=()) -> pathlib.Path:
-  """Copies a checkpoint with other fields and tensors; omits tensors that are None."""
+  """Copies a checkpoint with changed fields and tensors; a tensor of None is removed."""
   shutil.copytree(folder, target)
   described = read_json(target / "config.json") | dict(config)
   write_json(target / "config.json", described)
@@ -31,7 +31,7 @@ def altered(folder, target, config=(), tensors=()) -> pathlib.Path:
 
 
 def refuses(settings, source) -> None:
-  """Plans an import and expects a refusal."""
+  """Asserts that planning an import raises the stored error."""
   with refused(UserError):
     importer.plan(settings, str(source))
 
@@ -82,7 +82,7 @@ def test_a_qwen3_that_is_not_ours_is_refused(config, tensors, qwen3_folder, tmp_
 
 
 def test_a_base_of_rope_outside_of_rope_parameters_is_read(qwen3_folder, tmp_path):
-  """Earlier versions of transformers wrote such files."""
+  """Earlier versions of transformers wrote `rope_theta` at the top level of config.json."""
   fields = {"rope_parameters": None, "rope_scaling": None, "rope_theta": 1_000_000}
   source = altered(qwen3_folder, tmp_path / "source", fields)
   assert importer.plan(settings_for(QWEN3), str(source)).fields["model"]["rope_base"] == 1e6
@@ -150,7 +150,7 @@ def test_a_workdir_with_another_tokenizer_or_import_is_refused(qwen3_folder, tmp
   shutil.rmtree(run)
   imported(qwen3_folder, run, settings)
   before = (run / "init" / stages.DONE).read_text()
-  imported(qwen3_folder, run, settings)  # A second import changes nothing.
+  imported(qwen3_folder, run, settings)  # Importing again changes nothing.
   assert (run / "init" / stages.DONE).read_text() == before
   tensors = {"model.norm.weight": a_bias(1.0) + 1}
   other = altered(qwen3_folder, tmp_path / "other", tensors=tensors)
@@ -168,7 +168,7 @@ def test_an_export_in_another_format_is_refused_by_its_name(tmp_path, file):
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 def test_what_is_no_regular_file_is_refused_and_not_opened(name, make, qwen3_folder, tmp_path):
-  """Opening a pipe would block forever."""
+  """Opening a named pipe would block forever."""
   source = altered(qwen3_folder, tmp_path / "source")
   (source / name).unlink()
   make(source / name)

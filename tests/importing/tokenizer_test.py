@@ -19,12 +19,12 @@ VOCAB = VocabLayout(num_special=32, text_size=32 + published.ROWS, image_size=16
 
 
 def with_token(number) -> dict:
-  """Returns a change that adds a token with this id to a vocabulary."""
+  """Returns a change of tokenizer.json that adds a token with the id `number`."""
   return {"model": lambda model: {"vocab": {**model["vocab"], "zzz": number}}}
 
 
 def split_by(pattern: str) -> dict:
-  """Returns a pre-tokenizer that splits at a regular expression, then into bytes."""
+  """Returns a pre-tokenizer that splits by a regular expression, and then into bytes."""
   options = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
   split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
   return {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", **options}]}
@@ -32,7 +32,7 @@ def split_by(pattern: str) -> dict:
 
 @pytest.fixture(scope="module", params=["qwen", "gpt2"])
 def rewritten(request, tmp_path_factory):
-  """Returns the source tokenizer, its folder, the rewritten folder, and notes on differences."""
+  """Returns (source tokenizer, folder of the rewritten tokenizer, notes on differences)."""
   source = tmp_path_factory.mktemp("source")
   original = published.save_tokenizer(source, gpt2=request.param == "gpt2")
   made, notes = rewrite(read_tokenizer(source, published.ROWS), published.ROWS, VOCAB)
@@ -140,7 +140,7 @@ def test_other_tokenizers_are_refused(change, tmp_path):
 
 
 def test_a_pattern_that_tries_too_many_ways_ends_with_a_sentence(tmp_path):
-  """Then the package `tokenizers` panics, and a panic is not an `Exception`."""
+  """Given such a pattern, `tokenizers` panics, and a panic is not an `Exception`."""
   published.save_tokenizer(tmp_path)
   path = tmp_path / "tokenizer.json"
   described = json.loads(path.read_text()) | {"pre_tokenizer": split_by("(a+)+$")}

@@ -37,7 +37,7 @@ def settings_of_run():
 
 @pytest.fixture(scope="module")
 def imported(qwen3_folder, tmp_path_factory):
-  """Returns a run before training, with the tokenizer and parameters of a Qwen3."""
+  """Makes an untrained run with the imported parameters and tokenizer of a Qwen3."""
   folder = tmp_path_factory.mktemp("run")
   make_workdir(folder, settings_of_run())
   shutil.rmtree(folder / "text_tokenizer")
@@ -65,12 +65,12 @@ def test_a_run_begins_with_what_was_imported_and_remembers_it(
   for name in ("embed", "head"):
     before, after = (np.asarray(tree[name]) for tree in (start, trained))
     assert 0 < np.abs(after - before).max() < 10 * STEPS * 1e-3
-    # All codes start with the same row, and training makes the rows different.
+    # The rows of all codes start equal, and training makes them different.
     codes = slice(settings.vocab.text_size, None)
     assert np.ptp(before[codes], axis=0).max() == 0
     seen = np.unique(after[codes].round(7), axis=0)
     assert len(seen) > 60
-  train.main(settings, epath.Path(folder))  # The run is already finished.
+  train.main(settings, epath.Path(folder))  # Does nothing: the run is finished.
   assert "finished already" in capsys.readouterr().out
 
 
@@ -140,7 +140,7 @@ def test_the_command_prints_what_it_did_and_what_the_config_needs(qwen3_folder, 
 
 
 def test_a_finished_import_of_this_project_keeps_its_tokenizer(imported, tmp_path):
-  """An imported model is also a valid export, so another workdir can import it."""
+  """Imports an import: it has the format of an export, so another workdir can use it."""
   settings = settings_of_run()
   import_weights.main(settings, epath.Path(tmp_path), str(imported / "init"))
   for name in ("text_tokenizer/tokenizer.json", "init/model.safetensors", "init/config.json"):

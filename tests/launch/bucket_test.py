@@ -1,6 +1,6 @@
-"""Tests runs in a GCS bucket over HTTP, with slow answers, errors, and a bucket that stops working.
+"""Tests runs in a GCS bucket over HTTP with slow responses, errors, and an outage.
 
-The requests are real; `tests/bucket_server.py` is the server.
+The client libraries are real; `tests/bucket_server.py` replaces the server.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from tests.distributed_test import free_port
 from tests.launch.stages_before import make_workdir
 from tests.launch.tiny_config import get_config
 
-pytest.importorskip("gcsfs")  # This package is in the extra [data].
+pytest.importorskip("gcsfs")  # In the extra [data].
 
 ROOT = pathlib.Path(__file__).parents[2]
 BASE = ROOT / "ml_configs" / "base.py"
@@ -56,7 +56,7 @@ def environment_of(server):
 
 
 def start(server, cwd, *flags, processes=1, workdir="gs://bucket/run"):
-  """Starts the processes of a command in the folder `cwd`; process I writes I.log there."""
+  """Starts the processes of a run in the folder `cwd`; process I writes its output to I.log."""
   jobs, port = [], free_port()
   for i in range(processes):
     command = [
@@ -110,7 +110,7 @@ def sealed(server):
 def test_a_killed_run_in_a_bucket_continues_and_equals_one_on_a_disk(
   server, local_losses, tmp_path, processes
 ):
-  """The server stops answering after checkpoint 8 is sealed; then all processes are killed."""
+  """After checkpoint 8 is sealed, the server stops answering and all processes are killed."""
   reached, answer = threading.Event(), threading.Event()
 
   def fault(method, path):
@@ -138,7 +138,7 @@ def test_a_killed_run_in_a_bucket_continues_and_equals_one_on_a_disk(
   assert "lease.json" not in files
   assert any(name.startswith("tensorboard/events") for name in files)
   assert not [name for name in files if ".partial" in name]
-  # No folder named "gs:" is made.
+  # Checks that no folder named "gs:" was created.
   assert {path.name.partition(".")[2] for path in tmp_path.iterdir()} == {"log", "jsonl"}
 
 
@@ -165,7 +165,7 @@ def test_slow_and_failing_answers_change_nothing(server, local_losses, tmp_path)
 def test_a_bucket_that_is_gone_ends_the_run_and_leaves_the_last_checkpoint(
   server, local_losses, tmp_path
 ):
-  """The bucket refuses every write after checkpoint 4 is sealed."""
+  """After checkpoint 4 is sealed, the bucket rejects every write."""
   before = {}
 
   def fault(method, path):
@@ -178,13 +178,14 @@ def test_a_bucket_that_is_gone_ends_the_run_and_leaves_the_last_checkpoint(
   [job] = start(server, tmp_path)
   begin = time.monotonic()
   try:
-    job.wait(600)  # Writes of metrics and TensorBoard events are retried, too.
+    job.wait(600)  # Long, because writes of metrics and TensorBoard events are retried, too.
   finally:
     job.kill()
   output = (tmp_path / "0.log").read_text()
   print("seconds until it ended:", round(time.monotonic() - begin))
   print(output)
-  assert job.returncode == TryAgain.exit_code, output  # Launchers restart a job with this code.
+  # Launchers restart a job with this exit code.
+  assert job.returncode == TryAgain.exit_code, output
   [sentence] = [line for line in output.splitlines() if line.startswith("error: ")]
   assert "gs://bucket/run/train" in sentence
   assert "503" in sentence
@@ -197,7 +198,7 @@ def test_a_bucket_that_is_gone_ends_the_run_and_leaves_the_last_checkpoint(
 
 @pytest.mark.slow
 def test_raw_data_from_and_in_a_bucket_are_those_of_a_disk(server, tmp_path):
-  """One answer in five is an error."""
+  """One of five requests gets an error."""
   images = photos("train", range(4)) | photos("heldout", [9])
   folder = write_source(tmp_path / "in", images)
   for path in pathlib.Path(folder).rglob("*"):

@@ -1,4 +1,4 @@
-"""Tests that no process of a job waits forever for a process that hangs, stops, dies or ends."""
+"""Tests that no process waits forever for a process that hangs, is stopped, dies or exits."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ from tests.launch.stages_before import make_workdir
 from tests.launch.tiny_config import get_config
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 100_000  # Jobs do not end by themselves.
+STEPS = 100_000  # Large enough that no job finishes on its own.
 
 
 @pytest.fixture
@@ -31,12 +31,13 @@ def workdir(tmp_path):
 
 @pytest.fixture
 def start(workdir):
-  """Starts the processes of a job, each with its own log, without a launcher."""
+  """Returns a function that starts the processes of a job, each with its own log."""
   everyone = []
 
   def start(*flags, processes=2, **environment):
     port, jobs = free_port(), []
-    axis = "fsdp" if processes == 2 else "data"  # 3 processes cannot split the parameters.
+    # The parameters are not divisible among 3 processes.
+    axis = "fsdp" if processes == 2 else "data"
     for i in range(processes):
       command = [
         sys.executable, "-m", "tests.launch.faulty_train", "--config=tests/launch/tiny_config.py",
@@ -73,7 +74,7 @@ def wait_for_line(workdir, process, start, seconds=240):
     if any(line.startswith(start) for line in log(workdir, process).splitlines()):
       return
     time.sleep(0.1)
-  raise AssertionError(f"no line '{start}' in {log(workdir, process)}")
+  raise AssertionError(f"no line starts with '{start}' in {log(workdir, process)}")
 
 
 def sealed(workdir):
@@ -106,13 +107,14 @@ def test_the_others_of_a_killed_process_end_in_time(start, workdir):
   jobs[1].send_signal(signal.SIGKILL)
   bound = distributed.HEARTBEAT_SECONDS + distributed.SHUTDOWN_SECONDS
   print("seconds after SIGKILL:", round(seconds_to_end(jobs[0], bound), 1), jobs[0].returncode)
-  assert jobs[0].returncode not in (0, 2, 75)  # Launchers restart a job with another code.
+  # Launchers restart a job unless its exit code is 0 or 2. 75 would mean a clean stop.
+  assert jobs[0].returncode not in (0, 2, 75)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_the_others_of_a_stopped_process_end_in_time(start, workdir, stopped):
-  """Connections of the stopped process stay open, as on a host that lost its network."""
+  """The stopped process keeps its connections open, as on a host that lost its network."""
   jobs = start(f"--config.train.steps={STEPS}", HEARTBEAT_SECONDS="10")
   wait_for_steps(workdir, 3)
   jobs[stopped].send_signal(signal.SIGSTOP)
@@ -156,7 +158,7 @@ def test_a_process_that_was_asked_to_stop_waits_for_a_late_one_a_bounded_time(st
   print("seconds after SIGTERM:", seconds, [job.returncode for job in jobs])
   assert jobs[0].returncode == INTERRUPTED
   assert STOPPED_EARLY in log(workdir, 0)
-  assert jobs[1].returncode not in (0, 2)  # Launchers restart a job with another code.
+  assert jobs[1].returncode not in (0, 2)  # Launchers restart a job unless its exit code is 0 or 2.
 
 
 @pytest.mark.slow
@@ -175,7 +177,7 @@ def test_an_error_in_one_process_ends_the_other_in_time(start, workdir, failing)
 
 @pytest.mark.slow
 def test_an_error_waits_a_bounded_time_for_the_digests_of_another_process(start, workdir):
-  """The other process is alive, but its thread never digests its share of the checkpoint."""
+  """The other process lives, but never computes the digests of its part of the checkpoint."""
   peer = 4
   jobs = start(
     f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=5",

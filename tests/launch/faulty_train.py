@@ -1,10 +1,10 @@
-"""Runs launch.train with a fault: `python -m tests.launch.faulty_train FLAGS`.
+"""Runs launch.train and injects a fault: `python -m tests.launch.faulty_train FLAGS`.
 
-FAULT=KIND:PROCESS:BATCHES makes a process hang (`stuck`) or raise an error (`error`) after
-BATCHES batches. `late:PROCESS:0` hangs before the first step. With
-`error_unsealed:PROCESS:BATCHES`, the other processes do not digest their saved files.
+FAULT=KIND:PROCESS:BATCHES selects what process PROCESS does after BATCHES batches: `stuck` hangs,
+`error` raises an error, and `error_unsealed` raises an error while the other processes never
+compute the digests of their files. `late:PROCESS:0` hangs before the first step.
 HEARTBEAT_SECONDS, SHUTDOWN_SECONDS, TOGETHER_SECONDS and PEER_SECONDS replace the constants of the
-modules.
+same names.
 """
 
 import os
@@ -65,7 +65,7 @@ def insert(kind: str, process: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-  # Makes Ctrl-C work as in the foreground, wherever the tests run.
+  # Enables Ctrl-C even if the tests run in the background.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   if "FAULT" in os.environ:
     fault, number, batches = os.environ["FAULT"].split(":")

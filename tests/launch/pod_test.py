@@ -1,4 +1,4 @@
-"""Tests the files of launch/pod with linters, and the scripts that run on a host of a TPU VM."""
+"""Lints the files of launch/pod, and tests the scripts that run on a TPU VM host."""
 
 import configparser
 import re
@@ -61,11 +61,11 @@ def test_dockerfile_copies_what_the_context_holds_and_installs_extras_that_exist
   assert all((ROOT / source).exists() for source in copied)
   assert sorted(line[1:] for line in ignored if line.startswith("!")) == sorted(copied)
   assert 'case "$EXTRA" in tpu | cuda12 | cuda13)' in text
-  # tests/packaging_test.py checks that .ci/extras.py resolves all three.
+  # That .ci/extras.py resolves all three is checked in tests/packaging_test.py.
   assert '".[$EXTRA,data,monitoring]"' in text
 
 
-# Hosts of a TPU VM.
+# Tests of scripts that run on a TPU VM host.
 
 
 def test_tpu_vm_host_that_trains_is_left_alone(recorders):

@@ -1,4 +1,4 @@
-"""Tests that launch.train in several processes with 8 devices equals a run in one process."""
+"""Tests that launch.train in several processes, with 8 devices in all, equals one process."""
 
 import os
 import pathlib
@@ -95,7 +95,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.slow
 def test_training_reads_no_raw_data(whole):
-  """Sample grids need only the document stores, so raw/ may be deleted after they exist."""
+  """Training and sample grids read only the document stores, so raw/ may be deleted."""
   assert not (whole / "raw").exists()
   assert [path.name for path in sorted((whole / "train" / "samples").iterdir())] == SAMPLES
 
@@ -110,7 +110,7 @@ def test_the_settings_of_a_training_are_read_from_its_workdir(whole):
 
 @pytest.mark.slow
 def test_one_process_continues_a_run_of_two_that_sigterm_stopped(whole, fresh):
-  """Losses and images equal a run of one process without a stop."""
+  """Losses and images equal those of one process that is never stopped."""
   job = start(fresh, 2, "--config.train.checkpoint_every=1")
   second = pids(job, 2)[1]
   wait_for_steps(fresh, 4)
@@ -128,7 +128,7 @@ def test_one_process_continues_a_run_of_two_that_sigterm_stopped(whole, fresh):
   one_process(fresh)
   assert largest_difference(fresh, whole) < TOLERANCE
   found, expected = losses(fresh), losses(whole)
-  # Negative control: rows of the next step.
+  # Negative control: the loss of the next step.
   assert min(abs(found[step] - expected[step + 1]) for step in range(1, 12)) > TOLERANCE
   assert (fresh / "train" / stages.DONE).exists()
   assert_same_samples(fresh, whole)
@@ -136,7 +136,7 @@ def test_one_process_continues_a_run_of_two_that_sigterm_stopped(whole, fresh):
 
 @pytest.mark.slow
 def test_a_run_starts_from_another_and_continues_without_it(whole, fresh, capsys):
-  """The first loss is near the source's last loss, although the tokenizers differ."""
+  """The first loss is near the source's last loss, even with other tokenizers."""
   source = fresh / "source"
   shutil.copytree(whole / "train", source / "train")
   one_process(fresh, str(source), train={"steps": 1, "eval_batches": 1, "sample_every": 9})
@@ -202,7 +202,7 @@ def test_a_process_that_is_killed_takes_the_others_with_it(fresh):
   wait_for_steps(fresh, 3)
   os.kill(second, signal.SIGKILL)
   assert "local.sh: process 1 ended with exit code 137." in finish(job, 137)
-  finish(start(fresh, 4))  # The run continues from the last sealed checkpoint.
+  finish(start(fresh, 4))  # Continues from the last sealed checkpoint.
   assert sorted(losses(fresh)) == list(range(1, 13))
 
 

@@ -24,13 +24,13 @@ from tests.launch.tiny_config import get_config
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-# Starts a command in which Ctrl-C works as in the foreground, wherever the tests run.
+# Program that runs a command with Ctrl-C enabled, even if the tests run in the background.
 START = """
 import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 runpy.run_module(f"launch.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
 """
-# This program also sends itself SIGTERM after the training has returned.
+# Program that also sends itself SIGTERM after training.
 START_AND_STOP = """
 from cm3leon_jax.commands import run_start
 run_start.machine = lambda: signal.raise_signal(signal.SIGTERM)
@@ -54,7 +54,7 @@ def start(command, workdir, config="tiny_config", program=START):
   ("number", "code"), [(signal.SIGTERM, INTERRUPTED), (signal.SIGINT, CTRL_C)]
 )
 def test_a_signal_before_the_loop_says_that_nothing_was_to_be_saved(tmp_path, number, code):
-  """The signal arrives after the rows are planned, while the steps are compiled."""
+  """The signal arrives while the steps compile, after the rows are planned."""
   make_workdir(tmp_path, settings_from_config(get_config()))
   job = start("train", tmp_path)
   for line in job.stdout:
@@ -77,7 +77,7 @@ def test_a_signal_after_the_last_step_says_that_nothing_was_to_be_saved(tmp_path
   output, errors = job.communicate(timeout=300)
   assert (job.returncode, errors) == (INTERRUPTED, "")
   *_, before, sentence = output.splitlines()
-  assert before.startswith("train: goodput ")  # Printed at the end of the loop.
+  assert before.startswith("train: goodput ")  # Printed after the last step.
   assert sentence == NOTHING
   assert not (tmp_path / "train" / stages.DONE).exists()
   train.main(settings, epath.Path(tmp_path))
@@ -85,7 +85,7 @@ def test_a_signal_after_the_last_step_says_that_nothing_was_to_be_saved(tmp_path
 
 
 def make_raw(root, settings):
-  """Writes pairs of flat colors with a darker square, and a text tokenizer."""
+  """Writes pairs of single-color images with a darker square, and a text tokenizer."""
   make_workdir(root, settings)
   rng = np.random.default_rng(0)
   colors = rng.integers(0, 256, (24, 1, 1, 3))

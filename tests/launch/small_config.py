@@ -1,4 +1,4 @@
-"""Configures an image tokenizer and a CLIP that train for seconds, for tests that stop them."""
+"""Configures an image tokenizer and CLIP that train in seconds, for tests that stop them."""
 
 from tests.generation.run import make_config
 

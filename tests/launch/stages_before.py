@@ -1,4 +1,4 @@
-"""Makes a workdir like the stages before training do, from invented arrays."""
+"""Makes the workdir that stages before training would leave, from random arrays."""
 
 import json
 import pathlib
@@ -17,9 +17,9 @@ PAIRS = 50
 
 
 def make_workdir(root: pathlib.Path, settings: Settings) -> None:
-  """Writes stores of the same 50 pairs and 30 texts for both splits, and a random VQGAN.
+  """Writes stores with the same 50 pairs and 30 texts in both splits, and a random VQGAN.
 
-  Instructions of the config must have the tasks of `make_instructions`.
+  If the config has instructions, their tasks must be those of `make_instructions`.
   """
   sources = make_sources(root / "made", num_pairs=PAIRS)
   for kind in ("pairs", "texts"):
@@ -29,7 +29,8 @@ def make_workdir(root: pathlib.Path, settings: Settings) -> None:
   for split in ("train", "heldout"):
     ids = sources[0].neighbors
     write_neighbors(root / "neighbors" / f"{split}_pairs", ids=ids, text_ids=ids)
-  words = [f"word{i} word{i + 1}" for i in range(400)]  # Enough words for the vocabulary.
+  # Has enough different words to train the text tokenizer.
+  words = [f"word{i} word{i + 1}" for i in range(400)]
   train_text_tokenizer(words, settings.vocab, TextTokenizerConfig(), root / "text_tokenizer")
   params = vqgan.init_params(settings.vqgan, settings.vocab.image_size, jax.random.key(0))
   vqgan.ImageTokenizer(settings.vqgan, settings.vocab.image_size, params).save(root / "vqgan")

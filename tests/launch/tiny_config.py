@@ -1,4 +1,4 @@
-"""Configures a training of seconds for tests: --config=tests/launch/tiny_config.py."""
+"""Configures a training that takes seconds: --config=tests/launch/tiny_config.py."""
 
 import dataclasses
 

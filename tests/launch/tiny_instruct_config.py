@@ -1,4 +1,4 @@
-"""Configures a tuning of seconds on two tasks and on replayed pairs and texts."""
+"""Configures a tuning that takes seconds, on two tasks and on replayed pairs and texts."""
 
 from tests.launch import tiny_config
 
@@ -10,5 +10,5 @@ TASKS = tuple({"name": name, **TASK} for name in ("answers", "edits"))
 def get_config():
   config = tiny_config.get_config()
   config.instructions.update({"own_tasks": TASKS, "replay_share": 0.4})
-  config.train.eval_batches = 3  # Three batches have rows of every task.
+  config.train.eval_batches = 3  # Three held-out batches are enough to contain every task.
   return config

@@ -38,13 +38,13 @@ def log_of(workdir):
 
 
 def by_source(workdir) -> dict[tuple[int, str], float]:
-  """Returns the losses of all sources by (step, name)."""
+  """Returns (step, name of a loss) -> loss, for all losses of single sources."""
   return {(x["step"], name): x[name] for x in log_of(workdir) for name in x if "/" in name}
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-  """Makes the inputs of a tuning, and a run with the same tokenizers and documents."""
+  """Trains a run that a tuning starts from, and makes the inputs of that tuning."""
   folder = tmp_path_factory.mktemp("pretrained")
   make_workdir(folder, settings_from_config(tiny_instruct_config.get_config()))
   one_process(folder, train={"steps": 4, "sample_every": 100})
@@ -79,7 +79,7 @@ def test_a_tuning_reports_the_losses_before_and_after_of_tasks_and_documents(
   assert f"train: held-out loss before -> after: {shown} nats per target\n" in output
   trained = read_json(pretrained / "train" / stages.DONE)["summary"]
   assert "heldout_before" not in trained
-  # The rows differ, but the documents are the same.
+  # Other rows, but of the same documents.
   assert before["heldout_loss/pairs"] == pytest.approx(trained["heldout_loss"], rel=0.3)
 
 
@@ -135,7 +135,7 @@ def test_a_task_of_the_name_of_documents_is_refused(pretrained, tmp_path):
 def test_another_number_of_processes_continues_a_tuning_that_sigterm_stopped(
   whole, pretrained, tmp_path, before, after
 ):
-  """The losses of each source equal a run of one process, before and after the stop."""
+  """The losses of each source equal those of one process that is never stopped."""
   folder = copy_of(pretrained, tmp_path)
   flags = [f"--init_from={pretrained}", "--config.train.checkpoint_every=1"]
   job = start(folder, before, *flags, config="tiny_instruct_config")

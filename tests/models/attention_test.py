@@ -33,7 +33,7 @@ def test_blocks_of_queries_equal_the_full_matrix_in_fp64(length):
 
 
 def test_scores_of_bfloat16_are_summed_in_fp32():
-  """Scores near 57 would be off by up to 0.125 in bfloat16, so their weights by an eighth."""
+  """In bfloat16, scores near 57 have errors of up to 0.125, and their weights of up to 1/8."""
   q, k, v = jax.random.normal(jax.random.key(3), (3, 1, 9, 1, 8))
   q, k = q.at[..., 0].set(40), k.at[..., 0].set(4)
   rows = [x.astype(jnp.bfloat16) for x in (q, k, v)]
@@ -44,7 +44,7 @@ def test_scores_of_bfloat16_are_summed_in_fp32():
 
 @pytest.fixture(scope="module")
 def rows():
-  """Returns q, k, v with head size 64, and segments that do not end where kernel blocks end."""
+  """Returns q, k, v with head size 64, and segment ids that change inside blocks of the kernels."""
   q, k, v = jax.random.normal(jax.random.key(1), (3, 2, 256, 2, 64))
   segment_ids = np.sort(np.random.default_rng(1).integers(0, 4, (2, 256))).astype(np.int32)
   return q, k, v, jnp.asarray(segment_ids)
@@ -52,7 +52,7 @@ def rows():
 
 @pytest.mark.parametrize("name", ["splash", "triton"])
 def test_the_kernels_equal_plain_attention_and_so_do_their_gradients(rows, name):
-  """Runs in Pallas's interpreter. The loss gives all outputs different weights."""
+  """Runs the kernels in Pallas's interpreter. The loss has a different weight for each output."""
   q, k, v, segment_ids = rows
   weights = jax.random.normal(jax.random.key(2), q.shape)
   kernel = functools.partial(getattr(attention, f"{name}_attention"), interpret=True)

@@ -1,4 +1,4 @@
-"""Tests the look-up of table rows, and that the gradient is summed in fp32 on any mesh."""
+"""Tests that tables are read correctly, and gradients summed in fp32, on any mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ COMMON = 7  # This id occurs 770 times.
 
 @pytest.fixture(scope="module")
 def arrays():
-  """Returns a table [V, D], row gradients [B, L, D], both exact in bfloat16, and ids [B, L]."""
+  """Returns a table [V, D], gradients of rows [B, L, D], both exact in bfloat16, and ids [B, L]."""
   rng = np.random.default_rng(0)
   ids = rng.integers(0, V, (B, L)).astype(np.int32)
   ids[ids == COMMON] = COMMON + 1
@@ -25,7 +25,7 @@ def arrays():
 
 
 def gradient(arrays, shape, axes, function):
-  """Returns rows and the gradient of a table that is sharded over `axes` on a mesh of `shape`."""
+  """Looks up rows on a mesh, with a table sharded over `axes`; returns rows and table gradient."""
   table, by_rows, ids = arrays
   with jax.set_mesh(mesh_of(*shape)):
 
@@ -43,7 +43,7 @@ def gradient(arrays, shape, axes, function):
 
 
 def summed(arrays):
-  """Computes the gradient in fp64."""
+  """Computes the gradient of the table in fp64."""
   _, by_rows, ids = arrays
   result = np.zeros((V, D))
   np.add.at(result, ids, by_rows.astype(np.float64))
@@ -59,7 +59,7 @@ def test_the_gradient_of_a_bfloat16_look_up_is_the_fp64_sum(arrays, shape, axes)
 
 
 def test_a_sum_in_bfloat16_would_be_found(arrays):
-  """Negative control: uses the gradient that JAX derives for a gather from the bfloat16 table."""
+  """Negative control: JAX's own gradient of reading a bfloat16 table has a large error."""
 
   def plain(table, ids):
     table = gathered(table.astype(jnp.bfloat16))

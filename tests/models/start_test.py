@@ -16,7 +16,7 @@ MODERN = dataclasses.replace(
 
 
 def codebook(rng=None):
-  """Returns 40 codes of 6 dimensions; the last 20 are the first 20 with a little noise."""
+  """Returns 40 codes of 6 dimensions; the last 20 are the first 20 with a little noise added."""
   rng = rng or np.random.default_rng(0)
   half = rng.normal(size=(20, 6)) * [5, 3, 1, 1, 1, 0.2]
   return np.concatenate([half, half + 0.01 * rng.normal(size=half.shape)]).astype(np.float32) + 7
@@ -43,7 +43,7 @@ def test_a_direction_in_which_all_codes_agree_stays_0():
 
 
 def test_a_direction_of_rounding_errors_stays_0():
-  """The difference of two equal dimensions is 0 for all codes, but only nearly 0 in the SVD."""
+  """Given two equal dimensions, their difference is 0, but only nearly 0 in an SVD."""
   codes = np.concatenate([codebook(), codebook()[:, :1]], axis=1)
   values = np.linalg.svd(codes - codes.mean(0), compute_uv=False)
   assert 0 < values[-1] < 1e-6 * values[0]
@@ -73,7 +73,7 @@ def test_a_share_of_1_is_the_codebook_alone():
   params, _ = start(dataclasses.replace(MODERN, codebook_start=1.0))
   rows = params["embed"][VOCAB.text_size :]
   assert np.linalg.matrix_rank(rows, tol=1e-4) == 6
-  # Both tables use the same projection, so their rows differ only by a factor.
+  # The rows of both tables differ only by a factor, because both use the same projection.
   np.testing.assert_allclose(params["head"][VOCAB.text_size :] * 5, rows, rtol=1e-4, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Defines a tiny decoder whose outputs are not tiny, and helpers to run the decoder on a mesh."""
+"""Defines a tiny decoder with outputs that are not tiny, and helpers to run it on a mesh."""
 
 import functools
 import math
@@ -21,13 +21,13 @@ def mesh_of(*shape):
 
 
 def random_params(config, seed=0):
-  """Returns random parameters on the current mesh; even residual outputs are not tiny."""
+  """Returns random parameters on the current mesh that are not tiny, even residual outputs."""
   types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
   return jax.device_put(random_arrays(types, seed), shardings(types, jax.sharding.get_mesh()))
 
 
 def random_arrays(types, seed=0):
-  """Returns random fp32 arrays in the structure of parameters, without compiling a program."""
+  """Returns random fp32 arrays in the structure of `types`, without compiling a program."""
   rng = np.random.default_rng(seed)
 
   def make(path, x):
@@ -44,7 +44,7 @@ def tree_of(params):
 
 @functools.partial(jax.jit, static_argnums=0)
 def model_logits(config, params, tokens, positions, segment_ids):
-  """Computes [B, L, V] logits from [B, L] arrays on the current mesh."""
+  """Computes logits [B, L, V] from arrays [B, L] on the current mesh."""
   tokens, positions, segment_ids = (
     shard(jnp.asarray(x), "batch", "length") for x in (tokens, positions, segment_ids)
   )

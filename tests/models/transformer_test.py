@@ -25,16 +25,16 @@ def config_of(family, **fields):
 
 @FAMILIES
 def test_no_gradient_reaches_a_later_token(family):
-  """Tests causality: the logits at t do not depend on the embedding of a token after t."""
+  """Tests causality: logits at t do not depend on the embeddings of later tokens."""
   config = config_of(family)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params = random_params(config)
-    tokens = np.arange(L, dtype=np.int32)[None]  # Every position has a different token.
+    tokens = np.arange(L, dtype=np.int32)[None]  # A different token at every position.
     t = 5
     at_t = np.zeros((1, L, 1), np.float32)
     at_t[0, t] = 1
-    # Only columns of ids that are not input tokens are used. Then rows of the tied table get a
-    # gradient only through the input.
+    # Uses only the logits of ids that are not input tokens, so that a tied table gets gradients for
+    # input tokens only through the input.
     unused = (np.arange(config.vocab_size) >= L).astype(np.float32)[None, None]
 
     def square(p):
@@ -61,7 +61,7 @@ def test_packed_samples_do_not_see_each_other(family):
 
 
 def test_logits_of_a_pair_do_not_depend_on_the_alignment():
-  """Rotary positions are relative. A longer caption of a neighbor would change distances."""
+  """Alignment shifts all positions of a pair equally, but changes distances after a neighbor."""
   vocab = VocabLayout(num_special=8, text_size=264, image_size=16)
   config = config_of("modern", vocab_size=vocab.size, align_images=True)
   code, word = vocab.text_size, vocab.num_special
@@ -131,7 +131,7 @@ def test_remat_changes_nothing(policy, family):
 
 
 def test_what_a_remat_policy_keeps():
-  """The backward pass gets the inputs of layers and the values that the policy names."""
+  """The forward pass saves the inputs of layers and only the values that the policy names."""
   D, F = CONFIG.width, CONFIG.mlp_width
   expected = {"full": [], "save_attention": [D, D], "save_qkv": [D] * 4, "minimal": [D] * 4 + [F]}
   for policy, widths in expected.items():
@@ -162,7 +162,7 @@ def test_sharded_equals_one_device(family, shape):
 
 
 def test_opt_starts_with_equal_logits_up_to_the_tied_table():
-  """Residual outputs start at 0, so every layer is the identity, and the depth has no effect."""
+  """Initially, residual outputs are 0: every layer is the identity, and the depth has no effect."""
   with jax.set_mesh(mesh_of(1, 1, 1)):
     deep = model_logits(
       CONFIG, transformer.init_params(CONFIG, jax.random.key(0)), TOKENS, POSITIONS, SEGMENTS
@@ -176,7 +176,7 @@ def test_opt_starts_with_equal_logits_up_to_the_tied_table():
 
 
 def test_positions_of_opt_start_at_the_papers_spread():
-  """The initializer is a normal with sigma 0.0002, truncated at 3 sigma (CM3Leon, section 2.3)."""
+  """Initial values are normal with sigma 0.0002, truncated at 3 sigma (CM3Leon, section 2.3)."""
   config = config_of("opt", max_positions=512)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     positions = np.asarray(transformer.init_params(config, jax.random.key(0))["positions"])
@@ -204,10 +204,10 @@ def test_rotation_depends_on_distance_alone():
 
 
 def test_rotation_literals():
-  """Pair i, that is x[i] and x[i + H / 2], turns by position x base ** (-i / (H / 2))."""
+  """Rotates x[i] and x[i + H / 2] together by the angle position x base ** (-i / (H / 2))."""
   x = jnp.array([1.0, 1.0, 0.0, 0.0]).reshape(1, 1, 1, 4)
   for position in (0, 3):
-    angles = position * np.array([1.0, 0.01])  # 10,000 ** -0, 10,000 ** -0.5.
+    angles = position * np.array([1.0, 0.01])  # 10,000 ** -0 and 10,000 ** -0.5.
     found = transformer.rotate(x, jnp.array([[position]]))[0, 0, 0]
     np.testing.assert_allclose(found, [*np.cos(angles), *np.sin(angles)], atol=1e-6)
   other = transformer.rotate(x, jnp.array([[3]]), base=100.0)[0, 0, 0]
@@ -234,7 +234,7 @@ def test_logits_of_bfloat16_are_fp32():
 
 
 def plain_logits(config, params, tokens, positions):
-  """Computes [L, V] logits of a sample in NumPy in fp64; for `modern`, or for `opt` with ReLU."""
+  """Computes logits [L, V] of a sample in NumPy in fp64, for `modern` or for `opt` with ReLU."""
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   modern, head = config.family == "modern", config.head_dim
 

@@ -1,4 +1,4 @@
-"""Lists mutants of continuous batching: admission, ring caches, and turns."""
+"""Lists mutants of continuous batching: admission, ring caches, alternation of batches."""
 
 from tests.mutant_lists.mutant import mutants_of
 

@@ -1,4 +1,4 @@
-"""Lists mutants of the data path: CM3, the row plan, rows, and near-duplicates."""
+"""Lists mutants of data processing: CM3 masks, row plans, row contents, near duplicates."""
 
 from tests.mutant_lists.mutant import mutants_of
 

@@ -1,4 +1,4 @@
-"""Lists mutants of decoding in batches: sampling, guidance, grammar, cache and speculation."""
+"""Lists mutants of batched decoding: sampling, guidance, grammar, cache, speculative decoding."""
 
 from tests.mutant_lists.mutant import mutants_of
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-  """A change that makes the package wrong.
+  """Change of one file that introduces a mistake.
 
   Attributes:
     name: description of the mistake.
@@ -22,10 +22,10 @@ class Mutant(NamedTuple):
 
 
 def mutants_of(*listing: str | tuple[str, str, str]) -> tuple[Mutant, ...]:
-  """Returns the mutants of a listing: a file, then (name, old, new) of each of its mutants.
+  """Returns the mutants of a list: a file, then (name, old, new) for each of its mutants.
 
-  `tests/x/y_test.py` must notice the mutants of `cm3leon_jax/x/y.py`, unless the listing names
-  another test before them.
+  `tests/x/y_test.py` must notice the mutants of `cm3leon_jax/x/y.py`, unless the list has another
+  test file before them.
   """
   found, file, test = [], "", ""
   for entry in listing:

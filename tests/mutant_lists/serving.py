@@ -1,4 +1,4 @@
-"""Lists mutants of the HTTP server: batches, disconnecting clients, limits, displayed values."""
+"""Lists mutants of the HTTP server: batching, disconnected clients, limits, displayed values."""
 
 from tests.mutant_lists.mutant import mutants_of
 

@@ -1,4 +1,4 @@
-"""Lists mutants of the loss, the optimizer, checkpoints and the small trainers."""
+"""Lists mutants of the loss, the optimizer, checkpoints, and training of tokenizers and CLIP."""
 
 from tests.mutant_lists.mutant import mutants_of
 

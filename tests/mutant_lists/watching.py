@@ -1,4 +1,4 @@
-"""Lists mutants of monitoring: hang watch, boards, Prometheus metrics, checked steps."""
+"""Lists mutants of monitoring: hang watchdog, metric dashboards, Prometheus, checks of steps."""
 
 from tests.mutant_lists.mutant import mutants_of
 

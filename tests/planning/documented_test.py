@@ -1,7 +1,7 @@
-"""Tests, in separate processes, that the launches in the documentation compile for their slices.
+"""Tests that the commands in the documentation compile for their TPU slices and GPUs.
 
-The commands `cm3leon plan` and `cm3leon aot_compile` are read from pages and docstrings, so the
-tests always use the documented commands.
+The tests read the commands `cm3leon plan` and `cm3leon aot_compile` from pages and docstrings, and
+run each in a separate process.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ FILES += [path for path in (COMMANDS / "aot_compile.py", COMMANDS / "plan.py") i
 COMMAND = r"(?:python -m launch\.|cm3leon )(aot_compile|plan) "
 MEASURED = ("program", "batch_per_device", "decode_batch", "decode_positions")
 GPUS_OF_A_HOST = 8
-GPU_GIB = 0.75 * 79.65  # JAX uses three quarters of the 80 GB of an A100 or H100 by default.
+GPU_GIB = 0.75 * 79.65  # By default, JAX uses three quarters of the 80 GB of an A100 or H100.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Launch:
   """Job that a page plans or compiles.
 
   Attributes:
-    topology: chip and shape (v5e:16x16), or GPUs and their number (h100-64).
-    flags: flags of the config and of `launch.aot_compile`.
+    topology: chip and slice shape (v5e:16x16), or GPU and number of GPUs (h100-64).
+    flags: config flags and other flags of `launch.aot_compile`.
   """
 
   topology: str
@@ -69,10 +69,9 @@ class Launch:
 
 
 def commands(text: str) -> list[str]:
-  """Returns the commands of a page or docstring, including commands within a sentence.
+  """Returns the commands in a page or docstring, including those inside a sentence.
 
-  Continued lines are joined. Searches are left out, because they take hours and have their own
-  tests.
+  Joins continued lines. Omits searches, which take hours and have their own tests.
   """
   text = re.sub(r"\\\n\s*", " ", text)
   found = [line for line in text.split("\n") if re.match(f" *{COMMAND}", line)]
@@ -81,7 +80,7 @@ def commands(text: str) -> list[str]:
 
 
 def mesh_flags(topology: str, slices: int) -> tuple[str, ...]:
-  """Returns the mesh that `launch.plan` chooses for a config with the default mesh."""
+  """Returns flags for the mesh that `launch.plan` would choose."""
   chip, _, shape = topology.partition(":")
   if shape:
     torus = tuple(map(int, shape.split("x")))
@@ -102,7 +101,8 @@ def launch_of(line: str) -> Launch:
     topology = f"{topology.partition('-')[0]}:{SLICES[topology]}"
   flags = tuple(word for word in words if word.startswith("--config"))
   config, *fields = flags
-  if not config.endswith(".py") and "/" not in config:  # The name of a shipped config.
+  # A name instead of a path means a config of the package.
+  if not config.endswith(".py") and "/" not in config:
     config = config.replace("=", "=ml_configs/") + ".py"
   if re.search(COMMAND, line)[1] == "plan" and not any("config.mesh" in flag for flag in flags):
     fields += mesh_flags(topology, slices)

@@ -137,7 +137,7 @@ def test_a_flag_that_a_file_does_not_follow_is_named():
 
 @pytest.mark.parametrize(("topology", "slices"), [("v5e-256", 1), ("h100-64", 1)])
 def test_every_file_says_what_it_needs(topology, slices):
-  """Only files that copy a checkout to the hosts may name a part of the checkout."""
+  """Only files that copy a checkout to the hosts may mention its paths."""
   port = {"metrics_port": 9464, "queue": "q" if topology == "v5e-256" else ""}
   job = launchers.PodJob("run", hardware.load(topology, slices), tuple(FLAGS), IMAGE, **port)
   texts = launchers.files(job)
@@ -170,7 +170,7 @@ def test_a_second_plan_replaces_the_files_of_the_first_and_no_others(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.sh", "b.yaml", "c.yaml"])
 def test_a_file_that_was_changed_or_is_another_is_kept(tmp_path, name):
-  """The second plan would replace a.sh, remove b.yaml, and make c.yaml."""
+  """The second plan would replace a.sh, delete b.yaml and create c.yaml; all files stay."""
   plan_folder.write(tmp_path, {"a.sh": "1", "b.yaml": "1"}, NUMBERS)
   (tmp_path / name).write_bytes(b"mine, not UTF-8: \xff")
   before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

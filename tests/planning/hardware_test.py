@@ -31,7 +31,7 @@ def test_unknown_hardware_is_refused(name, slices):
     ("v5e-8", 1, 8, 1, 8, "v5litepod-8"),
     ("v5litepod-256", 1, 256, 64, 4, "v5litepod-256"),
     ("v5litepod:4x4", 1, 16, 4, 4, "v5litepod-16"),
-    ("v5p-8", 1, 4, 1, 4, "v5p-8"),  # v5p counts cores; a chip has two.
+    ("v5p-8", 1, 4, 1, 4, "v5p-8"),  # For v5p, the number is that of cores; a chip has two.
     ("v5p:2x2x2", 2, 16, 4, 4, "v5p-16"),
     ("v6e-256", 2, 512, 128, 4, "v6e-256"),
     ("h100-4", 1, 4, 1, 4, None),

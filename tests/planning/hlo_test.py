@@ -6,8 +6,8 @@ from cm3leon_jax.mesh import spec
 from cm3leon_jax.planning.hlo import Program
 from tests.models.tiny import mesh_of
 
-# Imitates XLA:TPU: a loop of 3 iterations with a product fused as a convolution, and an
-# asynchronous gather.
+# Text like that of XLA:TPU: a loop of 3 iterations with a product that is fused as a convolution,
+# and an asynchronous gather.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 FileNames
@@ -79,7 +79,7 @@ def test_a_loop_counts_as_often_as_it_runs(program):
 
 @pytest.mark.parametrize(("start", "runs"), [("constant(1)", 2), ("add(%a, %a)", 3)])
 def test_an_iteration_that_xla_took_out_of_a_loop_does_not_count_twice(start, runs):
-  """The peeled loop begins at 1; a start that depends on data counts as 0."""
+  """The remaining loop starts at 1. A start that is not constant is taken as 0."""
   head, loop = "ENTRY %main (a: bf16[4,8,16]) -> bf16[4,8,16] {\n", "while(%a), "
   before = f"  %one = s32[]{{:T(128)}} {start}\n  %first = s32[] copy(%one)\n"
   before += "  %all = (s32[]{:T(128)}, bf16[4,8,16]{2,1,0}) tuple(%first, /*index=1*/%a)\n"
@@ -103,7 +103,7 @@ def test_largest_lists_arrays_in_main_memory_with_their_source_line(program):
 
 
 def test_padding_of_a_convolution_does_not_count():
-  """XLA writes 32 heads as a window with padding of 31; an output uses one place of the window."""
+  """XLA pads a window for 32 heads by 31; each output reads only one position of the window."""
   window = "window={size=1x32 pad=0_0x31_31 rhs_reversal=0x1}, dim_labels=0bf1_i1o0->0b1f"
   line = f"  %c = bf16[4,16,32,8]{{3,2,1,0}} convolution(%l, %r), {window}"
   head = "ENTRY %m (l: bf16[4,16,64,1], r: bf16[64,32,8,1]) -> bf16[4,16,32,8] {\n"
@@ -115,7 +115,7 @@ def test_padding_of_a_convolution_does_not_count():
 
 @pytest.mark.parametrize("rows", ["2,", ""])
 def test_attention_kernels_count_half_a_square_for_each_product(rows):
-  """Two forward products: 8 heads of width 64, 512 tokens; a single row has no batch dimension."""
+  """Covers two forward products, 8 heads of width 64, 512 tokens; one row has no batch axis."""
   arrays = (
     f"(f32[{rows}512,128]{{1,0}}, bf16[{rows}8,512,64]{{2,1,0}}, f32[{rows}8,512,128]{{2,1,0}})"
   )
@@ -125,7 +125,7 @@ def test_attention_kernels_count_half_a_square_for_each_product(rows):
 
 
 def test_a_cpu_program_is_read():
-  """XLA:CPU prints dots. The program scans 5 products of sharded rows, then all-reduces."""
+  """Reads XLA:CPU's text of a program: 5 products of sharded rows, and an all-reduce."""
 
   def loop(x, w):
     y, _ = jax.lax.scan(
@@ -146,7 +146,7 @@ def test_a_cpu_program_is_read():
 
 
 def test_traffic_counts_only_parts_that_are_read_or_replaced_in_main_memory():
-  """The program updates a cache in place, reads a row of a table, and prefetches weights."""
+  """Covers a cache updated in place, a row read from a table, and prefetched weights."""
   text = """%put (p0: bf16[8,64,4], p1: bf16[8,1,4], p2: s32[]) -> bf16[8,64,4] {
   %p0 = bf16[8,64,4]{2,1,0} parameter(0)
   %p1 = bf16[8,1,4]{2,1,0} parameter(1)

@@ -1,4 +1,4 @@
-"""Tests scripts that `cm3leon plan` writes, with fake gcloud, xpk and srun that record calls."""
+"""Tests the scripts that `cm3leon plan` writes, with fakes of gcloud, xpk and srun."""
 
 import re
 import subprocess
@@ -28,7 +28,7 @@ def recorders(tmp_path):
   return Recorders(tmp_path)
 
 
-# Tests of all written scripts.
+# Tests of all scripts that a plan writes.
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_written_scripts_are_clean(tmp_path, topology, slices, options):
   assert len(scripts) >= 2
   for name, text in scripts.items():
     (folder / name).write_text(text)
-    # SC2016 would refuse flags with a `$` in single quotes, which this test needs.
+    # SC2016 warns about a `$` in single quotes, which these flags contain on purpose.
     found = subprocess.run(
       [PROGRAMS / "shellcheck", "--exclude=SC2016", folder / name],
       capture_output=True, text=True, check=False,
@@ -123,7 +123,8 @@ def test_xpk_reads_the_key_in_the_container(recorders, tmp_path, readable):
   command = next(argument for argument in call if argument.startswith("--command="))
   recorders.run("bash", "-c", command.removeprefix("--command="))
   assert recorders.calls("python") == [["-m", "cm3leon_jax.planning.secret", secret]]
-  trained = ["train", "--distributed", *FLAGS]  # Training starts with or without the key.
+  # Training starts whether or not the key is readable.
+  trained = ["train", "--distributed", *FLAGS]
   assert recorders.calls("cm3leon") == [trained]
   assert found.read_text().strip() == (KEY if readable else "absent")
 
@@ -169,7 +170,7 @@ def test_slurm_gets_the_flags_whole_and_the_key(recorders, tmp_path):
 def test_slurm_requeues_an_interrupted_run_but_not_after_a_mistake(
   recorders, tmp_path, status, crashes, again, left
 ):
-  """Only crashes in the job's file count, since SLURM also counts time limits and preemptions."""
+  """SLURM_RESTART_COUNT includes time limits and preemptions, so crashes are counted in a file."""
   counted = recorders.home / "cm3leon-17.crashes"
   if crashes:
     counted.write_text("2026-01-01T00:00:00 exit code 1\n" * crashes)
@@ -198,7 +199,7 @@ def test_slurm_asks_for_what_is_given_and_for_nothing_else(tmp_path):
 
 def test_slurm_knows_every_option_and_sends_sigterm_before_the_time_limit(tmp_path):
   options = sbatch_options(write(tmp_path, "h100-64"))
-  # Options that the manual of sbatch lists.
+  # Each of these is an option in sbatch's manual.
   assert options.keys() == {
     "job-name", "nodes", "gpus-per-node", "ntasks-per-node", "cpus-per-task", "mem", "exclusive",
     "time", "output", "open-mode", "requeue", "signal", "export",

@@ -1,9 +1,9 @@
-"""Defines types for manifests that `cm3leon plan` writes, after the definitions of their tools."""
+"""Defines strict types of the manifests that `cm3leon plan` writes, following their tools."""
 
 from kubernetes import client
 import pydantic
 
-# Types of the custom resource jobset.x-k8s.io/v1alpha2, from kubernetes-sigs/jobset 0.13.
+# Types of the custom resource jobset.x-k8s.io/v1alpha2, as defined in kubernetes-sigs/jobset 0.13.
 RESTART_JOB = "RestartJob|RestartJobAndIgnoreMaxRestarts"
 
 
@@ -69,7 +69,7 @@ class Scraped(Strict):
 
 
 class PodMonitoring(Strict):
-  """Resource of monitoring.googleapis.com/v1, GoogleCloudPlatform/prometheus-engine 0.15."""
+  """Resource of monitoring.googleapis.com/v1 as defined in prometheus-engine 0.15."""
 
   apiVersion: str = pydantic.Field(pattern="^monitoring.googleapis.com/v1$")
   kind: str = pydantic.Field(pattern="^PodMonitoring$")

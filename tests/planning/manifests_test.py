@@ -1,4 +1,4 @@
-"""Tests the schemas and the restart rules of the manifests that `cm3leon plan` writes."""
+"""Tests the schemas and restart rules of the manifests that `cm3leon plan` writes."""
 
 import copy
 import functools
@@ -14,7 +14,7 @@ from tests.planning.manifest_types import STRICT, PodMonitoring, validate
 from tests.recorders import FLAGS, MISTAKE
 
 IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
-# Tools may read a manifest as YAML 1.1, where an unquoted `yes` is true.
+# Some tools read manifests as YAML 1.1, where `yes` without quotes is true.
 AWKWARD = [*FLAGS, "--config.train.wandb=yes: no # {x}", "--config.raw.text=a\\nb"]
 
 
@@ -65,12 +65,12 @@ CHECKS = {
   "gke_jobset.yaml": validate,
   "gke_monitoring.yaml": lambda value: PodMonitoring.model_validate(value, **STRICT),
 }
-# These mappings have arbitrary keys.
+# Mappings with arbitrary keys.
 FREE = {"labels", "annotations", "nodeSelector", "matchLabels", "limits", "requests"}
 
 
 def places(value, *path):
-  """Yields (path, value) for each value in nested lists and mappings."""
+  """Yields (path, value) of each value in nested lists and mappings."""
   for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
     yield (*path, key), inner
     if isinstance(inner, dict | list):
@@ -78,7 +78,7 @@ def places(value, *path):
 
 
 def refuses(check, value, path, new):
-  """Asserts that the check refuses `new` at a path, or a missing value if `new` is None."""
+  """Asserts that `check` rejects the value `new` at `path`, or no value if `new` is None."""
   changed = copy.deepcopy(value)
   parent = functools.reduce(lambda inner, key: inner[key], path[:-1], changed)
   parent[path[-1]] = new
@@ -156,12 +156,12 @@ def test_kubernetes_gives_the_flags_unchanged():
   container = pod(yaml.safe_load(written(flags=AWKWARD)["gke_jobset.yaml"]))["containers"][0]
   assert container["command"] == ["cm3leon", "train"]
   assert [arg.replace("$$(", "$(") for arg in container["args"]] == ["--distributed", *AWKWARD]
-  # No argument looks like a reference to a variable.
+  # Kubernetes would expand `$(NAME)` in an argument, so `$` must be doubled.
   assert not any(re.search(r"(?<!\$)\$\(", arg) for arg in container["args"])
 
 
 def test_the_processes_of_a_pod_share_memory():
-  """By default a container has only 64 MiB of /dev/shm."""
+  """By default, a container has only 64 MiB of /dev/shm."""
   found = pod(yaml.safe_load(written()["gke_jobset.yaml"]))
   assert found["volumes"] == [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
   assert found["containers"][0]["volumeMounts"] == [{"name": "shm", "mountPath": "/dev/shm"}]
@@ -200,7 +200,7 @@ def test_the_metrics_of_process_0_are_scraped_if_it_serves_any():
 
 
 def jobset_action(manifest, exit_code=None, condition=None):
-  """Returns JobSet's action for a failed pod by the first rule that matches."""
+  """Returns what JobSet does after a pod failed: the action of the first matching rule."""
   reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
   for index, rule in enumerate(job(manifest)["podFailurePolicy"]["rules"]):
     codes = rule.get("onExitCodes")

@@ -1,4 +1,4 @@
-"""Tests the memory estimate against the compiler's numbers in docs/scaling.md, and its refusals."""
+"""Tests memory estimates against the compiler's numbers in docs/scaling.md, and error messages."""
 
 import dataclasses
 import importlib
@@ -28,11 +28,11 @@ from tests.models.tiny import mesh_of
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "scaling.md"
 MESHES = {"v5e-256": (16, 16), "v6e-256": (16, 16), "v5p-256": (16, 8), "v5p-8": (2, 2)}
 GIB = 2**30
-# Rows: size, slice, rows per device x passes, remat; arguments + temporaries = sum.
+# Rows of the tables: size, slice, rows per device x passes, remat, arguments + temporaries = sum.
 ROW = re.compile(
   r"\| (\w+) \| (v\w+-\d+) \| (\d+)(?: x (\d+))? \| (\w+) \| [\d.]+ \+ [\d.]+ = \*\*([\d.]+)\*\*"
 )
-# From the table "Which is the fastest" and the evaluations: slice, mesh, rows, remat, GiB.
+# Rows of the table "Which is the fastest" and of the evaluations: slice, mesh, rows, remat, GiB.
 SEARCHED = [
   ("v5p-8", (1, 2, 1, 2), 4, "minimal", 70.00),
   ("v5p-256", (1, 16, 1, 8), 8, "minimal", 81.09),
@@ -46,7 +46,7 @@ SEARCHED = [
 
 
 def settings_of(config: str, mesh: tuple, rows: int, policy: str, global_batch_size: int = 0):
-  """Returns settings of a shipped config on a mesh (data, fsdp, tensor, fsdp_inner)."""
+  """Returns the settings of a shipped config with a mesh of (data, fsdp, tensor, fsdp_inner)."""
   module = importlib.import_module(f"cm3leon_jax.configs.{config}")
   values = module.get_config()
   values.mesh.update(dict(zip(("data", "fsdp", "tensor", "fsdp_inner"), mesh, strict=True)))
@@ -63,7 +63,7 @@ def estimated(settings) -> memory.Memory:
 
 
 def documented() -> list[tuple]:
-  """Returns (name, settings, GiB by the compiler) for the train steps of docs/scaling.md."""
+  """Returns (name, settings, GiB per device by the compiler) of docs/scaling.md's train steps."""
   text = PAGE.read_text()
   tuning = text.index("### Instruction tuning")
   cases = []
@@ -94,7 +94,7 @@ def test_the_estimate_is_near_the_compilers_numbers_of_every_documented_step():
   "optimizer", [{}, {"ema_decay": 0.9}, {"first_moment_dtype": "bfloat16"}, {"name": "muon"}]
 )
 def test_the_state_has_the_bytes_of_its_arrays(family, head_size, optimizer):
-  """Small arrays, with the size of a head or of the width, are not sharded."""
+  """Includes arrays with the size of a head or of the width, which are too small to be sharded."""
   model = dataclasses.replace(SETTINGS.model, family=family, head_size=head_size)
   settings = dataclasses.replace(
     SETTINGS, model=model, optimizer=dataclasses.replace(SETTINGS.optimizer, **optimizer),
@@ -120,9 +120,9 @@ def test_more_rows_kept_values_and_passes_take_more():
   ]
   assert by_policy == sorted(by_policy)
   assert total(2) < total(4) < total(8)
-  assert total(batch=1_024) < total()  # A single micro-batch needs no sum of gradients.
+  assert total(batch=1_024) < total()  # With a single micro-batch, no sum of gradients is kept.
   assert total(mesh=(1, 16, 2, 8)) != total()
-  # Replicas split the batch but not the parameters.
+  # Replicas share the batch, but each has all parameters.
   assert total(mesh=(16, 16, 1, 1), batch=1_024) > total(batch=1_024)
 
 
@@ -177,7 +177,7 @@ def test_a_step_that_does_not_fit_names_the_flags_that_fit():
   few = MeshConfig(fsdp=4).over(4)
   with refused(UserError):
     memory.check(settings, few, limit)
-  with refused(UserError):  # The axis `tensor` cannot split one device.
+  with refused(UserError):  # A single device cannot be split by `tensor`.
     memory.check(settings, MeshConfig(fsdp=1).over(1), limit)
   assert str(memory.Memory(1, 1_500 * GIB, 0, 0, 0, 0)).startswith("1,500.00 GiB (state 1,500.00, ")
 
@@ -186,19 +186,20 @@ def device(kind: str, platform: str = "tpu", stats=None):
   return types.SimpleNamespace(device_kind=kind, platform=platform, memory_stats=lambda: stats)
 
 
-# Rows of updates: slice, config, data x fsdp x tensor x fsdp_inner, images, remat; GiB.
+# Rows of the table of updates: slice, config, data x fsdp x tensor x fsdp_inner, images, remat,
+# GiB.
 UPDATE = re.compile(r"\| v\w+-\d+ \| (sft_\w+) \| ([\d x]+) \| (\d+) \| (\w+) \| ([\d.]+) of")
 
 
 def update_of(config: str, mesh: tuple, images: int, policy: str, family: str = "opt"):
-  """Returns settings and mesh of an update with `images` images per device."""
+  """Returns the settings and the mesh of a reinforcement update with `images` images per device."""
   settings = settings_of(config, mesh, 0, policy, images * math.prod(mesh) // mesh[2])
   model = dataclasses.replace(settings.model, family=family)
   return dataclasses.replace(settings, model=model), settings.mesh.over(math.prod(mesh))
 
 
 def test_the_estimate_of_an_update_is_near_the_compilers_numbers():
-  """Prompts have 896 tokens, as in the compiled programs."""
+  """Prompts have 896 tokens, as in the programs that were compiled."""
   errors = []
   for config, sizes, images, policy, gib in UPDATE.findall(PAGE.read_text()):
     mesh = tuple(map(int, sizes.split(" x ")))
@@ -240,7 +241,7 @@ def test_an_update_that_does_not_fit_names_the_flags_that_fit():
 def test_learning_from_rewards_refuses_before_it_reads_a_stage(tmp_path, monkeypatch):
   workdir = epath.Path(tmp_path)
   settings = dataclasses.replace(SETTINGS, instructions=InstructionsConfig(tasks="scenes"))
-  with refused(UserError):  # On the CPU, memory is not checked, so the missing stage is refused.
+  with refused(UserError):  # Memory is not checked on a CPU, so the error is the missing stage.
     reinforce_command.main(settings, workdir, "elsewhere")
   monkeypatch.setattr(memory, "device_memory", lambda device: 1_000)
   with refused(UserError):
@@ -260,7 +261,7 @@ def test_the_memory_of_a_device_is_what_its_backend_says_else_the_tables():
 
 def test_training_refuses_before_it_reads_a_stage(tmp_path, monkeypatch, capsys):
   workdir = epath.Path(tmp_path)
-  with refused(UserError):  # On the CPU, memory is not checked, so the missing stage is refused.
+  with refused(UserError):  # Memory is not checked on a CPU, so the error is the missing stage.
     train_command.main(SETTINGS, workdir)
   monkeypatch.setattr(memory, "device_memory", lambda device: 1_000)
   with refused(UserError):

@@ -1,4 +1,4 @@
-"""Tests the choices, numbers and refusals of a run's plan."""
+"""Tests the plan of a run: its choices, numbers and error messages."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from tests.messages import check_refused, refused
 
 
 def settings(name="cm3leon_350m", flags=(), **fields):
-  """Returns settings of a shipped config with changed fields and command-line flags."""
+  """Returns the settings of a shipped config with changed fields and command-line flags."""
   config = config_file.load(name)
   for section, values in fields.items():
     config[section].update(values)
@@ -42,11 +42,11 @@ def of_7b():
 def test_the_7b_takes_the_time_and_the_disk_that_the_page_on_pods_computes(of_7b):
   made = of_7b[256]
   assert made.tokens_per_step == 8_192 * 4_096
-  # 6.72e9 parameters of 12 bytes; each of 64 hosts writes at 0.25 GB/s.
+  # 6.72e9 parameters of 12 bytes each; each of the 64 hosts writes 0.25 GB/s.
   assert made.parameters == pytest.approx(6.72e9, rel=0.01)
   assert made.checkpoint_bytes == pytest.approx(12 * made.parameters, rel=0.001)
   assert made.save_seconds == pytest.approx(81e9 / 64 / 0.25e9, rel=0.01)
-  # 43.5 GFLOPs a token (docs/monitoring.md) at 40% of 256 x 197 TFLOP/s.
+  # 43.5 GFLOPs per token (docs/monitoring.md) at 40% of the peak of 256 x 197 TFLOP/s.
   assert made.step_seconds == pytest.approx(33.55e6 * 43.5e9 / (256 * 197e12 * 0.4), rel=0.01)
   assert made.days == pytest.approx(41_723 * made.step_seconds / 86_400)
   assert made.chip_hours == pytest.approx(made.days * 24 * 256)
@@ -62,7 +62,7 @@ def test_the_time_to_save_grows_on_a_small_slice(of_7b):
   ("topology", "slices", "mesh", "saving"),
   [
     ("v5e-256", 1, (1, 16, 16, 1), 64),
-    ("v5e-256", 2, (2, 16, 16, 1), 64),  # Only one slice writes its replica.
+    ("v5e-256", 2, (2, 16, 16, 1), 64),  # Only the hosts of one slice write.
     ("v5p-256", 1, (1, 16, 8, 1), 32),
     ("h100-64", 1, (8, 8, 1, 1), 1),
   ],
@@ -133,7 +133,7 @@ def test_a_model_that_fits_nowhere_is_refused():
   for topology in ("v5e-4", "h100-1"):
     with refused(UserError):
       make(settings(model=wide), topology)
-  # The state would fit if all 64 GPUs shared it, but `data` does not shard it.
+  # The state would fit if sharded over all 64 GPUs, but the axis `data` does not shard it.
   layers = {"width": 8_192, "num_heads": 64, "mlp_width": 32_768, "num_layers": 96}
   with refused(UserError):
     make(settings(model=layers), "h100-64")

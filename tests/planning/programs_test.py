@@ -36,7 +36,7 @@ def settings_of():
   data = type("Data", (), {"sequence_length": POSITIONS})()
   sampling = dataclasses.replace(GeneratorConfig.__dataclass_fields__["sampling"].default, top_k=9)
   sections = {"vqgan": vqgan, "data": data, "sampling": sampling}
-  settings = object.__new__(Settings)  # Skips the checks, which the fake sections would fail.
+  settings = object.__new__(Settings)  # Bypasses the checks, which the fake sections would fail.
   for name, section in {"model": model_config(), "vocab": VOCAB, **sections}.items():
     object.__setattr__(settings, name, section)
   return settings
@@ -44,7 +44,7 @@ def settings_of():
 
 @pytest.fixture
 def lowered(monkeypatch):
-  """Collects all programs that are lowered: prefill and steps."""
+  """Returns a list that collects all programs that are lowered: prefill and steps."""
   found, steps, before = [], compile_lib.lower_steps, compile_lib.jit_before
 
   def lower_steps(*args):
@@ -58,7 +58,7 @@ def lowered(monkeypatch):
 
   monkeypatch.setattr(compile_lib, "lower_steps", lower_steps)
   monkeypatch.setattr(compile_lib, "jit_before", jit_before)
-  # Small buckets make the cache grow.
+  # Small buckets, so that the cache must grow.
   monkeypatch.setattr(batch_lib, "BUCKET", 4)
   monkeypatch.setattr(compile_lib, "CAPACITY", 1)
   return found
@@ -70,7 +70,7 @@ def test_the_programs_are_those_of_a_generator(lowered, shape):
   settings, mesh = settings_of(), mesh_of(*shape)
   programs_of_decoder, _, _ = programs.guided_decoder(settings, mesh, PROMPTS, 16)
   first, last = programs_of_decoder.steps
-  assert first.as_text() != last.as_text()  # The cache has grown in between.
+  assert first.as_text() != last.as_text()  # The cache grew between the first and the last steps.
   planned = {first.as_text(), last.as_text()}
   prefill = programs_of_decoder.prefill(first.compile()).as_text()
   lowered.clear()
@@ -92,7 +92,7 @@ def test_the_programs_are_those_of_a_generator(lowered, shape):
 
 
 def test_an_average_takes_4_bytes_of_each_parameter_over_the_mesh():
-  """The average is an argument of the train step, and remains in memory during an evaluation."""
+  """Training reads the average; a held-out evaluation leaves the average in memory."""
   mesh, train = mesh_of(1, 4, 1, 2), dataclasses.replace(SETTINGS.train, global_batch_size=8)
   arguments, rest = [], []
   for decay in (0.0, 0.999):
@@ -108,7 +108,7 @@ def test_an_average_takes_4_bytes_of_each_parameter_over_the_mesh():
 
 @pytest.mark.parametrize("replay_share", [0.0, 0.4])
 def test_the_steps_of_a_tuning_are_those_of_its_run(tmp_path, replay_share):
-  """The sums cover all sources of the run's rows, in training and in evaluation."""
+  """The programs sum the losses of each source of the run's rows, in training and evaluation."""
   config = tiny_instruct_config.get_config()
   config.instructions.replay_share = replay_share
   first, second = config.instructions.own_tasks

@@ -36,14 +36,14 @@ def test_a_candidate_keeps_the_global_batch():
 
 
 def test_bytes_that_a_policy_keeps():
-  """A 7B model with 4 x 4,096 tokens keeps 4 GiB of layer inputs, and 4 GiB per saved width."""
+  """With 4 x 4,096 tokens, 7B keeps 4 GiB of layer inputs, and 4 GiB per saved array [B, L, D]."""
   expected = {"full": 4, "offload": 4, "save_attention": 12, "save_qkv": 20, "minimal": 36}
   for policy, gib in expected.items():
     assert kept_bytes(ModelConfig(), 4 * 4_096, policy) == gib * 2**30
 
 
 def test_search_sorts_candidates_that_fit_by_cost(monkeypatch):
-  """Costs are invented: `full` takes 2 us per token; others take 1 us, but fit only 1 or 2 rows."""
+  """Fakes costs: `full` takes 2 us per token; other policies take 1 us and fit at most 2 rows."""
   monkeypatch.setattr(search_lib, "create_mesh", lambda config, devices: config)
   tried = []
 
@@ -65,5 +65,6 @@ def test_search_sorts_candidates_that_fit_by_cost(monkeypatch):
     ("minimal", 1),
   ]
   assert found[-1]["candidate"]["policy"] == "full"
-  assert ("minimal", 16) not in tried  # The saved arrays exceed the chip's memory.
+  # Skipped, because the kept values alone exceed the chip's memory.
+  assert ("minimal", 16) not in tried
   assert any("too large." in line for line in lines)

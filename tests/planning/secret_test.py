@@ -1,4 +1,4 @@
-"""Tests that a container reads its key from Secret Manager, which local servers imitate."""
+"""Tests that a container reads its key from Secret Manager; local servers replace Google's."""
 
 import base64
 import http.server
@@ -14,7 +14,7 @@ NAME = "projects/p/secrets/wandb"
 
 
 class Google(http.server.BaseHTTPRequestHandler):
-  """Imitates the metadata server and Secret Manager."""
+  """Fakes the metadata server and Secret Manager."""
 
   def do_GET(self):
     payload = {"payload": {"data": base64.b64encode(b"key").decode()}}

@@ -1,4 +1,4 @@
-"""Tests the costs of the stages against the computations in docs/large_data.md."""
+"""Tests estimated costs of stages against those in docs/large_data.md."""
 
 import dataclasses
 
@@ -13,14 +13,14 @@ PAIRS = 1_400_000_000
 
 @pytest.fixture(scope="module")
 def of_7b():
-  """Returns the settings of the page's example and the plan for its chips."""
+  """Returns the settings of docs/large_data.md's example, and the plan for its chips."""
   config = settings("cm3leon_7b", retrieval={"index_rows": 100_000_000}, data={"text_share": 0.0})
   return config, plan.make(config, hardware.load("v5e-256"), 0.4, 0.25)
 
 
 @pytest.fixture(scope="module")
 def small(of_7b):
-  """Returns settings with a small image tokenizer and CLIP model, and the plan of `of_7b`."""
+  """Returns settings with a small image tokenizer and a small CLIP, and the plan of `of_7b`."""
   tokenizer = {"encoder_blocks": (0,) * 4, "decoder_blocks": (0,) * 4}
   clip = {"image_layers": 1, "text_layers": 1}
   return settings("cm3leon_7b", vqgan=tokenizer, clip=clip, data={"text_share": 0.0}), of_7b[1]
@@ -44,7 +44,7 @@ def test_flops_are_those_that_the_page_names(of_7b):
   assert stage_costs.image_tokenizer_flops(config, vqgan.decode) > encode
   image, text = stage_costs.clip_flops(config)
   assert text == pytest.approx(6.0e9, rel=0.01)
-  # The page's ViT-B/32 has 50 positions at 224 pixels, of which 49 are patches; this CLIP has 65.
+  # The page's ViT-B/32 has 50 positions (49 patches) at 224 pixels; this CLIP has 65.
   assert image == pytest.approx(8.6e9 * 65 / 50, rel=0.03)
 
 
@@ -64,7 +64,7 @@ def test_offline_stages_cost_what_the_page_says(page, stage, core_hours, chip_ho
 
 
 def test_small_blocks_cost_more_to_search():
-  """In docs/large_data.md, 280 blocks of the default size take 299,000 core-hours."""
+  """docs/large_data.md: with 280 blocks of the default size, search takes 299,000 core-hours."""
   other = 78 + 56
   small, large = (stage_costs.search_hours(PAIRS, rows) - other for rows in (5_000_000, 10**8))
   assert (small, large) == (pytest.approx(299_000, rel=0.01), pytest.approx(67_000, rel=0.01))
@@ -112,7 +112,7 @@ def test_what_trains_on_one_host_is_named_with_its_remedy(small, costs):
 def test_pairs_are_those_of_a_pass_unless_they_are_given(small):
   config, made = small
   pairs = stage_costs.pairs_of_a_pass(config)
-  assert pairs * 3 * (256 + 24 + 2) == pytest.approx(made.tokens)  # A pair has two neighbors.
+  assert pairs * 3 * (256 + 24 + 2) == pytest.approx(made.tokens)  # Each pair has two neighbors.
   costs = [stage_costs.Cost("a", 10.4, 0.0, "x"), stage_costs.Cost("b", 1.2, 2_000.0, "y")]
   lines = stage_costs.table(costs, made, 1_000, True).splitlines()
   assert lines[:3] == [

@@ -18,7 +18,7 @@ pytest.importorskip("libtpu")
   ],
 )
 def test_memory_of_the_7b_step(tmp_path, topology, mesh, batch, policy, most):
-  """Limits are for arguments and temporaries per device in GiB; docs/scaling.md has the numbers."""
+  """`most`: GiB of arguments and temporaries per device; docs/scaling.md has the exact numbers."""
   flags = ["--config=ml_configs/cm3leon_7b.py", f"--config.model.remat_policy={policy}"]
   flags += [f"--topology={topology}", f"--batch_per_device={batch}"]
   flags += [f"--config.mesh.fsdp={mesh[0]}", f"--config.mesh.fsdp_inner={mesh[1]}"]
@@ -29,7 +29,7 @@ def test_memory_of_the_7b_step(tmp_path, topology, mesh, batch, policy, most):
 
 
 def test_memory_of_learning_from_rewards(tmp_path):
-  """The 7B model draws an image for one prompt per device of v5p-256 and learns from them all."""
+  """Draws one image per device of v5p-256 with the 7B model, and trains on all of the images."""
   flags = ["--config=ml_configs/sft_7b.py", "--topology=v5p-256", "--config.mesh.fsdp=16"]
   flags += ["--config.mesh.fsdp_inner=8", "--batch_per_device=1", "--decode_batch=128"]
   update = aot_compile(tmp_path, *flags, "--program=reinforce")["reinforce"]

@@ -1,4 +1,4 @@
-"""Tests programs that are compiled for TPU without a TPU: train step, evaluation, decoder."""
+"""Compiles programs for TPU without a TPU: train step, evaluation and decoder."""
 
 import re
 
@@ -17,11 +17,12 @@ SMALL = (
 
 
 def test_a_train_step_reduce_scatters_gradients_and_holds_only_chunks_of_logits(tmp_path):
-  """Uses v5e:4x4 with an fsdp axis along each dimension of the torus."""
+  """Compiles for v5e:4x4, with one fsdp axis along each dimension of the torus."""
   mesh = ("--config.mesh.fsdp=4", "--config.mesh.fsdp_inner=4", "--batch_per_device=2")
   report = aot_compile(tmp_path, *SMALL, "--topology=v5e-16", *mesh)["train"]
   collectives = report["collectives"]
-  layers, table = 2 * 12 * 1_024**2 * 2, 64_512 * 1_024 * 2  # Bytes of their gradients in bfloat16.
+  # Bytes of the gradients of layers and of table in bfloat16.
+  layers, table = 2 * 12 * 1_024**2 * 2, 64_512 * 1_024 * 2
   assert collectives["reduce-scatter"]["bytes"] > layers + table
   assert collectives["all-reduce"]["bytes"] < 0.05 * collectives["reduce-scatter"]["bytes"]
   assert 1 < report["flops"] * report["devices"] / report["model_flops"] < 1.4
@@ -29,7 +30,8 @@ def test_a_train_step_reduce_scatters_gradients_and_holds_only_chunks_of_logits(
   tables = ("[64512,1024]", "[1024,64512]")
   logits = [x for x in report["largest"] if "64512" in x["array"]]
   logits = [x for x in logits if not x["array"].endswith(tables)]
-  assert all(x["bytes"] <= 2 * 256 * 64_512 * 4 for x in logits)  # 256 tokens of 2 rows in fp32.
+  # At most 2 rows x 256 tokens in fp32.
+  assert all(x["bytes"] <= 2 * 256 * 64_512 * 4 for x in logits)
 
 
 def test_an_evaluation_takes_a_micro_batch_and_less_memory_than_the_train_step(tmp_path):
@@ -68,7 +70,7 @@ def test_a_program_that_does_not_fit_is_reported_in_one_sentence():
 
 @pytest.mark.parametrize(("topology", "tensor"), [("v5e-8", 8), ("v5p-8", 4)])
 def test_the_7b_decoder_fits_and_copies_no_cache(tmp_path, topology, tensor):
-  """For 64 prompts, two streams and 1,152 positions, a step moves little but weights and cache."""
+  """With 64 prompts, 2 streams and 1,152 positions, a step reads little but weights and cache."""
   flags = [f"--topology={topology}", f"--config.mesh.tensor={tensor}", "--program=decode"]
   reports = aot_compile(tmp_path, "--config=ml_configs/cm3leon_7b.py", *flags)
   step, prefill = reports["decode"], reports["prefill"]

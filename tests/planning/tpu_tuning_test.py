@@ -20,7 +20,7 @@ pytest.importorskip("libtpu")
   ],
 )
 def test_memory_of_a_step_of_tuning(tmp_path, size, topology, mesh, rows, policy, most):
-  """Includes the sums of all tasks. Tests limits of arguments and temporaries per device in GiB."""
+  """Includes loss sums of all tasks. `most`: GiB of arguments and temporaries per device."""
   flags = [f"--config=ml_configs/sft_{size}.py", f"--config.model.remat_policy={policy}"]
   flags += [f"--topology={topology}", f"--config.train.rows_per_device={rows}"]
   flags += [f"--config.mesh.fsdp={mesh[0]}", f"--config.mesh.fsdp_inner={mesh[1]}"]

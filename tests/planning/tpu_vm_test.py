@@ -24,7 +24,7 @@ def recorders(tmp_path):
 
 
 def one_host(recorders):
-  """Makes gcloud use this machine as the host: scp copies to its home, ssh runs commands there."""
+  """Fakes gcloud with this machine as host: scp copies to its home, ssh runs commands on it."""
   recorders.add(
     "gcloud",
     'case "$4" in scp) cp -p "$5" "$HOME/cm3leon_jax.tar.gz" ;;\n'
@@ -104,7 +104,7 @@ def test_tpu_vm_brings_the_key_to_a_file_of_root(recorders, tmp_path):
   assert (recorders.home / "env").read_text() == f"WANDB_API_KEY={KEY}\n"
   unit = (POD / "cm3leon-train@.service").read_text()
   assert "\nEnvironmentFile=-/etc/cm3leon-train/%i.env\n" in unit
-  # No argument and no file that others can read contains the key.
+  # The key is in no argument and in no file that other users can read.
   assert not [call for call in recorders.calls("gcloud") if KEY in " ".join(call)]
   kept = [p for p in recorders.home.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
   assert kept == [recorders.home / "env"]
@@ -158,7 +158,7 @@ def test_tpu_vm_asks_for_a_reservation_and_an_account_if_they_are_given(recorder
     "run", "--project=project", "--zone=us-west4-a", "--node-id=run", *CREATE,
     "--reservation=july", f"--service-account={account}",
   ])  # fmt: skip
-  # A name without an `@` is a Kubernetes account, which a TPU VM does not have.
+  # A service account without `@` is one of Kubernetes, which a TPU VM does not have.
   plain = write(tmp_path, service_account="trainer") / "tpu_vm.sh"
   assert run_script(recorders, plain, "create", **CLUSTER).returncode == 0
   assert not [x for x in recorders.calls("gcloud")[-1] if "account" in x or "reserv" in x]
@@ -176,9 +176,9 @@ def test_tpu_vm_asks_for_spot_slices_and_reaches_each(recorders, tmp_path):
 
 
 def watched(recorders, tmp_path, states, services=(), created=()):
-  """Runs `watch` with fake states of the request and the service, and fake exit codes of `create`.
+  """Runs `watch` with fake states of the queued resource and service, and exit codes of `create`.
 
-  The file `left` lists the temporary folders that exist when `watch` reads a state.
+  The file `left` lists temporary folders that still exist when `watch` reads a state.
   """
   lines = {"states": states, "services": services, "created": created}
   for name, values in lines.items():
@@ -200,7 +200,7 @@ def watched(recorders, tmp_path, states, services=(), created=()):
 
 
 def asked(recorders):
-  """Returns the calls that create or delete the request."""
+  """Returns the calls that create or delete the queued resource, in order."""
   calls = [call[2:4] for call in recorders.calls("gcloud")]
   return [does for what, does in calls if what == "queued-resources" and does in ASKS]
 
@@ -212,7 +212,7 @@ ASKS = ("create", "delete")
 def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(recorders, tmp_path):
   """The request waits, gets a slice, trains, is preempted, gets a slice again, trains and ends.
 
-  Failed tries are counted from the last slice that the request got.
+  After each slice that it gets, failures are counted from 0 again.
   """
   states = ["FAILED", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "SUSPENDED"]
   states += ["FAILED"] * 4 + ["PROVISIONING", "ACTIVE", "ACTIVE", "ACTIVE"]
@@ -225,7 +225,7 @@ def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(r
   created = [call for call in calls if call[3] == "create"]
   assert all({"--spot", "--reserved"} <= set(call) for call in created)
   assert sum(call[2:4] == ["tpu-vm", "scp"] for call in calls) == 2
-  # The copied folder holds the key, so it must be removed.
+  # The copied folder contains the key, so it must be deleted.
   assert (tmp_path / "left").read_text() == ""
   assert not list(recorders.home.glob("tmp.*"))
 
@@ -239,7 +239,7 @@ def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(r
       ["SUSPENDED", "WAITING_FOR_RESOURCES", "ACTIVE", "DELETING", "GONE"], [0],
       ["delete", "create"], "the queued resource run is gone: it was deleted, and ",
     ),
-    # The third new request was made, so somebody else deleted the last one.
+    # The request was created at the third try, so somebody else deleted it.
     (
       ["SUSPENDED"] + ["GONE"] * 3, [1, 1, 0],
       ["delete"] + ["create"] * 3, "the queued resource run is gone: it was deleted, and ",

@@ -49,13 +49,13 @@ def settings_of(**fields):
 
 
 def judged(records, samples):
-  """Scores samples with the judge for the tasks of `settings_of`."""
+  """Scores samples with the judge, for the tasks in `settings_of`."""
   settings = settings_of()
   return rewards.reward_of(settings, rollouts.image_tasks(settings))(records, samples)
 
 
 def low_codes(records, samples):
-  """Rewards codes below 16 of 64, which no model has been trained for."""
+  """Reward that no model was trained for: the share of codes below 16, of 64."""
   assert len(records) == len(samples)
   return np.array([np.mean(sample.codes[0] < 16) for sample in samples], np.float32)
 
@@ -116,7 +116,7 @@ def test_only_scenes_are_judged():
 
 
 def test_clip_scores_captions_alone(layout):
-  """An edit does not have a caption, so its samples do not get a score."""
+  """An edit has no caption, so its samples have no CLIP score."""
   records = [p.record for p in rollouts.read_prompts(settings_of(), layout, "train", 2)]
   samples = [Scored(0.25), Scored(None)]
   assert rewards.clip_scores(records[:1], samples[:1]).tolist() == [0.25]
@@ -144,12 +144,12 @@ def test_true_images_have_the_whole_reward_and_other_images_less(layout):
   images = [p.record.images["after" if p.task.name == "recolor" else "image"] for p in prompts]
   samples = [SampleOf((np.asarray(image),)) for image in images]
   assert judged(records, samples).tolist() == [1.0] * 12
-  # Negative control: each sample belongs to the next prompt of the task.
+  # Negative control: each sample is scored for the task's next prompt.
   assert judged(records, samples[2:] + samples[:2]).max() == 0
 
 
 def test_an_object_in_the_old_color_has_no_reward(layout):
-  """An edit that changes nothing keeps the object in its old color."""
+  """An edit that changes nothing leaves the object in its old color."""
   prompts = rollouts.read_prompts(settings_of(), layout, "train", 12)
   records = [prompt.record for prompt in prompts if prompt.task.name == "recolor"]
   unchanged = [SampleOf((np.asarray(record.images["before"]),)) for record in records]
@@ -158,7 +158,7 @@ def test_an_object_in_the_old_color_has_no_reward(layout):
 
 
 def test_samples_to_learn_from_are_drawn_from_the_whole_distribution(objective):
-  """The policy gradient is correct only for samples from the full distribution."""
+  """Otherwise, policy gradients would be wrong."""
   drawn = objective.sampling
   assert (drawn.method, drawn.top_k, drawn.top_p) == ("top_p", 0, 1.0)
   assert drawn.temperature == objective.settings.reinforce.temperature
@@ -166,14 +166,14 @@ def test_samples_to_learn_from_are_drawn_from_the_whole_distribution(objective):
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """Stand-in for a `Sample`, with the field that the CLIP reward reads."""
+  """Fake `Sample` with the field that the CLIP reward reads."""
 
   clip_score: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleOf:
-  """Stand-in for a `Sample`, with the field that the judge reads."""
+  """Fake `Sample` with the field that the judge reads."""
 
   segments: tuple
 
@@ -191,7 +191,7 @@ def test_a_step_depends_on_its_number_alone_and_groups_share_their_prompt(object
   assert not np.array_equal(one.codes, other.codes)
   assert numbers.keys() == {"reward", "reward_std", "spread"}
   assert 0 < numbers["spread"] <= 1
-  # Edits have three streams. Images for captions have two, so the third has weight 0.
+  # Edits have three streams. Images for captions have two, so the weight of their third is 0.
   guidance = one.guidance.reshape(4, GROUP, -1, 3)
   assert (guidance[::2, ..., 2] == 0).all()
   assert (guidance[1::2, ..., 2] != 0).all()
@@ -228,7 +228,7 @@ def test_learning_raises_the_reward_and_measures_it(objective, layout):
 
 @pytest.mark.slow
 def test_streams_without_weight_are_left_out(objective):
-  """At image_guidance 1, an edit needs only the streams of the whole prompt and of the image."""
+  """At image_guidance 1, an edit needs only two streams: the whole prompt, and the image alone."""
   sampling = dataclasses.replace(
     objective.sampling, image_guidance=1.0, edit_guidance=1.25, guidance=1.0
   )

@@ -51,7 +51,7 @@ def test_orbax_restores_the_parameters(run, tmp_path, monkeypatch):
   assert "transformers" not in card.partition("## Use")[2]
 
 
-# Only one family is fast enough; `tests/tokenizers` tests all of them.
+# Only one family is fast enough here; `tests/tokenizers` tests all.
 @pytest.fixture(
   params=[
     name if name == "taming_gumbel_f8" else pytest.param(name, marks=pytest.mark.slow)
@@ -59,7 +59,7 @@ def test_orbax_restores_the_parameters(run, tmp_path, monkeypatch):
   ]
 )
 def with_published(request, run, monkeypatch):
-  """Replaces the run's image tokenizer by a tiny published tokenizer."""
+  """Replaces the run's image tokenizer by a tiny one in a published format."""
   config = dataclasses.replace(published.FAMILIES[request.param], **TINY)
   monkeypatch.setitem(published.FAMILIES, request.param, config)
   rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Defines a hostile text and checks that it cannot change a page or a terminal."""
+"""Defines hostile text, and checks that it can change neither a page nor a terminal."""
 
 from html.parser import HTMLParser
 
@@ -11,11 +11,11 @@ HOSTILE = (
 
 
 class Tags(HTMLParser):
-  """Collects the tags of a page and the names of their attributes.
+  """Collects the tags and attributes of a page.
 
   Attributes:
-    found: names of tags, and TAG.ATTRIBUTE of each attribute.
-    links: values of attributes that name another page or file.
+    found: TAG for each tag, and TAG.ATTRIBUTE for each attribute.
+    links: values of attributes that link to a page or file.
   """
 
   def __init__(self, html: str):
@@ -30,7 +30,7 @@ class Tags(HTMLParser):
 
 
 def check(html: str, harmless: str) -> None:
-  """Fails if HOSTILE texts add tags or control characters to the page of harmless texts."""
+  """Asserts that hostile texts add neither tags nor control characters to a page."""
   assert "&lt;script&gt;alert(1)" in html
   hostile = Tags(html)
   assert hostile.found <= Tags(harmless).found

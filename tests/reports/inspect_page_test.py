@@ -26,7 +26,8 @@ CAPTION = "a red <b>cat</b> & dog"
 @pytest.fixture(scope="module")
 def text_tokenizer(tmp_path_factory):
   folder = tmp_path_factory.mktemp("text_tokenizer")
-  words = [f"a red cat and dog word{i}" for i in range(300)] * 3  # Enough words for 512 ids.
+  # Has enough different words for a vocabulary of 512.
+  words = [f"a red cat and dog word{i}" for i in range(300)] * 3
   text.train_text_tokenizer(words, VOCAB, TextTokenizerConfig(), folder)
   return text.TextTokenizer(folder, VOCAB)
 
@@ -107,7 +108,7 @@ def test_masked_codes_are_tinted_and_absent_ones_transparent():
   )
   assert painted.shape == (4, 4, 4)
   assert painted[::2, ::2].tolist() == [
-    [[100, 100, 100, 255], [156, 78, 114, 255]],  # 0.4 * 100 + 0.6 * (194, 64, 124)
+    [[100, 100, 100, 255], [156, 78, 114, 255]],  # 0.4 * 100 + 0.6 * (194, 64, 124).
     [[113, 95, 165, 255], [100, 100, 100, 0]],
   ]
   np.testing.assert_array_equal(painted[:2, 2:], np.broadcast_to(painted[0, 2], (2, 2, 4)))
@@ -152,7 +153,7 @@ def test_a_masked_image_is_tinted_where_it_left_and_has_only_its_codes_at_the_en
   blocks, text_tokenizer, image_tokenizer
 ):
   ids = text_tokenizer.encode("cat")
-  first = len(ids) + 2  # After </s>, caption and <break>.
+  first = len(ids) + 2  # Skips </s>, the caption and <break>.
   found, _, _ = blocks(pair("d", ids), spans=((first + 2, first + 6), (first + 10, first + 11)))
   whole = image_tokenizer.decode(np.arange(IMAGE_TOKENS)[None])[0]
   image = found[1]["items"][-1]
@@ -185,7 +186,7 @@ def test_remarks_name_dropped_conditioning_and_a_cut_end(blocks, text_tokenizer)
   image = found[1]["items"][-1]
   assert image["note"] == "10 of 16 codes"
   assert read_png(image["src"])[..., 3].sum() == 255 * 10 * 4
-  assert found[-1]["kind"] == "box"  # The closing </s> is missing.
+  assert found[-1]["kind"] == "box"  # The sample lacks its closing </s>.
 
 
 def test_the_facts_of_a_sample(blocks, text_tokenizer):

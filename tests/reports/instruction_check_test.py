@@ -42,7 +42,7 @@ def views_of(loader, scores=None):
 
 
 def kind_of(view) -> str:
-  """Returns the task of a sample, "pair", or the name of what was dropped from the sample."""
+  """Returns a sample's kind: its task, "pair", or what was dropped from it."""
   task = view.origin.task
   if task is None:
     return "pair"
@@ -81,7 +81,7 @@ def test_target_range_literal():
 
 
 def one_sample(stores, kind, **fields):
-  """Returns a plan, the number of a row whose first sample has this kind, and that sample."""
+  """Returns a plan, the index of a row that begins with a sample of this kind, and the sample."""
   plan = plan_of(stores, **fields)
   for number in ROWS:
     row = row_contents.read_row(pipeline.RowLoader(plan, VOCAB), None, number)
@@ -99,7 +99,7 @@ def test_another_token_in_the_target_is_refused(stores, kind):
   plan, number, view = one_sample(stores, kind)
 
   def change(row):
-    at = view.target[1] - 1  # The slot before the last target token predicts it.
+    at = view.target[1] - 1  # The token is predicted at the position before it.
     row["targets"][at - 1] = row["inputs"][at] = VOCAB.text_size - 1 + (kind != "answers")
 
   assert read(plan, number, lambda row: None)
@@ -108,7 +108,7 @@ def test_another_token_in_the_target_is_refused(stores, kind):
 
 
 def changed_task(view, **fields):
-  """Checks a sample again with changed fields of its task."""
+  """Reads a sample as if the fields of its task were others, which repeats all checks."""
   task = dataclasses.replace(view.origin.task, **fields)
   origin = dataclasses.replace(view.origin, task=task)
   return row_contents.view_sample(view.sample, origin, VOCAB, 128)
@@ -136,7 +136,7 @@ def test_a_sample_that_lacks_something_else_than_planned_is_refused(stores):
 
 
 def set_weight(token, value):
-  """Returns a function that sets the weight of a token, counted from the target's start."""
+  """Returns a function that sets the loss weight of token number `token` of the target."""
 
   def change(weights, view):
     weights[view.target[0] + token - 1] = value
@@ -171,7 +171,7 @@ def test_wrong_marks_of_sources_are_refused(stores):
 
 @pytest.fixture(scope="module")
 def shown(stores, request):
-  """Returns for one sample of each kind: its view, its context on the page, and the page."""
+  """Returns, for each kind, a sample's view, its context on the page, the page and the decoder."""
   tokenizers = [request.getfixturevalue(name) for name in ("text_tokenizer", "image_tokenizer")]
   result = {}
   for kind in ("answers", "edits", "no instruction", "nothing before"):

@@ -41,7 +41,7 @@ def test_every_shipped_task_has_an_example(table, task):
   assert f"\n**`{task.name}`** predicts `{task.target}`" in PAGE.partition(f"`{table}`\n")[2]
   assert f"```\n{shown}\n```" in PAGE
   assert shown.startswith("</s> ")
-  if task.target in record.texts:  # The answer occurs only after its sentinel.
+  if task.target in record.texts:  # The answer occurs only after the sentinel.
     answer = " ".join(record.texts[task.target].split())
     assert shown.endswith(f"</s> <mask:0> {answer} <eoss>")
     assert shown.count("<mask:0>") == 2

@@ -36,7 +36,7 @@ ALIGNED = dataclasses.replace(
 
 
 def write_card(run, config=SETTINGS, step=STEP) -> str:
-  """Writes the files of the export next to the decoder; returns the card."""
+  """Writes an export's other files next to its decoder; returns the model card."""
   folder, numbers = run / "export", read_json(run / "export" / stages.DONE)["summary"]
   image_tokenizer.write(folder, Run(run, config))
   write_json(folder / training_data.FILE, training_data.collect(run))
@@ -46,7 +46,7 @@ def write_card(run, config=SETTINGS, step=STEP) -> str:
 
 @pytest.fixture(scope="module", params=["opt", pytest.param("modern", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
-  """Makes a run and its export: family opt, or modern with positions counted from images."""
+  """Makes a run and its export, for family opt, and for modern with positions aligned to images."""
   pytest.importorskip("torch")
   root = epath.Path(tmp_path_factory.mktemp("run"))
   config = SETTINGS if request.param == "opt" else ALIGNED
@@ -58,7 +58,7 @@ def run(request, tmp_path_factory):
 
 @pytest.fixture
 def folder(run, monkeypatch):
-  """Changes to the folder of the export and returns it."""
+  """Makes the folder of the export the working directory; returns the folder."""
   monkeypatch.chdir(run / "export")
   monkeypatch.setattr(sys, "path", list(sys.path))
   monkeypatch.setenv("PATH", f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -110,7 +110,7 @@ def test_a_special_token_typed_in_a_caption_stays_text(folder):
 
 
 def test_a_card_names_typed_special_tokens_and_both_ways_to_keep_them_text(run, folder):
-  """Checks the packages transformers and tokenizers; without the two ways, the ids differ."""
+  """Covers transformers and tokenizers; without either way, the ids differ."""
   card, vocab = " ".join((folder / "README.md").read_text().split()), SETTINGS.vocab
   assert "By default, a tokenizer encodes the names `</s>`, `<break>` etc. in any text" in card
   typed = f"a {' b '.join(vocab.special_tokens())}"
@@ -128,7 +128,7 @@ def test_a_card_names_typed_special_tokens_and_both_ways_to_keep_them_text(run, 
 
 
 def test_greedy_guided_codes_are_those_of_this_project(run, folder):
-  """The snippet with `do_sample=False` equals `CM3Leon.generate`, except without guidance."""
+  """With `do_sample=False`, the snippet equals `CM3Leon.generate`; without guidance, it differs."""
   [(_, text), *_] = snippets((folder / "README.md").read_text())
   greedy = text.replace("do_sample=True", "do_sample=False")
   assert f"guidance_scale={SETTINGS.sampling.guidance}" in greedy
@@ -145,7 +145,7 @@ def test_greedy_guided_codes_are_those_of_this_project(run, folder):
 def test_the_header_is_what_the_hub_reads(run):
   card = huggingface_hub.ModelCard.load(run / "export" / "README.md")
   fields = card.data.to_dict()
-  assert fields["license"] == "other"  # The run does not record its data.
+  assert fields["license"] == "other"  # The run does not record the licenses of its data.
   assert (fields["library_name"], fields["pipeline_tag"]) == ("transformers", "text-generation")
   assert {"cm3leon", "text-to-image"} <= set(fields["tags"])
   vocab = SETTINGS.vocab
@@ -173,7 +173,7 @@ def test_what_was_not_measured_is_said_and_no_figure_is_invented(run):
 
 @pytest.fixture
 def measured(run, tmp_path):
-  """Copies the files of a run that the card reads, and adds data, figures and a base model."""
+  """Copies a run's files that the card reads, and adds data sources, metrics and a base model."""
   root = epath.Path(tmp_path / "copy")
   for name in ("export", "vqgan", "train"):
     (root / name).mkdir(parents=True)
@@ -292,7 +292,7 @@ def test_grades_of_instructions_are_a_table(measured):
 
 
 def write_base(folder, *origins):
-  """Writes the export's record of the data that it learned from."""
+  """Writes the export's record of the data that the model learned from."""
   runs = [{"name": folder.name, "known": True}]
   origins = [{"run": folder.name, **origin} for origin in origins]
   write_json(folder / "training_data.json", {"runs": runs, "origins": origins})
@@ -303,7 +303,8 @@ def test_data_of_the_run_and_of_its_base_are_listed(measured):
   row = "| copy | pairs | drawings | CC-BY-SA-4.0 | `A. Painter \\| B` | 3 |"
   card = write_card(root)
   assert row in card
-  assert "The records include all splits" not in card  # The stage `raw` stored no counts.
+  # The run has no counts of the stage `raw` yet.
+  assert "The records include all splits" not in card
   numbers = {"train_pairs": 2, "train_texts": 4, "train_interleaved": 1}
   done(root, "raw", {**numbers, "heldout_pairs": 1, "heldout_texts": 2, "bank_pairs": 8000})
   card = write_card(root)
@@ -365,12 +366,13 @@ def test_prose_is_wrapped_and_the_rest_stays():
     f"| {words} |\n{code}\n"
   )
   assert model_card.wrapped(f"{line[:-4]}`aa b`\n") == f"{line[:-5]}\n`aa b`\n"
-  for mark in ("-", "#", "1."):  # At the start of a line, this text would be Markdown.
+  # At the start of a line, these would become Markdown lists and headings.
+  for mark in ("-", "#", "1."):
     assert model_card.wrapped(f"{line} {mark} a\n") == f"{line} {mark} a\n"
 
 
 def test_a_card_names_only_what_the_folder_has(measured):
-  """The card of another format has neither a snippet for `transformers` nor a script."""
+  """Without image tokenizer, a card has no script; without config.json, no transformers snippet."""
   root, _ = measured
   assert "decode_image" in write_card(root)
   for name, absent in (("image_tokenizer", "decode_image"), ("config.json", "transformers")):

@@ -25,7 +25,8 @@ def test_page_is_one_file_with_its_images_inside(run):
   page = Page(html)
   page.check_whole()
   assert str(workdir) not in html
-  # 2 prompts with 6 samples, original and 2 neighbors; 4 originals and reconstructions; 3 grids.
+  # 2 prompts with 6 samples, an original and 2 neighbors; 4 originals with reconstructions; 3
+  # grids.
   assert len(page.images) == 2 * (6 + 1 + 2) + 2 * 4 + 3
   assert all(image.get("alt") for image in page.images)
 

@@ -17,9 +17,9 @@ def pair(key, words, codes):
 
 
 def make_view():
-  """Makes a row: a sample with a neighbor, a sample without conditioning, and padding.
+  """Makes a row of a sample with a neighbor, a sample with dropped conditions, and padding.
 
-  first: </s> w w <break> i <mask:0> i <break> w <break> i i i i </s> <mask:0> i i <eoss>
+  first sample: </s> w w <break> i <mask:0> i <break> w <break> i i i i </s> <mask:0> i i <eoss>
   """
   neighbor, document = pair("n", 2, 4), pair("d", 1, 4)
   length = 1 + 3 + 4 + 1 + 2 + 4 + 1 + 3
@@ -48,7 +48,7 @@ def test_parts_cover_every_slot():
   found = ribbon(make_view())
   assert (found["length"], found["used"]) == (28, 25)
   assert found["samples"] == [(0, 18, 1, "d"), (18, 7, 2, "d")]
-  # Parts have no gaps; the last token of a sample has no slot.
+  # Parts have no gaps. The last token of a sample occupies no slot, because it is only predicted.
   ends = np.cumsum([p["width"] for p in found["parts"]])
   assert [p["x"] for p in found["parts"]] == [0, *ends[:-1]]
   kinds = [(p["kind"], p["width"], p["span"]) for p in found["parts"]]
@@ -71,6 +71,7 @@ def test_weights_are_those_of_the_row():
   for x, width, weight in found["weights"]:
     rebuilt[x : x + width] = weight
   np.testing.assert_array_equal(rebuilt, view.loss_weights)
-  # The neighbor's tokens weigh 0.5, its sentinel weighs 1, and `<mask:0> <break>` weighs 0.
+  # The neighbor's tokens have weight 0.5, its sentinel 1, and the sentinel and <break> of the
+  # dropped sample 0.
   neighbor = [(0, 4, 0.5), (4, 1, 1.0), (5, 2, 0.5)]
   assert found["weights"] == [*neighbor, (7, 8, 1.0), (15, 2, 0.5), (17, 1, 1.0), (20, 5, 1.0)]

@@ -16,7 +16,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scores(sources):
-  """Returns score i + n / 10 for candidate n of document i."""
+  """Returns, for each document i, the scores of its candidates n: i + n / 10."""
   shape = sources[0].neighbors.shape
   return (np.arange(shape[0])[:, None] + np.arange(shape[1])[None] / 10).astype(np.float32)
 
@@ -79,7 +79,7 @@ def swap_codes(row):
 
 
 def merge_samples(row):
-  """Merges the second sample into the first."""
+  """Sets the segment ids such that the first two samples become one."""
   second = row["segment_ids"] == 2
   row["segment_ids"][row["segment_ids"] >= 2] -= 1
   row["positions"][second] += int((row["segment_ids"] == 1).sum() - second.sum())

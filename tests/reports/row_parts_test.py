@@ -50,7 +50,7 @@ def test_a_row_is_cut_into_its_samples():
   np.testing.assert_array_equal(first.tokens, TOKENS)
   np.testing.assert_array_equal(second.tokens, [EOS, C, EOS])
   np.testing.assert_array_equal(second.weights, [0, 1, 1])
-  (alone,) = row_parts.split_row(make_row(TOKENS, length=11), VOCAB)  # This row has no padding.
+  (alone,) = row_parts.split_row(make_row(TOKENS, length=11), VOCAB)  # A row without padding.
   np.testing.assert_array_equal(alone.tokens, TOKENS)
 
 

@@ -1,4 +1,4 @@
-"""Makes the files of a run for its report, and reads the page."""
+"""Makes the files of a run that its report shows, and parses the page."""
 
 from html.parser import HTMLParser
 import json
@@ -91,7 +91,7 @@ def make_samples(folder):
 
 
 def make_run(workdir, only=tuple(NUMBERS)):
-  """Writes a workdir with the results of the stages `only`."""
+  """Writes a workdir with the results of the given stages (default: all)."""
   for folder in only:
     with stages.once(workdir / folder, {}) as numbers:
       numbers.update(NUMBERS[folder])
@@ -110,7 +110,7 @@ def make_run(workdir, only=tuple(NUMBERS)):
 
 
 class Page(HTMLParser):
-  """Collects references and images of a page; fails if its tags are not balanced."""
+  """Collects the links and images of a page; fails if tags are not closed."""
 
   VOID = ("meta", "img", "br", "path", "use", "rect")
 
@@ -134,7 +134,7 @@ class Page(HTMLParser):
       assert self.open.pop() == tag
 
   def check_whole(self):
-    """Checks that the page is complete and refers to no other file."""
+    """Asserts that the page is complete and links to no other file."""
     assert self.open == []
     assert all(x.startswith(("data:image/png;base64,", "#")) for x in self.references)
     assert "url(http" not in self.html

@@ -19,7 +19,7 @@ from tests.reports.run_files import make_image, make_run
 
 
 def page_of(workdir, text: str) -> str:
-  """Returns the report of a run whose external texts are all `text`."""
+  """Returns the report of a run in which all external texts are `text`."""
   make_run(workdir, ("raw", "samples", "train", "vqgan"))
   (workdir / "raw" / "index.json").unlink()
   about = {"source": text, "license": text, "attribution": text}
@@ -73,7 +73,8 @@ def test_a_control_character_is_shown_by_its_number(text):
 
 def test_plain_texts_and_marked_pages_stay():
   environment = report.page_environment()
-  for text in ("a cat", "naïve 猫", "👩\u200d🚀", "a\nb\tc"):  # The emoji contains a joiner.
+  # The emoji contains a zero-width joiner.
+  for text in ("a cat", "naïve 猫", "👩\u200d🚀", "a\nb\tc"):
     assert environment.from_string("{{ text }}").render(text=text) == text
   assert environment.from_string("{{ '<b>' | safe }}{{ 1 }}{{ none }}").render() == "<b>1None"
   assert np.isnan(float(environment.from_string("{{ x }}").render(x=float("nan"))))

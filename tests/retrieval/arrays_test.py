@@ -17,7 +17,7 @@ def rows():
 
 
 def test_appended_rows_are_read_back(tmp_path, rows, monkeypatch):
-  # The appends below cross the borders of chunks of 7 rows and of files of 14 rows.
+  # The appends below cross the boundaries of 7-row reads and of 14-row files.
   monkeypatch.setattr(arrays, "READ_BYTES", 7 * 6 * 2)
   monkeypatch.setattr(arrays, "FILE_BYTES", 14 * 6 * 2)
   store = ArrayStore.create(tmp_path / "a", (6,), np.float16)
@@ -33,7 +33,7 @@ def test_appended_rows_are_read_back(tmp_path, rows, monkeypatch):
       opened[np.array([49, 0, 7, 7])], rows[[49, 0, 7, 7]].astype(np.float16)
     )
   files = [p for p in (tmp_path / "a" / "c").rglob("*") if p.is_file()]
-  assert len(files) == 4  # 50 rows in files of 14.
+  assert len(files) == 4  # 50 rows in files of 14 rows.
 
 
 def test_an_append_that_was_killed_is_not_read_and_can_be_made_again(tmp_path, rows, monkeypatch):
@@ -70,7 +70,7 @@ def test_preparing_keeps_what_fits(tmp_path, rows):
   store.write(30, rows[30:])
   store.commit()
   np.testing.assert_array_equal(store[:], rows)
-  # Another dtype discards all rows.
+  # With another dtype, the stored rows are discarded.
   assert not ArrayStore.prepare(tmp_path / "a", (6,), np.float16, 50)
   store = ArrayStore(tmp_path / "a")
   store.commit()
@@ -121,7 +121,7 @@ def write_ids(path, ids):
 
 
 def test_zeros_are_rows_and_a_lost_file_is_an_error(tmp_path, small_files):
-  """Without checks, a lost file would read as zeros, so all neighbors would be document 0."""
+  """Without a check, the rows of a lost file would be zeros, and every neighbor document 0."""
   path, zeros = tmp_path / "neighbors" / "train_pairs" / "ids", np.zeros((20, 4), np.int32)
   store = write_ids(path, zeros)
   np.testing.assert_array_equal(store.read_all(), zeros)
@@ -152,7 +152,7 @@ def test_every_flipped_bit_of_a_file_is_an_error(tmp_path, small_files):
 
 
 def test_every_flipped_bit_of_the_metadata_is_an_error_or_harmless(tmp_path, small_files):
-  """Only too large a row count is harmless, because a killed writer also leaves such a count."""
+  """Only a count of rows that is too large is harmless, because a killed writer also leaves one."""
   ids, harmless = np.random.default_rng(0).integers(0, 50, (20, 4)).astype(np.int32), 0
   write_ids(tmp_path / "a", ids)
   path = tmp_path / "a" / arrays.METADATA
@@ -171,7 +171,7 @@ def test_every_flipped_bit_of_the_metadata_is_an_error_or_harmless(tmp_path, sma
 
 
 def test_rows_of_another_array_are_an_error(tmp_path, small_files):
-  """An intact file at a wrong place has correct checksums."""
+  """An intact file in the wrong place has valid checksums."""
   ids = np.arange(80, dtype=np.int32).reshape(20, 4)
   write_ids(tmp_path / "a", ids)
   first, second, _ = files_of(tmp_path / "a")

@@ -42,7 +42,7 @@ def encode(text):
 
 
 def make_raw(folder, n=24, num_shards=3, first="train"):
-  """Writes n pairs with random images; of every four, one is in `first` and one is held out."""
+  """Writes n pairs with random images. Of every four, one has split `first`, one is held out."""
   images = np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), np.uint8)
   splits = [first, "train", "train", "heldout"]
   pairs = [
@@ -59,7 +59,7 @@ def build(root, out="out", config=CONFIG, runner=Runner(), dropout=0.2):  # noqa
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-  """Returns a folder with raw/ and out/, and the summary."""
+  """Returns a folder with raw/ and out/, and the summary of the stage."""
   root = tmp_path_factory.mktemp("bank")
   make_raw(root / "raw")
   return root, build(root)
@@ -108,7 +108,7 @@ def test_documents_of_the_bank_are_found_and_search_for_nothing(tmp_path):
     ids = neighbors.load_neighbors(tmp_path / "alone", f"{split}_pairs")
     assert len(ids) == count
     assert set(ids[ids >= 0].tolist()) == set(range(12, 18))
-  # The same documents have the same embeddings if all are training documents.
+  # Control: documents have the same embeddings if all of them are training documents.
   make_raw(tmp_path / "all")
   job = EmbedJob(str(tmp_path / "all"), str(tmp_path / "trained"), tiny_clip, 0.2, 0, {})
   bank_lib.embed(job, WIDTH, {}, Runner())
@@ -208,7 +208,7 @@ def test_new_shards_are_appended(tmp_path, monkeypatch):
   ],
 )
 def test_a_lost_array_is_refused_and_written_again_as_it_was(tmp_path, array):
-  """After the repair that the message suggests, the id of the stage is unchanged."""
+  """Deleting what the message says and running again gives the stage the same id."""
   make_raw(tmp_path / "raw")
   out = tmp_path / "neighbors"
 
@@ -234,7 +234,7 @@ def test_scann_is_built_once_and_saved(tmp_path, monkeypatch):
   summary = build(tmp_path, config=config)
   assert summary["backend"] == "scann"
   ids = neighbors.load_neighbors(tmp_path / "out", "train_pairs")
-  monkeypatch.setattr(index.ScannIndex, "build", None)  # Building an index would fail.
+  monkeypatch.setattr(index.ScannIndex, "build", None)  # Building another index would call None.
   assert build(tmp_path, config=config)["train_mean_kept"] == summary["train_mean_kept"]
   np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path / "out", "train_pairs"), ids)
 

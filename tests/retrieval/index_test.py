@@ -14,7 +14,7 @@ def unit(values):
 
 @pytest.fixture(scope="module")
 def clustered():
-  """Returns 2,000 vectors in 40 clusters, and 100 queries near some vectors."""
+  """Returns 2,000 vectors in 40 clusters, and 100 queries near some of the vectors."""
   rng = np.random.default_rng(0)
   centers = rng.normal(size=(40, 32))
   vectors = unit(centers[rng.integers(0, 40, 2_000)] + 0.7 * rng.normal(size=(2_000, 32)))
@@ -48,7 +48,7 @@ def test_exact_search_in_literals():
 
 def test_blocks_and_devices_do_not_matter(clustered, monkeypatch):
   vectors, queries = clustered
-  vectors = vectors[:333]  # This number is a multiple of neither 8 (devices) nor the block size.
+  vectors = vectors[:333]  # 333 is a multiple of neither 8 (devices) nor the block size.
   expected = index.ExactIndex(vectors, jax.devices()[:1]).search(queries[:9], 20)
   monkeypatch.setattr(index, "BLOCK", 16)
   for devices in (jax.devices(), jax.devices()[:3]):
@@ -106,7 +106,7 @@ def test_blocks_are_searched_as_one(clustered, tmp_path, monkeypatch):
   pytest.importorskip("scann")
   vectors, queries = clustered
   monkeypatch.setattr(index, "EXACT_ROWS", 900)
-  # Searches all leaves, because a third of the leaves would miss some of these few vectors.
+  # Searches all leaves; with a third of them, some of these few vectors would be missed.
   monkeypatch.setattr(index, "_leaves", lambda n: (10, 10))
   blocks = index.BlockIndex(vectors, "scann", tmp_path, 700)
   assert blocks.blocks == [(0, 700), (700, 1_400), (1_400, 2_000)]

@@ -31,7 +31,7 @@ CAPTIONS = [f"a {color} {thing} at the left" for thing in OBJECTS for color in C
 
 
 class BlindCLIP:
-  """Fake CLIP model with equal embeddings for all captions and images."""
+  """Fake CLIP model that gives all captions and images the same embedding."""
 
   resolution = WIDTH
 
@@ -46,7 +46,7 @@ class BlindCLIP:
 
 
 def make_raw(folder, captions=CAPTIONS, num_shards=3):
-  """Writes pairs with random images; every fourth is held out."""
+  """Writes pairs with random images; every fourth pair is held out."""
   images = np.random.default_rng(0).integers(0, 256, (len(captions), 16, 16, 3), np.uint8)
   splits = ["train", "train", "train", "heldout"]
   pairs = [
@@ -82,7 +82,7 @@ def test_words_are_counted_in_the_whole_bank_and_not_in_held_out_captions(tmp_pa
 
 
 def uniform(weight=0.5, width=WORDS):
-  """Returns a lexical part with equal word weights."""
+  """Returns a lexical part in which all words have the same weight."""
   return Lexical(weight, width, np.ones(BUCKETS))
 
 
@@ -158,7 +158,7 @@ def test_the_cosine_is_the_weighted_mean_of_both(weight):
 
 
 def test_projections_keep_cosines():
-  """Texts that share 4 of 8 words have a cosine of 0.5, up to about 1 / sqrt(width)."""
+  """Texts that share 4 of 8 words have a cosine of 0.5, with an error of about 1 / sqrt(width)."""
   names = [f"w{i}" for i in range(1_200)]
   one, other = (
     [" ".join(names[12 * i + first : 12 * i + first + 8]) for i in range(100)] for first in (0, 4)
@@ -222,7 +222,8 @@ def test_a_rare_word_decides_where_clip_is_blind(tmp_path):
     found[config] = [pairs[i].caption for i in ids if i >= 0]
   assert found[HYBRID][0] == "a white zeppelin at the right"
   assert found[HYBRID][1].startswith("a red")
-  assert found[PLAIN] == [p.caption for p in pairs]  # Negative control: the order of the bank.
+  # Negative control: without a lexical part, neighbors are in the order of the bank.
+  assert found[PLAIN] == [p.caption for p in pairs]
 
 
 def test_finished_work_is_kept_and_another_weight_embeds_again(tmp_path, monkeypatch):

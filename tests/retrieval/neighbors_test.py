@@ -16,12 +16,12 @@ EXACT = RetrievalConfig(backend="exact")
 
 
 def at_angles(*degrees):
-  """Returns unit vectors in the plane at angles in degrees; 25.8 degrees have a cosine of 0.9."""
+  """Returns 2D unit vectors at angles in degrees; the cosine of 25.8 degrees is 0.9."""
   radians = np.deg2rad(degrees)
   return np.stack([np.cos(radians), np.sin(radians)], 1).astype(np.float32)
 
 
-VECTORS = at_angles(10, 40, 50, 80, 85, 110, 140)  # Documents 0 to 6; the query is at 0.
+VECTORS = at_angles(10, 40, 50, 80, 85, 110, 140)  # Documents 0 to 6, for a query at 0 degrees.
 
 
 def select(sides, own_group=(), kept=2, limit=0.9, vectors=VECTORS, least=-1.0):
@@ -47,7 +47,7 @@ def test_similar_to_the_query_is_skipped():
 
 
 def test_unlike_the_query_is_skipped():
-  """The cosine of 50 degrees is 0.64, and the cosine of 80 degrees is 0.17."""
+  """Skips the document at 80 degrees, whose cosine is 0.17; that of 50 degrees is 0.64."""
   assert select([[1, 3, 2], [6, 5]], limit=0.999, least=0.5) == ([1, 2], {"unlike_query": 3})
   assert select([[3, 4], [6, 5]], least=0.5) == ([], {"unlike_query": 4})
   assert select([[1, 3, 2], [6, 5]], limit=0.999, least=0.1)[0] == [1, 3]  # Negative control.
@@ -72,7 +72,7 @@ def test_empty_places_of_a_list_are_skipped():
 
 @dataclasses.dataclass
 class Bank:
-  """Random embeddings of pairs; each group has two pairs."""
+  """Random embeddings of pairs, two pairs per group."""
 
   texts: np.ndarray
   images: np.ndarray
@@ -98,7 +98,7 @@ def bank_of(n, seed=0, size=8):
 
 
 def neighbors_of(retriever):
-  """Returns the neighbors of the documents in the bank."""
+  """Returns the neighbors of each document in the bank."""
   bank = retriever.bank
   queries, images, documents = (
     array[:].astype(np.float32) for array in (bank.queries, bank.images, bank.documents)

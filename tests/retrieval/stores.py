@@ -1,4 +1,4 @@
-"""Writes the files of `cm3leon build_neighbors` from arrays."""
+"""Writes the files that `cm3leon build_neighbors` would write, from given arrays."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ def write_array(path, values):
 
 
 def write_bank(folder, texts, images, groups, keys):
-  """Writes [n, E] float32 texts and images of norm 1, and n groups and keys."""
+  """Writes texts and images ([n, E] float32 of norm 1), and n groups and keys."""
   arrays = {"documents": document_embeddings(texts, images), "queries": texts, "images": images}
   for name, values in arrays.items():
     write_array(folder / name, values.astype(np.float16))
@@ -22,7 +22,7 @@ def write_bank(folder, texts, images, groups, keys):
 
 
 def write_neighbors(folder, **arrays):
-  """Writes ids, scores, text_ids and text_scores, [n, C], of a store; scores default to 0."""
+  """Writes ids, scores, text_ids and text_scores ([n, C]) of a store; default scores are 0."""
   for name, values in arrays.items():
     write_array(folder / name, values)
     if name.endswith("ids"):

@@ -15,7 +15,7 @@ COUNTS = Counts(48, 264, 0, 0, 7_360, 0, 358)
 
 
 def config_without(*names, minutes=15.0):
-  """Returns the default config without these fields, so that the data define them."""
+  """Returns the default config without some fields, which are then computed from the data."""
   config = default_config()
   config.train.minutes = minutes
   for name in names:
@@ -74,7 +74,7 @@ def test_texts_have_their_share_of_the_tokens_if_some_are_held_out():
   def share(**counts):
     return from_data.values(dataclasses.replace(COUNTS, **counts), 15.0)["data.text_share"]
 
-  # The data have 264 images of 64 codes, 1,840 tokens of captions, and 2,500 tokens of texts.
+  # The data have 264 images of 64 codes, 1,840 caption tokens and 2,500 text tokens.
   assert share(texts=10, heldout_texts=1, text_characters=10_000) == round(2_500 / 21_236, 2)
   assert share(texts=10, heldout_texts=0, text_characters=10_000) == 0.0
   assert share(texts=999, heldout_texts=9, text_characters=10**7) == from_data.MOST_TEXT_SHARE
@@ -102,7 +102,7 @@ def test_only_fields_that_are_none_get_values_and_flags_win(tmp_path):
 
 def test_a_config_without_such_fields_is_returned_as_it_is(tmp_path):
   config = default_config()
-  assert from_data.missing(config) == []  # model.vocab_size is computed from `vocab`.
+  assert from_data.missing(config) == []  # Not missing, because it is computed from `vocab`.
   assert from_data.complete(config, tmp_path) is config
   assert from_data.complete(config, None) is config
 

@@ -18,7 +18,7 @@ SETTINGS = settings_from_config(default_config())
 
 
 def changed(part, value):
-  """Returns SETTINGS with another value of "seed" or of `section.field`."""
+  """Returns SETTINGS with another value for "seed" or for `section.field`."""
   section, _, field = part.partition(".")
   if field:
     value = dataclasses.replace(getattr(SETTINGS, section), **{field: value})
@@ -46,7 +46,7 @@ def test_a_finished_stage_is_skipped(tmp_path):
 
 
 def test_files_are_on_the_disk_before_done_says_so(tmp_path, monkeypatch):
-  """After a power loss, done.json must not exist without the files that it lists."""
+  """Otherwise, after a power loss, done.json could exist without the files that it lists."""
   fsync, replace, events = os.fsync, os.replace, []
 
   def recorded_fsync(file):
@@ -144,7 +144,7 @@ def test_an_id_of_other_files_is_refused(tmp_path, change):
 
 
 def test_files_that_do_not_count_for_an_id_may_change(tmp_path):
-  """Indices of ScaNN differ each time they are built."""
+  """ScaNN indexes differ every time they are built."""
   stage, folder = table.STAGES["neighbors"], tmp_path / "neighbors"
   ids = set()
   for content in (b"one", b"two"):
@@ -200,7 +200,7 @@ def test_differences_literal():
 def test_a_field_that_was_added_since_and_is_off_does_not_differ():
   old = {"a": {"b": 1, "d": 1}}
   assert stages.differences(old, {"a": {"b": 1, "c": 0.0, "d": 1}, "e": ""}) == []
-  # But a field that the old settings have, and that is off now, does differ.
+  # But a stored field that is off now does differ.
   assert stages.differences(old, {"a": {"b": 0, "d": 1}}) == ["a.b: 1 -> 0"]
 
 

@@ -41,7 +41,7 @@ def test_a_category_is_refused_if_and_only_if_it_has_no_scene(category):
       "rare_objects": rare,
       "categories": (category,),
     }
-    # This config is not checked, because the checks refuse a config without scenes.
+    # This config bypasses the checks, which reject a config without scenes.
     count = number_of_scenes_of(collections.namedtuple("Config", fields)(**fields), category)
     try:
       build(ScenesConfig, fields, "scenes")

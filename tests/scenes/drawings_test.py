@@ -1,4 +1,4 @@
-"""Tests the icons of scenes. They need an extra that other data do not need."""
+"""Tests the icons of scenes, which need an extra that other data sources do not need."""
 
 import pytest
 

@@ -25,7 +25,8 @@ def test_edits_that_change_nothing_or_are_ambiguous_are_left_out():
     swapped = edits.mirror(both, CONFIG, rng)
     assert swapped is None or "top" in swapped.instruction
     added = edits.add(both, CONFIG, rng)
-    assert added is None or "the bell" not in added.instruction  # "The bell" could be either bell.
+    # With two bells, "the bell" would be ambiguous.
+    assert added is None or "the bell" not in added.instruction
 
 
 def test_an_object_is_added_in_the_row_or_column_of_the_other_if_it_is_free():
@@ -45,7 +46,7 @@ def test_an_object_is_added_in_the_row_or_column_of_the_other_if_it_is_free():
 
 @pytest.mark.parametrize("task", EDITS)
 def test_edits_of_training_scenes_would_leak_if_none_was_dropped(task):
-  """Negative control: shows that the test above can fail."""
+  """Negative control: training scenes have edits with held-out results, which must be dropped."""
   rng, leaks = random.Random(0), 0
   for one in ScenesTasks(CONFIG).records("count", "train", 400):
     edit = EDITS[task](Scene.parse(one.group), CONFIG, rng)

@@ -19,7 +19,7 @@ def test_headlines_of_a_tuned_run_are_found_in_its_grades():
   found = [summary.judge({"grades": grades}, line) for line in headlines.TUNED_HEADLINES]
   assert [line["value"] for line in found] == [0.81, 0.9, 0.9, 0.4, 0.9, 0.0]
   assert [line["met"] for line in found] == [True, False, True, False, True, False]
-  # 0.9 >= 0.85 and 0 >= -0.03 are not enough, because the whole interval counts.
+  # 0.9 >= 0.85 and 0 >= -0.03 do not suffice: the whole interval must reach the limit.
   whole = "whole interval"
   assert [line["note"] for line in found] == ["", whole, whole, "", "", whole]
 

@@ -39,7 +39,7 @@ from tests.messages import refused
 
 CONFIG = ScenesConfig(rare_objects=100)
 SINGULARS = {many: name for name, many in PLURALS.items()}
-# Relation -> whether it holds between the boxes a and b, (left, top, right, bottom) each.
+# Relation -> function of the boxes a and b, (left, top, right, bottom) each, that tests it.
 SIDES = {
   "left of": lambda a, b: a[2] <= b[0],
   "right of": lambda a, b: a[0] >= b[2],
@@ -52,7 +52,7 @@ SIDES = {
 
 @pytest.fixture(scope="module")
 def made():
-  """Returns the first 200 records of each task and split."""
+  """Makes the first 200 records of each task and split."""
   return {
     (task, split): list(ScenesTasks(CONFIG).records(task, split, 200))
     for task in TASKS
@@ -69,12 +69,12 @@ def last_image(record) -> np.ndarray:
 
 
 def shown(record, image="image"):
-  """Returns name, color and box of each object that the judge finds in the pixels of an image."""
+  """Returns (name, color, box) of each object that the judge finds in an image."""
   return [(x.name, x.color, x.box) for x in find_objects(record.images[image][None])[0]]
 
 
 def word_of(text: str) -> str:
-  """Returns the singular of the one object that a text names."""
+  """Returns the name, in the singular, of the only object in a text."""
   words = text.rstrip("?").split()
   for length in range(5, 0, -1):
     for start in range(len(words) - length + 1):
@@ -93,7 +93,7 @@ def test_records_of_literal_scenes():
     asked = questions.ask_count(scene, 2, rng)
     assert (word_of(asked.question), asked.answer) == ("key", "two")
     assert questions.ask_count(scene, 3, rng) is None
-    # Two keys are below the bell, so no question may relate another object to a key.
+    # Two keys are below the bell, so only the bell can be the reference.
     assert "right of the bell" in questions.ask_relation(scene, rng).question
   apart = Scene.parse("red bell top left, blue key bottom right")
   asked = {questions.ask_relation(apart, rng).question for _ in range(200)}
@@ -110,7 +110,8 @@ def test_no_answer_is_given_to_an_ambiguous_question():
   beside = Scene.parse("red bell top left, blue cat bottom left, red key top right")
   for _ in range(100):
     asked = questions.ask_relation(beside, rng)
-    assert not re.search("left of the key", asked.question)  # This is ambiguous: both bell and cat.
+    # Ambiguous: both the bell and the cat are left of the key.
+    assert not re.search("left of the key", asked.question)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -153,7 +154,7 @@ def test_images_have_the_style_of_the_config():
 
 @pytest.mark.slow
 def test_answers_follow_from_the_pixels(made):
-  """Uses the objects and boxes that the judge finds, and none of the code that makes questions."""
+  """Computes answers from objects that the judge finds, without the code that makes questions."""
   words = {"one": 1, "two": 2, "three": 3, "four": 4}
   some = {key: records[:50] for key, records in made.items()}  # The judge is slow.
   for split in ("train", "heldout"):
@@ -213,7 +214,8 @@ def test_answers_are_balanced(made):
       assert set(counts.values()) == {200 // answers}
     assert len({one.texts["answer"] for one in made["color", split]}) == len(COLORS)
   first = [one.texts["answer"] for one in made["exists", "train"][::2]]
-  assert 30 < first.count("yes") < 70  # The order within a pair is random.
+  # In each pair of records, "yes" and "no" have a random order.
+  assert 30 < first.count("yes") < 70
 
 
 def test_the_name_alone_does_not_say_whether_an_object_is_there():
@@ -240,7 +242,7 @@ def test_the_wording_varies(task, made):
 
 
 def trained_parts(scene: Scene) -> set:
-  """Lists the parts of a scene that training must not show: pairs, couples and rare objects."""
+  """Returns the held-out parts of a scene: pairs of object and color, two objects, rare objects."""
   found = set()
   for x in scene.objects:
     if x.object in COMMON and HELDOUT_COLOR[x.object] == x.color:
@@ -290,7 +292,7 @@ def test_a_rare_object_is_trained_alone():
   assert may_be_trained(Scene((alone,)))
   place = next(p for p in ("top left", "top right") if p != alone.place)
   beside = Placed("bell", HELDOUT_COLOR["bell"], place)
-  # `split_of_scene` looks only at the rare object.
+  # `split_of_scene` considers only the rare object.
   assert split_of_scene(Scene.of([alone, beside])) == "train"
   assert not may_be_trained(Scene.of([alone, beside]))
 
@@ -304,7 +306,7 @@ def test_half_of_the_edits_in_training_show_rare_objects(task, made):
   rare = [any(x.object in RARE for x in objects) for objects in scenes_of["train"]]
   assert abs(np.mean(rare) - 0.5) < 4 * 0.5 / len(rare) ** 0.5
   assert not any(x.object in RARE for objects in scenes_of["heldout"] for x in objects)
-  # Two rare objects have new names that an edit could not tell apart.
+  # An edit could not distinguish two rare objects, whose names are invented.
   for objects in scenes_of["train"]:
     several = len({x.object for x in objects if x.object in RARE}) > 1
     assert not several or task == "mirror"
@@ -341,7 +343,7 @@ def test_locations_are_boxes_of_ink(made):
       x0, y0, x1, y1 = map(int, box)
       ink = (one.images["image"] != 255).any(-1)[y0:y1, x0:x1]
       for line in (ink[0], ink[-1], ink[:, 0], ink[:, -1]):
-        assert line.any()  # Ink touches each side of the box.
+        assert line.any()  # The object touches each side of its box.
       covered[y0:y1, x0:x1] = True
       names.append(name)
     assert names == [x.object for x in Scene.parse(one.group).objects]

@@ -43,7 +43,7 @@ class Letters:
 
 
 class Places:
-  """Fake tokenizer whose codes are the blue values at the middle of each place."""
+  """Fake tokenizer: the four codes are the blue values in the middle of the four places."""
 
   def encode(self, images):
     return images[:, 12::24, 12::24, 2].reshape(len(images), 4)
@@ -56,7 +56,7 @@ def prepare(config, folder, raw=RAW):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Makes a raw folder of FEW scenes in parts of 200; returns it and the summary of the stage."""
+  """Makes a raw folder of FEW scenes in shards of 200; returns folder and summary."""
   out = tmp_path_factory.mktemp("raw")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(scenes, "PART_RECORDS", 200)
@@ -105,7 +105,7 @@ def test_a_record_depends_on_seed_and_index_alone(split):
   assert scenes.pair(many, split, 1_999).key == f"scenes/{split}/0001999"
   other = ScenesConfig(seed=1)
   records = [[scenes.pair(c, split, i).image for i in range(40)] for c in (few, other)]
-  assert records[0] != records[1] or split == "bank"  # Facts of the bank ignore the seed.
+  assert records[0] != records[1] or split == "bank"  # The bank does not depend on the seed.
 
 
 def test_other_numbers_of_scenes_write_only_other_shards(tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_other_numbers_of_scenes_write_only_other_shards(tmp_path, monkeypatch):
   monkeypatch.setattr(ingest, "write_shard", count)
   config = dataclasses.replace(config, train=60)
   assert prepare(config, tmp_path)["train_pairs"] == 60
-  assert written == ["000002", "000003"]  # The held-out shard has moved by one.
+  assert written == ["000002", "000003"]  # 000002 is new, and the held-out shard has become 000003.
   after = reader.shards(tmp_path)
   assert [after[name]["digest"] for name in ("000000", "000001", "000003")] == [
     shard["digest"] for shard in before.values()
@@ -291,7 +291,7 @@ def test_every_scene_of_the_bank_is_another():
 
 @pytest.mark.parametrize("kind", ["scene", "pair", "objects", "rare"])
 def test_a_planted_leak_is_found(folder, tmp_path, kind):
-  """Plants a held-out scene in training, with other places unless the kind is `scene`."""
+  """Adds a held-out scene to training, at other places unless the kind is `scene`."""
   facts = next(
     p.facts
     for p in reader.read_pairs(folder[0], "heldout")
@@ -311,7 +311,7 @@ def test_a_planted_leak_is_found(folder, tmp_path, kind):
 
 
 def write_facts(folder, heldout, other):
-  """Writes a raw folder of two records: a held-out record with facts, and `other`."""
+  """Writes a raw folder with two records: a held-out record with facts, and the record `other`."""
   source = folder / "in"
   source.mkdir(parents=True)
   Image.new("RGB", (48, 48)).save(source / "a.png")

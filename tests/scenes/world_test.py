@@ -26,7 +26,7 @@ def some_scenes(category, number):
 
 
 def overlaps(icons):
-  """Returns the intersection over union of the icons' ink, [N, N] with 0 on the diagonal."""
+  """Returns the intersection over union of each pair of icons, [N, N] with 0 on the diagonal."""
   ink = np.stack([drawings.alpha(icon) for icon in icons]).reshape(len(icons), -1)
   ink = ink.astype(np.float32) / 255
   found = np.zeros((len(icons), len(icons)), np.float32)
@@ -108,7 +108,7 @@ def test_a_scene_is_held_out_for_the_first_reason():
 
 
 def test_shares_of_the_splits():
-  """Of the scenes without a held-out object or pair, 10% are held out as whole scenes."""
+  """10% of the scenes that contain no held-out pair or objects are held out as whole scenes."""
   splits = [world.split_of_scene(scene) for scene in some_scenes("two_object", 4_000)]
   shares = {name: splits.count(name) / 4_000 for name in set(splits)}
   assert shares["pair"] == pytest.approx(1 - (7 / 8) ** 2, abs=0.02)
@@ -289,7 +289,7 @@ def test_what_a_caption_says_holds_in_its_scene_and_is_in_its_words(category):
 
 
 def holds(place, relation, other):
-  """Returns whether a relation holds between two places, by their words."""
+  """Returns whether a relation between two places holds, judged by the words of the places."""
   words = {"left of": ("left", "right"), "right of": ("right", "left")}
   words |= {"above": ("top", "bottom"), "below": ("bottom", "top")}
   one, two = words[relation]

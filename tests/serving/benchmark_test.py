@@ -1,4 +1,4 @@
-"""Tests that the load test sends the stated requests to a server, and counts errors."""
+"""Tests that the load test sends the requests that it reports, and counts errors."""
 
 import asyncio
 import os
@@ -12,7 +12,7 @@ from tests.serving.live import image
 
 
 def answers(live) -> dict[tuple[str, str], int]:
-  """Counts the answers: (endpoint, status) -> number of answers."""
+  """Returns (endpoint, status) -> number of responses."""
   pattern = r'requests_total\{endpoint="(.*)",status="(.*)"\} (\d+)'
   found = re.findall(pattern, live.http.get("/metrics").text)
   return {(endpoint, status): int(count) for endpoint, status, count in found}
@@ -59,7 +59,7 @@ def test_mixed_requests_are_of_all_kinds(live):
   found = asyncio.run(serving.mixed(live.url, 1e3, 6, serving.given_image(image(0))))
   assert found["errors"] == 0, found["first_errors"]
   assert 0 < found["p50_seconds"] <= found["p95_seconds"]
-  # An endpoint has two kinds. The test sends each once to compile and once in the load.
+  # Each endpoint has two kinds of requests; each kind is sent twice, to compile and as load.
   for endpoint in ("/v1/images/generations", "/v1/images/edits", "/v1/chat/completions"):
     assert answers(live)[endpoint, "200"] == before.get((endpoint, "200"), 0) + 4
 

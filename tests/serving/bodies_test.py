@@ -27,7 +27,7 @@ CLASSES = {"/v1/images/generations": schemas.Generation, "/v1/chat/completions":
 
 
 def repeated(item: str, between: str, size: int) -> str:
-  """Repeats an item until the text has about `size` bytes."""
+  """Repeats an item, with `between`, until the text has about `size` bytes."""
   count = max(1, size // (len(item.encode()) + len(between.encode())))
   return between.join([item] * count)
 
@@ -58,7 +58,7 @@ def deep_objects(item, size):
 
 
 def wide_and_deep(item, size):
-  """Nests lists of four lists."""
+  """Nests lists that have four lists each."""
   text = item
   while len(text) < size // 4:
     text = f"[{','.join([text] * 4)}]"
@@ -88,7 +88,7 @@ ITEMS = ["0", "null", '""', "{}", "[]", '"a"', "1e9", "a", "é", "語", "😀", 
 
 def made(shape, item, size, mixed) -> bytes:
   body = shape(item, size).encode(errors="replace")
-  if mixed:  # One wide character makes a whole Python string wide.
+  if mixed:  # A single wide character makes a whole Python string wide.
     body = body.replace(b"a", "😀".encode(), 1)
   return body
 
@@ -102,7 +102,7 @@ def refusal(cls, body: bytes) -> ApiError | None:
 
 
 def bodies(least: int, most: int):
-  """Draws a shape, an item, an approximate size in bytes, and whether to add a wide character."""
+  """Draws (shape, item, approximate size in bytes, whether to add a wide character)."""
   return st.tuples(
     st.sampled_from(SHAPES), st.sampled_from(ITEMS), st.integers(least, most), st.booleans()
   )
@@ -125,7 +125,7 @@ def resident(name: str) -> int:
 
 
 def read_described() -> None:
-  """Reads bodies that lines of stdin describe; prints the growth of this process's memory."""
+  """Reads JSON bodies that stdin describes, one per line; prints how much the memory grew."""
   for line in sys.stdin:
     path, shape, *rest = json.loads(line)
     body = made(globals()[shape], *rest)
@@ -140,7 +140,7 @@ def read_described() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def test_bodies_of_the_largest_size_take_four_times_their_memory():
-  """Measures the memory of the process, because tracemalloc does not see all memory."""
+  """Measures the process, because tracemalloc does not see all memory."""
   program = "from tests.serving import bodies_test; bodies_test.read_described()"
   with subprocess.Popen(
     [sys.executable, "-c", program],
@@ -209,7 +209,7 @@ def test_a_few_elements_are_named_and_many_are_counted(make, param):
 
 
 def test_an_image_with_a_short_text_is_no_large_body():
-  """The limits are for values and wide characters; 12 MiB of base64 have few of both."""
+  """Limits count JSON values and wide characters, of which 12 MiB of base64 have few."""
   part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 12 * MIB}}
   message = {"role": "user", "content": [part, {"type": "text", "text": "Was ist das? 語"}]}
   body = json.dumps({"messages": [message]}, ensure_ascii=False).encode()

@@ -15,7 +15,7 @@ CAPTION = "a red apple"
 
 
 def odd_requests(live):
-  """Yields answers to requests of unusual shapes."""
+  """Yields the responses to requests of unusual sizes."""
   for top_k in (0, 9, 513, 2**20):
     yield live.generate(prompt=CAPTION, seed=1, top_k=top_k)
   for words in (1, 20, 40, 60, 90):
@@ -35,7 +35,7 @@ def odd_requests(live):
 
 @pytest.fixture
 def compiled(caplog):
-  """Returns a function that lists compilations in all threads."""
+  """Returns a function that lists the compilations so far, of all threads."""
   jax.config.update("jax_log_compiles", True)
   caplog.set_level(logging.WARNING, "jax")
   yield lambda: [record.message for record in caplog.records if "XLA comp" in record.message]

@@ -1,4 +1,4 @@
-"""Serves a tiny run in this process."""
+"""Serves a tiny run in the process of the tests."""
 
 from etils import epath
 import jax
@@ -16,7 +16,7 @@ LIMITS = Limits(most_samples=8, most_bytes=150_000, most_pixels=64 * 64, seconds
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_maps():
-  """Keeps the engine's programs for all modules, unlike the fixture of tests/conftest.py."""
+  """Overrides the fixture of tests/conftest.py, to keep the engine's programs for all modules."""
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +43,7 @@ def engine(model):
 
 @pytest.fixture(scope="session")
 def live(engine, run):
-  """Serves on a free port, and checks that no answer names the run's folder."""
+  """Serves on a free port, and checks that no response contains the path of the run."""
   with Live(engine, LIMITS, secret=str(run)) as live:
     yield live
 

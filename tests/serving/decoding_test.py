@@ -17,7 +17,7 @@ EDIT = {"prompt": "make it blue", "seed": "1"}
 
 
 class Decoder:
-  """Fake decoder that waits for a signal; counts decoded images, and images decoded in parallel."""
+  """Fake decoder that waits until `may_go` is set; counts images, and parallel calls."""
 
   def __init__(self):
     self.may_go, self.lock = threading.Event(), threading.Lock()
@@ -44,7 +44,7 @@ def decoder(monkeypatch):
 
 @contextlib.contextmanager
 def uploaded(live, count):
-  """Yields the answers to `count` clients that send images."""
+  """Yields the responses to `count` clients that upload images."""
   answers = []
 
   def ask(i):
@@ -64,7 +64,7 @@ def uploaded(live, count):
 
 
 def test_a_request_without_an_image_does_not_wait_for_those_with_one(live, decoder):
-  late = threading.Timer(20, decoder.may_go.set)  # Otherwise a failing test would wait forever.
+  late = threading.Timer(20, decoder.may_go.set)  # Otherwise a failed test would wait forever.
   late.start()
   with uploaded(live, 40) as answers:
     live.wait_for("requests_waiting", 40)
@@ -86,7 +86,7 @@ def test_a_full_queue_refuses_images_before_they_are_decoded(idle, run, decoder)
         assert error(answer) == (429, "2 requests are already waiting: try again in 1 s.")
         assert answer.headers["retry-after"] == "1"
       assert decoder.calls == 2
-    # Both requests timed out while they were decoded.
+    # Both requests timed out while their images were decoded.
     assert [answer.status_code for answer in answers] == [504] * 2
     live.wait_for("requests_waiting", 0)
 

@@ -27,7 +27,7 @@ BODY = {"prompt": "a red apple", "seed": 1, "retrieve": 0}
 
 @pytest.fixture
 def slow(engine, monkeypatch):
-  """Makes each chunk of the engine take 0.3 s longer."""
+  """Makes each chunk of the engine's steps 0.3 s longer."""
   step = engine._generator.step
 
   def slowly():
@@ -38,7 +38,7 @@ def slow(engine, monkeypatch):
 
 
 def send(live, body: dict, receive_buffer: int = 2**16) -> socket.socket:
-  """Sends a request on a new connection, which the caller closes."""
+  """Sends a request on a new connection, which the caller must close."""
   text = json.dumps(body)
   opened = socket.socket()
   opened.settimeout(60)
@@ -59,7 +59,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_slots(live, sl
     received += opened.recv(4096)
   assert live.gauge("requests_active") == 1
   assert live.gauge("samples_running") == engine.slots
-  assert live.gauge("requests_waiting") == 1  # Some samples of the job have no slot yet.
+  assert live.gauge("requests_waiting") == 1  # Not all samples of the job have a slot.
   opened.close()
   live.wait_for("requests_active", 0, seconds=5)
   assert live.gauge("samples_running") == 0
@@ -184,7 +184,7 @@ def test_an_error_in_the_engine_is_logged_and_the_server_lives_on(
 
 
 def job(task, count=1):
-  """Returns a job, a list of its events, and an event that is set at its end."""
+  """Returns (job, list of its events, threading event that is set at its end)."""
   events, ended = [], threading.Event()
 
   def deliver(event):
@@ -197,7 +197,7 @@ def job(task, count=1):
 
 
 def test_jobs_that_wait_are_prepared_together(engine, monkeypatch):
-  """The engine prepares as many jobs as it has slots, not one for each free slot."""
+  """Prepares as many waiting jobs at once as there are slots, even if only one slot is free."""
   sizes, opens = [], engine_module.open_jobs
 
   def open_jobs(pipeline, jobs, decoded):
@@ -215,7 +215,7 @@ def test_jobs_that_wait_are_prepared_together(engine, monkeypatch):
 
 
 def test_samples_of_jobs_take_turns(engine):
-  """Four jobs of four samples fill all slots. A sample of the fifth job gets the next free slot."""
+  """Four jobs of four samples fill all slots; the next free slot goes to the fifth job."""
   sampling = engine.pipeline.settings.sampling
   task = TextToImage("a red apple", retrieve=0, sampling=sampling)
   large = [job(dataclasses.replace(task, seed=seed), 4) for seed in range(4)]
@@ -283,7 +283,7 @@ def test_a_refusal_names_no_folder_of_the_server(model, tmp_path):
   write_documents(tmp_path / "documents" / "train_pairs", (), VOCAB)
   pipeline = copy.copy(model.pipeline)
   pipeline.bank = tmp_path
-  pipeline.__dict__.pop("documents", None)  # Drop the cached documents of the other bank.
+  pipeline.__dict__.pop("documents", None)  # Removes the cached documents of the other bank.
   asked, events, ended = job(TextToImage("a", retrieve=1))
   Engine(pipeline, model.mesh)._prepare([asked])
   assert ended.is_set()

@@ -1,4 +1,4 @@
-"""Serves an engine in a thread of the tests, and checks what every answer must satisfy."""
+"""Serves an engine in a thread of the tests, and checks every response."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ class Live:
   """Server on a free port of 127.0.0.1.
 
   Attributes:
-    url: address without a final slash.
+    url: base URL without a final slash.
     opened: listening socket.
     http: HTTP client.
   """
@@ -96,7 +96,7 @@ def error(answer: httpx.Response) -> tuple[int, str]:
 
 
 def events(answer: httpx.Response) -> list[dict]:
-  """Returns the data of the server-sent events in an answer."""
+  """Returns the data of the server-sent events in a response."""
   lines = [line for line in answer.text.splitlines() if line.startswith("data: {")]
   return [json.loads(line.removeprefix("data: ")) for line in lines]
 
@@ -123,6 +123,6 @@ def data_url(image: Image.Image) -> str:
 
 
 def about(image: Image.Image, text: str = "") -> list[dict]:
-  """Returns the content of a message with an image, and optionally a text."""
+  """Returns the content of a chat message with an image, and optionally a text."""
   parts = [{"type": "image_url", "image_url": {"url": data_url(image)}}]
   return parts + ([{"type": "text", "text": text}] if text else [])

@@ -1,4 +1,4 @@
-"""Tests that endless bodies and bodies in tiny pieces do not disturb other requests."""
+"""Tests that bodies that never end or arrive byte by byte do not disturb other requests."""
 
 import contextlib
 import dataclasses
@@ -21,13 +21,14 @@ def opened(live, headers: str, body: bytes) -> socket.socket:
   client = socket.create_connection(("127.0.0.1", live.port), timeout=60)
   kind = "Content-Type: application/json"
   client.sendall(f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\n{kind}\r\n{headers}\r\n\r\n".encode())
-  with contextlib.suppress(ConnectionError):  # The server may answer and close early.
+  # The server may respond and close the connection early.
+  with contextlib.suppress(ConnectionError):
     client.sendall(body)
   return client
 
 
 def answered(client: socket.socket) -> bytes:
-  """Reads until the server closes the connection."""
+  """Reads the response until the server closes the connection."""
   received = b""
   with contextlib.suppress(ConnectionError):
     while piece := client.recv(2**16):
@@ -39,7 +40,8 @@ def test_bodies_that_wait_for_their_end_are_bounded_together(engine, run):
   limits = dataclasses.replace(LIMITS, all_bytes=100_000)
   size = 130_000
   large = json.dumps({**BODY, "user": "a" * size}).encode()
-  wrong = json.dumps({**BODY, "n": 0, "user": "a" * size}).encode()  # Is refused after it was read.
+  # Invalid, but only rejected after the whole body is read.
+  wrong = json.dumps({**BODY, "n": 0, "user": "a" * size}).encode()
   with Live(engine, limits, secret=str(run)) as live, contextlib.ExitStack() as stack:
 
     def hold():
@@ -47,7 +49,7 @@ def test_bodies_that_wait_for_their_end_are_bounded_together(engine, run):
       return stack.enter_context(contextlib.closing(client))
 
     def ask_until(status, body=large):
-      """Retries until the server has noticed the bodies or disconnections of other clients."""
+      """Repeats a request until it gets `status`: the server notices other clients late."""
       headers = {"Content-Type": "application/json"}
       for _ in range(100):
         answer = live.http.post(PATH, content=body, headers=headers)
@@ -57,7 +59,7 @@ def test_bodies_that_wait_for_their_end_are_bounded_together(engine, run):
 
     ask_until(200)
     assert size - SMALL < limits.all_bytes < 2 * (size - SMALL)
-    while True:  # The server may refuse either of two simultaneous large bodies.
+    while True:  # Of two simultaneous large bodies, the server may reject either.
       first = hold()
       answer = ask_until(503, wrong)
       if not select.select([first], [], [], 0.5)[0]:
@@ -67,7 +69,7 @@ def test_bodies_that_wait_for_their_end_are_bounded_together(engine, run):
       "the server holds 100,000 bytes of other requests: try again in 30 s.",
     )
     assert answer.headers["retry-after"] == "30"
-    assert live.generate(**BODY).status_code == 200  # This is a small body without an image.
+    assert live.generate(**BODY).status_code == 200  # A small body, which has no image.
     assert live.generate(**BODY, user="a" * (SMALL - 500)).status_code == 200
     first.sendall(large[-1:])
     assert first.recv(64).startswith(b"HTTP/1.1 200")

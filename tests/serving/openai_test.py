@@ -1,4 +1,4 @@
-"""Tests that OpenAI's official client works with the server."""
+"""Tests that OpenAI's client library works with the server."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Tests that the page never parses a string as HTML, so that untrusted texts are harmless."""
+"""Tests that the page never parses strings as HTML, so that untrusted texts are harmless."""
 
 import importlib.resources
 import re
@@ -7,7 +7,7 @@ import pytest
 
 PAGE = importlib.resources.files("cm3leon_jax.serving") / "page"
 SCRIPTS = ("app.js", "canvas.js")
-# These functions parse a string as HTML or as a program.
+# Functions that parse a string as HTML or as code.
 PARSERS = re.compile(
   r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|createContextualFragment|DOMParser|srcdoc"
   r"|setHTML|\beval\b|\bFunction\(|set(?:Timeout|Interval)\(\s*[\"'`]|javascript:|\.on[a-z]+\s*=(?!\s*\()"

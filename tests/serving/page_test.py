@@ -1,4 +1,4 @@
-"""Tests the page in headless Chromium with the bundled model that answers and edits."""
+"""Tests the page in headless Chromium, with the bundled model that answers questions and edits."""
 
 import itertools
 import re
@@ -17,14 +17,14 @@ CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
 PROMPT = "a green bell to the left of a blue key"
-SECONDS = 60_000  # Time limit in playwright, in milliseconds.
+SECONDS = 60_000  # Time limit of each action in playwright, in milliseconds.
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def bundled():
-  """Starts an engine of the bundled model with programs that XLA optimizes."""
+  """Starts an engine with the bundled model; XLA optimizes its programs."""
   jax.config.update("jax_disable_most_optimizations", False)
   mesh = create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
   model = CM3Leon.load("scenes-instruct", batch_size=8, mesh=mesh)
@@ -52,7 +52,7 @@ def browser():
 
 @pytest.fixture(params=["light", "dark", "narrow"])
 def page(served, browser, request):
-  """Opens the page, and checks afterwards that its console is empty."""
+  """Opens the page; checks at the end that the browser console is empty."""
   width = 400 if request.param == "narrow" else 1100
   scheme = "dark" if request.param == "dark" else "light"
   context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
@@ -71,7 +71,7 @@ def page(served, browser, request):
 
 
 def press_until(page: Page, selector: str, key: str = "Tab") -> None:
-  """Moves the focus to an element with the keyboard."""
+  """Presses a key until an element has the focus."""
   for _ in range(60):
     if page.evaluate("s => document.activeElement?.matches(s)", selector):
       return
@@ -92,7 +92,7 @@ def test_everything_works_by_the_keyboard_alone(page):
   page.keyboard.press("ArrowRight")
   assert page.locator("#guidance-value").text_content() != before
   press_until(page, "#generate button")
-  # Records what a screen reader announces, and the rows that are visible meanwhile.
+  # Records what a screen reader announces, and the rows that are visible at that time.
   page.evaluate("""() => {
     window.rows = [];
     new MutationObserver(() => {
@@ -170,7 +170,7 @@ def test_a_refusal_is_shown_as_an_alert(page):
 def test_stop_ends_the_request(page, served):
   page.fill("#samples", "8")
   page.fill("#prompt", PROMPT)
-  # With clicks from this process, the request could end before the second click.
+  # Clicks inside the page: the request could end between two clicks from this process.
   page.evaluate("""() => {
     document.querySelector('#generate button').click();
     setTimeout(() => document.getElementById('stop').click(), 30);
@@ -198,7 +198,7 @@ def test_every_control_has_a_name_and_every_image_a_description(page):
   levels = [int(name[1]) for name in page.evaluate(
     "[...document.querySelectorAll('h1, h2, h3')].map((e) => e.tagName)")]  # fmt: skip
   assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
-  # At a width of 400 pixels, nothing is cut off at the side.
+  # The page fits into its width of 400 pixels.
   width = page.evaluate("document.documentElement.scrollWidth")
   assert width <= page.viewport_size["width"]
 
@@ -227,7 +227,7 @@ CONTRAST = """() => {
 
 
 def test_texts_have_contrast(page):
-  """WCAG 2.2 level AA requires a contrast of at least 4.5 to 1."""
+  """WCAG 2.2 level AA requires contrasts of at least 4.5 to 1."""
   page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": png(image(0))})
   page.fill("#prompt", "a <mask>")
   page.click("#generate button")

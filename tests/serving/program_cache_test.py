@@ -17,7 +17,7 @@ NAMES = (
 
 @pytest.fixture(autouse=True)
 def own_config(monkeypatch, tmp_path):
-  """Removes the configured cache of JAX during the test."""
+  """Resets JAX's cache settings, and restores them after the test."""
   before = {name: getattr(jax.config, name) for name in NAMES}
   jax.config.update("jax_compilation_cache_dir", None)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
@@ -32,7 +32,8 @@ def test_the_default_is_the_users_folder_for_caches(tmp_path, monkeypatch):
   assert program_cache.keep_programs(None) == ""
   kept = jax.config.jax_compilation_cache_dir
   assert kept == str(tmp_path / "caches" / "cm3leon_jax" / "programs" / program_cache.machine())
-  assert os.stat(kept).st_mode & 0o077 == 0  # Other users must not be able to write programs.
+  # Only the user may access the folder: others could plant programs.
+  assert os.stat(kept).st_mode & 0o077 == 0
   assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
   for value in ("", "relative/caches"):
     monkeypatch.setenv("XDG_CACHE_HOME", value)

@@ -95,7 +95,7 @@ def test_other_types_of_bodies_methods_and_paths(live):
 
 
 def bomb() -> bytes:
-  """Returns a PNG file of a few bytes that claims to have 20,000 x 20,000 pixels."""
+  """Returns a PNG file of a few bytes that claims a size of 20,000 x 20,000 pixels."""
 
   def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -225,7 +225,7 @@ def test_a_body_that_is_too_large_is_not_read(live):
 
 
 def raw(live, text: str) -> str:
-  """Sends a raw request; returns the first line of the answer."""
+  """Sends the text of an HTTP request; returns the first line of the response."""
   with socket.create_connection(("127.0.0.1", live.port), timeout=30) as opened:
     opened.sendall(text.replace("\n", "\r\n").encode())
     return opened.recv(4096).decode().splitlines()[0]
@@ -252,7 +252,7 @@ def raw(live, text: str) -> str:
   ],
 )
 def test_a_local_server_answers_to_names_of_this_machine_only(live, host, status):
-  """Otherwise, a web page could rebind its host name to 127.0.0.1 and read answers."""
+  """Otherwise, a web page could point its host name to 127.0.0.1 and read responses."""
   line = raw(live, f"GET /v1/models HTTP/1.1\nHost: {host}\nConnection: close\n\n")
   assert line.split()[1] == str(status)
 

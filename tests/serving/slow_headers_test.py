@@ -16,10 +16,10 @@ MOST = 4
 
 @pytest.fixture
 def impatient(engine, monkeypatch):
-  """Starts a server with few connections that closes slow connections after a second."""
+  """Starts a server that allows few connections and closes slow ones after a second."""
   monkeypatch.setattr(server, "HEADER_SECONDS", SECONDS)
   with Live(engine, Limits(), connections=MOST) as live:
-    live.http.close()  # The client would keep a connection open.
+    live.http.close()  # Otherwise this client would occupy a connection.
     yield live
 
 
@@ -37,7 +37,7 @@ def connect(impatient):
 
 
 def answer(connection: socket.socket) -> bytes:
-  """Reads one answer from a connection that stays open; returns b"" if it was closed."""
+  """Reads one response from an open connection; returns b"" if it was closed."""
   found = b""
   while b"\r\n\r\n{" not in found or not found.endswith(b"}"):
     received = connection.recv(65_536)
@@ -48,7 +48,7 @@ def answer(connection: socket.socket) -> bytes:
 
 
 def seconds_until_closed(connection: socket.socket, more: bytes) -> float:
-  """Sends a byte every 0.1 s until the server closes the connection; returns the seconds."""
+  """Sends one byte every 0.1 s until the server closes the connection; returns the duration."""
   start = time.monotonic()
   connection.settimeout(0.1)
   for byte in more * 100:

@@ -21,20 +21,22 @@ def images():
 
 
 def test_multiscale_loss_literals():
-  """At coarser scales, the error of a checkerboard of -1 and 1 vanishes; a constant error stays."""
+  """At coarser scales, a checkerboard of -1 and 1 has no error, and a constant error stays."""
   x = jnp.zeros((1, 8, 8, 1))
   checkerboard = (jnp.indices((8, 8)).sum(0) % 2 * 2.0 - 1)[None, :, :, None]
   assert float(losses.multiscale_loss(x, checkerboard)) == 0
   assert float(losses.multiscale_loss(x, x + 0.5)) == pytest.approx(0.5)
   stripes = jnp.repeat(jnp.array([1.0, -1.0, 1.0, -1.0]), 2).reshape(1, 8, 1, 1)
   stripes = jnp.broadcast_to(stripes, x.shape)
-  assert float(losses.multiscale_loss(x, stripes)) == pytest.approx(1 / 3)  # At 1 of 3 scales.
+  # The stripes differ at 1 of 3 scales.
+  assert float(losses.multiscale_loss(x, stripes)) == pytest.approx(1 / 3)
   odd = jnp.ones((1, 6, 6, 1))
-  assert float(losses.multiscale_loss(0 * odd, odd)) == pytest.approx(1)  # 3 x 3 cannot be halved.
+  # The second scale, 3 x 3, cannot be halved.
+  assert float(losses.multiscale_loss(0 * odd, odd)) == pytest.approx(1)
 
 
 def test_gradient_loss_literals():
-  """The loss of a constant error is 0; the loss of a ramp of 2 per row is (2 + 0) / 2."""
+  """A constant error has loss 0; an error that grows by 2 per row has loss (2 + 0) / 2."""
   x = jnp.zeros((1, 8, 8, 3))
   assert float(losses.gradient_loss(x, x + 0.7)) == 0
   ramp = jnp.broadcast_to(2.0 * jnp.arange(8).reshape(1, 8, 1, 1), x.shape)
@@ -52,7 +54,7 @@ def test_weights_of_the_pixel_losses_count(images):
 
 
 def test_the_adaptive_weight_is_the_ratio_of_the_last_layers_gradients(images):
-  """The oracle differentiates the whole losses; the limit of 1e4 is a literal."""
+  """Compares with jax.grad of the whole losses, and with the maximum of 1e4."""
   params = vqgan_training.init_state(CONFIG, NUM_CODES, 0)["params"]
   judge, x = (
     vqgan_training.init_state(CONFIG, NUM_CODES, 0)["discriminator"],
@@ -74,14 +76,14 @@ def test_the_adaptive_weight_is_the_ratio_of_the_last_layers_gradients(images):
 
   found = adaptive(CONFIG, judge)
   np.testing.assert_allclose(found, rebuilt / (convincing + 1e-4), rtol=1e-4)
-  deaf = jax.tree.map(jnp.zeros_like, judge)  # This discriminator has a gradient of 0.
+  deaf = jax.tree.map(jnp.zeros_like, judge)  # A discriminator whose gradient is 0.
   np.testing.assert_allclose(adaptive(CONFIG, deaf), min(1e4, rebuilt / 1e-4), rtol=1e-4)
   assert adaptive(dataclasses.replace(CONFIG, adversarial_adaptive=False), judge) == 1
 
 
 @pytest.mark.slow
 def test_the_weight_is_a_constant_of_the_gradient_and_is_shown(images):
-  """The gradients equal the gradients with a fixed weight of the same size."""
+  """No gradient flows through the weight: a fixed weight of the same size gives equal gradients."""
   state, x = vqgan_training.init_state(CONFIG, NUM_CODES, 0), vqgan.to_float(images)
 
   @functools.partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""Compares the perceptual distance with torch, for random weights in the published layout."""
+"""Tests the perceptual distance against torch, with random weights in the published format."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ from tests.tokenizers.tiny import tiny_config
 
 
 def tensors_of(calibrated):
-  """Returns random weights that keep the scale of features; LPIPS weights are not negative."""
+  """Returns random weights that preserve the scale of features; LPIPS weights are at least 0."""
   rng, found = np.random.default_rng(0), {}
   for name, shape in perceptual.tensor_shapes(calibrated).items():
     scale = np.sqrt(2 / np.prod(shape[1:])) if len(shape) == 4 else 0.1
@@ -42,7 +42,7 @@ def pair():
 
 
 def oracle(tensors, x, y):
-  """Computes LPIPS in torch like its package, with torchvision's order of VGG16's layers."""
+  """Computes LPIPS in torch like the package lpips, with torchvision's order of VGG16 layers."""
   plan = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512]
   layers, inputs = [], 3
   for width in plan:
@@ -84,7 +84,7 @@ def test_the_distance_is_that_of_torch(tensors, pair, calibrated):
   expected = oracle(own, *pair)
   assert expected.min() > 0.1
   np.testing.assert_allclose(found, expected, rtol=1e-4)
-  # Negative control: the oracle notices a wrong weight.
+  # Negative control: one wrong bias.
   wrong = {**own, "features.28.bias": own["features.28.bias"] + 0.5}
   assert np.abs(oracle(wrong, *pair) / expected - 1).min() > 1e-3
 
@@ -92,7 +92,7 @@ def test_the_distance_is_that_of_torch(tensors, pair, calibrated):
 def test_equal_images_have_no_distance_and_finite_gradients(tensors, pair):
   params = perceptual.make_params(tensors)
   black = jnp.full((1, 16, 16, 3), -1.0)
-  # Parameters are arguments, because constants would be compiled into the program.
+  # Parameters are arguments, because the program would contain constants.
   distance = jax.jit(jax.value_and_grad(lambda y, p: perceptual.distance(p, black, y).sum()))
   value, gradient = distance(black, params)
   assert 0 <= float(value) < 1e-10
@@ -101,7 +101,7 @@ def test_equal_images_have_no_distance_and_finite_gradients(tensors, pair):
 
 @pytest.mark.slow
 def test_a_training_counts_the_distance(tensors, tmp_path, monkeypatch):
-  """The loss of the first step increases by the weighted distance of the reconstructions."""
+  """The loss of the first step includes the weighted distance of the reconstructions."""
   monkeypatch.setattr(trainer, "LOG_EVERY", 1)
   config = tiny_config(
     resolution=16, steps=2, batch_size=8, perceptual="vgg.safetensors", perceptual_weight=0.5

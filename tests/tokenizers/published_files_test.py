@@ -30,7 +30,7 @@ DIFFUSERS = {
 
 @pytest.fixture(autouse=True)
 def small_families(monkeypatch):
-  """Gives all families few and narrow levels, with one code for 2 x 2 pixels."""
+  """Replaces all families by small ones, with few narrow levels and one code per 2 x 2 pixels."""
   for name, config in published.FAMILIES.items():
     config = dataclasses.replace(config, **SIZES)
     monkeypatch.setitem(published_files.FAMILIES, name, config)
@@ -106,7 +106,7 @@ def test_networks_of_training_are_left_out(tmp_path):
 
 
 def test_a_folder_of_amused_and_its_sizes(tmp_path):
-  """The folder also has weights in another precision, which are not read."""
+  """Ignores weights in another precision in the same folder."""
   config = dataclasses.replace(published_files.FAMILIES["amused"], widths=(8, 8, 4), groups=2)
   shapes = published_files.tensor_shapes(config, NUM_CODES)
   tensors = {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
@@ -191,7 +191,7 @@ def test_a_folder_of_another_model_is_refused_by_what_it_holds(config, family, t
 
 
 def test_a_whole_chameleon_is_no_other_model(tmp_path):
-  """config.json of the whole model has the model_type of its decoder."""
+  """The config.json of a whole Chameleon has the same model_type as its decoder alone."""
   tensors = {f"model.vqmodel.{name}": x for name, x in some_tensors("chameleon").items()}
   save_file(tensors, tmp_path / "model.safetensors")
   (tmp_path / "config.json").write_text('{"model_type": "chameleon"}')
@@ -199,7 +199,7 @@ def test_a_whole_chameleon_is_no_other_model(tmp_path):
 
 
 class Opened:
-  """Records whether its pickle was opened."""
+  """Object that records when it is unpickled."""
 
   opened = False
 
@@ -269,7 +269,7 @@ def test_diffusers_reads_what_is_written(tokenizer, tmp_path):
     expected = model.decode(flat, force_not_quantize=True, shape=(1, 3, 4, 2)).sample
   decoded = published.decode_pixels(tokenizer.config, NUM_CODES, tokenizer.params, codes)
   np.testing.assert_allclose(decoded, expected.permute(0, 2, 3, 1), atol=1e-4, rtol=0)
-  # A second import, of the result, changes nothing.
+  # Importing the result again changes nothing.
   found = published_files.read(tmp_path / "out", "amused")
   assert_read(found, tensors)
   assert found.tokenizer.config == tokenizer.config

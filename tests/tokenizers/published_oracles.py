@@ -1,10 +1,9 @@
-"""Provides published image tokenizers in torch with random weights.
+"""Makes published image tokenizers in torch, with random weights, as references.
 
-aMUSEd is `diffusers.VQModel`. Chameleon is transformers' ChameleonVQVAE, which lacks a decoder,
-and the decoder of Janus. Unlike Chameleon's decoder, the decoder of Janus counts levels from the
-lowest level, and has an additional attention after each block of that level. taming's Gumbel f8 has
-the same encoder and decoder, including this attention. Its code is the largest logit of a
-convolution.
+aMUSEd is `diffusers.VQModel`. Chameleon is transformers' ChameleonVQVAE, which has no decoder, with
+the decoder of Janus. Janus counts levels from the lowest resolution, and has an additional
+attention layer after each block of that level. taming's Gumbel f8 has the same encoder and decoder,
+including this attention. Its code is the index of the largest logit of a convolution.
 """
 
 import dataclasses
@@ -19,15 +18,15 @@ torch = pytest.importorskip("torch")
 
 
 def small(family: str, **fields) -> PublishedConfig:
-  """Returns a family with fewer levels and channels: one code for 4 x 4 pixels."""
+  """Returns a family's config with fewer levels and channels, and one code per 4 x 4 pixels."""
   values = {"resolution": 32, "widths": (32, 64, 96), "latent_channels": 12, "code_dim": 8}
   return dataclasses.replace(FAMILIES[family], **values | fields)
 
 
 def randomize(model, seed: int) -> None:
-  """Draws all parameters so that no layer is the identity and no layer's output is tiny.
+  """Draws all parameters such that no layer is the identity, and outputs are not tiny.
 
-  Only `conv_in` has a tiny output, so that its variance is close to the epsilon of the norms.
+  The exception is `conv_in`: the variance of its output is close to the epsilon of the norms.
   """
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
@@ -45,9 +44,9 @@ def randomize(model, seed: int) -> None:
 
 
 class Amused:
-  """Encoder and decoder of `diffusers.VQModel`."""
+  """Reference for aMUSEd: encoder and decoder of `diffusers.VQModel`."""
 
-  lowest = 0  # aMUSEd's pipelines use pixels in [0, 1].
+  lowest = 0  # Pipelines of aMUSEd use pixels in [0, 1].
 
   def __init__(self, config: PublishedConfig, num_codes: int):
     import diffusers
@@ -71,7 +70,7 @@ class Amused:
     return self.model.state_dict()
 
   def distances(self, pixels):
-    """Maps [B, H, W, 3] pixels in [0, 1] to [B, h, w, K]."""
+    """Maps pixels [B, H, W, 3] in [0, 1] to distances of all codes [B, h, w, K]."""
     z = self.model.encode(pixels.permute(0, 3, 1, 2)).latents.permute(0, 2, 3, 1)
     return torch.cdist(z.reshape(-1, self.code_dim), self.model.quantize.embedding.weight).reshape(
       *z.shape[:3], -1
@@ -88,7 +87,7 @@ class Amused:
 
 
 class Chameleon:
-  """ChameleonVQVAE and the decoder of JanusVQVAE; with `gumbel`, taming's quantizer."""
+  """Reference for Chameleon: ChameleonVQVAE and Janus' decoder. `gumbel`: taming's quantizer."""
 
   lowest = -1
 
@@ -119,7 +118,7 @@ class Chameleon:
       self.modules += (self.gumbel,)
 
   def silence_attention(self):
-    """Disables the attention in Janus' decoder that Chameleon's lacks."""
+    """Disables the attention layers that Janus' decoder has and Chameleon's lacks."""
     with torch.no_grad():
       for attention in self.decoder.up[0].attn:
         attention.proj_out.weight.zero_()
@@ -137,7 +136,7 @@ class Chameleon:
     return tensors
 
   def distances(self, pixels):
-    """Maps [B, H, W, 3] pixels in [-1, 1] to [B, h, w, K]; negated logits for Gumbel."""
+    """Maps pixels [B, H, W, 3] in [-1, 1] to distances [B, h, w, K] (Gumbel: negated logits)."""
     z = self.model.quant_conv(self.model.encoder(pixels.permute(0, 3, 1, 2)))
     if self.gumbel is not None:
       return -self.gumbel(z).permute(0, 2, 3, 1)
@@ -169,7 +168,7 @@ def make(config: PublishedConfig, num_codes: int, seed: int = 0):
 
 
 def save(path, oracle, prefix: str = "", **more) -> None:
-  """Writes the tensors of an oracle and `more` tensors as safetensors."""
+  """Saves the tensors of a reference model, and `more` tensors, as safetensors."""
   import safetensors.torch
 
   tensors = {prefix + name: value.contiguous() for name, value in oracle.tensors().items()}

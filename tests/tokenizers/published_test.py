@@ -14,7 +14,7 @@ from tests.tokenizers.published_oracles import small
 torch = pytest.importorskip("torch")
 
 NUM_CODES = 48
-TIE = 1e-5  # Up to this difference of distances or logits, both codes are right.
+TIE = 1e-5  # Codes whose distances or logits differ by less are both accepted.
 TOLERANCE = 1e-4  # Difference of pixels.
 
 
@@ -28,7 +28,7 @@ def load(config, num_codes, oracle) -> dict:
 
 
 def num_different(config, num_codes, params, oracle, images) -> int:
-  """Counts codes that differ from the oracle's, except for ties."""
+  """Counts codes that differ from those of the reference, ignoring ties."""
   codes = np.asarray(published.encode(config, num_codes, params, images))
   with torch.no_grad():
     pixels = published_oracles.to_pixels(images, oracle.lowest)
@@ -51,13 +51,13 @@ def largest_difference(config, num_codes, params, oracle, codes) -> float:
 
 
 def make(config):
-  """Returns an oracle with random weights, and its parameters."""
+  """Returns (reference model with random weights, its parameters)."""
   oracle = published_oracles.make(config, NUM_CODES)
   return oracle, load(config, NUM_CODES, oracle)
 
 
 def swapped(params, side, level, first, second):
-  """Swaps two layers in the first block of a level."""
+  """Swaps two layers in the first block of a level; the result is a wrong model."""
   changed = jax.tree.map(lambda x: x, params)
   block = changed[side][level]["0"]["block"]["1"]
   block[first], block[second] = block[second], block[first]
@@ -69,7 +69,7 @@ def swapped(params, side, level, first, second):
   ["taming_gumbel_f8", *(pytest.param(x, marks=pytest.mark.slow) for x in ("amused", "chameleon"))],
 )
 def test_codes_and_pixels_equal_torch(family):
-  """The images are not square. As a negative control, two layers are swapped."""
+  """Given images that are not square, codes and pixels are equal, unless two layers are swapped."""
   oracle, params = make(config := small(family))
   images = some_images(24, 32)
   codes = np.random.default_rng(2).integers(0, NUM_CODES, (2, 6, 8))
@@ -110,7 +110,7 @@ def test_a_tokenizer_is_saved_whole_and_runs_in_batches(family, tmp_path):
     tokenizer.encode(images[:, :8])
 
 
-# Published (levels, codes per image, code width), and the number of parameters.
+# Published (levels, codes per image, code width) and number of parameters of each family.
 PUBLISHED = {
   "amused": (16, 256, 64, 146_244_675),
   "taming_gumbel_f8": (8, 1_024, 256, 68_995_971),

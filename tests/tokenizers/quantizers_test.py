@@ -61,7 +61,7 @@ def test_indices_of_fsq_make_a_round_trip_over_all_codes(num_codes):
 
 
 def test_fsq_of_even_and_odd_levels_in_literals():
-  """The 6 x 4 levels are -3 / 3 .. 2 / 3 and -2 / 2 .. 1 / 2."""
+  """6 levels are -3 / 3, ..., 2 / 3, and 4 levels are -2 / 2, ..., 1 / 2."""
   codebook = make("fsq")
   np.testing.assert_allclose(codebook(jnp.array([0, 5, 23])), [[-1, -1], [2 / 3, -1], [2 / 3, 0.5]])
   far = codebook.prepare(jnp.array([[-99.0, -99.0], [99.0, 99.0], [0.0, 0.0]]))

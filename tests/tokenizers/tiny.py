@@ -1,4 +1,4 @@
-"""Configures a VQGAN that compiles in seconds: one level, no residual blocks, 4 x 4 pixel codes."""
+"""Configures a VQGAN that compiles in seconds: one level, no residual blocks, 4 x 4-pixel codes."""
 
 import numpy as np
 

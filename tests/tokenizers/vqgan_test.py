@@ -62,7 +62,7 @@ LOCAL = dataclasses.replace(
   ("config", "own_alone"), [(LOCAL, True), (dataclasses.replace(LOCAL, local_codes=False), False)]
 )
 def test_a_local_code_depends_on_its_own_square_alone(config, own_alone, images):
-  """Changes all pixels outside of a square. A local code of the square stays the same."""
+  """Changing all pixels outside of a square does not change the local code of the square."""
   model = vqgan.bind(config, NUM_CODES, _init(config))
   changed = np.copy(images[::-1])
   changed[:, 4:8, 8:12] = images[:, 4:8, 8:12]
@@ -96,7 +96,7 @@ def _params_with_table(table):
 
 
 def test_initial_scales():
-  """A convolution keeps the scale of its input: kernels have variance 1 / fan-in."""
+  """Kernels have variance 1 / fan-in, so that a convolution preserves the scale of its input."""
   params = _init(dataclasses.replace(CONFIG, width=64))
   kernel = params["encoder"]["downs"]["0"]["kernel"]
   assert kernel.shape == (4, 4, 64, 128)
@@ -129,8 +129,8 @@ def test_straight_through_gradient_reaches_encoder(tokenizer, images):
     return max(float(jnp.abs(g).max()) for g in jax.tree.leaves(tree))
 
   assert largest(through["encoder"]["conv_in"]) > 1e-6
-  assert largest(through["codebook"]) == 0  # Codes learn only from the codebook loss.
-  assert largest(cut["encoder"]) == 0  # `cut` has no straight-through term.
+  assert largest(through["codebook"]) == 0  # Only the codebook loss trains the codebook.
+  assert largest(cut["encoder"]) == 0  # `cut` has no straight-through gradient.
 
 
 def test_reconstruction_is_decoded_codes(tokenizer, images):
@@ -155,7 +155,7 @@ def test_batches_do_not_matter(tokenizer, images):
 
 
 def test_codes_are_in_raster_order():
-  """Code 3 of 4 x 4 is the upper right corner; code 12, the lower left corner, cannot affect it."""
+  """Of 4 x 4 codes, code 3 is in the upper right corner, and code 12 in the lower left corner."""
   config = dataclasses.replace(
     CONFIG, stem=4, multipliers=(1,), encoder_blocks=(0,), decoder_blocks=(0,)
   )

@@ -1,3 +1,3 @@
-"""Shares the fixture of a run with the tests of exports."""
+"""Makes the run fixture available to the tests in this folder."""
 
 from tests.export.conftest import run  # noqa: F401

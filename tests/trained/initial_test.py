@@ -23,7 +23,7 @@ def with_model(**fields):
 
 @pytest.fixture(params=["opt", "modern"])
 def exported(request, tmp_path):
-  """Returns settings, their parameters, and the folder with the export of the parameters."""
+  """Returns settings, their parameters, and the folder of the exported parameters."""
   settings = with_model(family=request.param)
   with one_device():
     params = random_params(settings.model, seed=3)

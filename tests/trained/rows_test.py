@@ -28,7 +28,7 @@ def settings_with(**train_fields):
 
 @pytest.fixture
 def workdir(tmp_path):
-  """Makes stores of both splits and neighbors, like the stages before training."""
+  """Makes document stores of both splits and their neighbors, as stages before training would."""
   sources = make_sources(tmp_path / "made")
   documents, neighbors = tmp_path / "documents", tmp_path / "neighbors"
   documents.mkdir()

@@ -27,7 +27,7 @@ def test_a_run_has_its_own_folders_and_the_ids_of_its_stages(run):
 
 
 def store_raw(run, folder, **fields):
-  """Writes the stored settings of `run` with other fields of the section `raw`."""
+  """Writes the stored settings of `run` with changed fields of the section `raw`."""
   about = read_json(run / "train" / "config.json")
   about["settings"]["raw"].update(fields)
   (folder / "train").mkdir(parents=True)
@@ -64,7 +64,8 @@ def test_the_config_of_a_bundle_may_set_what_its_files_do_not_decide():
   sampling = dataclasses.replace(stored.sampling, temperature=0.125)
   asked = dataclasses.replace(stored, sampling=sampling, retrieval=SETTINGS.retrieval)
   assert Run.open("scenes", asked).settings == dataclasses.replace(stored, sampling=sampling)
-  other = settings_from_config(scenes.get_config())  # The demo's model is smaller.
+  # The model of this config is smaller than that of the bundle.
+  other = settings_from_config(scenes.get_config())
   with refused(UserError):
     Run.open("scenes", other)
 

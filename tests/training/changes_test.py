@@ -14,7 +14,7 @@ RATE = "optimizer.learning_rate"
 
 
 def check(*allowed, stored=RUN, **fields):
-  """Checks a run whose config fields differ from the default, e.g. `optimizer__eps=1e-6`."""
+  """Checks whether a run may change config fields from the default, e.g. `optimizer__eps=1e-6`."""
   config = copy.deepcopy(RUN)
   for name, value in fields.items():
     section, _, field = name.partition("__")
@@ -71,5 +71,5 @@ def test_an_average_may_change_its_rate_but_neither_begin_nor_end():
   assert check(name, stored=average, optimizer__ema_decay=0.99)
   for allowed in ((), (name,)):
     with refused(UserError) as error:
-      check(*allowed, stored=average)  # The default `ema_decay` of 0 ends the average.
+      check(*allowed, stored=average)  # The default `ema_decay` of 0 stops averaging.
     assert "--allow_changed=" not in str(error.value)

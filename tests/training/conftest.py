@@ -1,4 +1,4 @@
-"""Defines fixtures: rows, a run without interruptions, and checkpoints that tests damage."""
+"""Defines fixtures: rows, a run without interruptions, checkpoints that tests damage."""
 
 import pytest
 

@@ -39,21 +39,21 @@ def test_the_loss_falls_and_every_step_is_logged(whole):
 
 
 def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
-  """A run that is killed in step 11 repeats the steps after its checkpoint, then continues."""
+  """After a kill in step 11, the run repeats the steps since its checkpoint and continues."""
   with pytest.raises(Crash):
     run(tmp_path, loader, sample_grid=crash_at(11, tmp_path), sample_every=1)
-  assert max(losses(tmp_path)) == 11  # A step is logged before anything reads its state.
+  assert max(losses(tmp_path)) == 11  # The loop logs a step before it reads the step's state.
   run(tmp_path, loader, fresh=True)
   assert losses(tmp_path) == losses(whole[0])
   lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
   (event,) = [line for line in lines if line.get("event") == "resumed"]
-  assert event["from_step"] in (4, 8)  # Step 8 counts if its save was complete.
+  assert event["from_step"] in (4, 8)  # Checkpoint 8 is used if it was complete.
   assert event["replayed"] == event["identical"] == 11 - event["from_step"]
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_while_it_samples_makes_that_grid_again(loader, tmp_path):
-  """A checkpoint of the step must not count before the grid of the step is written."""
+  """The checkpoint of a step must not count before the sample grid of the step is written."""
   with pytest.raises(Crash):
     run(tmp_path, loader, sample_grid=crash_at(4, tmp_path), sample_every=4)
   seen = []
@@ -63,7 +63,7 @@ def test_a_run_that_is_killed_while_it_samples_makes_that_grid_again(loader, tmp
 
 @pytest.mark.slow
 def test_a_killed_run_with_an_average_continues_bit_for_bit(loader, tmp_path):
-  """The held-out losses and the samples are computed with the average."""
+  """Held-out losses and sample grids use the average."""
   seen = {}
 
   def sample_grid(params, step):
@@ -94,7 +94,7 @@ def test_a_killed_run_with_an_average_continues_bit_for_bit(loader, tmp_path):
 def test_a_run_starts_from_given_parameters_and_its_checkpoint_wins_over_them(
   whole, loader, tmp_path
 ):
-  """The average starts from the given parameters. Optimizer and learning rate start anew."""
+  """The average starts from the given parameters; optimizer and learning rate start from step 0."""
   given = mock.Mock(side_effect=lambda: reading.load_params(whole[0], MODEL)[0])
   first = {"learning_rate": 1e-30, "ema_decay": 0.9, "initial_params": given}
   run(tmp_path, loader, steps=1, **first)
@@ -132,7 +132,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(whole, loader, tmp_
     with pytest.raises(UserError, match=r"works in .*: use another --workdir"):
       run(tmp_path, loader)
     assert not (tmp_path / "metrics").exists()
-  run(tmp_path, loader)  # The other process is gone, so this process does not wait for it.
+  run(tmp_path, loader)  # The other process has ended, so this run does not wait.
   assert losses(tmp_path) == losses(whole[0])
 
 
@@ -143,7 +143,7 @@ def test_a_batch_that_does_not_split_is_refused(loader, tmp_path):
 
 @pytest.mark.slow
 def test_rows_of_a_device_set_the_passes(loader, tmp_path):
-  """On one device, 8 rows become 4 micro-batches of 2 rows, exactly as if the config said so."""
+  """On one device, 8 rows become 4 micro-batches of 2 rows, as with accumulation over 4."""
   run(tmp_path / "rows", loader, steps=4, rows_per_device=2)
   run(tmp_path / "passes", loader, steps=4, gradient_accumulation_steps=4)
   assert losses(tmp_path / "rows") == losses(tmp_path / "passes")
@@ -160,7 +160,7 @@ def test_the_last_step_is_evaluated_once_and_its_losses_are_returned(loader, tmp
     assert {name: summary[name] for name in last if name != "step"} == {
       name: x for name, x in last.items() if name != "step"
     }
-    again = run(tmp_path, loader, steps=4)  # No steps remain to be trained.
+    again = run(tmp_path, loader, steps=4)  # The run has all its steps already.
     assert evaluate.call_count == 3
   assert again == summary
 
@@ -173,7 +173,7 @@ def test_a_shorter_run_leaves_a_longer_one_as_it_is(loader, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_debug_nans_finds_the_operation_although_the_state_is_donated(loader, tmp_path):
-  """The parameters are 1e37 after step 2. Without the flag, step 3 has the first wrong metrics."""
+  """After step 2, parameters are 1e37. Without the flag, the first wrong metrics are of step 3."""
   message = r"^step 3 is skipped: its loss is .* rows 16 to 23 were read, .*--debug_nans"
   with pytest.raises(UserError, match=message):
     run(tmp_path / "plain", loader, learning_rate=1e38, tensorboard=False, max_skipped=0)

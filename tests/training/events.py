@@ -1,4 +1,4 @@
-"""Reads event files as TensorBoard does: a new start hides older events of its steps."""
+"""Reads event files as TensorBoard does: a restart hides older events of the same steps."""
 
 import struct
 
@@ -7,7 +7,7 @@ from tensorboardX.proto import event_pb2
 
 
 def read(folder):
-  """Returns {tag: {step: [values]}} of all event files in `folder`, in the order of writing."""
+  """Returns {tag: {step: [values]}} from all event files in `folder`, in the order written."""
   found = {}
   for path in sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime_ns):
     for event in _events(path.read_bytes()):

@@ -1,4 +1,4 @@
-"""Provides fakes of the objects that training hooks use. The fakes record the calls."""
+"""Defines fakes of the objects that training hooks use; the fakes record calls."""
 
 import contextlib
 
@@ -19,14 +19,14 @@ class FakeState(TrainState):
 
 
 class FakeStop(StopSignal):
-  """Fake stop signal: received, with this exit code, or not received if `code` is None."""
+  """Fake stop signal that was received and means exit code `code`; None: not received."""
 
   def __init__(self, code=None):
     self.code = code
 
 
 class FakeMonitor(Monitor):
-  """Records calls in `events`. `skipped` is the number of skipped steps in a row."""
+  """Records calls in `events`. `skipped` is the number of consecutive skipped steps."""
 
   def __init__(self, skipped=0, logged=()):
     self.events, self.skipped, self.logged = [], skipped, dict(logged)
@@ -68,7 +68,7 @@ class FakeMonitor(Monitor):
 
 
 class FakeCheckpoints(Checkpoints):
-  """Records the saves. `failure` is the error of the save in flight, or None."""
+  """Records saves. `failure` is the error of the save in progress, or None."""
 
   def __init__(self, failure=None):
     self.saves, self.closed, self.failure = [], False, failure

@@ -1,4 +1,4 @@
-"""Tests the loop that all trainings share, with numbers as states and batches."""
+"""Tests the loop of all trainings, with numbers as states and batches."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from tests.training.fakes import Noting
 
 
 def add(events):
-  """Adds the batch to the state, as a step function."""
+  """Returns a step function that adds the batch to the state."""
 
   def take_step(state, batch):
     events.append(("step", state, batch))

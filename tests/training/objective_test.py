@@ -1,4 +1,4 @@
-"""Tests the counting of skipped steps. `skipped_rows_test` has runs that skipped steps end."""
+"""Tests the count of skipped steps. `skipped_rows_test` covers runs that skipped steps stop."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.messages import refused
 
 
 class Explained(Objective):
-  """Objective that records what it is asked to explain."""
+  """Objective that records the rows that it must explain."""
 
   names, length = (), 8
 
@@ -26,7 +26,7 @@ class Explained(Objective):
   [(range(101, 103), range(1_600, 1_616)), (range(103, 104), range(1_616, 1_624))],
 )
 def test_rows_of_steps_are_counted_from_where_the_trainer_began(steps, rows):
-  """The run had 100 steps of 16 rows, then steps of 8 rows."""
+  """The run had 100 steps of 16 rows, and has had steps of 8 rows since then."""
   objective = Explained()
   with refused(UserError), explaining(objective, 100, 1_600, 8):
     raise TooManySkippedError("step 104 is skipped", steps)

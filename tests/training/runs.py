@@ -1,4 +1,4 @@
-"""Runs a tiny training, and crashes it in the middle."""
+"""Runs a tiny training, and crashes it during a step."""
 
 import functools
 import time
@@ -22,14 +22,14 @@ from tests.data.stores import VOCAB
 from tests.models.tiny import SIZES, mesh_of
 
 MODEL = ModelConfig(vocab_size=VOCAB.size, max_positions=128, loss_chunk=32, **SIZES)
-STEPS, LENGTH = 12, 64  # Steps of a run, length of its rows.
+STEPS, LENGTH = 12, 64  # Number of steps of a run, and length of a row.
 
 
 @functools.cache
 def shared_steps(model, optimizer, accumulation, vocab, seed, mesh):
-  """Compiles the steps once for all runs, because compilation takes most of the time.
+  """Compiles the steps once for all runs, because compiling takes most of the time.
 
-  The learning rate schedule is the schedule of a run of `STEPS` steps.
+  The learning rate schedule is that of `STEPS` steps.
   """
   config = TrainConfig(
     steps=STEPS, gradient_accumulation_steps=accumulation, global_batch_size=accumulation
@@ -52,7 +52,7 @@ def run(
   go_back=None,
   **fields,
 ):
-  """Trains. With `fresh`, the steps are compiled again, as in a new process."""
+  """Trains a tiny decoder. `fresh` compiles the steps again, as in a new process."""
   usual = {"steps": STEPS, "global_batch_size": 8, "eval_every": 5, "eval_batches": 1}
   config = TrainConfig(**{**usual, "checkpoint_every": 4, **fields})
   optimizer = OptimizerConfig(
@@ -89,11 +89,11 @@ def losses(folder):
 
 
 class Crash(Exception):
-  """Simulates a machine that fails in the middle of a step."""
+  """Simulates a machine that fails during a step."""
 
 
 def crash_at(step, folder):
-  """Crashes in `step` after the last save, whose thread would survive the crash, has ended."""
+  """Returns a function that crashes in `step`, after the thread of the last save has ended."""
 
   def crash(_, at):
     if at == step:
@@ -105,7 +105,7 @@ def crash_at(step, folder):
 
 
 def arrays(folder):
-  """Returns the parameters of the last checkpoint, and the average that is loaded from it."""
+  """Returns the parameters of the last checkpoint, and their average."""
   with jax.set_mesh(mesh_of(1, 1, 1)):
     optimizer = create_optimizer(OptimizerConfig(), STEPS)
     init = functools.partial(init_state, MODEL, optimizer, jax.random.key(0), averaged=True)

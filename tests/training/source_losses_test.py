@@ -48,7 +48,7 @@ def test_a_source_without_targets_has_no_loss():
 
 
 def step_in_two(num_sources):
-  """Returns the metrics and the state of a train step with two micro-batches."""
+  """Runs a train step with two micro-batches; returns its metrics and the new state."""
   with jax.set_mesh(mesh_of(1, 1, 1)):
     batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in marked_batch().items()}
     state = init_state(CONFIG, OPTIMIZER, jax.random.key(0))
@@ -81,7 +81,7 @@ def assert_sums(sums, expected):
 
 
 def test_sums_of_a_step_in_two_parts_are_those_of_all_logits(expected, marked):
-  """`state_test` tests that the sums are the same on all meshes."""
+  """`state_test` covers the same sums on other meshes."""
   assert_sums(marked[0], expected)
   assert marked[0]["source_weight"][-1] == 0 < marked[0]["source_weight"][:-1].min()
   assert np.ptp(expected[0][:-1]) > 0.1
@@ -111,7 +111,7 @@ def test_marks_change_neither_the_step_nor_its_other_metrics(marked):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-  """Returns two tasks and pairs as sources. Held-out rows have the same documents."""
+  """Returns three sources: two tasks, and pairs. Held-out rows have the same documents."""
   root = tmp_path_factory.mktemp("sources")
   tasks = [dataclasses.replace(s, share=0.3) for s in make_instructions(root)]
   pairs = dataclasses.replace(make_sources(root)[0], share=0.4, name="pairs")
@@ -139,7 +139,7 @@ def test_a_row_names_the_source_of_each_slot(sources):
 
 
 def tune(folder, loader, shape=(1, 1, 1), sample_grid=None, evaluate_start=True, **fields):
-  """Trains like instruction tuning: evaluates the given (here random) parameters first."""
+  """Trains as instruction tuning does: evaluates the initial parameters first."""
   config = TrainConfig(
     **{
       "steps": STEPS, "global_batch_size": 8, "eval_every": 4, "eval_batches": 1,
@@ -203,7 +203,7 @@ def heldout_steps(folder):
 
 @pytest.mark.slow
 def test_a_step_without_a_source_has_no_value_of_it(sources, tmp_path):
-  """Also holds with --debug_nans: no program divides by the weight of the source, which is 0."""
+  """Runs with --debug_nans: a source without tokens has weight 0, and nothing divides by it."""
   rare = [dataclasses.replace(s, share=x) for s, x in zip(sources, (0.96, 0.02, 0.02))]
   with jax.debug_nans(True):
     tune(tmp_path, loader_of(rare), steps=3, global_batch_size=1)
@@ -260,10 +260,10 @@ def test_the_summary_has_the_losses_before_and_after(whole):
 
 @pytest.mark.parametrize("killed_in", [1, 5])
 def test_a_killed_run_has_step_0_once(whole, loader, tmp_path, killed_in):
-  """A run without a checkpoint evaluates step 0 again; a run with one reads the stored losses."""
+  """A run killed before its first checkpoint evaluates step 0 again; otherwise it reads the log."""
   with pytest.raises(Crash):
     tune(tmp_path, loader, sample_grid=crash_at(killed_in, tmp_path), sample_every=1)
-  time.sleep(1)  # Without this, an event file of the same second and process would be overwritten.
+  time.sleep(1)  # Otherwise a restart in the same second would overwrite the event file.
   with mock.patch.object(heldout, "evaluate", wraps=heldout.evaluate) as evaluate:
     summary = tune(tmp_path, loader)
   resumed_at = [line["from_step"] for line in log_of(tmp_path) if line.get("event") == "resumed"]
@@ -296,7 +296,7 @@ def test_the_line_of_before_and_after():
     "train: held-out loss before -> after: count 5.000 -> 0.500, pairs 1.000 -> 1.250 "
     "nats per target"
   )
-  # The line names only the sources that both evaluations have.
+  # The line has only sources that both evaluations have.
   del after["heldout_loss/count"]
   assert change_line(before, {**after, "steps": 3, "heldout_before": before}) == (
     "train: held-out loss before -> after: pairs 1.000 -> 1.250 nats per target"

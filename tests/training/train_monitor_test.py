@@ -16,7 +16,7 @@ from tests.training.watch.traces_test import traced_steps
 
 @pytest.mark.slow
 def test_prometheus_reads_a_run_while_it_trains(loader, tmp_path):
-  """Reads while the grid of step 8 is made, because the endpoint is open only during training."""
+  """Reads during the sample grid of step 8, because the endpoint exists only during training."""
   port, found = free_port(), []
 
   def scrape(*_):
@@ -59,7 +59,7 @@ def test_goodput_is_printed_and_summed_over_starts(loader, tmp_path, capsys):
   lines = [
     line for line in read_json_lines(tmp_path / "metrics" / "metrics.jsonl") if "goodput" in line
   ]
-  # Saves at steps 4 and 8, evaluations at steps 5 and 8, and the end.
+  # Lines of saves at steps 4 and 8, evaluations at steps 5 and 8, and the end of the run.
   assert [line["step"] for line in lines] == [4, 5, 8, 8, 8]
   for before, line in itertools.pairwise(lines):
     assert all(line[name] >= before[name] for name in line if name.endswith("_seconds"))

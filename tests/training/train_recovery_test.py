@@ -31,7 +31,7 @@ def test_a_run_that_is_rolled_back_continues_bit_for_bit(whole, loader, tmp_path
 
 @pytest.mark.slow
 def test_the_checkpoint_of_the_lowest_heldout_loss_is_kept(loader, tmp_path):
-  """The learning rate is too high, so later steps have higher losses."""
+  """With a too high learning rate, an early step has the lowest loss."""
   run(
     tmp_path, loader, learning_rate=3.0, steps=5, eval_every=1, checkpoint_every=1, keep_best=1,
     tensorboard=False,
@@ -70,7 +70,7 @@ def edit(path, lines):
 
 @pytest.fixture(scope="module")
 def crashed(loader, tmp_path_factory):
-  """Makes a run that crashed in step 10."""
+  """Makes a run that crashes in step 10."""
   folder = tmp_path_factory.mktemp("crashed")
   with pytest.raises(Crash):
     run(folder, loader, sample_grid=crash_at(10, folder), sample_every=1)
@@ -98,7 +98,7 @@ def crashed(loader, tmp_path_factory):
 def test_a_log_that_is_not_as_it_was_written_is_named_and_the_run_goes_on(
   whole, crashed, loader, tmp_path, capsys, damage, sentence
 ):
-  """The lines up to the checkpoint of step 8 have a digest. A run can continue without them."""
+  """The digest covers the lines up to checkpoint 8. Without these lines, the run continues, too."""
   folder = shutil.copytree(crashed, tmp_path / "run")
   damage(folder / "metrics" / "metrics.jsonl")
   capsys.readouterr()

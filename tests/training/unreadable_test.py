@@ -1,4 +1,4 @@
-"""Tests that a checkpoint file that cannot be read is named, and that nothing is deleted."""
+"""Tests that a message names an unreadable checkpoint file, and that nothing is deleted."""
 
 import builtins
 import contextlib
@@ -15,12 +15,12 @@ from cm3leon_jax.config import TryAgain, UserError
 from tests.checkpoints.saved import flip, largest_file, on_disk
 from tests.messages import refused
 
-# Errors of a network disk, of a full table of open files, and of changed permissions.
+# Errors of network disks, of too many open files, and of changed permissions.
 ERRORS = ("EIO", "ESTALE", "EACCES", "EMFILE", "ENFILE", "ETIMEDOUT", "EHOSTDOWN", "ENOMEM")
 
 
 class Unreadable(io.RawIOBase):
-  """File that can be opened, but not read."""
+  """File that can be opened but not read."""
 
   def __init__(self, number: int):
     self._number = number
@@ -34,7 +34,7 @@ class Unreadable(io.RawIOBase):
 
 @contextlib.contextmanager
 def failing(call: str, number: int, path):
-  """Makes a system call fail for one path: `stat`, `open`, `read` or, for a folder, `list`."""
+  """Makes one system call fail for one path: `stat`, `open`, `read` or, for a folder, `list`."""
   with pytest.MonkeyPatch.context() as patch:
 
     def wrapped(original):
@@ -67,14 +67,14 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def recover(checkpoints):
-  """Does what a start does before it restores a checkpoint."""
+  """Checks checkpoints as a start does before it restores one."""
   recovery.discard_unsealed(checkpoints)
   return recovery.newest_whole(checkpoints)
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_a_file_that_cannot_be_read_is_named_and_nothing_is_deleted(saved, name):
-  """Covers every file and folder of the newest checkpoint, its digests, and every system call."""
+  """Covers each file and folder of the newest checkpoint, its digests, and each system call."""
   number, before, tried = getattr(errno, name), contents(saved), 0
   digests = saved / "checkpoints.digests" / "2.json"
   with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
@@ -93,7 +93,7 @@ def test_a_file_that_cannot_be_read_is_named_and_nothing_is_deleted(saved, name)
 
 @pytest.mark.parametrize("call", ["stat", "list"])
 def test_checkpoints_that_cannot_be_listed_are_not_gone(saved, call):
-  """Orbax treats a folder that it cannot read as if it did not exist."""
+  """Orbax treats an unreadable folder as missing."""
   before = contents(saved)
   path = saved / "checkpoints" / ("2" if call == "stat" else "")
   with failing(call, errno.EIO, path), refused(TryAgain):

@@ -26,7 +26,7 @@ def save(folder, params, ema=None, split_layers=True):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-  """Saves a checkpoint from 8 devices with an average; returns it and both trees of parameters."""
+  """Saves parameters and their average from 8 devices; returns the folder and both trees."""
   folder = tmp_path_factory.mktemp("train")
   with jax.set_mesh(mesh_of(2, 2, 2)):
     params, ema = random_params(CONFIG, seed=1), random_params(CONFIG, seed=2)
@@ -65,7 +65,7 @@ def test_each_layer_has_chunks_of_its_own(saved):
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read_too(tmp_path):
-  """In an earlier version, a chunk spans all layers, or half of them if two replicas write."""
+  """In earlier versions, a chunk covers all layers, or half of them if two replicas write."""
   with jax.set_mesh(mesh_of(2, 2, 2)):
     params = random_params(dataclasses.replace(CONFIG, num_layers=3))
     save(tmp_path, params, split_layers=False)

@@ -24,7 +24,7 @@ def some():
 
 @pytest.mark.parametrize("dtype", tensor_files.DTYPES)
 def test_the_library_reads_what_was_written(tmp_path, dtype):
-  arrays = {name: x.T * 50 for name, x in some().items()}  # The arrays are not contiguous.
+  arrays = {name: x.T * 50 for name, x in some().items()}  # Transposed arrays are not contiguous.
   files = tensor_files.write(tmp_path, tensors_of(arrays, dtype))
   assert files == ["model.safetensors"]
   kind = tensor_files.DTYPES[dtype][1]
@@ -38,7 +38,7 @@ def test_the_library_reads_what_was_written(tmp_path, dtype):
 
 
 def test_the_file_is_byte_for_byte_that_of_the_library(tmp_path):
-  """Tensors are in the order of the library: the widest dtype first, then by name."""
+  """The order is that of the library safetensors: wider dtypes first, then by name."""
   arrays = some()
   tensor_files.write(tmp_path, tensors_of(arrays))
   expected = safetensors_numpy.save(arrays, {"format": "pt"})
@@ -46,7 +46,7 @@ def test_the_file_is_byte_for_byte_that_of_the_library(tmp_path):
 
 
 def test_shards_hold_at_most_so_many_bytes_and_the_index_names_them(tmp_path):
-  arrays = some()  # Arrays of 20, 40, ..., 120 bytes.
+  arrays = some()  # 6 arrays of 20, 40, ..., 120 bytes.
   files = tensor_files.write(tmp_path, tensors_of(arrays), shard_bytes=190)
   index = json.loads((tmp_path / tensor_files.INDEX).read_text())
   assert index["metadata"]["total_size"] == sum(x.nbytes for x in arrays.values())

@@ -85,7 +85,7 @@ def test_thumbnails_are_never_further_apart_than_the_images():
 
 
 def test_two_patterns_of_one_brightness_differ_by_color():
-  """The two images have the same gray image, so each color channel is hashed."""
+  """In gray the two images are equal, so the hash must use each color channel."""
   step = np.linspace(0, 1, 64)[None, :, None] * np.ones((64, 1, 1))
   red = (step * [200, 0, 0]).astype(np.uint8)
   blue = (step * [0, 0, 200]).astype(np.uint8)

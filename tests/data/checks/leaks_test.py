@@ -39,7 +39,8 @@ def photos(split, seeds):
 
 
 def test_planted_copies_are_found_and_nothing_else(tmp_path, monkeypatch):
-  monkeypatch.setattr(leaks, "BATCH", 3)  # Held-out and training images fill several batches.
+  # Splits the held-out and training images into several batches.
+  monkeypatch.setattr(leaks, "BATCH", 3)
   darker = np.asarray(COPIES["darker"](Image.fromarray(photo(2))))
   source = tmp_path / "in"
   images = photos("train", range(10)) | photos("heldout", range(50, 55))
@@ -65,7 +66,7 @@ def test_the_limit_of_the_psnr_is_an_argument(tmp_path):
   psnr = {pair.heldout: -pair.noise for pair in leaks.check(raw, 2, 0.0).nearest}
   assert psnr["noisy"] > psnr["shifted"] > 0
   assert leaks.check(raw, 2, 0.0).leaked == 2
-  assert leaks.check(raw, 2, 100.0).leaked == 1  # The hash of this image is the same.
+  assert leaks.check(raw, 2, 100.0).leaked == 1  # Only the perceptual hash finds this leak.
 
 
 def test_without_heldout_images_nothing_leaks(tmp_path):

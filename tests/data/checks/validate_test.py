@@ -65,7 +65,7 @@ def test_a_flipped_bit_is_reported_or_harmless(tmp_path):
     except UserError as error:
       assert "000000.array_record" in str(error)  # noqa: PT017
       noticed += 1
-    else:  # The flip is in a signature of the file, which no reader checks.
+    else:  # Flips in the file's signature remain unnoticed, because no reader checks it.
       store = DocumentStore(tmp_path, VOCAB)
       for i, original in enumerate(originals):
         same(original, store[i])
@@ -97,13 +97,14 @@ def test_lengths_of_other_documents_are_refused(tmp_path, others):
 @pytest.mark.parametrize("has_digests", [True, False])
 @pytest.mark.parametrize("field", ["offsets", "lengths", "is_image", "groups", "concepts"])
 def test_a_damaged_joined_array_is_found_and_named(tmp_path, field, has_digests):
-  """The array is also found in a store without digests, where the document is named, too."""
+  """Finds the array even in a store without digests, and then names the document."""
   folder = write_stage(tmp_path)
   if not has_digests:
     (tmp_path / "documents" / stages.DONE).unlink()
   assert validate_store(DocumentStore(folder, VOCAB))["documents"] == 7
   values = np.load(folder / f"{field}.npy")
-  place = 5 if field in ("offsets", "groups", "concepts") else 10  # A place in document 5.
+  # An index of document 5 or of its segments.
+  place = 5 if field in ("offsets", "groups", "concepts") else 10
   values[place] = not values[place] if field == "is_image" else values[place] + 1
   np.save(folder / f"{field}.npy", values)
   with refused(UserError):
@@ -111,7 +112,7 @@ def test_a_damaged_joined_array_is_found_and_named(tmp_path, field, has_digests)
 
 
 def test_a_whole_shard_of_other_documents_is_found(tmp_path):
-  """The shard has correct checksums and the same size, so only its digest shows the change."""
+  """The new shard has valid checksums and the same size, so only the digest reveals the change."""
   folder = write_stage(tmp_path)
   index = json.loads((folder / "index.json").read_text())
   other = [document(f"x{i}", text(*range(8, 9 + i)), image(301 + i)) for i in range(3)]
@@ -123,8 +124,8 @@ def test_a_whole_shard_of_other_documents_is_found(tmp_path):
 
 
 def prepare(folder, **fields) -> pathlib.Path:
-  """Prepares a shard of noise, whose images have crops; returns the raw folder."""
-  if not (folder / "in").exists():  # Rewritten images would count as changed.
+  """Prepares one shard of noise images with crops; returns the raw folder."""
+  if not (folder / "in").exists():  # New files would count as a changed source.
     (folder / "in").mkdir()
     for i in range(6):
       pixels = np.random.default_rng(i).integers(0, 256, (30, 30, 3), np.uint8)
@@ -137,7 +138,7 @@ def prepare(folder, **fields) -> pathlib.Path:
 
 
 def forget_digests(raw, name="000000"):
-  """Leaves only the files of a shard that an earlier version wrote."""
+  """Removes the image digests of a shard, as if an earlier version wrote it."""
   (raw / name / reader.IMAGE_DIGESTS).unlink()
   record = read_json(raw / "done" / f"{name}.json")
   del record["summary"]["files"][reader.IMAGE_DIGESTS]
@@ -146,7 +147,7 @@ def forget_digests(raw, name="000000"):
 
 @pytest.mark.parametrize("jpeg_quality", [0, 90])
 def test_every_flipped_bit_of_a_raw_image_is_found(tmp_path, capsys, jpeg_quality):
-  """Covers images of added crops, too. Most images with a flipped bit decode to another image."""
+  """Covers the images of added crops. Most flips give an image that can be decoded."""
   raw = prepare(tmp_path, jpeg_quality=jpeg_quality)
   validate_raw(raw, 2)
   images = sorted((raw / "000000" / "images").iterdir())
@@ -174,7 +175,7 @@ def test_raw_images_that_are_absent_or_swapped_are_found_and_made_again(tmp_path
     change()
     with refused(UserError):
       validate_raw(raw, 2)
-    shutil.rmtree(raw / "000000")  # The message says: delete the shard.
+    shutil.rmtree(raw / "000000")  # Does what the message says: delete the shard.
     prepare(tmp_path)
     assert {path.name: path.read_bytes() for path in (first, second)} == before
     validate_raw(raw, 2)
@@ -202,6 +203,6 @@ def test_a_raw_folder_of_an_earlier_version_is_read_and_validated_once(tmp_path,
   sentence = "but 1 of the shards, from an earlier version, have no image digests"
   assert capsys.readouterr().out.count(sentence) == 1
   record = (raw / "done" / "000000.json").read_bytes()
-  prepare(tmp_path)  # The same command does not write the shard again.
+  prepare(tmp_path)  # The same command does not rewrite the shard.
   assert (raw / "done" / "000000.json").read_bytes() == record
   assert reader.read_pairs(raw, "train") == pairs

@@ -32,7 +32,7 @@ CAPTIONS = [f"a {color} square </s>" for color in ("red", "green", "blue", "gray
 
 
 class BrightnessTokenizer:
-  """Encodes 8x8 images as four codes: the brightness of each quarter in `levels` steps."""
+  """Encodes an 8x8 image as four codes: the brightness of each quarter, quantized to `levels`."""
 
   def __init__(self, levels):
     self.levels = levels
@@ -149,7 +149,7 @@ def test_long_captions_lose_their_end(raw, text_tokenizer, tmp_path):
 
 
 def test_a_lost_shard_is_encoded_again_and_the_stage_is_the_same(raw, text_tokenizer, tmp_path):
-  """A user who follows the message about a damaged file must still have a usable run."""
+  """After the shard that a message names is deleted, the run must still be usable."""
   folder, ids = tmp_path / "documents", []
   for lost in ("", "000000.array_record", "000000.npz", "lengths.npy", "index.json"):
     if lost:
@@ -168,14 +168,14 @@ def test_codes_outside_the_vocabulary_are_refused(raw, text_tokenizer, tmp_path)
 
 
 def test_one_code_for_all_images_is_refused(raw, text_tokenizer, tmp_path):
-  """An image tokenizer whose parameters are NaN has only one code. Two codes are accepted."""
+  """A tokenizer with NaN parameters has one code for all images, so a second code is required."""
   with refused(UserError):
     encode(raw, text_tokenizer, tmp_path, levels=1)
   assert encode(raw, text_tokenizer, tmp_path / "two", levels=2)["train"]["codes_used"] == 2
 
 
 def test_an_image_tokenizer_that_diverged_encodes_nothing(raw, text_tokenizer, tmp_path):
-  """An earlier version left such a tokenizer. Now the stage of the tokenizer does not finish."""
+  """In earlier versions, an image tokenizer with NaN parameters could be saved."""
   config = tiny_config()
   params = vqgan.init_params(config, VOCAB.image_size, jax.random.key(0))
   params["encoder"] = jax.tree.map(lambda x: x * np.nan, params["encoder"])

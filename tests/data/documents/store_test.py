@@ -172,7 +172,7 @@ def flip(path, position, bit=0):
 
 
 def write_stage(root, number=7):
-  """Writes a finished stage `documents` with a store of two shards; returns the stage's folder."""
+  """Writes a finished stage `documents` with two shards; returns the folder of the store."""
   made = [document(f"d{i}", text(*range(8, 9 + i)), image(300 + i)) for i in range(number)]
   folder = root / "documents"
   with stages.once(folder, {}, files=table.STAGES["documents"].files):
@@ -223,7 +223,7 @@ def test_a_document_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_a_record_of_other_lengths_is_named(tmp_path):
-  """The store has no digests, like stores of earlier versions. Its shard has other documents."""
+  """In a store without digests, the lengths reveal a shard with other documents."""
   folder = write_stage(tmp_path)
   index = json.loads((folder / "index.json").read_text())
   del index["files"]

@@ -15,7 +15,7 @@ PAIR = {"key": "a", "caption": "a", "split": "train", "attribution": "b"}
 
 
 def make_run(folder, license_="", init_from=""):
-  """Writes raw data with a license, if it is given, and the run's config with `init_from`."""
+  """Writes raw data, with a license if one is given, and the config of the run with `init_from`."""
   if license_:
     write_raw(folder / "raw", [{**PAIR, "license": license_}] * 2, [make_image(None, 0)] * 2)
   start = {"source": init_from, "step": None, "digest": "0"} if init_from else None

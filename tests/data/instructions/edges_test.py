@@ -43,18 +43,18 @@ def test_a_scribble_is_a_thick_outline(side):
   assert set(np.unique(drawn)) == {0, 255}
   width = max(2, side // 64)
   assert (drawn > 0).sum() > 1.5 * (edges > 0).sum()
-  # Every line is near an edge. The inside and the outside of the square are empty.
+  # Every line is near an edge. The center and the border of the image have no lines.
   rows, columns = np.nonzero(edges)
   lines = np.argwhere(drawn > 0)
   distances = np.abs(lines[:, None] - np.stack([rows, columns], 1)[None]).max(-1).min(1)
   assert distances.max() <= 2 * width
   assert not drawn[side // 2 - 4 : side // 2 + 4, side // 2 - 4 : side // 2 + 4].any()
   assert not drawn[: side // 8].any()
-  assert (drawn[side // 2] > 0).sum() == 2 * width  # The row crosses two lines.
+  assert (drawn[side // 2] > 0).sum() == 2 * width  # The middle row crosses two lines.
 
 
 def test_a_scribble_leaves_out_details():
-  """Noise has edges everywhere, but scribbles of the square with and without noise are equal."""
+  """Noise adds edges everywhere, but the scribbles with and without noise are almost equal."""
   noise = np.random.default_rng(0).integers(-90, 90, (256, 256, 3))
   noisy = np.clip(square(256).astype(int) + noise, 0, 255).astype(np.uint8)
   clean, drawn = scribble(square(256)), scribble(noisy)

@@ -21,7 +21,7 @@ def read(root, name, split=None, **release):
 
 
 def files_of(name):
-  """Returns the files that a split of the format reads, except the prompts of InstructPix2Pix."""
+  """Returns the files that are read for a split, except the prompts of InstructPix2Pix."""
   unread = ("train_split.json", "test_split.json")
   return [f for f in RELEASES[name] if f not in unread and not f.endswith("prompt.json")]
 
@@ -84,7 +84,7 @@ def test_vqa_has_the_most_frequent_answer_and_all_of_them_as_facts(tmp_path):
 
 def test_vizwiz_unanswerable_questions_say_so(tmp_path):
   soap, color = read(tmp_path, "vizwiz")
-  # Two answers are equally frequent, so the first counts.
+  # Two answers are equally frequent, and the first of them is used.
   assert soap.texts == {"question": "What is this?", "answer": "soap"}
   assert color.texts["answer"] == "unanswerable"
   content = copy.deepcopy(RELEASES["vizwiz"]["Annotations/val.json"])
@@ -96,7 +96,7 @@ def test_vizwiz_unanswerable_questions_say_so(tmp_path):
 
 
 def test_textvqa_blank_answers_do_not_count(tmp_path):
-  brand, year = read(tmp_path, "textvqa")  # The third question has only blank answers.
+  brand, year = read(tmp_path, "textvqa")  # Skips the third question, which has only blank answers.
   assert brand == Record(
     key="34602",
     group="003a8ae2ef43b901",
@@ -156,7 +156,7 @@ def test_instruct_pix2pix_one_record_a_seed(tmp_path):
 def test_instruct_pix2pix_splits_are_parts_of_the_list(tmp_path, count, sizes):
   names = [f"{i:07d}" for i in range(count)]
   write(tmp_path, {f"{name}/prompt.json": prompt("ice") for name in names})
-  write(tmp_path, {"seeds.json": [[name, [5]] for name in names]})  # A seed may be an integer.
+  write(tmp_path, {"seeds.json": [[name, [5]] for name in names]})  # Seeds may be integers.
   parts = [list(open_records("instruct_pix2pix", tmp_path, s)) for s in ("train", "val", "test")]
   assert tuple(map(len, parts)) == sizes
   assert [r.key for part in parts for r in part] == [f"{name}/5" for name in names]
@@ -181,7 +181,7 @@ def test_localized_narratives_one_record_a_caption(tmp_path):
   image = {"image": f"{tmp_path}/val2017/000000137576.jpg"}
   assert cows == Record("137576/0", "137576", {"caption": "In this image there are cows."}, image)
   assert (grass.key, grass.images) == ("137576/1", image)
-  # The first caption of this image is blank.
+  # Skips the first caption of this image, which is blank.
   assert (key.key, key.images["image"]) == ("8/1", f"{tmp_path}/val2017/000000000008.jpg")
 
 
@@ -201,7 +201,7 @@ def test_localized_narratives_one_record_a_caption(tmp_path):
   ],
 )
 def test_the_large_files_of_localized_narratives(tmp_path, split, image_id, files, image):
-  """All files of a split are read in order. A file that has only captions is preferred."""
+  """Reads all files of a split in order; reads only the file of captions if it exists."""
   start = split.replace("images_train", "images_train_v6")
   shards = [f"-{i:05d}-of-{files:05d}" for i in range(files)] if files > 1 else [""]
   names = [f"{start}_localized_narratives{shard}.jsonl" for shard in shards]

@@ -22,14 +22,14 @@ def read(root, instances=None, captions=None):
 
 
 def test_one_record_a_caption_with_the_objects_of_its_image(tmp_path):
-  bottle, by_bottle, car = read(tmp_path)  # Image 9 has no object in its square.
+  bottle, by_bottle, car = read(tmp_path)  # Skips image 9, which has no object in its square.
   assert bottle == Record(
     key="8/0",
     group="8",
     texts={"caption": "A bottle.", "objects": "bottle at location (199, 130) -> (204, 150)"},
     images={"image": f"{tmp_path}/val2017/000000000008.jpg"},
   )
-  # The larger object is first. Of the car, 9.5 columns are in the square.
+  # The larger object is first. The square contains 9.5 columns of the car.
   objects = "bottle at location (0, 64) -> (128, 96), car at location (244, 0) -> (256, 256)"
   assert by_bottle.texts == {"caption": "A car by a bottle.", "objects": objects}
   assert (by_bottle.key, car.key) == ("7/0", "7/1")
@@ -44,7 +44,7 @@ def test_the_release_may_have_its_files_without_a_folder(tmp_path):
 
 @pytest.mark.parametrize("size", [(400, 200), (200, 400), (301, 200), (64, 64)])
 def test_a_location_is_where_the_object_is_in_the_image_that_is_read(tmp_path, size):
-  """Reads a white box on black like the images of instructions; the box is at its location."""
+  """Given a white box on black, the location of the object is where the loaded image shows it."""
   width, height = size
   left, top = width // 2 - 20, height // 2 - 10
   pixels = np.zeros((height, width, 3), np.uint8)
@@ -75,7 +75,7 @@ def test_the_largest_objects_come_first_and_the_others_are_left_out():
   assert grounding.describe_objects([]) == ""
 
 
-# Each case is a change of the instances, and the message after the name of the file.
+# Changes of the file of instances that must be rejected.
 WRONG = [
   lambda c: c.pop("categories"),
   lambda c: c["categories"].append(c["categories"][0]),

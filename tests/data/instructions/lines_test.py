@@ -23,8 +23,7 @@ def test_a_line_is_a_record(tmp_path):
   first, third, fourth = read(tmp_path, named, "", RIGHT, {"texts": {"poem": " Über\nallen "}})
   image = {"image": f"{tmp_path}/a/7.jpg"}
   assert first == Record("first", "pond", RIGHT["texts"], image)
-  # Without a key, the key is the number of the line (blank lines count), and the group is the
-  # image.
+  # Without a key, the key is the line number, counting blank lines, and the group is the image.
   assert third == Record("3", "a/7.jpg", RIGHT["texts"], image)
   assert fourth == Record("4", "4", {"poem": "Über\nallen"}, {})
 
@@ -71,7 +70,7 @@ def test_a_line_without_end_is_named(tmp_path, monkeypatch):
 
 
 def test_the_lines_before_a_wrong_one_are_read(tmp_path):
-  """Reading a large file does not keep its records in memory."""
+  """Reads records one at a time, so the lines before a wrong line give records."""
   (tmp_path / "train.jsonl").write_text(json.dumps(RIGHT) + "\n[]\n")
   records = open_records("jsonl", tmp_path, "train")
   assert next(records).key == "1"

@@ -20,7 +20,7 @@ def test_llava_one_record_an_answer_with_the_turns_before_it(tmp_path):
   )
   earlier = "Human: What is it?\nAssistant: A bus.\nHuman: Which color?\nAssistant: Red and\nwhite."
   assert new.texts == {"instruction": f"{earlier}\nHuman: Is it new?", "answer": "No."}
-  # The second entry has no image, and the third has the id of the first.
+  # The second entry has no image, and the third has the same id as the first.
   assert (street.key, street.group) == ("3/0", name)
   assert street.texts == {"instruction": "Describe it.", "answer": "A street."}
 

@@ -39,7 +39,7 @@ def test_files_of_other_formats_are_refused(tmp_path, name):
         read(tmp_path, name, **{file: content})
 
 
-# (format, number of its file, change of the content, message after the name of the file).
+# (format, index of its file, change of the content).
 WRONG = [
   ("flickr30k", 0, lambda c: c["images"].append(c["images"][0])),
   ("flickr30k", 0, lambda c: c["images"][0].update(sentences=[])),
@@ -102,6 +102,6 @@ def test_wrong_files_are_named_with_the_id(tmp_path, name, number, change):
 )
 def test_wrong_lines_are_named_with_their_number(tmp_path, line):
   first = json_lines(narrative("7", 1, "a"))
-  lines = first + b"\n" + line + b"\n"  # Blank lines are counted, too.
+  lines = first + b"\n" + line + b"\n"  # The line number in the message includes blank lines.
   with refused(UserError):
     read(tmp_path, "localized_narratives", **{NARRATED: lines})

@@ -73,7 +73,7 @@ def test_rows_hold_both_tasks_and_only_targets_count(stores):
   for row, full in zip(rows, everything):
     np.testing.assert_array_equal(row["inputs"], full["inputs"])
     assert 0 < row["loss_weights"].sum() < full["loss_weights"].sum()
-    # If a target ends with <eoss>, the tokens between its sentinel and <eoss> count.
+    # All tokens of a span, from its sentinel to <eoss>, have a loss weight; the sentinel has none.
     for place in np.flatnonzero(row["targets"] == VOCAB.eoss):
       start = place
       while row["targets"][start] != VOCAB.mask(0):
@@ -110,7 +110,8 @@ def test_samples_lack_all_or_the_instruction_as_often_as_asked():
     kinds["all" if plan.first else "instruction" if plan.skipped == 2 else "nothing"] += 1
   shares = {kind: count / 2_000 for kind, count in kinds.items()}
   expected = {"all": drops.all, "instruction": drops.instruction, "nothing": 0.5}
-  assert shares == pytest.approx(expected, abs=0.04)  # The tolerance is four standard errors.
+  # The tolerance is four standard errors of a share.
+  assert shares == pytest.approx(expected, abs=0.04)
 
 
 def test_targets_belong_to_their_store(stores, tmp_path):

@@ -152,7 +152,7 @@ def test_a_map_of_no_kind_and_no_folder_is_named(tmp_path):
 def test_computed_maps_need_opencv_and_other_tasks_do_not(tmp_path, monkeypatch):
   write_lines(tmp_path / "asked/train.jsonl", line())
   write(tmp_path / "coco", RELEASES["coco_2017"])
-  monkeypatch.setitem(sys.modules, "cv2", None)  # Hides the module, as if it were not installed.
+  monkeypatch.setitem(sys.modules, "cv2", None)  # As if the module is not installed.
   assert len(open_task(tmp_path, ASK)) == 1
   with pytest.raises(UserError, match=r"task draw: .* need OpenCV.* 'opencv-python-headless>="):
     open_task(tmp_path, DRAW)
@@ -247,7 +247,7 @@ def test_what_is_wrong_in_records_is_set_aside_with_the_reason(encoder, tmp_path
   )
   store = DocumentStore(tmp_path / "store", SETTINGS.vocab)
   texts = [tokenizer.decode(document.segments[0].tokens) for document in store]
-  # The line without a context is left out. White space in records becomes single spaces.
+  # Removes the template line whose context is empty. White space in records becomes single spaces.
   assert texts == [
     "Question: how many?\nAnswer: two.",
     "Question: how many?\nContext: Two birds fly.\nAnswer: two birds.",
@@ -260,12 +260,13 @@ def test_what_is_wrong_in_records_is_set_aside_with_the_reason(encoder, tmp_path
 
 
 def test_a_sample_may_fill_the_row(encoder, tmp_path):
-  """A sample may have as many tokens as a row can hold, in a span or in the last image."""
+  """Accepts a sample that fills a row exactly, and rejects one with one token more."""
   base, tokenizer = encoder
   save_image(tmp_path / "asked/a.png")
   write_lines(tmp_path / "asked/train.jsonl", line())
   size = len(tokenizer.encode("Question: how many?\nAnswer: two.")) + 16
-  for target, more in (("answer", 3 + 3), ("image", 3)):  # </s>, <break>, </s>; a span has 3 more.
+  # </s>, <break>, </s>; a span adds 3 tokens.
+  for target, more in (("answer", 3 + 3), ("image", 3)):
     task = make_task({**ASK, "target": target})
     for room, rejects in ((size + more, 0), (size + more - 1, 1)):
       encoder = stores.RecordEncoder(base.encode, base.image_tokenizer, base.vocab, room - 1)

@@ -41,7 +41,7 @@ def test_a_file_that_is_not_there_is_named_with_the_tables_of_the_package(tmp_pa
 
 
 def second(**lines):
-  """Returns a second task with some lines replaced. Line 5 has its name, line 7 its target."""
+  """Returns the YAML of a second task. Line 5 has the task's name, line 7 its target."""
   fields = {
     "name": "second",
     "format": "vqa_v2",

@@ -73,7 +73,7 @@ def test_only_the_target_and_its_end_may_count():
 
 
 def test_line_breaks_of_a_template_stay_and_those_of_records_become_spaces():
-  """Each character is a token in this test, so line breaks are tokens, too."""
+  """In this test, each character is a token, even a line break."""
   template = "Question: {question}\nWhy?\n{answer}\nSo. <break> {image}"
   texts = {"question": "how\nmany  birds?", "answer": " two\n cats "}
   one = join_record(

@@ -43,12 +43,12 @@ def test_a_choice_depends_on_seed_and_names_alone():
   assert keys(choose(EXAMPLES, 20, seed=1)) == chosen[:20]
   other = keys(choose(EXAMPLES, 40, seed=2))
   assert set(other[:10]) != set(chosen[:10])
-  # The choice is not always the first example of an image.
+  # The chosen example of an image is not always the first.
   assert {key.split("/")[1] for key in chosen[:30]} >= {"0", "1", "2"}
 
 
 def test_images_with_many_examples_are_not_chosen_more_often():
-  """In 400 choices of 6 images, each image is chosen about 80 times; 5 sigma are 40."""
+  """Draws 6 of 30 images 400 times: 80 draws per image are expected; 5 sigma are 40."""
   used = collections.Counter(e.group for seed in range(400) for e in choose(EXAMPLES, 6, seed=seed))
   assert all(40 <= used[str(i)] <= 120 for i in range(30))
 

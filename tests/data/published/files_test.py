@@ -54,7 +54,7 @@ def test_vqa_v2(tmp_path):
     answer_type="other",
   )
   assert (mats.group, mats.answer_type, mats.references) == ("42", "number", ("1",) * 10)
-  assert dog.references == ("yes", "") * 5  # An empty answer counts, too.
+  assert dog.references == ("yes", "") * 5  # An empty answer is a reference, too.
   assert dog.image.endswith("COCO_val2014_000000185565.jpg")
 
 
@@ -144,7 +144,7 @@ def test_files_of_other_formats_are_refused(tmp_path, name):
         read(tmp_path, name, **{file: content})
 
 
-# (format, number of its file, change of the content, message after the name of the file).
+# (format, index of its file, change of the content).
 WRONG = [
   ("coco_2014", 0, lambda c: c["images"].append(c["images"][0])),
   ("coco_2014", 0, lambda c: c["annotations"].pop(1)),

@@ -1,4 +1,4 @@
-"""Tests that messages about broken images are the same in each run and in all readers."""
+"""Tests that the message about a broken image is the same in each run and in all readers."""
 
 import json
 import re
@@ -21,14 +21,14 @@ ADDRESS = re.compile("0x[0-9a-fA-F]{6,}")
 
 
 class FromLibrary(OSError):
-  """Error like an error of PIL, whose text has the memory address of its argument."""
+  """Error whose text contains a memory address, as in some errors of PIL."""
 
   def __str__(self):
     return f"cannot identify image file {self.args[0]!r} <bound method f of {object()!r}>"
 
 
 def sources_of(folder, data: bytes) -> list:
-  """Writes an image with a caption in the format of each kind of source."""
+  """Writes a captioned image as a source of each kind; returns the sources."""
   pairs = [("x.jpg", data), ("x.txt", b"a red heart")]
   beside = folder / "beside"
   beside.mkdir()

@@ -36,7 +36,7 @@ def test_the_content_decides_the_format_and_not_the_suffix(tmp_path):
 
 def test_load_with_size_returns_the_size_of_the_upright_image():
   buffer, exif = io.BytesIO(), Image.Exif()
-  exif[0x0112] = 6  # The image is rotated by 90 degrees.
+  exif[0x0112] = 6  # Orientation 6: readers must rotate the image by 90 degrees.
   Image.new("RGB", (30, 20)).save(buffer, "jpeg", exif=exif)
   pixels, size = reader.load_with_size(buffer.getvalue(), 8)
   assert (pixels.shape, size) == ((8, 8, 3), (20, 30))

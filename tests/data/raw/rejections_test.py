@@ -13,7 +13,7 @@ def test_the_share_is_that_of_all_shards(tmp_path):
   rejections.add(shard(10))
   rejections.add(shard(7, missing_image=1, no_caption=1))
   rejections.add(shard(1))
-  rejections.check()  # 2 of 20 are rejected.
+  rejections.check()  # 2 of 20 records are rejected, which is allowed.
   rejections.add(shard(0, no_caption=2))
   with refused(UserError):
     rejections.check()
@@ -21,7 +21,8 @@ def test_the_share_is_that_of_all_shards(tmp_path):
 
 def test_a_long_source_stops_at_the_shard_after_which_too_many_are_wrong(tmp_path):
   rejections = Rejections(0.5, tmp_path / "rejected.jsonl")
-  rejections.add(shard(0, no_caption=CHECK_FROM - 1))  # The share may still become smaller.
+  # Not yet an error, because the share may become smaller.
+  rejections.add(shard(0, no_caption=CHECK_FROM - 1))
   with refused(UserError):
     rejections.add(shard(1))
 

@@ -33,7 +33,8 @@ def test_of_record():
     "largest_image": [40, 30],
   }
   assert of_record(TEXT, [])["train_text_characters"] == 10
-  page = of_record(PAGE, [(8, 8), (30, 40), (4, 9)])  # Held-out characters do not count.
+  # Counts only the characters of the training split.
+  page = of_record(PAGE, [(8, 8), (30, 40), (4, 9)])
   assert page["train_text_characters"] == page["most_caption_words"] == 0
   assert (page["smallest_image"], page["largest_image"]) == ([4, 9], [30, 40])
 
@@ -97,7 +98,7 @@ def test_warnings(counts, expected):
 
 
 def test_every_reason_has_words():
-  """A reason without a text would make a command fail after it has done its work."""
+  """A reason without a text would make a command fail at its end."""
   folder = pathlib.Path(summary.__file__).parents[1]
   text = "".join(path.read_text() for path in folder.rglob("*.py"))
   text = text.replace('where.split(", line")[0]', "file")

@@ -1,4 +1,4 @@
-"""Tests that untrusted records are read or rejected, without other errors, hangs or much memory."""
+"""Tests that untrusted records are accepted or rejected, without crashes, hangs or much memory."""
 
 import csv
 import dataclasses
@@ -45,7 +45,7 @@ def encoded(kind: str, size=(24, 24)) -> bytes:
 
 
 def result_of(data: bytes):
-  """Returns the pixels of an image, or None if it is refused; any other error fails the test."""
+  """Returns the pixels of an image, or None if it is rejected; any other error fails the test."""
   try:
     pixels = reader.load_image(data, 8)
   except UserError:
@@ -84,7 +84,7 @@ def test_an_image_of_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
   buffer = io.BytesIO()
   Image.new("1", (6_000, 6_000)).save(buffer, "png")
   assert len(buffer.getvalue()) < 10_000
-  monkeypatch.setattr(Image.Image, "convert", None)  # Decoding the image would raise an error.
+  monkeypatch.setattr(Image.Image, "convert", None)  # Makes decoding an image raise an error.
   with pytest.raises(UserError, match=r"has 36,000,000 pixels; the maximum is 33,554,432\.$"):
     reader.load_image(buffer.getvalue(), 8)
 
@@ -97,7 +97,7 @@ def test_an_image_of_many_bytes_is_refused(tmp_path):
 
 
 def test_large_images_are_read_one_at_a_time(monkeypatch):
-  """Small images do not take the lock."""
+  """Only large images take the lock."""
   monkeypatch.setattr(reader, "LARGE", 600)
   small, large = encoded("png"), encoded("png", (30, 30))
   with reader._ONE_LARGE_IMAGE:
@@ -121,8 +121,8 @@ class Entered:
     self.seen.append("out")
 
 
-# Reads large images on 8 threads and keeps the errors. Prints the memory that this took in MiB, and
-# the number of errors.
+# Program that reads large images on 8 threads. Prints the memory that this took, in MiB, and the
+# number of errors.
 READ_LARGE = """
 from concurrent import futures
 import pathlib, resource, sys
@@ -148,7 +148,7 @@ print(peak() - before, sum(isinstance(x, UserError) for x in found))
 @pytest.mark.slow
 @pytest.mark.parametrize("is_damaged", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_large_images_on_many_threads_take_the_memory_of_one(tmp_path, is_damaged):
-  """An image takes 200 MiB. Regression: 8 threads took 680 MiB, or 980 MiB if it is damaged."""
+  """An image takes 200 MiB. Regression: 8 threads took 680 MiB, or 980 MiB for damaged images."""
   path = tmp_path / "a.png"
   Image.new("RGBA", (4_000, 4_000), (9, 8, 7, 128)).save(path, compress_level=1)
   if is_damaged:
@@ -167,7 +167,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
 
 
 def reasons(items) -> list[str]:
-  """Returns the reason for each rejected record, and the key of each valid record."""
+  """Returns, for each item, the reason of a rejection or the key of a record."""
   return [item.reason if isinstance(item, Rejected) else item.key for item in items]
 
 
@@ -204,7 +204,8 @@ CSV = "file_name,text\n"
     (f'{CSV}a.png,one\na.png,"two\na.png,three\n', ["a.png", "unreadable_file"]),
     (f"{CSV}a.png,one\na.png,{'x' * 2_000}\n", ["a.png", "unreadable_file"]),
     (f"{CSV}a.png,one\na.png,caf\xe9\n".encode("latin-1"), ["unreadable_file"]),
-    (f"{CSV}a.png,{'x' * 200_000}\n", ["a.png"]),  # Python's default limit is 131,072.
+    # Python's default limit for a CSV field is 131,072.
+    (f"{CSV}a.png,{'x' * 200_000}\n", ["a.png"]),
   ],
 )
 def test_what_is_no_csv_is_rejected_from_there_on(rows, expected, tmp_path, monkeypatch):
@@ -237,14 +238,15 @@ def test_a_column_that_is_no_field_is_not_read(tmp_path):
   table = pa.table({"image": images, "caption": ["a", "b", "c"], "date": dates})
   parquet.write_table(table, tmp_path / "a.parquet")
   found = reasons(read(tmp_path / "a.parquet"))
-  assert found == [f"a.parquet/{i}" for i in range(3)]  # A date out of range raises an error.
+  # Reading the date that is out of range would raise an error.
+  assert found == [f"a.parquet/{i}" for i in range(3)]
 
 
 def test_a_damaged_parquet_file_stops_nothing(tmp_path):
   table = pa.table({"image": [encoded("png")] * 8, "caption": [f"a {i}" for i in range(8)]})
   parquet.write_table(table, tmp_path / "a.parquet")
   data, rng, found = (tmp_path / "a.parquet").read_bytes(), np.random.default_rng(0), set()
-  # The footer holds the names, types and offsets of the columns. Its length precedes "PAR1".
+  # The footer contains the names, types and offsets of the columns; its length precedes "PAR1".
   footer = int.from_bytes(data[-8:-4], "little") + 8
   for _ in range(300):
     damaged = bytearray(data)
@@ -296,7 +298,7 @@ RIGHT = {
 
 
 def can_be_written(kind: str, values: dict) -> bool:
-  """Makes a record and writes it as ingestion does; returns whether it was not rejected."""
+  """Returns whether ingestion accepts a record with these values; if so, writes it."""
   try:
     record = make_record(KINDS[kind], values, "here")
   except RecordError as error:

@@ -31,7 +31,7 @@ def items(tmp_path):
 
 def turned():
   exif = Image.Exif()
-  exif[0x0112] = 6  # The image is rotated by 90 degrees.
+  exif[0x0112] = 6  # Orientation 6: readers must rotate the image by 90 degrees.
   return exif
 
 
@@ -50,7 +50,7 @@ def test_a_shard_counts_what_it_holds_and_what_it_leaves_out(items, tmp_path):
     "fewest_caption_words": 1,
     "most_caption_words": 2,
     "smallest_image": [8, 8],
-    "largest_image": [20, 30],  # The written image is upright.
+    "largest_image": [20, 30],  # The written image is already rotated.
   }
   lines = (tmp_path / "0" / writer.REJECTED).read_text().splitlines()
   assert {json.loads(line)["reason"] for line in lines} == set(summary["rejected"])
@@ -64,7 +64,7 @@ def test_a_caption_that_is_not_used_is_not_the_first_wrong_record(items, tmp_pat
 
 
 def test_crops_of_training_images_are_added_as_pairs_of_their_concept(tmp_path):
-  """Each crop is from a larger image. A broken image counts as one wrong record, not as four."""
+  """Crops come from the original image. A broken image counts as one wrong record, not as four."""
   ramp = np.linspace(0, 255, 100).astype(np.uint8)
   pixels = np.stack(np.broadcast_arrays(ramp[:, None], ramp, np.uint8(0)), -1)  # Row, column, 0.
   Image.fromarray(pixels).save(tmp_path / "ramp.png")
@@ -94,6 +94,7 @@ def test_crops_of_training_images_are_added_as_pairs_of_their_concept(tmp_path):
     assert 0.85 * extent < height <= extent + 3
     assert abs(height - width) <= 3
   assert len({crop.tobytes() for crop in crops}) == 3
-  assert max(crop[0, 0, :2].max() for crop in crops) > 8  # Not all crops begin in the corner.
+  # Not all crops begin in the top left corner.
+  assert max(crop[0, 0, :2].max() for crop in crops) > 8
   again = write_shard(config, epath.Path(tmp_path / "1"), items, load_with_size)
   assert again["digest"] == summary["digest"]

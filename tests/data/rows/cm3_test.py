@@ -16,7 +16,7 @@ M0, M1 = VOCAB.mask(0), VOCAB.mask(1)
 
 
 def joined(segment_lengths, first=100):
-  """Returns </s> 100 101 ... <break> ... </s>, in which all content ids are distinct."""
+  """Returns </s> 100 101 ... <break> ... </s> with the given segment lengths and distinct ids."""
   tokens = []
   for n in segment_lengths:
     tokens += [*range(first, first + n), BRK]
@@ -125,14 +125,14 @@ def test_spans_reach_every_content_token_and_both_lengths_of_span():
 
 
 def covered_most(bounds, low, high):
-  """Returns the span of two points: tokens in [low, high) of the segment that has most of them."""
+  """Returns the part of [low, high) in the segment that has most of these tokens, as spans."""
   parts = [[t for t in range(start, end) if low <= t < high] for start, end in bounds]
   longest = max(parts, key=len)
   return ((longest[0], longest[-1] + 1),) if longest else ()
 
 
 def test_a_free_span_is_where_two_uniform_points_cover_most_of_a_segment():
-  """The frequencies in 8,000 draws match the enumeration of all pairs of points."""
+  """The frequencies of spans in 8,000 draws match an enumeration of all pairs of points."""
   lengths = [6, 2, 3]
   bounds, points = cm3.segment_bounds(lengths), range(sum(lengths) + len(lengths) + 2)
   pairs = itertools.product(points, repeat=2)
@@ -145,7 +145,7 @@ def test_a_free_span_is_where_two_uniform_points_cover_most_of_a_segment():
 
 
 def test_several_tries_find_the_spans_that_are_wanted():
-  """Nine candidates usually contain three disjoint spans; three candidates seldom do."""
+  """A draw of 3 spans has nine candidates, which usually suffice; three would seldom suffice."""
   draws = [cm3.sample_spans([40, 50], 3, False, np.random.default_rng(seed)) for seed in range(500)]
   assert 0.55 < np.mean([len(spans) == 3 for spans in draws]) < 0.75
 

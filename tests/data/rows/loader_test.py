@@ -54,7 +54,8 @@ def test_weights_follow_tokens_through_the_mask():
   expected = [EOS, 50, BRK, 519, 520, BRK, MASK, BRK, 517, 518, EOS, MASK, 40, 41, EOSS]
   np.testing.assert_array_equal(tokens, expected)
   np.testing.assert_array_equal(weights, np.float32([0, *[0.1] * 5, *[1] * 9]))
-  assert np.flatnonzero(own).tolist() == [8, 9]  # 519 and 520 are codes of the neighbor.
+  # 519 and 520 are codes of the neighbor, so they do not count.
+  assert np.flatnonzero(own).tolist() == [8, 9]
 
 
 def test_infill_in_a_neighbor_keeps_the_neighbors_weight():
@@ -93,7 +94,7 @@ def test_aligned_positions_of_a_row_are_those_of_whole_samples():
   sample, dropped = join([NEIGHBOR, DOCUMENT], VOCAB), np.array([EOS, MASK, BRK, 517])
   ones = [np.ones(len(x), np.float32) for x in (sample, dropped)]
   row = pack_row(zip((sample, dropped), ones), 16, VOCAB, align_images=True)
-  # The target 517 shows where its sample begins.
+  # The target 517 reveals the row's start of the second sample, although its neighbor is dropped.
   expected = [-3, -2, -1, 0, 1, 2, -3, -2, -1, 0, 1, -3, -2, -1, 0, 0]
   assert row["positions"].tolist() == expected
   whole = rows_of_samples([sample], 11, VOCAB, align_images=True)
@@ -138,7 +139,7 @@ def test_batches_are_the_rows_on_any_mesh(loader, shape):
 
 
 def test_every_infill_of_a_row_is_whole(tmp_path):
-  """The mask of every packed sample with spans can be undone, and then no sentinel remains."""
+  """Undoes the mask of each packed sample with spans; no sentinel remains."""
   loader = RowLoader(
     make_plan(make_sources(tmp_path), mean_spans=3.0, condition_dropout=0.0, sequence_length=100),
     VOCAB,
@@ -181,7 +182,7 @@ def test_neighbor_weight_reaches_the_rows(tmp_path):
 
 @pytest.mark.parametrize(("after", "alone"), [(0.8, 0.8), (0.8, 0.0), (0.0, 0.8)])
 def test_hidden_codes_are_those_of_the_documents_own_images(tmp_path, after, alone):
-  """Codes of neighbors have the weight 0.25 here, to distinguish them from the document's codes."""
+  """Here codes of neighbors have the loss weight 0.25, and the document's own codes 1."""
   sources = make_sources(tmp_path)
   fields = {"neighbor_loss_weight": 0.25, "text_share": 0.3, "sequence_length": 256}
   whole = RowLoader(make_plan(sources, **fields), VOCAB)
@@ -194,7 +195,7 @@ def test_hidden_codes_are_those_of_the_documents_own_images(tmp_path, after, alo
       np.testing.assert_array_equal(row[name], partly[name])
     hidden = row["inputs"] != partly["inputs"]
     assert (partly["inputs"][hidden] == VOCAB.unk).all()
-    # The loss weight of an input token is stored at the slot before it, which predicts the token.
+    # The weight of an input token is at the position before it, where the token is predicted.
     own = VOCAB.is_image(row["inputs"]) & (np.roll(row["loss_weights"], 1) == 1)
     assert not (hidden & ~own).any()
     for segment in set(row["segment_ids"][own].tolist()):
@@ -205,14 +206,15 @@ def test_hidden_codes_are_those_of_the_documents_own_images(tmp_path, after, alo
   for has_neighbors, most in ((True, after), (False, alone)):
     assert len(shares[has_neighbors]) > 9
     assert np.mean(shares[has_neighbors]) == pytest.approx(most / 2, abs=0.1)
-    assert (np.std(shares[has_neighbors]) > 0.15) == (most > 0)  # The share is drawn per sample.
+    # Each sample draws its own share, so shares vary.
+    assert (np.std(shares[has_neighbors]) > 0.15) == (most > 0)
 
 
 NUM_ROWS = 150
 
 
 def rows_with(loader, document):
-  """Returns, for each row, the places of the samples that contain the pair `document`."""
+  """Returns row -> slices of the row's samples that contain the pair `document`."""
   found = {}
   for i in range(NUM_ROWS):
     at = 0
@@ -268,7 +270,7 @@ def test_a_skipped_record_leaves_all_other_samples_as_they_are(tmp_path, capsys)
   assert warned[0].startswith("warning: skipped sample 1 of at most 100: ")
   assert "record 7 (document 7 of the store)" in warned[0]
   loader[min(places)]
-  assert capsys.readouterr().out == ""  # A repeated sample counts only once.
+  assert capsys.readouterr().out == ""  # Reading the row again does not count its sample again.
 
 
 def test_more_skipped_records_than_allowed_stop_the_rows(tmp_path):
@@ -280,7 +282,7 @@ def test_more_skipped_records_than_allowed_stop_the_rows(tmp_path):
 
 
 class HostSharding:
-  """Sharding as one of several hosts sees it, if all hosts have equally many devices."""
+  """Fakes the sharding as seen by one of several hosts with equally many devices."""
 
   def __init__(self, sharding, host, hosts):
     self._sharding, self._host, self._hosts = sharding, host, hosts
@@ -293,7 +295,7 @@ class HostSharding:
 
 @pytest.mark.parametrize("phases", [(1,), (2,), (4,), (4, 2), (1, 4, 2)])
 def test_a_pass_visits_every_unit_once_whatever_hosts_read_it(tmp_path, phases):
-  """The number of hosts changes between phases. Each host plans from starts that host 0 wrote."""
+  """Changes the number of hosts between phases. Each host plans from starts that host 0 wrote."""
   sources, batches_in_all = make_sources(tmp_path), 36
   sharding = NamedSharding(create_mesh(MeshConfig(8, 1, 1)), spec("batch", "length"))
   read, placed = [], Counter()

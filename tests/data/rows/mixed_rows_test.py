@@ -21,7 +21,7 @@ CONFIG = DataConfig(sequence_length=128, pack_window=32, code_dropout=0.5)
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-  """Returns sources of pairs, of texts, and of two tasks with dropped instructions and contexts."""
+  """Returns sources of pairs, texts, and two tasks with dropped instructions and contexts."""
   root = tmp_path_factory.mktemp("stores")
   tasks = [
     dataclasses.replace(
@@ -58,7 +58,7 @@ def test_rows_hold_all_sources(rows):
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_any_number_of_processes_reads_the_same_rows(sources, rows, hosts):
-  """Each process computes its plan without the other processes."""
+  """Each process plans alone, without communication."""
   sharding = NamedSharding(create_mesh(MeshConfig(8, 1, 1)), spec("batch", "length"))
   shape, read = (B, CONFIG.sequence_length), []
   for host in range(hosts):
@@ -74,7 +74,7 @@ def test_any_number_of_processes_reads_the_same_rows(sources, rows, hosts):
 def test_a_run_that_continues_at_a_row_reads_the_rows_that_it_would_have_read(
   sources, rows, first_row, tmp_path
 ):
-  """The run stored the starts of its windows, so no earlier window is planned again."""
+  """Earlier windows are not planned again, because the run stored the starts of windows."""
   path = tmp_path / "plan.jsonl"
   before = open_loader(sources, path, writes=True)
   for i in range(first_row):

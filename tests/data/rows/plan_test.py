@@ -133,7 +133,7 @@ def test_long_texts_are_cut_into_pieces_that_cover_them(sources):
 
 
 def store_of(documents) -> LengthStore:
-  """Makes a store; `documents` has (length, is_image) of each segment of each document."""
+  """Makes a store of lengths; `documents` has (length, is_image) per segment, per document."""
   segments = [s for document in documents for s in document]
   lengths, is_image = (
     np.array([n for n, _ in segments], np.int32),
@@ -212,7 +212,7 @@ def test_loader_and_planner_agree_on_every_length(sources):
 
 @pytest.fixture
 def planned(monkeypatch):
-  """Records the windows that any `RowPlan` plans, in order."""
+  """Returns a list that collects the windows that any `RowPlan` plans, in order."""
   windows, plan_window = [], RowPlan._plan_window
   monkeypatch.setattr(
     RowPlan,
@@ -307,7 +307,7 @@ def test_starts_do_not_depend_on_what_happens_at_bad_records(sources, tmp_path, 
 
 @pytest.mark.slow
 def test_in_a_bucket_starts_are_written_every_16_windows(sources, tmp_path, planned):
-  """Objects in a GCS bucket cannot be appended to. A killed run plans at most 15 windows again."""
+  """Objects in a bucket cannot be appended to, so starts are written every 16 windows."""
   modes = []
 
   def here(path):
@@ -333,7 +333,7 @@ def test_in_a_bucket_starts_are_written_every_16_windows(sources, tmp_path, plan
 
 
 def without_digests(path) -> list[dict]:
-  """Writes the lines of a file in the format of earlier versions; returns the lines."""
+  """Rewrites a file of starts in the format of earlier versions; returns its lines."""
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   for line in lines:
     line.pop("digest", None)
@@ -341,7 +341,7 @@ def without_digests(path) -> list[dict]:
   return lines
 
 
-# Change of the lines of a file -> number of the first wrong line, counted from 1.
+# Name of a change -> (function that changes the lines, number of the first wrong line, from 1).
 WRONG = {
   "first changed": (lambda x: [x[0], x[1].replace('"used": [', '"used": [1'), *x[2:]], 2),
   "last changed": (lambda x: [*x[:-1], x[-1].replace('"first_row": ', '"first_row": 1')], 6),
@@ -365,7 +365,7 @@ def test_a_line_that_the_run_did_not_write_is_named(sources, tmp_path, planned, 
   for writes in (True, False):
     with refused(UserError):
       plan_with_starts(sources, path, writes=writes)
-  # The message says: delete the file from the wrong line on.
+  # Does what the message says: delete the file's lines from the wrong line on.
   path.write_text("\n".join(lines[: number - 1]) + "\n")
   planned.clear()
   assert plan_with_starts(sources, path).window(4) == rows
@@ -373,7 +373,7 @@ def test_a_line_that_the_run_did_not_write_is_named(sources, tmp_path, planned, 
 
 
 def test_a_line_of_another_plan_is_named(sources, tmp_path):
-  """The line matches its digest, but not the lines before it."""
+  """The line matches its own digest but does not continue the lines before it."""
   path, other = tmp_path / "plan.jsonl", tmp_path / "other.jsonl"
   plan_with_starts(sources, path).window(4)
   plan_with_starts(sources, other, seed=1).window(4)

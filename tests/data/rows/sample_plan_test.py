@@ -30,7 +30,7 @@ def test_a_sample_never_exceeds_the_row(seed, caption, neighbor_captions, length
   if not plan.dropped and plan.length <= length:
     joined = [n for i in plan.neighbors for n in candidates[i]] + document.tolist()
     assert plan.length == joined_length(joined) + OVERHEAD * len(plan.spans)
-  if plan.spans:  # All spans fit, because an infill is never cut.
+  if plan.spans:  # The whole sample fits, because an infill is never cut.
     joined = [n for i in plan.neighbors for n in candidates[i]] + document.tolist()
     assert joined_length(joined) + OVERHEAD * len(plan.spans) <= length + 1
 
@@ -102,7 +102,7 @@ def test_best_takes_the_first_candidates_in_their_order_as_many_as_fit():
 
 
 def span_plans(lengths, is_image, number=4_000, **fields):
-  """Returns plans of one document without candidates, each with another random generator."""
+  """Returns plans of one document without neighbors, one per random seed."""
   config = DataConfig(sequence_length=4_096, condition_dropout=0.0, **fields)
   return [
     plan_sample(lengths, is_image, [], np.random.default_rng(seed), config, 27)
@@ -111,7 +111,7 @@ def span_plans(lengths, is_image, number=4_000, **fields):
 
 
 def test_the_number_of_spans_is_poisson():
-  """A sample of 30 segments has room for up to 29 whole segments, so every span is kept."""
+  """30 segments have room for up to 29 spans of whole segments, so no span is dropped."""
   plans = span_plans([5] * 30, [False] * 30, whole_segment_rate=1.0)
   counts = Counter(len(plan.spans) for plan in plans)
   for n, share in enumerate((0.368, 0.368, 0.184, 0.061, 0.015)):
@@ -125,7 +125,8 @@ def test_spans_are_whole_segments_at_the_configured_rate(rate):
   masked = [plan for plan in plans if len(plan.spans) == 1]
   whole = np.mean([plan.spans[0] in bounds for plan in masked])
   assert len(masked) > 1_000
-  # A free span may be a whole segment by chance, if both of its points are outside the segment.
+  # A random span may equal a whole segment by chance, if both of its end points are outside the
+  # segment.
   assert rate - 0.05 < whole < rate + (1 - rate) * 0.25 + 0.05
 
 
@@ -133,7 +134,8 @@ def test_spans_are_whole_segments_at_the_configured_rate(rate):
 def test_a_sample_is_never_masked_whole(lengths, is_image):
   plans = span_plans(lengths, is_image, number=1_000)
   assert max(sum(end - start for start, end in plan.spans) for plan in plans) < sum(lengths)
-  assert 0.55 < np.mean([len(plan.spans) > 0 for plan in plans]) < 0.65  # 1 - 1/e is 0.63.
+  # The expected share is 1 - 1/e = 0.63.
+  assert 0.55 < np.mean([len(plan.spans) > 0 for plan in plans]) < 0.65
 
 
 def test_a_conditioning_drop_leaves_nothing_but_an_image():

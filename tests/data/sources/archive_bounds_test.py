@@ -1,4 +1,4 @@
-"""Tests that untrusted archives and lists cannot take memory or lead to other files."""
+"""Tests that untrusted archives and lists can neither exhaust memory nor read other files."""
 
 import csv
 import json
@@ -28,7 +28,8 @@ from tests.messages import refused
 
 MIB = 2**20
 LONG = 100 * MIB
-# Prints how much memory reading a source took in MiB, and the reasons of rejections.
+# Program that reads a source. Prints the memory that this took, in MiB, the number of items, and
+# the kinds of items: "right" or the reason of a rejection.
 READ = """
 import pathlib, resource, sys
 from cm3leon_jax.data.sources import formats as sources
@@ -50,14 +51,14 @@ print(peak() - before, count, *sorted(reasons))
 
 
 def cost(path) -> tuple[int, list[str]]:
-  """Reads a source in a separate process; returns (memory in MiB, records with their reasons)."""
+  """Reads a source in a new process; returns (memory in MiB, [number of items, kinds of items])."""
   run = python(READ, path, check=True)
   size, *rest = run.stdout.split()
   return int(size), rest
 
 
 def test_a_long_row_of_csv(tmp_path):
-  """Regression: reading took twice the length in memory."""
+  """Regression: reading took twice the row's length in memory."""
   (tmp_path / "a.png").write_bytes(encoded("png"))
   with (tmp_path / "metadata.csv").open("w") as file:
     file.write('file_name,text\na.png,one\na.png,"' + "x" * LONG)
@@ -68,7 +69,7 @@ def test_a_long_row_of_csv(tmp_path):
 
 @pytest.fixture
 def _limit_of_csv():
-  """Restores the size limit of CSV fields, which applies to the whole process."""
+  """Restores the size limit of CSV fields, which is global in a process."""
   limit = csv.field_size_limit()
   yield
   csv.field_size_limit(limit)
@@ -87,7 +88,7 @@ def test_a_row_of_csv_over_many_lines_is_bounded(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
 def test_a_long_header_of_a_tar(tmp_path, kind):
-  """Regression: reading took twice the length in memory."""
+  """Regression: reading took twice the header's length in memory."""
   write_tar(tmp_path / "a.tar", sample(1))
   info = tarfile.TarInfo("long")
   info.type, info.size = kind, LONG
@@ -101,7 +102,7 @@ def test_a_long_header_of_a_tar(tmp_path, kind):
 
 
 def test_headers_of_many_members_are_not_kept(tmp_path):
-  """Regression: 5,000 headers of each of 60 members were kept."""
+  """Regression: the 5,000 headers of each of the 60 members stayed in memory."""
   with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
     tar.pax_headers = {}
     for i in range(60):
@@ -125,7 +126,7 @@ def write_table(path, images, **options):
 
 
 def test_a_large_group_of_rows_in_parquet(tmp_path, noise):
-  """Regression: the whole group, 160 MiB, was read together."""
+  """Regression: a row group of 160 MiB was read at once."""
   images = [bytes([i]) + noise for i in range(100)]
   write_table(tmp_path / "a.parquet", images, use_dictionary=False, write_batch_size=1)
   size, found = cost(tmp_path / "a.parquet")
@@ -134,7 +135,7 @@ def test_a_large_group_of_rows_in_parquet(tmp_path, noise):
 
 
 def test_a_value_that_a_dictionary_repeats(tmp_path, noise):
-  """Regression: a file of 4 MiB gave each of 64 rows a copy of 4 MiB."""
+  """Regression: each of 64 rows had its own copy of one value of 4 MiB."""
   repeated = pa.DictionaryArray.from_arrays(
     pa.array([0] * 64, pa.int32()), pa.array([noise * 4], pa.binary())
   )
@@ -149,7 +150,8 @@ def test_a_group_of_rows_that_is_too_large_is_passed_over(tmp_path, monkeypatch)
   monkeypatch.setattr(archives, "MAX_GROUP", 10_000)
   schema = pa.schema({"image": pa.binary(), "caption": pa.string(), "vector": pa.binary()})
   with parquet.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
-    for size in (10, 20_000, 10):  # The column `vector` is not read, so its size does not count.
+    # The size of column `vector` does not count, because it is not read.
+    for size in (10, 20_000, 10):
       rows = {"image": [b"x" * size] * 2, "caption": ["a"] * 2, "vector": [bytes(30_000)] * 2}
       writer.write_table(pa.table(rows, schema))
   found = list(read(tmp_path / "a.parquet"))
@@ -160,12 +162,12 @@ def test_a_group_of_rows_that_is_too_large_is_passed_over(tmp_path, monkeypatch)
   assert "row group is 10,000: write smaller row groups." in found[2].message
 
 
-REPEATED = 100_000  # Number of characters of a text that a dictionary repeats.
+REPEATED = 100_000  # Number of characters of the repeated text.
 
 
 @pytest.fixture
 def characters(monkeypatch):
-  """Counts the characters of all texts that become fields of records."""
+  """Returns a counter of the characters of all texts that become fields of records."""
   seen, check = [], records._check_value
 
   def counted(name, value, *others):
@@ -178,7 +180,7 @@ def characters(monkeypatch):
 
 
 def write_repeated(path, **columns):
-  """Writes 300 rows in two groups; texts of 30 MB take only some kB in the file."""
+  """Writes 300 rows in two row groups; texts of 30 MB are repeated, so the file has some kB."""
   options = {"compression": "zstd", "row_group_size": 200}
   parquet.write_table(pa.table({k: [v] * 300 for k, v in columns.items()}), path, **options)
   assert path.stat().st_size < 30_000
@@ -186,7 +188,7 @@ def write_repeated(path, **columns):
 
 @pytest.mark.parametrize("name", ["caption", "TEXT"])
 def test_of_a_long_caption_in_parquet_no_text_is_made(tmp_path, name, characters):
-  """Regression: a file of 1.3 kB with 2,000 captions of 1 MB took 72 s."""
+  """Regression: a file of 1.3 kB with 2,000 captions of 1 MB took 72 s to read."""
   write_repeated(tmp_path / "a.parquet", image=encoded("png"), **{name: "é" * REPEATED})
   write_table(tmp_path / "b.parquet", [encoded("png")])
   config = RawConfig(source=str(tmp_path / "*.parquet"), resolution=4, max_rejected=1)
@@ -198,7 +200,7 @@ def test_of_a_long_caption_in_parquet_no_text_is_made(tmp_path, name, characters
     "key 'a.parquet/7': the caption has 100000 characters, but raw.max_caption_characters is 2000."
   )
   assert sum(characters) < REPEATED
-  # Without a limit the same captions are read.
+  # Without a limit, these captions are accepted.
   assert len(next(read(tmp_path / "a.parquet")).caption) == REPEATED
   assert sum(characters) >= REPEATED
 
@@ -236,7 +238,7 @@ def test_a_batch_is_bounded_in_bytes():
 
 
 def test_lists_that_are_links_or_pipes_are_not_read(tmp_path):
-  """Regression: a link revealed whether a file exists, and its lines. A pipe waited forever."""
+  """Regression: links revealed whether a file exists, and its lines; reading a pipe never ended."""
   (tmp_path / "secret").write_text('{"key": "s", "text": "secret"}\n')
   folder = tmp_path / "set"
   folder.mkdir()
@@ -246,7 +248,7 @@ def test_lists_that_are_links_or_pipes_are_not_read(tmp_path):
   (folder / "texts.jsonl").symlink_to(tmp_path / "secret")
   found = list(read(folder))
   assert reasons(found) == ["linked_file", "linked_file", "a"]
-  # The messages are the same whether or not such a file exists.
+  # The message does not reveal whether the linked file exists.
   assert len({x.message.replace("interleaved", "texts") for x in found[:2]}) == 1
   (folder / "texts.jsonl").unlink()
   os.mkfifo(folder / "texts.jsonl")
@@ -254,7 +256,7 @@ def test_lists_that_are_links_or_pipes_are_not_read(tmp_path):
 
 
 def test_a_chain_of_urls_is_a_name(tmp_path, monkeypatch):
-  """Regression: fsspec read `a::1.png` as an archive in another file."""
+  """Regression: fsspec read the file name `a::1.png` as a file in an archive."""
   (tmp_path / "a::1.png").write_bytes(encoded("png"))
   (tmp_path / "captions.jsonl").write_text('{"image": "a::1.png", "caption": "b"}\n')
   [item] = read(tmp_path)
@@ -273,7 +275,7 @@ def test_a_chain_of_urls_is_a_name(tmp_path, monkeypatch):
 def test_zero_is_a_key(tmp_path):
   table = pa.table({"id": [0, 1, None], "image": [jpeg(1)] * 3, "caption": ["a"] * 3})
   parquet.write_table(table, tmp_path / "a.parquet")
-  # pandas stores numbers with a gap as floats.
+  # pandas stores a column of integers with a missing value as floats.
   assert reasons(read(tmp_path / "a.parquet")) == ["0", "1", "a.parquet/2"]
   (tmp_path / "b.jsonl").write_text('{"id": 0, "text": "x"}\n{"id": "", "text": "y"}\n')
   assert reasons(read(tmp_path / "b.jsonl")) == ["0", "b.jsonl/1"]
@@ -301,7 +303,7 @@ FILES["set/interleaved.jsonl"] = lambda path: path.write_text(
 
 @pytest.fixture(scope="module", params=FILES)
 def source(request, tmp_path_factory):
-  """Returns a file of a source, and the path that is read: the file itself or its folder."""
+  """Returns a file of a source, and the path to open: the file or its folder."""
   file = tmp_path_factory.mktemp("source") / request.param
   file.parent.mkdir(exist_ok=True)
   FILES[request.param](file)
@@ -317,7 +319,7 @@ def source(request, tmp_path_factory):
 )
 @example(changes=[(0, b"\xff\xfe\x00")], cut=3_000)
 @example(changes=[(0, b"\x1f\x8b\x08")], cut=3_000)
-@example(changes=[(124, b"\x80\xff\xff\xff\xff\xff")], cut=3_000)  # A member's size in base 256.
+@example(changes=[(124, b"\x80\xff\xff\xff\xff\xff")], cut=3_000)  # A member size in base 256.
 @example(changes=[(156, b"S")], cut=3_000)  # A sparse member.
 @example(changes=[], cut=0)
 @settings(max_examples=60, deadline=None)

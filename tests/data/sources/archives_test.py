@@ -25,11 +25,12 @@ def test_what_a_tar_may_hold(tmp_path):
       info = tarfile.TarInfo(name)
       info.size = len(data)
       tar.addfile(info, io.BytesIO(data))
-  expected = ["000000003", "000000004", "../5", "missing_image"]  # Links and devices are not files.
+  expected = ["000000003", "000000004", "../5", "missing_image"]  # Skips links and devices.
   assert reasons(formats.read(formats.parts(str(path))[0])) == expected
   config = RawConfig(source=str(path), resolution=4, max_rejected=0.5)
   ingest.prepare(config, ingest.parts_of(config), tmp_path / "raw", Runner())
-  assert {x.name for x in tmp_path.iterdir()} == {"a.tar", "raw"}  # No file is written at "..".
+  # The member "../5" wrote no file.
+  assert {x.name for x in tmp_path.iterdir()} == {"a.tar", "raw"}
 
 
 def test_a_large_member_is_passed_over(tmp_path, monkeypatch):
@@ -42,7 +43,7 @@ def test_a_large_member_is_passed_over(tmp_path, monkeypatch):
 
 
 def test_the_size_that_a_member_claims_is_not_reserved(tmp_path):
-  """A sparse member or a wrong header claims a size of a terabyte."""
+  """A sparse member or a wrong header claims a size of one terabyte; no memory is allocated."""
   info = tarfile.TarInfo("1.jpg")
   info.size = 2**40
   (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10_240))

@@ -1,4 +1,4 @@
-"""Tests that every format gives the same records, and reports which records are wrong."""
+"""Tests that all formats give the same records and report the same wrong records."""
 
 import io
 import json
@@ -170,7 +170,7 @@ def test_absent_and_unknown_sources_are_refused(tmp_path):
 
 
 def test_sources_need_not_be_on_a_disk(tmp_path):
-  """The memory file system of fsspec stands for a GCS bucket."""
+  """fsspec's memory file system replaces a GCS bucket."""
   fs = fsspec.filesystem("memory")
   fs.pipe("/bucket/tars/0.tar", b"")
   with (

@@ -30,7 +30,8 @@ from tests.messages import refused
 
 DRAWN = {"scenes": ScenesTasks(ScenesConfig())}
 
-SUFFIX = "_0.jpg"  # InstructPix2Pix adds this text to the name of a seed, and "_1.jpg".
+# InstructPix2Pix has two images per seed: the name of the seed with "_0.jpg" and with "_1.jpg".
+SUFFIX = "_0.jpg"
 
 
 def write(root, file, *lines) -> None:
@@ -163,7 +164,7 @@ def column(name):
 
 
 def maps(root, name, allow_outside):
-  """Tests maps: the map of an image is a file of the same name in a folder that the task names."""
+  """Opens the map of an image: the file of the same name in the folder that the task names."""
   write(root, "train.jsonl", {"texts": {"q": "what?"}, "images": {"image": name}})
   task = {"name": "draw", "format": "jsonl", "train": "train", "maps": {"edges": "depth"}}
   task |= {"templates": ("{edges} <break> {q} <break> {image}",), "target": "image"}
@@ -176,11 +177,11 @@ def maps(root, name, allow_outside):
 
 
 def reader(write_one, opened, *names):
-  """Returns a function that writes a file of a format, and opens it by the format and split."""
+  """Returns `write_one` with a function that opens a source by the arguments `names`."""
   return functools.partial(write_one, functools.partial(opened, *names))
 
 
-# Format -> (folder in which the reader looks for images, reader).
+# Format -> (folder of the reader's images, reader).
 READERS = {
   "jsonl": ("", lines),
   "maps": ("", maps),
@@ -206,10 +207,10 @@ READERS = {
   "a.jsonl": ("", functools.partial(raw, "a.jsonl", interleaved)),
   "parquet": ("", functools.partial(raw, "a.parquet", column)),
 }
-# Readers that append an absolute path to their folder instead of refusing it.
+# Readers that treat an absolute path as relative to their folder instead of rejecting it.
 PREFIXED = ("textvqa", "narratives")
-# Names that a reader refuses. {root} is the root, {out} an image outside of the root, and {up} the
-# path from the folder of the reader to the parent of the root.
+# Names that a reader rejects. {root} is the root, {out} an image outside of the root, and {up} the
+# relative path from the reader's folder to the parent of the root.
 ESCAPES = {
   "up": "{up}/outside/a_0.jpg",
   "into and up": "x/{up}/../outside/a_0.jpg",
@@ -240,7 +241,7 @@ def root(tmp_path):
 
 
 def fill(root, folder) -> pathlib.Path:
-  """Writes an image into the folder of a reader, and links into the folder and out of it."""
+  """Writes images to a reader's folder, and links to files inside and outside of the folder."""
   base, outside = root / folder, root.parent / "outside"
   base.mkdir(parents=True, exist_ok=True)
   for number in (0, 1):
@@ -252,7 +253,7 @@ def fill(root, folder) -> pathlib.Path:
 
 
 def made(read, root, name) -> tuple[list[str], str]:
-  """Returns the images that a reader finds, or the sentence of its refusal."""
+  """Returns (images that a reader finds, error message); one of them is empty."""
   try:
     return read(root, name, False), ""
   except UserError as error:
@@ -279,7 +280,7 @@ def test_an_image_outside_of_the_folder_is_refused(root, reader, escape):
   assert "is not in" in message
   assert message.startswith(("task draw: ", str(root)))
   assert message.endswith(".")
-  # The message is the same whether or not such a file exists.
+  # The message does not reveal whether the file exists.
   (root.parent / "outside" / "a_0.jpg").unlink()
   assert made(read, root, name) == ([], message)
 
@@ -340,7 +341,7 @@ def test_the_subset_of_vqa_is_a_folder_in_the_folder(root, subset, opened):
 
 
 def test_a_folder_of_images_apart_from_the_file_counts(root):
-  """Names inside this folder are accepted. The folder of the file is then outside."""
+  """Names are relative to this folder, so names in the folder of the file are rejected."""
   fill(root, "")
   outside = root.parent / "outside"
   write(root, "train.jsonl", {"images": {"image": str(outside / "a_0.jpg")}})
@@ -366,7 +367,7 @@ def test_in_a_bucket_only_names_of_the_same_folder_are_right():
 
 
 def test_the_home_folder_is_no_part_of_a_name(root, monkeypatch):
-  """Regression: a file in the current folder has the folder "", so "~" in a name began the path."""
+  """Regression: a name with "~" in a file of the current folder led to the home folder."""
   monkeypatch.setenv("HOME", str(root.parent / "outside"))
   monkeypatch.chdir(root)
   for folder in ("", "."):
@@ -374,7 +375,8 @@ def test_the_home_folder_is_no_part_of_a_name(root, monkeypatch):
       ImageFolder(folder).find("~/a_0.jpg", "f")
     assert ImageFolder(folder).find("a_0.jpg", "f") == "a_0.jpg"
   monkeypatch.setenv("HOME", str(root.parent))
-  assert ImageFolder("~/set").find("a_0.jpg", "f") == "~/set/a_0.jpg"  # The user gave this "~".
+  # Keeps a "~" that the user wrote.
+  assert ImageFolder("~/set").find("a_0.jpg", "f") == "~/set/a_0.jpg"
 
 
 PARTS = ["..", ".", "", "a", "link", "~", "/", "file:", "http:", "gs:", "b_0.jpg", "\0", "\ud800"]
@@ -385,7 +387,7 @@ PARTS = ["..", ".", "", "a", "link", "~", "/", "file:", "http:", "gs:", "b_0.jpg
 @example("a/link/../../b_0.jpg")
 @settings(max_examples=400, deadline=None)
 def test_any_name_is_in_the_folder_or_refused(tmp_path_factory, name):
-  """The path that is opened is the path that was checked."""
+  """Opens exactly the path that was checked."""
   root = tmp_path_factory.getbasetemp() / "any" / "set"
   (root / "a").mkdir(parents=True, exist_ok=True)
   if not (root / "a" / "link").exists():

@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 
 def write(folder: pathlib.Path, **files: str | bytes) -> None:
-  """Writes files: write(folder, a_jpg=b"...") writes folder/a.jpg; "__" stands for "/"."""
+  """Writes files: write(folder, a_jpg=b"...") writes folder/a.jpg; "__" means "/"."""
   for name, content in files.items():
     path = folder / ".".join(name.replace("__", "/").rsplit("_", 1))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def test_a_folder_and_a_tar_make_equal_records(tmp_path):
 
 
 def test_the_first_caption_that_is_not_blank_is_taken(folder, tmp_path):
-  """The order is .txt, .caption, .json. Captions that differ in more than white space count."""
+  """The order is .txt, .caption, .json. Captions that differ in more than white space conflict."""
   write(
     folder, a_jpg=jpeg(1), a_txt="of txt", a_caption="of caption",
     a_json=OF_JSON, b_jpg=jpeg(2), b_caption="of caption", b_json=OF_JSON, c_jpg=jpeg(3), c_txt="",
@@ -101,7 +101,7 @@ def test_the_first_caption_that_is_not_blank_is_taken(folder, tmp_path):
   ]
   expected = f"{folder}/a.jpg: the captions in .txt and .json differ; .txt is used."
   assert notes[1].message == expected
-  # The pairs are used, so they do not count as wrong records.
+  # Captions conflict, but the pairs are used and do not count as rejected.
   counts = prepare(tmp_path / "raw", source=str(folder), max_rejected=0.0)
   assert counts["train_pairs"] + counts["heldout_pairs"] == 4
   assert counts["conflicting_captions"] == 3
@@ -125,7 +125,7 @@ def test_mistakes_are_set_aside_with_their_reasons(folder, tmp_path):
     other_bmp=buffer.getvalue(), other_txt="a", text_jpg="no image", text_txt="a",
     wrong_jpg=encoded("png"), wrong_txt="a png", _hidden_jpg=b"", _hidden_txt="a",
   )  # fmt: skip
-  for name in ("jpg", "txt"):  # An Apple computer leaves such files on other disks.
+  for name in ("jpg", "txt"):  # macOS writes such files to disks that are not its own.
     (folder / f"_hidden.{name}").rename(folder / f"._wrong.{name}")
   counts = prepare(tmp_path / "raw", source=str(folder), max_rejected=0.9)
   found = {name: n for name, n in counts.items() if name.startswith("rejected")}
@@ -147,7 +147,7 @@ def test_a_mistyped_suffix_of_an_image_does_not_make_a_text_of_its_caption(folde
   )
   write(folder, d_jpg=jpeg(3), d_txt="four", e_md=b"# notes", e_txt="a text of its own")
   counts = prepare(tmp_path / "raw", source=str(folder), max_rejected=0.9)
-  assert counts["train_pairs"] + counts["heldout_pairs"] == 2  # The pairs of a and d.
+  assert counts["train_pairs"] + counts["heldout_pairs"] == 2  # Only a and d are pairs.
   assert counts["rejected_unknown_suffix"] == 2
   assert counts["train_texts"] + counts["heldout_texts"] == 1
 
@@ -226,7 +226,7 @@ def test_a_long_caption_file_is_rejected(folder, monkeypatch):
 
 
 def test_images_in_a_bucket(tmp_path):
-  """The memory file system of fsspec stands for a GCS bucket."""
+  """fsspec's memory file system replaces a GCS bucket."""
   fs = fsspec.filesystem("memory")
   fs.pipe({"/pics/s/a.jpg": jpeg(7), "/pics/s/a.txt": b"gray", "/pics/b.txt": b"A text."})
   assert reasons(read("memory://pics")) == ["s/a", "b.txt"]
@@ -246,7 +246,7 @@ def test_an_added_name_changes_its_own_group(numbers, data):
     more = list(samples.grouped(sorted([*names, f"image {added}"])))
   assert [name for group in groups for name in group] == names
   assert max(map(len, groups)) <= 32
-  if max(map(len, groups + more)) < 32:  # No group was cut at the maximum size.
+  if max(map(len, groups + more)) < 32:  # Unless a group was cut at the maximum size.
     assert sum(group not in groups for group in more) in (1, 2)
 
 

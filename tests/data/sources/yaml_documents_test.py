@@ -10,7 +10,7 @@ from tests.messages import refused
 
 
 def repeated(levels: int, last: str) -> str:
-  """Returns lines of which each refers to the line before it nine times: 9**levels values."""
+  """Returns YAML in which each line refers to the line before it nine times: 9**levels values."""
   lines = ["x0: &a0 [lol]"]
   lines += [f"x{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels)]
   return "\n".join([*lines, last]) + "\n"

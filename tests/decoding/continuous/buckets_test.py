@@ -81,7 +81,7 @@ def test_a_request_takes_the_usual_bucket_if_its_cache_holds_prompt_and_text(gen
   assert engine._bucket(text(5, left + 1), MIXTURE) == largest(usual, generator.config)
 
 
-BEFORE = POSITIONS - IMAGE - 3  # Number of words in a prompt for an image.
+BEFORE = POSITIONS - IMAGE - 3  # Number of text tokens in the longest prompt for an image.
 EXTREMES = {
   1: [text(POSITIONS - 9, 7), text(1, POSITIONS - 9), text(60, 60)],
   2: [image(BEFORE), box(BEFORE - IMAGE - 3, 1), image(1)],
@@ -93,7 +93,7 @@ USUAL = {1: plain_requests, 2: guided_requests, 3: edits}
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", [1, 2, 3])
 def test_samples_of_the_largest_bucket_are_those_of_generate(generator, streams):
-  """Covers the longest prompts and texts and the most candidates, each next to a short request."""
+  """Batches the longest prompts, longest texts and most candidates with a short request each."""
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   engine.warm(USUAL[streams]()[0])
   cases = cases_of(generator, [EXTREMES[streams]], [MIXTURE, MOST])

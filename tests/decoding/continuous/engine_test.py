@@ -1,4 +1,4 @@
-"""Tests that samples equal `Generator.generate`, whatever else is admitted or removed."""
+"""Tests that samples equal those of `Generator.generate`, whatever else is admitted or removed."""
 
 import copy
 import dataclasses
@@ -32,24 +32,24 @@ from tests.messages import refused
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-# Guided rows (even seeds) and contrastive rows of one batch, each with different settings.
+# Settings of the samples in one batch. Even seeds use top-p, odd seeds contrastive decoding.
 SAMPLINGS = [
   MIXTURE,
   dataclasses.replace(MIXTURE, temperature=0.7, top_p=0.5, guidance=5.0, contrastive_alpha=0.1),
   dataclasses.replace(MIXTURE, top_k=5, text_top_k=7, text_temperature=3.0, edit_guidance=2.0),
 ]
 
-# Tolerance of log_probs, by number of streams: guidance multiplies logits by 3 and -2, or by 7.5
-# and -6.
+# Tolerance of log_probs, by number of streams. Guidance multiplies errors of logits by up to 3 (two
+# streams) or 7.5 (three streams).
 ROUNDING = {1: 1e-5, 2: 3e-5, 3: 1e-4}
 
 
-# This prompt needs a wider bucket.
+# A request whose prompt needs a wider bucket.
 LONG = request_lib.document(VOCAB, IMAGE, [np.arange(20, 60)], 7)
 
 
 def cases_of(generator, groups, samplings=SAMPLINGS):
-  """Returns (request, seed, sampling, expected result) for lists of requests that share batches."""
+  """Generates each group of requests with each sampling: (request, seed, sampling, result)."""
   cases = []
   for requests, (i, sampling) in itertools.product(groups, enumerate(samplings)):
     seeds = [SEEDS[0] + n + 20 * i for n in range(len(requests))]
@@ -60,7 +60,7 @@ def cases_of(generator, groups, samplings=SAMPLINGS):
 
 @pytest.fixture(scope="module")
 def generator(plain_generator):
-  """Returns the generator with smaller programs."""
+  """Returns a copy of `plain_generator` for batches of up to 8 samples."""
   generator = copy.copy(plain_generator)
   generator.config = dataclasses.replace(generator.config, batch_size=8)
   return generator
@@ -68,14 +68,14 @@ def generator(plain_generator):
 
 @pytest.fixture(scope="module")
 def all_cases(generator):
-  """Returns samples of one and two streams, and long samples of one stream, which share batches."""
+  """Returns cases of one stream, two streams, and one stream with a long prompt."""
   with on_mesh():
     return cases_of(generator, [[*plain_requests(), LONG], guided_requests()])
 
 
 @pytest.fixture(scope="module")
 def cases(all_cases):
-  """Returns samples of one and two streams, which need two buckets."""
+  """Returns cases of one stream and of two streams, which use two buckets."""
   return [case for case in all_cases if case[0] is not LONG]
 
 
@@ -85,7 +85,7 @@ def long_case(all_cases):
 
 
 def is_case(update, case) -> bool:
-  """Returns whether an update has the first tokens of the expected result, or all at its end."""
+  """Returns whether the tokens of an update are the expected tokens so far, or all if finished."""
   expected, count = case[3], len(update.result.tokens)
   return np.array_equal(update.result.tokens, expected.tokens[: None if update.finished else count])
 
@@ -101,7 +101,7 @@ def check(update, case):
 
 
 def run(engine, cases, rng, removed=0.1, check=check):
-  """Admits cases at random chunks and removes some; returns the number of finished cases."""
+  """Admits cases at random times and removes some; returns the number of finished cases."""
   waiting, running, finished = [cases[i] for i in rng.permutation(len(cases))], {}, 0
   while waiting or engine.active:
     for case in [c for c in waiting if rng.random() < 0.4 and engine.can_admit(c[0], c[2])]:
@@ -129,7 +129,7 @@ def test_a_removed_sample_frees_its_slot_at_once(generator, cases):
     engine.admit(*three[:3])
   assert {u.ticket for u in engine.step()} == {first, second}
   engine.remove(first)
-  engine.remove(first)  # The sample has already left the batch.
+  engine.remove(first)  # Has no effect: the sample has left the batch.
   third = engine.admit(*three[:3])
   updates = engine.step()
   assert {u.ticket for u in updates} == {second, third}
@@ -152,7 +152,7 @@ def run_often(engine, cases):
 def test_any_schedule_gives_the_samples_of_generate(generator, cases):
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   run_often(engine, cases)
-  # The ring buffers of a batch went around more than once, so writing began at every entry.
+  # The ring buffers wrapped around more than once, so samples started at every entry.
   assert len(engine._batches) == 2
 
 
@@ -191,7 +191,7 @@ def seeds_of_other_slots(monkeypatch):
 
 
 def entries_of_the_last_sample(monkeypatch):
-  """Makes a slot see cache entries that earlier samples of the slot or other slots wrote."""
+  """Simulates a bug: a slot keeps the mask of its previous sample, and reads its cache entries."""
   plain = state_lib._put
 
   def put(into, x, slots):
@@ -201,7 +201,7 @@ def entries_of_the_last_sample(monkeypatch):
 
 
 def compiled_again(generator, *names):
-  """Returns a copy of the generator that compiles the programs with these names again."""
+  """Returns a copy of the generator without the compiled programs of these names."""
   programs = Programs(generator.programs.mesh)
   of_before = generator.programs.compiled.items()
   programs.compiled = {key: made for key, made in of_before if key[0][0] not in names}
@@ -220,7 +220,7 @@ def compiled_again(generator, *names):
   ],
 )
 def test_a_broken_batch_is_found(generator, cases, monkeypatch, damage, program):
-  """Negative control: with any of these mistakes in a program, samples differ."""
+  """Negative control: given a bug in one program, some samples differ."""
   damage(monkeypatch)
   broken = compiled_again(generator, program)
   plain, same = [case for case in cases if len(case[0].streams) == 1], []
@@ -234,7 +234,7 @@ def test_a_broken_batch_is_found(generator, cases, monkeypatch, damage, program)
 
 
 def few_at_once(generator, cases, **options):
-  """Runs the cases of one stream in a batch of eight slots, usually one or two at the same time."""
+  """Decodes one-stream cases in a batch of eight slots, mostly one or two at a time."""
   plain = [case for case in cases if len(case[0].streams) == 1]
   engine, used = ContinuousGenerator(generator, slots=8, chunk=3), []
   waiting, running, rng = list(plain), {}, np.random.default_rng(0)
@@ -253,7 +253,7 @@ def few_at_once(generator, cases, **options):
 
 @pytest.mark.slow
 def test_few_samples_are_made_by_the_steps_of_the_first_slots(generator, cases):
-  """Samples change from steps of only the first slots to steps of all slots, and back."""
+  """Decoding switches from steps of only the first slots to steps of all slots, and back."""
   used = few_at_once(generator, cases)
   assert set(used) == {True, False}
   assert used.index(False) < len(used) - used[::-1].index(True)
@@ -264,7 +264,7 @@ def test_few_samples_are_made_by_the_steps_of_the_first_slots(generator, cases):
   "lost", ["cache", *(pytest.param(name, marks=pytest.mark.slow) for name in ("counts", "ids"))]
 )
 def test_a_part_of_the_first_slots_that_is_lost_is_found(generator, cases, monkeypatch, lost):
-  """Negative control: steps of the first slots lose one array of the state."""
+  """Negative control: steps of only the first slots do not update one array of the state."""
   plain, same = state_lib._with_first_slots, []
 
   def put(whole, first):
@@ -297,12 +297,12 @@ def test_a_short_request_is_admitted_to_an_active_batch_of_longer_ones(generator
   long = long_case
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   tickets = {engine.admit(*case[:3]): case for case in (long, *short)}
-  # Two requests are in the batch of the long request. The others do not fit and get another batch.
+  # The batch of the long request admits one short request and is full; the rest need another batch.
   assert [batch.bucket.static.widths for batch in engine._batches] == [(64,), (32,)]
   while engine.active:
     for update in engine.step():
       check(update, tickets[update.ticket])
-  # An idle batch does not admit other buckets, and a long request does not fit a short batch.
+  # Idle batches admit only requests of their own bucket. A long request does not fit a short batch.
   assert engine.can_admit(long[0], long[2])
   tickets = {engine.admit(*case[:3]): case for case in (*short[:2], long)}
   assert [sum(map(bool, batch.slots)) for batch in engine._batches] in ([1, 2], [2, 1])
@@ -312,7 +312,7 @@ def test_a_short_request_is_admitted_to_an_active_batch_of_longer_ones(generator
 
 
 def test_a_short_request_leaves_an_idle_batch_of_longer_ones_alone(generator):
-  """Otherwise, the short request would read a long cache, and for only one sample."""
+  """Otherwise, decoding one short sample would attend over a long cache."""
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   engine.remove(engine.admit(LONG, SEEDS[0]))
   engine.admit(plain_requests()[0], SEEDS[0])
@@ -320,7 +320,7 @@ def test_a_short_request_leaves_an_idle_batch_of_longer_ones_alone(generator):
 
 
 def test_batches_take_turns_and_are_bounded(generator, cases, long_case):
-  """A request gets a batch even if other requests refill all active batches forever."""
+  """A request gets a batch in the end, even if others keep all active batches full."""
   engine = ContinuousGenerator(generator, slots=2, chunk=3, buckets=2)
   of = {s: [case for case in cases if len(case[0].streams) == s] for s in (1, 2)}
   other, tickets, chunks = long_case, {}, []

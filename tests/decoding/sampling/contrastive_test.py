@@ -22,7 +22,7 @@ def test_contrastive_scores_literals():
 
 @pytest.mark.parametrize("k", [1, 3, 8, 40])
 def test_contrastive_scores_are_those_of_plain_numpy(k):
-  """The rows have all, some, five or one legal ids, so some have fewer than k."""
+  """The rows have all, some, five and one legal ids, so some have fewer than k."""
   rng = np.random.default_rng(k)
   expert, amateur = rng.normal(size=(2, 4, 30)).astype(np.float32) * 2
   for row, illegal in enumerate((0, 10, 25, 29)):
@@ -41,7 +41,7 @@ def test_contrastive_scores_are_those_of_plain_numpy(k):
 
 
 def test_k_of_one_is_contrastive_decoding():
-  """In contrastive decoding (Li et al. 2022), the most probable token sets the threshold."""
+  """With k = 1, the most probable token sets the threshold, as in Li et al. (2022)."""
   expert, amateur = jax.random.normal(jax.random.key(0), (2, 5, 30))
   p, q = jax.nn.softmax(expert), jax.nn.softmax(amateur)
   expected = np.where(p >= 0.1 * p.max(axis=1, keepdims=True), np.log(p / q), -np.inf)

@@ -32,7 +32,7 @@ def test_each_prompt_may_have_its_own_weights():
     np.testing.assert_array_equal(together[row], combine_streams(logits, weights[row])[row])
   np.testing.assert_array_equal(together[0], logits[0, 0])
   np.testing.assert_array_equal(together[3], logits[2, 3])
-  # Negative control: the weights of another prompt.
+  # Negative control: weights of another prompt.
   assert np.any(together[1] != combine_streams(logits, weights[2])[1])
 
 
@@ -83,7 +83,7 @@ def test_editing_weights():
 
 @pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_weights_are_the_formulas(schedule):
-  """The formulas are u + alpha (c - u) and u + s_img (i - u) + s_txt (f - i), in float64."""
+  """Weights give u + alpha (c - u) and u + s_img (i - u) + s_txt (f - i), computed in float64."""
   f, i, u = RNG.normal(size=(3, 2, 6))
   alpha, image = (scheduled(guidance, schedule, 7) for guidance in (5.0, 1.5))
   two, three = text_to_image_weights(5.0, schedule, 7), editing_weights(1.5, 5.0, schedule, 7)
@@ -95,6 +95,7 @@ def test_weights_are_the_formulas(schedule):
     np.testing.assert_allclose(weighed[0], u + alpha[step] * (f - u), atol=2e-5)
     expected = u + image[step] * (i - u) + alpha[step] * (f - i)
     np.testing.assert_allclose(weighed[1], expected, atol=2e-5)
-    # Negative control: exchanged weights. At the first code of a growing schedule, both are 1.
+    # Negative control: weights of the wrong streams. A growing schedule starts with guidance 1,
+    # where both are equal.
     if schedule == "constant" or step:
       assert np.abs(weighed[1] - (u + alpha[step] * (i - u) + image[step] * (f - i))).max() > 1e-2

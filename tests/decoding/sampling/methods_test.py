@@ -58,7 +58,7 @@ def test_settings_literals():
 
 
 def test_the_methods_of_samples():
-  """A sample without a stream to contrast with uses top-p."""
+  """Samples of one stream use top-p, because contrastive decoding needs a second stream."""
   assert choose_methods("mixture", [4, 7], 1, [2, 2]) == [[TOP_P], [CONTRASTIVE]]
   assert choose_methods("mixture", [4, 7], 2, [2, 1]) == [[TOP_P, CONTRASTIVE], [TOP_P, TOP_P]]
   assert choose_methods("contrastive", [4, 7], 2, [3, 1]) == [[CONTRASTIVE] * 2, [TOP_P] * 2]

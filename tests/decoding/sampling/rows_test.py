@@ -1,4 +1,4 @@
-"""Tests the exact distribution of each sampling method, alone and in a batch with other methods."""
+"""Tests each sampling method against its exact distribution, alone and mixed in a batch."""
 
 import functools
 
@@ -52,7 +52,7 @@ def sample_rows(guided, keys, rows, expert, amateur, candidates=0, contrastive_k
 
 
 def test_candidates_bound_the_sort():
-  """Only the selection of candidates uses the whole vocabulary. CD-K is left out if unused."""
+  """The program sorts only the candidates, and omits contrastive decoding if no row uses it."""
   logits, keys = jnp.zeros((2, 500)), jax.random.split(jax.random.key(0), 2)
 
   def program(candidates, *others):
@@ -68,7 +68,7 @@ def test_candidates_bound_the_sort():
 
 
 def exact_top(temperature=1.0, top_k=0, top_p=1.0):
-  """Computes the distribution of one sample in NumPy in float64, without the package."""
+  """Computes the exact top-k and top-p distribution of one sample in NumPy, in float64."""
   p = np.exp(GUIDED.astype(np.float64) / temperature)
   order = np.argsort(-p)[: top_k or VOCABULARY]
   p_kept = p[order] / p[order].sum()
@@ -83,7 +83,7 @@ def exact_cdk(temperature=0.8, alpha=0.5, amateur_temperature=0.5, k=K):
   return p / p.sum()
 
 
-# (setting, its distribution, another distribution that a test must reject).
+# (setting, its distribution, a wrong distribution that the test must reject).
 CASES = {
   "temperature": (top(0.7), exact_top(0.7), exact_top(0.8)),
   "top-k": (top(top_k=7), exact_top(top_k=7), exact_top(top_k=8)),
@@ -99,7 +99,7 @@ CASES = {
   "CD-K, amateur": (cdk(amateur_temperature=1.0), exact_cdk(amateur_temperature=1.0), exact_cdk()),
 }
 IMAGE, CONTRASTIVE, TEXT = exact_top(0.9, 9, 0.8), exact_cdk(), exact_top(1.3, 0, 0.95)
-MIXTURE = {  # Rows alternate: image tokens of a mixture, and text tokens.
+MIXTURE = {  # Expected distributions of even and of odd rows.
   "image, top-p": (IMAGE, TEXT),
   "image, CD-K": (CONTRASTIVE, IMAGE),
   "text, even sample": (TEXT, IMAGE),
@@ -108,7 +108,7 @@ MIXTURE = {  # Rows alternate: image tokens of a mixture, and text tokens.
 
 
 def counts(rows: RowSettings, number: int) -> np.ndarray:
-  """Returns [number, V] histograms of a batch in which every `number`-th row has one setting."""
+  """Samples a batch in which `number` settings alternate; returns a histogram [V] of each."""
 
   def repeat(row):
     return np.tile(row, (len(CASES) * DRAWS, 1))
@@ -120,7 +120,7 @@ def counts(rows: RowSettings, number: int) -> np.ndarray:
 
 
 def p_value(counts, p) -> float:
-  """Returns the p-value of a chi-square test; 0 if a sample has probability 0."""
+  """Returns the p-value of a chi-square test; 0 if an impossible token was sampled."""
   if counts[p == 0].any():
     return 0.0
   return stats.chisquare(counts[p > 0], counts.sum() * p[p > 0]).pvalue
@@ -159,7 +159,7 @@ def test_a_batch_mixes_methods_and_modalities(case):
 
 
 def test_three_streams_follow_the_exact_distribution():
-  """The streams are the streams of an edit: nothing, image and instruction, only the image."""
+  """The streams are those of an edit: none, image with instruction, image only."""
   generator = np.random.default_rng(11)
   streams = generator.normal(size=(3, 1, VOCABULARY)).astype(np.float32)
   streams[:, :, ILLEGAL] = -1e9
@@ -216,7 +216,7 @@ def test_settings_of_rows_are_those_of_separate_calls():
   separate = np.stack([small([row] * 6)[0] for row in SMALL_ROWS])
   np.testing.assert_array_equal(together, separate.diagonal())
   assert any((row != together).any() for row in separate)
-  assert len(traces) == traced  # Another setting does not compile again.
+  assert len(traces) == traced  # Changed settings compile nothing.
 
 
 def test_a_batch_split_over_devices_samples_the_same():
@@ -259,7 +259,7 @@ def test_text_is_sampled_by_top_p():
 
 
 def test_values_have_the_kinds_of_the_config():
-  """The order matters, because another order would compile other programs."""
+  """The order and dtypes of values are fixed, because others would compile other programs."""
   values = SamplingValues.of(SamplingConfig(temperature=2))
   assert values._fields[:9] == (
     *("temperature", "top_k", "top_p", "text_temperature", "text_top_k", "text_top_p"),

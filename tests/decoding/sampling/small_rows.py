@@ -1,4 +1,4 @@
-"""Makes settings of rows, and computes scores of CD-K in float64, for several test files."""
+"""Makes settings of rows, and exact scores of contrastive decoding (CD-K), for several tests."""
 
 import functools
 
@@ -19,12 +19,12 @@ def sample_top_p(guided, keys, rows, candidates):
 
 
 def contrastive_uses(flags) -> dict:
-  """Returns the methods of rows: rows with a flag use CD-K, the others use top-p."""
+  """Returns the methods of rows: CD-K where `flags` is set, otherwise top-p."""
   return {other.name: jnp.zeros_like(flags) for other in OTHERS} | {"contrastive": flags}
 
 
 def rows_of(*settings) -> RowSettings:
-  """Joins rows, each made by `top` or `cdk`, to `RowSettings`."""
+  """Joins the settings of rows, made by `top` or `cdk`, into one `RowSettings`."""
   dtypes = (np.float32, np.int32, np.float32, bool, np.float32, np.float32)
   columns = [np.array(column, dtype) for column, dtype in zip(zip(*settings), dtypes)]
   temperature, top_k, top_p, contrastive, alpha, amateur_temperature = columns
@@ -37,7 +37,7 @@ def top(temperature=1.0, top_k=0, top_p=1.0):
 
 
 def cdk(temperature=0.8, alpha=0.5, amateur_temperature=0.5):
-  return (temperature, 1, 0.1, True, alpha, amateur_temperature)  # top_k and top_p have no effect.
+  return (temperature, 1, 0.1, True, alpha, amateur_temperature)  # CD-K ignores top_k and top_p.
 
 
 def exact_scores(expert, amateur, k, alpha):

@@ -32,9 +32,9 @@ def kept(probabilities, top_k, top_p, candidates=0):
     (3, 1.0, [1, 2, 3]),
     (1, 1.0, [1]),
     (0, 0.39, [1]),
-    (0, 0.41, [1, 3]),  # Id 1 alone has probability 0.4.
+    (0, 0.41, [1, 3]),  # Id 1 has probability 0.4.
     (0, 0.75, [1, 2, 3]),
-    (3, 0.6, [1, 3]),  # From the docstring: after top-k, ids before 2 have 0.78.
+    (3, 0.6, [1, 3]),  # After top-k = 3, ids 1 and 3 sum to 0.78.
     (3, 0.8, [1, 2, 3]),
     (9, 1e-6, [1]),
   ],
@@ -58,7 +58,7 @@ def test_filter_never_keeps_an_illegal_token():
   st.lists(st.tuples(st.integers(1, 12), st.floats(0.01, 1.0)), min_size=3, max_size=3),
 )
 def test_filter_keeps_the_smallest_sufficient_set(seed, rows):
-  """Each row keeps its most probable tokens. No smaller set of them reaches the row's top_p."""
+  """Each row keeps its most probable tokens: the fewest whose probabilities sum to its top_p."""
   logits = np.random.default_rng(seed).normal(size=(3, 15)).astype(np.float32)
   every_k, every_p = (
     np.array(column, dtype) for column, dtype in zip(zip(*rows), (np.int32, np.float32))
@@ -78,7 +78,8 @@ def test_filter_keeps_the_smallest_sufficient_set(seed, rows):
 
 
 @pytest.mark.parametrize(
-  ("top_k", "text_top_k", "expected"),  # Only image codes, and image codes and texts.
+  # Number of candidates if only image codes are sampled; if texts are sampled, too.
+  ("top_k", "text_top_k", "expected"),
   [
     (256, 0, (256, 0)),
     (256, 40, (256, 256)),
@@ -104,7 +105,7 @@ OTHER_TIES = set(itertools.product((0.01, 1.0), (0, 64), (0.9, 1.0), (20_000,)))
   ],
 )
 def test_rounding_of_logits_changes_no_token(spread, top_k, top_p, rows):
-  """Another batch, bucket or mesh rounds logits differently, so that near ties swap places."""
+  """Other batches, buckets and meshes round logits differently; near ties must not swap tokens."""
   size = 256
   generator = np.random.default_rng(5)
   logits = (spread * generator.normal(size=(rows, size))).astype(np.float32)

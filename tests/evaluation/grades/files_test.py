@@ -24,7 +24,7 @@ def records():
 
 
 def answers_of(records, name, right):
-  """Returns judged answers, of which the first `right` are correct."""
+  """Returns judged answers to `records`; only the first `right` of them are correct."""
   if name == "count":
     texts = [r.texts["answer"] if i < right else "none" for i, r in enumerate(records[name])]
     found = WORLD.judge_answer_texts(records[name], texts)
@@ -49,7 +49,7 @@ def test_files_have_the_shares_and_the_page_shows_examples_and_the_worst(records
     assert table["after"]["right"]["share"] == 18 / COUNT
     assert table["after"]["right"]["low"] < 18 / COUNT < table["after"]["right"]["high"]
     assert result["gains"][name]["share"] == pytest.approx(12 / COUNT)
-  assert result["means"] == {}  # A mean needs answers of all tasks of a kind.
+  assert result["means"] == {}  # A mean needs answers to all tasks of a kind.
   lines = read_json_lines(tmp_path / "grades" / files.ANSWERS)
   assert len(lines) == 2 * 2 * COUNT
   shown = instruction_section.read(tmp_path, lambda path: path.exists() and str(path))

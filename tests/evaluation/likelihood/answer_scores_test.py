@@ -26,7 +26,7 @@ def run(tmp_path_factory):
 
 
 def plain(pipeline, params, before, answer, after, codes) -> float:
-  """Computes log p(answer, <eoss>) explicitly in one pass over the document."""
+  """Computes log p(answer, <eoss>) directly, from one pass over the document."""
   vocab, encode = pipeline.layout.vocab, pipeline.layout.encode
   ids = [
     *(vocab.eos, *before, vocab.mask(0), *after, vocab.brk, *vocab.image_ids(codes), vocab.eos),
@@ -47,7 +47,7 @@ def test_scores_equal_those_of_plain_passes(run):
   with one_device():
     found = score_answers(pipeline, params, TEXTS, ANSWERS, codes)
     encode = pipeline.layout.encode
-    # "." and "?" are separate pieces; a space belongs to the next word.
+    # Pieces of text that share no token: "." and "?" stand alone; a space belongs to the next word.
     pieces = [
       (encode("Is it red?"), encode("x.")[len(encode("x")) :]),
       (encode("What"), encode("it?")),

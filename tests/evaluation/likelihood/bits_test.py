@@ -84,7 +84,7 @@ def test_unigram_table_has_one_distribution_per_modality(stores):
 
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=60), st.integers(0, 2**32 - 1))
 def test_partners_are_other_documents_of_other_concepts(concepts, seed):
-  concepts = np.array([*concepts, 10])  # An interval needs at least two concepts.
+  concepts = np.array([*concepts, 10])  # An interval needs at least two concepts, so this adds one.
   partner = bits.partners(concepts, np.random.default_rng(seed))
   assert sorted(partner) == list(range(len(concepts)))
   assert (partner != np.arange(len(concepts))).all()
@@ -144,7 +144,7 @@ def test_scores_are_the_log_likelihoods_of_each_sample_alone(params, align_image
   rng = np.random.default_rng(1)
   samples = [loader.join([pair(i, rng) for i in range(1 + n)], VOCAB) for n in (0, 1, 2) * 3]
   scored = bits.score_samples(params, model_config, samples, VOCAB, batch_size=8)
-  # The last three documents are in the second batch.
+  # These three documents are in the second batch.
   for sample, row in list(zip(samples, scored))[-3:]:
     tokens = jnp.asarray(np.tile(sample[:-1], (8, 1)))
     positions = positions_of(sample, VOCAB, align_images)[:-1]
@@ -198,7 +198,8 @@ def test_fewer_than_two_documents_are_refused(tmp_path, stores, params):
 
 def test_intervals_are_over_the_concepts_of_the_documents(tmp_path, stores, params):
   rng = np.random.default_rng(4)
-  concepts = ["fox"] * 3 + ["cat"] * 2 + [""] * 2  # A document without a concept counts as one.
+  # All documents without a concept count as one concept.
+  concepts = ["fox"] * 3 + ["cat"] * 2 + [""] * 2
   written = [pair(i, rng, concept=concept) for i, concept in enumerate(concepts)]
   documents.write_documents(tmp_path / "concepts", written, VOCAB)
   store = documents.DocumentStore(tmp_path / "concepts", VOCAB)

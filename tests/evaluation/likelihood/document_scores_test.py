@@ -57,7 +57,7 @@ def document(key, *sizes, seed=0, concept=""):
 
 
 def forward(params, model, sample):
-  """Returns the log-probability of each target of one sample in an unpadded row."""
+  """Returns the log-probability of each target of a sample, from a row without padding."""
   inputs = np.asarray(sample[:-1])[None]
   places = positions_of(sample, VOCAB, model.align_images)[None, :-1]
   logits = model_logits(model, params, inputs, places, np.ones_like(inputs))
@@ -76,7 +76,7 @@ def test_log_probs_are_those_of_a_plain_forward_pass(scorer, align_images):
     document("pair", 5, -16),
     document("mixed", 3, -16, 4, -16),
     document("image", -16),
-    document("long", 100),  # This needs another row length.
+    document("long", 100),  # Needs a longer row.
   ]
   neighbors = [(), (document("n", 4, -16), document("m", 6, -16)), (), (), ()]
   together = dataclasses.replace(scorer, find=lambda _: neighbors).score(documents)
@@ -93,7 +93,7 @@ def test_log_probs_are_those_of_a_plain_forward_pass(scorer, align_images):
     assert line["log_prob"] == pytest.approx(expected[1 - len(tokens) :].sum(), rel=1e-4)
     assert np.std(line["log_probs"][1:]) > 0.1
   assert [line["neighbors"] for line in together] == [[], ["n", "m"], [], [], []]
-  # Negative control: neighbors change only the scores of their own document.
+  # Negative control: a neighbor changes only the scores of its own document.
   changed = [
     not np.allclose(a["log_probs"][1:], b["log_probs"][1:], atol=1e-3)
     for a, b in zip(together, alone)
@@ -194,7 +194,7 @@ def test_bits_of_a_store_are_those_of_the_evaluation(
   for modality in bits.MODALITIES:
     assert found[modality]["tokens"] == expected[modality]["tokens"]
     wanted = expected[modality][condition]
-    # The bootstrap draws concepts in another order, so only the ends of its interval may differ.
+    # Only the interval's ends may differ, because the bootstrap draws concepts in another order.
     assert {k: found[modality][k] for k in ("bits", "groups", "effective_groups")} == pytest.approx(
       {k: wanted[k] for k in ("bits", "groups", "effective_groups")}, rel=1e-5
     )
@@ -214,12 +214,13 @@ def test_perplexity_is_that_of_all_tokens_of_a_modality():
   found = totals.summary(num_resamples=200, seed=0)
   assert (found["documents"], found["mean_neighbors"]) == (2, 0.5)
   text, image, special = (found[name] for name in document_scores.MODALITIES)
-  # 2 + 4 bits over 3 tokens.
+  # The texts have 2 + 4 bits and 3 tokens.
   assert (text["documents"], text["tokens"], text["groups"]) == (2, 3, 2)
   assert text["bits"] == pytest.approx(2)
   assert text["perplexity"] == pytest.approx(4)
   assert text["log_prob"] == pytest.approx(-6 * np.log(2))
-  assert (text["low"], text["high"]) == pytest.approx((1, 4))  # The bits of the two documents.
+  # The mean bits of each of the two documents.
+  assert (text["low"], text["high"]) == pytest.approx((1, 4))
   assert (text["perplexity_low"], text["perplexity_high"]) == pytest.approx((2, 16))
   assert (image["documents"], image["bits"], image["perplexity"]) == pytest.approx((1, 3, 8))
   assert [image[f"{p}{end}"] for p in ("", "perplexity_") for end in ("low", "high")] == [None] * 4
@@ -267,7 +268,7 @@ def test_pairs_have_neighbors_and_none_is_its_own(workdir, layout):
 
 @dataclasses.dataclass(frozen=True)
 class Dying:
-  """Scorer that scores some parts, then stops like a killed command."""
+  """Scorer that raises an error after some parts, as if its command was killed."""
 
   scorer: Scorer
   parts: int

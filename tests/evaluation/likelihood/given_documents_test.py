@@ -32,7 +32,7 @@ LAYOUT = PromptLayout(VOCAB, IMAGE_TOKENS, 8, POSITIONS, encode, None)
 
 
 class Tokenizer:
-  """Fake tokenizer whose codes are all the red value of the first pixel modulo 64."""
+  """Fake tokenizer: all codes of an image are the red value of its first pixel, modulo 64."""
 
   def encode(self, images):
     return np.repeat(images[:, 0, 0, :1].astype(np.int32) % 64, IMAGE_TOKENS, axis=1)
@@ -201,7 +201,7 @@ def test_files_that_are_no_documents_are_refused(write, tmp_path):
 
 
 def stored(folder, sizes, config=None):
-  """Writes the store of a finished stage. Segments with negative sizes are images."""
+  """Writes the store of a finished stage. Negative sizes are segments of an image."""
 
   def segment(n):
     return Segment(n < 0, np.full(abs(n), VOCAB.text_size if n < 0 else 40, np.int32))

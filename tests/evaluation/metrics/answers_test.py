@@ -1,6 +1,6 @@
-"""Tests VQA accuracy with its normalization, exact match, and NDCG.
+"""Tests VQA accuracy with its normalization of answers, exact match, and NDCG.
 
-The literals cover the rules of vqaEval.py (GT-Vision-Lab/VQA) one by one.
+The literals cover each rule of vqaEval.py (GT-Vision-Lab/VQA).
 """
 
 from hypothesis import given
@@ -24,48 +24,48 @@ ANSWERS = st.lists(st.sampled_from(["yes", "no", "2", "Two", "a cat.", "cat"]), 
     ("  red\n", "red"),
     ("red\tball", "red ball"),
     ("red\n\nball   x", "red ball x"),
-    ("yes-\tno-one", "yes noone"),  # A tab counts as a space for the rules below.
-    ("re?ally? ", "re ally"),  # A space at the end does not.
-    # Case.
+    ("yes-\tno-one", "yes noone"),  # A tab counts as a space in the rules below.
+    ("re?ally? ", "re ally"),  # A space at the end does not count.
+    # Upper case.
     ("YES", "yes"),
-    # A sign within words becomes a space.
+    # A punctuation mark inside a word becomes a space.
     ("black/white", "black white"),
     ("t-shirt", "t shirt"),
     ("yes;no", "yes no"),
     ("x=y+z_w@v", "x y z w v"),
-    ("[a]b{c}d(e)f", "b c d e f"),  # "a" is now an article.
+    ("[a]b{c}d(e)f", "b c d e f"),  # "a" has become an article.
     ("<b>`x`\\y", "b x y"),
     ('"stop"', "stop"),
     ("what?yes!no", "what yes no"),
-    # A sign that is next to a space anywhere in the answer is removed everywhere.
+    # If a mark is next to a space anywhere in the answer, all marks of this kind are removed.
     ("red, blue", "red blue"),
     ("red,blue, green", "redblue green"),
     ("yes - no-one", "yes noone"),
     ("yes -no-one", "yes noone"),
-    # Each kind of sign is treated separately.
+    # Each kind of mark has its own rule.
     ("yes - t-shirt/hat", "yes tshirt hat"),
-    # The end of an answer does not count as a space.
+    # The end of the answer does not count as a space.
     ("really?", "really"),
     ("re?ally?", "re ally"),
-    # If there is a comma between digits, all signs are removed.
+    # If there is a comma between digits, all marks are removed.
     ("1,000", "1000"),
     ("1,000-2,000", "10002000"),
     ("1,000 black/white", "1000 blackwhite"),
     ("1, 000/x", "1 000 x"),
-    # These signs are not in the list.
+    # These marks are not in the list of punctuation.
     ("10:30", "10:30"),
     ("dog's", "dog's"),
     ("$5 & 50%*#~^|", "$5 & 50%*#~^|"),
-    # Periods stay only before digits.
+    # Only periods before a digit stay.
     ("2.5", "2.5"),
     (".5", ".5"),
     ("5.", "5"),
-    ("5.x", "5x"),  # A typo in the official pattern removes this period.
+    ("5.x", "5x"),  # Removed because of a typo in the official pattern.
     ("U.S.A.", "usa"),
     ("x.5", "x.5"),
     ("yes. no", "yes no"),
     ("...", ""),
-    # At most 32 periods are removed.
+    # Only the first 32 periods are removed.
     ("x." * 34, "x" * 32 + "x.x."),
     # Numbers.
     ("none zero eleven someone", "0 0 eleven someone"),
@@ -77,13 +77,13 @@ ANSWERS = st.lists(st.sampled_from(["yes", "no", "2", "Two", "a cat.", "cat"]), 
     ("A+", ""),
     # Contractions.
     ("dont DONT don't cant wont isnt", "don't don't don't can't won't isn't"),
-    # Each spelling lacks one apostrophe.
+    # Words that lack one apostrophe.
     ("couldntve couldnt've couldn'tve", "couldntve couldn't've couldn't've"),
     ("itll oclock maam yall'd've twas", "it'll o'clock ma'am y'all'd've 'twas"),
     ("'ows'at ow's'at somebody'd", "'ow's'at 'ow's'at somebodyd"),
-    # The official table lacks "shes" and "lets". It has "Im" and "Ive", but lookups are lower case.
+    # The official table has no "shes" or "lets". Its "Im" and "Ive" never match lower-case words.
     ("hes shes lets im ive", "he's shes lets im ive"),
-    # A number is not recognized once removed punctuation has joined it to a word.
+    # Removing punctuation may join a number word to its neighbor, and it is then not recognized.
     ("one-two", "1 2"),
     ("one - two-three", "1 twothree"),
   ],
@@ -93,7 +93,8 @@ def test_answers_are_normalized(answer, normalized):
 
 
 def test_the_table_of_contractions_has_the_size_of_the_official_one():
-  # The official 120 without Id've, I'dve, Im, Ive (never found), let's and she's (unchanged).
+  # The official 120, without 4 that never match (Id've, I'dve, Im, Ive) and 2 that change nothing
+  # (let's, she's).
   assert len(answer_metrics.SPELLINGS) == 114
   assert answer_metrics.SPELLINGS["hed've"] == "he'd've"
 
@@ -126,10 +127,10 @@ def test_accuracies_are_those_of_the_docstring():
     ("yes.", ["yes"] * 10, 0),
     ("two", ["2"] * 10, 0),
     ("t-shirt", ["t-shirt"] * 10, 1),
-    # Only spaces around the answers are removed.
+    # Only white space around the answers is ignored.
     (" yes\n", ["yes"] * 10, 1),
     ("yes", ["yes", "yes "] * 5, 1),
-    # Answers that are not unanimous are normalized, even if they are equal after that.
+    # If references differ, all answers are normalized, even if they are equal afterwards.
     ("Yes", ["yes"] * 9 + ["no"], 1),
     ("Yes", ["yes"] * 9 + ["Yes"], 1),
     ("two", ["2"] * 9 + ["3"], 1),
@@ -164,7 +165,7 @@ def test_exact_match_is_normalized():
   candidates = ["Two.", "3", "2", "three", "23"]
   found = answer_metrics.exact_matches(candidates, answers)
   assert found.tolist() == [1, 1, 1, 1, 0]
-  # Unanimous answers are normalized, unlike in VQA accuracy.
+  # Exact match always normalizes, unlike VQA accuracy.
   assert answer_metrics.exact_matches(["Yes"], [["yes"]]).tolist() == [1]
 
 
@@ -179,11 +180,11 @@ def test_ndcg_is_that_of_the_docstring():
   ("scores", "relevance", "value"),
   [
     ([3, 2, 1], [1, 0, 0], 1),
-    ([1, 2, 3], [1, 0, 0], 0),  # k is 1, so only the first place counts.
+    ([1, 2, 3], [1, 0, 0], 0),  # One candidate is relevant, so only the first rank counts.
     ([2, 3, 1], [1, 0, 0], 0),
     ([2, 3, 1], [1, 0.2, 0], (0.2 + 1 / np.log2(3)) / (1 + 0.2 / np.log2(3))),
-    ([-1, -2, -3], [1, 0.5, 0.2], 1),  # The scores are negative ranks.
-    ([1, 1, 0], [1, 0, 0], 0.5),  # Two candidates share the first place.
+    ([-1, -2, -3], [1, 0.5, 0.2], 1),  # Scores are negative ranks.
+    ([1, 1, 0], [1, 0, 0], 0.5),  # Two candidates share the first rank.
     ([0, 0, 0, 0], [1, 0, 0, 0], 0.25),
   ],
 )
@@ -192,7 +193,7 @@ def test_ndcg(scores, relevance, value):
 
 
 def official_ndcg(scores, relevance):
-  """Computes NDCG as the Visual Dialog challenge defines it, for distinct scores."""
+  """Computes NDCG as defined by the Visual Dialog challenge. The scores must be distinct."""
   k = sum(value != 0 for value in relevance)
   ranked = sorted(range(len(scores)), key=lambda i: -scores[i])
   ideal = sorted(relevance, reverse=True)
@@ -210,14 +211,14 @@ def test_ndcg_is_that_of_the_definition():
   scores, relevance = sample_dialogs(0)
   expected = [official_ndcg(*question) for question in zip(scores, relevance)]
   np.testing.assert_allclose(answer_metrics.ndcg(scores, relevance), expected, rtol=1e-12)
-  # Negative control: scores of other candidates.
+  # Negative control: scores are assigned to other candidates.
   assert np.abs(answer_metrics.ndcg(np.roll(scores, 1, 1), relevance) - expected).max() > 0.05
 
 
 @given(st.integers(0, 2**32 - 1))
 def test_the_order_of_candidates_and_the_scale_of_scores_do_not_matter(seed):
   scores, relevance = sample_dialogs(seed)
-  scores = scores // 10  # Ten candidates share each score.
+  scores = scores // 10  # Makes ties of ten candidates.
   found = answer_metrics.ndcg(scores, relevance)
   order = np.random.default_rng(seed).permutation(100)
   again = answer_metrics.ndcg(np.exp(scores[:, order] / 10), relevance[:, order])

@@ -1,4 +1,4 @@
-"""Tests BLEU and CIDEr, with pycocoevalcap as the oracle."""
+"""Tests BLEU and CIDEr against pycocoevalcap."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +21,7 @@ EXACT = {"rel": 1e-9, "abs": 1e-9}
 
 
 def sample(seed: int, images: int = 60):
-  """Samples captions that share phrases with their references; some are short or empty."""
+  """Draws captions that share phrases with their references; some are short or empty."""
   rng = np.random.default_rng(seed)
   weights = 1 / np.arange(1, len(WORDS) + 1)
 
@@ -41,7 +41,7 @@ def sample(seed: int, images: int = 60):
 
 
 def official(candidates, references):
-  """Runs pycocoevalcap; returns BLEU [N] of the set, [n, N] of images, CIDEr of both."""
+  """Runs pycocoevalcap; returns BLEU [N] of all, BLEU [n, N] of each image, and CIDEr likewise."""
   texts = {i: [" ".join(caption)] for i, caption in enumerate(candidates)}
   others = {i: [" ".join(one) for one in some] for i, some in enumerate(references)}
   bleu, bleus = Bleu(4).compute_score(others, texts, verbose=0)
@@ -77,7 +77,7 @@ def test_the_comparison_notices_swapped_references():
 
 def test_texts_are_tokenized_and_scored_as_by_pycocoevalcap():
   candidates, first, second = CAPTIONS[::3], CAPTIONS[1::3], CAPTIONS[2::3]
-  # Half of the images have their candidate among the references.
+  # For half of the images, the candidate equals a reference.
   images = [
     [*two, one][: 2 + i % 2] for i, (one, *two) in enumerate(zip(candidates, first, second))
   ]

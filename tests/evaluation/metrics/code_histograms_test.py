@@ -27,7 +27,7 @@ def test_properties_of_the_distances(first, second):
     assert measure(second, first) == pytest.approx(found, abs=1e-15)
     assert measure(first[::-1], second[::-1]) == pytest.approx(found, abs=1e-14)
     assert measure(np.append(first, 0), np.append(second, 0)) == pytest.approx(found, abs=1e-14)
-  # Pinsker's inequality, and its reverse for this divergence.
+  # Pinsker's inequality, and an upper bound of this divergence by the total variation.
   variation, bits = total_variation(first, second), jensen_shannon_bits(first, second)
   assert variation**2 / (2 * np.log(2)) - 1e-12 <= bits <= variation + 1e-12
 
@@ -46,7 +46,7 @@ def test_the_divergence_is_that_of_scipy_and_of_entropies(first, second):
     return -sum(x * np.log2(x) for x in shares if x > 0)
 
   assert found == pytest.approx(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, abs=1e-12)
-  if found > 1e-9:  # SciPy returns NaN if rounding makes the value negative.
+  if found > 1e-9:  # SciPy returns NaN where rounding makes the value negative.
     root = distance.jensenshannon(first, second, base=2)
     assert found == pytest.approx(root**2, abs=1e-12)
     assert found != pytest.approx(root, abs=1e-12) or found > 1 - 1e-9

@@ -14,10 +14,10 @@ from cm3leon_jax.evaluation.metrics.dinov2 import DINOv2
 from tests.messages import refused
 
 torch = pytest.importorskip("torch")
-TOLERANCE = 1e-5  # Tolerance; features are of the order of 1.
+TOLERANCE = 1e-5  # Tolerance for features of a size of about 1.
 WIDTH, SHORTEST, SIDE = 16, 20, 14
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# The published folders have this layout.
+# The file format of the published folders.
 PREPROCESSING = {
   "crop_size": {"height": SIDE, "width": SIDE},
   "do_center_crop": True,
@@ -35,7 +35,7 @@ PREPROCESSING = {
 
 
 def write_folder(folder):
-  """Saves and returns a Dinov2Model whose tensors are random and not tiny."""
+  """Saves and returns a Dinov2Model with random tensors that are not tiny."""
   config = transformers.Dinov2Config(
     hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7
   )
@@ -65,7 +65,7 @@ def some_images(n):
 
 
 def preprocessed(image):
-  """Resizes the shorter side from 25 to 20 pixels, and crops 14 x 14 pixels from 20 x 32."""
+  """Preprocesses like the model: resizes the shorter side from 25 to 20, then crops 14 x 14."""
   image = Image.fromarray(image).resize((32, SHORTEST), Image.Resampling.BICUBIC)
   pixels = np.asarray(image.crop((9, 3, 9 + SIDE, 3 + SIDE)), np.float32) / 255
   return ((pixels - MEAN) / DEVIATION).transpose(2, 0, 1).astype(np.float32)
@@ -83,7 +83,7 @@ def test_features_are_the_normalized_first_token(saved):
   expected = model.layernorm(outputs.hidden_states[-1])[:, 0].detach().numpy()
   np.testing.assert_allclose(features, expected, atol=TOLERANCE, rtol=0)
   assert np.ptp(expected, axis=0).max() > 0.1
-  # Negative controls: no norm; a patch instead of the class token.
+  # Negative controls: without the final norm; the token of a patch instead of the class token.
   for wrong in (outputs.hidden_states[-1][:, 0], outputs.last_hidden_state[:, 1]):
     assert np.abs(features - wrong.numpy()).max() > 1000 * TOLERANCE
   assert network.embed_images(images[:0]).shape == (0, WIDTH)

@@ -69,13 +69,13 @@ def test_the_clip_of_the_run(tmp_path):
   assert extractor.identity["image"] == {"encoder": "vit", "resolution": 16}
   with refused(UserError):
     extractor(some_images(1, 16, 20))
-  # Other parameters in the same folder have another identity.
+  # With other parameters in the same folder, the identity changes.
   CLIP(TINY, 32, init_params(TINY, 32, jax.random.key(1))).save(tmp_path / "clip")
   assert load_clip("", tmp_path).identity["tensors"] != extractor.identity["tensors"]
 
 
 def test_a_published_clip(tmp_path):
-  """A published CLIP computes in float32; its identity includes the image processor."""
+  """A published CLIP computes in float32, and its identity depends on its image processor."""
   huggingface_test.write_checkpoint(tmp_path, "quick_gelu", huggingface_test.END)
   extractor, images = load_clip(str(tmp_path), "no workdir"), some_images(2, 20, 28)
   check(extractor, images, HFCLIP.load(tmp_path, "float32").embed_images(images))

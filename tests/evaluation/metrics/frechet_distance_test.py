@@ -16,13 +16,13 @@ from cm3leon_jax.evaluation.metrics.frechet_distance import (
 )
 from tests.messages import refused
 
-# (rows, width, rank) of features: full rank, in a subspace, fewer rows than dimensions.
+# (rows, width, rank) of features: full rank, a subspace, fewer rows than dimensions.
 KINDS = [(400, 24, 24), (400, 24, 7), (15, 48, 48)]
 SIZE = 4  # Number of rows per group.
 
 
 def two_sets(rng, n=400, width=24, rank=24):
-  """Samples two sets with different means and covariances in one subspace of `rank` dimensions."""
+  """Draws two sets with different means and covariances in the same `rank`-dimensional subspace."""
   basis = rng.normal(size=(rank, width)) / np.sqrt(width)
   first = rng.normal(size=(n, rank))
   second = rng.normal(size=(n + 3, rank)) * np.linspace(0.5, 2, rank) + 0.3
@@ -34,7 +34,7 @@ def distance_of(first, second):
 
 
 def distance_without_covariances(first, second):
-  """Computes the distance from the rows: tr (C1 C2)^(1/2) sums the singular values of X Y^T."""
+  """Computes the distance from rows: tr (C1 C2)^(1/2) is the sum of singular values of X Y^T."""
   means = first.mean(0), second.mean(0)
   x, y = ((rows - m) / np.sqrt(len(rows) - 1) for rows, m in zip((first, second), means))
   cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
@@ -120,7 +120,7 @@ def test_the_distance_is_that_of_the_docstring():
 def test_variances_of_separate_numbers_add_squared_differences_of_deviations():
   first = np.array([[1.0, 0, 0], [-1, 0, 0], [0, 2, 0], [0, -2, 0]]) * np.sqrt(1.5)
   second = np.array([[3.0, 0, 0], [-3, 0, 0], [0, 0, 1], [0, 0, -1]]) * np.sqrt(1.5)
-  # The standard deviations are 1, 2, 0 and 3, 0, 1.
+  # The standard deviations are (1, 2, 0) and (3, 0, 1); the means are equal.
   assert distance_of(first, second) == pytest.approx(4 + 4 + 1, abs=1e-12)
 
 
@@ -172,8 +172,8 @@ def torch_fidelity_distance(first, second):
   return module.fid_statistics_to_metric(*found, False)["frechet_inception_distance"]
 
 
-# The square root of a singular matrix is exact only to half of the digits. A test above compares
-# our distance with the rows.
+# These oracles compute the square root of a singular matrix, which is exact only to half of the
+# digits. Another test compares our distance with one computed from the rows.
 @pytest.mark.filterwarnings("ignore:The `disp` argument:DeprecationWarning")  # pytorch-fid's call.
 @pytest.mark.parametrize(("kind", "tolerance"), list(zip(KINDS, [1e-12, 1e-6, 1e-6])))
 @pytest.mark.parametrize("oracle", [scipy_distance, pytorch_fid_distance, torch_fidelity_distance])
@@ -185,7 +185,7 @@ def test_other_implementations_agree(oracle, kind, tolerance):
 
 
 def sample_sets(rng, num_groups, width, is_equal=False, is_paired=False):
-  """Samples two sets whose rows are similar within a group; paired groups match across sets."""
+  """Draws two sets of rows in groups of similar rows; `is_paired` uses the same groups in both."""
   common = rng.normal(size=(2, num_groups, 1, width))
   if is_paired:
     common[1] = common[0]
@@ -195,10 +195,10 @@ def sample_sets(rng, num_groups, width, is_equal=False, is_paired=False):
 
 
 def coverage(num_groups, width, is_equal=False, simulations=200, resamples=60, with_rows=False):
-  """Returns the shares of intervals that contain the expected distance.
+  """Returns, for several kinds of intervals, the share that contains the expected distance.
 
-  Negative controls: `not_corrected` keeps the bias. `limit` compares the interval without its bias
-    with the distance of 20,000 groups. `of_rows` treats each row as a group.
+  `not_corrected` (negative control) keeps the bias. `limit` compares the interval without its bias
+  with the distance of 20,000 groups. `of_rows` (negative control) treats each row as a group.
   """
   rng = np.random.default_rng(0)
 
@@ -235,7 +235,7 @@ def test_intervals_over_groups_cover_at_their_level_and_others_do_not():
   ("num_groups", "width", "is_equal"), [(200, 4, False), (10, 32, False), (60, 8, True)]
 )
 def test_intervals_cover_at_least_at_their_level(num_groups, width, is_equal):
-  """Cases: many groups for the width, few groups, equal distributions."""
+  """Covers many groups relative to the width, few groups, and equal distributions."""
   found = coverage(num_groups, width, is_equal)
   assert found["interval"] >= 0.91
   if num_groups == 200:
@@ -320,7 +320,7 @@ def test_a_resample_has_the_distance_of_its_repeated_rows():
   rng = np.random.default_rng(0)
   x, y = rng.normal(size=(12, 40)), rng.normal(0.3, 1.5, size=(20, 40))
   counts = np.array([3] + [1] * 9 + [0] * 2), np.ones(20, int)
-  for width in (40, 5):  # More numbers in a row than rows, and fewer.
+  for width in (40, 5):  # More dimensions than rows, and fewer.
     sets = x[:, :width], y[:, :width]
     expected = distance_without_covariances(np.repeat(sets[0], counts[0], axis=0), sets[1])
     assert frechet_distance(sets, counts) == pytest.approx(expected, rel=1e-9)

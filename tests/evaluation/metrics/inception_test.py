@@ -1,6 +1,6 @@
-"""Tests that the FID's Inception-v3 computes what torch-fidelity and pytorch-fid compute.
+"""Tests that the Inception-v3 features for FID equal those of torch-fidelity and pytorch-fid.
 
-Tests cannot download the published weights. Random weights and statistics are drawn so that
+Tests cannot download the published weights, so weights and statistics are random, such that
 features are not tiny and differ between images.
 """
 
@@ -15,7 +15,7 @@ from cm3leon_jax.evaluation.metrics.inception import Inception
 from tests.messages import refused
 
 torch = pytest.importorskip("torch")
-TOLERANCE = 3e-5  # Relative to the largest feature difference between two images, in float32.
+TOLERANCE = 3e-5  # Relative to the largest feature difference between two images; float32.
 OTHER = {"tf1": "torch", "torch": "tf1"}
 SIZES = [(299, 299), (48, 64), (310, 200)]
 
@@ -37,7 +37,7 @@ def random_tensors():
 
 
 def some_images(height, width, n=2):
-  """Draws images of rectangles and noise with different contrasts."""
+  """Draws images of rectangles and noise with several contrasts."""
   rng = np.random.default_rng(0)
   rows, columns = np.arange(height) * 7 // height, np.arange(width) * 9 // width
   coarse = rng.integers(0, 256, (n, 7, 9, 3))[:, rows][:, :, columns]
@@ -51,7 +51,7 @@ def as_torch(images):
 
 
 def error(features, expected):
-  """Returns the largest error relative to the largest feature difference between two images."""
+  """Returns the largest error, divided by the largest feature difference between two images."""
   return np.abs(features - expected).max() / np.ptp(expected, axis=0).max()
 
 
@@ -62,7 +62,7 @@ def tensors():
 
 @pytest.fixture(scope="module")
 def state(tensors):
-  """Returns the tensors as a state dict of torch, which also has counters."""
+  """Returns the tensors as a state dict of torch, which also has batch counters."""
   state = {name: torch.from_numpy(x) for name, x in tensors.items()}
   variances = [name for name in state if name.endswith("running_var")]
   counters = {name.replace("running_var", inception.COUNTER): torch.tensor(0) for name in variances}
@@ -72,13 +72,13 @@ def state(tensors):
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
   threads = torch.get_num_threads()
-  torch.set_num_threads(1)  # With more threads, torch is slower.
+  torch.set_num_threads(1)  # torch is slower with more threads.
   yield
   torch.set_num_threads(threads)
 
 
 def without_download(module, state, make):
-  """Calls `make`, which gets `state` in place of downloaded weights."""
+  """Calls `make` with `state` in place of downloaded weights."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: state)
     return make()
@@ -129,14 +129,14 @@ def test_features_equal_torch(resize, size, networks, request):
   assert expected.std() > 1
   assert np.ptp(expected, axis=0).max() > 1
   assert error(features, expected) < TOLERANCE
-  # Negative control: the other resize, which also scales pixels differently.
+  # Negative control: the other resize method, which also scales pixels differently.
   other = networks[OTHER[resize]]
   assert error(other.embed_images(images), expected) > 100 * TOLERANCE
 
 
 @pytest.mark.slow
 def test_torchvision_pools_otherwise(state, networks):
-  """Shows that the comparison notices torchvision's pooling, given the same weights."""
+  """Control: torchvision pools differently, so its features differ with the same weights."""
   torchvision = pytest.importorskip("torchvision")
   plain = torchvision.models.inception_v3(
     weights=None, init_weights=False, num_classes=inception.CLASSES, aux_logits=False
@@ -161,7 +161,7 @@ def resized_by_torch(images):
   return 2 * torch.nn.functional.interpolate(as_torch(images) / 255, side, mode="bilinear") - 1
 
 
-# Torch's float32 pixel positions may differ by one rounding.
+# torch computes pixel positions in float32, which may differ by a rounding error.
 RESIZES = {"tf1": (resized_by_torch_fidelity, 0), "torch": (resized_by_torch, 3e-5)}
 
 
@@ -177,7 +177,7 @@ def test_images_are_resized_as_in_torch(resize, size):
 
 
 def test_two_pixels_become_a_ramp():
-  """ "tf1" begins at the first pixel and repeats the last one; "torch" repeats both."""
+  """ "tf1" interpolates from the first pixel and repeats the last; "torch" repeats both."""
   images = np.array([0, 255], np.uint8).reshape(1, 1, 2, 1).repeat(3, axis=3)
   tf1, fid = (np.asarray(inception.resize_images(images, r))[0, 0, :, 0] for r in ("tf1", "torch"))
   assert tf1[[0, 150, 298]].tolist() == pytest.approx([-1, 127 / 128, 127 / 128])
@@ -188,14 +188,14 @@ def test_two_pixels_become_a_ramp():
 
 @pytest.fixture
 def loaded(state, tmp_path):
-  """Loads a file that torch has written, on two devices."""
+  """Saves the torch weights and loads the file on two devices."""
   path = tmp_path / "fid.safetensors"
   safetensors.numpy.save_file({name: x.numpy() for name, x in state.items()}, path)
   return Inception.load(path, devices=jax.devices()[:2], rows_per_device=1)
 
 
 def test_a_file_of_torch_is_read(tensors, networks, loaded):
-  """The file may have counters or not."""
+  """The batch counters in the file change nothing."""
   assert loaded.digest == networks["tf1"].digest == published_weights.digest(tensors)
   assert loaded.resize == "tf1"
 
@@ -205,7 +205,7 @@ def test_a_batch_is_padded_and_shared_by_devices(networks, loaded):
   images = some_images(24, 24, 3)
   features = networks["tf1"].embed_images(images)
   assert error(loaded.embed_images(images), features) < TOLERANCE
-  order = [2, 0, 1]  # With this order, another image is in the last batch.
+  order = [2, 0, 1]  # Puts another image into the last batch.
   assert error(networks["tf1"].embed_images(images[order]), features[order]) < TOLERANCE
   assert loaded.embed_images(images[:0]).shape == (0, inception.WIDTH)
 
@@ -221,7 +221,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
 
 
 def test_imagenet_weights_of_torchvision_are_refused():
-  """The convolutions have the expected names and shapes, but there are 1,000 classes."""
+  """ImageNet weights have the expected names and shapes, but 1,000 classes."""
   tensors = {
     name: np.broadcast_to(np.float32(0), shape) for name, shape in inception.tensor_shapes().items()
   }

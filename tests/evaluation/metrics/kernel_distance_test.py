@@ -64,8 +64,8 @@ def test_properties_of_the_distances(measure, seed):
 def test_a_set_has_no_distance_to_itself():
   x = two_sets()[0]
   assert 0 <= cmmd(x, x[::-1]) < 1e-10
-  # The estimate is unbiased, so it is below 0: only the sum between the sets has pairs of equal
-  # rows.
+  # The estimate is unbiased and therefore negative here: only the sum between the sets contains
+  # pairs of equal rows.
   assert polynomial_mmd(x, x) < 0
   halves = polynomial_mmd(x[::2], x[1::2])
   assert abs(halves) < 0.2 * polynomial_mmd(*two_sets())

@@ -17,7 +17,7 @@ def two_sets(seed=0, n=230, m=210, width=6, scale=0.8):
 
 
 def share_inside(rows, others, neighbors):
-  """Follows the definition. Index 0 of the sorted distances is the distance of a row to itself."""
+  """Follows the definition. Sorted distances start with the distance of a row to itself."""
   radii = np.sort(distance.cdist(others, others), axis=1)[:, neighbors]
   return (distance.cdist(rows, others) <= radii).any(1).mean()
 

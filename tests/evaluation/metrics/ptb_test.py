@@ -1,4 +1,4 @@
-"""Tests the tokenizer of captions against the output of the Java tokenizer."""
+"""Tests the caption tokenizer against the output of the Java tokenizer."""
 
 import unicodedata
 
@@ -71,6 +71,6 @@ def test_punctuation_at_the_end_changes_nothing(text):
 
 @given(TEXTS)
 def test_spaces_are_one_space(text):
-  # Words with digits are left out, since a double space changes "5  1/2" and "No.  5".
+  # Skips words with digits, because a double space changes "5  1/2" and "No.  5".
   words = [word for word in text.split() if not any(char.isdigit() for char in word)]
   assert ptb.tokenize("   ".join(words)) == ptb.tokenize(" ".join(words))

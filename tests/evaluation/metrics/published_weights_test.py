@@ -1,4 +1,4 @@
-"""Tests that weights are read only from safetensors, are checked by name, and have a digest."""
+"""Tests that weights are read only from safetensors, have the expected names, and have a digest."""
 
 import hashlib
 import pickle
@@ -34,7 +34,7 @@ PICKLES = {
   "old.pt": lambda path: torch_file(path, _use_new_zipfile_serialization=False),
   "old.weights": lambda path: torch_file(path, _use_new_zipfile_serialization=False),
   "trap.safetensors": lambda path: path.write_bytes(pickle.dumps(Trap())),
-  # The name suggests a file for torch.load.
+  # The suffix suggests a pickle for torch.load.
   "named.pth": lambda path: safetensors.numpy.save_file(TENSORS, path),
 }
 
@@ -49,7 +49,7 @@ def test_a_pickle_is_refused_without_reading_it(name, tmp_path):
 
 @pytest.mark.parametrize("protocol", range(2, 6))
 def test_a_safetensors_file_that_begins_like_a_pickle_is_read(protocol, tmp_path):
-  """The header length 0x80 + 256 * protocol has the first two bytes of a pickle."""
+  """A header length of 0x80 + 256 * protocol begins with the same two bytes as a pickle."""
   path, length = tmp_path / "x.safetensors", 0x80 + 256 * protocol
   header = len(safetensors.numpy.save(TENSORS, {"note": ""})) - 36
   safetensors.numpy.save_file(TENSORS, path, {"note": "x" * (length - header + 8)})

@@ -37,7 +37,7 @@ def of_both_splits(task: str, count: int) -> list[Record]:
 
 @pytest.fixture(scope="module")
 def found(made):
-  """Returns the objects that the judge finds in the true images of each image task."""
+  """Returns the objects that the judge finds in the true images of each task with images."""
   return {task: find_objects(targets(made[task])) for task in IMAGE_TASKS}
 
 
@@ -91,7 +91,7 @@ def test_a_caption_may_name_other_facts_of_the_image():
   ):
     assert is_right(one, caption)
   for caption in (
-    "a bell",  # One object too few, and one too many.
+    "a bell",  # One object too few.
     "two bells and a key",
     "a bell and a key and a cat",
     "a blue bell and a key",
@@ -125,12 +125,12 @@ def test_true_images_are_right_and_hold_all_facts(task, made, found):
 def test_images_of_other_records_are_wrong(task, made, found):
   others = [*found[task][1:], found[task][0]]
   right = [judge_objects(one, objects).correct for one, objects in zip(made[task], others)]
-  assert np.mean(right) <= 0.01  # Neighboring records may show equal scenes.
+  assert np.mean(right) <= 0.01  # Neighboring records may have equal scenes.
 
 
 @pytest.mark.parametrize("task", IMAGE_TASKS)
 def test_images_with_one_fact_changed_are_wrong(task, made, found):
-  """The test changes facts instead of images: one class, color, place, number or relation."""
+  """Changes one fact of a record instead of its image: class, color, place, number or relation."""
   rng, judged = np.random.default_rng(0), 0
   for one, objects in zip(made[task], found[task]):
     for facts in changed_facts(one.facts, rng).values():
@@ -188,7 +188,7 @@ def test_a_surplus_object_makes_a_faithful_edit_wrong(made):
 
 
 def test_a_completion_keeps_the_given_half(made):
-  """The caption may allow a scene that does not fit the given half."""
+  """Rejects a scene that fits the caption but changes the given half."""
   one = next(
     one
     for one in made["complete"]
@@ -242,7 +242,7 @@ def test_the_majority_answer_of_each_task(made):
 
 
 def test_an_answer_by_any_object_of_the_image_beats_the_majority():
-  """Most scenes have two objects, so half of the colors and most related objects are right."""
+  """With mostly two objects, any color is right half of the time, and related objects often."""
   made = {task: of_both_splits(task, 100) for task in TEXT_TASKS}
   shares = {
     task: np.mean([is_right(one, any_object_answer(one)) for one in made[task]])

@@ -10,7 +10,7 @@ from cm3leon_jax.scenes.world import Scene
 
 
 def record(caption: str, scene: str) -> tuple[str, dict]:
-  """Returns a training document of a caption and a scene ("red bell top left, ...")."""
+  """Returns a training document with a caption and a scene, such as "red bell top left, ..."."""
   objects = [
     {"class": p.object, "color": p.color, "place": p.place} for p in Scene.parse(scene).objects
   ]
@@ -39,7 +39,8 @@ TRAINED = TrainingScenes(SHOWN)
     ("a blue bell left of a green key", Known(caption=False, claims=False, image=False)),
     ("a star", Known(caption=False, claims=False, image=True)),
     ("a star in the bottom right corner", Known(caption=False, claims=False, image=False)),
-    ("a bell", Known(caption=False, claims=False, image=False)),  # The scene also has a key.
+    # No image shows only a bell; that scene also has a key.
+    ("a bell", Known(caption=False, claims=False, image=False)),
   ],
 )
 def test_words_claims_and_images_are_known_apart(caption, expected):

@@ -6,7 +6,7 @@ from cm3leon_jax.scenes.judge.clauses import parse
 
 
 def canonical(clauses):
-  """Sorts clauses; relations name their object instead of its index."""
+  """Sorts clauses and replaces the index of a related object by its name."""
   found = []
   for clause in clauses:
     fields = {**clause}

@@ -1,4 +1,4 @@
-"""Tests how captions with a wrong fact are made; `judge_test` tests how the judge grades them."""
+"""Tests how captions with one wrong fact are made; `judge_test` tests the judge's verdicts."""
 
 import numpy as np
 

@@ -8,7 +8,7 @@ RELATED = [
 
 
 def found(*texts):
-  """Makes objects, as the judge finds them, from the texts of `Placed`."""
+  """Returns objects as found by the judge, at places given as texts, such as "red key top left"."""
   scene = Scene.parse(", ".join(texts)) if texts else Scene(())
   return [Found(x.object, x.color, x.place, 1.0, (0, 0, 1, 1)) for x in scene.objects]
 
@@ -53,7 +53,7 @@ def test_another_object_stands_for_a_missing_one_only_if_the_number_is_right():
   clauses = [{"class": "bell", "count": 1, "color": "red", "place": "top left"}]
   alone = check(found("red key top left"), clauses)
   assert alone.holds == {"object": False, "count": True, "color": True, "place": True}
-  # Blots everywhere must not count as an object at the right place.
+  # Blots everywhere must not count as one object in the right place.
   many = check(found("red key top left", "red key top right", "blue cat bottom left"), clauses)
   assert many.holds == {"object": False, "count": False, "color": False, "place": False}
   named = check(found("red bell top left", "red key top right"), clauses)

@@ -19,7 +19,7 @@ RELATED = [
 
 @pytest.fixture(scope="module")
 def made():
-  """Makes scenes of all categories; returns their images and facts."""
+  """Draws scenes of all categories; returns images and facts."""
   made, facts = scene_judge.make_scenes(210, seed=3)
   return np.stack([drawings.render(scene) for scene in made]), facts
 
@@ -88,7 +88,7 @@ def test_real_scenes_are_judged_right_and_those_with_one_fact_changed_wrong(made
   changed = scene_judge.degraded(images, rng, **scene_judge.DEGRADED[name])
   errors = judge_errors.measure(changed, facts, seed=5)
   assert errors["images"] == 210
-  # Ink is off by 25 of 255 per channel, with blotches, at 16 dB. Usable tokenizers err less.
+  # These images are worse than those of usable tokenizers: colors off by 25 of 255, blots, 16 dB.
   assert errors["real"] >= (0.94 if name in ("strong mixture", "JPEG 40") else 0.98)
   assert set(errors["changed"]) == {"object", "color", "count", "relation", "place"}
   for entry in errors["changed"].values():

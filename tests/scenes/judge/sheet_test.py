@@ -29,7 +29,7 @@ def test_each_image_of_a_scene_is_on_the_sheet():
   sheet = pixels_of(scene(), scene(), scene())
   assert count(sheet, ORIGINAL) == 3 * SIDE**2
   assert count(sheet, NEIGHBOR) == 3 * SIDE**2
-  assert 0.9 < count(sheet, SAMPLE) / (6 * SIDE**2) < 1  # A mark covers a corner.
+  assert 0.9 < count(sheet, SAMPLE) / (6 * SIDE**2) < 1  # The mark covers a corner of each sample.
 
 
 def test_scenes_stand_side_by_side():
@@ -45,7 +45,8 @@ def test_a_column_of_neighbors_is_there_if_any_scene_has_one():
   assert count(mixed, NEIGHBOR) == SIDE**2
   columns = [np.flatnonzero((mixed == color).all(-1).any(0)) for color in (ORIGINAL, SAMPLE)]
   steps = np.diff([x.min() for x in columns])
-  assert steps == 2 * (SIDE + 2 * scene_sheet.FRAME + scene_sheet.GAP)  # An empty cell is kept.
+  # A scene without a neighbor has an empty cell.
+  assert steps == 2 * (SIDE + 2 * scene_sheet.FRAME + scene_sheet.GAP)
 
 
 def test_right_and_wrong_samples_differ_in_shape_and_not_only_in_color():
@@ -53,7 +54,7 @@ def test_right_and_wrong_samples_differ_in_shape_and_not_only_in_color():
   frame = 4 * scene_sheet.FRAME * (SIDE + scene_sheet.FRAME)
   assert count(right, scene_sheet.RIGHT) - count(wrong, scene_sheet.RIGHT) > 0.9 * frame
   assert count(wrong, scene_sheet.WRONG) - count(right, scene_sheet.WRONG) > 0.9 * frame
-  # White pixels inside the discs are the strokes of the check and the cross.
+  # The white strokes of the check and of the cross, inside their discs.
   check, cross = (
     (np.asarray(scene_sheet._badge(value))[8:-8, 8:-8, :3] > 200).all(-1) for value in (True, False)
   )

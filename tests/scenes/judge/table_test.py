@@ -87,7 +87,7 @@ def test_a_gain_is_paired_by_caption():
   found = scene_table.gain(better, base, 500)
   assert found["share"] == 0.25
   assert found["groups"] == 40
-  # An unpaired interval would be about [0.04, 0.46].
+  # The interval is paired; without pairing, it would be about [0.04, 0.46].
   assert 0.08 < found["low"] < 0.25 < found["high"] < 0.42
   assert scene_table.gain(base, better, 500)["share"] == -0.25
   same = scene_table.gain(base, base, 500)
@@ -119,11 +119,11 @@ def test_the_text_has_a_line_for_each_category_and_kind_of_heldout():
     "held-out: pair, color named", "held-out: pair, no color named",
   ]  # fmt: skip
   assert lines[5].split()[:3] == ["position", "2", "50.0%"]
-  assert " -" in lines[5]  # No caption of this category names a color.
+  assert " -" in lines[5]  # Captions of this category name no colors.
 
 
 def summary_scores(lines):
-  """Computes what GenEval's summary_scores.py prints, without pandas."""
+  """Computes the numbers that GenEval's summary_scores.py prints, without pandas."""
   results = [json.loads(line) for line in lines]
   prompts, tags = {}, {}
   for result in results:
@@ -159,7 +159,7 @@ def test_lines_of_results_have_genevals_layout_and_its_summary_agrees_with_the_t
   scores = summary_scores(lines)
   table = scene_table.table(images, 200)
   assert scores["images"] == 6
-  assert scores["prompts"] == 3  # Equal metadata count as one prompt, as in GenEval.
+  assert scores["prompts"] == 3  # Images with equal metadata belong to one prompt, as in GenEval.
   assert scores["correct images"] == table["all"]["correct"]["share"]
   assert scores["correct prompts"] == pytest.approx(2 / 3)
   assert scores["score"] == pytest.approx(table["geneval"])

@@ -35,5 +35,6 @@ def test_images_are_encoded_outside_of_the_event_loop(streamed, monkeypatch):
     return await answer.whole(events())
 
   asyncio.run(take())
-  assert len(threads) == (4 if streamed else 2)  # Both images and neighbors are encoded.
+  # Images and neighbors are both encoded in other threads.
+  assert len(threads) == (4 if streamed else 2)
   assert threading.get_ident() not in threads

@@ -76,7 +76,7 @@ def test_a_box_and_a_mask_are_filled_in(live, model):
     np.testing.assert_array_equal(pixels(found["data"][0]["b64_json"]), expected)
   found = live.edit(png(IMAGE), box=",".join(map(str, other)), prompt=prompt, seed="3").json()
   assert (pixels(found["data"][0]["b64_json"]) != np.asarray(expected)).any()
-  # The centered square of a 24 x 16 image begins at column 4.
+  # The central square of a 24 x 16 image begins in column 4.
   wide, mask = image(1, (24, 16)), Image.new("RGBA", (24, 16), "black")
   mask.paste((0, 0, 0, 0), (8, 4, 16, 12))
   found = live.edit(png(wide), png(mask), seed="3").json()
@@ -123,7 +123,8 @@ def test_captions_and_answers_are_those_of_the_python_calls(live, model):
 def test_a_greedy_and_the_longest_caption_are_those_of_the_python_calls(live, model):
   greedy = live.chat(about(IMAGE), temperature=0, max_tokens=8).json()["choices"][0]
   assert greedy["message"]["content"] == model.caption(IMAGE, length=8, text_top_k=1)
-  most = live.chat(about(IMAGE), seed=4, max_tokens=106).json()  # The model has room for 106.
+  # 106 tokens is the most that the model has room for.
+  most = live.chat(about(IMAGE), seed=4, max_tokens=106).json()
   assert most["choices"][0]["message"]["content"] == model.caption(IMAGE, length=106, seed=4)
 
 
@@ -141,7 +142,7 @@ def test_a_text_streams_in_pieces_that_make_the_whole(live):
     assert own[0]["delta"]["role"] == "assistant"
     text = "".join(c["delta"].get("content", "") for c in own)
     assert text == choice["message"]["content"]
-    assert len(own) > 4  # The content has several pieces of text.
+    assert len(own) > 4  # The text arrives in several chunks.
     assert own[-1]["finish_reason"] == choice["finish_reason"]
 
 

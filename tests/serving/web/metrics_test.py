@@ -9,7 +9,7 @@ GENERATIONS = "/v1/images/generations"
 
 
 def values(text):
-  """Returns the values of metrics: name with labels -> value."""
+  """Returns name with labels -> value, for each metric in the text."""
   lines = [line for line in text.splitlines() if not line.startswith("#")]
   return {name: float(x) for name, x in (line.rsplit(" ", 1) for line in lines)}
 

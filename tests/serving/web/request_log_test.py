@@ -34,11 +34,11 @@ def test_a_long_path_and_a_long_id_do_not_fill_the_log():
 
 @pytest.fixture
 def lines(caplog):
-  """Returns a function that waits for `count` lines and returns all lines from level INFO."""
+  """Returns a function that waits for `count` log lines and returns all lines from level INFO."""
   caplog.set_level(logging.INFO, request_log.NAME)
 
   def found(count: int) -> list[str]:
-    # A request is logged after its answer was sent, so the client may be faster.
+    # A request is logged after its response, so the client may be faster than the log.
     ends = time.monotonic() + 30
     while True:
       own = [r.getMessage() for r in caplog.records if r.name == request_log.NAME]

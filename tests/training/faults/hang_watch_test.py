@@ -16,7 +16,7 @@ MINUTE = 60.0
 
 
 class Loop:
-  """Training loop with a fake clock, which a test advances."""
+  """Training loop with a fake clock that a test advances."""
 
   def __init__(self, folder, minutes=1.0):
     self.now, self.ended = 100.0, []
@@ -155,7 +155,7 @@ def test_the_process_that_has_not_arrived_is_named():
 
 @pytest.fixture
 def two(monkeypatch):
-  """Makes the watch act as one of two processes; returns a function that sets which process."""
+  """Fakes two processes; returns a function that sets which of them the watch is."""
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(hang_watch, "LINGER_SECONDS", 0.0)
   return lambda i: monkeypatch.setattr(jax, "process_index", lambda: i)
@@ -178,7 +178,7 @@ def test_processes_write_where_they_stand_only_while_nothing_goes_on(loop, two, 
 def test_the_late_one_ends_after_the_others_have_given_up_and_the_first_last(
   loop, two, monkeypatch, process, seconds
 ):
-  """If a process ended earlier, JAX would end the other processes before they name the late one."""
+  """JAX would end the other processes if one ended before the late process is named."""
   two(process)
   monkeypatch.setattr(hang_watch, "LINGER_SECONDS", 0.3)
   loop.steps(4)
@@ -198,7 +198,7 @@ def test_the_late_one_ends_after_the_others_have_given_up_and_the_first_last(
 def test_the_first_process_names_the_late_one_and_prints_its_stacks(
   loop, two, tmp_path, capfd, start, sentence
 ):
-  """Reports of an earlier start are ignored."""
+  """Ignores reports that a process wrote in an earlier start."""
   path = tmp_path / hang_watch.FOLDER / "1.json"
   path.parent.mkdir()
   two(0)

@@ -44,7 +44,7 @@ def wait_until(condition):
 
 
 def refusal(held, kind) -> Exception:
-  """Waits until the lease refuses a step; returns the reason."""
+  """Waits until the lease stops the next step with an error; returns the error."""
   with pytest.raises(kind) as error:
     wait_until(lambda: held.ready(2))
   return error.value
@@ -65,7 +65,7 @@ def test_a_lease_lives_as_long_as_its_job(tmp_path):
 
 @pytest.mark.parametrize("error", [SystemExit(75), TryAgain("process 1 failed")])
 def test_a_job_that_ends_while_it_starts_gives_its_lease_back(tmp_path, monkeypatch, error):
-  """At the end of the start, the processes of a job share whether one was asked to stop."""
+  """The job ends in the exchange between its processes, after it took the lease."""
   held = []
 
   def gather(_):
@@ -82,7 +82,7 @@ def test_a_job_that_ends_while_it_starts_gives_its_lease_back(tmp_path, monkeypa
 
 
 def test_a_job_that_ends_before_it_looked_whose_its_lease_is_gives_it_back(tmp_path, monkeypatch):
-  monkeypatch.setattr(lease, "SETTLE_SECONDS", -1)  # `sleep` refuses such a value.
+  monkeypatch.setattr(lease, "SETTLE_SECONDS", -1)  # `sleep` raises an error for a negative value.
   with pytest.raises(ValueError, match="non-negative"), Lease(tmp_path):
     pass
   assert not (tmp_path / lease.NAME).exists()

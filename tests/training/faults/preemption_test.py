@@ -30,14 +30,15 @@ def test_the_hook_stops_after_the_step_in_which_a_signal_came():
     stop.after(1, None, {})
     assert (stop.code, stop.stops()) == (None, False)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert not stop.stops()  # All hooks of a step must see the same value.
+    # The value changes only after the step, so that all hooks of a step see the same value.
+    assert not stop.stops()
     stop.after(2, None, {})
     assert (stop.code, stop.stops()) == (INTERRUPTED, True)
 
 
 @pytest.fixture
 def foreground():
-  """Handles SIGINT as a program in the foreground does, even if the tests run in the background."""
+  """Makes SIGINT raise KeyboardInterrupt, even if the tests run in the background."""
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   yield
   signal.signal(signal.SIGINT, before)
@@ -71,7 +72,7 @@ def test_ctrl_c_saves_and_the_same_call_continues(whole, loader, tmp_path, capfd
 @pytest.mark.usefixtures("foreground")
 def test_a_second_ctrl_c_stops_at_once_and_loses_no_save(whole, loader, tmp_path):
   def interrupt(_, step):
-    if step == 5:  # The save of step 4 may be in flight.
+    if step == 5:  # The save of step 4 may be in progress.
       os.kill(os.getpid(), signal.SIGINT)
       os.kill(os.getpid(), signal.SIGINT)
 

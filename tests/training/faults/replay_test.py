@@ -1,4 +1,4 @@
-"""Tests that flipped bits are found and their device is named, without false alarms."""
+"""Tests that bit flips are found, the faulty device is named, and there are no false alarms."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ from tests.training.fakes import FakeState
 
 
 def tree_on(mesh):
-  """Makes arrays of several dtypes: fully sharded, partly sharded and replicated."""
+  """Makes arrays of several dtypes that are fully sharded, partly sharded, or replicated."""
   rng = np.random.default_rng(0)
   host = {
     "split": (rng.normal(size=(8, 6)).astype(np.float32), jax.P(("tensor", "fsdp"), None)),
@@ -50,7 +50,7 @@ def tree_on(mesh):
 
 
 def flipped(x, place: int, rng):
-  """Flips a random bit in the shard of an array on one device, given by its index in the mesh."""
+  """Flips a random bit of an array on one device, given by its index in the mesh."""
   device, held = x.sharding.mesh.devices.flat[place], []
   for shard in x.addressable_shards:
     data = np.array(shard.data)
@@ -64,7 +64,7 @@ def flipped(x, place: int, rng):
 
 
 def test_a_flipped_bit_changes_one_number_of_a_digest():
-  """Flips a bit of any array on any device, also in a replica. Equal arrays have equal digests."""
+  """Flips a bit of each array on each device. Only the digest of this array and device changes."""
   mesh, rng = mesh_of(2, 2, 2), np.random.default_rng(1)
   with jax.set_mesh(mesh):
     tree = tree_on(mesh)
@@ -122,7 +122,7 @@ def test_moved_arrays_are_the_same_on_other_devices(shape):
       np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
       np.testing.assert_array_equal(np.asarray(x), np.asarray(z))
       buffers = [{s.data.unsafe_buffer_pointer() for s in a.addressable_shards} for a in (x, y)]
-      # `moved` makes a copy, because steps donate the tree and the copy, one after the other.
+      # `moved` must copy: steps donate both the tree and the copy, one after the other.
       assert not buffers[0] & buffers[1]
 
 
@@ -137,19 +137,19 @@ def test_three_assignments_have_every_shard_on_three_devices():
 
 
 def numbers_of(*digests: int) -> Fingerprint:
-  """Returns the fingerprint of one array of which each device holds a shard."""
+  """Returns the fingerprint of one array, given the digest on each device."""
   zeros = np.zeros((len(digests), 1), np.float32)
   return Fingerprint(np.uint32(digests)[:, None], zeros, zeros)
 
 
 def meshes_of(devices: int) -> list[jax.sharding.Mesh]:
-  """Returns the meshes of the three computations for a number of devices."""
+  """Returns the meshes of a step's three computations on this number of devices."""
   mesh = mesh_of(1, devices, 1)
   return [mesh, *(a.mesh(mesh) for a in assignments(mesh))]
 
 
 def test_two_of_three_name_the_device_of_the_third():
-  """Uses the literals of the docstring. If all three differ, no device is named."""
+  """Covers the example in the docstring. If all three differ, no device is named."""
   meshes = meshes_of(3)
   mesh = meshes[0]
   assert meshes[2].devices.flatten().tolist() == [mesh.devices.flat[i] for i in (2, 0, 1)]
@@ -170,7 +170,7 @@ def test_two_of_three_name_the_device_of_the_third():
   assert (spread.majority, len(spread.devices)) == (0, 3)
   none = judge((fine, third, of(7, 6, 9)), meshes)
   assert (none.majority, none.undecided, none.devices) == (None, True, ())
-  # One device is always wrong, so a different shard is wrong in each computation.
+  # One device is always wrong; in each computation it has another shard.
   broken = judge((of(5, 8, 9), of(7, 8, 4), of(7, 3, 9)), meshes)
   assert broken.devices == (device,)
   assert (broken.wrong, broken.majority) == ((0, 1, 2), None)
@@ -178,7 +178,7 @@ def test_two_of_three_name_the_device_of_the_third():
 
 
 def test_on_two_devices_an_error_that_repeats_is_no_majority():
-  """Device 0 is always wrong, in shards 0, 1 and 0, so two computations agree on shard 0."""
+  """Device 0 is always wrong and computes shards 0, 1, 0: two results agree on a wrong shard 0."""
   wrong, other = ({stage: numbers_of(*x) for stage in STAGES} for x in ((5, 8), (7, 4)))
   found = judge((wrong, other, wrong), meshes_of(2))
   assert found == replay.Verdict((1,), False, True, "read", (0,), ())
@@ -187,7 +187,8 @@ def test_on_two_devices_an_error_that_repeats_is_no_majority():
   assert (mixed.majority, mixed.undecided, mixed.unconfirmed, mixed.devices) == (
     None, True, False, (),
   )  # fmt: skip
-  # Two equal results are right if different devices computed them, or if there is only one device.
+  # Two equal results are accepted if different devices computed them, or if there is only one
+  # device.
   assert judge((wrong, other, other), meshes_of(2)).majority == 2
   assert judge((wrong, wrong, other), meshes_of(2)).majority == 0
   alone = [{stage: numbers_of(x) for stage in STAGES} for x in (5, 7, 5)]
@@ -196,7 +197,7 @@ def test_on_two_devices_an_error_that_repeats_is_no_majority():
 
 @pytest.fixture(scope="module")
 def trainer():
-  """Returns a trainer with compiled programs, in which each shard has four replicas."""
+  """Returns a trainer with compiled programs and four replicas of each shard."""
   result = faults_replay.Trainer((4, 2, 1), 1, layers=1)
   result.trial("none", np.random.default_rng(0))
   return result
@@ -219,7 +220,7 @@ def test_no_flip_is_no_alarm(trainer):
 
 @pytest.mark.slow
 def test_a_wrong_state_is_gone_when_the_right_one_is_copied(trainer, monkeypatch):
-  """At most two states are in memory. The bit flips in either of the two computations."""
+  """At most two states are in memory, whichever computation has the flipped bit."""
   states, gone = [], []
 
   def recorded(*args, **kwargs):
@@ -237,13 +238,13 @@ def test_a_wrong_state_is_gone_when_the_right_one_is_copied(trainer, monkeypatch
     states.clear()
     found = trainer.trial("gradients", np.random.default_rng([5, seed]))
     assert (len(states), found["recovered"]) == (3, True)
-  assert 0 < len(gone) < 4  # A state is copied back only if the first computation was wrong.
+  assert 0 < len(gone) < 4  # The state is copied back only if the first computation was wrong.
   assert all(all(deleted) for deleted in gone)
 
 
 @pytest.mark.slow
 def test_a_flip_that_is_not_compared_is_not_found(trainer, monkeypatch):
-  """Negative control: without the comparison, a run continues with a wrong state."""
+  """Negative control: without the comparison, runs continue with a wrong state."""
   monkeypatch.setattr(replay, "equal", lambda a, b, tolerance=0.0: np.ones_like(a.digest, bool))
   found = [trainer.trial("gradients", np.random.default_rng([5, seed])) for seed in range(6)]
   assert not any(result["found"] for result in found)
@@ -252,18 +253,18 @@ def test_a_flip_that_is_not_compared_is_not_found(trainer, monkeypatch):
 
 @pytest.mark.slow
 def test_flips_above_a_tolerance_are_found(trainer):
-  """Flipping bit 30 of a number below 2 makes the number huge; flipping bit 0 is like rounding."""
+  """With a tolerance, a flip of bit 30 (a huge change) is found; one of bit 0 (rounding) is not."""
   for bit, is_found in ((30, True), (0, False)):
     rng = types.SimpleNamespace(integers=lambda n, bit=bit: bit if n == 32 else n // 3)
     found = trainer.trial("gradients", rng, replay_tolerance=1e-3)
     assert found["found"] is is_found, found
 
 
-NO_STEPS = Steps(*[pytest.fail] * 4)  # None of these functions is called.
+NO_STEPS = Steps(*[pytest.fail] * 4)  # The test fails if one of these functions is called.
 
 
 def wrong_replay(step=0, **fields):
-  """Makes a `Replay` on 4 devices that can judge and report, but not run steps."""
+  """Makes a `Replay` on 4 devices that can judge and report, but runs no steps."""
   mesh = mesh_of(1, 4, 1)
   config = TrainConfig(**{"replay_every": 2, "checkpoint_every": 500, **fields})
   return Replay(NO_STEPS, config, step, mesh)
@@ -298,7 +299,7 @@ def test_two_that_agree_on_the_same_devices_stop_the_run():
 
 
 def test_all_processes_follow_the_first_one_that_found_a_difference(monkeypatch):
-  """The finding is exchanged as JSON. Another process read other fingerprints."""
+  """The processes exchange findings as JSON. The other process read different fingerprints."""
   nothing = replay.Verdict((), False, False, "left", (), ())
   one, other = (replay.Verdict((i,), False, False, "gradients", (0, 3), (i,)) for i in (1, 0))
   for verdicts, expected in (((one, other), one), ((nothing, other), other)):
@@ -320,7 +321,7 @@ def test_a_changed_state_starts_again_unless_a_checkpoint_may_hold_it():
 
 
 def test_replicas_of_a_shard_by_hand():
-  """Uses the literals of the docstrings."""
+  """Covers the examples in the docstrings."""
   mesh = mesh_of(2, 2, 1)
   with jax.set_mesh(mesh):
     x = {"split": jnp.zeros(2, out_sharding=jax.P("fsdp")), "whole": jnp.zeros(2)}
@@ -334,7 +335,8 @@ def test_replicas_of_a_shard_by_hand():
   assert found([7, 7, 5, 5], [0] * 4) == ([0], [0, 1, 2, 3])
   assert found([7, 8, 7, 8], [0, 1, 0, 1]) == ([], [])
   assert found([7, 8, 9, 6], [0, 1, 2, 3]) == ([], [])
-  # The first device may be wrong. With a tolerance, equal projections are enough.
+  # Of three replicas, the first may be the wrong one. With a tolerance, only projections are
+  # compared.
   assert found([5, 7, 7], [0] * 3) == ([0], [0])
   assert found([5, 7, 7], [0] * 3, 1e-3) == ([], [])
 
@@ -350,19 +352,19 @@ def assert_replicas_are_compared(trainer, unknown):
 
 
 def test_a_flip_in_one_replica_is_found_at_the_next_checked_step(trainer):
-  """The bit flips in parameters or moments, some unchecked steps before the checked step."""
+  """Flips a bit of parameters or moments in an unchecked step; the next checked step finds it."""
   assert_replicas_are_compared(trainer, unknown=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "unknown"), [((8, 1, 1), False), ((2, 2, 1), True)])
 def test_a_flip_in_one_replica_is_found_on_further_meshes(shape, unknown):
-  """If there are only two replicas, both are named."""
+  """With only two replicas, both devices are named."""
   assert_replicas_are_compared(faults_replay.Trainer(shape, 1), unknown)
 
 
 def test_a_flip_in_one_replica_stays_if_replicas_are_not_compared(trainer, monkeypatch):
-  """Negative control: no later computation shows the flip, and the run continues with it."""
+  """Negative control: without the comparison of replicas, the run continues with the flip."""
   monkeypatch.setattr(replay, "different_replicas", lambda *args: ([], []))
   found = trainer.trial(faults_replay.REPLICAS[0], np.random.default_rng([7, 0]))
   assert (found["found"], found["recovered"]) == (False, False)
@@ -376,7 +378,7 @@ def test_a_flip_in_one_replica_above_a_tolerance_is_found(trainer):
 
 
 def test_different_replicas_start_again_unless_a_checkpoint_may_hold_them():
-  """Replicas are equal at the start and at each checked step."""
+  """Replicas were equal at the start or the last checked step; a save since then may be wrong."""
   one, pair, names = ([1], [3]), ([0, 1], [1, 3]), ["a", "b"]
   with refused(TryAgain):
     wrong_replay(9, checkpoint_every=9)._raise_apart(one, names)
@@ -398,7 +400,7 @@ def test_all_processes_name_the_replicas_that_the_first_one_found():
 
 @pytest.mark.slow
 def test_a_run_with_checked_steps_learns_the_same(whole, loader, tmp_path, capsys):
-  """The results are equal bit for bit on the CPU. The run prints that it has only one device."""
+  """On the CPU, results are equal bit for bit. With one device, the run prints a note."""
   runs.run(tmp_path, loader, replay_every=5)
   assert capsys.readouterr().out.count("one step in 5 is checked on the only device") == 1
   assert runs.losses(tmp_path) == runs.losses(whole[0])

@@ -24,7 +24,7 @@ from tests.training.runs import LENGTH, MODEL, STEPS, Crash, assert_equal, crash
 
 
 class Poisoned(RowLoader):
-  """Loader whose rows `bad` have an infinite loss weight, as in a damaged store."""
+  """Loader whose rows `bad` have infinite loss weights, as in a damaged store."""
 
   bad: range = range(0)
 
@@ -73,7 +73,7 @@ def test_row_numbers_are_those_that_are_left(ranges, i):
 
 
 def test_a_skipped_step_is_as_if_its_rows_were_left_out(loader, tmp_path, capsys):
-  """Step 5 reads rows 32 to 39. A killed run skips the step again."""
+  """Step 5 reads rows 32 to 39, of which one is bad. After a kill, the run skips the step again."""
   run(tmp_path / "without", loader, skipped=(range(32, 40),))
   loader.bad = range(35, 36)
   run(tmp_path / "whole", loader)
@@ -108,7 +108,7 @@ def test_a_killed_run_decides_on_spikes_as_one_that_was_not_killed(loader, tmp_p
 
 
 def test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows(loader, tmp_path):
-  """Steps 6 and 7 read rows 40 to 55. The saved state is from before these steps."""
+  """Steps 6 and 7 read rows 40 to 55, of which two are bad; the checkpoint is from before them."""
   whole, folder = tmp_path / "whole", tmp_path / "run"
   run(whole, loader, skipped=(range(40, 56),))
   loader.bad = range(42, 52, 9)  # Rows 42 and 51 are bad.
@@ -116,9 +116,9 @@ def test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows(l
     run(folder, loader, max_skipped=1, checkpoint_every=1)
   assert skipped_steps(folder) == [6, 7]
   saved = {path.name.partition(".")[0] for path in (folder / checkpoint.FOLDER).iterdir()}
-  assert {"4"} <= saved <= {"3", "4", "5"}  # The save of step 5 may have been in flight.
+  assert {"4"} <= saved <= {"3", "4", "5"}  # Step 5 may have been saved, too.
   back = GoBack(4, range(40, 56))
-  loader.bad = range(40, 56)  # None of these rows is read again.
+  loader.bad = range(40, 56)  # All of these rows would be bad, but none is read.
   with pytest.raises(Crash):
     run(
       folder, loader, skipped=(back.rows,), go_back=back, sample_every=1,
@@ -140,7 +140,7 @@ def sealed(folder):
 
 
 def stop_after(loader, folder, step, **options):
-  """Sends SIGTERM after a step, so that the run notices the signal after the next step."""
+  """Sends SIGTERM after a step; the run notices the signal after the next step."""
 
   def grid(_, at):
     if at == step:
@@ -153,17 +153,18 @@ def stop_after(loader, folder, step, **options):
 
 @pytest.mark.slow
 def test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before(loader, tmp_path, capsys):
-  """Steps 6 to 9 read rows 40 to 71, each a bad row. Step 5 is the first after checkpoint 4."""
+  """Steps 6 to 9 read rows 40 to 71 and have a bad row each. Checkpoints are every 4 steps."""
   loader.bad = range(40, 72, 8)
   whole, folder = tmp_path / "whole", tmp_path / "run"
   run(whole, loader)
   assert skipped_steps(whole) == [6, 7, 8, 9]
-  assert sealed(whole) == [4, 12]  # The skipped step 8 is not saved.
+  assert sealed(whole) == [4, 12]  # Step 8 was skipped, so it is not saved.
   stop_after(loader, folder, 5)
   assert f"stopped at step 6 of 12; saved in {folder}: the same" in capsys.readouterr().out
   assert sealed(folder) == [4, 6]
   of_step_6 = params_of(folder)
-  stop_after(loader, folder, 7)  # The parameters have not changed since step 6.
+  # Steps 7 and 8 are skipped, so the parameters are still those of step 6.
+  stop_after(loader, folder, 7)
   assert "stopped at step 8 of 12; all steps since 6 were skipped, so" in capsys.readouterr().out
   assert sealed(folder) == [4, 6]
   without = tmp_path / "without"
@@ -176,7 +177,7 @@ def test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before(loader,
 
 @pytest.mark.slow
 def test_the_last_step_is_saved_though_it_is_skipped(loader, tmp_path):
-  """Step 12 reads rows 88 to 95, of which one is bad, so the state of step 11 is saved."""
+  """Step 12 reads rows 88 to 95, one of them bad; its checkpoint has the state of step 11."""
   loader.bad = range(90, 91)
   assert run(tmp_path, loader)["steps"] == STEPS
   assert skipped_steps(tmp_path) == [12]
@@ -195,7 +196,7 @@ def test_a_checkpoint_to_go_back_to_must_exist(loader, tmp_path):
 
 
 def test_a_parameter_that_is_not_finite_is_not_saved(loader, tmp_path):
-  """The NaN belongs to a position that no row reaches, so loss and gradient do not show it."""
+  """The NaN is in a position that no row reaches, so loss and gradient are finite."""
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params = transformer.init_params(MODEL, jax.random.key(0))
     last = jnp.arange(MODEL.max_positions)[:, None] == MODEL.max_positions - 1
@@ -222,7 +223,7 @@ def test_wrong_flags_are_refused(resume_from, skip_rows):
 
 
 def test_rows_that_the_checkpoint_has_read_are_refused():
-  """The checkpoint stores the number of rows that were read, for any batch size."""
+  """Compares with the number of rows that the checkpoint has read, whatever the batch size."""
   done = [GoBack(1, range(10, 12))]
   with refused(UserError):
     skipped_rows.check(GoBack(4, range(33, 40)), done, 32)

@@ -1,4 +1,4 @@
-"""Tests when a decoder training saves. `skipped_rows_test` has real trainings."""
+"""Tests in which steps a decoder training saves. `skipped_rows_test` covers real trainings."""
 
 import jax.numpy as jnp
 import pytest
@@ -14,7 +14,7 @@ CONFIG = TrainConfig(steps=10, checkpoint_every=4, global_batch_size=8)
 
 
 class FakeLosses(HeldoutLosses):
-  """Fake losses of a step that was evaluated, or None."""
+  """Fake held-out losses of the current step, or None if it was not evaluated."""
 
   def __init__(self, losses=None):
     self.losses = losses
@@ -33,7 +33,7 @@ def saved(hook, steps):
 
 
 def test_it_saves_every_few_steps_and_at_the_end():
-  """A save includes the number of rows read before this start, and the newest loss."""
+  """Checkpoints contain the number of rows read in all starts, and the newest held-out loss."""
   hook = make(heldout=FakeLosses({"heldout_loss": 0.5}))
   assert saved(hook, range(3, 11)) == [(4, 116, 0.5), (8, 148, 0.5), (10, 164, 0.5)]
   assert (hook.saved, hook.next_row) == (10, 164)
@@ -50,8 +50,8 @@ def test_a_signal_saves_the_step_that_it_ends():
   [
     (8, None, 0, True),
     (8, None, 1, False),
-    (10, None, 6, True),  # This is the last step of the run.
-    (6, 75, 1, True),  # Step 5 changed the state after checkpoint 4.
+    (10, None, 6, True),  # Step 10 is the last step.
+    (6, 75, 1, True),  # Step 5 changed the state since checkpoint 4.
     (6, 75, 2, False),
   ],
 )

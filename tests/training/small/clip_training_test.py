@@ -42,7 +42,7 @@ def train(config, data, folder, seed, devices=1):
 
 
 def oracle_loss(images, texts, scale, concepts):
-  """Computes the loss of Radford et al. row by row in fp64."""
+  """Computes the loss of Radford et al. row by row, in fp64."""
   logits = scale * images.astype(np.float64) @ texts.astype(np.float64).T
   total = 0.0
   for matrix in (logits, logits.T):
@@ -60,7 +60,7 @@ def test_loss_is_the_oracle():
   concepts = np.array([0, 1, 0, 2, 3, 3])
   loss = float(train_clip.contrastive_loss(images, texts, 10.0, concepts))
   np.testing.assert_allclose(loss, oracle_loss(images, texts, 10.0, concepts), rtol=1e-5)
-  # Negative control: every document has another concept.
+  # Negative control: all documents have different concepts.
   assert abs(loss - oracle_loss(images, texts, 10.0, np.arange(6))) > 1e-2
   assert np.isfinite(jax.grad(train_clip.contrastive_loss)(images, texts, 10.0, concepts)).all()
 
@@ -101,7 +101,7 @@ def test_training_learns_its_pairs(tmp_path):
 def test_a_killed_training_continues_bit_for_bit(tmp_path):
   whole = train(TINY, some_data(), tmp_path, 1)
   checkpoints = tmp_path / trainer.FOLDER / checkpoint.FOLDER
-  shutil.rmtree(checkpoints / "6")  # The state of step 3 remains, as after a kill.
+  shutil.rmtree(checkpoints / "6")  # Leaves the checkpoint of step 3, as after a kill.
   continued = train(TINY, some_data(), tmp_path, 1)
   other = train(TINY, some_data(), tmp_path / "other", 2)
   jax.tree.map(np.testing.assert_array_equal, whole.params, continued.params)
@@ -110,7 +110,7 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path):
 
 @pytest.mark.slow
 def test_one_device_and_eight_compute_the_same(tmp_path, monkeypatch):
-  """Negatives are from the whole batch. With only the pair on each device, the loss would be 0."""
+  """Negatives come from the whole batch; with only the device's own pair, the loss would be 0."""
   monkeypatch.setattr(trainer, "LOG_EVERY", 1)
   losses = []
   for devices in (1, 8):
@@ -202,7 +202,7 @@ def run_stage(root, config=TINY):
 
 @pytest.mark.slow
 def test_a_clip_that_is_refused_is_trained_again_with_another_rate(tmp_path):
-  """All held-out images are equal, so retrieval fails at every learning rate."""
+  """Retrieval fails at every learning rate, because all held-out images are equal."""
   images = some_data(16).images
   images[9:] = images[9]
   write_pairs(tmp_path / "raw", ["train"] * 9 + ["heldout"] * 7, images, num_shards=1)

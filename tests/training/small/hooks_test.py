@@ -42,7 +42,7 @@ def test_some_steps_and_the_last_one_are_logged_and_shown(tmp_path):
 
 def test_a_number_that_is_not_finite_ends_the_training_and_is_not_logged(tmp_path):
   lines = make_lines(tmp_path, [])
-  lines.after(2, None, {"loss": jnp.float32("nan")})  # This line is not read.
+  lines.after(2, None, {"loss": jnp.float32("nan")})  # Not logged, so not read.
   metrics = {"loss": jnp.float32("nan"), "scale": jnp.float32(2)}
   with refused(UserError):
     lines.after(3, None, metrics)

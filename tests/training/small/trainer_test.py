@@ -27,12 +27,12 @@ class Config:
 
 
 class Killed(Exception):
-  """Simulates a kill in the middle of training."""
+  """Raised in place of a kill during training."""
 
 
 @dataclasses.dataclass
 class Examples:
-  """20 examples. Dies at the read after `reads_left` reads. Records the rows that were read."""
+  """Makes 20 examples; raises `Killed` after `reads_left` reads. Records the rows read."""
 
   reads_left: int = 1_000
   seed: int = 0
@@ -89,7 +89,7 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path, whole):
   kill_in_step_11(tmp_path)
   rest = Examples()
   np.testing.assert_array_equal(train(tmp_path, examples=rest), whole)
-  assert len(rest.rows) == 2  # Only steps 10 and 11 run again.
+  assert len(rest.rows) == 2  # Runs only steps 10 and 11 again.
   lines = read_json_lines(tmp_path / "metrics.jsonl")
   assert [line["step"] for line in lines] == [10, 10, 12]
   assert lines[1]["event"] == "resumed"
@@ -137,7 +137,8 @@ def test_a_training_that_lost_its_lease_stops_and_saves_no_more(tmp_path, monkey
 
   class Taken(Examples):
     def __getitem__(self, rows):
-      if len(self.rows) == 3:  # The kill is before step 3, so before the first save at step 5.
+      # Another job takes the lease before step 3, and so before the first save in step 5.
+      if len(self.rows) == 3:
         write_json(tmp_path / lease.NAME, {"token": "other", "host": "elsewhere", "pid": 7})
       return super().__getitem__(rows)
 
@@ -254,7 +255,7 @@ def test_the_batch_is_split_over_the_mesh(tmp_path, whole, devices):
   ("shape", "spec"),
   [
     ((3, 3, 128, 64), P(None, None, FSDP, None)),
-    ((256, 256), P(FSDP, None)),  # The first of equal losses counts.
+    ((256, 256), P(FSDP, None)),  # Of equal dimensions, the first is sharded.
     ((65_538, 8), P(None, FSDP)),  # The largest dimension is not divisible by 4.
     ((8, 8_191), P()),
     ((65_537,), P()),
@@ -282,7 +283,7 @@ def update_wide(state, batch):
 
 
 def train_wide(folder, devices, reads_left=1_000):
-  """Trains a linear model; returns its state, and the shard shapes of its arrays in each step."""
+  """Trains a linear model; returns its state and, for each step, the shard shapes of its arrays."""
   layouts = []
 
   def init():
@@ -337,7 +338,7 @@ def test_a_training_that_diverges_ends_and_nothing_of_it_is_kept(tmp_path, check
 
 
 def test_a_model_that_diverges_in_its_last_step_is_not_returned(tmp_path):
-  """The loss of a step is computed before its update."""
+  """The loss of the last step is finite, because it is computed before the update."""
   with refused(UserError):
     train(tmp_path, Config(steps=1, batch_size=8, learning_rate=float("inf")))
 
@@ -349,4 +350,5 @@ def test_an_epoch_visits_every_example_once():
   assert (epochs[0] != epochs[1]).any()
   assert (trainer.batch_rows(0, 20, 5, 8) != rows[0]).any()
   literal = np.random.default_rng([7, 1]).permutation(20)[5:10]
-  np.testing.assert_array_equal(rows[5], literal)  # Published runs depend on this order.
+  # Published runs depend on this order of examples.
+  np.testing.assert_array_equal(rows[5], literal)

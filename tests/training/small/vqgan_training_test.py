@@ -46,12 +46,12 @@ def _discriminator(seed):
 
 
 class Killed(Exception):
-  """Simulates a kill in the middle of training."""
+  """Raised in place of a kill during training."""
 
 
 @dataclasses.dataclass
 class KilledAfter:
-  """Images that raise `Killed` when they are read after `reads_left` reads."""
+  """Images that raise `Killed` after `reads_left` reads."""
 
   images: np.ndarray
   reads_left: int
@@ -73,7 +73,7 @@ def train(images, folder, seed=0, devices=1):
 
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
-  """Returns the parameters after all steps on one device, and the loss of every step."""
+  """Trains all steps on one device; returns the parameters and the loss of each step."""
   folder = tmp_path_factory.mktemp("whole")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(trainer, "LOG_EVERY", 1)
@@ -84,7 +84,7 @@ def whole(images, tmp_path_factory):
 def test_resume_equals_uninterrupted(images, whole, tmp_path):
   with pytest.raises(Killed):
     train(KilledAfter(images, 11), tmp_path)
-  rest = KilledAfter(images, 2)  # Only steps 10 and 11 run again.
+  rest = KilledAfter(images, 2)  # Runs only steps 10 and 11 again.
   _assert_same(train(rest, tmp_path).params, whole[0])
   other = train(images, tmp_path / "other", seed=1).params
   with pytest.raises(AssertionError):
@@ -204,7 +204,7 @@ def test_usage_counts_every_code(images):
 
 
 def test_discriminator_learns_to_tell_apart(images):
-  """With fixed reconstructions, the discriminator's hinge loss falls from 2 (chance) towards 0."""
+  """With fixed reconstructions, the hinge loss falls below half of its start."""
   params, x = _discriminator(0), vqgan.to_float(images)
   y = x + 0.5 * jax.random.normal(jax.random.key(0), x.shape)
   step = jax.jit(jax.value_and_grad(lambda p: discriminator.hinge_loss(p, CONFIG, x, y)))
@@ -215,7 +215,7 @@ def test_discriminator_learns_to_tell_apart(images):
 
 
 def test_generator_loss_is_the_oracle(images):
-  """Tests four terms in fp64 and their gradients (van den Oord et al. 2017, section 3.2)."""
+  """Compares four terms and their gradients with fp64 (van den Oord et al. 2017, section 3.2)."""
   weights = {"l1_weight": 0.5, "l2_weight": 0.9, "codebook_weight": 0.7, "commitment_weight": 0.3}
   config, x = dataclasses.replace(CONFIG, **weights), vqgan.to_float(images)
   params = vqgan_training.init_state(CONFIG, NUM_CODES, 0)["params"]
@@ -251,7 +251,7 @@ def test_generator_loss_is_the_oracle(images):
 
 
 def _at_count(opt_state, count):
-  """Returns the state of an optimizer as if it had made `count` steps."""
+  """Returns an optimizer state whose step count is `count`."""
   return jax.tree.map(
     lambda x: jnp.full_like(x, count) if jnp.issubdtype(x.dtype, jnp.integer) else x, opt_state
   )
@@ -262,7 +262,7 @@ def _at_count(opt_state, count):
   [("params", "opt_state", 12), ("discriminator", "discriminator_opt_state", 6)],
 )
 def test_the_learning_rate_ends_at_0(images, network, opt_state, steps):
-  """The discriminator starts halfway, and its steps count from its start."""
+  """The discriminator starts after half of the steps, and has its own step count."""
   for count, moves in ((steps - 1, True), (steps, False)):
     state = vqgan_training.init_state(CONFIG, NUM_CODES, 0)
     state[opt_state] = _at_count(state[opt_state], count)
@@ -273,7 +273,7 @@ def test_the_learning_rate_ends_at_0(images, network, opt_state, steps):
 
 
 def test_hinge_loss_literals():
-  """If all kernels are 0 and the last bias is c, the loss is relu(1 - c) + relu(1 + c)."""
+  """If kernels are 0 and the last bias is c, the loss is relu(1 - c) + relu(1 + c)."""
   x = jnp.zeros((1, 8, 8, 3))
   for judgment, loss in ((0.0, 2.0), (0.5, 2.0), (3.0, 4.0)):
     params = jax.tree.map(jnp.zeros_like, _discriminator(0))
@@ -282,7 +282,7 @@ def test_hinge_loss_literals():
 
 
 def test_adversarial_step(images):
-  """The discriminator learns. Its output times its weight is a term of the VQGAN's loss."""
+  """The discriminator is trained, and its weighted output is a term of the VQGAN's loss."""
   state = functools.partial(vqgan_training.init_state, CONFIG, NUM_CODES, 0)
   with_it, metrics = vqgan_training.train_step(state(), images[:8], CONFIG, True)
   without, _ = vqgan_training.train_step(state(), images[:8], CONFIG, False)
@@ -337,7 +337,7 @@ def test_image_files_read_like_an_array(images, tmp_path, monkeypatch):
   ],
 )
 def test_shipped_configs_train_as_before_the_choice_of_a_quantizer(module, variant, losses_before):
-  """Compares the first losses with losses from when the nearest code was the only quantizer."""
+  """Compares the first losses with those of a version with only the nearest-code quantizer."""
   settings = settings_from_config(module.get_config(variant))
   config = settings.vqgan
   shape = (config.batch_size, config.resolution, config.resolution, 3)

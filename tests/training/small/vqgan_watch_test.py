@@ -1,4 +1,4 @@
-"""Tests, in real trainings, the alarm at a codebook collapse, the grid, and averaged parameters."""
+"""Tests the codebook collapse alarm, the image grid and averaged parameters in real trainings."""
 
 import dataclasses
 import re
@@ -95,12 +95,12 @@ def test_a_healthy_training_raises_no_alarm_and_shows_its_grids(images, tmp_path
 
 
 def test_alarm_in_literals():
-  """A batch has 1,024 codes, so the bound is 51.2. A low perplexity is not enough for an alarm."""
+  """With 1,024 codes in a batch, the limit is 51.2. A low perplexity alone gives no alarm."""
   alarm = Alarm(dataclasses.replace(HEALTHY, quantizer="fsq"), NUM_CODES, "delete it.")
   assert [alarm.check(step, 20.0, 51.0) is None for step in (10, 50, 100)] == [True] * 3
   line = alarm.check(110, 20.0, 51.0)
   assert line.endswith("Lower config.vqgan.learning_rate (it is 0.003); delete it.")
-  assert alarm.check(120, 20.0, 51.0) is None  # The alarm is printed only once.
+  assert alarm.check(120, 20.0, 51.0) is None  # Printed once per collapse.
   assert alarm.check(130, 1.1, 52.0) is None
   assert [alarm.check(step, 20.0, 51.0) is None for step in (140, 230, 240)] == [True, True, False]
 
@@ -128,7 +128,7 @@ def test_few_codes_are_no_collapse_but_one_of_several_is():
 
 
 def test_the_tokenizer_is_the_average_of_the_parameters(images):
-  """Decays are min(0.5, (1 + t) / (10 + t)): 0.1, 2 / 11, 0.25."""
+  """Decays are min(0.5, (1 + t) / (10 + t)), that is 0.1, 2 / 11 and 0.25."""
   config = dataclasses.replace(HEALTHY, ema_decay=0.5)
   state = vqgan_training.init_state(config, NUM_CODES, 0)
   expected = np.asarray(state["params"]["encoder"]["conv_out"]["kernel"])
@@ -151,14 +151,14 @@ def test_a_restarted_code_restarts_in_the_average(images):
 
 
 class Killed(Exception):
-  """Stands for a kill in the middle of training."""
+  """Raised in place of a kill during training."""
 
 
 @pytest.mark.slow
 def test_a_killed_training_with_averages_ends_bit_for_bit(images, tmp_path):
   config = dataclasses.replace(
     HEALTHY, ema_decay=0.9, steps=6, checkpoint_every=2, restart_every=3,
-    code_dim=64,  # Then the codebook is split over the devices.
+    code_dim=64,  # With this width, the codebook is sharded over the devices.
   )  # fmt: skip
   whole = train(config, images, tmp_path / "whole").params
 
@@ -186,17 +186,17 @@ def test_a_killed_training_with_averages_ends_bit_for_bit(images, tmp_path):
 
 
 def named(tree):
-  """Yields the arrays of a tree with their keys, joined by dots."""
+  """Yields (key, array) of each array in a tree; keys are joined by dots."""
   for path, x in jax.tree.leaves_with_path(tree):
     yield jax.tree_util.keystr(path, simple=True, separator="."), x
 
 
 @pytest.mark.slow
 def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
-  """Uses an average of the parameters, an adaptive discriminator weight and all pixel losses.
+  """Covers averaged parameters, the adaptive discriminator weight and all pixel losses.
 
   Kernels, codebook, and their moments and averages are sharded over the devices. The codebook is
-  small, because with many codes two of them would be equally near to some encoding up to rounding.
+  small: of many codes, two may be almost equally near to an encoding, and rounding would decide.
   """
   monkeypatch.setattr(trainer, "LOG_EVERY", 1)
   monkeypatch.setattr(trainer, "SPLIT_FROM", 128)

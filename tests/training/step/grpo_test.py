@@ -18,7 +18,7 @@ from cm3leon_jax.vocab import VocabLayout
 from tests.models.tiny import mesh_of, model_logits, random_params
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=32)
-IMAGE = 6  # Number of codes of an image.
+IMAGE = 6  # Number of codes per image.
 SAMPLING = SamplingConfig(guidance=1.5, top_k=0, top_p=1.0)
 WEIGHTS = np.float32([1.5, -0.5])
 PROMPTS = [[20, 21, 22], [30], [20, 23], [24, 25, 26, 27, 28]]
@@ -33,7 +33,7 @@ def model_config(family):
 
 @functools.cache
 def sampled(family):
-  """Generates two samples of each prompt; returns codes [8, I] and their log-probabilities."""
+  """Generates two samples per prompt; returns codes [8, I] and their log-probabilities."""
   model = model_config(family)
   requests = requests_of_prompts()
   with jax.set_mesh(mesh_of(1, 1, 1)):
@@ -48,7 +48,7 @@ def requests_of_prompts():
 
 
 def rollout_of(family, values=None, codes=None):
-  """Returns rows with two images of each prompt; the codes are random by default."""
+  """Returns a rollout with two images per prompt, whose codes are random by default."""
   model, requests, rows = model_config(family), requests_of_prompts(), []
   if codes is None:
     codes = np.random.default_rng(0).integers(0, VOCAB.image_size, (8, IMAGE), np.int32)
@@ -86,7 +86,7 @@ def test_log_probs_are_those_of_the_decoder(family, shape):
   rollout = rollout_of(family, codes=codes)
   found = chosen(log_probs(family, shape, rollout), codes)
   np.testing.assert_allclose(found, expected, atol=2e-5)
-  # Negative control: without guidance, the log-probabilities differ.
+  # Negative control: log-probabilities without guidance differ.
   plain = rollout._replace(guidance=np.tile(np.float32([1, 0]), (8, IMAGE, 1)))
   assert np.abs(chosen(log_probs(family, shape, plain), codes) - expected).max() > 0.05
 
@@ -122,7 +122,7 @@ def test_rows_are_padded_on_the_left():
 
 
 def naive_loss(params, model, rollout, reference, kl_weight, temperature):
-  """Follows the definition: combines logits of all ids of the streams, keeps only image codes."""
+  """Computes the loss by definition: combines all logits of the streams, then keeps image codes."""
 
   def policy_of(params):
     logits = model_logits(model, params, *rollout[:3])[:, -IMAGE:]
@@ -161,7 +161,7 @@ def test_a_step_follows_the_gradient_of_its_definition(shape):
       functools.partial(grpo.policy_step, model, optimizer, VOCAB.text_size, kl_weight, temperature)
     )
     new, metrics = step(state, reference, grpo.place(rollout))
-    # Adam's first moment is (1 - b1) x the gradient.
+    # Adam's first moment is the gradient times (1 - b1).
     moment = jax.device_get(new.opt_state[1][0].mu)
   assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-4)
   assert float(metrics["kl"]) > 0.1

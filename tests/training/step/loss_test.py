@@ -25,7 +25,7 @@ def arrays():
 
 
 def split(hidden, table, targets, weights):
-  """Shards the arrays over the current mesh, as training does."""
+  """Shards the arrays over the current mesh as in training."""
   return (
     shard(jnp.asarray(hidden), "batch", "length", "act"),
     shard(jnp.asarray(table), "vocab_stored", None),
@@ -48,7 +48,7 @@ def test_chunked_and_sharded_equals_plain_fp64(arrays, shape, chunk):
 
 
 def test_large_logits_and_z_loss(arrays):
-  """Exponentials of logits of up to 900 overflow in fp32. z_loss adds z_loss x log(Z)^2."""
+  """Logits of up to 900 must not overflow in fp32. z_loss adds z_loss x log(Z)^2 per target."""
   hidden, table, targets, weights = arrays
   hidden = 50 * hidden
   with jax.set_mesh(mesh_of(1, 2, 2)):
@@ -63,7 +63,7 @@ def test_large_logits_and_z_loss(arrays):
 
 
 def autodiff_loss(hidden, table, targets, weights, z_loss):
-  """Computes the same loss from the full logits, so that JAX derives its gradient."""
+  """Computes the same loss from all logits, with gradients by JAX."""
   logits = hidden @ table.T
   log_z = jax.nn.logsumexp(logits, -1)
   nll = log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]

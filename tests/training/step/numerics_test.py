@@ -43,7 +43,7 @@ def equal(a, b):
   ],
 )
 def test_a_poisoned_batch_leaves_no_trace(shape, accumulation, name, value):
-  """After the batch, the run continues bit for bit as if the batch had not existed."""
+  """After a bad batch, the run continues bit for bit as if the batch did not exist."""
   optimizer = create_optimizer(
     OptimizerConfig(name=name, learning_rate=1e-2, warmup_steps=2, skip_above=9.0), 10
   )
@@ -96,7 +96,7 @@ def test_a_poisoned_advantage_leaves_no_trace():
 
 
 def test_spikes_by_hand(monkeypatch):
-  """The mean of the norms 3, 4, 5 and 4 is 4. A norm above 3 x 4 is a spike and is left out."""
+  """Norms 3, 4, 5, 4 have the mean 4. A norm above 3 x 4 is a spike and does not enter the mean."""
   monkeypatch.setattr(numerics, "SETTLED", 4)
   watch = numerics.watch_norm(3.0)
   state = watch.init(None)
@@ -122,7 +122,7 @@ def test_spikes_by_hand(monkeypatch):
 
 @pytest.mark.slow
 def test_a_spike_of_a_real_gradient_is_skipped(monkeypatch):
-  """The model overfits one batch, so the gradient of another batch is large."""
+  """After overfitting to one batch, the gradient of another batch is large."""
   monkeypatch.setattr(numerics, "SETTLED", 10)
   optimizer = create_optimizer(
     OptimizerConfig(learning_rate=1e-2, warmup_steps=2, skip_above=2.0), 100

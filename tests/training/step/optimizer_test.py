@@ -27,14 +27,14 @@ def test_warm_up_takes_at_most_half_of_a_short_run():
 
 
 def adamw_by_hand(gradients, decay_mask):
-  """Computes AdamW (Loshchilov & Hutter 2019, algorithm 2) after clipping, in float64, as in OPT.
+  """Computes AdamW (Loshchilov & Hutter 2019, algorithm 2) in float64, after clipping as in OPT.
 
   Args:
-    gradients: [steps, n].
+    gradients: gradients of each step, [steps, n].
     decay_mask: [n], 1 where weights decay.
 
   Returns:
-    [steps, n] updates of parameters that are always 2, at learning rate 1.
+    Updates [steps, n] at learning rate 1, if the parameters are 2 in every step.
   """
   b1, b2, eps, decay, clip = 0.9, 0.95, 1e-8, 0.1, 1.0
   m = v = np.zeros(gradients.shape[1])
@@ -48,7 +48,7 @@ def adamw_by_hand(gradients, decay_mask):
 
 
 def test_the_default_updates_are_those_of_adamw_by_hand():
-  """Gradient norms are below and far above the clipping norm; some elements are only 1e-5."""
+  """Covers gradient norms below and far above the clipping norm, and elements of only 1e-5."""
   config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, final_fraction=1.0)
   optimizer = create_optimizer(config, 100)
   gradients = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
@@ -109,7 +109,7 @@ def test_the_first_moment_may_be_kept_in_bfloat16():
 
 
 def test_the_average_is_the_recursion_of_its_documentation():
-  """Computes in float64. Decays are 1/10, 2/11, 3/12, ... up to 0.5, which step 8 reaches."""
+  """Compares with float64. Decays are 1/10, 2/11, 3/12, ..., and 0.5 from step 8 on."""
   params = np.random.default_rng(0).normal(size=(12, 5))
   average, found = params[0] * 3, {"a": jnp.asarray(params[0] * 3, jnp.float32)}
   for step, new in enumerate(params):
@@ -120,7 +120,7 @@ def test_the_average_is_the_recursion_of_its_documentation():
 
 
 def test_muon_makes_the_updates_of_matrices_orthogonal_and_of_the_size_of_adamw():
-  """Covers each layer's matrix, with its heads concatenated. AdamW updates all other arrays."""
+  """Covers the matrices of each layer, with concatenated heads. All other arrays use AdamW."""
   rng = np.random.default_rng(0)
   shapes = {"qkv": (2, 3, 8, 2, 3), "out": (2, 2, 3, 8), "up": (2, 8, 12), "embed": (5, 8)}
   gradients = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
@@ -131,14 +131,15 @@ def test_muon_makes_the_updates_of_matrices_orthogonal_and_of_the_size_of_adamw(
   updates, _ = optimizer.update(gradients, optimizer.init(params), params)
   matrices = {"qkv": (6, 8, 6), "out": (2, 6, 8), "up": (2, 8, 12)}
   for name, shape in matrices.items():
-    # Five iterations bring all singular values of a full matrix near 1 (Jordan et al. 2024).
+    # Five iterations bring the singular values of a full-rank matrix near 1 (Jordan et al. 2024).
     values = np.linalg.svd(np.asarray(updates[name]).reshape(shape), compute_uv=False)
     assert np.all(np.abs(values / (0.2 * max(shape[1:]) ** 0.5) - 1) < 0.35), name
     assert np.vdot(updates[name], gradients[name]) < 0
     raw = np.linalg.svd(np.asarray(gradients[name]).reshape(shape), compute_uv=False)
     assert raw.max() / raw.min() > 3  # The gradients themselves are far from orthogonal.
   embed = updates["embed"] * -jnp.sign(gradients["embed"])
-  np.testing.assert_allclose(embed, embed[0, 0], rtol=1e-3)  # Adam's first updates have one size.
+  # Adam's first updates all have the same size.
+  np.testing.assert_allclose(embed, embed[0, 0], rtol=1e-3)
 
 
 def test_muon_decays_what_adamw_decays():

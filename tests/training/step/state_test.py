@@ -21,12 +21,12 @@ from tests.models.tiny import CONFIG, mesh_of, model_logits, random_params
 
 OPTIMIZER = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 10)
 MUON = create_optimizer(OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=2), 10)
-B, L, S = 8, 16, 5  # S sources, of which the last has no targets.
+B, L, S = 8, 16, 5  # S is the number of sources; the last has no targets.
 
 
 def make_batch(seed=0):
   rng = np.random.default_rng(seed)
-  # The sums of weights differ between micro-batches.
+  # Micro-batches have different sums of weights.
   weights = rng.random((B, L)).astype(np.float32) * (rng.random((B, 1)) > 0.4)
   batch = {name: rng.integers(0, 96, (B, L)).astype(np.int32) for name in ("inputs", "targets")}
   batch["loss_weights"] = weights.astype(np.float32)
@@ -35,13 +35,13 @@ def make_batch(seed=0):
 
 
 def marked_batch(seed=0):
-  """Returns a batch whose tokens are marked with their sources, counted from 1."""
+  """Returns a batch with a source number for each token; sources count from 1."""
   sources = np.random.default_rng(seed).integers(0, S, (B, L)).astype(np.int32)
   return {**make_batch(seed), "sources": sources}
 
 
 def run(shape, accumulation, steps=3, z_loss=0.0, optimizer=OPTIMIZER, **fields):
-  """Returns [T, 4] losses and gradient norms, the state, and the sums by source in step 1."""
+  """Trains; returns losses and gradient norms [T, 4], the state, and step 1's sums by source."""
   config = dataclasses.replace(CONFIG, **fields)
   with jax.set_mesh(mesh_of(*shape)):
     state = init_state(config, optimizer, jax.random.key(0))
@@ -64,7 +64,7 @@ def reference():
 
 
 def test_loss_and_gradient_are_those_of_a_weighted_mean(reference):
-  """Uses all logits and jax.grad. Comparing updates would hide the scale of a gradient."""
+  """Compares with jax.grad of all logits. Updates would not show a wrong scale of the gradient."""
   batch = make_batch(0)
   weights, targets = batch["loss_weights"], batch["targets"]
 
@@ -104,7 +104,7 @@ def test_mesh_and_accumulation_change_nothing(reference, shape, accumulation):
 
 @pytest.mark.slow
 def test_a_mesh_changes_nothing_of_muon(reference):
-  """Muon's matrices are sharded over the mesh, and their products are not."""
+  """On a mesh, Muon's matrices are sharded, and the results are equal."""
   losses, state, _ = run((1, 1, 1), 1, optimizer=MUON)
   split, split_state, _ = run((2, 2, 2), 1, optimizer=MUON)
   np.testing.assert_allclose(split, losses, rtol=2e-5)
@@ -119,7 +119,7 @@ def test_unrolled_layers_change_nothing(reference):
 
 
 def test_the_average_on_a_mesh_is_the_recursion_of_the_parameters():
-  """The state is donated. The decays are 1/10, 2/11, 3/12 and then 0.3."""
+  """The step donates its state. Decays are 1/10, 2/11, 3/12 and then 0.3."""
 
   def recursion(decay, average, params):
     return jax.tree.map(lambda x, new: decay * x + (1 - decay) * new, average, params)
@@ -154,7 +154,7 @@ def test_accumulation_traces_a_part_once():
 
 @pytest.mark.slow
 def test_the_other_family_with_all_options_is_the_same_on_a_mesh_too():
-  """Uses the family `modern`, z-loss, accumulation and a remat policy."""
+  """Combines family `modern`, z-loss, gradient accumulation and a remat policy."""
   fields = {"family": "modern", "remat_policy": "save_attention", "z_loss": 0.1}
   losses, state, _ = run((2, 2, 2), 2, **fields)
   expected, expected_state, _ = run((1, 1, 1), 1, **fields)
@@ -174,18 +174,18 @@ def test_query_key_norm_is_an_option_of_opt(reference):
   np.testing.assert_allclose(losses, run((1, 1, 1), 1, query_key_norm=True)[0], rtol=2e-5)
 
 
-COMMON, COPIES = 7, 770  # Rows [96, 96 + COPIES) of the table are copies of COMMON's.
+COMMON, COPIES = 7, 770  # Rows 96 to 96 + COPIES - 1 of the table are copies of row COMMON.
 
 
 def bfloat16_gradient(shape, family):
-  """Returns a function batch -> gradient and a batch in which COMMON occurs COPIES times.
+  """Returns (function from batch to gradient, batch in which COMMON occurs COPIES times).
 
   The function runs a train step whose optimizer only stores the gradient.
   """
   config = dataclasses.replace(
     CONFIG, family=family, vocab_size=896, num_layers=1, max_positions=128, dtype="bfloat16"
   )
-  keep = optax.trace(0.0)  # The state of this optimizer is the gradient.
+  keep = optax.trace(0.0)  # This optimizer's state is the gradient.
   rng = np.random.default_rng(0)
   ids = rng.integers(0, 96, (2, 8, 128)).astype(np.int32)
   ids[0][ids[0] == COMMON] = COMMON + 1
@@ -221,10 +221,10 @@ def bfloat16_gradient(shape, family):
   ],
 )
 def test_the_gradient_of_a_frequent_token_is_summed_in_fp32(shape, family):
-  """Compares with a step that reads each copy of the row once; the test sums these gradients.
+  """Compares with the sum of gradients of a step that reads each copy of the row only once.
 
-  In `opt`, a copy's row also gets a gradient as a row of the output table. The step in which no
-  input is a copy gives this gradient.
+  In `opt`, a copy also gets a gradient from the tied output table, which is subtracted: it is the
+  copy's gradient in the step that reads no copies.
   """
   gradient, batch = bfloat16_gradient(shape, family)
   found = gradient(batch)
@@ -234,20 +234,21 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_fp32(shape, family):
   rows = slice(96, 96 + COPIES)
   expected = apart[COMMON] + (apart[rows] - found["embed"][rows]).sum(0)
   error = np.linalg.norm(found["embed"][COMMON] - expected) / np.linalg.norm(expected)
-  assert error < 2e-5  # With sums in bfloat16, the error is 0.1 on one device and 0.005 on eight.
+  # Sums in bfloat16 would have an error of 0.1 on one device, and 0.005 on eight.
+  assert error < 2e-5
   halved = gradient({**batch, "loss_weights": batch["loss_weights"] / 2})
   for a, b in zip(jax.tree.leaves(halved), jax.tree.leaves(found)):
     np.testing.assert_array_equal(a, b, "only ratios of loss weights matter")
 
 
 def array_shapes(jaxpr):
-  """Returns all array shapes in a jaxpr, from types like f32[8@fsdp,64512@(tensor,fsdp)]."""
+  """Returns all array shapes in a jaxpr; types are like f32[8@fsdp,64512@(tensor,fsdp)]."""
   text = re.sub(r"@\([\w,]+\)|@\w+", "", str(jaxpr))
   return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[(\d[\d,]*)", text)}
 
 
 def abstract_7b(shape):
-  """Traces the train step of the 7B config on 8 devices without arrays; returns state and jaxpr."""
+  """Traces the 7B train step on 8 devices without arrays; returns settings, state and jaxpr."""
   config = settings_from_config(cm3leon_7b.get_config())
   model, optimizer = config.model, create_optimizer(config.optimizer, 10)
   with jax.set_mesh(mesh_of(*shape)):
@@ -274,18 +275,20 @@ def test_the_7b_step_splits_the_vocabulary_and_never_holds_all_logits(shape):
     assert table.shape == (V, config.model.width)
     assert table.sharding.spec == spec("vocab_stored", None)
     assert table.sharding.shard_shape(table.shape)[0] == V // (shape[1] * shape[2])
-  rows = V // shape[2]  # Share of the vocabulary on a device of `tensor` during the loss.
-  D = config.model.width  # D is L, but tables and their gradients are not logits.
+  # Part of the vocabulary that one device of the axis `tensor` has during the loss.
+  rows = V // shape[2]
+  D = config.model.width  # D equals L here, but tables and their gradients are not logits.
   tables = {(V, D), (rows, D), (D, rows)}
   with_vocab = {s for s in array_shapes(jaxpr) if {V, rows} & set(s)} - tables
   assert with_vocab
   assert not [s for s in with_vocab if L in s], "an array has full vocabulary x full sequence"
-  tokens = B // (shape[0] * shape[1]) * ModelConfig().loss_chunk  # 1/16 of the logits on a device.
+  # Chunks are 1/16 of a device's logits.
+  tokens = B // (shape[0] * shape[1]) * ModelConfig().loss_chunk
   assert max(int(np.prod(s)) // rows for s in with_vocab) == tokens
 
 
 def test_a_step_without_chunks_would_be_found():
-  """Negative control: if the chunk is the whole row, an array of vocabulary x sequence exists."""
+  """Negative control: with one chunk per row, the step has an array of vocabulary x sequence."""
   config = dataclasses.replace(CONFIG, loss_chunk=L)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     state = jax.eval_shape(lambda: init_state(config, OPTIMIZER, jax.random.key(0)))

@@ -25,7 +25,7 @@ def watch():
 
 
 class Failing:
-  """Board of which one method raises an error."""
+  """Board with one method that raises an error."""
 
   def __init__(self, method, calls):
     self._method, self.calls = method, calls
@@ -102,7 +102,7 @@ def test_a_new_run_is_refused_without_the_package_that_it_asks_for(tmp_path, mon
   with pytest.raises(UserError, match=r"^config.train.wandb is 'cats', and the package wandb is "):
     boards.check_installed(config)
   monkeypatch.delitem(sys.modules, "wandb")
-  (tmp_path / "wandb").mkdir()  # Python imports this folder of logs as a package.
+  (tmp_path / "wandb").mkdir()  # Python would import this folder of logs as a package.
   monkeypatch.setattr(sys, "path", [str(tmp_path)])
   with pytest.raises(UserError, match="the package wandb is missing"):
     boards.check_installed(config)

@@ -14,7 +14,7 @@ from tests.models.tiny import mesh_of
 
 
 def product_flops(jaxpr, times=1):
-  """Sums 2 x batch x M x N x K over all matrix products of a traced function, scans included."""
+  """Sums 2 x batch x M x N x K over all matrix products of a traced function, including scans."""
   total = 0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "dot_general":
@@ -32,7 +32,7 @@ def product_flops(jaxpr, times=1):
 
 
 def traced_flops(config, batch, length):
-  """Returns the FLOPs of the matrix products in a traced forward and backward pass."""
+  """Returns the FLOPs of all matrix products in one forward and backward pass."""
   with jax.set_mesh(mesh_of(1, 1, 1)):
     ints = shard(jnp.ones((batch, length), jnp.int32), "batch", "length")
     data = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), ints)
@@ -46,7 +46,7 @@ def traced_flops(config, batch, length):
 @pytest.mark.parametrize("family", ["opt", "modern"])
 @pytest.mark.parametrize(("length", "head_size"), [(64, 0), (2 * BLOCK, 0), (64, 24)])
 def test_model_flops_are_those_of_the_traced_products(family, length, head_size):
-  """The definition omits keys after the query; the traced blocks also multiply by such keys."""
+  """Traced blocks also multiply by some keys after the query, which model FLOPs omit."""
   config = ModelConfig(
     family=family, vocab_size=96, num_layers=3, width=32, num_heads=4, mlp_width=64,
     max_positions=length, dtype="float32", remat_policy="none", loss_chunk=32, head_size=head_size,
@@ -71,7 +71,7 @@ def test_recomputed_layers_do_not_count():
 
 
 def test_7b_by_hand():
-  """Sums 32 layers of 4 x 4,096^2 + 2 x 4,096 x 16,384, and a table of 64,512 x 4,096."""
+  """32 layers have 4 x 4,096^2 + 2 x 4,096 x 16,384 parameters, and a table 64,512 x 4,096."""
   config = settings_from_config(cm3leon_7b.get_config()).model
   assert (
     flops.matmul_params(config) == 32 * (67_108_864 + 134_217_728) + 264_241_152 == 6_706_692_096
@@ -108,6 +108,6 @@ def test_no_peak_is_guessed(kind):
 
 
 def test_utilization_by_hand():
-  """Two v5e chips compute 78.8 model TFLOP/s together, which is a fifth of their peak."""
+  """Two v5e chips reach 78.8 model TFLOP/s together, which is a fifth of their peak."""
   rates = flops.Rates(39.4e12, 2, flops.device_peak("TPU v5 lite"))
   assert rates.of(8.0, 1.0, steps=2) == {"tokens_per_second": 8.0, "mfu": 0.2}

@@ -9,7 +9,7 @@ from cm3leon_jax.training.watch import goodput
 
 
 class Clock:
-  """Fake clock, which a test advances."""
+  """Fake clock that a test advances."""
 
   now = 10.0
 
@@ -63,7 +63,7 @@ def test_compiling_counts_as_such_wherever_it_happens():
 
 
 def test_a_trace_within_a_trace_counts_once(watch, clock):
-  """The inner trace ends at 11 s after 0.2 s, the outer at 11.5 s after 0.9 s, another at 13 s."""
+  """Traces (end, duration): inner (11 s, 0.2 s), outer (11.5 s, 0.9 s), another (13 s, 0.3 s)."""
   for clock.now, duration in ((11.0, 0.2), (11.5, 0.9), (13.0, 0.3)):
     jax.monitoring.record_event_duration_secs("/jax/core/compile/jaxpr_trace_duration", duration)
   assert watch.seconds()["compile"] == pytest.approx(1.2)
@@ -87,7 +87,7 @@ def test_goodput_is_the_share_of_steps():
 
 
 def test_earlier_starts_are_added_and_steps_computed_again_are_lost():
-  """A start logged its times at steps 4 and 8, and was killed 7 s after step 8."""
+  """The earlier start logged times at steps 4 and 8, and was killed 7 s after step 8."""
   logged = goodput.to_line({**dict.fromkeys(goodput.PHASES, 0.0), "step": 30.0, "save": 2.0})
   lines = [
     {"step": 4, "time": 100.0, **logged},
@@ -101,6 +101,7 @@ def test_earlier_starts_are_added_and_steps_computed_again_are_lost():
     "save": 2.0,
     "lost": 7.0,
   }
-  assert goodput.earlier(lines, 4)["lost"] == 27.0  # The checkpoint of step 8 was incomplete.
+  # If checkpoint 8 was incomplete, all time since step 4 is lost.
+  assert goodput.earlier(lines, 4)["lost"] == 27.0
   assert goodput.earlier(lines[:2], 8)["lost"] == 0.0
   assert goodput.earlier([{"step": 1, "loss": 1.0, "time": 3.0}], 1) == {}

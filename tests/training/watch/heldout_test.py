@@ -1,4 +1,4 @@
-"""Tests the held-out loss: on targets of the document, after neighbors of its caption."""
+"""Tests the held-out loss: targets are in the document, after neighbors of its caption."""
 
 import dataclasses
 
@@ -33,7 +33,8 @@ def settings():
   config.vocab.update(dataclasses.asdict(VOCAB))
   config.model.update({"vocab_size": VOCAB.size, "num_layers": 2, "width": 16, "num_heads": 2})
   config.model.update({"mlp_width": 32, "max_positions": 64, "dtype": "float32"})
-  # A window is a pass over the held-out pairs; 64 tokens hold a document and one or two neighbors.
+  # A window is one pass over the held-out pairs. Rows of 64 tokens have room for a document with
+  # one or two neighbors.
   config.data.update({"sequence_length": 64, "pack_window": HELDOUT, "text_share": 0.0})
   config.train.update({"global_batch_size": 4, "eval_batches": 1})
   config.evaluation.update({"num_documents": HELDOUT, "num_resamples": 100})
@@ -42,7 +43,7 @@ def settings():
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  """Makes training and held-out pairs that differ; image and caption have different neighbors."""
+  """Makes different training and held-out pairs. Image and caption have different neighbors."""
   root = tmp_path_factory.mktemp("heldout")
   (root / "documents").mkdir()
   for split, count, seed in (("train", TRAIN, 0), ("heldout", HELDOUT, 1)):
@@ -63,7 +64,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def losses(settings, mesh):
-  """Returns a function of (rows, number of rows) that computes the losses that a trainer logs."""
+  """Returns a function of (rows, number of rows) that computes the losses that training logs."""
   params = random_params(settings.model)
   steps = compile_steps(settings.model, settings.optimizer, settings.train, VOCAB, seed=0)
   sharding = NamedSharding(mesh, spec("batch", "length"))

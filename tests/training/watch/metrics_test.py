@@ -16,7 +16,7 @@ def test_a_resumed_run_replaces_later_lines_and_compares_their_losses(tmp_path):
     log.write(step, {"loss": loss})
   log = MetricsLog(tmp_path, resumed_at=1)
   log.write(2, {"loss": 3.0})
-  log.write(3, {"loss": 2.5000000000000004})  # The next float differs in one bit.
+  log.write(3, {"loss": 2.5000000000000004})  # The next larger float64.
   log.write(4, {"loss": 2.0})
   lines = read_json_lines(log.path)
   assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
@@ -72,7 +72,7 @@ def test_processes_that_do_not_write_leave_the_file_alone(tmp_path):
 
 
 class Bucket(MemoryFileSystem):
-  """Fake GCS bucket: objects can be written, read, renamed and deleted, but not appended to."""
+  """Fake GCS bucket: objects can be read, replaced, renamed and deleted, but not appended to."""
 
   def _open(self, path, mode="rb", **kwargs):
     if "a" in mode:
@@ -109,7 +109,7 @@ def test_in_a_bucket_the_file_is_written_anew(bucket, monkeypatch):
 
 
 def write_log(folder, **options):
-  """Logs steps 1 to 6; a checkpoint of step 4 is saved before the last two."""
+  """Logs steps 1 to 6, with a checkpoint of step 4."""
   log = MetricsLog(folder, **options)
   for step in range(1, 7):
     log.write(step, {"loss": 8.0 - step})
@@ -119,7 +119,7 @@ def write_log(folder, **options):
   return log.path
 
 
-# Name of a change of the log -> (function that makes it, part of the printed message).
+# Change of the log -> (function that makes the change, part of the warning).
 CHANGES = {
   "missing": (lambda path: path.unlink(), "is missing"),
   "empty": (lambda path: path.write_bytes(b""), "has 0 bytes, 100 were written"),
@@ -144,7 +144,7 @@ def change(path, lines):
 @pytest.mark.parametrize("digest", ["beside it", "elsewhere", "none"])
 @pytest.mark.parametrize("how", CHANGES)
 def test_a_log_that_is_not_as_it_was_written_is_named_once(tmp_path, capsys, how, digest):
-  """Without a digest, as in an earlier version, only missing lines at the end are noticed."""
+  """Without a digest, as in earlier versions, only missing lines at the end are noticed."""
   options = {"digest_folder": tmp_path / "other"} if digest == "elsewhere" else {}
   path = write_log(tmp_path, **options)
   assert capsys.readouterr().out == ""
@@ -166,7 +166,7 @@ def test_a_log_that_is_not_as_it_was_written_is_named_once(tmp_path, capsys, how
 
 
 def test_a_log_as_it_was_written_says_nothing(tmp_path, capsys):
-  """Covers a log with lines after the digest, a log after a kill, and a log after a rollback."""
+  """Accepts lines after the digest, a log cut off by a kill, and a log after a rollback."""
   path = write_log(tmp_path)
   with path.open("a") as file:
     file.write('{"step": 7, "lo')

@@ -40,7 +40,7 @@ def make_monitor(
 
 
 def follow(monitor, steps, **changed):
-  """Passes the metrics of some steps to the monitor, as the step function would return them."""
+  """Passes metrics of the given steps to a monitor, as the training loop would."""
   metrics = {name: jnp.float32(x) for name, x in {**VALUES, **changed}.items()}
   dispatch = Dispatch(monitor)
   with monitor:
@@ -64,7 +64,7 @@ def test_a_line_by_hand():
 
 
 def test_rates_by_hand():
-  """2 TFLOPs in 0.5 s on two devices of 10 TFLOP/s are a fifth of their peak."""
+  """2 TFLOPs in 0.5 s are a fifth of the peak of two devices of 10 TFLOP/s."""
   assert dataclasses.replace(RATES, peak=1e13).of(weight=1_000.0, seconds=0.5) == {
     "tokens_per_second": 2_000.0,
     "mfu": 0.2,
@@ -73,7 +73,7 @@ def test_rates_by_hand():
 
 
 class Device:
-  """Fake device that computes while the host continues, and the clock of both in seconds."""
+  """Fake device that computes asynchronously, and a clock in seconds."""
 
   def __init__(self):
     self.now = self._free = 0.0
@@ -87,13 +87,13 @@ class Device:
     return {name: Metric(self, value, self._free) for name, value in VALUES.items()}
 
   def wait(self, left: float = 0.0) -> None:
-    """Waits until only `left` seconds of the started work remain."""
+    """Waits until at most `left` seconds of the started work remain."""
     self.now = max(self.now, self._free - left)
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """Number that becomes available at a given time; reading it waits, as for a jax.Array."""
+  """Fake jax.Array: a number that is available at a given time; reading it waits until then."""
 
   device: Device
   value: float
@@ -108,9 +108,9 @@ class Metric:
 
 
 def test_rates_are_those_of_the_wall_time_although_checked_steps_block(tmp_path, capsys):
-  """Steps take 1 s. Every third step is checked, takes 2.5 s, and returns when it is finished.
+  """Steps take 1 s. Every third step is a checked step, takes 2.5 s, and blocks until its end.
 
-  The call of the step before a checked step waits for half of its computation.
+  The step before a checked step blocks for half of its computation.
   """
   device, rates = Device(), dataclasses.replace(RATES, peak=1e13)
   fields = {"steps": 12, "log_every": 6, "replay_every": 3}
@@ -131,14 +131,14 @@ def test_rates_are_those_of_the_wall_time_although_checked_steps_block(tmp_path,
   printed = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step ")]
   assert [x.split(" | ", 4)[-1] for x in printed] == [
     "- tokens/s/device | MFU - | - left",
-    "312 tokens/s/device | MFU 6.2% | 0:00:10 left",  # Steps 2 to 6: 5 steps in 8 s, 2 devices.
-    "333 tokens/s/device | MFU 6.7% | 0:00:00 left",  # Steps 7 to 12: 6 steps in 9 s.
+    "312 tokens/s/device | MFU 6.2% | 0:00:10 left",  # Steps 2 to 6 take 8 s on 2 devices.
+    "333 tokens/s/device | MFU 6.7% | 0:00:00 left",  # Steps 7 to 12 take 9 s.
   ]
 
 
 @pytest.mark.parametrize("blocks", [(), (3, 6), (3, 4), (1, 2), range(1, 9)])
 def test_rates_add_up_to_the_wall_time_whichever_steps_block(tmp_path, blocks):
-  """The monitor need not know in advance which steps block. Each step takes 1 s."""
+  """Each step takes 1 s, and some steps block; the monitor does not know in advance which."""
   device = Device()
   monitor = make_monitor(tmp_path, clock=device.clock, steps=8)
   with monitor:
@@ -178,10 +178,11 @@ def test_a_step_is_logged_when_the_next_one_has_started(tmp_path):
     assert logged() == []
     monitor.after(2, None, metrics)
     assert logged() == [1]
-    with monitor.phase("save", 2):  # A save of step 2 waits until the step is finished.
+    with monitor.phase("save", 2):  # A phase of step 2 waits until step 2 has finished.
       assert logged() == [1, 2]
   lines = read_json_lines(tmp_path / "metrics.jsonl")
-  assert "tokens_per_second" not in lines[0]  # The report finds starts by lines without this field.
+  # Reports recognize the first step of a start by the missing field.
+  assert "tokens_per_second" not in lines[0]
   assert "tokens_per_second" in lines[1]
   assert lines[2]["step"] == 2
   assert "save_seconds" in lines[2]
@@ -194,10 +195,10 @@ def test_a_process_that_does_not_write_is_silent(tmp_path, capsys):
 
 
 def test_one_skipped_step_too_many_in_a_row_stops_the_run(tmp_path, capsys):
-  """Each skipped step is printed and logged, without numbers that JSON cannot represent."""
+  """Prints and logs each skipped step, without numbers that JSON cannot represent."""
   monitor, nan = make_monitor(tmp_path, max_skipped=2, log_every=100, steps=99), float("nan")
   follow(monitor, range(2, 4), loss=nan, skipped=1.0)
-  follow(monitor, [4], skipped=0.0)  # The count of steps in a row starts again.
+  follow(monitor, [4], skipped=0.0)  # A step that is not skipped resets the count.
   with refused(TooManySkippedError) as stop:
     follow(monitor, range(5, 9), loss=nan, grad_norm=float("inf"), skipped=1.0)
   assert stop.value.steps == range(5, 8)
@@ -208,7 +209,7 @@ def test_one_skipped_step_too_many_in_a_row_stops_the_run(tmp_path, capsys):
     2: 1, 3: 1, 4: 0, 5: 1, 6: 1, 7: 1,
   }  # fmt: skip
   assert [step for step, line in steps.items() if "loss" in line] == [4]
-  # The rate of the second step that was not skipped.
+  # Only steps that were not skipped advance the learning rate schedule.
   assert steps[4]["learning_rate"] == pytest.approx(1e-3)
   printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
   assert [line.partition("/")[0] for line in printed if line.endswith(" | skipped")] == [
@@ -222,7 +223,7 @@ def test_without_a_step_to_spare_the_first_one_stops_the_run(tmp_path):
 
 
 def test_waiting_for_data_counts_where_the_device_has_nothing_to_do(tmp_path):
-  """In this test, the metrics are always available immediately."""
+  """Metrics are available at once, so the device is idle while the loop waits for data."""
   monitor = make_monitor(tmp_path)
   dispatch = Dispatch(monitor)
   metrics = jax.block_until_ready({name: jnp.float32(x) for name, x in VALUES.items()})
@@ -238,7 +239,7 @@ def test_waiting_for_data_counts_where_the_device_has_nothing_to_do(tmp_path):
       pass
   seconds = time.perf_counter() - start
   line = read_json_lines(tmp_path / "metrics.jsonl")[-1]
-  # Waits count as waiting, and no second counts twice.
+  # All waits count as waiting, and no time counts twice.
   assert line["data_seconds"] >= 0.06
   assert line["data_seconds"] + line["step_seconds"] <= seconds + 0.01
 

@@ -48,7 +48,7 @@ def test_the_text_by_hand(board, now):
     "cm3leon_loss": 2.5,
     "cm3leon_heldout_loss": 3.25,
     "cm3leon_tokens_per_second": 4_620.0,
-    "cm3leon_goodput_ratio": 0.0,  # The run spent all of its time restoring.
+    "cm3leon_goodput_ratio": 0.0,  # 0, because the run has spent all its time on restoring.
     "cm3leon_seconds_since_last_step": 10.0,
   }
 

@@ -34,7 +34,7 @@ def test_a_resumed_run_hides_what_the_killed_one_wrote_beyond_its_checkpoint(tmp
   for step in range(4, 8):
     board.scalars(step, {"loss": 10.0 * step})
   board.close()
-  # The second start is in the same second, but it overwrites no file.
+  # The restart in the same second wrote a second file.
   assert len(list(tmp_path.iterdir())) == 2
   assert events.read(tmp_path)["train/loss"] == {
     1: [1],

@@ -11,7 +11,7 @@ from tests.messages import refused
 
 
 def traced_steps(folder):
-  """Returns the numbers of the steps in the trace that is stored under `folder`."""
+  """Returns the step numbers in the trace under `folder`."""
   (path,) = folder.rglob("*.xplane.pb")
   lines = [
     line for plane in jax.profiler.ProfileData.from_file(str(path)).planes for line in plane.lines

@@ -1,4 +1,4 @@
-"""Tests calls of a fake wandb. docs/monitoring.md lists what was tried with the real wandb."""
+"""Tests calls of a fake wandb. docs/monitoring.md lists tests with the real wandb."""
 
 import sys
 import types
@@ -13,7 +13,7 @@ from cm3leon_jax.training.watch.wandb_run import WandbRun
 
 @pytest.fixture
 def calls(monkeypatch):
-  """Records the calls of the fake module with their arguments, in order."""
+  """Returns a list that records all calls of the fake module with their arguments."""
   found = []
   run = types.SimpleNamespace(
     log=lambda values, step: found.append((step, values)), finish=lambda: found.append("finished")
@@ -27,7 +27,7 @@ def calls(monkeypatch):
 
 
 def test_every_start_continues_the_same_run(calls, tmp_path):
-  """The first start names the run after its folder. Later starts do not change its name."""
+  """The first start names the wandb run after the folder; later starts keep the name."""
   folder = tmp_path / "7b" / "train"
   for steps in (1, 2):
     WandbRun(folder, "cats", {"train": {"steps": steps}}).close()
