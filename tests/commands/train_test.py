@@ -144,7 +144,7 @@ def test_a_finished_run_goes_back_and_leaves_rows_out_once(root, monkeypatch, ca
   settings = settings_from_config(short_config(checkpoint_every=1))
   back = GoBack(3, range(2, 5))
   train.main(settings, root)
-  with pytest.raises(UserError, match="checkpoint 3 has read the rows before 3 already"):
+  with pytest.raises(UserError, match="up to checkpoint 3 the run has read all rows before 3"):
     train.main(settings, root, back=back)
   log = root / "train" / "metrics" / "metrics.jsonl"
 

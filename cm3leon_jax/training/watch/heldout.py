@@ -30,8 +30,8 @@ def evaluate(
 ) -> dict[str, float]:
   """Computes held-out losses by modality and source, in nats per target.
 
-  `eval_batches` is the result of `heldout_batches`. `sources` are the names of the sources that its
-  rows are marked with.
+  `eval_batches` is the result of `heldout_batches`. `sources` are the names of the sources of its
+  rows.
   """
   measure = functools.partial(steps.evaluate, num_sources=len(sources))
   totals = [jax.device_get(measure(params, batch)) for batch in eval_batches]
@@ -46,10 +46,10 @@ class HeldoutLosses(Hook):
 
   Attributes:
     evaluate: parameters -> losses, see `evaluate`.
-    stop: must precede this hook in the list of hooks.
+    stop: hook that handles signals; must precede this hook in the list of hooks.
     evaluate_start: whether step 0 is evaluated, too.
     newest: step of the restored checkpoint; None: a new run.
-    losses: the newest losses; None: no step was evaluated yet.
+    losses: the newest losses; None before the first evaluation.
     at_start: losses of step 0; {} if step 0 is not evaluated.
   """
 
