@@ -125,7 +125,7 @@ def _write_file(path: epath.Path, tensors: Sequence[Tensor]) -> None:
   with replacing(path) as file:
     file.write(header(tensors))
     for tensor in tensors:
-      # One statement, so that each tensor is freed before the next tensor is computed.
+      # In one statement, so that each tensor is freed before the next tensor is computed.
       file.write(_bytes(tensor))
 
 
