@@ -185,8 +185,7 @@ def train(
 
   Args:
     lease: lease of the folder, if the caller has already taken it.
-    go_back: an older checkpoint to continue from, and the rows that the objective skips from then
-      on.
+    go_back: an older checkpoint to continue from, and the rows to skip after it.
 
   Returns:
     A dict of numbers for the report. `heldout_before` contains the held-out losses of step 0.

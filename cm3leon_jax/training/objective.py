@@ -23,8 +23,7 @@ class Objective(Protocol):
 
   @property
   def names(self) -> Sequence[str]:
-    """Names of the sources of rows; each row of a batch is marked with its source. Losses are
-    logged per source."""
+    """Names of the sources of rows. Losses are logged per source."""
 
   @property
   def length(self) -> int:

@@ -116,7 +116,7 @@ class SkipCounter:
   in_a_row: int = 0
 
   def add(self, step: int, values: dict[str, float]) -> None:
-    """Counts a step if it was skipped. `values` contains loss, grad_norm and skipped (0 or 1).
+    """Updates the counters after a step. `values` contains loss, grad_norm and skipped (0 or 1).
 
     Raises:
       TooManySkippedError: more than `most` consecutive steps are skipped.
