@@ -43,11 +43,11 @@ KEPT = (
 )  # fmt: skip
 
 _SIZE = flags.DEFINE_enum("size", None, SIZES, "Model size of the cards (default: all).")
-_CARD = flags.DEFINE_string("card", None, "A single card to compile, e.g. 7b/v5e-256/train.")
-_SLICE = flags.DEFINE_string("slice", None, "Slice of the cards, e.g. v5e-256.")
+_CARD = flags.DEFINE_string("card", None, "The only card to compile, e.g. 7b/v5e-256/train.")
+_SLICE = flags.DEFINE_string("slice", None, "TPU slice of the cards, e.g. v5e-256 (default: all).")
 _AGAIN = flags.DEFINE_bool("again", False, "Also compile cards that exist.")
 _CHECK = flags.DEFINE_bool(
-  "check", False, "Compile the stored cards again, compare, and write nothing."
+  "check", False, "Compile the stored cards again and compare them; write nothing."
 )
 
 

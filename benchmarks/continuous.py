@@ -22,12 +22,12 @@ from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.scenes.config import RARE
 
-_MODEL = flags.DEFINE_string("model", "scenes", "Bundled model, or folder of a run.")
-_SLOTS = flags.DEFINE_integer("slots", 8, "Samples at once.", lower_bound=1)
+_MODEL = flags.DEFINE_string("model", "scenes", "Name of a bundled model, or folder of a run.")
+_SLOTS = flags.DEFINE_integer("slots", 8, "Number of slots.", lower_bound=1)
 _CHUNK = flags.DEFINE_integer("chunk", 16, "Steps per chunk.", lower_bound=1)
 _IMAGES = flags.DEFINE_integer("images", 48, "Images per timed run.", lower_bound=1)
 _RUNS = flags.DEFINE_integer("runs", 7, "Timed runs of each variant, after a run that compiles.", 1)
-_RETRIEVE = flags.DEFINE_list("retrieve", ["0", "2"], "Numbers of retrieved documents.")
+_RETRIEVE = flags.DEFINE_list("retrieve", ["0", "2"], "Numbers of retrieved documents to compare.")
 
 
 def requests_of(model: CM3Leon, count: int, retrieve: int) -> list[Request]:
@@ -122,7 +122,7 @@ def measure(model: CM3Leon, requests: list[Request]) -> str:
 def main(_) -> None:
   model = CM3Leon.load(_MODEL.value, batch_size=_SLOTS.value)
   print("Images/s of `generate` and of a batch whose queue is never empty: median (range).")
-  print("Ratios to `generate` in the same turn: medians in wall-clock and processor time.")
+  print("Ratios to the alternating run of `generate`: medians in wall-clock, processor time.")
   print(
     "| documents | prompt tokens | `generate` | in step | ratio | out of step | ratio | differ |"
   )

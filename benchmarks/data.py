@@ -25,7 +25,7 @@ from cm3leon_jax.vocab import VocabLayout
 
 _PART = flags.DEFINE_enum("part", None, ["plan", "pipeline"], "Part to measure.", required=True)
 _DOCUMENTS = flags.DEFINE_integer(
-  "num_documents", 1_000_000, "Number of pairs, and of texts, in part `plan`.", lower_bound=8
+  "num_documents", 1_000_000, "Number of pairs, and number of texts, in part `plan`.", lower_bound=8
 )
 _REPETITIONS = flags.DEFINE_integer(
   "repetitions", 5, "Repetitions of a measurement.", lower_bound=1

@@ -28,7 +28,7 @@ from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.positions import positions_of
 
-_DOCUMENTS = flags.DEFINE_integer("documents", 64, "Scored held-out documents.", lower_bound=2)
+_DOCUMENTS = flags.DEFINE_integer("documents", 64, "Held-out documents to score.", lower_bound=2)
 _IMAGES = flags.DEFINE_integer("images", 16, "Batch size of the speed measurement.", lower_bound=1)
 _RUNS = flags.DEFINE_integer("runs", 3, "Timed runs, after a run that compiles.", lower_bound=1)
 

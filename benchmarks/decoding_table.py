@@ -22,7 +22,7 @@ from cm3leon_jax.evaluation.protocols.protocol import Protocol
 from cm3leon_jax.trained.run import Run
 
 _GUIDANCE = flags.DEFINE_list(
-  "guidance_weights", ["1", "1.25", "1.5", "2", "3"], "Guidance weights to plot."
+  "guidance_weights", ["1", "1.25", "1.5", "2", "3"], "Guidance weights to compare."
 )
 DEFAULT = "scenes_decoding"
 BASE = "top-p, top-k and guidance"  # Column that is evaluated at each guidance weight.
@@ -36,7 +36,7 @@ def with_guidance(protocol: Protocol, weights: list[float]) -> Protocol:
   """
   base = next((column for column in protocol.columns if column.name == BASE), None)
   if base is None:
-    raise UserError(f"--protocol has no column '{BASE}', whose guidance would vary.")
+    raise UserError(f"--protocol has no column '{BASE}', which --guidance_weights needs.")
   more = [
     dataclasses.replace(base, name=title(weight), sampling={**base.sampling, "guidance": weight})
     for weight in weights

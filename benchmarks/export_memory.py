@@ -34,10 +34,10 @@ from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.trained import bundles
 
-_LAYERS = flags.DEFINE_list("layers", ["2", "4"], "Numbers of layers, ascending.")
+_LAYERS = flags.DEFINE_list("layers", ["2", "4"], "Numbers of layers, in ascending order.")
 _FORMATS = flags.DEFINE_list("formats", ["hf"], "Values of --format.")
 _FLAGS = flags.DEFINE_list(
-  "export_flags", [], "More flags of launch.export, e.g. --dtype=bfloat16."
+  "export_flags", [], "Additional flags of launch.export, e.g. --dtype=bfloat16."
 )
 _FOLDER = flags.DEFINE_string("folder", None, "Folder for the temporary files.")
 ALL_LAYERS = 32

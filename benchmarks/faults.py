@@ -113,7 +113,7 @@ def main(argv) -> None:
 def define_flags() -> None:
   """Defines the flags of this command."""
   flags.DEFINE_string(
-    "workdir", "workdir/faults", "Folder of all parts; finished results are kept."
+    "workdir", "workdir/faults", "Folder of all parts. Finished results in it are reused."
   )
   flags.DEFINE_enum("part", "all", ["all", *PARTS], "Part to run.")
   flags.DEFINE_integer("seed", 0, "Seed of all random choices.", lower_bound=0)

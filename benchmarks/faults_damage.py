@@ -171,7 +171,7 @@ def judge(fault: Fault, step: int | None, same: bool, message: str) -> dict:
 
 
 class Trainer:
-  """Tiny training in this process, which continues from checkpoints."""
+  """A tiny training in this process that continues from checkpoints."""
 
   def __init__(self, folder: pathlib.Path):
     """Saves the checkpoints of `STEPS` to `folder`."""
@@ -276,13 +276,13 @@ def _control(trainer: Trainer, made: pathlib.Path, copy: pathlib.Path, rng) -> d
     largest = max(files_of(copy / "checkpoints" / f"{max(STEPS)}"), key=lambda p: p.stat().st_size)
     flip_bit(largest, rng)
     fault = Fault("bit flip", STEPS[::-1], 1, ())
-    with contextlib.suppress(ValueError):  # TensorStore itself notices some flips.
+    with contextlib.suppress(ValueError):  # TensorStore itself detects some flips.
       wrong += judge(fault, *trainer.resume(copy, checked=False))["outcome"] == "wrong"
   return {"trials": 10, "wrong": wrong}
 
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
-  """Yields the result of the control, then the results of `count` faults in this process."""
+  """Yields the result of the negative control, then the results of `count` faults."""
   root, log = root / "damage", root / "damage" / "trials.jsonl"
   for first in range(0, count, AT_ONCE):
     end = min(first + AT_ONCE, count)

@@ -35,8 +35,8 @@ def load(tensors: StoredTensors, config: ModelConfig) -> dict:
   for tensor, shape in layouts.shapes_of(config).items():
     if (found := tensors.shape(tensor)) != shape:
       raise UserError(
-        f"{tensors.folder}: tensor '{tensor}' has the shape {list(found)}; by its config.json it "
-        f"must be {list(shape)}."
+        f"{tensors.folder}: tensor '{tensor}' has the shape {list(found)}; its config.json "
+        f"requires {list(shape)}."
       )
   types = traverse_util.flatten_dict(types_of(config), sep=".")
   params = {}

@@ -140,7 +140,7 @@ def convert(name: str, made: np.ndarray, dtype: str) -> np.ndarray:
   if not np.isfinite(converted).all():
     raise UserError(
       f"{name} has values that are not finite in {dtype}, so it cannot be exported: use "
-      "--dtype=float32, or another checkpoint if they are not finite there."
+      "--dtype=float32, or another checkpoint if they are not finite in float32."
     )
   return converted
 

@@ -150,5 +150,5 @@ def different_replicas(
       replicas = np.flatnonzero(first[:, i] == place)
       a, b = (Fingerprint(*(x[at, i] for x in found)) for at in np.meshgrid(replicas, replicas))
       concerned[replicas] = True
-      alone[replicas] |= equal(a, b, tolerance).sum(0) == 1  # Each replica is equal to itself.
+      alone[replicas] |= equal(a, b, tolerance).sum(0) == 1  # 1: only equal to itself.
   return arrays, np.flatnonzero(alone if alone.any() else concerned).tolist()

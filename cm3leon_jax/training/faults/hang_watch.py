@@ -32,8 +32,8 @@ COMPILED = 3  # When this step begins, the first step has ended, so the steps ar
 POLL_SECONDS = 5.0
 FILE_SECONDS = 20.0  # Time limit for reading or writing reports: a GCS bucket may hang.
 READERS = 32  # Number of reports that are read in parallel.
-# A process that has timed out waits this long before it exits. The other processes fail when it
-# exits, and can print their stacks until then. Process 0, which runs JAX's service, waits twice as
+# Seconds that a process waits between its timeout and its exit. When it exits, the other processes
+# fail; until then, they can print their stacks. Process 0, which runs JAX's service, waits twice as
 # long.
 LINGER_SECONDS = 10.0
 # Phases in the order in which a process passes them after it has dispatched a step.
@@ -60,7 +60,7 @@ def verdict(reports: dict[int, dict | None]) -> tuple[str, list[int]]:
   known = {i: report for i, report in reports.items() if report is not None}
   if silent:
     names = ", ".join(map(str, silent))
-    return f"process {names} gives no sign of life: it was killed, stopped or cut off", silent
+    return f"process {names} does not respond: it was killed, suspended or disconnected", silent
   keys = {i: (r["step"], ORDER.index(r["doing"])) for i, r in known.items()}
   first, last = min(keys.values()), max(keys.values())
   late = [i for i, key in keys.items() if key == first]
@@ -129,7 +129,7 @@ class HangWatch(Hook):
     self._reading = True
 
   def ready(self, step: int) -> None:
-    """See `Hook`. Measures the previous step without the time of phases other than steps."""
+    """See `Hook`. Measures the time of the previous step, excluding phases other than steps."""
     self._reading = False
     seconds = self._stopwatch.seconds()
     before, self._in_steps = self._in_steps, seconds["step"] + seconds["data"]
@@ -191,7 +191,7 @@ class HangWatch(Hook):
     }
 
   def _read_report(self, process: int) -> dict | None:
-    with contextlib.suppress(UserError):  # The report is missing or incomplete.
+    with contextlib.suppress(UserError):  # A report may be missing or incomplete.
       report = read_json(self._path(process))
       if report.get("start") == self._start:
         return report

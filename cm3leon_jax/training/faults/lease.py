@@ -125,7 +125,7 @@ class Lease(Hook):
     return found if isinstance(found, dict) else {}
 
   def _wait_for(self, first: dict) -> None:
-    print(f"{_name(first)} holds {self._path}; waiting for a sign of life.", flush=True)
+    print(f"{_name(first)} holds {self._path}; waiting whether it renews this lease.", flush=True)
     end = time.monotonic() + EXPIRE_SECONDS
     while time.monotonic() < end:
       time.sleep(min(POLL_SECONDS, EXPIRE_SECONDS / 10))
@@ -136,7 +136,7 @@ class Lease(Hook):
         raise UserError(
           f"{_name(now)} works in {self._folder}: use another --workdir, or stop that job."
         )
-    print(f"{_name(first)} gave no sign for {EXPIRE_SECONDS:g} s; its lease ends.", flush=True)
+    print(f"{_name(first)} did not renew its lease for {EXPIRE_SECONDS:g} s.", flush=True)
 
   def _beat(self) -> None:
     while not self._stop.wait(BEAT_SECONDS):

@@ -46,7 +46,7 @@ class StopSignal(Hook):
     self.code: int | None = None
 
   def __enter__(self) -> "StopSignal":
-    self._received = 0  # 1 + index in SIGNALS.
+    self._received = 0  # 0: none, else 1 + index in SIGNALS.
     # A script's background job ignores Ctrl-C, which is for the foreground job. Keep it ignored.
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     self._previous = {number: signal.signal(number, self._set) for number in heard}
@@ -59,7 +59,7 @@ class StopSignal(Hook):
     if number == signal.SIGINT:
       if before:
         raise KeyboardInterrupt
-      # A handler must not print: it may have interrupted a print.
+      # A signal handler must not call `print`, which it may have interrupted.
       os.write(2, b"\nCtrl-C: the run saves after this step; once more stops it at once.\n")
 
   def __exit__(self, *_: object) -> None:

@@ -268,11 +268,11 @@ class Replay:
     )
 
   def _at(self, places: Sequence[int]) -> list[str]:
-    """Describes the devices at some places of the mesh."""
+    """Returns a description of each device at `places` of the mesh."""
     return self._described([self._meshes[0].devices.flat[i].id for i in places])
 
   def _described(self, ids: Sequence[int]) -> list[str]:
-    """Describes devices with their processes and hosts."""
+    """Returns a description of each device, with its process and host."""
     devices = {d.id: d for d in self._meshes[0].devices.flat}
     return [
       f"device {i} ({devices[i].device_kind}) of process {devices[i].process_index} on "

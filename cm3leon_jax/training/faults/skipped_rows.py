@@ -139,7 +139,7 @@ def go_back(checkpoints: Checkpoints, folder: epath.Path, back: GoBack) -> None:
       entries = [x.as_json for x in [*read(folder), back]]
       write_json(folder / RECORD, entries)
       print(
-        f"train: goes back to checkpoint {back.step}, and on without rows {back.rows[0]} to "
-        f"{back.rows[-1]} ({folder / RECORD}).",
+        f"train: goes back to checkpoint {back.step}, and then skips rows {back.rows[0]} to "
+        f"{back.rows[-1]} (recorded in {folder / RECORD}).",
         flush=True,
       )

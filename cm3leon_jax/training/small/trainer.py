@@ -234,8 +234,8 @@ def print_other_steps(name: str, folder: epath.PathLike, steps: int) -> None:
   if trained != steps:
     print(
       f"train_{name}: it was trained for {trained} steps, and config.{name}.steps is {steps}: a "
-      f"finished training does not continue; delete {folder} to train it anew, and the stages "
-      "after it with it.",
+      f"finished training does not continue; to train it again, delete {folder} and the folders "
+      "of all later stages.",
       flush=True,
     )
 

@@ -64,9 +64,9 @@ class Alarm:
       return None
     self._rung = True
     return (
-      f"vqgan: step {step}: the codebook has collapsed: for {PATIENCE} steps batches have had at "
-      f"most {self._bound:.0f} of {self._num_codes:,} codes, now {codes_used:.0f} of perplexity "
-      f"{perplexity:.1f}. {self._advice()}; {self._remedy}"
+      f"vqgan: step {step}: the codebook has collapsed: for {PATIENCE} steps, each batch has used "
+      f"at most {self._bound:.0f} of {self._num_codes:,} codes, now {codes_used:.0f} with "
+      f"perplexity {perplexity:.1f}. {self._advice()}; {self._remedy}"
     )
 
   def _advice(self) -> str:

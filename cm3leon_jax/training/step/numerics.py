@@ -12,7 +12,7 @@ import optax
 from cm3leon_jax.config import UserError
 
 SETTLED = 20  # The mean of fewer norms is not reliable, so earlier steps never count as spikes.
-SMALLEST_RATE = 0.01  # The moving average then covers about the last 100 norms.
+SMALLEST_RATE = 0.01  # Weight of a new norm, once the mean covers about 100 norms.
 
 
 class NormState(NamedTuple):

@@ -22,7 +22,7 @@ from cm3leon_jax.training.step.optimizer import update_average
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-  """Everything that a step changes.
+  """Training state: everything that a step changes.
 
   Attributes:
     step: number of steps so far, an int32 scalar.

@@ -30,7 +30,7 @@ class Board:
     the user can do.
     """
     self._name, self._command = name, command
-    self._instead: str | None = instead  # None: the board is off.
+    self._instead: str | None = instead  # None: the board is disabled.
     self._board = self._attempt(make)
 
   def scalars(self, step: int, values: dict) -> None:

@@ -63,7 +63,7 @@ class HeldoutLosses(Hook):
   at_start: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def begin(self, state: TrainState) -> None:
-    """See `Hook`. A continued run reads the losses of step 0 from its log."""
+    """See `Hook`. A resumed run reads the losses of step 0 from its log."""
     if self.evaluate_start and self.newest is None:
       self.at_start = self._log(0, state)
     elif self.evaluate_start:

@@ -1,4 +1,4 @@
-"""Prints and logs a run while it trains: metrics, rates, goodput, held-out losses and traces."""
+"""Logs and prints how a run trains: metrics, rates, goodput, held-out losses and traces."""
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
@@ -137,7 +137,7 @@ class Monitor(Hook):
     self._ended = 0.0  # Stopwatch time at the end of the last logged step.
     # Total weight, total seconds and number of the steps since the last printed line.
     self._unprinted = (0.0, 0.0, 0)
-    # First step that this start logged, and seconds of the loop until then.
+    # First step that this start logged, and seconds in the loop at that time.
     self._begin: tuple[int, float] | None = None
     self._phases = contextlib.ExitStack()
 

@@ -1,4 +1,4 @@
-"""Traces chosen steps for XProf and TensorBoard's profile plugin."""
+"""Traces selected steps for XProf and TensorBoard's profile plugin."""
 
 from collections.abc import Callable, Iterator
 import contextlib
