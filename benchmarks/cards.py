@@ -1,5 +1,4 @@
-r"""Compiles the config cards in docs/cards/, which list memory and FLOPs per model size and TPU
-slice.
+r"""Compiles the config cards in docs/cards/: memory and FLOPs by model size and TPU slice.
 
   python -m benchmarks.cards                          # compiles missing cards, writes the pages
   python -m benchmarks.cards --size=7b --again        # compiles all cards of a size

@@ -54,7 +54,7 @@ class Fault:
 
 
 def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns all files that are not empty below a folder, sorted."""
+  """Returns all non-empty files below a folder, sorted."""
   return sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
 
 

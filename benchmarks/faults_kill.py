@@ -84,8 +84,7 @@ def seconds_to_step(
   """Waits until a training process has logged a step after `after`.
 
   Returns:
-    Seconds since the process started; None if it ended before such a step, or ran for `limit`
-    seconds.
+    Seconds since the process started; None if it ended before, or ran for `limit` seconds.
   """
   path = folder / "train" / "metrics" / "metrics.jsonl"
   # An earlier start may have logged such steps. This start removes them when it opens the log.

@@ -225,8 +225,7 @@ def train(
         monitor,
         stop,
         losses,
-        # Draw the grid before saving: a run that is killed in between draws it again after its
-        # restart.
+        # Draw the grid before saving, so that a run killed in between draws it again.
         SampleGrids(config, monitor, training.sample_grid),
         saves,
         Histograms(config.histogram_every, monitor),

@@ -107,8 +107,7 @@ def read(folder: epath.Path) -> list[GoBack]:
 def check(back: GoBack, done: list[GoBack], next_row: int) -> None:
   """Checks that the run had read none of the rows to skip when it saved a checkpoint.
 
-  `done` is the result of `read`. `next_row` is the checkpoint's, which counts only `Remaining`
-  rows.
+  `done` is the result of `read`. `next_row` of the checkpoint counts only rows of `Remaining`.
 
   Raises:
     UserError: some of these rows were read before the checkpoint.
