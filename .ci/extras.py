@@ -1,10 +1,10 @@
-"""Resolves every install that a file of this repository does or describes, for each Python.
+"""Checks, for each Python version, that all sets of packages that this repository installs resolve.
 
   python .ci/extras.py
 
-These are the extras, alone and as they are combined, and other packages that follow `pip install`.
-Nothing is installed: uv reads the metadata of wheels, and looks for versions that fit together
-and fit constraints.txt.
+The sets are each extra, each combination of extras that a file of the repository installs or
+describes, and all other packages that follow `pip install`. Nothing is installed: uv reads the
+metadata of wheels and searches for compatible versions that satisfy constraints.txt.
 """
 
 from concurrent import futures
@@ -19,7 +19,7 @@ import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
-# Files that install extras, or whose text says how to install them.
+# Files that install extras, or describe how to install them.
 FILES = (
   "launch/**/*",
   ".github/workflows/*",
@@ -32,7 +32,7 @@ INSTALLS = re.compile(
   r"(?:make_venv|setup\.sh\"?) ([a-z][\w,]*)"
   r"|\.\[((?:\$EXTRA|[a-z]\w*)(?:,\w+)*)\]['\"\s]"
 )
-# What stands after `pip install` in the same line, and a requirement in it.
+# The text after `pip install` on the same line; then a requirement in this text.
 AFTER_PIP = re.compile(r"pip install ([^`;&|]+)")
 REQUIREMENT = re.compile(r"(?![\w.-]*\.whl)[a-zA-Z][\w.-]*(?:\[\w+\])?(?:[<>=!~]=?[\w.,<>=!~*]+)?")
 CHOICES = re.compile(r'case "\$EXTRA" in ([\w| ]+)\)')
@@ -45,9 +45,9 @@ def declared() -> list[str]:
 
 
 def installed_by(text: str) -> set[str]:
-  """Returns extras that a file installs together, e.g. {"demo,dev"}.
+  """Returns the combinations of extras that a file installs, e.g. {"demo,dev"}.
 
-  `$EXTRA` is each choice of the file's `case "$EXTRA"`.
+  For `$EXTRA`, returns one combination per choice in the file's `case "$EXTRA"`.
   """
   found = set()
   for match in INSTALLS.finditer(text):
@@ -61,7 +61,7 @@ def installed_by(text: str) -> set[str]:
 
 
 def packages_in(text: str) -> set[tuple[tuple[str, ...], tuple[str, ...]]]:
-  """Returns requirements that a file installs by name, and the Pythons that it names beside them.
+  """Returns the packages that a file installs together, with the Python versions that it names.
 
   python3.12 -m pip install "xprof>=2" uv    ->    {(("xprof>=2", "uv"), ("3.12",))}
   """
@@ -69,7 +69,7 @@ def packages_in(text: str) -> set[tuple[tuple[str, ...], tuple[str, ...]]]:
   for line in text.replace("\\\n", " ").splitlines():
     pythons = tuple(sorted(set(re.findall(r"python(3\.\d+)", line))))
     for match in AFTER_PIP.finditer(line):
-      # A comma or a colon ends the list in a sentence.
+      # In a sentence, a comma or a colon ends the list of packages.
       sentence = re.split(r"(?<=\S)[,:](?=\s)", match[1])[0]
       words = [word.strip("'\".:,)") for word in sentence.split()]
       words = itertools.dropwhile(lambda word: word.startswith("--"), words)
@@ -79,14 +79,14 @@ def packages_in(text: str) -> set[tuple[tuple[str, ...], tuple[str, ...]]]:
 
 
 def files() -> dict[str, str]:
-  """Path of each file that installs something, or says how -> its text."""
+  """Returns path -> text of each file that installs packages or describes how to."""
   paths = {path for pattern in FILES for path in ROOT.glob(pattern)}
   chosen = sorted(path for path in paths if path.is_file() and path.suffix != ".pyc")
   return {str(path.relative_to(ROOT)): path.read_text(errors="ignore") for path in chosen}
 
 
 def shipped() -> dict[str, list[str]]:
-  """Extras that files of the repository install together -> those files."""
+  """Returns combination of extras -> files of the repository that install it."""
   found = {}
   for path, text in files().items():
     for extras in installed_by(text):
@@ -95,11 +95,11 @@ def shipped() -> dict[str, list[str]]:
 
 
 def compile_requirements(source: list[str], python: str, requirements: str = ""):
-  """Returns uv's message, empty if it found versions, and the seconds it took."""
+  """Returns uv's error message, or "" if uv found versions, and the time in seconds."""
   start = time.monotonic()
   result = subprocess.run(
     [sys.executable, "-m", "uv", "pip", "compile", "--quiet", *source]
-    # Used for builds, of which there are none; else uv looks for another Python for half a minute.
+    # Python for builds. There are none, but without it uv searches for a Python for 30 seconds.
     + [f"--python={sys.executable}"]
     + [f"--python-version={python}", "--python-platform=x86_64-manylinux_2_31", "--no-build"],
     cwd=ROOT, input=requirements, capture_output=True, text=True, check=False,
@@ -108,7 +108,7 @@ def compile_requirements(source: list[str], python: str, requirements: str = "")
 
 
 def resolve(extras: str, python: str) -> tuple[str, float]:
-  """Resolves extras with the tested versions; returns as `compile_requirements`."""
+  """Resolves extras with constraints.txt; returns the same as `compile_requirements`."""
   chosen = [f"--extra={extra}" for extra in extras.split(",")]
   source = ["pyproject.toml", "--constraint=constraints.txt", *chosen]
   return compile_requirements(source, python)
@@ -116,7 +116,7 @@ def resolve(extras: str, python: str) -> tuple[str, float]:
 
 def main() -> int:
   start, failures = time.monotonic(), 0
-  jobs = {}  # Name of an install -> function that resolves it.
+  jobs = {}  # Name of a set of packages -> function that resolves it.
   for extras in sorted({*declared(), *shipped()}):
     for python in PYTHONS:
       jobs[f"[{extras}] on Python {python}"] = functools.partial(resolve, extras, python)

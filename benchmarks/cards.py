@@ -1,20 +1,20 @@
-r"""Compiles the config cards in docs/cards/: memory and FLOPs of each model size on each TPU slice.
+r"""Compiles the config cards in docs/cards/: memory and FLOPs by model size and TPU slice.
 
   python -m benchmarks.cards                          # compiles missing cards, writes the pages
   python -m benchmarks.cards --size=7b --again        # compiles all cards of a size
   python -m benchmarks.cards --card=7b/v5e-256/train --again
   python -m benchmarks.cards --size=350m --slice=v5e-256 --check
 
-A card has a command of `cm3leon aot_compile` for a shipped config, the numbers that the command
-prints, the version of the compiler and the date. Each card is written as soon as it is finished, so
-a stopped command continues where it stopped. A card takes one to several minutes on two CPU cores,
-and needs no TPU.
+A card contains a command of `cm3leon aot_compile` for a config of this package, the numbers that
+the command prints, the version of the compiler and the date. Each card is written when it is
+finished, so a stopped command continues where it stopped. A card takes one to several minutes on
+two CPU cores, and needs no TPU.
 
 --check compiles cards again and writes nothing to docs/. It compares the memory of arguments and
 temporaries, the FLOPs and the collectives with the stored cards. The exit code is 1 if a number
-differs, or if a card was made with another compiler version than the installed version. A stopped
-check continues: workdir/cards_checked.json lists the cards that this code and this compiler have
-passed.
+differs, or if a stored card comes from a compiler version other than the installed one. A stopped
+check continues: workdir/cards_checked.json lists the cards that have already passed, with the
+current source files and compiler.
 """
 
 from collections.abc import Iterator
@@ -42,23 +42,23 @@ KEPT = (
 )  # fmt: skip
 
 _SIZE = flags.DEFINE_enum("size", None, SIZES, "Model size of the cards (default: all).")
-_CARD = flags.DEFINE_string("card", None, "A single card to compile, e.g. 7b/v5e-256/train.")
-_SLICE = flags.DEFINE_string("slice", None, "Slice of the cards, e.g. v5e-256.")
+_CARD = flags.DEFINE_string("card", None, "The only card to compile, e.g. 7b/v5e-256/train.")
+_SLICE = flags.DEFINE_string("slice", None, "TPU slice of the cards, e.g. v5e-256 (default: all).")
 _AGAIN = flags.DEFINE_bool("again", False, "Also compile cards that exist.")
 _CHECK = flags.DEFINE_bool(
-  "check", False, "Compile the stored cards again, compare, and write nothing."
+  "check", False, "Compile the stored cards again and compare them; write nothing."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """Devices that the program of a card is compiled for.
+  """Devices for which the program of a card is compiled.
 
   Attributes:
     topology: value of --topology for `cm3leon aot_compile`.
     slices: number of slices.
     fsdp: sizes of the axes fsdp and fsdp_inner on a slice, which follow the shape of its torus.
-    tensor: size of the tensor axis of the decoder; the remaining devices are replicas.
+    tensor: size of the tensor axis for decoding; the decoder is replicated over other devices.
   """
 
   topology: str
@@ -73,12 +73,12 @@ SLICES = {
   "2 x v5e-256": Slice("v5e-256", 2, (16, 16), 8),
   "v6e-256": Slice("v6e-256", 1, (16, 16), 4),
 }
-PROMPTS = 64  # Prompts per decoder replica, each with two guidance streams.
+PROMPTS = 64  # Prompts per decoder replica; each has two guidance streams.
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-  """One program for a model size on a slice."""
+  """A program compiled for a model size and a slice."""
 
   size: str
   where: str
@@ -111,7 +111,7 @@ CARDS = [Card(size, where, program) for where in SLICES for size in SIZES for pr
 
 
 def compiler() -> str:
-  """Returns the versions of the packages that affect the numbers."""
+  """Returns the versions of the packages that affect the numbers of a card."""
   return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("libtpu", "jax"))
 
 
@@ -132,7 +132,7 @@ def measure(card: Card) -> dict:
 
 
 def stored(size: str) -> dict[str, dict]:
-  """Returns the stored cards of a model size: name -> numbers."""
+  """Returns the stored cards of a model size: name of a card -> its numbers."""
   path = FOLDER / f"cm3leon_{size}.json"
   return json.loads(path.read_text()) if path.exists() else {}
 
@@ -211,7 +211,7 @@ def _cells(card: dict) -> Iterator[str]:
 
 
 def drift(old: dict, new: dict) -> dict[str, float]:
-  """Returns name -> relative change, for each number of a card that changed."""
+  """Returns name of a number -> relative change, for each number of a card that changed."""
   before, after = (
     {
       **{name: card[name] for name in ("arguments_gib", "temporaries_gib", "flops")},
@@ -240,7 +240,7 @@ def check(cards: list[Card], checked: pathlib.Path = CHECKED) -> list[str]:
 
   Args:
     cards: cards to check; a card that is not stored is skipped.
-    checked: file with the cards that this code and compiler have passed.
+    checked: file that lists the cards that have passed, with the source digest and the compiler.
   """
   key = f"{source_digest()}, {compiler()}"
   noted = json.loads(checked.read_text()) if checked.exists() else {}
@@ -265,7 +265,7 @@ def check(cards: list[Card], checked: pathlib.Path = CHECKED) -> list[str]:
 
 
 def _wrong(card: Card, old: dict) -> str:
-  """Describes how a card differs from the stored card; "" if it does not."""
+  """Describes how a card differs from the stored card; "" if they match."""
   if old["command"] != " ".join(card.command):
     return f"was compiled by another command: {old['command']}."
   if old["compiler"] != compiler():

@@ -2,9 +2,10 @@
 
   OMP_WAIT_POLICY=passive python -m benchmarks.continuous
 
-Generates images with the model `scenes`, 8 at a time, without and with retrieved documents. The two
-ways take turns. "In step" refills all slots of the running batch together, so all samples start
-together. "Out of step" ends one sample and admits the next every few steps.
+Generates images with the model `scenes`, 8 at a time, without and with retrieved documents. Runs of
+the two methods alternate. In the column "in step", continuous batching refills all slots together,
+so all samples start together. In "out of step", it ends a sample and admits the next one every few
+steps.
 """
 
 from collections.abc import Callable
@@ -21,16 +22,16 @@ from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.scenes.config import RARE
 
-_MODEL = flags.DEFINE_string("model", "scenes", "Bundled model, or folder of a run.")
-_SLOTS = flags.DEFINE_integer("slots", 8, "Samples at once.", lower_bound=1)
+_MODEL = flags.DEFINE_string("model", "scenes", "Name of a bundled model, or folder of a run.")
+_SLOTS = flags.DEFINE_integer("slots", 8, "Number of slots.", lower_bound=1)
 _CHUNK = flags.DEFINE_integer("chunk", 16, "Steps per chunk.", lower_bound=1)
 _IMAGES = flags.DEFINE_integer("images", 48, "Images per timed run.", lower_bound=1)
 _RUNS = flags.DEFINE_integer("runs", 7, "Timed runs of each variant, after a run that compiles.", 1)
-_RETRIEVE = flags.DEFINE_list("retrieve", ["0", "2"], "Numbers of retrieved documents.")
+_RETRIEVE = flags.DEFINE_list("retrieve", ["0", "2"], "Numbers of retrieved documents to compare.")
 
 
 def requests_of(model: CM3Leon, count: int, retrieve: int) -> list[Request]:
-  """Returns requests for images of rare objects. The bank shows these objects."""
+  """Returns requests for images of rare objects, which images in the bank show."""
   names = sorted(RARE)
   tasks = [TextToImage(f"a green {names[i % len(names)]}", retrieve=retrieve) for i in range(count)]
   pipeline = model.pipeline
@@ -52,14 +53,14 @@ def run_batch(
   """Generates one image per request, while an endless queue keeps the slots full.
 
   Args:
-    engine: generator that holds no requests, before and after the call.
+    engine: generator without requests; it has none after the call, too.
     requests: requests; the seed of each is its index in the list.
-    apart: whether to fill one slot per chunk before the clocks start, so that samples end at
+    apart: whether to fill one slot per chunk before the measurement, so that samples end at
       different times.
     finished: called with the index of a request and its tokens.
 
   Returns:
-    Number of seconds on both clocks, see `clocks`.
+    Seconds that `len(requests)` images take on both clocks, see `clocks`.
   """
   numbers, places, count = itertools.count(), {}, 0
 
@@ -68,7 +69,7 @@ def run_batch(
     places[engine.admit(requests[i], i)] = i
 
   def can_admit() -> bool:
-    # While the next request waits for a free slot, all later requests wait, as in a queue.
+    # If the next request must wait for a free slot, all later requests must wait, too.
     return engine.can_admit(requests[len(places) % len(requests)])
 
   for _ in range(engine.slots if apart else 0):
@@ -89,11 +90,11 @@ def run_batch(
 
 
 def measure(model: CM3Leon, requests: list[Request]) -> str:
-  """Returns a row of the table."""
+  """Measures all methods and returns a row of the table."""
   generator, count = model.pipeline.generator, len(requests)
   tokens = model.pipeline.settings.vqgan.image_tokens + 1
   in_step = ContinuousGenerator(generator, _SLOTS.value, _CHUNK.value)
-  # One sample ends and another is admitted after each chunk.
+  # A chunk this long ends one sample, and then the next request is admitted.
   out_of_step = ContinuousGenerator(generator, _SLOTS.value, max(1, tokens // _SLOTS.value))
   seconds, others = [], []
   for _ in range(_RUNS.value + 1):
@@ -107,7 +108,7 @@ def measure(model: CM3Leon, requests: list[Request]) -> str:
 
     for engine in (in_step, out_of_step):
       seconds[-1].append(run_batch(engine, requests, engine is out_of_step, finished))
-  seconds = np.array(seconds[1:])  # The first run compiles, so it is not timed.
+  seconds = np.array(seconds[1:])  # The first run compiles, so omit its time.
   cells = []
   for i, wall in enumerate(seconds[:, :, 0].T):
     rates, ratios = count / wall, np.median(seconds[:, 0] / seconds[:, i], axis=0)
@@ -121,7 +122,7 @@ def measure(model: CM3Leon, requests: list[Request]) -> str:
 def main(_) -> None:
   model = CM3Leon.load(_MODEL.value, batch_size=_SLOTS.value)
   print("Images/s of `generate` and of a batch whose queue is never empty: median (range).")
-  print("Ratios to `generate` in the same turn: medians in wall-clock and processor time.")
+  print("Ratios to the alternating run of `generate`: medians in wall-clock, processor time.")
   print(
     "| documents | prompt tokens | `generate` | in step | ratio | out of step | ratio | differ |"
   )

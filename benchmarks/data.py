@@ -1,4 +1,4 @@
-"""Measures the speed of the data path per core: times are processor seconds of all threads.
+"""Measures the speed of the data path per core, in processor seconds of all threads.
 
 python -m benchmarks.data --part=plan
 python -m benchmarks.data --part=pipeline
@@ -25,7 +25,7 @@ from cm3leon_jax.vocab import VocabLayout
 
 _PART = flags.DEFINE_enum("part", None, ["plan", "pipeline"], "Part to measure.", required=True)
 _DOCUMENTS = flags.DEFINE_integer(
-  "num_documents", 1_000_000, "Number of pairs, and of texts, in part `plan`.", lower_bound=8
+  "num_documents", 1_000_000, "Number of pairs, and number of texts, in part `plan`.", lower_bound=8
 )
 _REPETITIONS = flags.DEFINE_integer(
   "repetitions", 5, "Repetitions of a measurement.", lower_bound=1
@@ -33,15 +33,18 @@ _REPETITIONS = flags.DEFINE_integer(
 
 VOCAB = VocabLayout(num_special=256, text_size=56_320, image_size=8_192)
 CODES = (256, 1_024)
-CAPTION = (8, 40)  # Half-open range of the number of tokens per caption.
-TEXT_MEAN, TEXT_SIGMA = 500, 1.1  # Log-normal length: median 273, 0.7% above 4,095.
+CAPTION = (8, 40)  # Number of tokens per caption, a half-open range.
+TEXT_MEAN, TEXT_SIGMA = 500, 1.1  # Log-normal lengths with median 273; 0.7% are above 4,095.
 
 
 @dataclasses.dataclass
 class LengthStore:
-  """Stand-in for a `DocumentStore` that knows only the lengths of its documents.
+  """Replacement for a `DocumentStore`; contains only the lengths of documents, no tokens.
 
-  Attributes: offsets [n + 1] int64, lengths [S] int32, is_image [S].
+  Attributes:
+    offsets: int64 [n + 1], first segment of each of n documents.
+    lengths: int32 [S], number of tokens of each segment.
+    is_image: bool [S], whether each segment is an image.
   """
 
   offsets: np.ndarray
@@ -58,13 +61,13 @@ class LengthStore:
 
 
 def text_lengths(documents: int, rng: np.random.Generator) -> np.ndarray:
-  """Samples the lengths of n texts from a log-normal distribution."""
+  """Samples the lengths of texts from a log-normal distribution."""
   mu = np.log(TEXT_MEAN) - TEXT_SIGMA**2 / 2
   return np.ceil(rng.lognormal(mu, TEXT_SIGMA, documents)).astype(np.int32)
 
 
 def random_candidates(documents: int, rng: np.random.Generator) -> np.ndarray:
-  """Samples neighbor candidates: [n, 4] int32; every twentieth document has only one candidate."""
+  """Samples candidates for neighbors, int32 [n, 4]. Every twentieth document has only one."""
   neighbors = rng.integers(0, documents, (documents, 4), dtype=np.int32)
   neighbors[::20, 1:] = -1
   return neighbors
@@ -73,7 +76,7 @@ def random_candidates(documents: int, rng: np.random.Generator) -> np.ndarray:
 def synthetic_sources(
   documents: int, codes: int, text_share: float = DataConfig.text_share, seed: int = 0
 ) -> list[RowSource]:
-  """Creates pairs (a caption and `codes` codes) and texts of realistic lengths, without tokens."""
+  """Creates pairs (a caption and `codes` image codes) and texts: realistic lengths, no tokens."""
   rng = np.random.default_rng(seed)
   offsets, lengths = (
     np.arange(documents + 1, dtype=np.int64),
@@ -117,9 +120,9 @@ def written_sources(
 
 
 def measure(name: str, unit: str, action, repetitions: int) -> float:
-  """Measures the units per second of `action(i)`, which returns its number of units.
+  """Measures how many units per second `action(i)` processes. `action` returns its number of units.
 
-  Prints median and range of the repetitions; returns the median.
+  Prints the median and the range over the repetitions; returns the median.
   """
   rates = []
   for i in range(repetitions):
@@ -136,7 +139,7 @@ def measure(name: str, unit: str, action, repetitions: int) -> float:
 
 
 def peak_mib(action) -> float:
-  """Returns the peak memory in MiB that `action()` allocates."""
+  """Returns the peak of the memory that `action()` allocates, in MiB."""
   tracemalloc.start()
   action()
   peak = tracemalloc.get_traced_memory()[1]
@@ -145,7 +148,7 @@ def peak_mib(action) -> float:
 
 
 def measure_plan(documents: int, repetitions: int) -> None:
-  """Measures how fast whole windows are planned with the default config, and the peak memory."""
+  """Measures the speed of planning whole windows with the default config, and its peak memory."""
   config = DataConfig()
   for codes in CODES:
     sources = synthetic_sources(documents, codes)
@@ -180,7 +183,7 @@ def measure_plan(documents: int, repetitions: int) -> None:
 
 
 def measure_pipeline(repetitions: int, documents: int = 4_000, rows: int = 400) -> None:
-  """Measures how fast one thread reads (from the page cache), joins, masks and packs rows."""
+  """Measures how fast one thread reads (from the page cache), joins, masks and packs documents."""
   for codes in CODES:
     with tempfile.TemporaryDirectory() as folder:
       sources = written_sources(pathlib.Path(folder), documents, codes)
@@ -199,7 +202,7 @@ def measure_pipeline(repetitions: int, documents: int = 4_000, rows: int = 400) 
 
 
 def read_rows(loader: RowLoader, first: int, rows: int) -> int:
-  """Reads `rows` rows of the first window; returns the number of tokens, with padding, in them."""
+  """Reads `rows` rows of the first window; returns their number of tokens, including padding."""
   count = len(loader.plan.window(0))
   return sum(int((loader[i % count]["segment_ids"] > 0).sum()) for i in range(first, first + rows))
 

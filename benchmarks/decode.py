@@ -1,12 +1,12 @@
-"""Compares the speed of guided decoding in this project, in its peers, and at the bandwidth floor.
+"""Compares the speed of guided decoding with other libraries and with the memory bandwidth.
 
   OMP_WAIT_POLICY=passive python -m benchmarks.decode
   python -m benchmarks.decode --peers=false --weight_dtype=int8
 
-The peers are torch and transformers, which need the extra [dev]. The decoders take turns. Settings:
-4 prompts of 32 tokens (3 tokens in the unconditional stream), 256 new tokens, guidance 3, top-k
-256, top-p 0.9, fp32. The bandwidth floor of a step is the time of a plain read of the weights and
-of the filled part of the cache.
+The other libraries (peers) are torch and transformers, which need the extra [dev]. Runs of the
+decoders alternate. Settings: 4 prompts of 32 tokens (3 tokens in the unconditional stream), 256 new
+tokens, guidance 3, top-k 256, top-p 0.9, fp32. The bandwidth floor of a step is the time of a plain
+read of the weights and of the filled part of the cache.
 """
 
 import functools
@@ -61,7 +61,7 @@ def ours(params, image_head: bool) -> peers_lib.Peer:
 
 
 def read_bandwidth(gib: float = 1.0, repeats: int = 9) -> float:
-  """Measures the bandwidth of a plain read in bytes/s, by the fastest of `repeats` sums."""
+  """Measures the bandwidth of a plain read, in bytes/s: the fastest of `repeats` array sums."""
   array = jnp.ones((int(gib * 2**28),), jnp.float32)
   total, seconds = jax.jit(jnp.sum), []
   for _ in range(repeats):
@@ -72,7 +72,7 @@ def read_bandwidth(gib: float = 1.0, repeats: int = 9) -> float:
 
 
 def step_bytes(params, image_head: bool, prompts) -> float:
-  """Counts the bytes that an average step must read: fp32 weights and a half-full cache."""
+  """Computes the bytes that an average step must read: fp32 weights and a half-full cache."""
   block_bytes = sum(x.nbytes for x in jax.tree.leaves(params["blocks"]))
   head_bytes = (VOCAB.image_size if image_head else VOCAB.size) * MODEL.width * 4
   unconditional = len(request_lib.unconditional_prompt(VOCAB))

@@ -1,10 +1,10 @@
 """Decodes with guidance in torch and transformers, in fp32 on a CPU.
 
 These decoders are the peers in `benchmarks.decode`. All peers read the same weights in the layout
-of `cm3leon_jax.export.huggingface`. They compute the logits of the whole vocabulary for each token.
-This project's decoder computes only the logits of image ids. Waiting torch threads spin, which
-costs milliseconds per matrix product when another process uses a core. `OMP_WAIT_POLICY=passive`
-prevents this, and must be set before torch is imported.
+of `cm3leon_jax.export.huggingface`. They compute the logits of the whole vocabulary for each token,
+while this project's decoder computes only the logits of image ids. Waiting torch threads spin,
+which costs milliseconds per matrix product when another process uses a core.
+`OMP_WAIT_POLICY=passive`, set before torch is imported, prevents this.
 """
 
 # B prompts, R = 2B rows (conditional, then unconditional), P prompt slots, I new tokens, L length,
@@ -50,7 +50,7 @@ Peer = Callable[[Sequence[np.ndarray], int], np.ndarray]
 
 
 def random_params(config: ModelConfig, std: float = 0.02, seed: int = 0) -> dict:
-  """Samples all parameters on the host. Residual outputs are random, so logits are not tiny."""
+  """Samples all parameters on the host, including residual outputs, so that logits are not tiny."""
   rng = np.random.default_rng(seed)
   with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
     types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
@@ -58,7 +58,7 @@ def random_params(config: ModelConfig, std: float = 0.02, seed: int = 0) -> dict
 
 
 def opt_arrays(params: dict) -> dict[str, np.ndarray]:
-  """Returns the tensors of OPTForCausalLM by name."""
+  """Returns name -> array for the tensors of OPTForCausalLM."""
   return {
     tensor.name: tensor.make()
     for tensor in layouts.tensors_of(layouts.LAYOUTS["opt"], of_tree(params))
@@ -66,7 +66,7 @@ def opt_arrays(params: dict) -> dict[str, np.ndarray]:
 
 
 class TorchDecoder:
-  """The `opt` decoder with a static cache; `product` is one of `PRODUCTS`."""
+  """Decoder of family `opt` in torch with a static cache; `product` is one of `PRODUCTS`."""
 
   def __init__(self, tensors: dict[str, np.ndarray], config: ModelConfig, product: str, rows: int):
     self.config = config
@@ -118,7 +118,7 @@ class TorchDecoder:
 
 
 def _linear(weight, product: str, rows: int):
-  """Returns a function [R, in] -> [R, out] that multiplies by `weight` [out, in] by `product`."""
+  """Returns a function [R, in] -> [R, out] that multiplies by `weight`; see `PRODUCTS`."""
   if product == "packed":
     weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -140,7 +140,7 @@ def pad_left(prompts: Sequence[np.ndarray], slots: int, pad: int) -> tuple[np.nd
 
 
 def sample_ids(logits, sampling: SamplingConfig, generator):
-  """Samples [B] ids from [R, V] logits (conditional rows first): guidance, top-k, then top-p."""
+  """Samples ids [B] from logits [R, V], conditional rows first: guidance, top-k, then top-p."""
   conditional, unconditional = logits.chunk(2)
   guided = torch.lerp(unconditional, conditional, sampling.guidance) / sampling.temperature
   values, ids = torch.topk(guided, min(sampling.top_k, guided.shape[1]))
@@ -162,16 +162,16 @@ def torch_loop(
   product: str = "linear",
   batch: int = 4,
 ) -> Peer:
-  """Returns a plain torch loop: static cache, both streams in one batch, prefill in one pass.
+  """Returns a decoder with a plain torch loop: static cache, both streams in one batch.
 
   Args:
     tensors: result of `opt_arrays`.
     config: config of the model, family `opt`.
     vocab: layout of the ids.
-    new_tokens: I, the number of tokens sampled for every prompt; no token ends a sample early.
-    sampling: settings of the sampler; top_k at least 1.
+    new_tokens: I, the number of tokens sampled for every prompt; no sample ends early.
+    sampling: settings of the sampler; top_k must be at least 1.
     product: one of `PRODUCTS`.
-    batch: number of prompts that the "packed" layout is optimized for; other numbers work, too.
+    batch: number of prompts for which the "packed" layout is optimized; other numbers work, too.
   """
   model = TorchDecoder(tensors, config, product, 2 * batch)
 
@@ -181,7 +181,7 @@ def torch_loop(
     slots = max(map(len, rows))
     tokens, valid = map(torch.from_numpy, pad_left(rows, slots, vocab.pad))
     lengths = valid.sum(1)
-    # A finite value, so that a padding query, which sees no key, does not become NaN.
+    # Finite, because the result of a padding query, which sees no key, would otherwise be NaN.
     hidden = torch.finfo(torch.float32).min
     mask = torch.zeros(len(rows), 1, 1, slots + new_tokens)
     mask[..., :slots].masked_fill_(~valid[:, None, None], hidden)
@@ -213,16 +213,16 @@ def transformers_generate(
   new_tokens: int,
   sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
 ) -> Peer:
-  """Returns `OPTForCausalLM.generate` with its own guidance, which runs one stream after the other.
+  """Returns a decoder with `OPTForCausalLM.generate`, whose guidance runs the streams in sequence.
 
-  `sdpa` with a static cache is a few percent faster than eager attention or a growing cache. The
-  cache of the unconditional stream always grows.
+  It uses `sdpa` and a static cache, a few percent faster than eager attention or a growing cache.
+  The cache of the unconditional stream always grows.
 
   Args:
-    folder: folder of `huggingface.export`.
+    folder: folder that `huggingface.export` wrote.
     vocab: layout of the ids.
     new_tokens: I, the number of tokens sampled for every prompt; no sample ends early.
-    sampling: settings of the sampler; top_k at least 1.
+    sampling: settings of the sampler; top_k must be at least 1.
   """
   import transformers
 
@@ -258,7 +258,7 @@ def transformers_generate(
 def rates(
   peers: dict[str, Peer], prompts: Sequence[np.ndarray], runs: int
 ) -> dict[str, list[float]]:
-  """Measures the tokens/s of each peer in `runs` runs after an untimed run; peers take turns."""
+  """Measures the tokens/s of each peer in `runs` runs after an untimed run. The peers alternate."""
   measured = {name: [] for name in peers}
   for seed in range(runs + 1):
     for name, peer in peers.items():
@@ -269,7 +269,7 @@ def rates(
 
 
 def random_prompts(vocab: VocabLayout, batch: int, length: int, seed: int = 0) -> list[np.ndarray]:
-  """Samples `batch` prompts `</s> caption <break>` of `length` ids."""
+  """Samples `batch` prompts of the form `</s> caption <break>`, each of `length` ids."""
   captions = np.random.default_rng(seed).integers(
     vocab.num_special, vocab.text_size, (batch, length - 2)
   )

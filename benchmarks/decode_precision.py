@@ -1,9 +1,10 @@
-"""Measures how bf16 and int8 change the decoding of a finished run: bits, log-probabilities, speed.
+"""Measures how bf16 and int8 change a run's decoding: loss in bits, log-probabilities, speed.
 
   python -m benchmarks.decode_precision --config=ml_configs/scenes.py --workdir=workdir/scenes
 
 The decoder reads held-out captions and their images through its cache, which gives the held-out
-bits. Then it generates images for the same captions. All numbers count only image codes.
+loss in bits per code. Then it generates images for the same captions, which gives the speed. All
+numbers are for image codes only.
 """
 
 # R rows, L length, V vocabulary.
@@ -27,7 +28,7 @@ from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.positions import positions_of
 
-_DOCUMENTS = flags.DEFINE_integer("documents", 64, "Scored held-out documents.", lower_bound=2)
+_DOCUMENTS = flags.DEFINE_integer("documents", 64, "Held-out documents to score.", lower_bound=2)
 _IMAGES = flags.DEFINE_integer("images", 16, "Batch size of the speed measurement.", lower_bound=1)
 _RUNS = flags.DEFINE_integer("runs", 3, "Timed runs, after a run that compiles.", lower_bound=1)
 
@@ -45,10 +46,10 @@ ROWS = 16
 
 @functools.partial(jax.jit, static_argnames=("config", "cache_dtype"))
 def score(params: params_lib.DecodeParams, tokens, positions, *, config, cache_dtype):
-  """Scores [R, L] ids at [R, L] positions through a cache. Rows are padded on the right.
+  """Scores ids [R, L] at positions [R, L] through a cache. Rows are padded on the right.
 
   Returns:
-    [R, L, V] fp32 log-probabilities of the next id at each position; the first ids are image codes.
+    fp32 log-probabilities [R, L, V] of the next id at each position; the first ids are image codes.
   """
   rows, length = tokens.shape
   tokens = shard(tokens, "batch", None)
@@ -75,7 +76,7 @@ def score(params: params_lib.DecodeParams, tokens, positions, *, config, cache_d
 def code_log_probs(
   params, config, cache_dtype: str, samples, vocab
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns log-probabilities of the image codes [codes], and of all ids there [codes, V]."""
+  """Returns, for each image code, its log-probability [codes], and that of every id [codes, V]."""
   length, right, every = max(map(len, samples)), [], []
   for start in range(0, len(samples), ROWS):
     part = samples[start : start + ROWS]
@@ -113,7 +114,7 @@ def main(settings, workdir) -> None:
       prepared = params_lib.prepare(params, config=config, vocab=vocab, dtype=weight_dtype)
       right, every = code_log_probs(prepared, config, cache_dtype, samples, vocab)
       base = (right, every) if base is None else base
-      # Compare only ids that have a probability above 0.1% in the first variant.
+      # Compare only ids whose probability is above 0.1% in the first variant.
       change = np.abs(every - base[1])[base[1] > np.log(1e-3)]
       options = {
         "weight_dtype": weight_dtype,

@@ -1,4 +1,4 @@
-"""Measures speculative Jacobi decoding on a finished run: its steps per image and its speed.
+"""Measures the steps per image and the speed of speculative Jacobi decoding on a finished run.
 
   python -m benchmarks.decode_steps --config=ml_configs/scenes.py --workdir=workdir/scenes
 

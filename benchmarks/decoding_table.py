@@ -1,11 +1,11 @@
-"""Compares samplers and guidance weights on a trained run, for the decoding table of the tutorial.
+"""Compares samplers and guidance weights on a trained run.
 
   python -m benchmarks.decoding_table --config=ml_configs/scenes.py --workdir=workdir/scenes
 
-Evaluates the columns of a protocol, and the column "top-p, top-k and guidance" at each of
---guidance_weights. The default of --protocol is scenes_decoding; tutorial_decoding has the
-tutorial's columns, on MS-COCO. Writes table.md and plot.png next to results.json and report.html.
-Skips finished parts.
+Evaluates the columns of a protocol, and its column "top-p, top-k and guidance" at each of
+--guidance_weights. The default of --protocol is scenes_decoding. The protocol tutorial_decoding
+evaluates the columns of the tutorial (the one this project started from) on MS-COCO. Writes
+table.md and plot.png next to results.json and report.html. Skips finished parts.
 """
 
 import dataclasses
@@ -22,21 +22,21 @@ from cm3leon_jax.evaluation.protocols.protocol import Protocol
 from cm3leon_jax.trained.run import Run
 
 _GUIDANCE = flags.DEFINE_list(
-  "guidance_weights", ["1", "1.25", "1.5", "2", "3"], "Guidance weights to plot."
+  "guidance_weights", ["1", "1.25", "1.5", "2", "3"], "Guidance weights to compare."
 )
 DEFAULT = "scenes_decoding"
 BASE = "top-p, top-k and guidance"  # Column that is evaluated at each guidance weight.
 
 
 def with_guidance(protocol: Protocol, weights: list[float]) -> Protocol:
-  """Adds a column for each guidance weight.
+  """Returns a protocol with an additional column for each guidance weight.
 
   Raises:
     UserError: the protocol has no column `BASE`.
   """
   base = next((column for column in protocol.columns if column.name == BASE), None)
   if base is None:
-    raise UserError(f"--protocol has no column '{BASE}', whose guidance would vary.")
+    raise UserError(f"--protocol has no column '{BASE}', which --guidance_weights needs.")
   more = [
     dataclasses.replace(base, name=title(weight), sampling={**base.sampling, "guidance": weight})
     for weight in weights
@@ -50,7 +50,7 @@ def title(weight: float) -> str:
 
 
 def markdown(result: dict) -> str:
-  """Returns a Markdown table: a row for each column of the protocol, and published distances."""
+  """Returns a Markdown table with a row per column of the protocol, and published distances."""
   names = result["metrics"]
   published = {row["column"]: row for row in result["protocol"]["published"]}
   sources = sorted({f"{row['model']}, {row['source']}" for row in published.values()})
@@ -83,7 +83,7 @@ def _cell(found: dict) -> str:
 
 
 def plot(result: dict, weights: list[float], path: str | os.PathLike) -> None:
-  """Plots every metric against the guidance weight, with intervals."""
+  """Plots every metric against the guidance weight, with confidence intervals."""
   names = result["metrics"]
   figure = Figure(figsize=(3.6 * len(names), 3.0), layout="constrained")
   for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):

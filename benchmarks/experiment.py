@@ -1,4 +1,4 @@
-"""Parses conditions, runs stages and stores results, for experiments with several trainings."""
+"""Parses conditions, runs stages and stores results of experiments with several trainings."""
 
 from collections.abc import Callable, Iterable, Sequence
 import os
@@ -24,7 +24,7 @@ def chosen_conditions(
 
   Args:
     argv: arguments that remain after the flags are parsed; only the name of the command may remain.
-    asked: conditions that the flag lists.
+    asked: conditions that the flag names.
     known: all conditions.
     flag: name of the flag, for messages.
 
@@ -43,7 +43,7 @@ def chosen_conditions(
 
 
 def run_stage(name: str, config: str, workdir: pathlib.Path, overrides: dict) -> None:
-  """Runs `python -m launch.NAME` and passes SIGTERM on; exits if the command fails or stops.
+  """Runs `python -m launch.NAME` and forwards SIGTERM. Exits if the command fails or is stopped.
 
   Args:
     name: name of the command.
@@ -70,13 +70,13 @@ def link_stages(shared: pathlib.Path, run: pathlib.Path, names: Iterable[str]) -
 
 
 def write_results(workdir: pathlib.Path, result: dict, markdown: str) -> None:
-  """Writes results.json and table.md, and replaces earlier files."""
+  """Writes results.json and table.md; replaces earlier files."""
   write_json(workdir / "results.json", result)
   (workdir / "table.md").write_text(markdown, encoding="utf-8")
 
 
 def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
-  """Computes the 95% interval of a mean of few values with Student's t; None for one value.
+  """Computes a 95% confidence interval of the mean with Student's t; None for one value.
 
   student_interval([1, 2, 3]) = (-0.484, 4.484): 2 -+ 4.303 x 1 / sqrt(3)
   """
@@ -87,14 +87,13 @@ def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def measured_once(run: pathlib.Path, inputs: dict, measure: Callable[[], dict]) -> dict:
-  """Returns the result of `measure` for a trained run, which is measured once and then stored.
+  """Returns the result of `measure` for a trained run. Measures only once, and stores the result.
 
   Args:
     run: folder of a run whose training is finished.
     inputs: inputs of the measurement other than the training; if they change, the run is measured
       again.
-    measure: function that returns plain values. The training time in seconds is added to the
-      values.
+    measure: function that returns values for JSON. The training time in seconds is added to them.
   """
   trained = stages.require(run, "train")
   about = {"train": trained["id"], **inputs}

@@ -1,12 +1,12 @@
-"""Measures the peak memory of launch.export for a few layers of CM3Leon-7B.
+"""Measures the peak memory of launch.export for CM3Leon-7B with only a few layers.
 
   python -m benchmarks.export_memory
   python -m benchmarks.export_memory --layers=2,4 --formats=hf,orbax --folder=/scratch
 
 For each number of layers, writes a run with a checkpoint of random parameters to a temporary folder
-(4 layers need 4 GB, and the export needs as much again). Then `launch.export` exports the run in a
-separate process. If memory does not grow with the number of layers, the peak is also the peak at 32
-layers. Otherwise, the growth per layer is added for each further layer.
+(4 layers need 4 GB, and the export needs another 4 GB). Then `launch.export` exports the run in a
+separate process. From the peaks, extrapolates the peak at 32 layers: if the peak does not grow with
+the number of layers, it is the same; otherwise, each further layer adds the growth per layer.
 """
 
 from collections.abc import Sequence
@@ -34,24 +34,24 @@ from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.trained import bundles
 
-_LAYERS = flags.DEFINE_list("layers", ["2", "4"], "Numbers of layers, ascending.")
+_LAYERS = flags.DEFINE_list("layers", ["2", "4"], "Numbers of layers, in ascending order.")
 _FORMATS = flags.DEFINE_list("formats", ["hf"], "Values of --format.")
 _FLAGS = flags.DEFINE_list(
-  "export_flags", [], "More flags of launch.export, e.g. --dtype=bfloat16."
+  "export_flags", [], "Additional flags of launch.export, e.g. --dtype=bfloat16."
 )
 _FOLDER = flags.DEFINE_string("folder", None, "Folder for the temporary files.")
 ALL_LAYERS = 32
 
 
 def settings_of(layers: int) -> Settings:
-  """Returns settings of CM3Leon-7B with fewer layers."""
+  """Returns the settings of CM3Leon-7B with `layers` layers."""
   config = cm3leon_7b.get_config()
   config.model.num_layers = layers
   return settings_from_config(config)
 
 
 def make_run(folder: epath.Path, settings: Settings) -> None:
-  """Writes the folders that launch.export reads from a run."""
+  """Creates a run with the folders that launch.export reads."""
   for stage in table.TOKENIZERS:
     (folder / stage).mkdir(parents=True)
     for name in bundles.FILES[stage]:
@@ -59,7 +59,7 @@ def make_run(folder: epath.Path, settings: Settings) -> None:
   rng = np.random.default_rng(0)
   with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
     types = jax.eval_shape(lambda: transformer.init_params(settings.model, jax.random.key(0)))
-  # Values are random, because zeros would be compressed to almost nothing.
+  # Random values, because zeros would compress to almost nothing.
   params = jax.tree.map(lambda x: rng.random(x.shape, np.float32), types)
   with Checkpoints(folder / "train", keep=2) as checkpoints:
     checkpoints.save({"params": params}, 1, next_row=0)
@@ -90,7 +90,7 @@ def export(
 
 
 def at_all_layers(peaks: Sequence[tuple[int, float]]) -> float:
-  """Extrapolates the peak to all layers from pairs (layers, peak), in ascending order.
+  """Extrapolates the peak memory to all layers from pairs (layers, peak), in ascending order.
 
   at_all_layers([(2, 3.0), (4, 3.1)])  # 0.05 GiB a layer
   4.5

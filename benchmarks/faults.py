@@ -1,19 +1,19 @@
-"""Causes real faults, and measures whether a run loses any work or data.
+"""Causes real faults, and checks whether a run loses work or data.
 
   python -m benchmarks.faults --workdir=workdir/faults
   python -m benchmarks.faults --part=kill --count=25
 
 Parts:
-  kill: SIGKILL at random moments of a training.
-  damage: damage to checkpoints, which this process restores.
+  kill: SIGKILL at random moments of a training, an evaluation and an export.
+  damage: damage to checkpoints, which are then restored in one process.
   command: damage to checkpoints before `cm3leon train` starts, and full disks.
   elastic: a changing number of processes.
   replay: bit flips on a device.
   stages: SIGKILL in each of the other stages.
 
-Finished results stay in the workdir, so a stopped part continues there. Writes results.json
-and table.md there. The exit code is 1 if a run lost anything or if no message named a fault. Guide:
-docs/reliability.md.
+Finished results stay in the workdir, so a stopped part continues from them. Writes results.json and
+table.md to the workdir. The exit code is 1 if a run lost anything, or if no message named a fault.
+See docs/reliability.md.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,13 +38,13 @@ from cm3leon_jax.files.json_files import read_json, write_json
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A part of the benchmark.
+  """Part of the benchmark.
 
   Attributes:
     count: default number of faults.
-    measure: function (folder, seed, count) that yields results; it reads results that exist.
-    summarize: function that computes numbers from results.
-    failures: function that returns a sentence for each failure in the numbers.
+    measure: (folder, seed, count) -> iterator over results; reads the results that already exist.
+    summarize: results -> numbers.
+    failures: numbers -> a sentence for each failure.
   """
 
   count: int
@@ -66,12 +66,12 @@ PARTS = {
 
 
 def run(name: str, folder: pathlib.Path, seed: int, count: int, minutes: float) -> dict:
-  """Runs a part for a limited time; adds its numbers to results.json and returns them.
+  """Runs a part for a limited time. Adds its numbers to results.json and returns them.
 
   Args:
     name: name of the part.
     folder: folder of the benchmark.
-    seed: seed from which all random choices are drawn.
+    seed: seed of all random choices.
     count: number of faults; 0 means the default of the part.
     minutes: minutes after which no new fault begins.
   """
@@ -113,7 +113,7 @@ def main(argv) -> None:
 def define_flags() -> None:
   """Defines the flags of this command."""
   flags.DEFINE_string(
-    "workdir", "workdir/faults", "Folder of all parts; finished results are kept."
+    "workdir", "workdir/faults", "Folder of all parts. Finished results in it are reused."
   )
   flags.DEFINE_enum("part", "all", ["all", *PARTS], "Part to run.")
   flags.DEFINE_integer("seed", 0, "Seed of all random choices.", lower_bound=0)
@@ -121,6 +121,6 @@ def define_flags() -> None:
   flags.DEFINE_float("minutes", 60.0, "Minutes after which no new fault begins.", 0.0)
 
 
-if __name__ == "__main__":  # Forked processes import this module without defining flags.
+if __name__ == "__main__":  # Other processes import this module and must not define its flags.
   define_flags()
   app.run(main)

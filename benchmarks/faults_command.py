@@ -1,8 +1,8 @@
 """Part `command` of `benchmarks.faults`: starts `cm3leon train` after damage to its workdir.
 
-The training was killed after its third checkpoint. The next start must reach the losses, held-out
-losses and sample grids of a run that was never killed, or refuse with exit code 2 without changing
-the workdir.
+The training was killed after its third checkpoint. The next start must either reach the losses,
+held-out losses and sample grids of a run that was never killed, or refuse to start with exit code 2
+and leave the workdir unchanged.
 """
 
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ COUNTS = {
 }  # fmt: skip
 KEPT = 3
 FLAGS = (f"--config.train.keep_checkpoints={KEPT}",)
-# Keys of `faults_run.result_of` whose values the training determines.
+# Keys of `faults_run.result_of` whose values depend only on the training.
 PARTS = ("losses", "heldout", "rows", "samples")
 DISK_ERRORS = ("File too large", "EFBIG", "No space left", "RESOURCE_EXHAUSTED")
 REFUSED = 2
 
 
 def order(count: int) -> list[str]:
-  """Returns the kinds of `count` faults, in rounds; COUNTS has the number of rounds of a kind."""
+  """Returns the kinds of `count` faults in rounds; a kind occurs at most COUNTS[kind] times."""
   rounds = itertools.chain.from_iterable(
     [kind for kind, most in COUNTS.items() if most > i] for i in range(max(COUNTS.values()))
   )
@@ -39,7 +39,7 @@ def order(count: int) -> list[str]:
 
 
 def prepare(root: pathlib.Path) -> pathlib.Path:
-  """Trains once, kills the training after its third checkpoint, and returns the folder."""
+  """Kills a training after its third checkpoint, unless already done, and returns its folder."""
   folder = root / "killed"
   if not (root / "killed.json").exists():
     faults_kill.new_run(root, "killed")
@@ -50,7 +50,7 @@ def prepare(root: pathlib.Path) -> pathlib.Path:
     process.kill()
     sealed = {f"{step}" for step in faults_run.sealed_steps(folder)}
     for path in (folder / "train" / "checkpoints").iterdir():
-      if path.name not in sealed:  # The kill interrupted the save of this checkpoint.
+      if path.name not in sealed:  # The kill interrupted this checkpoint's save.
         shutil.rmtree(path)
     write_json(root / "killed.json", {})
   return folder
@@ -64,7 +64,7 @@ def _seen(folder: pathlib.Path) -> dict:
 
 
 def _damaged(folder: pathlib.Path, fault: Fault, flags: tuple[str, ...], expected: dict) -> dict:
-  """Runs the command after a fault, and judges its result."""
+  """Runs the command on a damaged workdir, and judges its result."""
   before = _seen(folder)
   process = faults_run.Process.command(folder, "train", *FLAGS, *flags)
   resumed = faults_kill.seconds_to_step(folder, process, fault.good or 0)
@@ -80,7 +80,7 @@ def _damaged(folder: pathlib.Path, fault: Fault, flags: tuple[str, ...], expecte
 
 
 def _full_disk(folder: pathlib.Path, rng: np.random.Generator, expected: dict) -> dict:
-  """Runs the command on a full disk, then on a disk with room, and judges both results."""
+  """Runs the command on a full disk, then on a disk with free space, and judges both results."""
   largest = max(path.stat().st_size for path in faults_damage.files_of(folder / "train"))
   most = int(200 * (largest / 200) ** rng.random())
   process = faults_run.Process.command(folder, "train", *FLAGS, most_bytes=most)
@@ -116,7 +116,7 @@ def _one(root: pathlib.Path, name: str, kind: str, rng, expected: dict) -> dict:
 
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
-  """Yields the results of `count` faults."""
+  """Yields the result of each of `count` faults."""
   expected = {part: faults_kill.reference(root).result[part] for part in PARTS}
   for i, kind in enumerate(order(count)):
     path = root / f"fault_{i:02d}.json"
@@ -127,7 +127,7 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 
 
 def summarize(results: list[dict]) -> dict:
-  """Counts outcomes by kind of fault."""
+  """Counts the outcomes for each kind of fault."""
   summary = faults_damage.summarize([{}, *results])
   seconds = [r["seconds_to_resume"] for r in results if r.get("seconds_to_resume")]
   unchanged = all(result.get("unchanged", True) for result in results)

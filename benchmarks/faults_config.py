@@ -1,4 +1,4 @@
-"""Defines a run of a few seconds: --config=benchmarks/faults_config.py[:VARIANT]."""
+"""Defines a run that takes a few seconds: --config=benchmarks/faults_config.py[:VARIANT]."""
 
 import dataclasses
 
@@ -11,12 +11,12 @@ from tests.launch import tiny_config
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """Returns the config, with packed rows of texts and pairs, neighbors, and averaged parameters.
+  """Returns a config with packed rows of texts and pairs, neighbors, and averaged parameters.
 
   Args:
     variant: "" saves, evaluates and samples often, sometimes at the same step. "elastic" has
-      batches that can be split among 1, 2, 3 and 4 processes. "stages" runs all stages from raw
-      data. "tasks" adds instructions and rewards to "stages".
+      batches that are evenly divisible among 1, 2, 3 or 4 processes. "stages" runs all stages from
+      raw data. "tasks" adds instructions and rewards to "stages".
 
   Raises:
     UserError: the variant is unknown.

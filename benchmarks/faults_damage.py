@@ -1,9 +1,9 @@
-"""Part `damage` of `benchmarks.faults`: damages checkpoints, and judges how a run continues.
+"""Part `damage` of `benchmarks.faults`: damages checkpoints, and judges how the run continues.
 
-`damage(folder, kind, rng)` damages the three checkpoints of a copied run. `judge` compares the
-result with the requirement: the run goes back to the newest whole checkpoint and names the damaged
-checkpoint, or the run refuses to start. A run must never start from step 0, and never from arrays
-that differ from the saved arrays.
+`damage(folder, kind, rng)` damages one or more of the three checkpoints of a copied run. `judge`
+compares what the run does with the requirements. The run must go back to the newest undamaged
+checkpoint and name the damaged one, or refuse to start. It must never start from step 0, or from
+arrays that differ from the saved arrays.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 
 STEPS = (10, 20, 30)  # Steps of the checkpoints.
 MORE = 40  # Step whose checkpoint is saved on a full disk.
-AT_ONCE = 125  # Number of faults that one process causes.
+AT_ONCE = 125  # Maximum number of faults in one process.
 KINDS = (
   "bit flip", "truncation", "file missing", "half an upload", "surplus file", "digests missing",
   "digests damaged", "two newest damaged", "two newest gone", "all damaged", "all digests gone",
@@ -33,13 +33,13 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-  """Fault that the benchmark caused.
+  """A fault that the benchmark caused.
 
   Attributes:
     kind: one of `KINDS`.
     steps: steps of the checkpoints before the fault, newest first.
-    hit: number of damaged checkpoints, counted from the newest.
-    names: texts of which a message must contain at least one to name the fault.
+    hit: number of damaged checkpoints; these are the newest ones.
+    names: texts, e.g. paths; a message that contains at least one of them names the fault.
   """
 
   kind: str
@@ -49,12 +49,12 @@ class Fault:
 
   @property
   def good(self) -> int | None:
-    """Newest step whose checkpoint is whole, or None."""
+    """Newest step whose checkpoint is undamaged, or None."""
     return next(iter(self.steps[self.hit :]), None)
 
 
 def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns all files below a folder that are not empty, sorted."""
+  """Returns all non-empty files below a folder, sorted."""
   return sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
 
 
@@ -66,12 +66,12 @@ def flip_bit(path: pathlib.Path, rng: np.random.Generator) -> None:
 
 
 def truncate(path: pathlib.Path, rng: np.random.Generator) -> None:
-  """Cuts a file to a random length."""
+  """Shortens a file to a random length."""
   path.write_bytes(path.read_bytes()[: rng.integers(path.stat().st_size)])
 
 
 def stop_upload(folder: pathlib.Path, rng: np.random.Generator) -> None:
-  """Removes the last files of a folder, and truncates the last file that remains."""
+  """Removes the last files below a folder, and truncates the last remaining file."""
   files = files_of(folder)
   kept = int(rng.integers(1, len(files)))
   truncate(files[kept - 1], rng)
@@ -89,7 +89,7 @@ def _damage_file(folder: pathlib.Path, rng: np.random.Generator) -> None:
 
 
 def damage(train: pathlib.Path, kind: str, rng: np.random.Generator) -> Fault:
-  """Damages the checkpoints of a training in a way other than "disk full while saving"."""
+  """Damages the checkpoints of a training. `kind` is any kind but "disk full while saving"."""
   steps = sorted((int(p.name) for p in (train / "checkpoints").iterdir()), reverse=True)
   folders = [train / "checkpoints" / f"{step}" for step in steps]
   newest, digests = folders[0], train / "checkpoints.digests"
@@ -134,7 +134,7 @@ def damage(train: pathlib.Path, kind: str, rng: np.random.Generator) -> Fault:
 
 @contextlib.contextmanager
 def full_disk(most_bytes: int):
-  """Makes writes beyond `most_bytes` of a file fail while the body runs, also in C++ libraries."""
+  """Makes writes beyond `most_bytes` of a file fail in the `with` block, even in C++ libraries."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
   try:
@@ -147,14 +147,14 @@ def judge(fault: Fault, step: int | None, same: bool, message: str) -> dict:
   """Compares the behavior of a run after a fault with the required behavior.
 
   Args:
-    fault: the fault that was caused.
-    step: step that the run continues from; None if it refused to start.
-    same: whether the arrays and the next row equal the arrays and the row saved at this step.
+    fault: fault that was caused.
+    step: step from which the run continues; None if it refused to start.
+    same: whether the restored arrays and next row are equal to those saved at this step.
     message: text that the run printed.
 
   Returns:
-    "outcome": "went back", "refused", "harmless" (the newest checkpoint was restored as saved) or
-    "wrong"; "named": whether the message names a place of the fault; "steps_lost".
+    "outcome": "went back", "refused", "harmless" (the run restored the newest checkpoint unchanged)
+    or "wrong"; "named": whether the message names the fault; "steps_lost": number of steps.
   """
   newest = fault.steps[0]
   if step is None:
@@ -171,7 +171,7 @@ def judge(fault: Fault, step: int | None, same: bool, message: str) -> dict:
 
 
 class Trainer:
-  """Tiny training in this process, which continues from checkpoints."""
+  """A tiny training in this process that continues from checkpoints."""
 
   def __init__(self, folder: pathlib.Path):
     """Saves the checkpoints of `STEPS` to `folder`."""
@@ -197,7 +197,7 @@ class Trainer:
     (folder / "metrics" / "metrics.jsonl").write_text("".join(lines))
 
   def resume(self, folder: pathlib.Path, checked: bool = True) -> tuple[int | None, bool, str]:
-    """Continues like `decoder.train`; returns `step`, `same` and `message` for `judge`."""
+    """Continues as `decoder.train` does; returns `step`, `same` and `message` for `judge`."""
     import jax
 
     from cm3leon_jax.training.config import TrainConfig
@@ -210,7 +210,7 @@ class Trainer:
         if checked:
           config = TrainConfig(checkpoint_every=10)
           step, state, row = restore_or_init(folder, checkpoints, self._steps, config)
-        else:  # Negative control: the newest checkpoint is restored unchecked.
+        else:  # Negative control: restore the newest checkpoint unchecked.
           step = max(STEPS)
           types = jax.eval_shape(self._steps.init)
           state, row = checkpoints.restore(types, step)
@@ -218,27 +218,27 @@ class Trainer:
           return 0, False, printed.getvalue()
       except UserError as error:
         return None, False, printed.getvalue() + str(error)
-      except Exception as error:  # A traceback is not a refusal, so it is judged as wrong.
+      except Exception as error:  # A traceback counts as wrong.
         return 0, False, f"{printed.getvalue()}{error!r}"
     found, expected = jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(self._expected[step])
     same = all(np.array_equal(x, y) for x, y in zip(found, expected, strict=True))
     return step, same and row == 8 * step, printed.getvalue()
 
   def fill_disk(self, folder: pathlib.Path, rng: np.random.Generator) -> bool:
-    """Saves checkpoint `MORE` on a full disk; returns whether the save raised an error."""
+    """Saves checkpoint `MORE` on a full disk. Returns whether the save raised an error."""
     sizes = [path.stat().st_size for path in files_of(folder / "checkpoints")]
     checkpoints, state = self._open(folder), self._steps.init()
     with full_disk(int(rng.integers(max(sizes)))):
       try:
         checkpoints.save(state, MORE, next_row=8 * MORE)
         checkpoints.wait()
-      except Exception:  # The error may be from Orbax, from TensorStore or from the disk.
+      except Exception:  # Orbax, TensorStore or the disk may raise it.
         return True
     return False
 
 
 def trials(root: pathlib.Path, seed: int, count: int) -> None:
-  """Causes faults in this process; appends results to trials.jsonl. Continues a stopped call."""
+  """Causes faults in this process and appends results to trials.jsonl; a stopped call continues."""
   import jax
 
   from tests.models.tiny import mesh_of
@@ -250,7 +250,7 @@ def trials(root: pathlib.Path, seed: int, count: int) -> None:
     write_json(root / "control.json", _control(trainer, made, copy, np.random.default_rng(seed)))
     for i in range(len(read_json_lines(log)), count):
       rng, kind = np.random.default_rng([seed, i]), KINDS[i % len(KINDS)]
-      copy = root / f"copy_{i}"  # A new name: threads of a failed save may recreate the old folder.
+      copy = root / f"copy_{i}"  # Threads of a failed save may recreate the old folder.
       shutil.rmtree(copy, ignore_errors=True)
       shutil.copytree(made, copy)
       result = _one(trainer, copy, kind, rng)
@@ -262,13 +262,13 @@ def trials(root: pathlib.Path, seed: int, count: int) -> None:
 def _one(trainer: Trainer, folder: pathlib.Path, kind: str, rng: np.random.Generator) -> dict:
   if kind != "disk full while saving":
     return judge(damage(folder, kind, rng), *trainer.resume(folder))
-  noticed = trainer.fill_disk(folder, rng)  # False means that the disk had room for all files.
+  noticed = trainer.fill_disk(folder, rng)  # False: the disk had space for all files.
   fault = Fault(kind, (MORE, *STEPS[::-1]), int(noticed), ())
   return {**judge(fault, *trainer.resume(folder)), "named": noticed}
 
 
 def _control(trainer: Trainer, made: pathlib.Path, copy: pathlib.Path, rng) -> dict:
-  """Flips bits in arrays and restores without digests. The comparison must notice wrong arrays."""
+  """Flips bits in arrays and restores them without digests; `judge` must then find wrong arrays."""
   wrong = 0
   for _ in range(10):
     shutil.rmtree(copy, ignore_errors=True)
@@ -276,13 +276,13 @@ def _control(trainer: Trainer, made: pathlib.Path, copy: pathlib.Path, rng) -> d
     largest = max(files_of(copy / "checkpoints" / f"{max(STEPS)}"), key=lambda p: p.stat().st_size)
     flip_bit(largest, rng)
     fault = Fault("bit flip", STEPS[::-1], 1, ())
-    with contextlib.suppress(ValueError):  # TensorStore itself notices some flips.
+    with contextlib.suppress(ValueError):  # TensorStore itself detects some flips.
       wrong += judge(fault, *trainer.resume(copy, checked=False))["outcome"] == "wrong"
   return {"trials": 10, "wrong": wrong}
 
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
-  """Yields the result of the control, then the results of `count` faults in this process."""
+  """Yields the result of the negative control, then the results of `count` faults."""
   root, log = root / "damage", root / "damage" / "trials.jsonl"
   for first in range(0, count, AT_ONCE):
     end = min(first + AT_ONCE, count)

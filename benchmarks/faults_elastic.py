@@ -1,10 +1,10 @@
 """Part `elastic` of `benchmarks.faults`: changes the number of processes of a run.
 
-- Loader schedules: 1 to 4 real processes with random meshes read the rows of a run in the same way
-  as training, but do not train. Every row must be read, and must equal the row that a single
-  process reads.
-- Training schedules: real trainings are stopped, and a different number of processes continues
-  them. Their losses are compared with a training in one process.
+- Loader schedules: 1 to 4 processes with random meshes read the rows of a run as training does, but
+  do not train. Together they must read every row, each equal to the row that a single process
+  reads.
+- Training schedules: trainings are stopped, and a different number of processes continues them.
+  Their losses are compared with those of a training in one process.
 """
 
 from collections.abc import Iterator
@@ -26,8 +26,8 @@ from benchmarks.faults_run import Process
 from cm3leon_jax.files.json_files import read_json, write_json
 
 CONFIG = f"{faults_run.CONFIG}:elastic"
-BATCH = 12  # Rows per batch, which 1, 2, 3 or 4 processes can split.
-# Processes -> (devices per process, sizes of data, fsdp and tensor over all devices).
+BATCH = 12  # Rows per batch; divides evenly among 1, 2, 3 or 4 processes.
+# Number of processes -> (devices per process, sizes of the axes data, fsdp and tensor).
 MESHES = {
   1: ((1, (1, 1, 1)), (2, (2, 1, 1)), (2, (1, 1, 2)), (4, (1, 2, 2))),
   2: ((1, (2, 1, 1)), (1, (1, 2, 1)), (2, (1, 2, 2)), (2, (2, 1, 2)), (3, (6, 1, 1))),
@@ -44,8 +44,8 @@ class Segment:
 
   Attributes:
     processes: number of processes.
-    devices: devices per process.
-    mesh: sizes of data, fsdp and tensor.
+    devices: number of devices per process.
+    mesh: sizes of the axes data, fsdp and tensor.
     batches: number of batches to read.
   """
 
@@ -62,7 +62,7 @@ class Segment:
 
 
 def schedule(seed: int, number: int) -> list[Segment]:
-  """Draws 4 to 8 segments; schedule 0 has the numbers of processes in `DOWN_AND_UP`."""
+  """Draws 4 to 8 segments. In schedule 0, `DOWN_AND_UP` lists their numbers of processes."""
   rng = np.random.default_rng([seed, number])
   counts = DOWN_AND_UP if number == 0 else rng.integers(1, 5, rng.integers(4, 9)).tolist()
   segments = []
@@ -80,10 +80,10 @@ def free_port() -> int:
 
 
 def row_hashes(batch: dict, first_row: int) -> dict[int, str]:
-  """Hashes all fields of the rows of a batch that this process holds.
+  """Hashes all fields of each row of a batch, for the rows on the devices of this process.
 
   Returns:
-    Row -> hash; several hashes if the devices of this process have different copies of the row.
+    Row number -> hash; several hashes if this process has unequal copies of the row.
   """
   copies: dict[tuple[int, int], Any] = {}  # (row, device) -> hash.
   for name in sorted(batch):
@@ -99,7 +99,7 @@ def row_hashes(batch: dict, first_row: int) -> dict[int, str]:
 
 
 def read_rows(workdir, out, segment: Segment, address: str, process: int, next_row: int) -> None:
-  """Reads the batches of a segment in one of its processes, and writes their hashes to `out`."""
+  """Reads the batches of a segment in one of its processes; writes the hashes of rows to `out`."""
   import jax
   from jax.sharding import NamedSharding
 
@@ -129,7 +129,7 @@ def read_segment(root: pathlib.Path, workdir, segment: Segment, next_row: int) -
   """Starts the processes of a segment, and collects the hashes that they write.
 
   Returns:
-    Row -> hash; several hashes if the processes read different rows.
+    Row number -> hash; several hashes if the processes read different rows under this number.
   """
   address = f"localhost:{free_port()}"
   outs = [root / f"process_{i}" / "rows.json" for i in range(segment.processes)]
@@ -155,7 +155,7 @@ def new_workdir(root: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def compare(found: dict[int, str], expected: dict[int, str]) -> dict[str, int]:
-  """Counts the rows that were read, lost, surplus, or unequal to the rows of a single process."""
+  """Counts rows that were read, missed, surplus, or different from the rows of a single process."""
   shared = found.keys() & expected.keys()
   return {
     "rows": len(found),
@@ -166,7 +166,8 @@ def compare(found: dict[int, str], expected: dict[int, str]) -> dict[str, int]:
 
 
 def loader_schedule(root: pathlib.Path, seed: int, number: int, expected: dict) -> dict:
-  """Reads the rows of a schedule. As a control, schedule 0 reads its last segment one row late."""
+  """Reads the rows of a schedule. As a negative control, schedule 0 reads its last segment twice,
+  the second time one row late."""
   workdir, next_row, found = new_workdir(root, f"loader_{number:02d}"), 0, {}
   segments = schedule(seed, number)
   for segment in segments:
@@ -187,7 +188,7 @@ def loader_schedule(root: pathlib.Path, seed: int, number: int, expected: dict) 
 
 
 def _expected_rows(root: pathlib.Path, rows: int) -> dict[int, str]:
-  """Returns the rows that one process reads without a stop."""
+  """Returns the hashes of the rows that one process reads without being stopped."""
   path = root / "rows.json"
   if not path.exists():
     whole = Segment(1, 1, (1, 1, 1), math.ceil(rows / BATCH))
@@ -206,7 +207,7 @@ def losses_of(workdir: pathlib.Path) -> dict[int, float]:
 
 
 def train_segment(root: pathlib.Path, segment: Segment, until: int | None) -> None:
-  """Trains in the processes of a segment; stops them with SIGTERM when step `until` is logged."""
+  """Trains with the processes of a segment; stops them with SIGTERM when step `until` is logged."""
   address, processes = f"localhost:{free_port()}", []
   for i in range(segment.processes):
     join: tuple[str, ...] = ()
@@ -226,7 +227,7 @@ def train_segment(root: pathlib.Path, segment: Segment, until: int | None) -> No
 
 
 def train_schedule(root: pathlib.Path, seed: int, number: int) -> dict:
-  """Trains one run in changing processes and one in a single process; compares their losses."""
+  """Trains a run with changing numbers of processes and one in one process; compares losses."""
   steps = faults_run.settings_of(CONFIG).train.steps
   whole = root / "train_whole"
   if not (whole / "train" / "done.json").exists():
@@ -273,7 +274,7 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 
 
 def summarize(results: list[dict]) -> dict:
-  """Sums the counts of rows, and takes the largest differences between losses."""
+  """Adds up the counts of rows, and finds the largest difference between losses."""
   loader = [result for result in results if "rows" in result]
   trained = [result for result in results if "largest_difference" in result]
   totals = {name: sum(r[name] for r in loader) for name in ("rows", "lost", "surplus", "different")}

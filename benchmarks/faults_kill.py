@@ -1,9 +1,9 @@
-"""Part `kill` of `benchmarks.faults`: sends SIGKILL at random moments of three commands.
+"""Part `kill` of `benchmarks.faults`: kills three commands at random moments.
 
-A run consists of `cm3leon train`, `evaluate` and `export`, and has a compilation cache for itself.
-The benchmark kills its processes a few times and starts them again until the run is finished. Then
-its losses, held-out losses, sample grids, evaluation and export must equal those of a run that was
-never killed.
+A run consists of `cm3leon train`, `evaluate` and `export`, and has a separate compilation cache.
+The benchmark sends SIGKILL to its processes several times, and restarts them until the run is
+finished. The losses, held-out losses, sample grids, evaluation and export must then equal those of
+a run that was never killed.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from benchmarks import experiment, faults_run
 from cm3leon_jax.files.json_files import read_json, write_json
 
 SHARED = ("documents", "neighbors", "text_tokenizer", "vqgan")
-# Maximum number of kills per run. A command that ends before its kill is killed less often.
+# Maximum number of kills of each command per run. A command may end before its next kill.
 KILLS = {"train": 12, "evaluate": 1, "export": 1}
 STARTS = 60  # Maximum number of starts of a command.
 
@@ -30,8 +30,8 @@ class Reference:
 
   Attributes:
     result: see `faults_run.result_of`.
-    seconds: time of each command in seconds.
-    before_steps: time of the training in seconds before its first step was logged.
+    seconds: command -> its time in seconds.
+    before_steps: seconds from the start of the training until its first step was logged.
   """
 
   result: dict
@@ -40,17 +40,17 @@ class Reference:
 
 
 def new_run(root: pathlib.Path, name: str) -> pathlib.Path:
-  """Creates the folder of a run with links to the shared stages; deletes an earlier folder."""
+  """Creates the folder of a run with links to the shared stages. Deletes an earlier folder."""
   shutil.rmtree(root / name, ignore_errors=True)
   experiment.link_stages(root / "shared", root / name, SHARED)
   return root / name
 
 
 def reference(root: pathlib.Path) -> Reference:
-  """Runs all commands in two runs without a kill, unless this is already done.
+  """Runs all commands without a kill in two runs, unless the result already exists.
 
-  The second run finds its programs in the compilation cache, as a restarted run does. Therefore the
-  times of the second run are used. Raises RuntimeError if the results of the two runs differ.
+  The second run finds its programs in the compilation cache, as a restarted run does, so its times
+  are used. Raises RuntimeError if the results of the two runs differ.
   """
   path = root / "reference.json"
   if not path.exists():
@@ -81,14 +81,13 @@ def _without_kill(folder: pathlib.Path) -> dict:
 def seconds_to_step(
   folder: pathlib.Path, process: faults_run.Process, after: int, limit: float | None = None
 ) -> float | None:
-  """Waits until this start of a training has logged a step after `after`.
+  """Waits until a training process has logged a step after `after`.
 
   Returns:
-    Number of seconds since the process started; None if it ended before such a step, or ran for
-    `limit` seconds.
+    Seconds since the process started; None if it ended before, or ran for `limit` seconds.
   """
   path = folder / "train" / "metrics" / "metrics.jsonl"
-  # An earlier start may have logged such steps, too. This start removes them when it opens the log.
+  # An earlier start may have logged such steps. This start removes them when it opens the log.
   stamp = path.stat().st_mtime_ns if path.exists() else 0
   while process.wait(faults_run.POLL_SECONDS) is None:
     seconds = time.monotonic() - process.started
@@ -101,10 +100,10 @@ def seconds_to_step(
 
 
 def _moment(rng: np.random.Generator, command: str, known: Reference) -> tuple[bool, float]:
-  """Draws the moment of a kill: a time after the start of the process, or after its first step.
+  """Draws the moment of a kill. Returns whether it counts from the first step, and the seconds.
 
-  Half of the kills of a training happen before its first step. The other kills happen within half
-  of the time that all steps take, so that a training is killed several times before it ends.
+  Half of the kills of a training happen before its first step. The other half happens within the
+  first half of the time that all steps take, so that a training is killed several times.
   """
   after_step, share = bool(rng.random() < 0.5), float(rng.random())
   if command != "train":
@@ -117,7 +116,7 @@ def _moment(rng: np.random.Generator, command: str, known: Reference) -> tuple[b
 def _kill_once(
   folder: pathlib.Path, command: str, rng: np.random.Generator, known: Reference
 ) -> dict | None:
-  """Starts a command and kills it; returns what the kill hit, or None if the command had ended."""
+  """Starts and kills a command. Returns a description of its state; None if it ended earlier."""
   after_step, delay = _moment(rng, command, known)
   start = max(faults_run.sealed_steps(folder), default=0)
   process = faults_run.Process.command(folder, command)
@@ -144,7 +143,7 @@ def _kill_once(
 
 
 def killed_run(root: pathlib.Path, seed: int, run: int, most: int, known: Reference) -> dict:
-  """Runs all commands with up to `most` kills; returns the kills and the results that differ."""
+  """Runs all commands with up to `most` kills. Returns the kills and the names of wrong results."""
   rng, folder = np.random.default_rng([seed, run]), new_run(root, f"run_{run:03d}")
   kills: list[dict] = []
   for command, quota in KILLS.items():
@@ -176,7 +175,7 @@ def killed_run(root: pathlib.Path, seed: int, run: int, most: int, known: Refere
 
 
 def control(root: pathlib.Path, known: Reference) -> dict:
-  """Continues a killed run one row late; the result of the run must differ."""
+  """Negative control: continues a killed run one row late, so that its results must differ."""
   folder = new_run(root, "control")
   process = faults_run.Process.command(folder, "train")
   while len(faults_run.sealed_steps(folder)) < 2 and process.wait(faults_run.POLL_SECONDS) is None:
@@ -190,7 +189,7 @@ def control(root: pathlib.Path, known: Reference) -> dict:
 
 
 def _shift_rows(folder: pathlib.Path) -> None:
-  """Replaces the checkpoints of a run by a copy of the newest, which continues one row later."""
+  """Replaces the checkpoints of a run by a copy of the newest that continues one row later."""
   import jax
 
   from cm3leon_jax.checkpoints.checkpoint import Checkpoints
@@ -215,7 +214,7 @@ def _shift_rows(folder: pathlib.Path) -> None:
 
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
-  """Yields the results of the control and of killed runs, until `count` kills have happened."""
+  """Yields the results of the negative control, then of killed runs with `count` kills in total."""
   known = reference(root)
   path = root / "control.json"
   if not path.exists():
@@ -233,7 +232,7 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 
 
 def summarize(runs: list[dict]) -> dict:
-  """Counts the kills in each phase, and the steps and seconds that the kills cost."""
+  """Counts the kills in each phase, and the steps and seconds that were lost to kills."""
   first, *runs = runs
   kills = [kill for run in runs for kill in run["kills"]]
   phases: dict[str, int] = {}

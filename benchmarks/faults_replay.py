@@ -3,11 +3,11 @@
 One bit flips at one of three places:
 - in a parameter or an optimizer moment on one device, after a step and before a checked step;
 - in one replica of such an array, some unchecked steps before the checked step;
-- in a gradient or an update on one device, during one of the computations of a checked step.
+- in a gradient or an update on one device, in one of the computations of a checked step.
 
-The array, device, element, bit and computation are random. The checked step must find the flip, and
-its message must name only this device. If there are two replicas, the message may name both
-devices. Steps without a flip must report nothing.
+The array, device, element, bit and computation are random. The checked step must detect the flip,
+and its message must name only the affected device; if there are only two replicas, it may name the
+devices of both. Steps without a flip must report nothing.
 """
 
 from collections.abc import Iterator
@@ -26,23 +26,23 @@ from cm3leon_jax.files.json_files import read_json_lines
 
 KINDS = ("parameters", "moments", "gradients", "updates")
 REPLICAS = ("one replica of parameters", "one replica of moments")
-# Kind of a flip between steps -> pattern of the names of the arrays in which a bit flips.
+# Kind of a flip between steps -> regex for the names of the arrays in which a bit may flip.
 OF_STATE = dict(zip(("parameters", "moments", *REPLICAS), (r"^params", r"\.(mu|nu)\.") * 2))
-EVERY = 5  # `replay_every` in trials with one replica or without a flip.
-# (Sizes of the axes data, fsdp and tensor for 8 devices, number of micro-batches of a step).
+EVERY = 5  # `replay_every` in trials that flip a bit of one replica or no bit.
+# (Sizes of the axes data, fsdp and tensor, number of micro-batches per step) for 8 devices.
 MESHES = (((2, 2, 2), 2), ((1, 8, 1), 1), ((8, 1, 1), 1))
 DEVICES = 8
-CLEAN = 40  # Number of trials without a flip for each mesh.
+CLEAN = 40  # Number of trials without a flip per mesh.
 NONE = (-1, 0, 0)  # Array -1: no bit flips.
 
 
 def flipped(tree, fault):
-  """Flips a bit under jit.
+  """Flips a bit of one array of a tree on one device. Runs under jit.
 
   Args:
     tree: tree of fp32 arrays.
-    fault: int32 [4]: index of the device in the mesh, index of the array, index of the element
-      (modulo the size of the device's part), and bit. Array -1: no bit flips.
+    fault: int32 [4]: index of the device in the mesh, index of the array (-1: flip no bit), index
+      of the element (modulo the size of the device's part), and bit.
   """
   import jax
   import jax.numpy as jnp
@@ -69,7 +69,7 @@ def flipped(tree, fault):
 
 
 def flip_on_device(x, device, element: int, bit: int):
-  """Returns an array with a bit flipped on one device, even if other devices hold replicas."""
+  """Returns an array with a bit flipped on one device only; other replicas stay unchanged."""
   import jax
 
   held = []
@@ -84,14 +84,14 @@ def flip_on_device(x, device, element: int, bit: int):
 
 
 class Trainer:
-  """Tiny training on 8 devices of this process, with bit flips."""
+  """A tiny training on 8 devices of this process, in which bits flip."""
 
   def __init__(self, shape: tuple[int, int, int], passes: int, layers: int = 3):
     """Compiles the steps of the training.
 
     Args:
-      shape: sizes of data, fsdp and tensor.
-      passes: number of micro-batches of a step.
+      shape: sizes of the axes data, fsdp and tensor.
+      passes: number of micro-batches per step.
       layers: number of layers of the decoder.
     """
     import jax
@@ -140,12 +140,13 @@ class Trainer:
     }
 
   def trial(self, kind: str, rng: np.random.Generator, replay_tolerance: float = 0.0) -> dict:
-    """Runs steps, of which the last is checked. Flips a bit, unless the kind is "none".
+    """Runs steps, of which only the last is checked. Flips a bit, unless `kind` is "none".
 
     Returns:
-      "kind"; "where": place of the flip; "found"; "named": whether the sentence names only the
-      affected device; "recovered": whether the final state equals the state of a run without a flip
-      bit for bit, or None if the run stopped; "sentence": the printed sentence.
+      "kind"; "where": place of the flip; "found": whether the check detected it; "named": whether
+      the message names only the affected device; "recovered": whether the final state is bitwise
+      equal to the state of a run without a flip, or None if the run stopped; "sentence": the
+      message.
     """
     import jax
 
@@ -155,8 +156,8 @@ class Trainer:
     device = self.mesh.devices.flat[rng.integers(self.mesh.size)]
     element, bit = int(rng.integers(2**31)), int(rng.integers(32))
     steps = 2 if kind in KINDS else EVERY
-    # The step before a checked step computes a fingerprint, which would show a flip after it. So
-    # flip earlier.
+    # Flip before the step that precedes the checked step: that step computes a fingerprint, which
+    # would reveal a later flip.
     flips_after = 1 + int(rng.integers(EVERY - 2)) if kind in REPLICAS else 1
     config = dataclasses.replace(
       self._config, replay_every=steps, replay_tolerance=replay_tolerance
@@ -168,7 +169,7 @@ class Trainer:
       state, where = _copy(self._state), ""
       try:
         for step, batch in enumerate(batches, 1):
-          state = jax.block_until_ready(replay(state, batch)[0])  # For the reason, see `_run`.
+          state = jax.block_until_ready(replay(state, batch)[0])  # See `_run`.
           if step == flips_after:
             where, state = self._inject(kind, state, device, element, bit, rng)
         recovered = _same(state, expected)
@@ -191,13 +192,13 @@ class Trainer:
     }
 
   def _peers(self, device) -> set[tuple[str, str]]:
-    """Returns (id, process) of the devices along `data` that hold the same data as `device`."""
+    """Returns (id, process) of each device along `data` that stores the same shards as `device`."""
     places = np.argwhere(self.mesh.devices == device)[0]
     line = self.mesh.devices[(slice(None), *places[1:])].tolist()
     return {(f"{d.id}", f"{d.process_index}") for d in line}
 
   def _inject(self, kind: str, state, device, element: int, bit: int, rng):
-    """Flips a bit of the state now, or plans a flip in the next step."""
+    """Flips a bit of the state now, or plans a flip in the next step. Returns (place, state)."""
     import jax
 
     from cm3leon_jax.training.faults.fingerprint import names_of
@@ -218,12 +219,12 @@ class Trainer:
     return f"{names[i]}, device {device.id}, bit {bit}, computation {computation}", state
 
   def _run(self, state, batches: list):
-    """Returns the state after steps without flips; the last step is a checked step."""
+    """Returns the state after steps without flips, of which the last is checked."""
     import jax
 
     state = _copy(state)
     for batch in batches[:-1]:
-      # With few cores, collectives of several steps in flight may wait for each other.
+      # On few cores, collectives of several unfinished steps may block each other.
       state = jax.block_until_ready(self._steps.train(state, batch)[0])
     return self._checked(state, batches[-1])[0]
 
@@ -267,7 +268,7 @@ def _copy(tree):
 
 
 def _same(a, b) -> bool:
-  """Returns whether the shards of two trees in this process are equal bit for bit."""
+  """Returns whether the shards of two trees on the devices of this process are bitwise equal."""
   import jax
 
   def content(tree) -> list[bytes]:
@@ -278,7 +279,7 @@ def _same(a, b) -> bool:
 
 
 def trials(root: pathlib.Path, seed: int, number: int, count: int) -> None:
-  """Runs `CLEAN` trials without a flip and `count` trials with a flip; appends results to a log."""
+  """Runs `CLEAN` trials without a flip, then `count` trials with a flip; logs the results."""
   log = root / f"mesh_{number}.jsonl"
   trainer = Trainer(*MESHES[number])
   kinds = (*KINDS, *(REPLICAS if trainer.mesh.shape["data"] > 1 else ()))
@@ -291,7 +292,7 @@ def trials(root: pathlib.Path, seed: int, number: int, count: int) -> None:
 
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
-  """Yields the results of `count` flips and of steps without a flip, mesh by mesh."""
+  """Yields, mesh by mesh, the results of trials without a flip and `count` trials with a flip."""
   root = root / "replay"
   for number, share in enumerate(np.array_split(np.arange(count), len(MESHES))):
     log, asked = root / f"mesh_{number}.jsonl", CLEAN + len(share)
@@ -307,7 +308,7 @@ def summarize(results: list[dict]) -> dict:
   for kind in (*KINDS, *REPLICAS):
     of_kind = [result for result in results if result["kind"] == kind]
     ended = [result["recovered"] for result in of_kind]
-    # Unchecked steps may round a flip away. Then the checked step has no difference to find.
+    # Rounding in unchecked steps may remove a flip, so that no check can find it.
     vanished = sum(not r["found"] and r["recovered"] is True for r in of_kind)
     vanished = vanished if kind in REPLICAS else 0
     kinds[kind] = {

@@ -12,11 +12,11 @@ from cm3leon_jax.config import STRICT
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class VocabLayout:
-  """Layout of the vocabulary: ids in `[0, text_size)` are text, the rest are image codes.
+  """Layout of the vocabulary: ids in `[0, text_size)` are text tokens, higher ids are image codes.
 
   The first `num_special` text ids are special tokens. The defaults are CM3Leon's 56,320 text tokens
-  and 8,192 image codes (section 2.1). The total, 64,512 = 2^10 x 63, divides evenly over any mesh
-  axis whose size is a power of two up to 1,024.
+  and 8,192 image codes (section 2.1). The total, 64,512 = 2^10 x 63, is evenly divisible by any
+  mesh axis whose size is a power of two up to 1,024.
   """
 
   num_special: Annotated[int, Field(ge=6)] = 256

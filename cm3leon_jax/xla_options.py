@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 # Prefix of `jax.Device.device_kind` -> option -> (value, reason and source). Older recipes also
-# enable asynchronous collectives. On v5e these are the default. On v5p, libtpu refuses asynchronous
-# all-gathers as unsafe. MaxText's xla_tpu_scoped_vmem_limit_kib=98304 for v6e is left out. It did
-# not change memory use, and compilation took five times as long.
+# enable asynchronous collectives. These are the default on v5e, and libtpu rejects asynchronous
+# all-gathers on v5p as unsafe. MaxText's xla_tpu_scoped_vmem_limit_kib=98304 for v6e is omitted,
+# because it did not change memory use, and compilation took five times as long.
 OPTIONS = {
   "TPU": {
     "xla_tpu_enable_data_parallel_all_reduce_opt": (
@@ -27,7 +27,7 @@ OPTIONS = {
     ),
   },
 }
-# A table like OPTIONS, for programs of the decoding loop.
+# Like OPTIONS, but for programs of the decoding loop.
 DECODE_OPTIONS = {
   "cpu": {
     "xla_cpu_experimental_ynn_fusion_type": (
@@ -42,7 +42,7 @@ DECODE_OPTIONS = {
 def compiler_options(
   mesh: jax.sharding.Mesh, options: Mapping[str, Mapping[str, tuple[Any, str]]] = OPTIONS
 ) -> dict[str, Any]:
-  """Returns the options that `jax.jit` gets for programs on `mesh`, from a table like `OPTIONS`."""
+  """Returns the compiler options for programs on `mesh`, from a table like `OPTIONS`."""
   kind = mesh.devices.flat[0].device_kind
   return {
     name: value

@@ -7,9 +7,9 @@ A bundle contains:
   training_data.json: origins of the training data;
   unseen_tokens.json: text ids that never occurred in training, if they are known;
   bundle.json: settings, step, training cost, and the SHA-256 of every file.
-All weights are float16, which numpy can read and which is more precise than bfloat16 for weights.
-A bundle can have a base, which is another bundle. Such a bundle contains only a decoder, and uses
-the tokenizers, CLIP and bank of its base.
+All weights are float16: numpy can read it, and it rounds weights less than bfloat16 does.
+A bundle can name another bundle as its base. Then it contains only a decoder, and uses the
+tokenizers, CLIP model and bank of the base.
 """
 
 import importlib.resources
@@ -47,9 +47,9 @@ def is_bundle(folder: epath.PathLike) -> bool:
 
 
 def stages_folder(folder: epath.PathLike) -> epath.Path:
-  """Returns the folder with the tokenizers, CLIP and bank of a run or bundle.
+  """Returns the folder that contains the tokenizers, CLIP model and bank of a run or bundle.
 
-  It is the folder itself or, for a bundle with a base, the folder of the base.
+  For a bundle with a base, this is the folder of the base, otherwise `folder`.
   """
   folder = epath.Path(folder)
   base = _stored_base(folder, read_json(folder / FILE, {})) if is_bundle(folder) else None
@@ -57,7 +57,7 @@ def stages_folder(folder: epath.PathLike) -> epath.Path:
 
 
 def _stored_base(folder: epath.Path, stored: dict) -> dict[str, str] | None:
-  """Returns {"name", "digest"} of a bundle's base, or None. Raises UserError if it is damaged."""
+  """Returns {"name", "digest"} of a bundle's base, or None. Raises UserError if malformed."""
   base = stored.get("base")
   if base is None:
     return None
@@ -70,7 +70,7 @@ def _stored_base(folder: epath.Path, stored: dict) -> dict[str, str] | None:
 
 
 def read(folder: epath.PathLike) -> tuple[Settings, int]:
-  """Reads the settings and the step of a bundle. Checks all its files, and the files of its base.
+  """Reads a bundle's settings and step. Checks the digests of its files and of its base's files.
 
   Raises:
     UserError: a file is absent or has changed.
@@ -94,12 +94,12 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
 
 
 def _own_file(folder: epath.Path, name: str) -> epath.Path:
-  """Returns the path of a file in a bundle. The bundle may come from an untrusted source.
+  """Returns the path of a file in a bundle, which may come from an untrusted source.
 
-  Links are followed, because package managers and model hubs store files elsewhere.
+  Symbolic links are allowed, because package managers and model hubs link to files elsewhere.
 
   Raises:
-    UserError: the name leads out of the folder, or the file is not regular, such as /dev/zero.
+    UserError: the name points outside the folder, or the file is not regular, e.g. /dev/zero.
   """
   path = folder / name
   if "://" in name or name.startswith("/") or ".." in name.split("/"):

@@ -1,4 +1,4 @@
-"""Reads an export in the format hf or orbax. Such an export has no CLIP model and no bank."""
+"""Reads exports in the formats hf and orbax, which contain no CLIP model and no bank."""
 
 import os
 
@@ -17,11 +17,11 @@ from cm3leon_jax.trained.kinds import ABOUT, DIGESTS, IMAGES, KINDS, kind_of
 from cm3leon_jax.weights import placed
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 
-ORBAX = "params"  # Folder with the parameters in an export in the format orbax.
+ORBAX = "params"  # Folder of the parameters in an orbax export.
 
 
 def is_export(source: str | os.PathLike[str]) -> bool:
-  """Returns whether `cm3leon export` wrote the folder `source` and the folder is not a bundle."""
+  """Returns whether `source` is a folder that `cm3leon export` wrote, other than a bundle."""
   folder = bundles.folder_of(source)
   return (folder / ABOUT).exists() and not bundles.is_bundle(folder)
 
@@ -76,4 +76,4 @@ def load_params(folder: epath.PathLike, config: ModelConfig) -> dict:
     try:
       return placed.load(StoredTensors(folder), config)
     except UserError as error:
-      raise UserError(f"{error} Write the folder again: `cm3leon export`.") from error
+      raise UserError(f"{error} Run `cm3leon export` again.") from error

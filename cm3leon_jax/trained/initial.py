@@ -1,6 +1,6 @@
 """Finds and loads the trained parameters that a run starts from.
 
-These parameters are in another run, a bundle or an exported model.
+The parameters come from another run, a bundle or an exported model.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from cm3leon_jax.settings import Settings
 from cm3leon_jax.trained import bundles, exported, kinds
 from cm3leon_jax.weights import layouts, stored_tensors, tensor_files
 
-IMAGE_TOKENIZER = f"{kinds.IMAGES}/params.safetensors"  # File in an exported model.
-# Key in the summary of INIT for the SHA-256 of the imported model's image tokenizer.
+IMAGE_TOKENIZER = f"{kinds.IMAGES}/params.safetensors"  # Path in an exported model.
+# Key in the summary of the stage INIT. Its value is the SHA-256 of the imported image tokenizer.
 IMAGES = "image_tokenizer_sha256"
 INIT = "init"  # Folder of a workdir with the parameters that `cm3leon import_weights` wrote.
 
@@ -44,7 +44,7 @@ class Weights:
 def start_of_run(
   settings: Settings, workdir: epath.PathLike, source: str, stored: dict[str, Any] | None
 ) -> Weights | None:
-  """Returns which parameters a run starts, or has started, from; None if they are random.
+  """Returns the trained parameters that a run starts, or started, from; None: random parameters.
 
   All processes must call this function.
 
@@ -54,7 +54,7 @@ def start_of_run(
     stored: the entry "run" of the run's config.json; None if the run has not begun.
 
   Raises:
-    UserError: the run has begun from another source than `source`, or `find` raises an error.
+    UserError: the run started from something other than `source`, or `find` raises the error.
   """
   if stored is None:
     source = source or _imported(epath.Path(workdir))
@@ -83,8 +83,8 @@ def _imported(workdir: epath.Path) -> str:
   """Returns the folder with the imported parameters of a workdir, or "".
 
   Raises:
-    UserError: the import has begun but is not finished. Without this error, the run would begin
-      from random parameters.
+    UserError: an import has started but not finished. Without this error, the run would start from
+      random parameters.
   """
   folder = workdir / INIT
   if not folder.exists():
@@ -187,7 +187,7 @@ def seconds_before(workdir: epath.PathLike) -> float:
 
 
 def load(weights: Weights, settings: Settings) -> dict:
-  """Loads parameters onto the current mesh. If a run keeps an average, the average is loaded.
+  """Loads parameters onto the current mesh. If the run keeps a moving average, loads the average.
 
   Raises:
     UserError: the parameters are absent or damaged, or have changed since the run began.
@@ -204,6 +204,6 @@ def load(weights: Weights, settings: Settings) -> dict:
 
 
 def start_of(workdir: epath.PathLike) -> Weights | None:
-  """Returns which parameters the run in a workdir began from; None if they were random."""
+  """Returns the trained parameters that a workdir's run started from; None: random parameters."""
   run = read_json(epath.Path(workdir) / "train" / "config.json", {"run": dict})["run"]
   return Weights(**run["init_from"]) if run.get("init_from") else None

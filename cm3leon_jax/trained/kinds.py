@@ -6,7 +6,7 @@ from cm3leon_jax.files.json_files import read_foreign_json
 
 ABOUT = "export.json"  # Marks a folder as an export and describes the exported model.
 IMAGES = "image_tokenizer"  # Folder of the image tokenizer in an export.
-# File in an export of the format orbax. It is written last: without it the export is incomplete.
+# File that an orbax export writes last. An export without this file is incomplete.
 DIGESTS = "digests.json"
 
 # Result of `kind_of` -> description for messages.

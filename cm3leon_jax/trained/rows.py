@@ -21,14 +21,14 @@ def open_rows(
   """Opens the rows of a split.
 
   The rows contain instructions, pairs with their neighbors, texts and interleaved documents. In
-  instructions, only the answers have a loss weight. `split` is "train" or "heldout". The rows of
-  "heldout" are for the held-out loss. There, neighbors are retrieved by the caption only, as at
-  inference, and have no loss weight (`DataConfig.for_heldout`). With `write_starts`, which exactly
-  one process of a run sets, the starts of the plan's windows are recorded in train/plan.jsonl.
+  instructions, only the answers have a loss weight. `split` is "train" or "heldout". The held-out
+  loss is computed on the rows of "heldout". Their neighbors are retrieved by the caption only, as
+  at inference, and have no loss weight (`DataConfig.for_heldout`). `write_starts`, which exactly
+  one process of a run sets, records in train/plan.jsonl where each window of the plan starts.
 
   Raises:
     UserError: a document store is empty, the neighbors do not match the documents, a task has the
-      name of a document source, or the training documents together are shorter than a batch.
+      same name as a document source, or all training documents together are shorter than one batch.
   """
   share = replay_share(settings, split)
   of_instructions = (settings.instructions, workdir / "instructions", settings.vocab)
@@ -56,7 +56,7 @@ def open_rows(
 
 
 def replay_share(settings: Settings, split: str) -> float:
-  """Returns the share of documents in the rows of a run. Instructions have the remaining share.
+  """Returns the share of a run's rows that documents fill. Instructions fill the remaining rows.
 
   Half of the held-out rows are documents and half are instructions, so that both held-out losses
   are computed on equally many rows.

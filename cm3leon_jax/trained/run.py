@@ -28,13 +28,14 @@ from cm3leon_jax.weights.stored import StoredParams, of_tree
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A run with its tokenizers, CLIP model, bank and parameters, each opened at its first use.
+  """A run with its tokenizers, CLIP model, bank and parameters, each opened when it is first used.
 
     run = Run.open("workdir/scenes")
     with jax.set_mesh(create_mesh(run.settings.mesh)):
       params, step = run.params()
 
-  `Run(folder, settings)` creates the run of a config. Its stages need not be finished.
+  `Run(folder, settings)` opens a workdir with the settings of a config, even before its stages are
+  finished.
 
   Attributes:
     settings: the stored settings, or the settings of a config with the same model.
@@ -62,7 +63,7 @@ class Run:
 
     Raises:
       UserError: `source` has no trained model, a file of the bundle has changed, `settings`
-        describe another model than the bundle, or `source` is an export that is not accepted here.
+        describe a different model than the bundle, or `source` is an export and `exports` is False.
     """
     folder = bundles.folder_of(source)
     if exports and exported.is_export(source):
@@ -96,7 +97,7 @@ class Run:
 
   @functools.cached_property
   def clip(self) -> CLIP | HFCLIP:
-    """CLIP model for scores and retrieval: the published model of the config, or the run's."""
+    """CLIP model for scores and retrieval: published, if the config names one, else the run's."""
     return load_clip(self.settings.retrieval.clip, self.stages, self.settings.vocab)
 
   @property
@@ -125,7 +126,7 @@ class Run:
 
 
 def ids(run: Run, names: Collection[str]) -> dict[str, str]:
-  """Returns the ids of stages, see `stages.ids`. The ids of a bundle come from its files."""
+  """Returns the ids of stages, see `stages.ids`. For a bundle, computes the ids from its files."""
   if run.kind == "workdir":
     return stages.ids(run.settings, run.folder, names)
   return {name: _id(run, name) for name in names}
@@ -139,7 +140,7 @@ def _id(run: Run, name: str) -> str:
 
 
 def open_params(run: Run, average: bool | None) -> StoredParams:
-  """Opens the parameters of a run, which `cm3leon export` then writes.
+  """Opens the parameters of a run for `cm3leon export`.
 
   The parameters of a bundle are loaded into memory, which needs a current mesh. For `average`, see
   `stored.choose`.
@@ -183,7 +184,7 @@ def _check_workdir(name: str, folder: epath.Path) -> None:
 
 
 def _of_config(folder: epath.Path, stored: Settings, settings: Settings) -> Settings:
-  """Returns the settings of a config, but with the sections retrieval, vqgan, clip of a bundle."""
+  """Returns `settings`, but with the sections retrieval, vqgan and clip of a bundle's settings."""
   old, new = (table.identity(one, "train") for one in (stored, settings))
   parts = ("vocab", "model")
   stages.check_same_config(

@@ -1,4 +1,4 @@
-"""Decides which fields of the config may change when a run continues, and describes the effects."""
+"""Checks which fields of the config may change when a run continues, and describes the effects."""
 
 from collections.abc import Sequence
 
@@ -47,9 +47,9 @@ def check_changes(
 ) -> list[str]:
   """Checks the differences between the config of a run and the config of its next start.
 
-  `stored` has the settings that the run depends on, from its config.json. `config` has the same
-  settings at the next start. Fields in `allowed` may change. Returns one sentence per change, which
-  states the field, its values, and the effect.
+  `stored` contains the settings, from the run's config.json, that the run depends on. `config`
+  contains their values at the next start. Only fields in `allowed` may change. Returns one sentence
+  per change, with the field, its old and new value, and the effect.
 
   Raises:
     UserError: a changed field is not in `allowed`, or must never change.

@@ -11,16 +11,17 @@ from cm3leon_jax.config import STRICT, UserError
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-  """Length of the run, and how often it evaluates, saves, samples and prints.
+  """Settings of the training loop: batch size, and when it evaluates, saves, samples and prints.
 
-  The defaults train on the tutorial's 1.4T tokens in batches of 8,192 rows.
+  The defaults train on 1.4T tokens, as in the tutorial that this project started from, in batches
+  of 8,192 rows.
   """
 
   steps: PositiveInt = 41_723
   """Number of training steps."""
   minutes: NonNegativeFloat = 0.0
-  """Time budget of all stages, in minutes on two CPU cores. Numbers of steps that are None in the
-  config, as in `own`, are computed from it."""
+  """Time budget of all stages, in minutes on two CPU cores. If the config sets a number of steps to
+  None, as the config `own` does, the number is computed from this budget."""
   global_batch_size: PositiveInt = 8_192
   """Rows per step over all devices (paper: 8M tokens, about 2,048 rows)."""
   gradient_accumulation_steps: PositiveInt = 1
@@ -38,8 +39,8 @@ class TrainConfig:
   keep_checkpoints: Annotated[int, Field(ge=2)] = 2
   """Number of newest checkpoints to keep; at least 2, because the last save may be incomplete."""
   keep_every: NonNegativeInt = 0
-  """Also keeps every checkpoint whose step is a multiple of this; 0 disables it. Must be a multiple
-  of `checkpoint_every`."""
+  """Also keeps every checkpoint whose step is a multiple of this number; 0 disables it. Must be a
+  multiple of `checkpoint_every`."""
   keep_best: NonNegativeInt = 0
   """Also keeps this number of checkpoints with the lowest held-out loss; 0 disables it.
   `eval_every` must then divide `checkpoint_every`."""
@@ -69,7 +70,7 @@ class TrainConfig:
   Each start also compiles two more programs."""
   replay_tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
   """Accepted difference between two computations of a step, as a share of the norm of an array's
-  shard, e.g. 1e-2 where sums round differently each time; 0: all bits must be equal.
+  shard, e.g. 1e-2 on hardware that rounds sums differently each time; 0: all bits must be equal.
   Needs `replay_every`."""
   histogram_every: NonNegativeInt = 0
   """Number of steps between two histograms of the parameters in TensorBoard; 0: no histograms."""
@@ -105,7 +106,7 @@ class TrainConfig:
 
   @property
   def micro_batch_size(self) -> int:
-    """Rows of a micro-batch over all devices. Valid after `on_mesh` has set the accumulation."""
+    """Rows of a micro-batch over all devices. Valid for a config that `on_mesh` returned."""
     return self.global_batch_size // self.gradient_accumulation_steps
 
 
@@ -118,7 +119,7 @@ def on_mesh(config: TrainConfig, shards: int) -> TrainConfig:
     TrainConfig(global_batch_size=8_192, gradient_accumulation_steps=8, rows_per_device=0)
 
   Raises:
-    UserError: the mesh cannot split the batch.
+    UserError: the batch is not evenly divisible over the mesh.
   """
   rows, name = config.gradient_accumulation_steps, "gradient_accumulation_steps"
   if config.rows_per_device:
@@ -139,15 +140,15 @@ def on_mesh(config: TrainConfig, shards: int) -> TrainConfig:
 class OptimizerConfig:
   """The optimizer and its learning rate schedule.
 
-  The default learning rate and schedule are the tutorial's (paper: 1.2e-4 for 7B, schedule not
-  stated). The other defaults are OPT's.
+  The default learning rate and schedule come from the tutorial that this project started from
+  (paper: 1.2e-4 for 7B, schedule not stated). The other defaults are OPT's.
   """
 
   name: Literal["adamw", "muon"] = "adamw"
-  """`muon` (Jordan et al. 2024; as in Liu et al. 2025, https://arxiv.org/abs/2502.16982)
-  orthogonalizes the averaged gradients of the layers' matrices. AdamW with Nesterov momentum
-  updates the other parameters. Both use the same learning rate and weight decay, because Muon's
-  updates are scaled to the size of AdamW's."""
+  """`adamw`, or `muon` (Jordan et al. 2024; as in Liu et al. 2025,
+  https://arxiv.org/abs/2502.16982). Muon orthogonalizes the averaged gradients of the layers'
+  matrices. AdamW with Nesterov momentum updates the other parameters. Both use the same learning
+  rate and weight decay, because Muon's updates are scaled to the size of AdamW's."""
   learning_rate: PositiveFloat = 1e-4
   """Peak learning rate, reached after `warmup_steps` of linear growth from 0."""
   warmup_steps: NonNegativeInt = 1_500
@@ -187,19 +188,20 @@ class OptimizerConfig:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class ReinforceConfig:
-  """Reinforcement learning by `cm3leon reinforce`: the model learns from rewards of its samples."""
+  """Reinforcement learning with `cm3leon reinforce`: the model learns from rewards of samples."""
 
   tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("draw",)
-  """Names of tasks of `instructions`. Their training records are the prompts, and their target must
-  be an image."""
+  """Names of tasks of `instructions`. The prompts come from their training records. Their target
+  must be an image."""
   samples: Annotated[int, Field(ge=2)] = 8
   """Number of samples per prompt in a step; must divide `train.global_batch_size`, which counts
   samples."""
   reward: Literal["judge", "clip"] = "judge"
-  """The reward of a sample. `judge` is for tasks over scenes: 1 if the sample is entirely right,
-  else 0. `clip` is the cosine similarity of image and caption."""
+  """Reward of a sample. `judge` is for tasks over `scenes`: 1 if the judge finds the sample
+  entirely correct, else 0. `clip` is the cosine similarity of the CLIP embeddings of image and
+  caption."""
   temperature: PositiveFloat = 1.0
-  """Divides the guided logits when samples are drawn for training; top-k and top-p are off."""
+  """Divisor of the guided logits when samples are drawn for training; top-k and top-p are off."""
   kl_weight: NonNegativeFloat = 0.05
   """Weight in the loss of KL(initial policy || policy), in nats per code. This term
   keeps the policy close to the initial model, so that samples stay diverse."""

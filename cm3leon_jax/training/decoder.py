@@ -44,7 +44,7 @@ from cm3leon_jax.vocab import VocabLayout
 
 @dataclasses.dataclass(frozen=True)
 class DecoderTraining:
-  """Everything that defines the training of a decoder.
+  """Model, config, data and callbacks of a decoder's training.
 
   Attributes:
     folder: receives checkpoints/, metrics/, tensorboard/ and profile/.
@@ -72,7 +72,7 @@ class DecoderTraining:
 
   @classmethod
   def of(cls, settings: Settings, **fields: Any) -> "DecoderTraining":
-    """Creates the training from a run's settings. `fields` sets the remaining attributes."""
+    """Creates the training from a run's settings. `fields` are the remaining attributes."""
     return cls(
       model=settings.model,
       optimizer=settings.optimizer,
@@ -87,7 +87,7 @@ class DecoderTraining:
 def _opened(
   folder: epath.Path, config: TrainConfig, lease: Lease | None, go_back: GoBack | None
 ) -> Iterator[tuple[Checkpoints, Stopwatch, HangWatch, Lease]]:
-  """Takes the lease of a run's folder, starts its watches and opens its checkpoints."""
+  """Takes the lease of a run's folder, starts its two watches, and opens its checkpoints."""
   keep = (config.keep_checkpoints, config.keep_every, config.keep_best)
   with (
     contextlib.closing(Stopwatch()) as watch,
@@ -104,14 +104,14 @@ def restore_or_init(
   folder: epath.Path, checkpoints: Checkpoints, steps: Steps, config: TrainConfig,
   initial_params: Callable[[], dict] | None = None,
 ) -> tuple[int | None, TrainState, int]:  # fmt: skip
-  """Restores the newest checkpoint that is not damaged, or initializes a state.
+  """Restores the newest undamaged checkpoint, or initializes a state if there are no checkpoints.
 
   `initial_params` is described in `DecoderTraining`. Returns (step of the checkpoint or None,
   state, next row).
 
   Raises:
-    UserError: all checkpoints are damaged, or none is left although the log shows that the run
-      passed a step at which it saves.
+    UserError: all checkpoints are damaged, or there is none although the log shows that the run
+      has passed a step at which it saves one.
   """
   newest = recovery.newest_whole(checkpoints)
   recovery.discard_unsealed(checkpoints)
@@ -128,10 +128,10 @@ def restore_or_init(
 
 
 def open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatch) -> Monitor:
-  """Opens the monitor of a run on the current mesh; only process 0 writes and prints.
+  """Opens the monitor that logs and prints the metrics of a run; only process 0 writes and prints.
 
-  `newest` is the step of the restored checkpoint, or None. `watch` was started together with the
-  trainer.
+  `newest` is the step of the restored checkpoint, or None. `watch` has measured the time since this
+  process began the training.
   """
   folder, config, objective = training.folder, training.config, training.objective
   log = MetricsLog(folder / "metrics", newest, enabled=jax.process_index() == 0)
@@ -166,7 +166,7 @@ def open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatch
 
 
 def _summary(state: TrainState, next_row: int, losses: dict, before: dict) -> dict:
-  """Builds the result of `train` from the held-out losses after the run and `before` the run."""
+  """Builds the result of `train` from the held-out losses after (`losses`) and before the run."""
   return {
     "steps": int(state.step),
     "parameters": transformer.count_params(state.params),
@@ -184,16 +184,15 @@ def train(
   At SIGTERM or Ctrl-C it saves and exits with the code `INTERRUPTED` or `CTRL_C`.
 
   Args:
-    lease: lease on the folder, if the caller already holds it.
-    go_back: an older checkpoint to continue from, and the rows that the objective leaves out from
-      now on.
+    lease: lease of the folder, if the caller has already taken it.
+    go_back: an older checkpoint to continue from, and the rows to skip after it.
 
   Returns:
-    A dict of numbers for the report. `heldout_before` has the held-out losses of step 0.
+    A dict of numbers for the report. `heldout_before` contains the held-out losses of step 0.
 
   Raises:
-    UserError: the mesh cannot split the batch, all checkpoints are damaged, too many steps were
-      skipped, a parameter is not finite, or another job trains in the folder.
+    UserError: the batch is not evenly divisible over the mesh, all checkpoints are damaged, too
+      many steps were skipped, a parameter is not finite, or another job trains in the folder.
   """
   config = on_mesh(training.config, batch_shards())
   training = dataclasses.replace(training, config=config)
@@ -226,13 +225,13 @@ def train(
         monitor,
         stop,
         losses,
-        # Sample before saving, so that a run killed here makes the grid again.
+        # Draw the grid before saving, so that a run killed in between draws it again.
         SampleGrids(config, monitor, training.sample_grid),
         saves,
         Histograms(config.histogram_every, monitor),
       ]
       state = run_steps(range(done + 1, config.steps + 1), take_step, state, batches, hooks)
   check_end(int(state.step), config.steps, folder, stop.code, saves.saved)
-  # If there was no step left to train, the losses are not computed yet.
+  # If no step was left to train, the hook has not computed the losses.
   found = losses.losses or evaluate(state.eval_params)
   return _summary(state, saves.next_row, found, losses.at_start)

@@ -8,8 +8,8 @@ class Hook:
   """Base class of hooks. Its methods do nothing.
 
   All processes of a job have the same hooks in the same order, because some hooks communicate
-  between processes. A hook that must be closed even after an error is also a context manager, which
-  is entered around the loop.
+  between processes. A hook that must be closed even after an error is also a context manager; the
+  caller runs the loop in its `with` block.
   """
 
   def begin(self, state: Any) -> None:
@@ -25,7 +25,7 @@ class Hook:
     """Called after `step` is dispatched. Devices may still compute its state and metrics."""
 
   def stops(self) -> bool:
-    """Returns whether training stops after the current step, before the planned last step."""
+    """Returns whether training must stop after the current step, even if it is not the last."""
     return False
 
   def end(self, state: Any) -> None:
@@ -35,7 +35,7 @@ class Hook:
 def run_steps(
   steps: Iterable[int], take_step: Callable, state: Any, batches: Iterator, hooks: Sequence[Hook]
 ) -> Any:
-  """Takes all steps, or stops earlier if a hook asks for it. Returns the last state.
+  """Takes all steps, or fewer if a hook stops the training. Returns the last state.
 
   Args:
     steps: step numbers. The first step of a run is 1, and a resumed run continues the count. May be

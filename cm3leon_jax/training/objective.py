@@ -19,11 +19,11 @@ from cm3leon_jax.training.steps import Steps
 
 @runtime_checkable
 class Objective(Protocol):
-  """What the decoder learns: the step function and the batches of a run."""
+  """Training objective: provides the step function and the batches of a run."""
 
   @property
   def names(self) -> Sequence[str]:
-    """Names of the sources that rows of a batch are marked with. Their losses are logged."""
+    """Names of the sources of rows. Losses are logged per source."""
 
   @property
   def length(self) -> int:
@@ -39,7 +39,7 @@ class Objective(Protocol):
     """
 
   def explain(self, rows: range) -> str:
-    """Returns a clause for a message: what skipped steps had read, and what the user can do.
+    """Returns a clause for a message: what the skipped steps read, and what the user can do.
 
     `rows` are the rows of these steps, as `begin` counts them.
     """
@@ -51,7 +51,7 @@ class RowObjective:
 
   Attributes:
     loader: reads all rows, including the skipped ones.
-    skipped: ranges of rows to leave out, from `skipped_rows.read`.
+    skipped: ranges of rows to skip, from `skipped_rows.read`.
   """
 
   loader: RowLoader
@@ -87,9 +87,9 @@ class RowObjective:
 
 @contextlib.contextmanager
 def explaining(objective: Objective, done: int, next_row: int, batch_size: int) -> Iterator[None]:
-  """Extends a TooManySkippedError of the body by the rows that the skipped steps had read.
+  """Adds to a TooManySkippedError of the `with` block which rows the skipped steps read.
 
-  `done` is the number of steps before this start, and `next_row` is the first row of this start.
+  `done` is the number of steps before this start, and `next_row` is the first row after them.
 
   Raises:
     UserError: in place of a TooManySkippedError.

@@ -15,7 +15,7 @@ from cm3leon_jax.training.step.state import TrainState, eval_step, init_state, t
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.xla_options import compiler_options
 
-# Stages of a step whose fingerprints are compared, in the order in which an error spreads.
+# Stages of a step whose fingerprints are compared, in the order in which they are computed.
 STAGES = {
   "read": "the state that it reads",
   "gradients": "gradients",
@@ -31,8 +31,8 @@ class Steps:
   Attributes:
     init: () -> state. The state has an average of the parameters if `ema_decay` is positive.
     train: (state, batch) -> (state, metrics), see `state.train_step`; the state is donated.
-    evaluate: (params, batch) -> sums, see `state.eval_step`. If rows are marked with their sources,
-      `evaluate` and `train` take the number of sources as the static argument `num_sources`.
+    evaluate: (params, batch) -> sums, see `state.eval_step`. If rows name their sources, `evaluate`
+      and `train` take the number of sources as the static argument `num_sources`.
     checked: like `train`, but also returns fingerprints, see `checked_step`.
   """
 
@@ -84,7 +84,7 @@ def checked_step(
   make_step: Callable[[optax.GradientTransformation], Callable],
   optimizer: optax.GradientTransformation,
 ) -> Callable:
-  """Makes a train step that also returns the fingerprints of `STAGES`.
+  """Builds a train step that also returns the fingerprints of `STAGES`.
 
   `make_step` takes an optimizer and returns a step, (state, batch, num_sources) -> (state,
   metrics). The result is (state, batch, num_sources) -> (state, metrics, fingerprints).
@@ -98,7 +98,8 @@ def checked_step(
     def update(
       gradients: dict, opt_state: optax.OptState, params: dict
     ) -> tuple[dict, optax.OptState]:
-      found["gradients"] = fingerprint(gradients)  # Clipping would spread an error to all arrays.
+      # Gradients before clipping, which would spread an error to all arrays.
+      found["gradients"] = fingerprint(gradients)
       updates, opt_state = optimizer.update(gradients, opt_state, params)
       found["updates"] = fingerprint(updates)
       return updates, opt_state
@@ -111,5 +112,5 @@ def checked_step(
 
 
 def is_checked(config: TrainConfig, step: int) -> bool:
-  """Returns whether `step` is checked. The call of a checked step waits for its end."""
+  """Returns whether `step` is checked. The function of a checked step returns only at its end."""
   return bool(config.replay_every) and step % config.replay_every == 0

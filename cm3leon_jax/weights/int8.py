@@ -1,6 +1,6 @@
 """Quantizes layer weights to int8 with one scale per output channel, as `compressed-tensors` does.
 
-This is weight-only quantization (W8A16): engines multiply by weight = int8 x scale. In the format
+This quantization is weight-only (W8A16): engines use weight = int8 x scale. In the format
 `pack-quantized`, 128 is added to each int8 number, and each int32 packs four numbers, lowest byte
 first. vLLM and transformers read weight-only quantization only in this format. Embeddings, head,
 norms and positions keep their dtype.
@@ -66,7 +66,7 @@ def pack(values: np.ndarray) -> np.ndarray:
 
 
 def quantized(tensors: Sequence[Tensor]) -> list[Tensor]:
-  """Replaces each layer's matrices by three tensors each: packed int8 numbers, scales, shape.
+  """Replaces each matrix of a layer by three tensors: packed int8 numbers, scales and shape.
 
   Matrices are [out, in], and their names end with `.weight`, as in transformers.
   """
@@ -91,7 +91,7 @@ def quantized(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _made(kept: dict, tensor: Tensor, part: str) -> np.ndarray:
-  """Returns the part "packed" or "scale" of a quantized matrix, and removes it from `kept`.
+  """Returns one part of a quantized matrix, "packed" or "scale", and removes it from `kept`.
 
   The first call quantizes the matrix and stores both parts in `kept`.
   """
@@ -102,9 +102,9 @@ def _made(kept: dict, tensor: Tensor, part: str) -> np.ndarray:
 
 
 def rounded(params: dict, dtype: str, quantize_layers: bool) -> dict:
-  """Rounds parameters as an export in `dtype` does, and returns them as fp32 in host memory.
+  """Rounds parameters as an export with `dtype` does. Returns them as fp32 arrays in host memory.
 
-  `quantize_layers` rounds the matrices of the layers to int8.
+  If `quantize_layers`, rounds the matrices of the layers to int8.
   """
   flat = traverse_util.flatten_dict(params)
   kind = DTYPES[dtype][1]
@@ -119,7 +119,7 @@ def rounded(params: dict, dtype: str, quantize_layers: bool) -> dict:
 
 
 def _dequantized(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
-  """Rounds the matrices of all layers to int8. Their last axes are the outputs, see `Block`."""
+  """Rounds the matrices `x` of all layers to int8 and back. Their last axes are the outputs."""
   inputs = {"qkv": x.shape[2], "out": x.shape[1] * x.shape[2]}.get(name) or x.shape[1]
   matrices = x.reshape(x.shape[0] * (3 if name == "qkv" else 1), inputs, -1)
   result = np.empty_like(matrices)

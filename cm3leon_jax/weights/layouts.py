@@ -1,6 +1,6 @@
-"""Converts decoders between our parameters and the tensors and config.json of `transformers`.
+"""Converts decoders between this package's parameters and the files of `transformers`.
 
-`LAYOUTS` has a layout for each value of `config.model.family`.
+`LAYOUTS` contains a layout for each value of `config.model.family`.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,14 +38,14 @@ class Layout:
     prefix: prefix of the names of its tensors.
     tables: name of our parameter -> name of the tensor, for parameters outside the layers, in the
       order in which files store them.
-    products: our name -> tensor's name inside a layer, for the feed-forward matrices.
-    scales: our name -> tensor's name inside a layer, for the norms that have a scale.
-    out: name, inside a layer, of the output projection of attention.
-    first_position: row of the position table for position 0.
+    products: the same inside a layer, for the feed-forward matrices.
+    scales: the same inside a layer, for the norms that have a scale.
+    out: name, inside a layer, of the tensor of attention's output projection.
+    first_position: row of the position table that contains position 0.
     check: raises UserError if the layout cannot represent a decoder.
-    describe: returns, for a model config, the fields of config.json that only this layout has.
-    read_fields: returns, for the content of a config.json, the fields of the config section `model`
-      that only this layout has.
+    describe: model config -> the fields of config.json that only this layout has.
+    read_fields: content of config.json -> the fields of the config section `model` that only this
+      layout has.
   """
 
   architecture: str
@@ -81,7 +81,7 @@ def _describe_opt(config: ModelConfig) -> dict:
 
 
 def _fields_of_opt(described: dict) -> dict:
-  """Reads fields of config.json. OPT exports have no query-key norms and no separate head size."""
+  """Reads the fields of the config section `model` that only OPT's config.json contains."""
   names = {theirs: ours for ours, theirs in OPT_ACTIVATIONS.items()}
   return {
     "mlp_width": described["ffn_dim"],
@@ -168,7 +168,7 @@ QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 
 
 def layout_of(config: ModelConfig) -> Layout:
-  """Returns the layout of a decoder's family."""
+  """Returns the layout for a decoder's family."""
   return LAYOUTS[config.family]
 
 
@@ -229,7 +229,7 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def as_stored(name: str, params: StoredParams, source: str, *index: int, dtype: str) -> Tensor:
-  """Returns the tensor `name`, equal to the stored array `source` or to its part at `index`."""
+  """Returns the tensor `name`: the stored array `source`, or its part at `index`, unchanged."""
   shape = params.shapes[source][len(index) :]
   return Tensor(name, shape, dtype, functools.partial(params.read, source, *index))
 
@@ -237,7 +237,7 @@ def as_stored(name: str, params: StoredParams, source: str, *index: int, dtype: 
 def transposed(
   name: str, params: StoredParams, source: str, *index: int, dtype: str, axes_in: int = 1
 ) -> Tensor:
-  """Returns a stored matrix as [out, in]. The first `axes_in` stored axes are the input."""
+  """Returns a stored matrix as [out, in]. Its first `axes_in` axes are the input."""
   shape = params.shapes[source][len(index) :]
   rows, columns = math.prod(shape[:axes_in]), math.prod(shape[axes_in:])
 
@@ -248,7 +248,7 @@ def transposed(
 
 
 def config_of(described: dict) -> dict[str, dict]:
-  """Returns the fields of the config sections `model` and `vocab`. Inverts `hf_config`.
+  """Returns the fields of the config sections `model` and `vocab`; the inverse of `hf_config`.
 
   Raises:
     KeyError: a field is absent or unknown, so `hf_config` did not write `described`.
@@ -270,10 +270,10 @@ def config_of(described: dict) -> dict[str, dict]:
 
 
 def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
-  """Returns the content of config.json. Image code c is token id `cm3leon.text_size` + c.
+  """Returns the content of config.json. Image code c has the token id `cm3leon.text_size` + c.
 
-  If an engine's default positions are not correct, `cm3leon.position_ids` explains which positions
-  to pass.
+  If an engine's default positions are wrong for this decoder, `cm3leon.position_ids` says which
+  positions to pass.
   """
   layout = layout_of(config)
   own = {name: getattr(vocab, name) for name in VOCAB_FIELDS}

@@ -35,8 +35,8 @@ def load(tensors: StoredTensors, config: ModelConfig) -> dict:
   for tensor, shape in layouts.shapes_of(config).items():
     if (found := tensors.shape(tensor)) != shape:
       raise UserError(
-        f"{tensors.folder}: tensor '{tensor}' has the shape {list(found)}; by its config.json it "
-        f"must be {list(shape)}."
+        f"{tensors.folder}: tensor '{tensor}' has the shape {list(found)}; its config.json "
+        f"requires {list(shape)}."
       )
   types = traverse_util.flatten_dict(types_of(config), sep=".")
   params = {}
@@ -51,13 +51,13 @@ def load(tensors: StoredTensors, config: ModelConfig) -> dict:
 def _in_fp32(
   read: Callable[[Index], np.ndarray], shape: tuple[int, ...], index: Index
 ) -> np.ndarray:
-  """Reads the part `index` of an array. Bounds that JAX's slices omit are taken from `shape`."""
+  """Reads the part `index` of an array. Takes bounds that JAX's slices omit from `shape`."""
   bounds = (part.indices(size) for part, size in zip(index, shape))
   return read(tuple(slice(start, stop) for start, stop, _ in bounds)).astype(np.float32, copy=False)
 
 
 def _read(tensors: StoredTensors, config: ModelConfig, name: str, index: Index) -> np.ndarray:
-  """Reads the part `index` of the parameter with the dotted name `name`."""
+  """Reads the part `index` of the parameter `name`, a dotted name."""
   layout = layouts.layout_of(config)
   if name.startswith("blocks."):
     layers, *rest = index

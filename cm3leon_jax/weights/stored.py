@@ -1,9 +1,9 @@
-"""Reads the parameters of a checkpoint in slices, so that a host need not hold all of them.
+"""Reads the parameters of a checkpoint in slices, so that they need not all fit in host memory.
 
 Orbax stores an array in chunks, and TensorStore always reads and decodes whole chunks. Each layer
 of the stacked parameters has separate chunks (`save_args`), so one layer can be read without the
-others. In a checkpoint of an earlier version of this package, a chunk spans all layers of a
-device's shard, so the whole chunk is decoded again for each layer.
+others. In a checkpoint of an earlier version of this package, a chunk covers all layers of a
+device's shard, so each read of a layer decodes the whole chunk.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,11 +28,11 @@ STACKED = "blocks"  # Key of the parameters whose leading axis is the layer.
 
 @dataclasses.dataclass(frozen=True)
 class StoredParams:
-  """Parameters that are read, as fp32, only when they are needed.
+  """Parameters that are read only when they are needed, as fp32.
 
   Attributes:
     shapes: dotted name -> shape. The first axis of arrays under `blocks` is the layer.
-    read: (name, *index) -> array. The index has one integer for each of the first axes.
+    read: (name, *index) -> array. `index` contains integers for the first axes.
 
       read("blocks.up", 3)  # [D, F], the parameter of layer 3.
   """
@@ -70,7 +70,7 @@ def save_args(state: PyTree) -> Any:
 
 
 def restore_args(folder: epath.PathLike, types: dict, average: bool | None) -> tuple[str, Any]:
-  """Chooses which tree of a state to restore. Returns its name, and Orbax's arguments for it.
+  """Chooses the tree of a state to restore. Returns its name and Orbax's restore arguments.
 
   `folder` is the folder of the state, STEP/state. For `average`, see `choose`.
   """
@@ -114,9 +114,9 @@ def open_state(folder: epath.PathLike, average: bool | None) -> StoredParams:
 
 
 def choose(folder: epath.PathLike, average: bool | None) -> tuple[str, dict]:
-  """Chooses which tree of a state to read. Returns "ema" or "params", and its Orbax metadata.
+  """Chooses which parameters of a state to read. Returns "ema" or "params", and its Orbax metadata.
 
-  `folder` is STEP/state. If `average` is None, the average is read if the state has one.
+  `folder` is STEP/state. If `average` is None, chooses the average if the state has one.
 
   Raises:
     UserError: `average` is not None, but the run keeps no average.

@@ -21,13 +21,13 @@ FLOATS = {name: dtype for name, dtype in DTYPES.values() if not name.startswith(
 
 
 def are_in(folder: epath.PathLike) -> bool:
-  """Returns whether a folder has the weights of a model, in one or several files."""
+  """Returns whether a folder contains the weights of a model, in one or several files."""
   folder = epath.Path(folder)
   return (folder / WEIGHTS).exists() or (folder / INDEX).exists()
 
 
 def files_of(folder: epath.PathLike) -> dict[str, str] | None:
-  """Returns {tensor name: file name} from the index of a folder, or None without an index.
+  """Returns {tensor name: file name} from the index in a folder; None if there is no index.
 
   Raises:
     UserError: the index is damaged, or names a path that is not a file in the folder.
@@ -39,7 +39,7 @@ def files_of(folder: epath.PathLike) -> dict[str, str] | None:
 
 
 def digest_of(folder: epath.PathLike) -> str | None:
-  """Returns the SHA-256 of the weights file, a digest of several files, or None without a file."""
+  """Returns the SHA-256 of the weights file, or a digest of several files; None without a file."""
   folder = epath.Path(folder)
   places = files_of(folder)
   if places is None:
@@ -86,11 +86,11 @@ class StoredTensors:
     return tuple(self._view(name).get_shape())
 
   def dtype(self, name: str) -> str:
-    """Returns the dtype of a tensor in safetensors notation, such as "F32". Raises as `shape`."""
+    """Returns the dtype of a tensor in safetensors notation, e.g. "F32". Raises like `shape`."""
     return self._view(name).get_dtype()
 
   def read(self, name: str, *index: slice) -> np.ndarray:
-    """Reads a tensor, or the part that slices of its first axes select.
+    """Reads a tensor, or the part of it that `index`, slices of its first axes, selects.
 
     Returns fp32; fp64 for tensors that are stored in fp64.
 
@@ -124,7 +124,7 @@ class _InMemory:
   """In-memory tensor of a file in a GCS bucket, with the interface of `safe_open`'s slices."""
 
   def __init__(self, about: dict):
-    """Takes a dict with dtype, shape and data (bytes)."""
+    """`about` contains the dtype, shape and data (bytes) of the tensor."""
     self._about = about
 
   def get_shape(self) -> list[int]:
@@ -139,7 +139,7 @@ class _InMemory:
 
 
 def _open(path: epath.Path) -> Mapping[str, Callable]:
-  """Opens a file. Returns, by tensor name, functions that return a view of the tensor."""
+  """Opens a file. Returns tensor name -> function that returns a view of the tensor."""
   if not path.exists():
     raise UserError(f"{path} does not exist, but the index in its folder names it.")
   check_foreign(path)

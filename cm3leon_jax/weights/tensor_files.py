@@ -36,7 +36,7 @@ DTYPES: dict[str, tuple[str, np.dtype]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor that `make` computes when it is written.
+  """Tensor to write; `make` computes it when it is written.
 
   `shape` is the shape of the result. The result is converted to `dtype`, a key of `DTYPES`.
   """
@@ -53,14 +53,14 @@ class Tensor:
 
   @property
   def bytes(self) -> int:
-    """Number of bytes that the tensor takes in the file."""
+    """Number of bytes of the tensor in the file."""
     return self.size * DTYPES[self.dtype][1].itemsize
 
 
 def remove(folder: epath.PathLike) -> None:
   """Removes the weights of an earlier export, if the folder has any.
 
-  The index is removed first, so that an interrupted removal leaves no folder that looks complete.
+  The index is removed first, so that a folder never looks complete after an interrupted removal.
   """
   folder = epath.Path(folder)
   (folder / INDEX).unlink(missing_ok=True)
@@ -77,7 +77,7 @@ def write(
   Args:
     folder: receives the file `WEIGHTS`, or the file `INDEX` and the files that the index names.
     tensors: tensors in the order in which they are computed and written.
-    shard_bytes: largest total size of the tensors in a file. A larger tensor gets a separate file.
+    shard_bytes: maximum total size of the tensors in a file. A larger tensor gets its own file.
   """
   folder = epath.Path(folder)
   shards = _split(tensors, shard_bytes)
@@ -108,7 +108,7 @@ def _split(tensors: Iterable[Tensor], shard_bytes: int) -> list[list[Tensor]]:
 
 
 def header(tensors: Iterable[Tensor]) -> bytes:
-  """Returns the bytes before the tensors of a file: the size of the header, and the header."""
+  """Returns the bytes before the tensors of a file: the header's size, then the header."""
   described: dict[str, Mapping] = {"__metadata__": {"format": "pt"}}
   start = 0
   for tensor in tensors:
@@ -117,7 +117,7 @@ def header(tensors: Iterable[Tensor]) -> bytes:
     described[tensor.name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": places}
     start += tensor.bytes
   text = json.dumps(described, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)  # Padding, since the tensors begin at a multiple of 8 bytes.
+  text += b" " * (-len(text) % 8)  # Tensors must begin at a multiple of 8 bytes.
   return len(text).to_bytes(8, "little") + text
 
 
@@ -125,7 +125,7 @@ def _write_file(path: epath.Path, tensors: Sequence[Tensor]) -> None:
   with replacing(path) as file:
     file.write(header(tensors))
     for tensor in tensors:
-      # One statement, so that each tensor is freed before the next tensor is computed.
+      # In one statement, so that each tensor is freed before the next tensor is computed.
       file.write(_bytes(tensor))
 
 
@@ -133,14 +133,14 @@ def convert(name: str, made: np.ndarray, dtype: str) -> np.ndarray:
   """Converts an array to a dtype of `DTYPES`.
 
   Raises:
-    UserError: the array has NaN, or a number that is infinite in this dtype.
+    UserError: the array contains a NaN, or a number that is infinite in this dtype.
   """
   with np.errstate(over="ignore"):
     converted = np.ascontiguousarray(made, DTYPES[dtype][1])
   if not np.isfinite(converted).all():
     raise UserError(
       f"{name} has values that are not finite in {dtype}, so it cannot be exported: use "
-      "--dtype=float32, or another checkpoint if they are not finite there."
+      "--dtype=float32, or another checkpoint if they are not finite in float32."
     )
   return converted
 

@@ -145,7 +145,7 @@ def test_a_finished_run_goes_back_and_leaves_rows_out_once(root, monkeypatch, ca
   settings = settings_from_config(short_config(checkpoint_every=1))
   back = GoBack(3, range(2, 5))
   train.main(settings, root)
-  with pytest.raises(UserError, match="checkpoint 3 has read the rows before 3 already"):
+  with pytest.raises(UserError, match="up to checkpoint 3 the run has read all rows before 3"):
     train.main(settings, root, back=back)
   log = root / "train" / "metrics" / "metrics.jsonl"
 
@@ -157,7 +157,7 @@ def test_a_finished_run_goes_back_and_leaves_rows_out_once(root, monkeypatch, ca
   second = losses()
   assert [first[i] == second[i] for i in range(1, 5)] == [True, True, True, False]
   assert read_json(root / "train" / skipped_rows.RECORD) == [back.as_json]
-  assert "goes back to checkpoint 3, and on without rows 3 to 5" in capsys.readouterr().out
+  assert "goes back to checkpoint 3, and then skips rows 3 to 5" in capsys.readouterr().out
   for again in (back, None):
     train.main(settings, root, back=again)
     assert capsys.readouterr().out.endswith(

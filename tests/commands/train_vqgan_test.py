@@ -103,8 +103,8 @@ def test_a_training_that_ended_on_other_images_does_not_count(tmp_path, monkeypa
   finished = f"{other}: finished already, skipped.\n"
   assert capsys.readouterr().out == (
     f"{finished}{finished}train_vqgan: it was trained for 60 steps, and config.vqgan.steps is 90: "
-    f"a finished training does not continue; delete {other} to train it anew, and the stages after "
-    "it with it.\n"
+    f"a finished training does not continue; to train it again, delete {other} and the folders of "
+    "all later stages.\n"
   )
 
 

@@ -1,4 +1,4 @@
-"""Moves arrays to other devices, by means of a mesh with the same devices in another order."""
+"""Moves arrays to other devices: the target mesh contains the same devices in another order."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ ROLLED = (*FSDP, "tensor", "data")
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-  """Roll of the devices by `shift` places along a mesh axis. Rings and slices stay intact."""
+  """Rolls the devices by `shift` places along a mesh axis, which keeps rings and slices intact."""
 
   axis: str = AXES[0]
   shift: int = 0
@@ -32,8 +32,8 @@ class Assignment:
 def assignments(mesh: Mesh) -> tuple[Assignment, Assignment]:
   """Returns two assignments whose meshes differ from `mesh` and from each other.
 
-  This needs one axis of at least 3 devices, or two axes of at least 2 devices each. On a smaller
-  mesh, the second assignment, or both, keep the devices in place.
+  The mesh needs one axis of at least 3 devices, or two axes of at least 2 devices each. On a
+  smaller mesh, the second assignment, or both, leave all arrays on their devices.
   """
   found = [
     Assignment(axis, shift) for axis in ROLLED for shift in range(1, min(mesh.shape[axis], 3))
@@ -54,14 +54,14 @@ def moved(tree: PyTree, source: Mesh, target: Mesh, assignment: Assignment) -> P
 
 
 def moved_back(tree: PyTree, source: Mesh, target: Mesh, assignment: Assignment) -> PyTree:
-  """Copies a result of `moved`, which is on the mesh `source`, back to its old mesh `target`."""
+  """Copies a result of `moved` from the mesh `source` back to its original mesh `target`."""
   inverse = Assignment(assignment.axis, -assignment.shift)
   return moved(tree, source, target, inverse)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _permuted(tree: PyTree, assignment: Assignment) -> PyTree:
-  """Copies the shards of each device to the device `shift` places further along the axis."""
+  """Copies the shards of each device to the device `shift` places further along the mesh axis."""
   size = jax.sharding.get_abstract_mesh().shape[assignment.axis]
   pairs = [(i, (i + assignment.shift) % size) for i in range(size)]
   specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
@@ -75,7 +75,7 @@ def _permuted(tree: PyTree, assignment: Assignment) -> PyTree:
 
 
 def _renamed(x: jax.Array, mesh: Mesh) -> jax.Array:
-  """Returns an array on `mesh` from shards that are already on its devices, without copies."""
+  """Returns an array on `mesh`, without copies: its shards are already on the devices of `mesh`."""
   sharding = NamedSharding(mesh, x.sharding.spec)
   held = [shard.data for shard in x.addressable_shards]
   return jax.make_array_from_single_device_arrays(x.shape, sharding, held)

@@ -1,8 +1,8 @@
-"""Computes fingerprints: a few numbers per array and device, which reveal silent errors.
+"""Computes fingerprints: a few numbers per array and device that reveal silent hardware errors.
 
-Several devices may hold replicas of one shard, which must be equal. Each device adds the same
-update to its replica, so an error in one replica persists. If the step is computed again, it reads
-the wrong numbers again, so only a comparison of the replicas reveals the error.
+Several devices may store replicas of one shard, and these replicas must be equal. Each device adds
+the same update to its replica, so an error in one replica persists. A repeated step reads the same
+wrong replica and gives the same result, so only a comparison of the replicas reveals the error.
 """
 
 # D devices of the mesh, in the order of `mesh.devices.flat`; N arrays of a tree.
@@ -19,7 +19,8 @@ import numpy as np
 
 from cm3leon_jax.mesh import AXES
 
-GOLDEN = 0x9E3779B1  # Odd; its multiples spread over 32 bits (Knuth 1998, volume 3, section 6.4).
+# Odd; its multiples are spread over all 32-bit numbers (Knuth 1998, vol. 3, section 6.4).
+GOLDEN = 0x9E3779B1
 
 
 class Fingerprint(NamedTuple):
@@ -41,7 +42,7 @@ class Fingerprint(NamedTuple):
 def fingerprint(tree: PyTree) -> Fingerprint:
   """Computes the fingerprint of a tree of arrays under jit. The result is replicated.
 
-  Each device reads its own shard or replica, so replicas have separate entries.
+  Each device reads its own shard or replica, so each replica has its own entry.
   """
   leaves = jax.tree.leaves(tree)
   specs = [jax.typeof(x).sharding.spec for x in leaves]
@@ -75,7 +76,7 @@ def _words(x: Array) -> Array:
 
 
 def _numbers(shape: tuple[int, ...]) -> Array:
-  """Returns the number of each element, counted from 0. The compiler fuses it: no memory is used.
+  """Returns the index of each element, from 0. The compiler fuses this array: it uses no memory.
 
   shape (2, 3) -> [[0 1 2] [3 4 5]]
   """
@@ -87,10 +88,10 @@ def _numbers(shape: tuple[int, ...]) -> Array:
 
 
 def equal(a: Fingerprint, b: Fingerprint, tolerance: float = 0.0) -> Bool[np.ndarray, "D N"]:
-  """Compares two fingerprints on the host, array by array.
+  """Returns, for each device and array, whether two fingerprints are equal. Runs on the host.
 
-  Both have numpy arrays of the same shapes. `tolerance` is the accepted difference of projections,
-  as a share of the norm. With 0, digests must be equal.
+  Both contain numpy arrays of the same shapes. `tolerance` is the accepted difference of the
+  projections, as a share of the norm. If it is 0, the digests must be equal.
   """
   same = a.digest == b.digest
   if not tolerance:
@@ -113,7 +114,7 @@ fingerprint_of: Callable = jax.jit(fingerprint)
 
 
 def first_replicas(tree: PyTree, mesh: Mesh) -> Int[np.ndarray, "D N"]:
-  """Returns, for each device and array, the place of the first device that holds the same shard.
+  """Returns, for each device and array, the place of the first device with a replica of its shard.
 
   One array, sharded over fsdp, on a mesh of 2 x 2 (data, fsdp): [[0] [1] [0] [1]]
   """
@@ -135,11 +136,10 @@ def different_replicas(
     of an array with two shards, each on 2 of 4 devices: [7 8 7 9] -> devices 1 and 3
     of an array that is replicated on 4 devices: [7 7 5 5] -> all four devices
 
-  `found` has numpy arrays, and `first` is the result of `first_replicas`. For `tolerance`, see
-  `fingerprint.equal`. Returns the numbers of the arrays whose replicas differ, and places of
-  devices. A device is listed if its replica is not equal to any other replica. If there is no such
-  device, all devices with the differing shards are listed. Both lists are empty if all replicas are
-  equal.
+  `found` contains numpy arrays, and `first` is the result of `first_replicas`. For `tolerance`, see
+  `fingerprint.equal`. Returns the indices of the arrays whose replicas differ, and the places of
+  the devices whose replica differs from all other replicas. If there is no such device, returns the
+  places of all devices with these shards. Both lists are empty if all replicas are equal.
   """
   of_first = Fingerprint(*(np.take_along_axis(x, first, axis=0) for x in found))
   differ = ~equal(found, of_first, tolerance)
@@ -150,5 +150,5 @@ def different_replicas(
       replicas = np.flatnonzero(first[:, i] == place)
       a, b = (Fingerprint(*(x[at, i] for x in found)) for at in np.meshgrid(replicas, replicas))
       concerned[replicas] = True
-      alone[replicas] |= equal(a, b, tolerance).sum(0) == 1  # Each replica is equal to itself.
+      alone[replicas] |= equal(a, b, tolerance).sum(0) == 1  # 1: only equal to itself.
   return arrays, np.flatnonzero(alone if alone.any() else concerned).tolist()

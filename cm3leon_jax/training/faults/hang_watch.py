@@ -1,4 +1,4 @@
-"""Ends a run that hangs, after it has printed where each process is."""
+"""Ends a run that hangs, and first prints where each of its processes waits."""
 
 from collections.abc import Callable
 from concurrent import futures
@@ -24,16 +24,16 @@ from cm3leon_jax.training.watch.goodput import PHASES, Stopwatch
 
 FOLDER = "hang"
 HUNG = TryAgain.exit_code  # Launchers restart a job with this exit code a limited number of times.
-# In a healthy run, no step takes this many times as long as the longest step before it.
+# A step that takes this many times as long as the longest earlier step counts as hanging.
 LONGEST = 10
-# Compiling, evaluating, saving, sampling and restoring may take this many times the limit of steps.
+# Compiling, evaluating, saving, sampling and restoring may take this multiple of a step's limit.
 SLOW = 4
-COMPILED = 3  # When this step begins, the first step has ended, so steps are compiled.
+COMPILED = 3  # When this step begins, the first step has ended, so the steps are compiled.
 POLL_SECONDS = 5.0
-FILE_SECONDS = 20.0  # Limit for writing or reading the reports, because a GCS bucket may hang, too.
+FILE_SECONDS = 20.0  # Time limit for reading or writing reports: a GCS bucket may hang.
 READERS = 32  # Number of reports that are read in parallel.
-# A process that has timed out waits this long before it exits. The other processes fail when it
-# exits, and can print their stacks until then. Process 0, which runs JAX's service, waits twice as
+# Seconds that a process waits between its timeout and its exit. When it exits, the other processes
+# fail; until then, they can print their stacks. Process 0, which runs JAX's service, waits twice as
 # long.
 LINGER_SECONDS = 10.0
 # Phases in the order in which a process passes them after it has dispatched a step.
@@ -47,20 +47,20 @@ def place(report: dict) -> str:
 
 
 def verdict(reports: dict[int, dict | None]) -> tuple[str, list[int]]:
-  """Finds the processes that the others wait for.
+  """Finds the processes for which all other processes wait.
 
     {0: {"step": 42, "doing": "step", "host": "a"}, 1: {"step": 41, "doing": "data", "host": "b"}}
     -> "process 1 on b has not arrived: it is at step 41, waiting for data; process 0 is at step 42,
     steps", [1]
 
-  `reports` maps the number of a process to its report, or to None if it wrote no report. The result
-  is a sentence without its final period, and the processes that it names as missing.
+  `reports` maps the index of a process to its report, or to None if it wrote no report. Returns a
+  sentence without its final period, and the indices of the missing processes that it names.
   """
   silent = [i for i, report in reports.items() if report is None]
   known = {i: report for i, report in reports.items() if report is not None}
   if silent:
     names = ", ".join(map(str, silent))
-    return f"process {names} gives no sign of life: it was killed, stopped or cut off", silent
+    return f"process {names} does not respond: it was killed, suspended or disconnected", silent
   keys = {i: (r["step"], ORDER.index(r["doing"])) for i, r in known.items()}
   first, last = min(keys.values()), max(keys.values())
   late = [i for i, key in keys.items() if key == first]
@@ -81,23 +81,23 @@ class HangWatch(Hook):
   Stopwatch enters a new phase. After half of the time limit without progress, each process of a job
   with several processes writes a report to `folder/hang/PROCESS.json`: where it is, and the stacks
   of its threads. After the full time limit each process prints its stacks. Process 0 also prints
-  the stacks of the processes that have not arrived. While the loop makes progress, the processes
-  neither write reports nor communicate.
+  the stacks of the processes for which it waits. While the loop makes progress, the watch neither
+  writes reports nor communicates.
 
-  The time limit is `minutes`, or LONGEST times the longest step so far if that is longer. It is
-  SLOW times as long for the first steps, which compile, and for phases other than steps.
+  The time limit is `minutes`, or LONGEST times the longest step so far if this is longer. The first
+  steps, which compile, and phases other than steps have SLOW times this limit.
   """
 
   def __init__(
     self, folder: epath.Path, minutes: float, watch: Stopwatch,
     end: Callable[[int], None] = os._exit, clock: Callable[[], float] = time.monotonic,
   ):  # fmt: skip
-    """Prepares a watch.
+    """Creates a watch, which starts in its `with` block.
 
     Args:
-      minutes: time limit without progress; 0 switches the watch off.
+      minutes: time limit without progress; 0 disables the watch.
       end: ends the process with an exit code. The default skips clean-up, which could hang, too.
-      clock: returns seconds.
+      clock: returns the time in seconds.
     """
     self._folder, self._allowed, self._stopwatch = folder / FOLDER, 60 * minutes, watch
     self._end, self._clock = end, clock
@@ -122,14 +122,14 @@ class HangWatch(Hook):
       self._thread.join()
 
   def continue_after(self, step: int) -> None:
-    """Sets the step after which the run continues. Reports show it until the next step."""
+    """Sets the step after which the run continues. Reports show it until the next step begins."""
     self._steps = step
 
   def before(self, step: int) -> None:
     self._reading = True
 
   def ready(self, step: int) -> None:
-    """See `Hook`. Measures the previous step without the time of phases other than steps."""
+    """See `Hook`. Measures the time of the previous step, excluding phases other than steps."""
     self._reading = False
     seconds = self._stopwatch.seconds()
     before, self._in_steps = self._in_steps, seconds["step"] + seconds["data"]
@@ -151,7 +151,7 @@ class HangWatch(Hook):
       self.look()
 
   def look(self) -> None:
-    """Compares the time since the last progress with the limits. Warns, reports or ends the run."""
+    """Warns, writes a report or ends the run, depending on the time since the last progress."""
     now = self._clock()
     if now - self._looked > POLL_SECONDS + self._allowed / 4:
       self._sign = now  # The whole process was suspended (Ctrl-Z, a debugger).
@@ -191,7 +191,7 @@ class HangWatch(Hook):
     }
 
   def _read_report(self, process: int) -> dict | None:
-    with contextlib.suppress(UserError):  # The report is missing or incomplete.
+    with contextlib.suppress(UserError):  # A report may be missing or incomplete.
       report = read_json(self._path(process))
       if report.get("start") == self._start:
         return report
@@ -222,7 +222,7 @@ class HangWatch(Hook):
     self._end(HUNG)
 
   def _compare(self, mine: dict) -> list[str]:
-    """Returns lines about the processes that have not arrived."""
+    """Returns lines for the log about the processes for which this process waits."""
     found = _within(FILE_SECONDS, self._read_reports)
     if found is None:
       return [f"error: the reports in {self._folder} cannot be read."]
@@ -245,7 +245,7 @@ def stacks() -> str:
 
 
 def _within(seconds: float, function: Callable[[], T]) -> T | None:
-  """Returns what `function` returns, or None if it fails or takes longer than `seconds`."""
+  """Returns the result of `function`, or None if it fails or takes longer than `seconds`."""
   found: list[T] = []
 
   def call() -> None:

@@ -21,19 +21,19 @@ NAME = "lease.json"
 BEAT_SECONDS = 15.0
 # A lease expires after this time without a heartbeat, measured by the clock of the waiting job.
 EXPIRE_SECONDS = 90.0
-POLL_SECONDS = 1.0  # Interval at which the lease of another job is read.
-# A job reads its lease again after this time, to see whether another job took it simultaneously.
+POLL_SECONDS = 1.0  # Seconds between two reads of another job's lease.
+# Seconds after which a job reads its new lease again, in case another job took it simultaneously.
 SETTLE_SECONDS = 0.2
 
 
 class Lease(Hook):
   """Reserves a folder for this job inside a `with` block. Process 0 acts for all processes.
 
-  lease.json has the id of the job that holds the lease, and a number that grows with every
-  heartbeat. A job that finds this file reads it repeatedly. If the number grows, the job refuses
-  to start. If the number does not grow for EXPIRE_SECONDS, or if the holder was a process on the
-  same machine and has ended since, the job takes the lease. A job that has lost its lease, or
-  could not renew it for EXPIRE_SECONDS, stops before its next step.
+  lease.json contains the id of the job that has the lease, and a counter that grows with every
+  heartbeat. Another job that finds this file reads it repeatedly. If the counter grows, the other
+  job refuses to start. If the counter does not grow for EXPIRE_SECONDS, or if the lease belongs to
+  a process of the same machine that has ended, the other job takes the lease. A job that has lost
+  its lease, or could not renew it for EXPIRE_SECONDS, stops before its next step.
   """
 
   def __init__(self, folder: epath.PathLike):
@@ -48,14 +48,14 @@ class Lease(Hook):
     """Takes the lease.
 
     Raises:
-      UserError: another job holds the lease, or this account may not write to the GCS bucket.
+      UserError: another job has the lease, or this account cannot write to the GCS bucket.
       TryAgain: lease.json cannot be read or written.
     """
     try:
       with distributed.together():
         if distributed.is_first():
           self._start()
-    except BaseException:  # This includes the SystemExit of a job that a signal stops.
+    except BaseException:  # Includes the SystemExit that a signal causes.
       self.__exit__()
       raise
     return self
@@ -81,13 +81,13 @@ class Lease(Hook):
     self._stop.set()
     if self._thread.is_alive():
       self._thread.join()
-    # A GCS bucket may raise errors of any type here, which must not hide an error of the body.
+    # A GCS bucket may raise any error here. It must not hide an error of the `with` block.
     with contextlib.suppress(Exception):
       if self._read().get("token") == self._token:
         self._path.unlink(missing_ok=True)
 
   def check(self, now: bool = True) -> None:
-    """Checks that this job still holds the lease.
+    """Checks that this job still has the lease.
 
     If `now` is False, lease.json is read only if the last heartbeat is older than EXPIRE_SECONDS.
 
@@ -101,7 +101,7 @@ class Lease(Hook):
       self._renew()
     if self._lost:
       raise UserError(
-        f"{self._lost} took {self._path}, because this job gave no sign of life for "
+        f"{self._lost} took {self._path}, because this job did not renew it for "
         f"{EXPIRE_SECONDS:g} s: this job stops, and the other job continues."
       )
     if time.monotonic() - self._renewed > EXPIRE_SECONDS:
@@ -125,7 +125,7 @@ class Lease(Hook):
     return found if isinstance(found, dict) else {}
 
   def _wait_for(self, first: dict) -> None:
-    print(f"{_name(first)} holds {self._path}; waiting for a sign of life.", flush=True)
+    print(f"{_name(first)} holds {self._path}; waiting whether it renews this lease.", flush=True)
     end = time.monotonic() + EXPIRE_SECONDS
     while time.monotonic() < end:
       time.sleep(min(POLL_SECONDS, EXPIRE_SECONDS / 10))
@@ -136,7 +136,7 @@ class Lease(Hook):
         raise UserError(
           f"{_name(now)} works in {self._folder}: use another --workdir, or stop that job."
         )
-    print(f"{_name(first)} gave no sign for {EXPIRE_SECONDS:g} s; its lease ends.", flush=True)
+    print(f"{_name(first)} did not renew its lease for {EXPIRE_SECONDS:g} s.", flush=True)
 
   def _beat(self) -> None:
     while not self._stop.wait(BEAT_SECONDS):
@@ -150,7 +150,7 @@ class Lease(Hook):
           self._lost = _name(found)
         elif not self._lost:
           self._write()
-    except Exception:  # A GCS bucket or network disk may raise any error. The next beat retries.
+    except Exception:  # GCS or a network disk may raise any error. The next heartbeat retries.
       return
 
 
@@ -161,9 +161,9 @@ def _name(holder: dict) -> str:
 def _this_process() -> dict:
   """Identifies this process among the processes of all machines and containers.
 
-  Containers with the same hostname have separate process ids, so the id of the pid namespace is
-  added. Outside of containers all machines have the same namespace id, so the id of the machine's
-  boot is added, too.
+  Containers with the same hostname count their process ids separately, so the id includes the pid
+  namespace. Outside of containers, this namespace is the same on all machines, so the id also
+  includes the boot id of the machine.
   """
   namespace, boot = "", ""
   with contextlib.suppress(OSError):
@@ -174,7 +174,7 @@ def _this_process() -> dict:
 
 
 def _is_gone(holder: dict) -> bool:
-  """Returns whether the holder was a process of this machine or container and has ended."""
+  """Returns whether a lease belongs to a process of this machine or container that has ended."""
   here = _this_process()
   pid: Any = holder.get("pid")
   if any(holder.get(name) != here[name] for name in ("host", "boot", "namespace")):

@@ -1,4 +1,4 @@
-"""Handles SIGTERM and Ctrl-C: all processes stop after the same step, and the run saves first."""
+"""Handles SIGTERM and Ctrl-C: the run saves, and all processes stop after the same step."""
 
 import os
 import signal
@@ -25,16 +25,16 @@ _largest = jax.jit(jnp.max)
 
 
 class StopSignal(Hook):
-  """Records SIGTERM and Ctrl-C, so that the loop can save before it ends.
+  """Records SIGTERM and Ctrl-C, so that the training loop can save before it ends.
 
-  Perhaps only some processes receive the signal. After each step all processes start an all-reduce
-  of one scalar, the maximum of their flags. They read the result after the next step, so they do
-  not wait. All processes thus read the same number at the same step, at most two steps after the
+  The signal may reach only some processes. After each step, all processes start an all-reduce that
+  computes the maximum of their flags. They read the result after the next step, so they do not wait
+  for it. Thus all processes read the same number at the same step, at most two steps after the
   signal. A second Ctrl-C stops the process immediately.
 
-  JAX has `multihost_utils.reached_preemption_sync_point` for this purpose. It agrees on the largest
+  JAX has `multihost_utils.reached_preemption_sync_point` for this purpose. It chooses the largest
   step for which a process has called it. But Orbax also calls it for old steps, from the thread
-  that finishes a save, so the agreed step may already have passed.
+  that finishes a save, so the chosen step may already be over.
 
   `code` is the exit code with which to stop after the newest step; None: continue.
   """
@@ -46,11 +46,11 @@ class StopSignal(Hook):
     self.code: int | None = None
 
   def __enter__(self) -> "StopSignal":
-    self._received = 0  # 1 + index in SIGNALS.
-    # In a script, a background job ignores Ctrl-C, because it is meant for the foreground job.
+    self._received = 0  # 0: none, else 1 + index in SIGNALS.
+    # A script's background job ignores Ctrl-C, which is for the foreground job. Keep it ignored.
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     self._previous = {number: signal.signal(number, self._set) for number in heard}
-    if code := distributed.asked_to_stop():  # The signal came before this handler was installed.
+    if code := distributed.asked_to_stop():  # The signal came before this handler existed.
       self._received = max(self._received, 1 + CODES.index(code))
     return self
 
@@ -59,7 +59,7 @@ class StopSignal(Hook):
     if number == signal.SIGINT:
       if before:
         raise KeyboardInterrupt
-      # A handler must not print: it may have interrupted a print.
+      # A signal handler must not call `print`, which it may have interrupted.
       os.write(2, b"\nCtrl-C: the run saves after this step; once more stops it at once.\n")
 
   def __exit__(self, *_: object) -> None:

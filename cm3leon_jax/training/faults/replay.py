@@ -1,9 +1,10 @@
-"""Detects silent errors of devices: computes some steps again on other devices and compares.
+"""Detects silent errors of devices: computes some steps twice, on different devices, and compares.
 
 A checked step is computed twice, the second time with every shard on another device. Fingerprints
-of the inputs, gradients, updates and new states are compared. If they differ, a third computation
-on yet other devices decides. In addition, the state that a checked step reads must be bitwise equal
-to the state that the previous step wrote, and all replicas of a shard must be equal.
+of the inputs, gradients, updates and new states are compared. If they differ, the step is computed
+a third time on other devices, and the majority decides. In addition, the state that a checked step
+reads must be bitwise equal to the state that the previous step wrote, and all replicas of a shard
+must be equal.
 """
 
 from collections.abc import Sequence
@@ -30,11 +31,11 @@ from cm3leon_jax.training.faults.fingerprint import (
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import STAGES, Steps, is_checked
 
-MOST = 2  # Number of faults in one start that ends the run. Healthy devices produce none.
+MOST = 2  # A run ends after this many faults in one start. Healthy devices cause none.
 Fingerprints: TypeAlias = dict[str, Fingerprint]
 Inputs: TypeAlias = tuple[TrainState, dict]  # State and batch.
 Computed: TypeAlias = tuple[TrainState, dict, Fingerprints]  # State, metrics and fingerprints.
-Places = tuple[Sequence[int], Sequence[int]]  # Numbers of arrays, and places of mesh devices.
+Places = tuple[Sequence[int], Sequence[int]]  # Indices of arrays, places of devices in the mesh.
 CONTINUE = "The same command continues from the newest checkpoint."
 # What to do about a faulty device, see docs/reliability.md.
 REPLACE = (
@@ -48,13 +49,13 @@ class Verdict:
   """Result of comparing three computations of a step.
 
   Attributes:
-    wrong: numbers of the outvoted computations. A computation is outvoted if the other two agree
-      with each other but not with it, for at least one array on one device.
+    wrong: indices of the outvoted computations. A computation is outvoted if, for at least one
+      array on one device, it differs from the other two, which agree.
     undecided: whether there is an array for which no two computations agree.
     unconfirmed: whether the two computations that agree ran on the same assignment of several
       devices. If a device repeats an error, both contain it.
     stage: the first of `STAGES` in which the computations differ.
-    arrays: numbers of the arrays that differ in this stage.
+    arrays: indices of the arrays that differ in this stage.
     devices: ids of the devices on which a computation was outvoted in this stage.
   """
 
@@ -67,7 +68,7 @@ class Verdict:
 
   @property
   def majority(self) -> int | None:
-    """Number of a computation whose state can be trusted, or None."""
+    """Index of a computation whose state two computations agree on; None if there is none."""
     if self.undecided or self.unconfirmed or len(self.wrong) != 1:
       return None
     return 2 if self.wrong == (0,) else 0
@@ -76,7 +77,7 @@ class Verdict:
 def judge(
   computations: Sequence[Fingerprints], meshes: Sequence[Mesh], tolerance: float = 0.0
 ) -> Verdict:
-  """Compares three computations of a step shard by shard.
+  """Compares three computations of a step, shard by shard, and returns which of them is wrong.
 
     digests of an array on 3 devices, which are rolled by 0, 1 and 2 places:
       [7 8 9], [7 8 9], [7 5 9]: the third computation is wrong in shard 1, which it computed on
@@ -84,8 +85,8 @@ def judge(
     on 2 devices, which are rolled by 0, 1 and 0 places:
       [5 8], [7 4], [5 8]: unconfirmed. Device 0 is always wrong here; [7 8] would be right.
 
-  `computations` are fingerprints by stage, as numpy arrays. For `tolerance`, see
-  `fingerprint.equal`.
+  `computations` contains the fingerprints of each computation by stage, as numpy arrays. For
+  `tolerance`, see `fingerprint.equal`.
   """
   wrong: set[int] = set()
   undecided, repeats = False, meshes[0] == meshes[2] and meshes[0].size > 1
@@ -108,17 +109,17 @@ def judge(
 
 
 class Replay:
-  """Step function of a run that checks some steps. `faults` describes the faults that it found."""
+  """Step function that checks some of the steps. `faults` describes the faults found so far."""
 
   def __init__(self, steps: Steps, config: TrainConfig, step: int, mesh: Mesh):
-    """Prepares the checks. All processes must call it."""
+    """Creates the step function. All processes must call this."""
     self._usual, self._checked, self._config, self._step = steps.train, steps.checked, config, step
     self._assignments = assignments(mesh)
     self._meshes = (mesh, *(a.mesh(mesh) for a in self._assignments))
     self._hosts = distributed.gather(socket.gethostname())
-    # Fingerprint of the newest state, if the next step is checked.
+    # Fingerprint of the newest state; None unless the next step is checked.
     self._left: Fingerprint | None = None
-    self._sound = step  # The newest step whose state was restored or checked.
+    self._sound = step  # Newest step whose state was restored or checked.
     self._first_replicas: np.ndarray | None = None
     self.faults: list[str] = []
 
@@ -130,8 +131,8 @@ class Replay:
     Raises:
       TryAgain: the state has changed since the previous step, or replicas of a shard differ. The
         newest checkpoint is older than the error.
-      UserError: the newest checkpoint may contain such an error, no two of three computations
-        agree, or this is fault number `MOST`.
+      UserError: the newest checkpoint may contain the error, no two of three computations agree, or
+        this start has found `MOST` faults.
     """
     self._step += 1
     if is_checked(self._config, self._step):
@@ -153,7 +154,7 @@ class Replay:
     if self._first_replicas is None:
       self._first_replicas = first_replicas(new, self._meshes[0])
     apart = different_replicas(prints["read"], self._first_replicas, tolerance)
-    # All processes must make the same decision, even if only one of them has read a difference.
+    # All processes must make the same decision, even if only one of them sees a difference.
     findings = distributed.gather([_changed(before, prints["read"]), apart, not same])
     self._raise_changed(_first([changed for changed, _, _ in findings]), names_of(new))
     self._raise_apart(_first([apart for _, apart, _ in findings]), names_of(new))
@@ -180,7 +181,7 @@ class Replay:
   ) -> Computed:
     """Computes the step a third time and returns a result that two computations agree on.
 
-    `spare` has the inputs of the third computation.
+    `spare` contains the inputs of the third computation.
     """
     third = self._compute(2, *spare, num_sources)
     prints = (first[2], again, third[2])
@@ -191,7 +192,7 @@ class Replay:
     if verdict.majority == 0:
       return first
     for x in jax.tree.leaves(first[0]):
-      x.delete()  # Make room for the copy of the right state.
+      x.delete()  # Free memory for the copy of the correct state.
     state = moved_back(third[0], self._meshes[2], self._meshes[0], self._assignments[1])
     return state, *third[1:]
 
@@ -212,7 +213,7 @@ class Replay:
         )
       self.faults.append(f"step {self._step}: {agree}")
       raise UserError(
-        f"{self.faults[-1]}. Either these devices round differently in another place: set "
+        f"{self.faults[-1]}. Either these devices do not round in the same way: set "
         "train.replay_tolerance=1e-2, or train.replay_every=0. Or a device is broken: "
         f"{REPLACE}. {CONTINUE}"
       )
@@ -234,7 +235,7 @@ class Replay:
     if arrays:
       before = self._step - 1
       self.faults.append(
-        f"the state that step {before} left is not the state that step {self._step} reads: "
+        f"the state that step {before} wrote is not the state that step {self._step} reads: "
         f"{_listed([names[i] for i in arrays])} has changed on {_listed(self._at(places))}"
       )
       self._stop(before, f"If it happens again, {REPLACE}.")
@@ -243,9 +244,9 @@ class Replay:
     """Raises an error if replicas of arrays differ; `found` comes from `different_replicas`."""
     arrays, places = found
     if arrays:
-      devices, which = _listed(self._at(places)), "holds a replica that differs from all others"
+      devices, which = _listed(self._at(places)), "has a replica that differs from all others"
       if len(places) > 1:
-        which = "hold different replicas, and it is unknown which of them is wrong"
+        which = "have different replicas, and it is unknown which of them is wrong"
       self.faults.append(
         f"step {self._step} reads replicas that are not equal but were equal at step "
         f"{self._sound}: {_listed([names[i] for i in arrays])}; {devices} {which}"
@@ -261,17 +262,17 @@ class Replay:
     if newest < since:
       raise TryAgain(f"{self.faults[-1]}. {CONTINUE} {again}")
     raise UserError(
-      f"{self.faults[-1]}. Checkpoint {newest} may hold the error: go back to a checkpoint before "
-      f"step {since} (`cm3leon checkpoints rollback --workdir=WORKDIR --step=STEP`), then run the "
-      f"same command again. {again}"
+      f"{self.faults[-1]}. Checkpoint {newest} may contain the error: go back to a checkpoint "
+      f"before step {since} (`cm3leon checkpoints rollback --workdir=WORKDIR --step=STEP`), then "
+      f"run the same command again. {again}"
     )
 
   def _at(self, places: Sequence[int]) -> list[str]:
-    """Describes the devices at some places of the mesh."""
+    """Returns a description of each device at `places` of the mesh."""
     return self._described([self._meshes[0].devices.flat[i].id for i in places])
 
   def _described(self, ids: Sequence[int]) -> list[str]:
-    """Describes devices with their processes and hosts."""
+    """Returns a description of each device, with its process and host."""
     devices = {d.id: d for d in self._meshes[0].devices.flat}
     return [
       f"device {i} ({devices[i].device_kind}) of process {devices[i].process_index} on "
@@ -297,7 +298,7 @@ def replaying(steps: Steps, config: TrainConfig, state: TrainState) -> Steps:
 
 
 def _agreed(verdict: Verdict) -> Verdict:
-  """Returns the verdict of the first process that found a difference. All processes must call it.
+  """Returns the verdict of the first process that found a difference. All processes must call this.
 
   Each process reads its own replica of the fingerprints, and one replica may be damaged.
   """
@@ -308,12 +309,12 @@ def _agreed(verdict: Verdict) -> Verdict:
 
 
 def _agree(stage: str, a: Fingerprints, b: Fingerprints, tolerance: float) -> np.ndarray:
-  """Compares a stage of two computations; returns [D, N]. Inputs must be equal in all bits."""
+  """Returns, for each device and array, whether two computations agree in a stage."""
   return equal(a[stage], b[stage], 0.0 if stage == "read" else tolerance)
 
 
 def _changed(before: Fingerprint | None, now: Fingerprint) -> Places:
-  """Returns which arrays have changed, and on which devices."""
+  """Returns the indices of the arrays that have changed, and the places of the devices."""
   if before is None:
     return [], []
   changed = before.digest != now.digest
@@ -321,7 +322,7 @@ def _changed(before: Fingerprint | None, now: Fingerprint) -> Places:
 
 
 def _first(findings: Sequence[Places]) -> Places:
-  """Returns the findings of the first process that found a difference."""
+  """Returns the first finding that lists an array, or an empty finding if there is none."""
   return next((found for found in findings if found[0]), findings[0])
 
 

@@ -1,4 +1,4 @@
-"""Leaves rows out of a run: --resume_from and --skip_rows of `cm3leon train`."""
+"""Skips rows of a run: the flags --resume_from and --skip_rows of `cm3leon train`."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -21,14 +21,14 @@ RECORD = "left_out_rows.json"
 
 @dataclasses.dataclass(frozen=True)
 class GoBack:
-  """A return to the checkpoint of `step`, after which the run leaves out `rows`."""
+  """Return to the checkpoint of `step`, from which the run continues without `rows`."""
 
   step: int
   rows: range
 
   @property
   def as_json(self) -> dict:
-    """Entry that `go_back` adds to the record of left-out rows."""
+    """Entry that `go_back` adds to the record of skipped rows."""
     return {"resume_from": self.step, "first": self.rows[0], "last": self.rows[-1]}
 
 
@@ -57,9 +57,9 @@ def parse(resume_from: int | None, skip_rows: str) -> GoBack | None:
 
 
 def row_number(i: int, skipped: Sequence[range]) -> int:
-  """Returns the number of the i-th row, from 0, that remains without the rows in `skipped`.
+  """Returns the index of the i-th row, from 0, that is not in `skipped`.
 
-  skipped [range(2, 4), range(6, 7)]: for i = 0, 1, 2, 3, 4 it is 0, 1, 4, 5, 7
+  skipped [range(2, 4), range(6, 7)]: i = 0, 1, 2, 3, 4 -> 0, 1, 4, 5, 7
   """
   end = 0
   for rows in sorted(skipped, key=lambda rows: rows.start):
@@ -71,17 +71,17 @@ def row_number(i: int, skipped: Sequence[range]) -> int:
 
 
 class Remaining:
-  """Rows of a loader after some rows are left out: `remaining[i]` is the i-th remaining row.
+  """Rows of a loader without the skipped rows: `remaining[i]` is the i-th remaining row.
 
-  A checkpoint's `next_row` counts only remaining rows. Rows that a checkpoint has read are never
-  left out later, so this count stays valid.
+  A checkpoint's `next_row` counts only remaining rows. Rows that were read before a checkpoint are
+  never skipped later, so this count stays valid.
   """
 
   def __init__(self, loader: RowLoader, skipped: Sequence[range] = ()):
     self.plan, self._loader, self._skipped = loader.plan, loader, tuple(skipped)
 
   def number(self, i: int) -> int:
-    """Returns the number of the i-th remaining row."""
+    """Returns the index, in the loader, of the i-th remaining row."""
     return row_number(i, self._skipped)
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
@@ -89,7 +89,7 @@ class Remaining:
 
 
 def read(folder: epath.Path) -> list[GoBack]:
-  """Reads which rows a run has left out so far. Raises UserError if this record is damaged."""
+  """Reads which rows a run skips. Raises UserError if the record of these rows is damaged."""
   path = folder / RECORD
   if not exists(path):
     return []
@@ -105,25 +105,25 @@ def read(folder: epath.Path) -> list[GoBack]:
 
 
 def check(back: GoBack, done: list[GoBack], next_row: int) -> None:
-  """Checks that a checkpoint has read none of the rows to leave out.
+  """Checks that the run had read none of the rows to skip when it saved a checkpoint.
 
-  `done` is the result of `read`. `next_row` of the checkpoint counts rows as `Remaining` does.
+  `done` is the result of `read`. `next_row` of the checkpoint counts only rows of `Remaining`.
 
   Raises:
-    UserError: the checkpoint has read some of these rows.
+    UserError: some of these rows were read before the checkpoint.
   """
   first = row_number(next_row, [earlier.rows for earlier in done])
   if back.rows.start < first:
     raise UserError(
-      f"--skip_rows begins with row {back.rows.start}; checkpoint {back.step} has read the rows "
-      f"before {first} already: resume from an earlier checkpoint, or leave out later rows."
+      f"--skip_rows begins with row {back.rows.start}, but up to checkpoint {back.step} the run "
+      f"has read all rows before {first}: resume from an earlier checkpoint, or skip later rows."
     )
 
 
 def go_back(checkpoints: Checkpoints, folder: epath.Path, back: GoBack) -> None:
-  """Deletes the checkpoints after a step, cuts the log there, and records the rows to leave out.
+  """Deletes the checkpoints and log lines after a step, and records the rows to skip.
 
-  A kill during this function is harmless. Until the record is written, the run has only gone back.
+  If the process is killed here, before the record is written, the run only continues from `step`.
 
   Raises:
     UserError: there is no such checkpoint, or it is damaged.
@@ -138,7 +138,7 @@ def go_back(checkpoints: Checkpoints, folder: epath.Path, back: GoBack) -> None:
       entries = [x.as_json for x in [*read(folder), back]]
       write_json(folder / RECORD, entries)
       print(
-        f"train: goes back to checkpoint {back.step}, and on without rows {back.rows[0]} to "
-        f"{back.rows[-1]} ({folder / RECORD}).",
+        f"train: goes back to checkpoint {back.step}, and then skips rows {back.rows[0]} to "
+        f"{back.rows[-1]} (recorded in {folder / RECORD}).",
         flush=True,
       )

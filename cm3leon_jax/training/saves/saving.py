@@ -1,4 +1,4 @@
-"""Decides when a run of the decoder saves, and checks the state before saving."""
+"""Decides when the training of a decoder saves, and checks the state before each save."""
 
 import dataclasses
 from typing import Any
@@ -21,8 +21,9 @@ class Saves(Hook):
 
   Attributes:
     checkpoints: receives the state; closed at the end.
-    stop: must precede this hook in the list of hooks.
-    heldout: provides the losses by which the best checkpoints are chosen; must precede this hook.
+    stop: hook that handles signals; must precede this hook in the list of hooks.
+    heldout: hook with the losses that decide which checkpoints are the best; must precede this
+      hook.
     next_row: first row that no step has read yet.
     saved: step of the newest checkpoint, or 0.
   """
@@ -39,7 +40,7 @@ class Saves(Hook):
     self.saved = int(state.step)
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`. Raises TryAgain if the save in flight could not be written."""
+    """See `Hook`. Raises TryAgain if the save that runs in the background has failed."""
     self.next_row += self.config.global_batch_size
     last = step == self.config.steps or self.stop.code is not None
     if (last or step % self.config.checkpoint_every == 0) and self._must_save(step):
@@ -58,9 +59,9 @@ class Saves(Hook):
   def _must_save(self, step: int) -> bool:
     """Returns whether to save at a step where a checkpoint is due.
 
-    Skipped steps do not change the parameters, so nothing is saved while steps are skipped. There
-    are two exceptions: the last step of the run, and a signal to stop after a step that was taken
-    since the newest checkpoint.
+    Skipped steps do not change the parameters, so no checkpoint is saved after a skipped step.
+    There are two exceptions: the last step of the run, and a signal to stop, if a step since the
+    newest checkpoint was not skipped.
     """
     skipped, code = self.monitor.skipped_in_a_row(), self.stop.code
     taken = code is not None and skipped < step - self.saved

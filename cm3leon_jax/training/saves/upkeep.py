@@ -22,7 +22,7 @@ MODALITIES = ("", "image_", "text_")
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """Entry of one checkpoint in the list of a run's checkpoints.
+  """One checkpoint in the list of a run's checkpoints.
 
   Attributes:
     time: when the checkpoint was written, in Unix seconds.
@@ -83,8 +83,8 @@ def table(found: Sequence[Entry], states: dict[int, str]) -> list[str]:
 def verify(checkpoints: Checkpoints, found: Sequence[Entry]) -> dict[int, str]:
   """Reads all files of the sealed checkpoints and compares them with their digests.
 
-  Returns step -> message about the damage, or "" if all files match. A checkpoint that a running
-  job has removed in the meantime is left out.
+  Returns step -> message about the damage, or "" if all files match. Leaves out checkpoints that a
+  running job has removed in the meantime.
   """
   damages = {}
   for entry in found:
@@ -97,7 +97,7 @@ def verify(checkpoints: Checkpoints, found: Sequence[Entry]) -> dict[int, str]:
 def check_verified(folder: epath.Path, found: Sequence[Entry], damages: Mapping[int, str]) -> None:
   """Raises UserError, with a remedy, if a checkpoint is damaged or if none is sealed.
 
-  `found` is the result of `entries`, and `damages` of `verify`.
+  `found` is the result of `entries`, and `damages` is the result of `verify`.
   """
   if not damages:
     raise UserError(_not_sealed(folder, [entry.step for entry in found]))
@@ -158,8 +158,8 @@ def prune(folder: epath.Path, last: int, every: int, best: int, dry_run: bool = 
   With `dry_run`, nothing is removed. Returns one sentence about what was, or would be, removed.
 
   Raises:
-    UserError: another job holds the run's lease, no checkpoint is sealed, or the newest checkpoint
-      to keep is damaged.
+    UserError: another job has the run's lease, no checkpoint is sealed, or the newest checkpoint to
+      keep is damaged.
   """
   with _hold(folder, dry_run), open_run(folder) as checkpoints:
     found = {entry.step: entry for entry in entries(checkpoints) if entry.sealed}
@@ -198,7 +198,7 @@ def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
   With `dry_run`, nothing is removed. Returns sentences about what was, or would be, removed.
 
   Raises:
-    UserError: the checkpoint of `step` is missing, not sealed or damaged, or another job holds the
+    UserError: the checkpoint of `step` is missing, not sealed or damaged, or another job has the
       run's lease.
   """
   with _hold(folder, dry_run), open_run(folder) as checkpoints:
@@ -212,7 +212,7 @@ def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
     sentences = []
     if (folder / DONE).exists():
       if not dry_run:
-        # Delete done.json first, so that a rollback that is killed later leaves an unfinished run.
+        # Delete done.json first: if the rollback is killed, the run then counts as unfinished.
         (folder / DONE).unlink()
       sentences.append(
         f"{removed} {folder / DONE}: without it the run is not finished, and generate, evaluate "

@@ -37,12 +37,12 @@ ClipBatch: TypeAlias = tuple[Array | np.ndarray, Array | np.ndarray, Array | np.
 class ClipData:
   """Pairs of images and captions.
 
-  If the images take more than 2 GiB, they stay on disk. The other data takes 4 L + 150 bytes of
+  Images that take more than 2 GiB in total stay on disk. The other data needs 4 L + 150 bytes of
   memory per pair.
 
   Attributes:
     tokens: captions, padded with `<pad>`.
-    concepts: number of each pair's concept. Pairs with the same concept are not negatives of each
+    concepts: index of each pair's concept. Pairs with the same concept are not negatives of each
       other.
   """
 
@@ -80,14 +80,14 @@ def contrastive_loss(
 ) -> Float[Array, ""]:
   """Computes the contrastive loss of CLIP (Radford et al. 2021, figure 3).
 
-  One term is the cross-entropy of choosing the image of each caption among all images of the batch.
-  The other term is the cross-entropy of choosing the caption of each image among all captions. The
-  loss is the mean of both terms.
+  One term is the cross-entropy of choosing, for each caption, its image among all images of the
+  batch. The other term is the cross-entropy of choosing, for each image, its caption among all
+  captions. The loss is the mean of both terms.
 
   Args:
     image_embeddings, text_embeddings: embeddings of norm 1.
     scale: inverse temperature.
-    concepts: number of each pair's concept. Other pairs of the same concept are not candidates.
+    concepts: index of each pair's concept. Other pairs of the same concept are not candidates.
   """
   logits = scale * image_embeddings @ text_embeddings.T
   same = (concepts[:, None] == concepts[None, :]) & ~jnp.eye(len(concepts), dtype=bool)
@@ -104,11 +104,11 @@ def augment(
   key: jax.Array,
   config: CLIPConfig,
 ) -> tuple[Float32[Array, "B H W 3"], Int32[Array, "B L"]]:
-  """Shifts images, scales the difference between their colors and white, and drops tokens.
+  """Augments pairs: shifts images, scales the difference of their colors from white, drops tokens.
 
   Pixels are in [-1, 1], and a shift fills the border with white. If all tokens of a caption would
-  be dropped, the caption is kept whole. Images are not mirrored, because captions mention left and
-  right.
+  be dropped, the caption stays unchanged. Images are not mirrored, because captions mention the
+  left and the right side.
   """
   shift_key, color_key, text_key = jax.random.split(key, 3)
   margin = round(config.shift * config.resolution)
@@ -171,7 +171,7 @@ def train(
   seed: int,
   inputs: Mapping[str, str],
 ) -> CLIP:
-  """Trains all steps, or the remaining steps of a killed run; see `trainer.train`."""
+  """Trains CLIP for all steps, or the remaining steps of a killed run; see `trainer.train`."""
 
   def init() -> dict:
     params = clip_lib.init_params(config, text_size, jax.random.key(seed))
@@ -194,9 +194,9 @@ def text_to_image_recall(
 ) -> dict[str, float | int]:
   """Measures how often the image of a caption is among the k nearest images, for k = 1 and 5.
 
-  Any image with the same caption is right. A caption is a hit if fewer than k wrong images score at
-  least as high as its best right image. So the recall of constant or NaN embeddings is 0. Returns
-  recall@k, chance@k (the expected recall of random scores), and `candidates` = n.
+  All images with the same caption are correct. A caption is a hit if fewer than k incorrect images
+  score at least as high as its best correct image. So the recall of constant or NaN embeddings is
+  0. Returns recall@k, chance@k (the expected recall of random scores), and `candidates` = n.
   """
   n = len(captions)
   scores = np.asarray(text_embeddings, np.float64) @ np.asarray(image_embeddings, np.float64).T
@@ -207,7 +207,7 @@ def text_to_image_recall(
   result: dict[str, float | int] = {"candidates": n}
   for k in (1, 5):
     result[f"recall@{k}"] = float((rank < k).mean())
-    # The probability that k random images include none of the right images.
+    # The probability that k random images include no correct image.
     wrong = n - right.sum(1)
     miss = np.prod([np.maximum(wrong - i, 0) / max(n - i, 1) for i in range(min(k, n))], axis=0)
     result[f"chance@{k}"] = float((1 - miss).mean())
@@ -215,9 +215,9 @@ def text_to_image_recall(
 
 
 def check_recall(found: dict[str, float | int]) -> None:
-  """Raises UserError if the result of `text_to_image_recall` is not better than chance.
+  """Raises UserError if the result of `text_to_image_recall` is no better than chance.
 
-  With five candidates or fewer, recall@5 is always 1, so nothing is checked.
+  Checks nothing for five candidates or fewer, because recall@5 is then always 1.
   """
   better = any(found[f"recall@{k}"] > found[f"chance@{k}"] for k in (1, 5))
   if found["chance@5"] < 1 and not better:
@@ -225,8 +225,8 @@ def check_recall(found: dict[str, float | int]) -> None:
       f"recall@{k} {found[f'recall@{k}']:.3f} (chance {found[f'chance@{k}']:.3f})" for k in (1, 5)
     )
     raise UserError(
-      f"the CLIP finds the images of held-out captions no better than chance, {shown} of "
-      f"{found['candidates']}: train it longer (config.clip.steps), with another "
+      f"CLIP finds the images of held-out captions no better than chance, {shown} of "
+      f"{found['candidates']} images: train it longer (config.clip.steps), with another "
       "config.clip.learning_rate, or on more pairs."
     )
 
@@ -253,7 +253,7 @@ def train_clip(
     Steps, pairs, seconds, and recall among at most 4,096 evenly spaced held-out pairs.
 
   Raises:
-    UserError: the training diverged, or the recall is not better than chance.
+    UserError: the training diverged, or the recall is no better than chance.
   """
   start = time.monotonic()
   data = open_data(raw_folder, "train", encode, config)

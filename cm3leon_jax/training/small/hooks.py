@@ -1,4 +1,4 @@
-"""Defines the hooks of a small training, which log metrics and save states, and show both."""
+"""Defines the hooks of a small training: they log metrics, save states, and show both."""
 
 from collections.abc import Callable
 import dataclasses
@@ -18,7 +18,7 @@ class Lines(Hook):
 
   Attributes:
     name: section of the config, for messages.
-    remedy: what the user can do if a metric is not finite.
+    remedy: end of the message about a metric that is not finite; says what to do.
     show: called with a step and its metrics after they are logged.
   """
 
@@ -53,9 +53,9 @@ class SmallSaves(Hook):
   Attributes:
     checkpoints: receives the state; closed at the end.
     log: metrics.jsonl of the training. Its digest is stored before each save.
-    stop: must precede this hook in the list of hooks.
+    stop: hook that handles signals; must precede this hook in the list of hooks.
     name: section of the config, for messages.
-    remedy: what the user can do if the state is not finite.
+    remedy: end of the message about a state that is not finite; says what to do.
     saved: step of the newest checkpoint, or 0.
     show: called with a step and its state after a save, except when a signal stops the training;
       None: saved states are not shown.
@@ -75,7 +75,7 @@ class SmallSaves(Hook):
 
     Raises:
       UserError: the state is not finite.
-      TryAgain: the save in flight could not be written.
+      TryAgain: the save that runs in the background has failed.
     """
     last = step == self.config.steps
     if step % self.config.checkpoint_every == 0 or last or self.stop.code is not None:

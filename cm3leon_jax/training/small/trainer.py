@@ -1,4 +1,4 @@
-"""Trains the two small models, image tokenizer (VQGAN) and CLIP, and resumes killed trainings.
+"""Trains the two small models, the image tokenizer (VQGAN) and CLIP; resumes a killed training.
 
 The batch is sharded over the batch axes of the mesh. Large arrays of the state are sharded over the
 fsdp axes, see `layout`. This module imports neither the models nor the data.
@@ -44,12 +44,12 @@ OF_DATA = ("inputs", "examples:")  # Fields of a training's identity that descri
 
 @dataclasses.dataclass(frozen=True)
 class SmallTraining:
-  """Everything that defines the training of a small model.
+  """Config, data and functions of a small model's training.
 
   Attributes:
     name: section of the config, for messages.
     config: dataclass of that section, with steps, batch_size and checkpoint_every.
-    about: further settings that the result depends on. "inputs" holds the ids of the stages that
+    about: further settings that the result depends on. "inputs" contains the ids of the stages that
       the examples come from, see `stages.inputs`.
     examples: data in memory or on disk. len(examples) is n; examples[rows], with rows int64 [B], is
       a tree of host arrays [B, ...].
@@ -57,8 +57,8 @@ class SmallTraining:
     init: () -> the initial state, a tree of arrays.
     step: (state, batch, i) -> state, metrics (scalars). Takes step i, counted from 0. It may donate
       the state if its jitted functions return `keep_layout(state)`.
-    watch: shows the training, see `vqgan_watch.Watch`: log(step, values) after a line of
-      metrics.jsonl, save(step, state) after a checkpoint, and close().
+    watch: shows the training, see `vqgan_watch.Watch`. The training calls log(step, values) after
+      a line of metrics.jsonl, save(step, state) after a checkpoint, and close() at the end.
   """
 
   name: str
@@ -84,13 +84,13 @@ def train(training: SmallTraining) -> dict:
 
   A step depends only on its number, the seed and the state, so the result of a resumed training is
   bitwise equal to the result of an uninterrupted one. If the number of steps or the data has
-  changed, the training starts again. At SIGTERM and Ctrl-C it saves and exits with the code of
+  changed, the training starts again. At SIGTERM and Ctrl-C it saves and exits with the exit code of
   `StopSignal`. Returns the last state, on the host.
 
   Raises:
-    UserError: there are too few examples, the mesh cannot split the batch, the folder holds a
-      training with another config, all checkpoints are damaged, another job trains in the folder,
-      or a metric or the state is not finite.
+    UserError: there are too few examples, the batch is not evenly divisible over the mesh, the
+      folder contains a training with another config, all checkpoints are damaged, another job
+      trains in the folder, or a metric or the state is not finite.
   """
   name, config, watch = training.name, training.config, training.watch
   _check_batch(name, config.batch_size, len(training.examples))
@@ -157,10 +157,10 @@ def layout(shape: tuple[int, ...]) -> P:
 
 
 def keep_layout(state: PyTree) -> PyTree:
-  """Constrains a state that a jitted function returns to the shardings that `train` uses.
+  """Constrains the state that a jitted function returns to the shardings that `train` uses.
 
-  The function can then donate the state that it takes. Outside of `train`, where the mesh does not
-  have automatic axes, the state is unchanged.
+  The function can then donate its input state. Outside of `train`, where the mesh does not have
+  automatic axes, returns the state unchanged.
   """
   if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:
     return state
@@ -168,13 +168,13 @@ def keep_layout(state: PyTree) -> PyTree:
 
 
 def _shardings(tree: PyTree) -> PyTree:
-  """Returns the NamedSharding of each array, or array type, of a state on the current mesh."""
+  """Returns the NamedSharding of each array, or abstract array, of a state on the current mesh."""
   mesh = jax.sharding.get_mesh()
   return jax.tree.map(lambda x: NamedSharding(mesh, layout(x.shape)), tree)
 
 
 def replicated(tree: PyTree) -> PyTree:
-  """Replicates a tree of arrays, e.g. further inputs of a step, over the current mesh."""
+  """Replicates a tree of arrays, e.g. constant inputs of a step, over the current mesh."""
   return jax.device_put(tree, NamedSharding(_mesh(), P()))
 
 
@@ -192,7 +192,7 @@ def _check_batch(name: str, batch_size: int, num_examples: int) -> None:
 
 
 def _restore(name: str, checkpoints: Checkpoints, init: Callable[[], dict]) -> tuple[dict, int]:
-  """Returns the state of the newest checkpoint, or of `init`, and its number of steps."""
+  """Returns (state of the newest checkpoint, its step), or (`init()`, 0) without a checkpoint."""
   newest = recovery.newest_whole(checkpoints)
   if newest is None:
     state = init()
@@ -217,25 +217,25 @@ def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Leas
       check_same_config(folder, stored, identity)
   elif any_in(folder):
     raise UserError(
-      f"{path} is missing, but {folder} holds checkpoints: the file says with which seed, data and "
-      f"settings they were trained. Restore it from a copy, or delete {folder} to start again."
+      f"{path} is missing, but {folder} contains checkpoints, whose seed, data and settings this "
+      f"file records. Restore it from a copy, or delete {folder} to start again."
     )
   write_json(path, identity)
-  # Keep two, because the previous checkpoint is needed until a save is complete.
+  # Keep two, because the run needs the previous checkpoint until a save is complete.
   checkpoints = Checkpoints(folder, keep=2, check=lease.check)
   recovery.discard_unsealed(checkpoints)
   return checkpoints
 
 
 def print_other_steps(name: str, folder: epath.PathLike, steps: int) -> None:
-  """Prints what to do if the number of steps of a finished training differs from the config."""
+  """Prints what to do if a finished training has another number of steps than the config."""
   folder = epath.Path(folder)
   trained = read_json(folder / DONE, {"summary": dict})["summary"].get("steps", steps)
   if trained != steps:
     print(
       f"train_{name}: it was trained for {trained} steps, and config.{name}.steps is {steps}: a "
-      f"finished training does not continue; delete {folder} to train it anew, and the stages "
-      "after it with it.",
+      f"finished training does not continue; to train it again, delete {folder} and the folders "
+      "of all later stages.",
       flush=True,
     )
 
@@ -247,10 +247,10 @@ def delete_checkpoints(folder: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def deleted_if_refused(folder: epath.PathLike) -> Iterator[None]:
-  """Deletes the checkpoints in `folder` if the body refuses the trained model with a UserError.
+  """Deletes the checkpoints in `folder` if the `with` block rejects the model with a UserError.
 
-  Otherwise the user could not run the command again with another config, because the checkpoints
-  of the first config would be found.
+  Otherwise the user could not run the command again with another config, because it would find the
+  checkpoints of the first config.
   """
   try:
     yield

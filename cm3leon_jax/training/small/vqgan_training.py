@@ -33,17 +33,17 @@ MAX_HELDOUT = 4_096
 
 @runtime_checkable
 class ImageRows(Protocol):
-  """Images uint8 [n, H, W, 3], as an array or on disk (`reader.ImageFiles`)."""
+  """Images uint8 [n, H, W, 3]: an array, or files on disk (`reader.ImageFiles`)."""
 
   def __len__(self) -> int:
     """Returns n."""
 
   def __getitem__(self, rows: np.ndarray, /) -> np.ndarray:
-    """Returns the images of these rows."""
+    """Returns the images with the indices `rows`."""
 
 
 def adversarial_from(config: VQGANConfig) -> int:
-  """Returns the first step, counted from 0, that uses the discriminator."""
+  """Returns the first step (from 0) that uses the discriminator."""
   return math.ceil(config.adversarial_start * config.steps)
 
 
@@ -62,7 +62,7 @@ def discriminator_optimizer(config: VQGANConfig) -> optax.GradientTransformation
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
-  """Initializes the state of training.
+  """Initializes the state of a VQGAN training.
 
   Returns:
     A dict with
@@ -94,7 +94,7 @@ def train_step(
   adversarial: bool,
   features: dict | None = None,
 ) -> tuple[dict, dict]:
-  """Takes one step of the VQGAN and, if `adversarial`, of the discriminator on the same images.
+  """Updates the VQGAN and, if `adversarial`, the discriminator on the same images.
 
   Args:
     state: state as in `init_state`; donated.
@@ -102,8 +102,8 @@ def train_step(
     features: result of `perceptual.make_params`; needed if `perceptual_weight` is positive.
 
   Returns:
-    The new state, and metrics: loss, mse (of pixels in [-1, 1]), perplexity and codes_used of the
-    batch. If `adversarial`, also discriminator_loss, and adversarial_weight if it is adaptive.
+    The new state, and metrics of the batch: loss, mse (of pixels in [-1, 1]), perplexity and
+    codes_used. If `adversarial`, also discriminator_loss, and adversarial_weight if it is adaptive.
   """
   state, x, tx = dict(state), vqgan.to_float(images), optimizer(config, config.steps)
   num_codes = state["usage"].shape[0]
@@ -159,14 +159,14 @@ def restart_dead_codes(
   dead = (usage == 0)[:, None]
   params = {**state["params"], "codebook": {"table": jnp.where(dead, chosen, table)}}
   state = {**state, "params": params, "usage": jnp.zeros_like(usage)}
-  if "ema" in state:  # Otherwise the average would keep the dead code for many steps.
+  if "ema" in state:  # The average would otherwise retain the dead codes for many steps.
     table = jnp.where(dead, chosen, state["ema"]["codebook"]["table"])
     state["ema"] = {**state["ema"], "codebook": {"table": table}}
   return trainer.keep_layout(state)
 
 
 def restarts(config: VQGANConfig, done: int) -> bool:
-  """Returns whether dead codes are replaced after `done` steps."""
+  """Returns whether to replace dead codes after `done` steps."""
   if config.quantizer == "fsq" or not config.restart_every:
     return False
   return done < config.restart_until * config.steps and done % config.restart_every == 0
@@ -183,14 +183,14 @@ def train(
   shown: np.ndarray | None = None,
   open_boards: Callable[[int], Sequence] = lambda first_step: (),
 ) -> ImageTokenizer:
-  """Trains all steps, or the remaining steps of a killed run; see `trainer.train`.
+  """Trains the VQGAN for all steps, or the remaining steps of a killed run; see `trainer.train`.
 
   Args:
     inputs: ids of the stages that the images come from, see `stages.inputs`, and the digest of the
-      file of `features`.
+      file that contains `features`.
     features: result of `perceptual.make_params`; needed if `perceptual_weight` is positive.
     shown: held-out images to show with their reconstructions, uint8 [n, H, W, 3].
-    open_boards: first step -> boards, see `watch.boards.Board`.
+    open_boards: maps the first step of this start to open boards, see `watch.boards.Board`.
 
   Raises:
     ValueError: `features` are given although `perceptual_weight` is 0, or vice versa.
@@ -224,7 +224,7 @@ def train(
 
 def trained(config: VQGANConfig, num_codes: int, state: dict) -> ImageTokenizer:
   """Returns the tokenizer of a state, with averaged parameters if the state has them."""
-  params = jax.device_get(state.get("ema", state["params"]))  # They may be sharded in training.
+  params = jax.device_get(state.get("ema", state["params"]))  # Training may have sharded them.
   return ImageTokenizer(config, num_codes, jax.device_put(params))
 
 
@@ -248,15 +248,15 @@ def evaluate(
   train_images: ImageRows,
   folder: epath.PathLike,
 ) -> dict:
-  """Measures at most 4,096 held-out images and the codes of 1,024 training images.
+  """Measures reconstructions of up to 4,096 held-out images, and codes of 1,024 training images.
 
-  It also writes reconstructions.npz.
+  Also writes reconstructions.npz.
 
   Returns:
     A dict with
       psnr_db: mean PSNR of the held-out images.
       psnr_of_mean_mse_db: PSNR of the mean squared error over all held-out images.
-      psnr_of_one_color_db: this PSNR if every reconstruction were the mean color of all images.
+      psnr_of_one_color_db: the same if every reconstruction were the mean color of all images.
       codebook_perplexity, codes_used: for the codes of held-out images.
       train_codebook_perplexity, train_codes_used: for the codes of training images.
       bits_per_image: number of bits that an image's codes take under a model that knows only the
@@ -319,11 +319,11 @@ def train_vqgan(
 ) -> dict:
   """Runs the stage on the current mesh: trains and writes the tokenizer. Returns its measures.
 
-  If `check_learned` refuses the tokenizer, the checkpoints are deleted. Otherwise the caller
+  If `check_learned` rejects the tokenizer, the checkpoints are deleted. Otherwise the caller
   deletes them after the stage is finished. The arguments are described in `train`.
 
   Raises:
-    UserError: the training diverged, or `check_learned` refuses the tokenizer.
+    UserError: the training diverged, or `check_learned` rejects the tokenizer.
   """
   start = time.monotonic()
   shown = heldout_images[_evenly_spaced(len(heldout_images), vqgan_watch.SHOWN)]

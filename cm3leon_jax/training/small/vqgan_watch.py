@@ -1,4 +1,4 @@
-"""Watches the training of the image tokenizer: shows curves and grids, and warns of a collapse."""
+"""Shows the image tokenizer's training as curves and grids; warns if its codebook collapses."""
 
 # B batch, T codes per image, K codes.
 
@@ -16,7 +16,7 @@ from cm3leon_jax.tokenizers.config import VQGANConfig
 GRID = "reconstructions.png"
 SHOWN = 8  # Number of images in the grid.
 TITLE, GAP = 20, 4  # Height of a row's title, and space between images, in pixels.
-# The codebook has collapsed if a batch uses at most this share of the codes that it could use.
+# The codebook counts as collapsed if a batch uses at most this share of the codes it could use.
 # Perplexity is not a reliable sign: it is about 10 for 1,024 codes if most of an image is
 # background.
 COLLAPSED = 0.05
@@ -24,9 +24,9 @@ PATIENCE = 100  # Number of steps that a collapse must last before the warning.
 
 
 def grid(images: np.ndarray, reconstructions: np.ndarray, step: int) -> Image.Image:
-  """Lays out a row of images above a row of their reconstructions, each with a title.
+  """Draws a row of images above a row of their reconstructions, each with a title.
 
-  Both are uint8 [n, H, W, 3]. Small images are enlarged.
+  Both arguments are uint8 [n, H, W, 3]. Small images are enlarged.
   """
   scale = max(1, 128 // images.shape[1])
   count, height, width = len(images), scale * images.shape[1], scale * images.shape[2]
@@ -47,7 +47,7 @@ class Alarm:
   """Warns when a collapse of the codebook has lasted `PATIENCE` steps, and again if it recurs."""
 
   def __init__(self, config: VQGANConfig, num_codes: int, remedy: str):
-    """Creates the alarm. `remedy`, the end of the warning, says how to start the training again."""
+    """Creates the alarm. `remedy` ends the warning and says how to start the training again."""
     self._config, self._num_codes, self._remedy = config, num_codes, remedy
     self._possible = min(num_codes, config.batch_size * config.image_tokens)
     self._bound = max(1.0, COLLAPSED * self._possible)
@@ -55,7 +55,7 @@ class Alarm:
     self._rung = False
 
   def check(self, step: int, perplexity: float, codes_used: float) -> str | None:
-    """Returns the warning if it is due, else None."""
+    """Returns the warning that is due at `step`, or None."""
     if codes_used > self._bound or self._possible == 1:
       self._since, self._rung = None, False
       return None
@@ -64,9 +64,9 @@ class Alarm:
       return None
     self._rung = True
     return (
-      f"vqgan: step {step}: the codebook has collapsed: for {PATIENCE} steps batches have had at "
-      f"most {self._bound:.0f} of {self._num_codes:,} codes, now {codes_used:.0f} of perplexity "
-      f"{perplexity:.1f}. {self._advice()}; {self._remedy}"
+      f"vqgan: step {step}: the codebook has collapsed: for {PATIENCE} steps, each batch has used "
+      f"at most {self._bound:.0f} of {self._num_codes:,} codes, now {codes_used:.0f} with "
+      f"perplexity {perplexity:.1f}. {self._advice()}; {self._remedy}"
     )
 
   def _advice(self) -> str:
@@ -87,13 +87,14 @@ class Alarm:
 
 @dataclasses.dataclass
 class Watch:
-  """Shows a training while it runs.
+  """Shows a VQGAN training while it runs.
 
   Attributes:
     folder: receives the grid.
-    open_boards: first step -> boards, see `watch.boards.Board`. Called at the first values.
+    open_boards: maps the first step to open boards, see `watch.boards.Board`. Called when the first
+      values arrive.
     reconstruct: (state, images) -> reconstructions.
-    images: held-out images for the grid, uint8 [n, H, W, 3]; None: there is no grid.
+    images: held-out images for the grid, uint8 [n, H, W, 3]; None: no grid.
     boards: the open boards; None: not opened yet.
   """
 
@@ -112,7 +113,7 @@ class Watch:
       print(line, flush=True)
 
   def save(self, step: int, state: dict) -> None:
-    """Replaces the grid by the reconstructions of a saved state."""
+    """Replaces the grid by one with the reconstructions of a saved state."""
     if self.images is None:
       return
     sheet, buffer = grid(self.images, self.reconstruct(state, self.images), step), io.BytesIO()

@@ -1,4 +1,4 @@
-"""Optimizes a policy over image codes by group-relative rewards (GRPO, Shao et al. 2024).
+"""Optimizes a policy over image codes with group-relative rewards (GRPO, Shao et al. 2024).
 
 The samples of one prompt form a group (arXiv:2402.03300). A sample's advantage is its reward minus
 the group mean, divided by the group's standard deviation. The policy is the distribution that codes
@@ -28,7 +28,7 @@ from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, apply_gradients
 from cm3leon_jax.xla_options import compiler_options
 
-BUCKET = 32  # Prompts are padded to multiples of this, so that few shapes are compiled.
+BUCKET = 32  # Prompts are padded to multiples of this length, so that few shapes are compiled.
 SMALL = 1e-6  # A group whose rewards have a smaller standard deviation gets advantages of 0.
 
 
@@ -37,10 +37,10 @@ class Rollout(NamedTuple):
 
   Attributes:
     inputs: ids of the left-padded prompt and of all codes except the last.
-    positions: positions of the tokens in their samples; 0 at padding.
+    positions: index of each token in its sample; 0 at padding.
     segment_ids: 1 at tokens, 0 at padding.
     codes: the sampled codes, counted from 0.
-    guidance: weights of the guidance streams at each code.
+    guidance: weights of the S guidance streams at each code.
     advantages: see `advantages`.
   """
 
@@ -53,7 +53,7 @@ class Rollout(NamedTuple):
 
 
 def advantages(rewards: Float[np.ndarray, "N G"]) -> Float32[np.ndarray, "N G"]:
-  """Computes the advantages of G samples for each of N prompts.
+  """Computes the advantages of the G samples of each of N prompts.
 
   rewards [[0 1] [1 1]] -> [[-1 1] [0 0]]
   """
@@ -65,9 +65,9 @@ def advantages(rewards: Float[np.ndarray, "N G"]) -> Float32[np.ndarray, "N G"]:
 def pad_rows(
   rows: Sequence[tuple[np.ndarray, np.ndarray]], image_tokens: int, pad: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Pads prompts on the left, so that the codes of all rows start at the same column.
+  """Pads prompts on the left, so that the image codes of all rows start in the same column.
 
-  A row consists of the ids and positions of a prompt and of all codes of its image. Returns inputs,
+  Each row is (ids, positions), for a prompt and all codes of its image. Returns the inputs,
   positions and segment_ids of a `Rollout`.
   """
   longest = max(len(ids) for ids, _ in rows) - image_tokens
@@ -82,7 +82,7 @@ def pad_rows(
 
 
 def place(rollout: Rollout) -> Rollout:
-  """Shards the arrays of a rollout over the current mesh. Every process holds all rows."""
+  """Shards the arrays of a rollout over the current mesh. Every process must pass all rows."""
   mesh = jax.sharding.get_mesh()
 
   def put(x: np.ndarray) -> Array:
@@ -142,8 +142,8 @@ def policy_step(
     ema_decay: static; see `optimizer.update_average`.
 
   Returns:
-    New state, and metrics: loss, image_loss (nats per sampled code), text_loss (0), kl, weight (the
-    number of codes), and the metrics of `state.apply_gradients`.
+    The new state, and metrics: loss, image_loss (nats per sampled code), text_loss (0), kl, weight
+    (the number of codes), and the metrics of `state.apply_gradients`.
   """
   layers = {name: x for name, x in state.params.items() if name not in transformer.LOOKED_UP}
   params = {**state.params, **jax.tree.map(lambda x: x.astype(config.dtype), layers)}

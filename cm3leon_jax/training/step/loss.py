@@ -24,7 +24,7 @@ SOURCE_SUMS = ("source_nll", "source_weight")
 
 
 class Gradients(NamedTuple):
-  """Gradients of the weighted sum with respect to the final hidden states and the stored table."""
+  """Gradients of the weighted sum, with respect to the final hidden states and the output table."""
 
   hidden: Float[Array, "B L D"]
   table: Float[Array, "V D"]
@@ -69,7 +69,7 @@ def _backward(
 
 
 def _divisor(n: int, most: int) -> int:
-  """Returns the largest divisor of n up to `most`."""
+  """Returns the largest divisor of n that is at most `most`."""
   return max(d for d in range(1, min(most, n) + 1) if n % d == 0)
 
 
@@ -79,7 +79,7 @@ def _over_mesh(
 ) -> tuple[tuple[Scalar, Values], Gradients | None]:  # fmt: skip
   """Runs `_on_device` on every device's shard of the tokens and of the table.
 
-  Returns what `weighted_nll` returns, and the `Gradients` or None.
+  Returns the result of `weighted_nll`, and the `Gradients` or None.
   """
   C = _divisor(hidden.shape[1], chunk)
   tokens, rows = spec("batch", "length"), spec("vocab_stored", None)
@@ -155,7 +155,7 @@ def _on_device(
 
 
 def _scattered(gradient: Float32[Array, "D v"]) -> Float32[Array, "rows D"]:
-  """Reduce-scatters the table's gradient over fsdp; returns this device's rows.
+  """Reduce-scatters the table's gradient over the fsdp axes; returns the rows of this device.
 
   Only SCATTER_WIDTH columns are transposed at a time. Transposing all columns together would need a
   second array (1 GiB for the 7B model) and raise the peak memory of the loss.
@@ -187,7 +187,7 @@ def batch_nll(
 
 
 def modality_sums(nll: Values, targets: Ids, weights: Values, text_size: int) -> dict[str, Scalar]:
-  """Sums weight x nll, and the weights, over all targets, over image codes and over other ids."""
+  """Sums weight x nll, and the weights: over all targets, only image codes, and only other ids."""
   image = (targets >= text_size).astype(weights.dtype)
   parts = {"": weights, "image_": weights * image, "text_": weights * (1 - image)}
   return {
@@ -212,7 +212,7 @@ def modality_losses(sums: dict) -> dict:
 def source_sums(
   nll: Values, weights: Values, sources: Ids, num_sources: int
 ) -> dict[str, BySource]:
-  """Sums weight x nll, and the weights, over the targets of each source of rows.
+  """Sums weight x nll, and sums the weights, over the targets of each source of rows.
 
     nll [1 2 4 9], weights [1 1 .5 0], sources [1 1 3 0], num_sources 3
     source_nll = [3 0 2], source_weight = [2 0 .5]

@@ -1,4 +1,4 @@
-"""Skips and counts steps with a spike or a non-finite number. Too many such steps end the run."""
+"""Skips and counts steps with a gradient spike or a non-finite number; too many end the run."""
 
 import dataclasses
 from typing import NamedTuple
@@ -11,8 +11,8 @@ import optax
 
 from cm3leon_jax.config import UserError
 
-SETTLED = 20  # The average of fewer norms is not reliable, so the first steps are never spikes.
-SMALLEST_RATE = 0.01  # The moving average then covers about the last 100 norms.
+SETTLED = 20  # The mean of fewer norms is not reliable, so earlier steps never count as spikes.
+SMALLEST_RATE = 0.01  # Weight of a new norm, once the mean covers about 100 norms.
 
 
 class NormState(NamedTuple):
@@ -31,7 +31,7 @@ class NormState(NamedTuple):
 def watch_norm(ratio: float) -> optax.GradientTransformation:
   """Detects spikes: gradients whose norm is above `ratio` x the mean of earlier norms.
 
-  Gradients are not changed. In the first 100 steps the mean covers all norms; after that it is a
+  Leaves gradients unchanged. In the first 100 steps the mean covers all norms; after that it is a
   moving average. The mean is part of the optimizer's state, so a resumed run makes the same
   decisions as an uninterrupted run. The first SETTLED steps never count as spikes.
   """
@@ -68,7 +68,7 @@ def _finite(leaves: list) -> list:
 
 
 def not_finite(tree: PyTree) -> list[str]:
-  """Returns the names of arrays that hold a NaN or an infinity, e.g. "params.embed"."""
+  """Returns the names of arrays that contain a NaN or an infinity, e.g. "params.embed"."""
   found = [
     (jax.tree_util.keystr(path, simple=True, separator="."), x)
     for path, x in jax.tree.leaves_with_path(tree)
@@ -84,17 +84,17 @@ def check_finite(tree: PyTree, what: str, remedy: str) -> None:
   `what` names the state in the message, e.g. "checkpoint 500", and `remedy` ends the message.
 
   Raises:
-    UserError: an array holds a NaN or an infinity.
+    UserError: an array contains a NaN or an infinity.
   """
   if names := not_finite(tree):
     more = f" and {len(names) - 3} other arrays" if len(names) > 3 else ""
     raise UserError(
-      f"{what} is not saved: {', '.join(names[:3])}{more} hold NaNs or infinities: {remedy}"
+      f"{what} is not saved because of NaNs or infinities in {', '.join(names[:3])}{more}: {remedy}"
     )
 
 
 class TooManySkippedError(UserError):
-  """More consecutive steps were skipped than `train.max_skipped` allows. `steps` lists them."""
+  """More consecutive steps, listed in `steps`, were skipped than `train.max_skipped` allows."""
 
   def __init__(self, message: str, steps: range):
     super().__init__(message)
@@ -106,9 +106,9 @@ class SkipCounter:
   """Counts skipped steps.
 
   Attributes:
-    most: number of consecutive skipped steps that is allowed.
+    most: maximum number of consecutive skipped steps.
     total: number of all skipped steps, including those of earlier starts.
-    in_a_row: number of consecutive skipped steps of this start, up to the newest step.
+    in_a_row: number of consecutive skipped steps up to the newest step, in this start.
   """
 
   most: int
@@ -116,7 +116,7 @@ class SkipCounter:
   in_a_row: int = 0
 
   def add(self, step: int, values: dict[str, float]) -> None:
-    """Counts a step. `values` holds loss, grad_norm and skipped (0 or 1).
+    """Updates the counters after a step. `values` contains loss, grad_norm and skipped (0 or 1).
 
     Raises:
       TooManySkippedError: more than `most` consecutive steps are skipped.
@@ -136,5 +136,5 @@ class SkipCounter:
 
 
 def finite_values(values: dict) -> dict:
-  """Removes NaNs and infinities, which JSON cannot represent."""
+  """Removes entries with a NaN or an infinity, which JSON cannot represent."""
   return {name: x for name, x in values.items() if not isinstance(x, float) or np.isfinite(x)}

@@ -1,4 +1,4 @@
-"""Creates AdamW or Muon with clipping, warm-up and decay; updates the average of parameters."""
+"""Creates AdamW or Muon with clipping, warm-up and decay; updates the average of the parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ MATRICES = {
   "gate": MuonDimensionNumbers((-2,), (-1,)),
   "down": MuonDimensionNumbers((-2,), (-1,)),
 }
-UPDATE_RMS = 0.2  # Typical RMS of AdamW's updates, to which Liu et al. 2025 scale Muon's.
+UPDATE_RMS = 0.2  # RMS to which Muon's updates are scaled; typical of AdamW (Liu et al. 2025).
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -71,14 +71,14 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
       optax.add_decayed_weights(config.weight_decay, decayed),
       optax.scale_by_learning_rate(schedule),
     ]
-  # The norm is watched before clipping. If `skip_above` is 0, the watch is left out, because the
-  # state then has the same structure as in older checkpoints.
+  # `watch_norm` must see the norm before clipping. It is omitted if `skip_above` is 0, so that the
+  # state has the same structure as in older checkpoints.
   watch = [watch_norm(config.skip_above)] if config.skip_above else []
   return optax.chain(*watch, optax.clip_by_global_norm(config.clip_norm), *transforms)
 
 
 def _matrices(params: dict) -> dict:
-  """Returns the entry of `MATRICES` for each parameter; None: AdamW updates the parameter."""
+  """Returns, for each parameter, its entry of `MATRICES`; None: AdamW updates the parameter."""
   return jax.tree.map_with_path(lambda path, _: MATRICES.get(path[-1].key), params)
 
 
@@ -109,6 +109,6 @@ def update_average(average: dict, params: dict, decay: float, step: Int32[Array,
     decay: largest decay.
     step: number of the step, from 0.
   """
-  # 1 - (1 + step) / (10 + step) = 9 / (10 + step), which has a smaller rounding error.
+  # Equal to 1 - (1 + step) / (10 + step), but with a smaller rounding error.
   rate = jnp.maximum(1 - decay, 9 / (10 + step))
   return jax.tree.map(lambda x, new: x + rate * (new - x), average, params)

@@ -22,14 +22,14 @@ from cm3leon_jax.training.step.optimizer import update_average
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-  """Everything that a step changes.
+  """Training state: everything that a step changes.
 
   Attributes:
     step: number of steps so far, an int32 scalar.
     ema: exponential moving average of the parameters, sharded like `params`, or None.
   """
 
-  step: Any  # Not annotated as an array: a TrainState can also hold types or shardings.
+  step: Any  # Not annotated as an array: a TrainState can also contain types or shardings.
   params: dict
   opt_state: optax.OptState
   ema: Any = None  # Not annotated as a dict, because Orbax replaces None by a leaf.
@@ -74,11 +74,12 @@ def train_step(
     state: donated by the caller's jit.
     z_loss: static; see `loss.weighted_nll`.
     ema_decay: static; see `optimizer.update_average`. Used only if the state has an average.
-    num_sources: static; S, or 0 if the rows are not marked with their sources.
+    num_sources: static; S, or 0 if rows do not name their sources.
 
   Returns:
-    New state, and metrics: loss, image_loss, text_loss (nats per target), weight (sum of the loss
-    weights), and the metrics of `apply_gradients`; for marked rows also the `loss.source_sums`.
+    The new state, and metrics: loss, image_loss, text_loss (nats per target), weight (sum of the
+    loss weights), and the metrics of `apply_gradients`. If `num_sources` > 0, also the
+    `loss.source_sums`.
   """
   total = jnp.maximum(jnp.sum(batch["loss_weights"]), 1e-9)
   # The layers' parameters are cast here, outside of the gradient, so that their gradients are
@@ -137,7 +138,7 @@ def apply_gradients(
 def _accumulated(
   grad_fn: Callable[[dict], tuple[dict, dict]], params: dict, batch: dict, accumulation_steps: int
 ) -> tuple[dict, dict]:
-  """Adds up, over A micro-batches, the gradients and the sums that `grad_fn` returns.
+  """Adds up the gradients and the sums that `grad_fn` returns for A micro-batches.
 
   The gradients have the shapes and shardings of `params`, in fp32.
   """
@@ -169,6 +170,6 @@ def eval_step(
   batch: dict[str, loss.Ids | loss.Values],
   num_sources: int = 0,
 ) -> dict[str, loss.Scalar | loss.BySource]:
-  """Computes the `loss.batch_sums` of a batch, which can be added over batches."""
+  """Computes the `loss.batch_sums` of a batch; sums of several batches can be added."""
   _, nll = loss.batch_nll(transformer.bind(config, params), batch)
   return loss.batch_sums(nll, batch, text_size, num_sources)

@@ -1,4 +1,4 @@
-"""Opens boards that show a run while it trains. If a board fails, the run continues without it."""
+"""Opens boards (TensorBoard, Weights & Biases, Prometheus). If one fails, the run continues."""
 
 from collections.abc import Callable
 import importlib.util
@@ -17,11 +17,11 @@ from cm3leon_jax.training.watch.prometheus import Prometheus
 from cm3leon_jax.training.watch.tensorboard_board import TensorBoard
 from cm3leon_jax.training.watch.wandb_run import WandbRun
 
-CLOSE_SECONDS = 120.0  # A server may accept the last points with a delay.
+CLOSE_SECONDS = 120.0  # A server may delay the last points.
 
 
 class Board:
-  """Wraps a board. If a call of the board fails, prints a warning and switches the board off."""
+  """Wraps a board, which displays a run. If a call fails, warns and disables the board."""
 
   def __init__(self, name: str, make: Callable[[], Any], instead: str, command: str = "train"):
     """Opens a board.
@@ -30,7 +30,7 @@ class Board:
     the user can do.
     """
     self._name, self._command = name, command
-    self._instead: str | None = instead  # None: the board is off.
+    self._instead: str | None = instead  # None: the board is disabled.
     self._board = self._attempt(make)
 
   def scalars(self, step: int, values: dict) -> None:
@@ -77,7 +77,7 @@ class Board:
 
 
 def check_installed(config: TrainConfig) -> None:
-  """Raises UserError if the config asks for Weights & Biases and the package is missing."""
+  """Raises UserError if the config enables Weights & Biases but the package is not installed."""
   if not config.wandb:
     return
   spec = importlib.util.find_spec("wandb")
@@ -92,10 +92,10 @@ def check_installed(config: TrainConfig) -> None:
 def open_boards(
   folder: epath.Path, config: TrainConfig, first_step: int, watch: Stopwatch
 ) -> list[Board]:
-  """Opens the boards that the config asks for. A board that cannot be opened prints a warning.
+  """Opens the boards that the config enables. Prints a warning for each board that fails to open.
 
-  If TensorBoard is not installed, only the first start of the run prints a warning. The boards also
-  show the settings in the config.json of `folder`.
+  If TensorBoard is not installed, only the first start of the run warns. The boards also show the
+  settings in the config.json of `folder`.
   """
   path = folder / "config.json"
   settings = read_json(path, {"settings": dict})["settings"] if path.exists() else {}

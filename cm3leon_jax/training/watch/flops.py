@@ -1,4 +1,4 @@
-"""Computes model FLOPs of training and model FLOP utilization (MFU), from peaks of devices."""
+"""Computes the model FLOPs of training, and the model FLOP utilization (MFU) of known devices."""
 
 # K layers, D width, A total width of the heads, F feed-forward, V vocabulary, L length of a row.
 
@@ -11,7 +11,7 @@ from cm3leon_jax.models.config import ModelConfig
 # shorter ones. Sources: docs.cloud.google.com/tpu/docs/ for TPUs, and NVIDIA's data sheets, where
 # those of H100 and H200 list twice these numbers, with sparsity.
 PEAKS: dict[str, float | None] = {
-  "TPU v4 lite": None,  # For inference only; without this entry it would count as a v4.
+  "TPU v4 lite": None,  # For inference only. Without this entry it would match "TPU v4".
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
   "TPU v5e": 197e12,
@@ -29,7 +29,7 @@ PEAKS: dict[str, float | None] = {
 
 
 def matmul_params(config: ModelConfig) -> int:
-  """Counts the parameters in matrix products: the layers' matrices and the output table.
+  """Counts the parameters used in matrix products: the layers' matrices and the output table.
 
   The output table counts even if it is also the embedding table. Embedding look-ups, positions and
   scales of norms are not matrix products, so they do not count.
@@ -63,7 +63,7 @@ def model_flops(config: ModelConfig, tokens: int, sequence_length: int) -> float
 def device_peak(device_kind: str) -> float | None:
   """Returns a device's peak FLOP/s in dense bfloat16 matrix products, see `PEAKS`.
 
-  Returns None for a CPU and for other kinds that are not in the table; a peak is never guessed.
+  Returns None for CPUs and for other kinds that are not in the table, instead of a guess.
   """
   for name, peak in PEAKS.items():
     if device_kind == name or device_kind.startswith((f"{name} ", f"{name}-")):
@@ -73,7 +73,7 @@ def device_peak(device_kind: str) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-  """Constants that turn the seconds of a step into rates.
+  """Constants that convert the time of a step into rates.
 
   Attributes:
     flops: model FLOPs of a step, see `model_flops`.
@@ -85,7 +85,7 @@ class Rates:
   peak: float | None
 
   def of(self, weight: float, seconds: float, steps: int = 1) -> dict[str, float]:
-    """Returns tokens_per_second over all devices, and mfu if the peak is known.
+    """Returns {"tokens_per_second": over all devices, "mfu": only if the peak is known}.
 
     `weight` is the sum of the loss weights, which counts the tokens. `seconds` is the total time of
     the steps.

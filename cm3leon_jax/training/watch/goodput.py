@@ -1,4 +1,4 @@
-"""Measures goodput, the share of a run's wall time spent in steps, on the host."""
+"""Measures goodput, the share of a run's wall time that is spent in steps."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -38,12 +38,12 @@ class Stopwatch:
     jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
   def close(self) -> None:
-    """Stops counting compilation as `compile`. Later compilation counts as the current phase."""
+    """Stops counting compilation as `compile`; from now on it counts as the current phase."""
     jax.monitoring.unregister_event_duration_listener(self._on_event)
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:
-    """Counts the body as phase `name` instead of the surrounding phase."""
+    """Counts the time of the `with` block as phase `name`, not as the surrounding phase."""
     before = self._phase
     self._switch(name)
     try:
@@ -57,12 +57,12 @@ class Stopwatch:
     self._seconds[target] += seconds
 
   def seconds(self) -> dict[str, float]:
-    """Returns the number of seconds in each phase, including earlier starts, see `add`."""
+    """Returns the seconds spent in each phase, including those of earlier starts, see `add`."""
     self._switch(self._phase)
     return dict(self._seconds)
 
   def standing(self) -> tuple[str, float]:
-    """Returns the current phase, and how many seconds ago the phases were last changed or read."""
+    """Returns the current phase, and the seconds since a phase was last changed or read."""
     return self._phase, self._clock() - self._mark
 
   def add(self, seconds: dict[str, float]) -> None:
@@ -93,7 +93,7 @@ class Stopwatch:
 
 
 def goodput(seconds: dict[str, float]) -> float:
-  """Returns the time in steps as a share of the time in all phases."""
+  """Returns the time spent in steps, as a share of the time spent in all phases."""
   return seconds["step"] / max(sum(seconds.values()), 1e-9)
 
 
@@ -106,7 +106,7 @@ def to_line(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def earlier(lines: list[dict], resumed_at: int) -> dict[str, float]:
-  """Returns the number of seconds that earlier starts of a run spent in each phase.
+  """Returns, for each phase, the seconds that earlier starts of a run spent in it.
 
   `lines` are from metrics.jsonl, and this start continues from the checkpoint of step `resumed_at`.
   Returns the seconds of the last goodput line up to `resumed_at`. The logged time after that line

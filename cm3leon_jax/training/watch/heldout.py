@@ -30,8 +30,8 @@ def evaluate(
 ) -> dict[str, float]:
   """Computes held-out losses by modality and source, in nats per target.
 
-  `eval_batches` is the result of `heldout_batches`. `sources` are the names of the sources that its
-  rows are marked with.
+  `eval_batches` is the result of `heldout_batches`. `sources` are the names of the sources of its
+  rows.
   """
   measure = functools.partial(steps.evaluate, num_sources=len(sources))
   totals = [jax.device_get(measure(params, batch)) for batch in eval_batches]
@@ -46,10 +46,10 @@ class HeldoutLosses(Hook):
 
   Attributes:
     evaluate: parameters -> losses, see `evaluate`.
-    stop: must precede this hook in the list of hooks.
+    stop: hook that handles signals; must precede this hook in the list of hooks.
     evaluate_start: whether step 0 is evaluated, too.
     newest: step of the restored checkpoint; None: a new run.
-    losses: the newest losses; None: no step was evaluated yet.
+    losses: the newest losses; None before the first evaluation.
     at_start: losses of step 0; {} if step 0 is not evaluated.
   """
 
@@ -63,7 +63,7 @@ class HeldoutLosses(Hook):
   at_start: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def begin(self, state: TrainState) -> None:
-    """See `Hook`. A continued run reads the losses of step 0 from its log."""
+    """See `Hook`. A resumed run reads the losses of step 0 from its log."""
     if self.evaluate_start and self.newest is None:
       self.at_start = self._log(0, state)
     elif self.evaluate_start:

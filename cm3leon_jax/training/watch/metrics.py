@@ -15,8 +15,8 @@ from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 LOG = "metrics.jsonl"
 DIGEST = "metrics.digest.json"  # Size and SHA-256 of the log when it was last stored.
 FIELDS = {"step": int}  # Every line must have these fields.
-# In a GCS bucket the whole file is rewritten, at most once in this number of seconds. Rewriting
-# takes at most 1% of the run's time.
+# In a GCS bucket, the whole file is rewritten, at most once per this number of seconds and for at
+# most 1% of the run's time.
 BUCKET_SECONDS = 60.0
 
 
@@ -24,12 +24,12 @@ def check_log(folder: epath.Path, checkpoint_every: int) -> None:
   """Checks the log of a run without checkpoints. All processes must call it.
 
   Raises:
-    UserError: the log shows that the run passed a step at which it saves.
+    UserError: the log shows that the run has passed a step at which it saves a checkpoint.
   """
   with distributed.together():
     lines = read_json_lines(folder / "metrics" / LOG, FIELDS) if distributed.is_first() else []
     last = max((line["step"] for line in lines if "loss" in line), default=0)
-    if last > 2 * checkpoint_every:  # The first save completes before the second save starts.
+    if last > 2 * checkpoint_every:  # The first save is complete before the second save starts.
       raise UserError(
         f"{folder} has logged {last} steps and has no checkpoint: restore its folder checkpoints, "
         f"or, if none was ever saved, delete {folder} to start from step 0."
@@ -37,7 +37,7 @@ def check_log(folder: epath.Path, checkpoint_every: int) -> None:
 
 
 def cut_log(folder: epath.PathLike, step: int, dry_run: bool = False) -> int:
-  """Removes the lines after `step` from the log of a run, and records this as an event in the log.
+  """Removes the lines after `step` from the log of a run, and logs this removal as an event.
 
   With `dry_run`, the log is not changed. Returns the last step that was logged, or `step` if the
   log has no later step.
@@ -50,11 +50,11 @@ def cut_log(folder: epath.PathLike, step: int, dry_run: bool = False) -> int:
   kept = [line for line in lines if line["step"] <= step]
   event = {"step": step, "event": "rolled_back", "from_step": last}
   times = [line["time"] for line in lines if "time" in line]
-  if times:  # Goodput counts the removed time as lost.
+  if times:  # Goodput counts the time of removed lines as lost.
     event["time"] = times[-1]
   text = "".join(json.dumps(line) + "\n" for line in [*kept, event])
   as_written = exists(path.parent / DIGEST) and not difference(path, path.parent / DIGEST)
-  if as_written:  # Otherwise a kill between the two writes would leave a wrong digest.
+  if as_written:  # If a kill came between the two writes, the old digest would be wrong.
     (path.parent / DIGEST).unlink()
   with replacing(path, "w") as file:
     file.write(text)
@@ -68,9 +68,9 @@ def _describe(text: str) -> dict:
 
 
 def difference(path: epath.Path, digest_path: epath.Path) -> str:
-  """Describes how a log differs from its digest; "" if it does not differ.
+  """Describes how a log differs from its digest; "" if they match.
 
-  The digest covers only the lines that existed when it was written. Later lines are not checked.
+  Checks only the lines that existed when the digest was written.
 
   Raises:
     UserError: the file of the digest is damaged.
@@ -92,11 +92,12 @@ class MetricsLog:
   again. `MetricsLog` keeps the earlier losses in memory and checks that the new losses are bitwise
   equal.
 
-  On a disk every line is appended. Objects in a GCS bucket cannot be appended to, so there the
-  whole file is rewritten periodically and by `flush`.
+  On a disk, each line is appended. A GCS bucket does not support appending, so there the whole file
+  is rewritten periodically and by `flush`.
 
-  A digest of the log is written before each checkpoint. If the log of a resumed run is missing, cut
-  or changed, the run prints a warning and continues, because its steps do not depend on the log.
+  A digest of the log is written before each checkpoint. If the log of a resumed run is missing,
+  truncated or changed, the run prints a warning and continues, because its steps do not depend on
+  the log.
   """
 
   def __init__(
@@ -107,7 +108,7 @@ class MetricsLog:
     digest_folder: epath.PathLike | None = None,
     every: int = 1,
   ):
-    """Opens the file and removes the lines of steps that a resumed run computes again.
+    """Opens the file and removes the lines of steps that the resumed run computes again.
 
     Args:
       resumed_at: step of the restored checkpoint. Lines of later steps are removed. None: a new
@@ -116,7 +117,7 @@ class MetricsLog:
       digest_folder: receives the file of the digest; None: `folder`.
 
     Raises:
-      UserError: a line other than the last line is damaged.
+      UserError: a line before the last line is damaged.
     """
     self.path, self.enabled = epath.Path(folder) / LOG, enabled
     self._digest_path = epath.Path(digest_folder or folder) / DIGEST
@@ -128,13 +129,13 @@ class MetricsLog:
     }
     self._text = "".join(json.dumps(line) + "\n" for line in old if line["step"] <= resumed_at)
     if resumed_at is not None and not self._expected:
-      self._text += self._resume_event(resumed_at)  # No step has a loss to compare.
+      self._text += self._resume_event(resumed_at)  # There are no earlier losses to compare.
     self._appends = "://" not in os.fspath(self.path)
     if not enabled:
       return
     if resumed_at is not None:
       self._warn_of_difference(resumed_at, every)
-    self._digest_path.unlink(missing_ok=True)  # The digest describes the log before this start.
+    self._digest_path.unlink(missing_ok=True)  # It describes the log before this start.
     self._rewrite()
 
   def write(self, step: int, values: dict) -> None:
@@ -165,12 +166,12 @@ class MetricsLog:
     self.seal()
 
   def seal(self) -> None:
-    """Stores the digest of a log on a disk. Called before a checkpoint is written.
+    """Stores the digest of a log that is on a disk. Called before a checkpoint is written.
 
-    In a GCS bucket, `flush` stores the digest.
+    For a log in a GCS bucket, `flush` stores the digest.
     """
     if self.enabled and self._appends:
-      sync(self.path)  # After a power loss the digest must not cover lines that are lost.
+      sync(self.path)  # After a power loss, the digest must not include lines that are lost.
       write_json(self._digest_path, {"bytes": self._size, "sha256": self._sha256.hexdigest()})
 
   def _warn_of_difference(self, resumed_at: int, every: int) -> None:

@@ -1,4 +1,4 @@
-"""Prints and logs a run while it trains: metrics, rates, goodput, held-out losses and traces."""
+"""Logs and prints how a run trains: metrics, rates, goodput, held-out losses and traces."""
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
@@ -24,18 +24,18 @@ from cm3leon_jax.training.watch.metrics import MetricsLog
 from cm3leon_jax.training.watch.tensorboard_board import named_histograms
 from cm3leon_jax.training.watch.traces import Profiler
 
-IDLE_SECONDS = 5e-3  # If the metrics arrive within this time, the device was already idle.
+IDLE_SECONDS = 5e-3  # If the metrics arrive within this time, the device counts as idle.
 
 
 def step_line(step: int, steps: int, values: dict, devices: int, left: float | None) -> str:
-  """Formats the printed line of a step. `-` replaces a value that is unknown.
+  """Formats the printed line of a step. Unknown values appear as `-`.
 
     step 120/1,100 | loss 3.412 image 3.301 text 4.127 | grad 0.871 | lr 4.90e-03 |
     2,310 tokens/s/device | MFU - | 0:05:12 left
 
   In reinforcement learning, `reward 0.812 spread 0.241 kl 0.013` replaces the loss. The line of a
-  skipped step ends with `| skipped`. `values` are from the step's line in metrics.jsonl, but with
-  rates over all steps since the previous printed line. `left` is in seconds.
+  skipped step ends with `| skipped`. `values` come from the step's line in metrics.jsonl, but its
+  rates cover all steps since the previous printed line. `left` is the remaining time in seconds.
   """
   rate = f"{values['tokens_per_second'] / devices:,.0f}" if "tokens_per_second" in values else "-"
   mfu = f"{100 * values['mfu']:.1f}%" if "mfu" in values else "-"
@@ -53,7 +53,7 @@ def step_line(step: int, steps: int, values: dict, devices: int, left: float | N
 
 
 def heldout_lines(step: int, steps: int, losses: dict[str, float], share: float) -> list[str]:
-  """Formats the printed lines of an evaluation. If rows have sources, a second line is added.
+  """Formats the printed lines of an evaluation. The second line appears only if rows have sources.
 
     step 40/60 | held-out loss 1.946 image 0.955 text 6.756 | goodput 44.7%
     step 40/60 | held-out by source: count 0.031 draw 2.014 pairs 1.946
@@ -76,7 +76,7 @@ def change_line(before: dict[str, float], after: dict) -> str:
     train: held-out loss before -> after: count 5.310 -> 0.031, pairs 1.871 -> 1.946 nats per target
 
   `before` is the result of `heldout.evaluate` at step 0, and `after` is the summary of the run. A
-  source without a loss in `after` is left out. This happens if fewer rows were evaluated.
+  source without a loss in `after`, which may cover fewer rows, is left out.
   """
   after = {name: after[name] for name in before if name in after}
   pairs = [split_by_source(losses) for losses in (before, after)]
@@ -103,9 +103,9 @@ def split_by_source(losses: dict[str, float]) -> tuple[dict[str, float], dict[st
 
 
 class Monitor(Hook):
-  """Logs metrics one step late, so that the host does not wait for the step that it just started.
+  """Logs metrics one step late, so that the host does not wait for the step it has just started.
 
-  It is a context manager around the loop. Other hooks measure and log through it:
+  The loop runs in the monitor's `with` block. Other hooks use it to measure and log:
 
     with monitor.phase("save", step):
       save(state)
@@ -116,28 +116,28 @@ class Monitor(Hook):
     config: TrainConfig, profiler: Profiler, boards: list[Board], sources: Sequence[str] = (),
     skipped: int = 0,
   ):  # fmt: skip
-    """Combines the outputs that `open_monitor` opens.
+    """Creates a monitor from the outputs that `open_monitor` opens.
 
     Args:
-      log: metrics.jsonl. A process whose log is not enabled prints nothing.
-      watch: a Stopwatch that was started together with the trainer.
+      log: metrics.jsonl. A process whose log is disabled prints nothing.
+      watch: Stopwatch that has run since this process began the training.
       schedule: learning rate as a function of the step.
-      sources: names of the sources that rows are marked with. Their losses are logged.
+      sources: names of the sources of rows. Losses are logged per source.
       skipped: number of steps that earlier starts have skipped.
     """
     self._skips = SkipCounter(config.max_skipped, skipped)
     self._sources = sources
     self._log, self._watch, self._rates, self._schedule = log, watch, rates, schedule
     self._config, self._profiler, self._boards = config, profiler, boards
-    self._logged: dict[str, float] = {}  # Seconds of the last goodput line.
-    # Pending step: (number, metrics, stopwatch reading if the step has already finished).
+    self._logged: dict[str, float] = {}  # Seconds per phase at the last goodput line.
+    # The step to log next: (step, metrics, stopwatch time at its end if it has already ended).
     self._pending: tuple[int, dict, float | None] | None = None
-    # Phase -> seconds during which the last step may still have been running.
+    # Phase -> its seconds during which the last step may still have run.
     self._overlapped: dict[str, float] = {}
-    self._ended = 0.0  # Stopwatch reading at the end of the last logged step.
-    # Weight, seconds and number of the steps since the last printed line.
+    self._ended = 0.0  # Stopwatch time at the end of the last logged step.
+    # Total weight, total seconds and number of the steps since the last printed line.
     self._unprinted = (0.0, 0.0, 0)
-    # First step that this start logged, and seconds of the loop until then.
+    # First step that this start logged, and seconds in the loop at that time.
     self._begin: tuple[int, float] | None = None
     self._phases = contextlib.ExitStack()
 
@@ -159,10 +159,10 @@ class Monitor(Hook):
 
   @contextlib.contextmanager
   def overlapped(self, name: str) -> Iterator[None]:
-    """Measures a body that runs while the device may work on a step.
+    """Measures a `with` block that runs while the device may still compute a step.
 
-    Its time counts as phase `name` only if the device was idle at its end. Otherwise it counts as
-    time of the step.
+    The block's time counts as phase `name` only if the device is idle at its end. Otherwise it
+    counts as time of the step.
     """
     start = time.perf_counter()
     yield
@@ -171,11 +171,11 @@ class Monitor(Hook):
       self._count_overlapped()
 
   def traced(self, step: int) -> contextlib.AbstractContextManager[None]:
-    """Returns the context in which `step` is dispatched.
+    """Returns the context in which to dispatch `step`; traces the step if the user selected it.
 
-    The call of a checked step, or of the step before it, may return only after the step has
-    finished. So the previous step is logged first. Otherwise its measured time would include the
-    time of this call.
+    The function of a checked step, or of the step before it, may return only after the step has
+    finished. So the previous step is logged first. Otherwise its measured time would include this
+    step.
     """
     if is_checked(self._config, step) or is_checked(self._config, step + 1):
       self.flush()
@@ -195,7 +195,7 @@ class Monitor(Hook):
 
   @contextlib.contextmanager
   def phase(self, name: str, step: int) -> Iterator[None]:
-    """Waits for `step` and logs it; then counts the body as phase `name`."""
+    """Waits for `step` and logs it; then counts the time of the `with` block as phase `name`."""
     self.flush()
     with self._watch.phase(name):
       if name == "save":
@@ -226,7 +226,7 @@ class Monitor(Hook):
     }
 
   def samples(self, step: int, sheet: Image.Image | None) -> None:
-    """Writes a grid of samples to the boards; None is ignored."""
+    """Writes a grid of samples to the boards. Does nothing if `sheet` is None."""
     if sheet is not None:
       for board in self._boards:
         board.samples(step, sheet)
@@ -241,7 +241,7 @@ class Monitor(Hook):
   def skipped_in_a_row(self) -> int:
     """Returns the number of consecutive skipped steps up to the last dispatched step.
 
-    It waits for this step and logs it.
+    Waits for this step and logs it.
     """
     self.flush()
     return self._skips.in_a_row
@@ -276,13 +276,13 @@ class Monitor(Hook):
     self._skips.add(step, values)
 
   def _add_rates(self, step: int, values: dict, ended: float | None, halved: bool) -> float | None:
-    """Adds the rates of a step to `values` and returns the seconds to the end of the run.
+    """Adds the rates of a step to `values`, and returns the seconds left to the end of the run.
 
-    The first step of a start, which includes compilation, has no rates; the result is then None.
+    For the first step of a start, which includes compilation, adds nothing and returns None.
 
     Args:
       values: values of the step's line in metrics.jsonl.
-      ended: reading of `_in_steps` at the end of the step; None: the step has ended just now.
+      ended: result of `_in_steps` at the end of the step; None: the step has just ended.
       halved: if True and `ended` is None, the next step has also ended. Each of the two steps then
         gets half of the time.
     """
@@ -300,7 +300,7 @@ class Monitor(Hook):
     return (loop - self._begin[1]) / (step - self._begin[0]) * (self._config.steps - step)
 
   def _in_steps(self) -> float:
-    """Returns the seconds spent in steps and in waits for data."""
+    """Returns the seconds spent in steps and in waiting for data."""
     phases = self._watch.seconds()
     return phases["step"] + phases["data"]
 
@@ -321,9 +321,9 @@ class Monitor(Hook):
 
 
 class Dispatch(Hook):
-  """Measures the wait for each batch, and traces the chosen steps until they are dispatched.
+  """Measures how long the loop waits for each batch, and traces the steps that the user selected.
 
-  It is a context manager around the loop, so that the trace of a step also ends after an error.
+  The loop runs in its `with` block, so that the trace of a step also ends after an error.
   """
 
   def __init__(self, monitor: Monitor):
@@ -349,10 +349,10 @@ class Dispatch(Hook):
 
 @dataclasses.dataclass
 class SampleGrids(Hook):
-  """Makes a grid of samples every `sample_every` steps and after the last step of the run.
+  """Draws a grid of samples every `sample_every` steps and after the last step of the run.
 
-  `sample_grid` maps (params, step) to a PIL image or None. If `sample_grid` is None, no grids are
-  made.
+  `sample_grid` maps (params, step) to a PIL image or None. If `sample_grid` is None, there are no
+  grids.
   """
 
   config: TrainConfig

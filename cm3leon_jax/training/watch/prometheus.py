@@ -1,4 +1,4 @@
-"""Serves the state of a run over HTTP to Prometheus."""
+"""Serves the metrics of a run to Prometheus over HTTP."""
 
 from collections.abc import Callable, Iterator
 import http.server
@@ -26,12 +26,12 @@ READ_SECONDS = 10  # Connections that send nothing for this long are closed.
 
 
 class Prometheus:
-  """Serves GET /metrics on all addresses, so anyone who can reach the port can read the metrics."""
+  """Serves GET /metrics on all network interfaces, to anyone who can reach the port."""
 
   def __init__(
     self, port: int, steps: int, watch: Stopwatch, clock: Callable[[], float] = time.monotonic
   ):
-    """Opens the port. Port 0 selects a free port, whose number is then in `self.port`.
+    """Opens the port. Port 0 selects a free port and stores its number in `self.port`.
 
     Raises:
       OSError: another program uses the port.
@@ -61,7 +61,7 @@ class Prometheus:
     """Updates the metrics with the values of a metrics line."""
     found = {name: values[name] for _, name, _ in GAUGES if name in values}
     share = goodput(self._watch.seconds())
-    # A single assignment, because other threads read the values.
+    # One assignment, because other threads read the dict.
     self._values = {**self._values, **found, "step": step, "goodput": share}
     if "loss" in values:
       self._stepped = self._clock()

@@ -48,7 +48,7 @@ def curves(values: dict) -> dict[str, float]:
 
 
 class TensorBoard:
-  """Writes event files. A folder in a GCS bucket needs google-cloud-storage, as does gcsfs."""
+  """Writes event files. For a folder in a GCS bucket, google-cloud-storage must be installed."""
 
   def __init__(self, folder: epath.PathLike, first_step: int, settings: dict | None = None):
     """Opens an event file.
@@ -64,7 +64,7 @@ class TensorBoard:
     import tensorboardX  # An optional dependency.
 
     if os.fspath(folder).startswith("gs://"):
-      importlib.import_module("google.cloud.storage")  # Otherwise tensorboardX would fail later.
+      importlib.import_module("google.cloud.storage")  # Fail now; tensorboardX would fail later.
     # The suffix makes file names unique. Their time stamp has a resolution of one second, and an
     # existing file would be overwritten.
     suffix = f".{os.getpid()}.{first_step}"
@@ -101,10 +101,10 @@ class TensorBoard:
 def tree_histograms(params: dict) -> dict:
   """Computes a histogram of each parameter, over all layers together.
 
-  It uses only comparisons and sums over whole arrays, which work for any sharding without gathering
-  the arrays. Returns a tree with a dict for each parameter. The dict has the fp32 scalars min, max,
-  num, sum and sum_squares, and two fp32 arrays [BUCKETS]: bucket_limits (upper ends of intervals of
-  equal width) and bucket_counts (exact up to 2^24).
+  Uses only comparisons and sums over whole arrays, so sharded arrays are not gathered. Returns a
+  tree with a dict for each parameter. The dict contains the fp32 scalars min, max, num, sum and
+  sum_squares, and two fp32 arrays [BUCKETS]: bucket_limits (upper ends of intervals of equal width)
+  and bucket_counts (exact up to 2^24).
   """
 
   def histogram(x: Float[Array, "..."]) -> dict[str, Array | float]:
@@ -122,7 +122,7 @@ def tree_histograms(params: dict) -> dict:
 
 
 def named_histograms(params: dict) -> dict[str, dict]:
-  """Returns `tree_histograms` on the host by name (`blocks/up`). All processes must call it."""
+  """Returns parameter name, e.g. "blocks/up" -> its histogram. All processes must call it."""
   histograms = jax.device_get(tree_histograms(params))
   leaves = jax.tree.leaves_with_path(histograms, is_leaf=lambda node: "bucket_counts" in node)
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -1,4 +1,4 @@
-"""Traces chosen steps for XProf and TensorBoard's profile plugin."""
+"""Traces selected steps for XProf and TensorBoard's profile plugin."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -16,13 +16,13 @@ FOLDER = "profile"
 
 
 def parse_steps(text: str, steps: int) -> range:
-  """Parses the steps to trace, FIRST:LAST, both included. Empty text means an empty range.
+  """Parses FIRST:LAST, the first and the last step to trace. Empty text means an empty range.
 
     parse_steps("10:13", 100) == range(10, 14)
 
   Raises:
-    UserError: `text` is not of the form FIRST:LAST, the steps are outside of the run, or the
-      profiler of libtpu would crash the process.
+    UserError: `text` is not FIRST:LAST, the steps are outside of the run, or libtpu's profiler
+      would crash the process.
   """
   if not text:
     return range(0)
@@ -32,8 +32,8 @@ def parse_steps(text: str, steps: int) -> range:
       f"--profile_steps is '{text}'; it must be FIRST:LAST, e.g. 10:13, "
       f"with 1 <= FIRST <= LAST <= train.steps = {steps}."
     )
-  # JAX loads libtpu's profiler on other devices, too. The profiler crashes if libtpu's version does
-  # not fit jax.
+  # JAX loads libtpu's profiler even for other devices. The profiler crashes if libtpu's version
+  # does not fit jax.
   platforms = (jax.config.jax_platforms or "tpu").split(",")
   if jax.default_backend() != "tpu" and "tpu" in platforms and importlib.util.find_spec("libtpu"):
     backend = jax.default_backend()
@@ -45,7 +45,7 @@ def parse_steps(text: str, steps: int) -> range:
 
 
 class Profiler:
-  """Writes one trace (xplane) of a range of steps into `folder`; nothing if the range is empty.
+  """Writes one trace (xplane) of a range of steps to `folder`. Does nothing if the range is empty.
 
   The profiler cannot write to a GCS bucket, so the trace is collected on the local disk and then
   copied.
@@ -57,7 +57,7 @@ class Profiler:
 
   @contextlib.contextmanager
   def step(self, step: int, wait: Callable[[], None]) -> Iterator[None]:
-    """Traces the body, which dispatches `step`, if `step` is in the range.
+    """If `step` is in the range, traces the `with` block, which dispatches `step`.
 
     `wait` is called before the first traced step and waits until the device is idle.
     """
@@ -69,7 +69,7 @@ class Profiler:
       yield
 
   def ends_with(self, step: int) -> bool:
-    """Returns whether a trace ends with `step`. If so, wait for the step, then call `stop`."""
+    """Returns whether the trace ends with `step`. If so, wait for the step, then call `stop`."""
     return self._collected is not None and step >= self._steps[-1]
 
   def stop(self) -> None:

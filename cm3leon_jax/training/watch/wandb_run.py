@@ -12,10 +12,10 @@ from cm3leon_jax.training.watch.tensorboard_board import curves
 
 
 class WandbRun:
-  """One run of Weights & Biases for all starts of a training; `folder/wandb.json` holds its id.
+  """One run of Weights & Biases for all starts of a training; its id is in `folder/wandb.json`.
 
-  Weights & Biases ignores values of a step that it already has. So a step that a resumed training
-  computes again is logged only once.
+  Weights & Biases ignores values for a step that it already has. So a step that a resumed training
+  computes again appears only once.
   """
 
   def __init__(self, folder: epath.PathLike, project: str, settings: dict):
@@ -30,9 +30,9 @@ class WandbRun:
 
     Raises:
       ImportError: wandb is not installed.
-      Exception: wandb has no login or does not reach its server.
+      Exception: wandb is not logged in, or cannot reach its server.
     """
-    import wandb  # An optional dependency, needed only for config.train.wandb.
+    import wandb  # Optional dependency, only for config.train.wandb.
 
     path, local = epath.Path(folder) / "wandb.json", "://" not in os.fspath(folder)
     name = None  # An existing run keeps its name, which users may have changed.
@@ -43,7 +43,7 @@ class WandbRun:
     entity, _, project = project.rpartition("/")
     self._run = wandb.init(
       project=project,
-      entity=entity or None,  # None: WANDB_ENTITY, or the default of the login.
+      entity=entity or None,  # None: WANDB_ENTITY, or the account's default entity.
       id=found["id"],
       name=name,
       config=settings,

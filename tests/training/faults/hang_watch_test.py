@@ -144,7 +144,7 @@ def test_the_process_that_has_not_arrived_is_named():
   assert verdict({0: ahead, 1: report(42, "evaluate")})[1] == [0]
   assert verdict({0: report(42, "data"), 1: report(42, "evaluate"), 2: ahead})[1] == [2]
   sentence, behind = verdict({0: ahead, 1: None, 2: late, 3: None})
-  assert sentence.startswith("process 1, 3 gives no sign of life")
+  assert sentence.startswith("process 1, 3 does not respond")
   assert behind == [1, 3]
   sentence, behind = verdict({0: ahead, 1: ahead})
   assert (sentence, behind) == (
@@ -192,7 +192,7 @@ def test_the_late_one_ends_after_the_others_have_given_up_and_the_first_last(
   ("start", "sentence"),
   [
     ("", "error: process 1 on b has not arrived: it is at step 3, waiting for data; process 0 is "),
-    ("an earlier one", "error: process 1 gives no sign of life"),
+    ("an earlier one", "error: process 1 does not respond"),
   ],
 )
 def test_the_first_process_names_the_late_one_and_prints_its_stacks(

@@ -127,7 +127,7 @@ def test_a_silent_holder_loses_its_lease(tmp_path, capsys):
   with Lease(tmp_path):
     assert time.monotonic() - start >= 0.5
     assert json.loads((tmp_path / lease.NAME).read_text())["token"] != "other"
-  assert "process 7 on elsewhere gave no sign for 0.5 s" in capsys.readouterr().out
+  assert "process 7 on elsewhere did not renew its lease for 0.5 s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["gone", b"", b"{", b"\x00\xff", b"[]"])

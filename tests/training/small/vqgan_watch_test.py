@@ -63,7 +63,7 @@ def test_a_collapse_is_named_with_its_remedy_within_200_steps(images, tmp_path, 
   step = int(re.match(r"vqgan: step (\d+): the codebook has collapsed", line)[1])
   low = [x["step"] for x in read_json_lines(tmp_path / "metrics.jsonl") if x["perplexity"] < 25.6]
   assert low[0] < step <= low[0] + 100 <= 180
-  assert "for 100 steps batches have had at most 51 of 1,024 codes, now " in line
+  assert "for 100 steps, each batch has used at most 51 of 1,024 codes, now " in line
   assert "Set config.vqgan.restart_every to 100 (it is 0), lower config.vqgan.commit" in line
   assert "commitment_weight to 0.25 (it is 100), or set config.vqgan.quantizer to fsq; " in line
   assert line.endswith(f"delete {tmp_path / 'training'} to start again.")
