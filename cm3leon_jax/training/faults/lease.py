@@ -125,7 +125,9 @@ class Lease(Hook):
     return found if isinstance(found, dict) else {}
 
   def _wait_for(self, first: dict) -> None:
-    print(f"{_name(first)} holds {self._path}; waiting whether it renews this lease.", flush=True)
+    print(
+      f"{_name(first)} holds {self._path}; waiting to see whether it renews this lease.", flush=True
+    )
     end = time.monotonic() + EXPIRE_SECONDS
     while time.monotonic() < end:
       time.sleep(min(POLL_SECONDS, EXPIRE_SECONDS / 10))
