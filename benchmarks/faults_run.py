@@ -181,7 +181,7 @@ class Process:
 
 
 def finish(process: Process, code: int = 0) -> float:
-  """Returns the run time in seconds. Raises RuntimeError if the exit code is not `code`."""
+  """Waits for a process; returns its run time in seconds. Raises RuntimeError if it failed."""
   found = process.wait()
   if found != code:
     raise RuntimeError(f"{process.folder}: exit code {found}, not {code}:\n{process.log[-3000:]}")
@@ -189,7 +189,7 @@ def finish(process: Process, code: int = 0) -> float:
 
 
 def phase_of(stacks: str) -> str:
-  """Returns the phase in which the main thread was, whose stack trace is the last in `stacks`.
+  """Returns the phase of the main thread, from its stack trace, the last in `stacks`.
 
   `PHASES` defines most phases. The other phases are "compile" while JAX traces or compiles, "step"
   during a step, and "start" before the first step.

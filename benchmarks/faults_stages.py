@@ -146,7 +146,8 @@ def reference(root: pathlib.Path) -> dict[str, dict]:
     write_source(root / SOURCE)
     known = {}
     for name, stage in STAGES.items():
-      if stage.command == "import_weights":  # This stage and `reinforce` read these.
+      # `import_weights` and `reinforce` read an export, so a run is trained and exported first.
+      if stage.command == "import_weights":
         for command in ("train", "export"):
           process = faults_run.Process.command(
             root / "process", command, workdir=root / WHOLE, config=CONFIG

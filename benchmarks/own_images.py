@@ -118,7 +118,7 @@ def pairs(seed: int = 0) -> list[tuple[str, Fact, Image.Image]]:
 
 
 def encoded(image: Image.Image, kind: str = "jpeg") -> bytes:
-  """Returns the bytes of an image file."""
+  """Returns the bytes of an image file in the format `kind`."""
   file = io.BytesIO()
   image.save(file, kind, quality=92)
   return file.getvalue()
@@ -199,7 +199,7 @@ def seen(image: Image.Image) -> tuple[str, str]:
   border = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
   other = np.linalg.norm(pixels - border, axis=-1)
   mask = other / (other + distance[..., color] + 1e-6)
-  if not (mask > 0.5).any():  # The border has this color.
+  if not (mask > 0.5).any():  # The border has the shape's color.
     return list(COLORS)[color], ""
   (top, bottom), (left, right) = (np.percentile(axis, (1, 99)) for axis in np.nonzero(mask > 0.5))
   found = cells(Image.fromarray(mask.astype(np.float32)), (left, top, right + 1, bottom + 1))

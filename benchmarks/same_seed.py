@@ -99,14 +99,14 @@ def batches(model: CM3Leon, requests, sampling, size: int) -> list[np.ndarray]:
 
 
 def running_batches(model: CM3Leon, requests, sampling, slots: int) -> list[np.ndarray]:
-  """Generates in a running batch; fills one free slot and all free slots in alternate turns."""
+  """Generates in a running batch; alternately fills one free slot and all free slots."""
   found: dict[int, np.ndarray] = {}
   with jax.set_mesh(model.mesh):
     engine = ContinuousGenerator(model.pipeline.generator, slots=slots, chunk=5)
     waiting, places, turn = iter(enumerate(requests)), {}, itertools.count()
     following = next(waiting, None)
     while following is not None or engine.active:
-      most = slots if next(turn) % 2 else 1  # Then samples are at different tokens.
+      most = slots if next(turn) % 2 else 1  # Staggers the samples.
       while following is not None and most and engine.can_admit(following[1], sampling):
         i, request = following
         places[engine.admit(request, i, sampling)] = i

@@ -56,8 +56,8 @@ def measure(settings: Settings, every: int, blocks: int, folder: pathlib.Path) -
 
   Returns:
     For each block, times in seconds: `save` is the time for which the save stopped the loop (0
-      without a save), `in_flight` lists the times of steps during the save, and `alone` the times
-      of the other steps.
+    without a save), `in_flight` lists the times of steps during the save, and `alone` the times of
+    the other steps.
   """
   steps = compile_steps(settings.model, settings.optimizer, settings.train, settings.vocab, 0)
   take_step = functools.partial(steps.train, num_sources=0)
@@ -88,7 +88,7 @@ def measure_replay(settings: Settings, every: int, blocks: int) -> tuple[list, l
 
   Returns:
     Lists of times in seconds: of ordinary steps, of steps before a checked step, and of checked
-      steps.
+    steps.
   """
   steps = compile_steps(settings.model, settings.optimizer, settings.train, settings.vocab, 0)
   config = dataclasses.replace(settings.train, replay_every=every)

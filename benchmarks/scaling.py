@@ -1,4 +1,4 @@
-"""Measures how held-out bits per image and judged images improve with training FLOPs.
+"""Measures how held-out bits and the share of right images improve with training FLOPs.
 
   python -m benchmarks.scaling --workdir=workdir/scaling
 
@@ -199,7 +199,7 @@ def measure(settings: Settings, run: pathlib.Path, corpus, condition: str, judge
 
   Returns:
     "bits": [n] bits of each image in `corpus`, after its neighbor if the condition is "neighbors".
-      "right": for each of m judged captions, whether the sample is right.
+    "right": for each of m judged captions, whether the sample is right.
   """
   places, count = scene_retrieval.chosen(corpus, judged), int(condition == "neighbors")
   with jax.set_mesh(create_mesh(settings.mesh)):
@@ -310,7 +310,7 @@ def scaling_from_flags(argv: Sequence[str], args) -> Scaling:
   """Checks the flags; raises UserError if a flag is invalid."""
   sizes, (predicted, *others) = parse_sizes(args.sizes), parse_sizes(args.predicted)
   if others or predicted in sizes or sorted(set(sizes)) != list(sizes):
-    raise UserError("--sizes must ascend, and --predicted must be one other size.")
+    raise UserError("--sizes must be in ascending order, and --predicted must be a different size.")
   return Scaling(
     workdir=pathlib.Path(args.workdir).resolve(),
     sizes=sizes,

@@ -9,7 +9,7 @@ import numpy as np
 
 LEVEL = 0.95
 NUM_RESAMPLES = 1_000
-LEAST_SIZES = 3  # Sizes for a law without a floor; a law with a floor needs one more.
+LEAST_SIZES = 3  # Minimum number of sizes for a law; with a floor, one more.
 FLOOR_STEPS = 200
 FLOOR_GAIN = 0.005  # Minimum relative gain in the prediction of the largest size.
 

@@ -125,7 +125,7 @@ def predictions(about: dict, runs: list[dict]) -> dict:
 
   Returns:
     {"series": {"rare/neighbors": {"bits", "low", "high", "law", "without_floor", "with_floor"}}}.
-      "low" and "high" are from resampled documents and seeds of the fitted runs.
+    "low" and "high" are from resampled documents and seeds of the fitted runs.
   """
   target = next(s for s in about["sizes"] if s["size"] == about["predicted"])["flops"]
   concepts, series = np.array(about["concepts"]), {}
@@ -330,7 +330,7 @@ def describe_ratio(row: dict) -> str:
   """
   if not row["beyond"]:
     return _times(row["ratio"])
-  # `beyond` concerns the condition that is not `best_of`: its FLOPs are numerator or denominator.
+  # The ratio exceeds the bound if its denominator is below the range or its numerator is above it.
   more = (row["beyond"] == "below") == (row["best_of"] == "without")
   side = "more than" if more else "less than"
   return f"{side} {row['bound']:.2f}x (extrapolated: {_times(row['ratio'])})"

@@ -111,7 +111,7 @@ def rare(config: ScenesConfig) -> Iterator[Asked]:
 
 
 def elsewhere(config: ScenesConfig) -> Iterator[Asked]:
-  """Yields a caption of each rare object that exactly one training scene shows, elsewhere.
+  """Yields a caption of each rare object that one training scene shows at another place.
 
   Neither that scene nor the bank shows the object at the requested place or in that color.
   """
@@ -144,7 +144,7 @@ def spaced(asked: Sequence[Asked], count: int) -> list[Asked]:
 
 
 def draw(model: CM3Leon, asked: Sequence[Asked], seed: int) -> tuple[np.ndarray, list[str]]:
-  """Generates images [n, H, W, 3] uint8 for captions; returns also their neighbors' concepts."""
+  """Generates an image per caption, [n, H, W, 3] uint8; also returns their neighbors' concepts."""
   samples = [sample for [sample] in model.generate([one.caption for one in asked], seed=seed)]
   neighbors = [s.neighbors[0].concept if s.neighbors else "" for s in samples]
   return np.stack([np.asarray(sample.image) for sample in samples]), neighbors

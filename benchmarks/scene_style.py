@@ -104,7 +104,7 @@ def once(config: ScenesConfig, trained: collections.Counter) -> Iterator[Placed]
 
 
 def common(config: ScenesConfig) -> Iterator[Placed]:
-  """Yields the common objects of held-out scenes that show one object."""
+  """Yields the object of each held-out scene that shows only one common object."""
   for name in config.objects:
     for color in config.colors:
       for place in PLACES:

@@ -3,13 +3,14 @@
   OMP_WAIT_POLICY=passive python -m benchmarks.serving --workdir=scenes-instruct --requests=1000
 
 Starts the server as a user does, and sends requests over HTTP in three ways:
-- `full`: all clients request images without a pause. The server alternates with `CM3Leon.generate`
-in this process, which generates images for the same prompts in batches of --slots. `generate` also
-retrieves documents and computes CLIP scores, like the server. Prints the ratio of the two rates in
-wall-clock time and in processor time, which depends less on other work on the machine. - `mixed`:
-clients request images, streams, edits, infills, captions and answers with Poisson arrivals, first
-from this server and then from one that decodes one sample at a time (--slots=1). - `killed`:
-clients disconnect in the middle of a stream.
+- `full`: all clients request images without a pause. The server alternates with
+  `CM3Leon.generate` in this process, which generates images for the same prompts in batches of
+  --slots. `generate` also retrieves documents and computes CLIP scores, like the server. Prints the
+  ratio of the two rates in wall-clock time and in processor time, which depends less on other work
+  on the machine.
+- `mixed`: clients request images, streams, edits, infills, captions and answers with Poisson
+  arrivals, first from this server and then from one that decodes one sample at a time (--slots=1).
+- `killed`: clients disconnect in the middle of a stream.
 
 Server and `generate` share the machine: on a GPU, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """

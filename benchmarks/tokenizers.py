@@ -217,7 +217,7 @@ def plan_steps(experiment: Experiment) -> dict:
 
 
 def bits_per_pixel(settings: Settings, run: pathlib.Path) -> float:
-  """Computes the bits of held-out images' codes after their captions, per pixel."""
+  """Computes the bits per pixel of held-out images' codes, given their captions."""
   store = DocumentStore(run / "documents" / "heldout_pairs", settings.vocab)
   rows = np.unique(np.linspace(0, len(store) - 1, SCORED).astype(int))
   documents = [store[int(i)] for i in rows]
@@ -239,7 +239,7 @@ def heldout_images(experiment: Experiment, settings: Settings) -> np.ndarray:
 
 
 def commonest_square(images: np.ndarray, side: int) -> float:
-  """Computes which share of all squares, one per code, equal the most common square.
+  """Computes the share of squares that equal the most common one; a code covers one square.
 
   Args:
     images: uint8 [n, H, W, 3].

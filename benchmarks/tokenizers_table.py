@@ -66,8 +66,8 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
 def perplexity_bound(share: float, codes: int) -> float:
   """Returns the largest possible perplexity of K codes if one code has the share p of positions.
 
-  The bound is exp(H), with H = -p log p - (1 - p) log((1 - p) / (K - 1)): all other codes are
-  equally frequent.
+  If all other codes are equally frequent, the entropy is H = -p log p - (1 - p) log((1 - p) / (K -
+  1)), and the perplexity is exp(H).
   """
   rest = 1 - share
   entropy = -share * np.log(share) - (rest * np.log(rest / (codes - 1)) if rest else 0.0)
@@ -80,7 +80,7 @@ def _difference(own: dict, base: dict, name: str) -> dict:
 
 
 def _level(level: dict, text: str) -> str:
-  """Formats a mean; adds the range over the seeds unless its ends are formatted equally."""
+  """Formats a mean; adds the range over the seeds if its rounded ends differ."""
   mean, low, high = (text.format(level[key]) for key in ("mean", "lowest", "highest"))
   return mean if low == high else f"{mean} ({low} to {high})"
 

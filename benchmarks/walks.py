@@ -7,7 +7,7 @@
 A file is entered when one of its functions runs, in any thread. Code that runs only during the
 import of a module does not count. A climb is a pair of files from two rooms, in which the file of
 the lower room calls a function of the upper room. The table in docs/design.md lists the rooms from
-bottom to top. The lowest room is the base, which docs/design.md also defines, with all files
+bottom to top. The lowest room is the base: the modules that docs/design.md lists, and every
 config.py. `api.py` and `commands/` are above all rooms.
 """
 
