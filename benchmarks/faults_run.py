@@ -1,9 +1,8 @@
 """Runs the commands of `benchmarks.faults` in processes that can be killed, and reads results.
 
-A command runs in a process that is forked from a process that has imported the libraries, so that a
-start takes only a second. Otherwise, the process equals `python -m launch.NAME`. Before a kill, the
-process writes the stacks of its threads. In the stacks, `phase_of` finds the phase that the kill
-interrupted.
+A command runs in a fork of a process that has already imported the libraries, so it starts within a
+second. Apart from that, it runs like `python -m launch.NAME`. Before a process is killed, it writes
+the stack traces of its threads. From them, `phase_of` finds the phase that the kill interrupted.
 """
 
 import contextlib
@@ -31,11 +30,11 @@ IMPORTED = (
   "cm3leon_jax.evaluation.likelihood.bits",
   "cm3leon_jax.training.decoder",
   "tests.launch.stages_before",
-  "torch",  # `launch.export` compares its result with transformers, if installed.
+  "torch",  # `launch.export` checks its result with transformers.
   "transformers",
 )
-# All processes of a part inherit these variables. Programs of tiny models take longer to compile
-# than to run.
+# Environment variables of all processes. Tiny models take longer to compile than to run, so
+# optimizations are off.
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -46,12 +45,12 @@ XLA_FLAGS = (
   "--xla_force_host_platform_device_count={devices}"
   " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
-# Files of an export that hold its time, its duration, or the name of the run.
+# Files of an export that contain its time, its duration, or the name of the run.
 NAMED = (DONE, "README.md", "training_data.json")
 LOG, STACKS, CACHE = "log.txt", "stacks.txt", "compilation_cache"
 POLL_SECONDS = 0.01
-STACK_SECONDS = 0.5  # Maximum time for a process to write its stacks.
-# (File, function, phase of a main thread that is in this function). The first match counts.
+STACK_SECONDS = 0.5  # Maximum time for writing the stack traces.
+# (File, function, phase while the main thread is in this function). The first match counts.
 PHASES = (
   ("training/decoder.py", "restore_or_init", "restore"),
   ("training/watch/heldout.py", "evaluate", "evaluate"),
@@ -62,7 +61,7 @@ PHASES = (
 
 
 def forkserver():
-  """Returns the context that forks processes with the environment `ENVIRONMENT`."""
+  """Returns a `multiprocessing` context that forks processes with the variables `ENVIRONMENT`."""
   os.environ.update(ENVIRONMENT)
   context = multiprocessing.get_context("forkserver")
   context.set_forkserver_preload(list(IMPORTED))
@@ -70,7 +69,7 @@ def forkserver():
 
 
 def _prepare(folder: pathlib.Path, devices: int, most_bytes: int | None) -> None:
-  """Prepares a forked process before JAX initializes its devices."""
+  """Sets the log, the fake devices and the file size limit of a process, before JAX initializes."""
   import jax
 
   faulthandler.register(signal.SIGUSR1, (folder / STACKS).open("w"), all_threads=True)
@@ -79,7 +78,7 @@ def _prepare(folder: pathlib.Path, devices: int, most_bytes: int | None) -> None
   os.dup2(log.fileno(), 2)
   os.environ["XLA_FLAGS"] = XLA_FLAGS.format(devices=devices)
   jax.config.update("jax_compilation_cache_dir", str(folder / CACHE))
-  if most_bytes is not None:  # Writes beyond this size fail as on a full disk, also in C++.
+  if most_bytes is not None:  # Larger files cannot be written, as on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
 
 
@@ -103,17 +102,17 @@ def _leaving():
 
   try:
     yield
-  finally:  # Processes of `multiprocessing` do not call `atexit` functions.
+  finally:  # `multiprocessing` skips `atexit` functions.
     if jax.distributed.is_initialized():
       jax.distributed.shutdown()
 
 
 class Process:
-  """Process with a folder for its log and the stacks of its threads.
+  """Process with a folder for its log and the stack traces of its threads.
 
   Attributes:
-    folder: folder of `LOG`, `STACKS` and `CACHE`.
-    started: time of the start, from `time.monotonic`.
+    folder: folder that contains `LOG`, `STACKS` and `CACHE`.
+    started: value of `time.monotonic` at the start.
   """
 
   def __init__(self, folder: pathlib.Path, target, arguments: tuple):
@@ -134,7 +133,7 @@ class Process:
       folder: folder of the process.
       name: name of the command.
       *flags: more flags of the command.
-      workdir: folder of the run.
+      workdir: workdir of the run.
       config: config of the run.
       devices: number of fake devices.
       most_bytes: maximum size of a file, beyond which writes fail; None means no limit.
@@ -144,7 +143,7 @@ class Process:
 
   @classmethod
   def function(cls, folder, function, *arguments, devices: int = 1) -> "Process":
-    """Starts `function(*arguments)`; function and arguments must be picklable."""
+    """Starts `function(*arguments)`; the function and the arguments must be picklable."""
     return cls(folder, _run_function, (function, arguments, devices))
 
   def wait(self, seconds: float | None = None) -> int | None:
@@ -157,10 +156,10 @@ class Process:
     self._process.terminate()
 
   def kill(self) -> str | None:
-    """Kills the process with SIGKILL; returns its threads' stacks, None if it had already ended."""
+    """Sends SIGKILL; returns the threads' stack traces, or None if the process had ended before."""
     stacks, killed = self.folder / STACKS, {-signal.SIGKILL, -signal.SIGUSR1}
     if stacks.exists() and self._process.is_alive():
-      # Writing stacks while other threads run may itself end the process.
+      # Writing the stack traces of running threads may crash the process.
       killed.add(-signal.SIGSEGV)
       with contextlib.suppress(ProcessLookupError):
         os.kill(self._process.pid, signal.SIGUSR1)
@@ -190,7 +189,7 @@ def finish(process: Process, code: int = 0) -> float:
 
 
 def phase_of(stacks: str) -> str:
-  """Returns the phase of the main thread, whose stack is the last in the file.
+  """Returns the phase of the main thread, from its stack trace, the last in `stacks`.
 
   `PHASES` defines most phases. The other phases are "compile" while JAX traces or compiles, "step"
   during a step, and "start" before the first step.
@@ -206,7 +205,7 @@ def phase_of(stacks: str) -> str:
 
 
 def make_workdir(root: pathlib.Path, config: str) -> None:
-  """Runs the stages before training in a separate process."""
+  """Runs the stages that precede training, in a separate process."""
   finish(Process.function(root, _make_workdir, root, config))
 
 
@@ -228,7 +227,7 @@ def settings_of(config: str):
 
 
 def logged(workdir: pathlib.Path) -> list[dict]:
-  """Returns the lines of the metrics log of a run."""
+  """Returns the lines in the metrics log of a run."""
   return read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
 
 
@@ -238,23 +237,23 @@ def last_step(workdir: pathlib.Path) -> int:
 
 
 def sealed_steps(workdir: pathlib.Path) -> list[int]:
-  """Returns the steps of the checkpoints that have digests, in ascending order."""
+  """Returns, in ascending order, the steps whose checkpoints have a file of digests."""
   train = workdir / "train"
   found = [path.stem for path in (train / "checkpoints.digests").glob("*.json")]
   return sorted(int(step) for step in found if (train / "checkpoints" / step).exists())
 
 
 def unfinished_save(workdir: pathlib.Path) -> bool:
-  """Returns whether the run has a checkpoint that is incomplete or has no digests."""
+  """Returns whether the run has a checkpoint that is incomplete or has no file of digests."""
   train = workdir / "train"
   steps = {path.name for path in (train / "checkpoints").glob("[0-9]*")}
   return bool(steps - {f"{step}" for step in sealed_steps(workdir)})
 
 
 def result_of(workdir: pathlib.Path) -> dict:
-  """Returns all results that a run must reproduce bit for bit; times and rates are left out.
+  """Returns all results that a run must reproduce exactly; times and rates are omitted.
 
-  Losses and held-out losses are lists, so that a step that is logged twice counts as a difference.
+  Losses and held-out losses are lists, so a step that is logged twice makes a difference.
   """
   losses, heldout = [], []
   for line in logged(workdir):
@@ -279,5 +278,5 @@ def result_of(workdir: pathlib.Path) -> dict:
 
 
 def differing(found: dict, expected: dict) -> list[str]:
-  """Returns the names of the parts of two results that differ."""
+  """Returns the keys of `expected` whose values differ in `found`."""
   return [name for name in expected if found.get(name) != expected[name]]

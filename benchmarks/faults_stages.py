@@ -1,8 +1,8 @@
-"""Part `stages` of `benchmarks.faults`: sends SIGKILL at random moments of all other stages.
+"""Kills all stages except training at random moments (part `stages` of `benchmarks.faults`).
 
-Each stage runs in a new folder with links to the results that it reads. Its process is killed up to
-three times and started again with the same command. Then every file and every logged number must
-equal those of a run that was never killed.
+Each stage runs in a new workdir with links to the results that it reads. Its process is killed with
+SIGKILL up to three times, and each time it is started again with the same command. When the stage
+has finished, every file and every logged number must equal the result of a run without a kill.
 """
 
 from collections.abc import Iterator
@@ -24,25 +24,25 @@ CONFIG = f"{faults_run.CONFIG}:stages"
 TASKS = f"{faults_run.CONFIG}:tasks"
 PAIRS, LISTS, SIDE = 240, 4, 8
 KILLS = 3  # Maximum number of kills per run of a stage.
-# Folders of this part: the raw data, and a whole run that is never killed.
+# Folders: the raw data, and the workdir of a complete run that is never killed.
 SOURCE, WHOLE = "source", "whole"
 # Fields of logs and summaries that differ in every run.
 TIMES = ("time", "seconds", "tokens_per_second", "mfu", "machine")
-# Files and folders that differ in every run. Parameters of checkpoints are compared by their
-# metrics.
+# Files and folders that differ in every run and are not compared. Checkpoints differ in their
+# times; the metrics show whether the parameters are equal.
 LEFT_OUT = ("checkpoints", "checkpoints.digests", "lease.json", "metrics.digest.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """Stage to kill.
+  """Stage whose process is killed.
 
   Attributes:
     command: name of the command.
-    folder: folder of the result in the workdir.
-    reads: folders of the workdir that the stage reads; they are links to the whole run.
-    config: file and variant.
-    flags: more flags; {root} stands for the folder of the part.
+    folder: folder in the workdir that the stage writes.
+    reads: folders in the workdir that the stage reads; they are links to the run in `WHOLE`.
+    config: config, as "FILE:VARIANT".
+    flags: more flags; {root} is replaced by the folder of the part `stages`.
   """
 
   command: str
@@ -77,7 +77,7 @@ STAGES = {
 
 
 def write_source(folder: pathlib.Path) -> None:
-  """Writes striped images with captions, in folders that become one shard each."""
+  """Writes striped images with captions to several folders; each folder becomes one shard."""
   rng = np.random.default_rng(0)
   for part in range(LISTS):
     (folder / f"{part}").mkdir(parents=True, exist_ok=True)
@@ -104,14 +104,14 @@ def start(
 
 
 def new_workdir(root: pathlib.Path, stage: Stage, name: str) -> pathlib.Path:
-  """Creates a workdir without the result of one stage; deletes an earlier workdir."""
+  """Creates a workdir with only the folders that a stage reads; deletes an earlier workdir."""
   shutil.rmtree(root / name, ignore_errors=True)
   experiment.link_stages(root / WHOLE, root / name, stage.reads)
   return root / name
 
 
 def result_of(folder: pathlib.Path) -> dict:
-  """Returns the digests of a stage's files, and the content of its logs, without times."""
+  """Returns file name -> digest, or content without times if the file is a log."""
   found = {}
   for path in sorted(folder.rglob("*")):
     name = path.relative_to(folder)
@@ -123,21 +123,21 @@ def result_of(folder: pathlib.Path) -> dict:
     elif path.name == DONE:
       found[f"{name}"] = _without_times(read_json(path))
       if not found[f"{name}"]["files"]:
-        del found[f"{name}"]["id"]  # The id of a stage without files depends on the time.
+        del found[f"{name}"]["id"]  # Without files, this id depends on the time.
     else:
       found[f"{name}"] = digest(path)
   return found
 
 
 def _without_times(value):
-  """Removes the fields of `TIMES` from a JSON value, at any depth."""
+  """Removes the fields in `TIMES` from a JSON value and from the dicts in it."""
   if not isinstance(value, dict):
     return value
   return {k: _without_times(v) for k, v in value.items() if k not in TIMES}
 
 
 def reference(root: pathlib.Path) -> dict[str, dict]:
-  """Runs all stages twice without a kill, unless done; returns results and times of the second run.
+  """Runs each stage twice without a kill, unless reference.json exists; returns the second results.
 
   Raises RuntimeError if the two runs of a stage differ.
   """
@@ -146,7 +146,8 @@ def reference(root: pathlib.Path) -> dict[str, dict]:
     write_source(root / SOURCE)
     known = {}
     for name, stage in STAGES.items():
-      if stage.command == "import_weights":  # `import_weights` and `reinforce` read an export.
+      # `import_weights` and `reinforce` read an export, so a run is trained and exported first.
+      if stage.command == "import_weights":
         for command in ("train", "export"):
           process = faults_run.Process.command(
             root / "process", command, workdir=root / WHOLE, config=CONFIG
@@ -158,7 +159,7 @@ def reference(root: pathlib.Path) -> dict[str, dict]:
 
 
 def _without_kill(root: pathlib.Path, name: str, stage: Stage) -> dict:
-  """Runs a stage in two workdirs, and links the first result into the whole run."""
+  """Runs a stage in two workdirs without a kill, and links the first result into `WHOLE`."""
   results, seconds = [], 0.0
   for number in range(2):
     workdir = new_workdir(root, stage, f"{stage.command}_{number}")
@@ -173,13 +174,13 @@ def _without_kill(root: pathlib.Path, name: str, stage: Stage) -> dict:
 
 
 def differing(found: dict, expected: dict) -> list[str]:
-  """Returns the names of files that differ, or that one of the two results lacks."""
+  """Returns the names of files that differ, or that only one of the two results contains."""
   names = sorted({*found, *expected})
   return [name for name in names if found.get(name) != expected.get(name)]
 
 
 def control(root: pathlib.Path, known: dict) -> dict:
-  """Trains the image tokenizer with another seed as a control; the result must differ."""
+  """Trains the image tokenizer with a different seed, as a control: its result must differ."""
   stage = STAGES["train_vqgan"]
   workdir = new_workdir(root, stage, "control")
   faults_run.finish(start(root, stage, workdir, "--config.seed=1"))
@@ -188,7 +189,7 @@ def control(root: pathlib.Path, known: dict) -> dict:
 
 
 def killed_run(root: pathlib.Path, name: str, rng: np.random.Generator, known: dict) -> dict:
-  """Kills a stage up to `KILLS` times, then lets it finish; returns kills and differing files."""
+  """Kills a stage up to `KILLS` times, then runs it to its end; compares its result."""
   stage, moments = STAGES[name], []
   workdir = new_workdir(root, stage, "killed")
   for _ in range(KILLS):
@@ -228,7 +229,7 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 
 
 def summarize(runs: list[dict]) -> dict:
-  """Counts, for every stage, the kills and the runs whose results equal a run without a kill."""
+  """Counts, for each stage, the kills, the runs, and the runs that equal a run without a kill."""
   stages: dict[str, dict] = {}
   first, *runs = runs
   for run in runs:

@@ -1,7 +1,7 @@
-"""Formats the numbers of `benchmarks.faults` as a table, and lists failures among them."""
+"""Formats the results of `benchmarks.faults` as a table, and lists the failures."""
 
 NONE = "-"
-TOLERANCE = 1e-5  # Tolerated difference between the losses of a step on different meshes.
+TOLERANCE = 1e-5  # Maximum difference between losses of a step on different meshes.
 
 
 def kill_failures(summary: dict) -> list[str]:
@@ -83,7 +83,7 @@ def _kill_rows(summary: dict) -> list[tuple]:
 
 
 def _joined(rows: list[tuple], where: str) -> list[tuple]:
-  """Joins rows that differ only in the name of the fault; starts each name with `where`."""
+  """Joins rows that differ only in the name of the fault; puts `where` before the names."""
   names: dict[tuple, list[str]] = {}
   for name, *numbers in rows:
     names.setdefault(tuple(numbers), []).append(name)
@@ -133,7 +133,7 @@ def _replay_rows(summary: dict) -> list[tuple]:
 
 
 def _stages_rows(summary: dict) -> list[tuple]:
-  """Formats the kills of each stage; `asked` is the number of requested kills per stage."""
+  """Returns a row per stage; `summary["asked"]` is the number of requested kills per stage."""
   return [
     (f"`{name}`", _of(stage["kills"], summary["asked"]), NONE,
      f"{stage['equal']} of {stage['runs']} runs", NONE,
@@ -143,7 +143,7 @@ def _stages_rows(summary: dict) -> list[tuple]:
 
 
 def markdown(numbers: dict) -> str:
-  """Formats the content of results.json as a table, with the phases in which runs were killed."""
+  """Formats the content of results.json as a table of faults and a table of interrupted phases."""
   header = (
     "fault", "caused", "detected and named", "recovered", "steps lost, at most",
     "rows lost or repeated", "seconds to resume",

@@ -4,8 +4,9 @@
   python -m benchmarks.fuzz_records tar -max_total_time=600
 
 Readers: csv, json, tar, yaml. All other arguments are passed to libFuzzer, e.g. a folder of initial
-files. An error that the project does not handle ends the fuzzing and writes the input to `crash-*`.
-Add the input to tests/data/sources/archive_bounds_test.py or tests/commands/untrusted_test.py.
+files. An exception that the readers do not handle ends the fuzzing, and the input is written to
+`crash-*`. Add this input to tests/data/sources/archive_bounds_test.py or
+tests/commands/untrusted_test.py.
 """
 
 import contextlib
@@ -45,7 +46,7 @@ def read_yaml() -> None:
 
 
 def check(where: str, values: dict | records.Rejected) -> None:
-  """Converts values to records of each kind and serializes valid records, like ingestion."""
+  """Converts values to records of each kind and serializes the valid ones, as ingestion does."""
   if isinstance(values, records.Rejected):
     return
   for kind in records.KINDS.values():

@@ -1,19 +1,20 @@
-r"""Compares the results of a commit and of the working tree, to check that a refactoring is exact.
+r"""Checks that a refactoring changes no result: compares a commit with the working tree.
 
   python -m benchmarks.golden --against=COMMIT          # about 10 minutes per version, on two cores
   python -m benchmarks.golden --against=COMMIT --parts=bundled,rows
 
 Needs the extras [demo,dev].
 
-Checks COMMIT out and runs both versions on this machine, one after the other. Each version runs
+Checks out COMMIT and runs both versions on this machine, one after the other. Each version runs
 every stage on tiny data, trains 20 steps, learns from rewards, reads training rows, samples every
 task in batches and from a server, writes every export, samples the bundled models, and continues
-runs of COMMIT (`benchmarks/golden_run.py`). The command compares losses and token ids exactly, and
-files by digest. Texts for people (pages, cards, messages) are not compared. Prints a row per part
-with the names of the first differing values. The exit code is 1 if a value differs.
+runs of COMMIT (`benchmarks/golden_run.py`). Losses and token ids are compared exactly, and files by
+digest. Texts for people (pages, cards, messages) are not compared. Prints a row per part with the
+names of the first differing values. The exit code is 1 if a value differs.
 
-A part also runs the parts whose results it reads. --folder keeps the results of COMMIT. Later
-comparisons reuse these results while the files `benchmarks/golden*.py` are unchanged.
+--parts also runs the parts whose results the named parts read. The results of COMMIT stay in
+--folder, and later comparisons reuse them as long as the files `benchmarks/golden*.py` are
+unchanged.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ from absl import app, flags
 from benchmarks import golden_run
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHOWN = 8  # Maximum number of differing values that the table names for each part.
+SHOWN = 8  # Maximum number of differing values that a table row names.
 
 
 def git(*arguments: str) -> str:
@@ -43,7 +44,7 @@ def git(*arguments: str) -> str:
 
 
 def check_out(commit: str, folder: pathlib.Path) -> pathlib.Path:
-  """Writes the tree of a commit to a folder, unless it exists."""
+  """Writes the files of a commit to a folder, unless the folder exists."""
   if not folder.exists():
     folder.parent.mkdir(parents=True, exist_ok=True)
     archive = folder.with_name(f"{folder.name}.tar")
@@ -56,13 +57,13 @@ def check_out(commit: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def own_digest() -> str:
-  """Returns a digest of the files that define what this command runs and compares."""
+  """Returns a digest of the `golden*.py` files, which define what is run and compared."""
   files = sorted(pathlib.Path(__file__).parent.glob("golden*.py"))
   return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def measure(place: golden_run.Place, parts: list[str], kept: pathlib.Path) -> dict[str, dict]:
-  """Runs parts and returns their values; skips parts whose values are in `kept`."""
+  """Runs parts and returns their values; reads values that are already in `kept`."""
   found = json.loads(kept.read_text()) if kept.exists() else {}
   if not found:
     golden_run.prepare(place)

@@ -1,9 +1,9 @@
-"""Defines runs of 20 steps for `benchmarks.golden`: --config=golden_config.py:VARIANT.
+"""Configures runs of 20 steps for `benchmarks.golden`: --config=golden_config.py:VARIANT.
 
-`opt` is a run of the paper's family on scenes, with a neighbor before each pair. `modern` trains on
-pairs, texts and interleaved documents from a folder, in bfloat16 on eight devices, with every
-mechanism of a training step. `tuned` learns instructions, starting from `modern`. `rewards` learns
-from a judge's rewards.
+`opt` trains the family `opt` on scenes, with a neighbor before each pair. `modern` trains on pairs,
+texts and interleaved documents from a folder, in bfloat16 on eight devices, with every optional
+part of a training step. `tuned` is instruction tuning, starting from `modern`. `rewards` is
+reinforcement learning from a judge's rewards.
 """
 
 from cm3leon_jax.configs import base

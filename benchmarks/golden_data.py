@@ -16,7 +16,7 @@ QUESTIONS = ("What color is the square?", "How many squares are there?")
 
 
 def write(folder: pathlib.Path) -> None:
-  """Writes all files to a new folder."""
+  """Writes all input files to a new folder."""
   (folder / "images").mkdir(parents=True)
   for i, caption in enumerate(CAPTIONS):
     _draw(caption).save(folder / "images" / f"{i}.png")
@@ -75,7 +75,7 @@ def _twos() -> list[tuple[str, str]]:
 
 
 def _tasks() -> list[dict]:
-  """Returns tasks of every kind for `cm3leon generate`, with usual and unusual settings."""
+  """Returns tasks of every kind for `cm3leon generate`, with common and rare settings."""
   given = {"image": "images/0.png"}
   flat = {"text_top_k": 0, "text_temperature": 1.5, "top_k": 0, "temperature": 1.5}
   return [
@@ -96,7 +96,7 @@ def _tasks() -> list[dict]:
 
 
 def _scene_prompts() -> list[str]:
-  """Returns ten captions of all categories for the bundled model `scenes`."""
+  """Returns ten prompts for the bundled model `scenes`, from all categories of captions."""
   return [
     *("a bell", "a red key", "three green fish", "a blue anchor and a black cat"),
     *("a yellow duck to the left of a purple crown", "a green bell below a red bone"),

@@ -8,25 +8,25 @@ import pathlib
 import re
 from typing import Any
 
-# Files that are not compared: pages for people, and files with times or names of machines.
-# Checkpoints are not compared because exports, later losses and samples depend on their parameters.
+# Not compared: texts for people, and files that contain times or names of machines. Checkpoints
+# need not be compared: differing parameters change exports, later losses and samples.
 TEXTS = (".md", ".html", ".log", ".txt")
 SKIPPED_FILES = (
   *("contact_sheet.png", "digests.json", "export.json", "lease.json", "metrics.digest.json"),
   *("metrics.jsonl", "plan.jsonl", "summary.json", "train/config.json"),
 )
 SKIPPED_FOLDERS = ("checkpoints", "checkpoints.digests", "logs", "params", "state")
-# Suffix in the folder names of samples: a digest of their inputs, which include ids of stages.
+# Suffix of the folders of samples: a digest of the inputs, which include ids of stages.
 OF_ITS_RUN = re.compile(r"-[0-9a-f]{8}(?=/)")
-# Fields of JSON files with times, machines, names of config fields, or ids of stages. Some ids
-# depend on the time.
+# JSON fields that contain times, machines, names of config fields, or ids of stages (some of these
+# ids depend on the time).
 VOLATILE = ("config", "id", "inputs", "seconds", "time")
-# Files in which no field is omitted, because their ids are token ids.
+# Files in which no field is omitted: their "id" fields contain token ids.
 VERBATIM = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def of_file(path: pathlib.Path) -> str:
-  """Returns the digest of a file; omits VOLATILE fields of JSON and JSON lines."""
+  """Returns the digest of a file; omits the fields VOLATILE of JSON and JSONL files."""
   if path.suffix == ".json" and path.name not in VERBATIM:
     return of_value(json.loads(path.read_text()))
   if path.suffix == ".jsonl":
@@ -35,13 +35,13 @@ def of_file(path: pathlib.Path) -> str:
 
 
 def of_value(value: Any) -> str:
-  """Returns the digest of a JSON value without VOLATILE fields."""
+  """Returns the digest of a JSON value without the fields VOLATILE."""
   text = json.dumps(_stable(value), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 
 
 def of_folder(folder: pathlib.Path) -> dict[str, str]:
-  """Returns the digests of all files in a folder and its subfolders: relative name -> digest."""
+  """Returns relative path -> digest, for the compared files in a folder and its subfolders."""
   names = {path: os.fspath(path.relative_to(folder)) for path in _files(folder)}
   return {OF_ITS_RUN.sub("", name): of_file(path) for path, name in names.items()}
 

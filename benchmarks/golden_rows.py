@@ -12,7 +12,7 @@ from etils import epath
 from cm3leon_jax.settings import settings_of_run
 
 try:
-  from cm3leon_jax.commands.training_rows import open_rows  # Exists only in earlier commits.
+  from cm3leon_jax.commands.training_rows import open_rows  # Only in earlier commits.
 except ModuleNotFoundError:
   from cm3leon_jax.trained.rows import open_rows
 

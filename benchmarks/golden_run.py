@@ -1,8 +1,8 @@
 """Runs commands, a script and a server for `benchmarks.golden`, with the package of a commit.
 
-The parts use only interfaces for users: commands, files, the HTTP server, the Python API. Therefore
-they run with every layout of the package. Only `golden_rows.py` uses internals, to open the rows of
-a run.
+The parts use only public interfaces: commands, files, the HTTP server, the Python API. Therefore
+they run with the package of any commit. Only `golden_rows.py` uses internals, to read training
+rows.
 """
 
 from collections.abc import Callable, Collection
@@ -32,7 +32,7 @@ from cm3leon_jax import CM3Leon
 samples = CM3Leon.load(sys.argv[1]).generate("a red square at the top left", num_samples=2, seed=0)
 print(json.dumps([hashlib.sha256(sample.image.tobytes()).hexdigest() for sample in samples]))
 """
-# Bundles, and exports that `CM3Leon.load` reads, by their index in EXPORTS.
+# Bundles, and those exports that `CM3Leon.load` reads; the number is the index in EXPORTS.
 EXPORTED = ("bundle_opt", "bundle_modern", "export_opt_0", "export_opt_2", "export_modern_0")
 
 
@@ -41,10 +41,10 @@ class Place:
   """Folder in which the package of one checkout runs.
 
   Attributes:
-    checkout: root of the source tree with the package.
-    folder: current folder of the commands. All paths are relative to it, so that no result depends
-      on its location.
-    before: folder of the commit's results, from which `earlier` copies runs.
+    checkout: root of the source tree that contains the package.
+    folder: working directory of the commands. All paths are relative to it, so no result depends on
+      its location.
+    before: folder of the commit's results; the part `earlier` copies runs from it.
     cache: folder of compiled programs.
   """
 
@@ -64,7 +64,7 @@ class Place:
     }
 
   def python(self, *arguments: str, devices: int = 1) -> str:
-    """Runs Python in the folder and returns what it prints; exits if Python fails."""
+    """Runs Python in the folder and returns its standard output; exits if Python fails."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {**self.environment, "XLA_FLAGS": flags}
     command = [sys.executable, *arguments]
@@ -76,7 +76,7 @@ class Place:
     return result.stdout
 
   def cm3leon(self, name: str, workdir: str, *flags: str, variant: str = "", devices: int = 1):
-    """Runs a command with a variant of golden_config.py; "" means the settings of the run."""
+    """Runs a command with a variant of golden_config.py; "" means the run's stored settings."""
     config = [f"--config={CONFIG}:{variant}"] if variant else []
     self.python("-m", "cm3leon_jax", name, f"--workdir={workdir}", *config, *flags, devices=devices)
 
@@ -84,7 +84,7 @@ class Place:
     return golden_digests.of_folder(self.folder / folder)
 
   def losses(self, workdir: str) -> dict:
-    """Returns the values that training logged for each step, without times: step -> values."""
+    """Returns step -> values that training logged at this step, without times."""
     lines = (self.folder / workdir / "train" / "metrics" / "metrics.jsonl").read_text()
     return {
       f"{i}: step {line.get('step')}": {k: v for k, v in line.items() if not _is_time(k)}
@@ -97,13 +97,13 @@ def _is_time(name: str) -> bool:
 
 
 def opt(place: Place) -> dict:
-  """Runs every stage of a run of the paper's family."""
+  """Runs every stage with the variant `opt`."""
   place.cm3leon("run", "opt", variant="opt")
   return place.digests("opt") | place.losses("opt")
 
 
 def modern(place: Place) -> dict:
-  """Runs every stage of a run with every mechanism, on eight devices."""
+  """Runs every stage with the variant `modern`, on eight devices."""
   place.cm3leon("run", "modern", variant="modern", devices=8)
   return place.digests("modern") | place.losses("modern")
 
@@ -116,7 +116,7 @@ def tuned(place: Place) -> dict:
 
 
 def rewards(place: Place) -> dict:
-  """Learns from a judge's rewards, starting from `tuned`."""
+  """Trains `tuned` further on a judge's rewards."""
   for command in ("copy_tokenizers", "encode_instructions", "reinforce"):
     flags = () if command == "encode_instructions" else ("--init_from=tuned",)
     place.cm3leon(command, "rewards", *flags, variant="rewards")
@@ -124,10 +124,10 @@ def rewards(place: Place) -> dict:
 
 
 def rows(place: Place) -> dict:
-  """Reads the first rows of three mixtures: pairs; with texts and documents; with instructions."""
+  """Reads the first training rows of three runs: `opt`, `modern` and `tuned`."""
   found = {}
   for run in ("opt", "modern", "tuned"):
-    # -P: otherwise modules next to the script, such as `tokenizers`, would hide packages.
+    # Without -P, modules next to the script, such as `tokenizers`, would shadow packages.
     printed = place.python("-P", os.fspath(HERE / "golden_rows.py"), run, str(ROWS))
     found |= {f"{run}: row {row}": digest for row, digest in json.loads(printed).items()}
   return found
@@ -145,7 +145,7 @@ def tasks(place: Place) -> dict:
 
 
 def served(place: Place) -> dict:
-  """Sends all requests in parallel to a server of `tuned`, and returns digests of the answers."""
+  """Sends all requests in parallel to a server of `tuned`; returns digests of the responses."""
   command = [sys.executable, "-m", "cm3leon_jax", "serve", "--workdir=tuned", "--slots=3"]
   with golden_server.Server(command, place.folder, place.environment) as server:
     requests = golden_data.http_requests(place.folder)
@@ -155,7 +155,7 @@ def served(place: Place) -> dict:
 
 
 def exports(place: Place) -> dict:
-  """Writes an export in every serving format, and a bundle."""
+  """Writes exports in every format of EXPORTS and a bundle, of `opt` and of `modern`."""
   found = {}
   for run, choices in EXPORTS.items():
     for i, (name, *flags) in enumerate(choices):
@@ -168,7 +168,7 @@ def exports(place: Place) -> dict:
 
 
 def bundled(place: Place) -> dict:
-  """Generates samples of both bundled models for ten prompts each."""
+  """Generates samples for ten prompts with each of the two bundled models."""
   found = {}
   for name in ("scenes", "scenes-instruct"):
     out = f"bundled_{name}"
@@ -178,7 +178,7 @@ def bundled(place: Place) -> dict:
 
 
 def earlier(place: Place) -> dict:
-  """Continues and evaluates runs of the commit, and reads exports and bundles of the commit."""
+  """Continues and evaluates the commit's runs, and samples from its exports and bundles."""
   place = dataclasses.replace(place, folder=place.folder / "earlier")
   prepare(place)
   for name in ("opt", "modern", "tuned", *EXPORTED):
@@ -199,7 +199,7 @@ def earlier(place: Place) -> dict:
   return found
 
 
-# Part -> parts whose results this part reads.
+# Part -> other parts whose results it reads.
 NEEDS = {
   "tuned": ("modern",),
   "rewards": ("tuned",),
@@ -216,7 +216,7 @@ PARTS: dict[str, Callable[[Place], dict]] = {
 
 
 def with_needed(names: Collection[str]) -> list[str]:
-  """Returns parts and the parts that they read, in the order in which they run.
+  """Adds the parts whose results the named parts read; returns all in the order in which they run.
 
   with_needed(["tasks"]) = ["modern", "tuned", "tasks"]
   """
@@ -229,7 +229,7 @@ def with_needed(names: Collection[str]) -> list[str]:
 
 
 def prepare(place: Place) -> None:
-  """Deletes and creates the folder, with the config and the files that the commands read."""
+  """Deletes and recreates the folder; writes the config and the inputs to it."""
   shutil.rmtree(place.folder, ignore_errors=True)
   place.folder.mkdir(parents=True)
   shutil.copy(HERE / CONFIG, place.folder)

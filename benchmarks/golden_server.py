@@ -11,12 +11,12 @@ import httpx
 from benchmarks.golden_digests import of_value
 
 START_SECONDS = 900.0
-logging.getLogger("httpx").setLevel(logging.WARNING)  # The server logs each request.
-CHANGING = ("created", "id")  # Fields of an answer that hold times and random names.
+logging.getLogger("httpx").setLevel(logging.WARNING)  # Logs no requests.
+CHANGING = ("created", "id")  # Fields of a response with times and random ids.
 
 
 class Server:
-  """Process of `cm3leon serve`, which is ready inside the context and ends with the context."""
+  """Context manager that starts `cm3leon serve`, waits until it is ready, and stops it on exit."""
 
   def __init__(self, command: list[str], folder: pathlib.Path, environment: dict[str, str]):
     with socket.socket() as free:
@@ -50,7 +50,7 @@ class Server:
       return False
 
   def post(self, path: str, fields: dict, image: bytes | None = None) -> str:
-    """Posts JSON, or a form if there is an image, and returns a digest of the answer."""
+    """Posts JSON, or a form if there is an image; returns a digest of the response."""
     if image is None:
       answer = self._client.post(path, json=fields)
     else:

@@ -45,7 +45,7 @@ VIT_B32 = checkpoint.HFCLIPConfig(
 
 
 def report(what: str, count: int, run, unit: str) -> None:
-  """Prints median and range of items per second; one call of `run()` processes `count` items."""
+  """Prints the median and range of items per second; a call of `run()` processes `count` items."""
   run()
   rates = []
   for _ in range(_REPEATS.value):
@@ -76,7 +76,7 @@ def write_tar(path: epath.Path, count: int) -> None:
 
 
 def ingestion(folder: epath.Path) -> list:
-  """Measures ingestion from a tar to a raw shard of 256-pixel images; returns the pairs."""
+  """Measures ingestion of a tar into a raw shard of 256-pixel images; returns the pairs."""
   config = RawConfig(source=str(folder / "in"), resolution=256, num_threads=_THREADS.value)
   (folder / "in").mkdir()
   write_tar(folder / "in" / "00000.tar", _RECORDS.value)
@@ -94,7 +94,7 @@ def ingestion(folder: epath.Path) -> list:
 
 
 def encoding(folder: epath.Path, pairs: list) -> None:
-  """Measures encoding: images to codes with the VQGAN of the 7B config, and captions to ids."""
+  """Measures encoding of images with the VQGAN of the 7B config, and of captions to token ids."""
   settings = settings_from_config(cm3leon_7b.get_config())
   paths = [pair.image for pair in pairs]
 
@@ -116,7 +116,7 @@ def encoding(folder: epath.Path, pairs: list) -> None:
 
 
 def embedding() -> None:
-  """Measures embedding with ViT-B/32 in bfloat16."""
+  """Measures embedding of images and captions with a CLIP ViT-B/32 in bfloat16."""
   rng = np.random.default_rng(0)
 
   def normal(shape) -> np.ndarray:

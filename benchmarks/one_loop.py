@@ -3,9 +3,9 @@
   OMP_WAIT_POLICY=passive python -m benchmarks.one_loop
 
 Continuous batching admits all requests of a batch and steps until all are finished. `generate`
-reads equal prefixes of prompts only once, and its caches grow as needed. The two ways take turns.
-Parameters are random, so candidates are nearly equally likely, and rounding changes tokens of long
-samples.
+processes a common prefix of the prompts only once, and its caches grow as needed. The two methods
+alternate. Parameters are random, so all tokens are nearly equally likely, and rounding changes some
+tokens of long samples.
 """
 
 import time
@@ -28,7 +28,7 @@ _WIDTH = flags.DEFINE_integer("width", 128, "Width of the decoder.", 32)
 
 SAMPLES = 8
 VOCAB = VocabLayout(text_size=512, image_size=1_024)
-# Name -> (tokens per caption, whether all captions are the same, codes per image, samples).
+# Name -> (tokens per caption, whether all captions are the same, codes per image, batch size).
 CASES = {
   "8 short captions, 64 codes": (16, False, 64, SAMPLES),
   "8 samples of a short caption, 64 codes": (16, True, 64, SAMPLES),
@@ -40,7 +40,7 @@ CASES = {
 
 
 def requests_of(tokens: int, equal: bool, codes: int, samples: int):
-  """Returns requests for images with random captions."""
+  """Returns requests for images with captions of `tokens` random tokens."""
   rng = np.random.default_rng(0)
   captions = [rng.integers(VOCAB.num_special, VOCAB.text_size, tokens) for _ in range(samples)]
   return [text_to_image(VOCAB, codes, captions[0 if equal else i]) for i in range(samples)]
@@ -63,7 +63,7 @@ def in_engine(engine: ContinuousGenerator, requests) -> list[np.ndarray]:
 
 
 def measure(tokens: int, equal: bool, codes: int, samples: int) -> str:
-  """Returns the cells of a table row."""
+  """Measures a case of CASES; returns the cells of its table row, joined."""
   width, positions = _WIDTH.value, tokens + codes + 8
   model = ModelConfig(
     family="modern", vocab_size=VOCAB.size, num_layers=4, width=width, num_heads=width // 64,
@@ -83,7 +83,7 @@ def measure(tokens: int, equal: bool, codes: int, samples: int) -> str:
     found = in_engine(engine, requests)
     seconds.append((middle - start, clocks() - middle))
     differ += sum(not np.array_equal(*pair) for pair in zip(expected, found))
-  own, others = np.moveaxis(np.array(seconds[1:]), 1, 0)  # The first run compiles: not counted.
+  own, others = np.moveaxis(np.array(seconds[1:]), 1, 0)  # The first run compiles.
   ratios = others / own
   cells = [f"{np.median(x[:, 0]):.3f} s" for x in (own, others)]
   for of_clock in ratios.T:

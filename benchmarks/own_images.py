@@ -1,4 +1,4 @@
-"""Writes images of one colored shape each in a folder like a user's, and judges generated images.
+"""Writes a folder of images like a user's, with one colored shape each; judges generated images.
 
   python -m benchmarks.own_images make --folder=my_images
   cm3leon run --config=own --config.raw.source=my_images/sidecars --workdir=workdir/own
@@ -6,8 +6,9 @@
 
 `make` writes the same 290 correct pairs and ten mistakes in three formats: sidecar files, a tar and
 JSONL. `judge` generates images for 50 captions that are not in the training data. It measures how
-many images show the color and the shape of their caption. It writes judged.json and judged.png to
-the workdir, and adds the first lines of report.html. docs/own_images.md is the tutorial.
+many images show the color and the shape that their caption names. It writes judged.json and
+judged.png to the workdir, and puts the results at the top of report.html. docs/own_images.md is the
+tutorial.
 """
 
 import dataclasses
@@ -31,9 +32,9 @@ from cm3leon_jax.reports import report
 # H height, W width.
 
 SIDE = 256  # Pixels.
-PAIRS = 290  # Not counting the ten mistakes.
-NEAR = 75  # A pixel has a color if its RGB distance to the color is at most this.
-CELLS = 24  # Side, in cells, of a mask that is compared with a template.
+PAIRS = 290  # Number of correct pairs.
+NEAR = 75  # Distance in RGB below which a pixel counts as having a color.
+CELLS = 24  # Height and width of a mask and of a template.
 AIMS = {"color": 0.6, "shape": 0.4}
 COLORS = {
   "red": (214, 38, 40),
@@ -54,7 +55,7 @@ WORDINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-  """Content of an image, and wording of its caption."""
+  """Content of an image, and index of its caption's wording in WORDINGS."""
 
   color: str
   shape: str
@@ -67,7 +68,7 @@ class Fact:
 
 
 def all_facts() -> list[Fact]:
-  """Returns all 288 facts: 6 colors, 4 shapes, 4 places and 3 wordings."""
+  """Returns all 288 combinations of 6 colors, 4 shapes, 4 places and 3 wordings."""
   return [
     Fact(color, shape, place, wording)
     for color in COLORS
@@ -86,7 +87,7 @@ def polygon(shape: str, x: float, y: float, radius: float) -> list[tuple[float, 
 
 
 def background(generator: np.random.Generator) -> Image.Image:
-  """Draws a background like an unfocused photo: a gradient of two pale colors, spots and noise."""
+  """Draws a background like a blurred photo: a gradient of two pale colors, spots and noise."""
   first, second = generator.uniform(120, 225, (2, 1)) + generator.uniform(-18, 18, (2, 3))
   angle = generator.uniform(0, 2 * np.pi)
   ys, xs = np.mgrid[0:SIDE, 0:SIDE] / SIDE - 0.5
@@ -99,7 +100,7 @@ def background(generator: np.random.Generator) -> Image.Image:
 
 
 def draw(fact: Fact, seed: int) -> Image.Image:
-  """Draws an image of `fact` that depends on the seed."""
+  """Draws an image of `fact`; position, size and color vary with the seed."""
   generator = np.random.default_rng(seed)
   image = background(generator)
   x, y = (SIDE * (c + generator.uniform(-0.03, 0.03)) for c in PLACES[fact.place])
@@ -117,14 +118,14 @@ def pairs(seed: int = 0) -> list[tuple[str, Fact, Image.Image]]:
 
 
 def encoded(image: Image.Image, kind: str = "jpeg") -> bytes:
-  """Encodes an image as the bytes of a file."""
+  """Returns the bytes of an image file in the format `kind`."""
   file = io.BytesIO()
   image.save(file, kind, quality=92)
   return file.getvalue()
 
 
 def mistakes() -> list[tuple[str, dict[str, bytes]]]:
-  """Returns ten incorrect pairs: (name, content of its files by suffix)."""
+  """Returns ten incorrect pairs, as (name, suffix -> content of the file)."""
   image = draw(Fact("red", "disc", "left", 0), 9_999)
   jpeg, png, caption = encoded(image), encoded(image, "png"), b"a red disc at the left"
   return [
@@ -142,7 +143,7 @@ def mistakes() -> list[tuple[str, dict[str, bytes]]]:
 
 
 def make(folder: pathlib.Path) -> None:
-  """Writes pairs and mistakes as sidecar files, as a tar, and as JSONL."""
+  """Writes the correct and incorrect pairs as sidecar files, as a tar, and as JSONL."""
   samples = [(n, {"jpg": encoded(i), "txt": f.caption.encode()}) for n, f, i in pairs()]
   samples = sorted([*samples, *mistakes()], key=lambda sample: sample[0])
   for name in ("sidecars", "tar", "jsonl/images"):
@@ -166,7 +167,7 @@ def make(folder: pathlib.Path) -> None:
 
 
 def cells(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
-  """Cuts out a box with a margin of a fifth of its sides; returns fp32 [CELLS, CELLS]."""
+  """Crops a box with margins of a fifth of its size; resizes it to [CELLS, CELLS] fp32."""
   left, top, right, bottom = box
   x, y = (right - left) / 5, (bottom - top) / 5
   part = image.crop((round(left - x), round(top - y), round(right + x), round(bottom + y)))
@@ -175,18 +176,19 @@ def cells(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
 
 @functools.cache
 def template(shape: str) -> np.ndarray:
-  """Draws a shape in the format of `cells`."""
+  """Draws a white shape on black, and crops it with `cells`."""
   image = Image.new("L", (SIDE, SIDE))
   ImageDraw.Draw(image).polygon(polygon(shape, SIDE / 2, SIDE / 2, SIDE / 3), fill=255)
   return cells(image, image.getbbox())
 
 
 def seen(image: Image.Image) -> tuple[str, str]:
-  """Returns the color and the shape in an image; an empty string for each that is not found.
+  """Returns the color and the shape that an image shows, each "" if it is not found.
 
-  The color is the most frequent among the pixels that are near a color of COLORS. A mask has large
-  values where a pixel is nearer to this color than to the color of the border. The shape is the
-  template with the highest correlation to the mask, which is cut out around its values above 0.5.
+  The color is the most frequent among the pixels that are near a color of COLORS. A mask is above
+  0.5 where a pixel is nearer to this color than to the color of the border. The mask is cropped to
+  the region above 0.5. The shape is the one whose template has the highest correlation with the
+  cropped mask.
   """
   pixels = np.asarray(image.convert("RGB"), np.float32)
   distance = np.linalg.norm(pixels[:, :, None] - np.array(list(COLORS.values())), axis=-1)
@@ -197,7 +199,7 @@ def seen(image: Image.Image) -> tuple[str, str]:
   border = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
   other = np.linalg.norm(pixels - border, axis=-1)
   mask = other / (other + distance[..., color] + 1e-6)
-  if not (mask > 0.5).any():  # The border has the color of the shape.
+  if not (mask > 0.5).any():  # The border has the shape's color.
     return list(COLORS)[color], ""
   (top, bottom), (left, right) = (np.percentile(axis, (1, 99)) for axis in np.nonzero(mask > 0.5))
   found = cells(Image.fromarray(mask.astype(np.float32)), (left, top, right + 1, bottom + 1))
@@ -206,20 +208,20 @@ def seen(image: Image.Image) -> tuple[str, str]:
 
 
 def shares(images: list[Image.Image], facts: list[Fact]) -> dict[str, float]:
-  """Returns the shares of images that show the color, the shape, or both of their captions."""
+  """Returns the shares of images that show their caption's color, its shape, and both."""
   right = np.array([[c == f.color, s == f.shape] for (c, s), f in zip(map(seen, images), facts)])
   color, shape = right.mean(0)
   return {"color": float(color), "shape": float(shape), "both": float(right.all(1).mean())}
 
 
 def nearest_caption(caption: str, others: list[str]) -> int:
-  """Returns the index of the caption with the largest share of common words."""
+  """Returns the index in `others` of the caption that shares the most words with `caption`."""
   words = set(caption.split())
   return int(np.argmax([len(words & set(o.split())) / len(words | set(o.split())) for o in others]))
 
 
 def judge(workdir: pathlib.Path, count: int) -> dict:
-  """Generates and judges images for captions outside the training data; writes judged.json."""
+  """Generates and judges images for captions that training does not contain; writes judged.json."""
   training = reader.read_pairs(workdir / "raw", "train")
   captions = [pair.caption for pair in training]
   known = {(f.color, f.shape) for f in all_facts() if f.caption in captions}
@@ -249,7 +251,7 @@ def judge(workdir: pathlib.Path, count: int) -> dict:
 
 
 def sheet(images: list[Image.Image], captions: list[str], columns: int = 5) -> Image.Image:
-  """Lays out images in rows of `columns` images, each with its caption below."""
+  """Arranges images in rows of `columns` images, each with its caption below."""
   cell = (230, 150)
   made = Image.new("RGB", (cell[0] * columns, cell[1] * -(-len(images) // columns)), "white")
   for i, (image, caption) in enumerate(zip(images, captions)):

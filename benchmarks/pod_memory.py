@@ -1,4 +1,4 @@
-"""Compiles train steps for TPU slices; prints the memory and times in tables of docs/scaling.md.
+"""Compiles train steps for TPU slices; prints the tables of memory and times in docs/scaling.md.
 
   python -m benchmarks.pod_memory --part=goals
   python -m benchmarks.pod_memory --part=sizes
@@ -18,7 +18,7 @@ from absl import app, flags
 _PART = flags.DEFINE_enum("part", "sizes", ["goals", "sizes", "tuning"], "Table to print.")
 
 MESHES = {"v5e-256": (16, 16), "v6e-256": (16, 16), "v5p-256": (16, 8), "v5p-8": (2, 2)}
-# (size, slice, rows per device, remat policy).
+# (Model size, TPU slice, rows per device, remat policy).
 GOALS = [
   ("7b", "v5p-256", 4, "full"),
   ("7b", "v5e-256", 2, "full"),
@@ -39,7 +39,7 @@ SIZES = [
   ("760m", "v5p-256", 16, "minimal"),
   ("760m", "v5p-8", 16, "minimal"),
 ]
-# Instruction tuning with 512 rows: (size, slice, rows per device, remat policy, micro-batches).
+# Instruction tuning: (model size, TPU slice, rows per device, remat policy, micro-batches).
 TUNING = [
   ("7b", "v5p-256", 4, "full", 1),
   ("7b", "v5e-256", 2, "full", 1),
@@ -57,9 +57,9 @@ TUNING = [
 
 
 def measure(size: str, topology: str, rows: int, policy: str, passes: int = 0) -> dict:
-  """Returns the report of a train step; if the command fails, prints its error and exits.
+  """Returns the report of `aot_compile` for a train step; exits with its error if it fails.
 
-  If `passes` is given, the step is a step of instruction tuning with the batch size of its config.
+  If `passes` is given, the step belongs to instruction tuning, with its config's batch size.
   """
   outer, inner = MESHES[topology]
   with tempfile.TemporaryDirectory() as folder:

@@ -2,8 +2,8 @@
 
   python -m benchmarks.protocol_memory --config=ml_configs/scenes.py --workdir=workdir/scenes
 
-Writes random images with captions in the format of COCO to a temporary folder. Runs
-`launch.evaluate --protocol` on a copy of the run's folders, in a separate process for each number.
+Writes random images with captions in the format of COCO to a temporary folder. For each number of
+images, runs `launch.evaluate --protocol` on a copy of the run, in a separate process.
 """
 
 import json
@@ -32,7 +32,7 @@ extractor: clip
 
 
 def write_images(folder: epath.Path, count: int, side: int) -> None:
-  """Writes images of random pixels, each with a caption of three words."""
+  """Writes `count` images of random pixels, each with a caption of three words."""
   rng = np.random.default_rng(0)
   content: dict[str, list] = {"images": [], "annotations": []}
   (folder / "val2014").mkdir(parents=True)
@@ -46,7 +46,7 @@ def write_images(folder: epath.Path, count: int, side: int) -> None:
 
 
 def peak_of(command: list[str]) -> float:
-  """Runs a command; returns the peak memory of its process in GiB."""
+  """Runs a command; returns the peak memory of the process in GiB."""
   child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
   _, status, usage = os.wait4(child.pid, 0)
   child.returncode = os.waitstatus_to_exitcode(status)
@@ -63,7 +63,7 @@ def main(settings, workdir: epath.Path) -> None:
     write_images(folder / "data", max(counts), settings.vqgan.resolution)
     (folder / "memory.yaml").write_text(PROTOCOL)
     (folder / "run").mkdir()
-    for path in workdir.iterdir():  # Stages are links; results are written to the copy.
+    for path in workdir.iterdir():  # Folders are links, so the run stays unchanged.
       if path.name != "evaluations":
         os.symlink(os.path.realpath(path), folder / "run" / path.name)
     for count in counts:

@@ -1,12 +1,13 @@
-"""Counts how often a sample changes, at the same seed, when other samples are decoded with it.
+"""Counts samples that change, despite the same seed, when other samples are decoded with them.
 
   python -m benchmarks.same_seed --tokens=20000
 
-Samples every task of a bundled model from flat distributions (no top-k or top-p, temperature 1.5):
-each sample alone, in a batch, in a running batch that admits samples at any time, and in both kinds
-of batches over 8 (fake) devices. The ids of a sample should always be the same. But matrix products
-of other shapes round differently, which changes logits by 1e-6 in float32 and by 1e-2 in bfloat16.
-Prints a row per task and way. With --dtype=float32 the exit code is 1 if a token differs.
+Generates samples of every task with a bundled model, from flat distributions (no top-k or top-p,
+temperature 1.5). Each sample is generated alone, in a batch, in a running batch that admits samples
+at any time, and in both kinds of batches on 8 (fake) devices. The token ids of a sample should
+always be the same. But matrix products of different shapes round differently, which changes logits
+by 1e-6 in float32 and by 1e-2 in bfloat16. Prints a row for each task and kind of batch. With
+--dtype=float32, the exit code is 1 if a token differs.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import itertools
 import os
 import sys
 
-# This must be set before JAX is imported.
+# JAX reads this variable when it is imported.
 if "--xla" not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
@@ -41,7 +42,7 @@ LENGTH = 24  # Number of tokens of a text.
 
 
 def tasks_of(model: CM3Leon) -> dict[str, Callable[[int], Task]]:
-  """Returns a function for each kind of task, which creates the i-th task of the kind."""
+  """Returns kind of task -> function that creates the i-th task of this kind."""
   settings = model.pipeline.settings
   sampling = dataclasses.replace(settings.sampling, **FLAT)
   config = dataclasses.replace(settings.scenes, heldout=700)
@@ -85,7 +86,7 @@ def requests_of(model: CM3Leon, tasks: Sequence[Task]) -> list[Request]:
 
 
 def batches(model: CM3Leon, requests, sampling, size: int) -> list[np.ndarray]:
-  """Generates samples in batches of `size`; returns the ids of each request."""
+  """Generates samples in batches of `size`; returns the token ids of each sample."""
   found = []
   with jax.set_mesh(model.mesh):
     for start in range(0, len(requests), size):
@@ -98,14 +99,14 @@ def batches(model: CM3Leon, requests, sampling, size: int) -> list[np.ndarray]:
 
 
 def running_batches(model: CM3Leon, requests, sampling, slots: int) -> list[np.ndarray]:
-  """Generates in a running batch; every second turn fills all free slots, the others fill one."""
+  """Generates in a running batch; alternately fills one free slot and all free slots."""
   found: dict[int, np.ndarray] = {}
   with jax.set_mesh(model.mesh):
     engine = ContinuousGenerator(model.pipeline.generator, slots=slots, chunk=5)
     waiting, places, turn = iter(enumerate(requests)), {}, itertools.count()
     following = next(waiting, None)
     while following is not None or engine.active:
-      most = slots if next(turn) % 2 else 1  # So samples at different tokens share the batch.
+      most = slots if next(turn) % 2 else 1  # Staggers the samples.
       while following is not None and most and engine.can_admit(following[1], sampling):
         i, request = following
         places[engine.admit(request, i, sampling)] = i
@@ -118,7 +119,7 @@ def running_batches(model: CM3Leon, requests, sampling, slots: int) -> list[np.n
 
 
 def compare(expected: list[np.ndarray], found: list[np.ndarray]) -> tuple[int, int]:
-  """Returns the number of differing samples, and the number of compared tokens.
+  """Returns the number of differing samples and the number of compared tokens.
 
   Tokens after the first difference are not compared, because the samples have different prefixes.
   """
@@ -135,14 +136,14 @@ def compare(expected: list[np.ndarray], found: list[np.ndarray]) -> tuple[int, i
 def measure(
   one: CM3Leon, eight: CM3Leon, make: Callable[[int], Task], tokens: int, size: int
 ) -> dict:
-  """Compares the ways for one kind of task; returns way -> (differing samples, tokens, samples).
+  """Returns kind of batch -> (differing samples, compared tokens, samples), for a kind of task.
 
   Args:
     one: the model on 1 device.
     eight: the same model on 8 devices.
     make: creates the i-th task.
-    tokens: minimum number of tokens.
-    size: number of samples of a batch, and of slots of a running batch.
+    tokens: minimum number of tokens that are compared.
+    size: samples per batch, and slots of a running batch.
   """
   alone: list[np.ndarray] = []
   requests: list[Request] = []

@@ -1,10 +1,10 @@
-"""Draws random pieces of the project's prose, which a reader then judges.
+"""Prints random pieces of the project's prose, so that a reader can judge them.
 
   python -m benchmarks.sample_prose --seed=7
 
-Prints docstrings, comments, messages and paragraphs of the pages, each with its place, the line of
-code that it explains, or the header of its table. Choose the seed only after the prose is written.
-The reader marks each piece that needs a second reading.
+A piece is a docstring, a comment, a message, or a paragraph or table row of a page. It is printed
+with its place and with the line of code or the table header that it belongs to. Choose the seed
+only after the prose is written. The reader marks each piece that he has to read twice.
 """
 
 import ast
@@ -25,7 +25,7 @@ WORDS = 5  # Shorter pieces are names or lists of letters.
 
 
 class Piece(NamedTuple):
-  """A piece of prose, and the line of code or the header of the table that it belongs to."""
+  """Piece of prose, and the line of code or the table header that it belongs to."""
 
   place: str
   text: str
@@ -33,7 +33,7 @@ class Piece(NamedTuple):
 
 
 def of_python(name: str) -> Iterator[Piece]:
-  """Yields the docstrings, comments and messages of a file."""
+  """Yields the docstrings, comments and messages of a Python file."""
   source = (ROOT / name).read_text(encoding="utf-8")
   lines = source.splitlines()
   for node in ast.walk(ast.parse(source)):
@@ -73,7 +73,7 @@ def of_page(name: str) -> Iterator[Piece]:
 
 
 def pieces() -> list[Piece]:
-  """Returns all pieces of prose in tracked files."""
+  """Returns all pieces of prose in files that git tracks."""
   found: list[Piece] = []
   tracked = subprocess.run(
     ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -91,7 +91,7 @@ def main(_) -> None:
     print(f"  at: {piece.context.strip()}\n" if piece.context else "")
 
 
-if __name__ == "__main__":  # Flags defined here do not exist in tests that import it.
+if __name__ == "__main__":  # Tests that import this module need no flags.
   flags.DEFINE_integer("seed", None, "Seed of the draw.", required=True)
   flags.DEFINE_integer("count", 40, "Number of pieces.", lower_bound=1)
   app.run(main)

@@ -1,15 +1,16 @@
-r"""Measures how much a save or a checked step slows the training loop down, at the demo's size.
+r"""Measures how much saves and checked steps slow down training, at the size of `scenes`.
 
   python -m benchmarks.save_cost
   python -m benchmarks.save_cost --replay_every=200
 
 Runs blocks of `--block` steps on random tokens; every second block begins with a save. The cost of
-a save is the time for which it stops the loop, plus the time that steps lose until the checkpoint
-is sealed. The cost is printed as a share of the time between two checkpoints of the config.
+a save is the time for which it stops the loop, plus the extra time of the steps that run until the
+checkpoint has its digests. The cost is printed as a share of the time between two checkpoints of
+the config.
 
-With `--replay_every`, the last step of each block is checked (`train.replay_every`). The cost of
-the check is the extra time of this step, and of the step before, which computes a fingerprint. The
-cost is printed as a share of the time of `--replay_every` steps.
+With `--replay_every`, the last step of each block is repeated and compared (`train.replay_every`).
+The cost of this check is the extra time of the step, and of the step before it, which computes a
+fingerprint. The cost is printed as a share of the time of `--replay_every` steps.
 """
 
 import dataclasses
@@ -51,12 +52,12 @@ def make_batch(settings: Settings):
 
 
 def measure(settings: Settings, every: int, blocks: int, folder: pathlib.Path) -> list[dict]:
-  """Runs `2 * blocks` blocks of steps.
+  """Measures steps in `2 * blocks` blocks, of which every second begins with a save.
 
   Returns:
-    Times in seconds. For every block, `save` is the time for which the save stopped the loop (0
-    without a save). `in_flight` has the times of steps before the checkpoint was sealed, and
-    `alone` the times of the other steps.
+    For each block, times in seconds: `save` is the time for which the save stopped the loop (0
+    without a save), `in_flight` lists the times of steps during the save, and `alone` the times of
+    the other steps.
   """
   steps = compile_steps(settings.model, settings.optimizer, settings.train, settings.vocab, 0)
   take_step = functools.partial(steps.train, num_sources=0)
@@ -83,10 +84,11 @@ def measure(settings: Settings, every: int, blocks: int, folder: pathlib.Path) -
 
 
 def measure_replay(settings: Settings, every: int, blocks: int) -> tuple[list, list, list]:
-  """Runs blocks of steps; the last step of each block is checked.
+  """Measures blocks of steps; the last step of each block is checked.
 
   Returns:
-    Times in seconds of ordinary steps, of steps before a checked step, and of checked steps.
+    Lists of times in seconds: of ordinary steps, of steps before a checked step, and of checked
+    steps.
   """
   steps = compile_steps(settings.model, settings.optimizer, settings.train, settings.vocab, 0)
   config = dataclasses.replace(settings.train, replay_every=every)
@@ -121,7 +123,7 @@ def print_replay(found: tuple[list, list, list], every: int) -> None:
 
 
 def spread(values: list[float]) -> str:
-  """Formats the median and the 10th to 90th percentile of times in seconds."""
+  """Formats the median and the 10th and 90th percentiles of times in seconds."""
   low, middle, high = 1e3 * np.percentile(values, [10, 50, 90]) if values else [0, 0, 0]
   return f"median {middle:.1f} ms (10th to 90th percentile {low:.1f} to {high:.1f})"
 

@@ -1,12 +1,12 @@
-"""Measures how held-out bits and images improve with training FLOPs, with and without retrieval.
+"""Measures how held-out bits and the share of right images improve with training FLOPs.
 
   python -m benchmarks.scaling --workdir=workdir/scaling
 
-Trains decoders of four sizes on `scenes`, with and without a neighbor, with equal tokens per
-parameter. Fits power laws, writes their predictions for a fifth size to predictions.json, and only
-then trains the fifth size. Writes results.json, table.md and plot.png to the workdir after every
-run. Finished parts are skipped, so the command can be stopped at any time and started again.
-Method: docs/scaling_laws.md.
+Trains decoders of four sizes on `scenes`, with and without retrieved neighbors, with equal tokens
+per parameter. Fits power laws, writes their predictions for a fifth size to predictions.json, and
+only then trains the fifth size. Writes results.json, table.md and plot.png to the workdir after
+every run. Finished parts are skipped, so the command can be stopped at any time and started again.
+docs/scaling_laws.md describes the method.
 """
 
 import ast
@@ -34,14 +34,14 @@ from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.training.watch import flops
 
 CONDITIONS = {"neighbors": "with retrieval", "without": "without"}
-# Subset of the held-out scenes -> reasons why its scenes are held out. The mean covers all subsets.
-# Only the first two subsets are also judged, and reported separately.
+# Subset of the held-out scenes -> reasons why its scenes are held out. Means cover all subsets.
+# Only the first two subsets are also reported separately and judged.
 SUBSETS = {**scene_retrieval.SUBSETS, "pair": ("pair",), "objects": ("objects",)}
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Size:
-  """Size of a decoder; `Scaling.fields` derives the other fields of the config from the size."""
+  """Size of a decoder, from which `Scaling.fields` computes the other config fields."""
 
   width: int
   layers: int
@@ -56,18 +56,18 @@ class Scaling:
   """Location and size of the experiment.
 
   Attributes:
-    workdir: folder of all runs.
-    sizes: sizes whose runs the laws are fitted to.
-    predicted: size that is predicted before it is trained.
-    conditions: keys of `CONDITIONS`.
-    seeds: seeds; each size and condition is trained with every seed.
+    workdir: folder that contains all runs.
+    sizes: decoder sizes, ascending, to whose runs the power laws are fitted.
+    predicted: decoder size whose bits are predicted before it is trained.
+    conditions: keys of `CONDITIONS` that are trained.
+    seeds: seeds with which each size and condition is trained.
     tokens_per_parameter: number of training tokens per parameter in matrix products, for the
       predicted size.
     tokens_power: the number of training tokens is proportional to (number of parameters) ^ this
       power.
     learning_rate_power: the learning rate is proportional to width ^ this power.
-    judged: maximum number of judged scenes per subset.
-    given: config fields that the user changes.
+    judged: maximum number of scenes per subset whose samples are judged.
+    given: config field -> value, for the fields that the user sets.
   """
 
   workdir: pathlib.Path
@@ -82,7 +82,7 @@ class Scaling:
   given: dict
 
   def shared_fields(self) -> dict:
-    """Returns the config fields that all runs share."""
+    """Returns the config fields whose values are the same in all runs."""
     never = 1_000_000
     without_pauses = {"train.eval_every": never, "train.sample_every": never}
     return {**without_pauses, "train.checkpoint_every": 250, **self.given}
@@ -90,11 +90,11 @@ class Scaling:
   def fields(self, size: Size, condition: str, seed: int) -> dict:
     """Returns the config fields of a run.
 
-    The feed-forward width scales with the width. Let w be the width divided by the width in the
-    config. Layers start at the config's `init_std` / sqrt(w). The learning rate is the learning
-    rate of the config times w^`learning_rate_power`. Let N be the number of parameters by
-    `flops.matmul_params`, and M this number for the predicted size. A run has
-    `tokens_per_parameter` x M x (N / M)^`tokens_power` tokens, including padding.
+    Let w be the width divided by the width in the config. The feed-forward width is the config's
+    value times w, `init_std` is the config's value / sqrt(w), and the learning rate is the config's
+    value times w^`learning_rate_power`. Let N be the number of parameters by `flops.matmul_params`,
+    and M this number for the predicted size. A run trains on `tokens_per_parameter` x M x (N /
+    M)^`tokens_power` tokens, including padding.
     """
     base = self.settings(self.shared_fields())
     fields = {**self.size_fields(base, size), "seed": seed}
@@ -110,7 +110,7 @@ class Scaling:
     return fields
 
   def size_fields(self, base: Settings, size: Size) -> dict:
-    """Returns the shared fields and the fields that depend on the size, without the steps."""
+    """Returns the config fields of a size, without the number of steps."""
     wider = size.width / base.model.width
     return {
       **self.shared_fields(),
@@ -131,26 +131,26 @@ class Scaling:
     return settings_from_config(config)
 
   def folder(self, size: Size, condition: str, seed: int) -> pathlib.Path:
-    """Returns the folder of a run; runs with different numbers of steps have different folders."""
+    """Returns the workdir of a run, whose name contains the number of steps."""
     steps = self.fields(size, condition, seed)["train.steps"]
     return self.workdir / f"{size}_steps_{steps}" / f"{condition}_seed_{seed}"
 
   def planned(self, sizes: Iterable[Size]) -> list[tuple[int, Size, str]]:
-    """Returns (seed, size, condition) of each run of `sizes`, in the order of the runs."""
+    """Returns (seed, size, condition) of each run of `sizes`, in the order of training."""
     return [(s, size, name) for s in self.seeds for size in sizes for name in self.conditions]
 
   def command(self, name: str, workdir: pathlib.Path, fields: dict) -> None:
-    """Runs a stage, see `experiment.run_stage`."""
+    """Runs a stage with `experiment.run_stage`."""
     experiment_lib.run_stage(name, "ml_configs/scenes.py", workdir, fields)
 
 
 def parse_sizes(texts: Sequence[str]) -> tuple[Size, ...]:
-  """Parses sizes WIDTH or WIDTHxLAYERSxHEADS; missing numbers are taken from the config.
+  """Parses sizes "WIDTH" or "WIDTHxLAYERSxHEADS"; missing numbers are taken from the config.
 
   parse_sizes(["64", "96x6x3"]) = (Size(64, 4, 2), Size(96, 6, 3))
 
   Raises:
-    UserError: a text is not a size.
+    UserError: a text has neither of these forms.
   """
   model = config_scenes.get_config().model
   sizes = []
@@ -195,11 +195,11 @@ def describe(scaling: Scaling, size: Size) -> dict:
 
 
 def measure(settings: Settings, run: pathlib.Path, corpus, condition: str, judged: int) -> dict:
-  """Scores and judges a trained decoder. With retrieval, each document follows its true neighbor.
+  """Computes the bits of held-out images with a trained decoder, and judges its samples.
 
   Returns:
-    "bits", [n] for the images of `corpus`, and "right", [m] for the scenes of
-    `scene_retrieval.chosen`.
+    "bits": [n] bits of each image in `corpus`, after its neighbor if the condition is "neighbors".
+    "right": for each of m judged captions, whether the sample is right.
   """
   places, count = scene_retrieval.chosen(corpus, judged), int(condition == "neighbors")
   with jax.set_mesh(create_mesh(settings.mesh)):
@@ -211,7 +211,7 @@ def measure(settings: Settings, run: pathlib.Path, corpus, condition: str, judge
 
 
 def run_one(scaling: Scaling, size: Size, condition: str, seed: int, corpus) -> dict:
-  """Trains and measures one decoder, or reads its results."""
+  """Trains and measures one decoder, or reads its results if they exist."""
   run, fields = scaling.folder(size, condition, seed), scaling.fields(size, condition, seed)
   experiment_lib.link_stages(scaling.workdir / "shared", run, scene_retrieval.SHARED)
   settings = scaling.settings(fields)
@@ -225,19 +225,19 @@ def run_one(scaling: Scaling, size: Size, condition: str, seed: int, corpus) -> 
 
 
 def predict_once(path: pathlib.Path, made_of: dict, predictions: dict, started: bool) -> dict:
-  """Writes predictions only once, before the predicted size is trained.
+  """Writes predictions.json once, before the predicted size is trained.
 
   Args:
     path: path of predictions.json.
-    made_of: inputs that the predictions are computed from; equal inputs give equal predictions.
-    predictions: plain values.
-    started: whether a training of the predicted size has begun.
+    made_of: inputs from which the predictions are computed.
+    predictions: predictions as JSON values.
+    started: whether the training of the predicted size has begun.
 
   Returns:
-    The predictions in the file, which are the predictions of the first call.
+    The predictions of the first call, which the file contains.
 
   Raises:
-    UserError: the file was made from other inputs, or the training began before it was written.
+    UserError: the file was computed from other inputs, or the training began before it was written.
   """
   if path.exists():
     stages.check_same_config(path, read_json(path)["made_of"], made_of)
@@ -253,7 +253,7 @@ def predict_once(path: pathlib.Path, made_of: dict, predictions: dict, started: 
 
 
 def predict(scaling: Scaling, about: dict, runs: list[dict]) -> dict:
-  """Fits laws to the runs and predicts the bits of the fifth size, see `predict_once`."""
+  """Predicts the bits of the fifth size from the runs, and writes them with `predict_once`."""
   folders = [scaling.folder(size, c, s) for s, size, c in scaling.planned([scaling.predicted])]
   of = {
     str(scaling.folder(size, c, s).relative_to(scaling.workdir)): stages.require(
@@ -275,7 +275,7 @@ def predict(scaling: Scaling, about: dict, runs: list[dict]) -> dict:
 
 
 def run_all(scaling: Scaling) -> dict:
-  """Prepares the data, trains and measures all sizes, and writes results after each run."""
+  """Prepares the data, trains and measures all sizes, and writes the results after each run."""
   workdir, shared = scaling.workdir, scaling.workdir / "shared"
   fields = scaling.shared_fields()
   for name in scene_retrieval.SHARED:
@@ -307,10 +307,10 @@ def run_all(scaling: Scaling) -> dict:
 
 
 def scaling_from_flags(argv: Sequence[str], args) -> Scaling:
-  """Checks the flags. Raises UserError."""
+  """Checks the flags; raises UserError if a flag is invalid."""
   sizes, (predicted, *others) = parse_sizes(args.sizes), parse_sizes(args.predicted)
   if others or predicted in sizes or sorted(set(sizes)) != list(sizes):
-    raise UserError("--sizes must ascend, and --predicted must be one other size.")
+    raise UserError("--sizes must be in ascending order, and --predicted must be a different size.")
   return Scaling(
     workdir=pathlib.Path(args.workdir).resolve(),
     sizes=sizes,
@@ -370,6 +370,6 @@ def define_flags() -> None:
   flags.DEFINE_bool("plan", False, "Print parameters, steps and FLOPs of the sizes, and exit.")
 
 
-if __name__ == "__main__":  # Importing this module, as tests do, defines no flags.
+if __name__ == "__main__":  # Tests import this module without flags.
   define_flags()
   app.run(main)

@@ -1,4 +1,4 @@
-"""Fits power laws of held-out bits to training FLOPs; computes the ratio of FLOPs at equal bits."""
+"""Fits power laws of held-out bits over training FLOPs; compares FLOPs that reach equal bits."""
 
 # P sizes of decoders, R resamples, S seeds, n documents.
 
@@ -9,21 +9,21 @@ import numpy as np
 
 LEVEL = 0.95
 NUM_RESAMPLES = 1_000
-LEAST_SIZES = 3  # Minimum for a law without a floor; a law with a floor needs one more size.
+LEAST_SIZES = 3  # Minimum number of sizes for a law; with a floor, one more.
 FLOOR_STEPS = 200
-FLOOR_GAIN = 0.005  # A floor must improve the prediction of the largest size by this share.
+FLOOR_GAIN = 0.005  # Minimum relative gain in the prediction of the largest size.
 
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-  """bits = floor + scale x (FLOPs / reference) ^ -exponent, for one or many laws at a time.
+  """Describes power laws: bits = floor + scale x (FLOPs / reference) ^ -exponent.
 
-    With floor 1, scale 4, exponent 0.5, reference 100: 5 bits at 100 FLOPs, 3 bits at 400 FLOPs
+    floor 1, scale 4, exponent 0.5, reference 100: 5 bits at 100 FLOPs, 3 bits at 400 FLOPs
 
   Attributes:
-    reference: number of FLOPs at which the power is 1.
-    floor, scale, exponent: arrays of the same shape [...]. If the exponent is negative, bits rise
-      with FLOPs.
+    reference: FLOPs at which bits = floor + scale.
+    floor, scale, exponent: arrays of the same shape [...], with an element per law. If the exponent
+      is negative, bits increase with FLOPs.
   """
 
   reference: float
@@ -38,8 +38,8 @@ class Law:
   def flops(self, bits) -> np.ndarray:
     """Computes the FLOPs that reach `bits`.
 
-    The result is inf if the law never reaches so few bits. A law that does not fall is taken as
-    constant, with its bits at the reference. Then the result is 0 if these bits are at most `bits`,
+    The result is inf if the law never reaches `bits`. A law whose bits do not decrease is treated
+    as constant, with its value at the reference: the result is 0 if this value is at most `bits`,
     else inf.
     """
     above = np.asarray(bits, np.float64) - self.floor
@@ -55,15 +55,15 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit(flops, bits, with_floor: bool = False) -> Law:
-  """Fits laws by least squares in log bits.
+  """Fits power laws by least squares in log bits.
 
   Without a floor, the law is a line in log bits and log FLOPs. With a floor, the fit searches a
   grid of floors, which is refined three times. For each floor, it fits a line in log(bits - floor).
   The best floor has the smallest squared error in log bits. The grid includes a floor of 0.
 
   Args:
-    flops: [P], training FLOPs of each size.
-    bits: [..., P].
+    flops: [P] training FLOPs of each size.
+    bits: [..., P] held-out bits of each size, for one or many laws.
     with_floor: whether to fit a floor.
 
   Returns:
@@ -89,15 +89,14 @@ def fit(flops, bits, with_floor: bool = False) -> Law:
 
 
 def needs_floor(flops, bits) -> bool:
-  """Returns whether a floor clearly improves the prediction of the largest size from the others.
+  """Returns whether a law with a floor clearly predicts the largest size better from the others.
 
-  `FLOOR_GAIN` defines "clearly". The three parameters of a law with a floor fit three sizes
-  exactly, so noise could produce a floor. Therefore the result is False for three sizes. It is also
-  False if the bits rise.
+  `FLOOR_GAIN` defines "clearly". A law with a floor has three parameters, which fit any three sizes
+  exactly, so the result is False for three sizes. It is also False if bits increase with FLOPs.
 
   Args:
-    flops: [P], ascending.
-    bits: [P].
+    flops: [P] training FLOPs of each size, ascending.
+    bits: [P] held-out bits of each size.
   """
   flops, bits = np.asarray(flops), np.asarray(bits)
   if len(flops) <= LEAST_SIZES or fit(flops, bits).exponent <= 0:
@@ -110,13 +109,13 @@ def needs_floor(flops, bits) -> bool:
 
 
 def resampled_means(values: list[np.ndarray], groups, rng: np.random.Generator, count: int):
-  """Resamples the groups of documents (the same groups for all sizes) and the seeds of each size.
+  """Resamples groups of documents (the same for all sizes) and the seeds of each size.
 
   Args:
-    values: P arrays [S, n]; sizes may have different numbers of seeds.
-    groups: [n] name of each document's group; all documents of a group are taken together.
+    values: for each size, an array [S, n]; sizes may have different numbers of seeds S.
+    groups: [n] name of each document's group; documents of a group are resampled together.
     rng: random generator.
-    count: R.
+    count: R, the number of resamples.
 
   Returns:
     [R, P] means over the resampled documents and seeds.
@@ -133,25 +132,25 @@ def resampled_means(values: list[np.ndarray], groups, rng: np.random.Generator, 
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-  """Returns the bounds of the middle 95% of resamples; a bound may be infinite."""
+  """Returns the bounds of the central 95% of the resampled values; a bound may be infinite."""
   tail = (1 - LEVEL) / 2
   low, high = np.quantile(values, (tail, 1 - tail), method="inverted_cdf")
   return float(low), float(high)
 
 
 def ratio(without: Law, neighbors: Law, measured: tuple[float, float], of: str) -> dict:
-  """Compares the FLOPs that both conditions need for the best bits of one condition.
+  """Compares the FLOPs that each condition needs to reach the best bits of one condition.
 
-  The ratio is FLOPs without retrieval / FLOPs with retrieval. If it is above 1, retrieval saves
-  compute. The best bits are the value of the law at the upper end of the measured range if the law
-  falls. If the law rises, the best bits are at the lower end, but the ratio still counts the FLOPs
-  at the upper end.
+  The ratio is FLOPs without retrieval / FLOPs with retrieval, so retrieval saves compute if the
+  ratio is above 1. If bits decrease with FLOPs, the best bits are the value of the law at the upper
+  end of the measured range. If bits increase, they are the value at the lower end, but the ratio
+  still uses the FLOPs of the upper end.
 
   Args:
     without: one or many laws without retrieval.
-    neighbors: equally many laws with retrieval.
+    neighbors: the same number of laws with retrieval.
     measured: smallest and largest FLOPs of the runs.
-    of: condition whose best bits are used, "without" or "neighbors".
+    of: condition whose best bits must be reached, "without" or "neighbors".
 
   Returns:
     A dict of arrays: "bits", "flops_without", "flops_neighbors" and "ratio".
@@ -171,7 +170,7 @@ def ratio(without: Law, neighbors: Law, measured: tuple[float, float], of: str) 
 
 
 def bound(needed: float, measured: tuple[float, float]) -> str | None:
-  """Returns "below" or "above" if FLOPs are outside the measured range, else None."""
+  """Returns "below" or "above" if `needed` FLOPs are outside the measured range, else None."""
   if measured[0] <= needed <= measured[1]:
     return None
   return "below" if needed < measured[0] else "above"

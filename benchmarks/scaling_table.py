@@ -1,4 +1,4 @@
-"""Summarizes the runs of `scaling`: laws, predictions, ratios of FLOPs, tables and a plot."""
+"""Summarizes the runs of `scaling`: power laws, predictions, ratios of FLOPs, tables and a plot."""
 
 # n held-out documents, of which m are judged. P sizes, R resamples.
 
@@ -15,7 +15,7 @@ COLORS = {"neighbors": "tab:blue", "without": "tab:gray"}
 
 
 def plan(sizes: list[dict]) -> str:
-  """Returns the results of `scaling.describe` as a table."""
+  """Formats the results of `scaling.describe` as a table with a row per size."""
   lines = [
     _row(("size", "parameters", "learning rate", "steps", "tokens", "FLOPs")),
     _row(["---"] * 6),
@@ -37,7 +37,7 @@ def plan(sizes: list[dict]) -> str:
 
 
 def _points(about: dict, runs: list[dict], measure: str, mask: np.ndarray) -> dict[str, dict]:
-  """Returns condition -> size -> (seeds, values [S, n] of the documents in `mask`)."""
+  """Returns condition -> size -> seeds and values [S, n] of a measure, for documents in `mask`."""
   found: dict[str, dict] = {}
   for condition in about["labels"]:
     for size in about["sizes"]:
@@ -52,7 +52,7 @@ def _points(about: dict, runs: list[dict], measure: str, mask: np.ndarray) -> di
 
 
 def _resampled(points: dict[str, dict], groups) -> dict[str, np.ndarray]:
-  """Resamples seeds, and the same documents for all conditions: condition -> means [R, P]."""
+  """Resamples seeds and documents (the same for all conditions): condition -> means [R, P]."""
   keys = [(condition, size) for condition, of in points.items() for size in of]
   if not keys or not len(groups):
     return {}
@@ -65,7 +65,7 @@ def _resampled(points: dict[str, dict], groups) -> dict[str, np.ndarray]:
 
 
 def _levels(of: dict, means: np.ndarray) -> list[dict]:
-  """Returns, for each size, the mean, its interval over documents and seeds, and seed means."""
+  """Returns, for each size, the mean, its confidence interval, and the mean of each seed."""
   ends = [fit.interval(column) for column in means.T]
   return [
     {
@@ -80,9 +80,9 @@ def _levels(of: dict, means: np.ndarray) -> list[dict]:
 
 
 def _law(flops: list[float], levels: list[dict], means: np.ndarray):
-  """Fits a law to a series; returns plain values, the law, and the laws of the resamples.
+  """Fits laws to the means and to the resampled means; returns JSON values and both laws.
 
-  All three are None if there are too few sizes.
+  All three results are None if there are too few sizes.
   """
   if len(levels) < fit.LEAST_SIZES:
     return None, None, None
@@ -102,21 +102,21 @@ def _law(flops: list[float], levels: list[dict], means: np.ndarray):
 
 
 def _flops(about: dict, of: dict) -> list[float]:
-  """Returns the training FLOPs for each size in `of`."""
+  """Returns the training FLOPs of each size in `of`."""
   by_size = {s["size"]: s["flops"] for s in about["sizes"]}
   return [by_size[size] for size in of]
 
 
 def _masks(about: dict) -> dict[str, np.ndarray]:
-  """Returns the masks [n] of `IMAGES`."""
+  """Returns, for each subset in `IMAGES`, a boolean mask [n] of the documents that belong to it."""
   subsets = np.array(about["subsets"])
   return {name: (subsets == name) | (name == "all") for name in IMAGES}
 
 
 def predictions(about: dict, runs: list[dict]) -> dict:
-  """Predicts the bits of the size that is not in `runs`, for each subset of images and condition.
+  """Predicts the bits of the size that is not in `runs`, for each subset and condition.
 
-  `fit.needs_floor` decides whether the law has a floor. The bits with and without a floor are
+  `fit.needs_floor` decides whether the law has a floor. The predictions of both kinds of law are
   returned, too.
 
   Args:
@@ -125,7 +125,7 @@ def predictions(about: dict, runs: list[dict]) -> dict:
 
   Returns:
     {"series": {"rare/neighbors": {"bits", "low", "high", "law", "without_floor", "with_floor"}}}.
-    The interval is over documents and seeds of the fitted runs.
+    "low" and "high" are from resampled documents and seeds of the fitted runs.
   """
   target = next(s for s in about["sizes"] if s["size"] == about["predicted"])["flops"]
   concepts, series = np.array(about["concepts"]), {}
@@ -148,12 +148,12 @@ def predictions(about: dict, runs: list[dict]) -> dict:
 
 
 def summarize(about: dict, runs: list[dict], predicted: dict | None) -> dict:
-  """Computes all numbers of the tables.
+  """Computes all numbers that the tables and the plot show.
 
   Args:
-    about: `subsets` and `concepts` [n]; `judged`, [m] indices into them; `labels`, condition ->
-      name in the tables; `sizes`, results of `scaling.describe`, ascending; `predicted`, the size
-      whose bits are predicted.
+    about: `subsets` and `concepts`, [n] names for each document; `judged`, [m] indices of the
+      judged documents; `labels`, condition -> name in the tables; `sizes`, results of
+      `scaling.describe`, ascending; `predicted`, the size whose bits are predicted.
     runs: results of `scaling.run_one`.
     predicted: content of predictions.json, or None before it is written.
   """
@@ -192,11 +192,11 @@ def summarize(about: dict, runs: list[dict], predicted: dict | None) -> dict:
 
 
 def _ratios(about: dict, points: dict[str, dict], laws: dict) -> list[dict]:
-  """Computes `fit.ratio` at each condition's best bits, with intervals; [] if there are no laws."""
+  """Computes `fit.ratio` for each condition's best bits, with intervals; [] without two laws."""
   if {*laws} != {"neighbors", "without"} or None in (laws["neighbors"][0], laws["without"][0]):
     return []
   flops = [_flops(about, of) for of in points.values()]
-  # The range in which both conditions have runs.
+  # The range of FLOPs in which both conditions have runs.
   measured = max(min(f) for f in flops), min(max(f) for f in flops)
   rows = []
   for of in ("without", "neighbors"):
@@ -209,7 +209,7 @@ def _ratios(about: dict, points: dict[str, dict], laws: dict) -> list[dict]:
     low, high = fit.interval(many)
     beyond = fit.bound(point[f"flops_{other}"], measured)
     rows.append({"best_of": of, **point, "low": low, "high": high, "beyond": beyond})
-    if beyond:  # Outside the range of the runs: the ratio at the end of the range is a bound.
+    if beyond:  # The FLOPs are extrapolated; the end of the range gives a bound.
       end = measured[0] if beyond == "below" else measured[1]
       ends = (measured[1], end) if of == "without" else (end, measured[1])
       rows[-1]["bound"] = ends[0] / ends[1]
@@ -217,7 +217,7 @@ def _ratios(about: dict, points: dict[str, dict], laws: dict) -> list[dict]:
 
 
 def _errors(name: str, series: dict, about: dict, predicted: dict | None) -> dict[str, dict]:
-  """Returns condition -> prediction; after the run also the measured bits and the error."""
+  """Returns condition -> prediction, with measured bits and the error if the size is trained."""
   result = {}
   for condition, of in series.items():
     row = (predicted or {"series": {}})["series"].get(f"{name}/{condition}")
@@ -236,7 +236,7 @@ def _row(cells) -> str:
 
 
 def _cell(levels: dict[str, dict], size: str, form: str) -> str:
-  """Formats the mean and the interval of a size; "-" if the size is not trained yet."""
+  """Formats the mean and the confidence interval of a size, or "-" if it is not trained yet."""
   level = levels.get(size)
   if level is None:
     return "-"
@@ -244,7 +244,7 @@ def _cell(levels: dict[str, dict], size: str, form: str) -> str:
 
 
 def markdown(result: dict) -> str:
-  """Returns the result of `summarize` as Markdown."""
+  """Formats the result of `summarize` as Markdown."""
   lines = [_row(("size", "parameters", "steps", "FLOPs", "runs", "training (s)"))]
   lines.append(_row(["---"] * 6))
   for s in result["sizes"]:
@@ -323,21 +323,21 @@ def _times(ratio: float) -> str:
 
 
 def describe_ratio(row: dict) -> str:
-  """Formats a ratio; for an extrapolated ratio, begins with the bound that was measured.
+  """Formats a ratio of FLOPs; an extrapolated ratio follows the bound that was measured.
 
-  "2.10x", "more than 4.00x (extrapolated: 9.30x)", "less than 1.00x (extrapolated: 0.31x)". "never"
-  means that the law without retrieval never reaches the bits.
+  "2.10x", "more than 4.00x (extrapolated: 9.30x)", "less than 1.00x (extrapolated: 0.31x)". The
+  word "never" means that the law without retrieval never reaches the bits.
   """
   if not row["beyond"]:
     return _times(row["ratio"])
-  # The ratio is FLOPs without / with retrieval; `beyond` is about the FLOPs of the other condition.
+  # The ratio exceeds the bound if its denominator is below the range or its numerator is above it.
   more = (row["beyond"] == "below") == (row["best_of"] == "without")
   side = "more than" if more else "less than"
   return f"{side} {row['bound']:.2f}x (extrapolated: {_times(row['ratio'])})"
 
 
 def plot(result: dict, path: str | os.PathLike) -> None:
-  """Plots bits and shares of right images over FLOPs. Rings are predictions, lines are laws."""
+  """Plots bits and shares of right images over FLOPs. Lines are laws, rings are predictions."""
   flops = {s["size"]: s["flops"] for s in result["sizes"]}
   figure = Figure(figsize=(4.4 * len(result["images"]), 6.4), layout="constrained")
   axes = figure.subplots(2, len(result["images"]), squeeze=False)

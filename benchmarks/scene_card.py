@@ -1,12 +1,12 @@
-"""Measures how often a model of `scenes` draws what captions ask for, by kind of caption.
+"""Measures how often a model of `scenes` draws what the caption describes, per kind of caption.
 
   python -m benchmarks.scene_card --model=scenes --workdir=workdir/scene_card
 
 The model is the name of a bundle, its folder, or the workdir of a run. Writes results.json and
 table.md, whose numbers are in the card of the bundled model. rare.png shows images of rare objects
-that the judge called right, next to the true icons. examples.png shows images of the object in the
-middle of the ranking. All samples use the settings that the model stores. The command trains
-nothing and chooses nothing by the results. Takes about 10 minutes on two cores.
+that the judge called right, next to the true icons. examples.png shows samples of the object whose
+share of right images is the median. All samples use the settings that the model stores. Takes about
+10 minutes on two cores.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,10 +42,10 @@ COUNTS = {
   "objects never together": 150,
   "color named": 150,
   "no color named": 150,
-  "rare": 1_000_000,  # Images of all rare objects.
+  "rare": 1_000_000,  # All rare objects.
   "rare elsewhere": 150,
 }
-STRICT = 0.90  # Minimum score of a clear shape; the judge itself uses `MIN_SCORE`.
+STRICT = 0.90  # Minimum score of a clear shape, above the judge's `MIN_SCORE`.
 SHOWN = 48  # Number of images in rare.png.
 BATCH = 32
 
@@ -55,11 +55,11 @@ class Asked:
   """Caption, and what an image of the caption must show.
 
   Attributes:
-    group: set of captions, see `COUNTS`.
+    group: name of the caption's set, a key of `COUNTS`.
     caption: the prompt.
-    facts: facts that the image must show, in the format of a document's facts.
+    facts: facts that the image must show, in the format of `Document.facts`.
     concept: captions of the same concept are not independent.
-    placed: the object and its place if the caption is about one rare object, else None.
+    placed: the object, its color and its place if the caption is about one rare object, else None.
   """
 
   group: str
@@ -70,7 +70,7 @@ class Asked:
 
 
 def group_of(pair, known) -> str:
-  """Returns the set of a held-out document with common objects."""
+  """Returns the name of the caption set to which a held-out scene of common objects belongs."""
   kind = pair.facts["heldout"]
   if kind == "scene":
     return "claims of training" if known.claims else "new claims"
@@ -81,7 +81,7 @@ def group_of(pair, known) -> str:
 
 
 def common(config: ScenesConfig, trained: TrainingScenes, counts: dict[str, int]) -> list[Asked]:
-  """Returns the first held-out captions of common objects for each set, in the world's order."""
+  """Returns the first `counts[group]` held-out captions of each set of common objects."""
   config = dataclasses.replace(config, heldout=config.heldout * 4)
   asked: dict[str, list[Asked]] = {group: [] for group in counts if "rare" not in group}
   for i in range(config.heldout):
@@ -101,9 +101,9 @@ def _one(group: str, placed: Placed) -> Asked:
 
 
 def rare(config: ScenesConfig) -> Iterator[Asked]:
-  """Yields each rare object that training never shows, in a color that the bank does not show.
+  """Yields a caption of each rare object that training never shows, in a color new to the bank.
 
-  The bank shows each of these objects at all four places, so also at the requested place.
+  The bank shows each of these objects at all four places, including the requested place.
   """
   for name in world.rare_objects(config):
     if world.is_heldout_rare(name):
@@ -111,9 +111,9 @@ def rare(config: ScenesConfig) -> Iterator[Asked]:
 
 
 def elsewhere(config: ScenesConfig) -> Iterator[Asked]:
-  """Yields each rare object that exactly one training scene shows, at another place.
+  """Yields a caption of each rare object that one training scene shows at another place.
 
-  Neither the training scenes nor the bank show the object at this place or in this color.
+  Neither that scene nor the bank shows the object at the requested place or in that color.
   """
   bank = _bank_of(config)
   for name in world.rare_objects(config):
@@ -130,7 +130,7 @@ def _order(name: str) -> Callable[[str], float]:
 
 
 def _bank_of(config: ScenesConfig) -> dict[str, list[Placed]]:
-  """Returns how the bank shows each object: object -> its placed objects."""
+  """Returns object -> its appearances in the bank, with color and place."""
   found: dict[str, list[Placed]] = {}
   for scene in world.bank_scenes(config)[: config.bank]:
     found.setdefault(scene.objects[0].object, []).append(scene.objects[0])
@@ -138,20 +138,20 @@ def _bank_of(config: ScenesConfig) -> dict[str, list[Placed]]:
 
 
 def spaced(asked: Sequence[Asked], count: int) -> list[Asked]:
-  """Returns up to `count` evenly spaced captions."""
+  """Returns up to `count` captions, at evenly spaced positions in the list."""
   chosen = np.unique(np.linspace(0, len(asked) - 1, min(count, len(asked))).astype(int))
   return [asked[i] for i in chosen]
 
 
 def draw(model: CM3Leon, asked: Sequence[Asked], seed: int) -> tuple[np.ndarray, list[str]]:
-  """Draws an image for each caption; returns [n, H, W, 3] uint8 and first neighbors' concepts."""
+  """Generates an image per caption, [n, H, W, 3] uint8; also returns their neighbors' concepts."""
   samples = [sample for [sample] in model.generate([one.caption for one in asked], seed=seed)]
   neighbors = [s.neighbors[0].concept if s.neighbors else "" for s in samples]
   return np.stack([np.asarray(sample.image) for sample in samples]), neighbors
 
 
 def judged(asked: Sequence[Asked], images, neighbors: Sequence[str]) -> list[dict]:
-  """Judges images; for a rare object, also whether its place is right and its shape is clear."""
+  """Judges images; returns, for each image, measure -> whether the image has this property."""
   everything = judging.find_objects(images)
   strict = judging.find_objects(images, min_score=STRICT)
   results = []
@@ -174,7 +174,7 @@ def judged(asked: Sequence[Asked], images, neighbors: Sequence[str]) -> list[dic
 
 
 def ranking(model: CM3Leon, asked: Sequence[Asked], count: int, seed: int) -> list[dict]:
-  """Draws each rare object `count` times, and sorts the objects by their share of right images."""
+  """Generates `count` images of each rare object; sorts objects by the share of right images."""
   shares = np.zeros(len(asked))
   for i in range(count):
     images, _ = draw(model, asked, seed + 1_000 * (i + 1))
@@ -185,10 +185,10 @@ def ranking(model: CM3Leon, asked: Sequence[Asked], count: int, seed: int) -> li
 
 
 def neighbor_bits(model: CM3Leon, asked: Sequence[Asked]) -> dict[str, np.ndarray]:
-  """Computes the bits [n] of images of rare objects after each of four neighbors, and without one.
+  """Returns condition -> [n] bits per code of images of rare objects, after different neighbors.
 
-  The neighbor shows the same or another object, at the same place as the image or at the next
-  place. The color of the neighbor differs from the color of the image.
+  The neighbor shows the same or another object, at the same place or at the next place, always in
+  another color. The condition "none" has no neighbor.
   """
   layout, bank = model.pipeline.layout, model.pipeline.documents
   placed = {Scene.parse(bank[i].concept).objects[0]: i for i in range(len(bank))}
@@ -243,7 +243,7 @@ def sheets(
   count: int,
   seed: int,
 ) -> dict:
-  """Writes rare.png and examples.png; returns the ranking by `count` images of each object."""
+  """Writes rare.png and examples.png; returns the `ranking` with `count` images of each object."""
   right = spaced([(one, image) for one, image, is_right in drawn if is_right], SHOWN)
   cells = [cell for one, image in right for cell in (image, render(Scene((one.placed,))))]
   rows = [cells[i : i + 8] for i in range(0, len(cells), 8)]

@@ -1,4 +1,4 @@
-"""Summarizes the results of `scene_card`: shares with intervals over scenes, and a table."""
+"""Computes shares with confidence intervals from the results of `scene_card`, and formats them."""
 
 # n captions.
 
@@ -33,11 +33,10 @@ def _level(values, concepts: Sequence[str]) -> dict:
 
 
 def row(results: list[dict], concepts: Sequence[str]) -> dict:
-  """Computes the shares of captions in a set for which each measure is true.
+  """Computes, for each measure, the share of captions for which it is true.
 
   Args:
-    results: for each of n captions, measure -> whether it is true; all captions have the same
-      measures.
+    results: for each of n captions, measure -> whether it is true. All have the same measures.
     concepts: [n]; captions of the same concept are not independent.
   """
   shares = {name: _level([one[name] for one in results], concepts) for name in results[0]}
@@ -45,7 +44,7 @@ def row(results: list[dict], concepts: Sequence[str]) -> dict:
 
 
 def bits_rows(scored: dict[str, np.ndarray], concepts: Sequence[str]) -> dict:
-  """Computes mean bits per code after each neighbor, and the difference to bits without it."""
+  """Computes the mean bits per code for each condition, and its difference from "none"."""
   rows = {}
   for condition, values in scored.items():
     rows[condition] = _level(values, concepts)
@@ -54,7 +53,7 @@ def bits_rows(scored: dict[str, np.ndarray], concepts: Sequence[str]) -> dict:
 
 
 def percent(level: dict) -> str:
-  """Formats a share with its interval: "65.7% [60.4, 70.9]"."""
+  """Formats a share with its confidence interval: "65.7% [60.4, 70.9]"."""
   text = f"{level['mean']:.1%}"
   if level["low"] is None or level["low"] == level["high"]:
     return text
@@ -68,7 +67,7 @@ def _bits(level: dict, sign: str = "") -> str:
 
 
 def markdown(result: dict) -> str:
-  """Returns the results as Markdown tables."""
+  """Formats the results as Markdown tables."""
   groups = result["groups"]
   lines = [
     "| captions | wholly right | a lookup | captions that stand in training |",

@@ -1,10 +1,11 @@
-"""Prints how often the judge of scenes errs on original, degraded and wrong images.
+"""Prints how often the judge of `scenes` is mistaken about original, degraded and wrong images.
 
   python -m benchmarks.scene_judge --images=700
 
-The thresholds of cm3leon_jax/scenes/judge/judge.py are chosen by these numbers. The first columns
-are shares of images that are judged wholly right: with their captions, and with captions in which
-one fact of a kind is changed. The last column is the score that 99% of the objects exceed.
+The thresholds in cm3leon_jax/scenes/judge/judge.py were chosen with these numbers. The first
+columns are shares of images that are judged right in all facts: for the image's own caption, and
+for captions in which one fact of some kind is changed. The last column is the score that 99% of the
+objects exceed.
 """
 
 import io
@@ -30,8 +31,9 @@ _IMAGES = flags.DEFINE_integer("images", 700, "Number of scenes, spread over the
 _SEED = flags.DEFINE_integer("judge_seed", 0, "Seed of the scenes and of their degradation.")
 
 CONFIG = ScenesConfig(rare_objects=len(RARE))
-# Name -> changes of an image. Strengths are standard deviations: in pixels for blur, in 1/255 of
-# the range for the others. "color" is the largest error of each channel of an object's color.
+# Name -> kind of change -> strength. "blur" is a standard deviation in pixels, "noise" and
+# "blotches" are standard deviations in steps of 8-bit pixel values, and "color" is the maximum
+# change of a channel in such steps.
 DEGRADED = {
   "as rendered": {},
   "blur 0.8": {"blur": 0.8},
@@ -48,7 +50,7 @@ DEGRADED = {
 
 
 def make_scenes(count: int, seed: int) -> tuple[list[Scene], list[dict]]:
-  """Returns scenes and their facts; the scenes go through all categories in turn."""
+  """Returns random scenes of all categories, and the facts of each scene."""
   rng, made, facts = random.Random(seed), [], []
   for i in range(count):
     category = CATEGORIES[i % len(CATEGORIES)]
@@ -61,15 +63,15 @@ def make_scenes(count: int, seed: int) -> tuple[list[Scene], list[dict]]:
 
 
 def degraded(images: np.ndarray, rng: np.random.Generator, **strength) -> np.ndarray:
-  """Degrades images in ways in which a lossy image tokenizer may degrade them, see DEGRADED.
+  """Degrades images as a lossy image tokenizer may do.
 
   Args:
     images: [n, H, W, 3] uint8.
     rng: random generator for noise and errors.
-    **strength: strength of each change.
+    **strength: kind of change -> strength, as in DEGRADED.
   """
   pixels = images.astype(np.float64)
-  if "color" in strength:  # Changes the color of the ink, but not of the white background.
+  if "color" in strength:  # Changes objects, not the white background.
     ink = (255 - pixels).max(-1, keepdims=True) / 255
     pixels += ink * rng.uniform(-1, 1, (len(images), 1, 1, 3)) * strength["color"]
   if "off" in strength:
@@ -98,7 +100,7 @@ def _jpeg(image: np.ndarray, quality: int) -> np.ndarray:
 
 
 def wrong_images(scene: Scene, rng: np.random.Generator) -> dict[str, np.ndarray]:
-  """Returns an image for each kind of mistake that a drawing of a scene with one object may have.
+  """Returns incorrect images of a scene with one object, one for each kind of mistake.
 
   Args:
     scene: a scene with one object.
@@ -136,7 +138,7 @@ def wrong_images(scene: Scene, rng: np.random.Generator) -> dict[str, np.ndarray
 
 
 def measure_wrong(count: int, seed: int) -> dict[str, dict[str, float]]:
-  """Judges wrong images by the captions of their scenes; half of the scenes have rare objects.
+  """Judges incorrect images for their captions; half of the scenes have rare objects.
 
   Returns:
     kind -> {"right": share of images judged right, "recognized": share of images in which an object
@@ -162,7 +164,7 @@ def measure_wrong(count: int, seed: int) -> dict[str, dict[str, float]]:
 
 
 def psnr(images: np.ndarray, others: np.ndarray) -> float:
-  """Computes the PSNR in dB over the pixels of all images."""
+  """Computes the PSNR in dB between two arrays of images."""
   return float(10 * np.log10(255**2 / np.mean((images.astype(np.float64) - others) ** 2)))
 
 

@@ -1,12 +1,12 @@
-"""Measures how much a retrieved neighbor helps a small decoder on `scenes`: bits and right images.
+"""Measures how much a retrieved neighbor improves bits and samples of a small decoder of `scenes`.
 
   python -m benchmarks.scene_retrieval --workdir=workdir/scene_retrieval
 
 Trains the tokenizers and a CLIP model once, then decoders with and without neighbors, each with
-several seeds. Scores every decoder on held-out scenes after true neighbors, after shuffled
-neighbors and without neighbors, and judges its samples. Writes results.json and table.md to the
-workdir. Finished parts are skipped, so the command can be stopped at any time and started again.
-Method: docs/retrieval_ablation.md.
+several seeds. Computes every decoder's bits for held-out scenes after true neighbors, after
+shuffled neighbors and without neighbors, and judges its samples. Writes results.json and table.md
+to the workdir. Finished parts are skipped, so the command can be stopped at any time and started
+again. docs/retrieval_ablation.md describes the method.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
 
-# n scored held-out documents, I codes of an image.
+# n held-out documents, I codes per image.
 
 SHARED = ("raw", "text_tokenizer", "vqgan", "documents", "clip", "neighbors")
 CONDITIONS = {
@@ -45,7 +45,7 @@ CONDITIONS = {
   "tokens": "trained without, on as many tokens",
   "documents": "trained without, on as many documents",
 }
-SUBSETS = {"rare": ("rare",), "common": ("scene",)}  # Subset -> reasons why scenes are held out.
+SUBSETS = {"rare": ("rare",), "common": ("scene",)}  # Subset -> reasons for holding out.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Experiment:
   """Location and size of the experiment.
 
   Attributes:
-    workdir: folder of all runs.
-    steps: number of training steps with neighbors, and of steps without neighbors on equally many
-      tokens.
+    workdir: folder that contains all runs.
+    steps: number of training steps of a run with neighbors, and of a run without neighbors on the
+      same number of tokens.
     heldout: number of scenes that are held out.
-    judged: maximum number of judged scenes per subset.
+    judged: maximum number of scenes per subset whose samples are judged.
   """
 
   workdir: pathlib.Path
@@ -66,7 +66,7 @@ class Experiment:
   judged: int
 
   def overrides(self, **fields) -> dict:
-    """Returns the config fields that differ from `scenes`."""
+    """Returns the config fields that differ from the config `scenes`."""
     never = 1_000_000
     return {
       "scenes.heldout": self.heldout,
@@ -84,23 +84,23 @@ class Experiment:
     return settings_from_config(config)
 
   def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
-    """Runs a stage, see `experiment.run_stage`."""
+    """Runs a stage with `experiment.run_stage`."""
     experiment_lib.run_stage(name, "ml_configs/scenes.py", workdir, overrides)
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Held-out documents of the subsets, and the neighbors that their captions retrieve.
+  """Held-out documents, and the neighbors that their captions retrieve.
 
   Attributes:
     bank: documents among which neighbors are retrieved.
     heldout: store of the held-out documents.
-    rows: [n] indices into `heldout`.
+    rows: [n] index of each document in `heldout`.
     subsets: [n] name of each document's subset.
     concepts: [n] the object of a rare scene, or the facts of a common scene.
-    neighbors: [n] index in the bank of the best neighbor, -1 if the caption retrieves no neighbor.
-    shuffled: [n] index in the bank of the best neighbor of another scene in the subset with other
-      objects; -1 where `neighbors` is -1.
+    neighbors: [n] index in `bank` of the best neighbor; -1 if the caption retrieves none.
+    shuffled: [n] index in `bank` of the best neighbor of another scene, from the same subset but
+      with other objects; -1 where `neighbors` is -1.
   """
 
   bank: Bank
@@ -113,7 +113,7 @@ class Corpus:
 
 
 def open_corpus(workdir: pathlib.Path, settings: Settings, subsets_of=SUBSETS) -> Corpus:
-  """Opens the documents of a run and selects the subsets, see `SUBSETS`."""
+  """Opens the documents of a run and selects those that belong to `subsets_of`."""
   bank = Bank(workdir / "documents", settings.vocab)
   heldout = DocumentStore(workdir / "documents" / "heldout_pairs", settings.vocab)
   ids = load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)[:, 0]
@@ -136,7 +136,7 @@ def open_corpus(workdir: pathlib.Path, settings: Settings, subsets_of=SUBSETS) -
 
 
 def score(settings: Settings, params: dict, corpus: Corpus, condition: str) -> list[float]:
-  """Computes the bits of each image; `condition` chooses the document before it.
+  """Returns the bits of each held-out image after the document that `condition` chooses.
 
   "true": the best neighbor of its caption; "shuffled": the best neighbor of another scene; "none":
   no document.
@@ -154,7 +154,7 @@ def score(settings: Settings, params: dict, corpus: Corpus, condition: str) -> l
 
 
 def chosen(corpus: Corpus, most: int) -> np.ndarray:
-  """Returns up to `most` evenly spaced documents per subset, as indices into `corpus.rows`."""
+  """Returns indices into `corpus.rows` of up to `most` evenly spaced documents per subset."""
   of = [np.flatnonzero(corpus.subsets == name) for name in SUBSETS]
   return np.concatenate([m[np.unique(np.linspace(0, len(m) - 1, most).astype(int))] for m in of])
 
@@ -167,11 +167,11 @@ def judge(settings: Settings, params: dict, workdir: pathlib.Path, corpus, place
     params: parameters of the decoder.
     workdir: folder of the run.
     corpus: a Corpus.
-    places: result of `chosen`.
+    places: indices of the chosen documents, from `chosen`.
     count: number of neighbors before a caption, 0 or 1.
 
   Returns:
-    For each caption, whether its image is wholly right, and the [I] codes of the image.
+    For each caption, whether its image is right in all facts, and the [I] codes of the image.
   """
   made = Pipeline.load(Run(workdir, settings), params, batch_size=settings.evaluation.batch_size)
   columns = [(count, settings.sampling)]
@@ -183,10 +183,10 @@ def judge(settings: Settings, params: dict, workdir: pathlib.Path, corpus, place
 
 
 def copied(settings: Settings, corpus: Corpus, places, codes) -> list[float | None]:
-  """Measures, for each image, which share of its neighbor's ink it repeats at the same positions.
+  """Returns, for each image, the share of its neighbor's ink that it repeats at the same positions.
 
-  Ink means all codes except the most frequent code of the neighbor's image, the background. An
-  image without a neighbor has None instead of a share.
+  Ink means all codes of the neighbor's image except the most frequent one, which is the background.
+  The result is None for an image without a neighbor.
   """
   shares: list[float | None] = []
   for place, image in zip(places, codes):
@@ -201,9 +201,9 @@ def copied(settings: Settings, corpus: Corpus, places, codes) -> list[float | No
 
 
 def copier(settings: Settings, workdir: pathlib.Path, corpus: Corpus, places) -> dict:
-  """Judges neighbors as if they were samples, and measures the share of their ink in the originals.
+  """Judges neighbors as if they were samples, and computes `copied` for the original images.
 
-  Only captions with a neighbor are used.
+  Uses only captions that have a neighbor.
   """
   places = places[corpus.neighbors[places] >= 0]
   found = [corpus.bank[int(corpus.neighbors[p])] for p in places]
@@ -224,7 +224,7 @@ def copier(settings: Settings, workdir: pathlib.Path, corpus: Corpus, places) ->
 
 
 def rows_of_documents(settings: Settings, workdir: pathlib.Path, documents: int = 0) -> int:
-  """Counts the documents in the training rows, or the rows that hold `documents` documents.
+  """Counts the documents in all training rows, or the rows needed for `documents` documents.
 
   Neighbors are not counted.
   """
@@ -243,7 +243,7 @@ def rows_of_documents(settings: Settings, workdir: pathlib.Path, documents: int 
 
 
 def overrides_of(experiment: Experiment, condition: str, seed: int) -> dict:
-  """Returns the config fields that a run changes."""
+  """Returns the config fields of a run that differ from the config `scenes`."""
   overrides = experiment.overrides(seed=seed)
   if condition == "neighbors":
     return overrides
@@ -258,7 +258,7 @@ def overrides_of(experiment: Experiment, condition: str, seed: int) -> dict:
 
 
 def measure(settings: Settings, run: pathlib.Path, corpus: Corpus, condition: str, judged: int):
-  """Measures a trained decoder; returns lists over the documents of `corpus`."""
+  """Measures a trained decoder; returns measure -> kind of neighbor -> a value per document."""
   kinds = ("true", "shuffled", "none") if condition == "neighbors" else ("none",)
   counts = (1, 0) if condition == "neighbors" else (0,)
   places = chosen(corpus, judged)
@@ -275,7 +275,7 @@ def measure(settings: Settings, run: pathlib.Path, corpus: Corpus, condition: st
 
 
 def run_one(experiment: Experiment, condition: str, seed: int, corpus: Corpus) -> dict:
-  """Trains and measures one condition with one seed, or reads its results."""
+  """Trains and measures one condition with one seed, or reads the results if they exist."""
   run = experiment.workdir / f"steps_{experiment.steps}" / f"{condition}_seed_{seed}"
   experiment_lib.link_stages(experiment.workdir / "shared", run, SHARED)
   overrides = overrides_of(experiment, condition, seed)
@@ -290,7 +290,7 @@ def run_one(experiment: Experiment, condition: str, seed: int, corpus: Corpus) -
 
 
 def run_all(experiment: Experiment, conditions: list[str], seeds: list[int]) -> dict:
-  """Prepares the data, runs all conditions and seeds, and writes results after each run."""
+  """Prepares the data, runs all conditions and seeds, and writes the results after each run."""
   workdir, shared = experiment.workdir, experiment.workdir / "shared"
   overrides = experiment.overrides()
   settings = experiment.settings(overrides)
@@ -336,7 +336,7 @@ def main(argv) -> None:
   )
 
 
-if __name__ == "__main__":  # Importing this module, as tests do, defines no flags.
+if __name__ == "__main__":  # Tests import this module without flags.
   flags.DEFINE_string(
     "workdir", "workdir/scene_retrieval", "Folder of all runs; finished parts are skipped."
   )

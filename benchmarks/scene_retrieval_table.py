@@ -1,4 +1,4 @@
-"""Summarizes the runs of `scene_retrieval`: numbers with intervals, and a table."""
+"""Computes means and confidence intervals from the runs of `scene_retrieval`, and formats them."""
 
 # n held-out documents, m of which are judged.
 
@@ -17,7 +17,7 @@ NAMES = {"true": "true neighbor", "shuffled": "another's neighbor", "none": "no 
 
 
 def _values(runs: list[dict], measure: str, mask: np.ndarray) -> dict[str, dict[int, np.ndarray]]:
-  """Returns "condition/kind" -> seed -> values of a measure for the documents in `mask`."""
+  """Returns "condition/kind of neighbor" -> seed -> values of a measure for documents in `mask`."""
   found: dict[str, dict[int, np.ndarray]] = {}
   for run in runs:
     for kind, values in run[measure].items():
@@ -27,7 +27,7 @@ def _values(runs: list[dict], measure: str, mask: np.ndarray) -> dict[str, dict[
 
 
 def _level(by_seed: dict[int, np.ndarray], concepts) -> dict:
-  """Computes the mean over all seeds, its interval over concepts, and the mean of each seed."""
+  """Computes the mean over all seeds, with a confidence interval, and the mean of each seed."""
   mean = np.mean(list(by_seed.values()), axis=0)
   interval = mean_interval(mean, np.ones(len(mean)), list(concepts))
   return {
@@ -39,10 +39,10 @@ def _level(by_seed: dict[int, np.ndarray], concepts) -> dict:
 
 
 def _difference(first: dict, second: dict, concepts) -> dict:
-  """Computes `first` minus `second`, averaged over their common seeds, with intervals.
+  """Computes the mean of `first` minus `second` over their common seeds, with intervals.
 
-  `relative` is the difference divided by the mean of `second`, or None if that mean is 0. `seeds`
-  is Student's t interval over the seeds.
+  In the result, `relative` is the difference divided by the mean of `second`, or None if that mean
+  is 0. `seeds` is the Student's t interval over the seeds.
   """
   common = sorted(first.keys() & second.keys())
   result = _level({seed: first[seed] - second[seed] for seed in common}, concepts)
@@ -55,9 +55,9 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
   """Computes all numbers of the table.
 
   Args:
-    about: `subsets`, `concepts` and `found` (whether the document has a neighbor), [n]; `judged`,
-      [m] indices into them; `image_codes`; `copier`, lists with a value for each judged document
-      that has a neighbor.
+    about: `subsets`, `concepts` and `found` (whether it has a neighbor), [n] values for each
+      document; `judged`, [m] indices of the judged documents; `image_codes`; `copier`, lists with a
+      value for each judged document that has a neighbor.
     runs: results of `scene_retrieval.run_one`.
     labels: condition -> name in the table.
   """
@@ -110,7 +110,7 @@ def _row(cells) -> str:
 
 
 def _ends(ends, scale: float, form: str) -> str:
-  """Formats an interval; "-" if it has no bounds because there is a single concept or seed."""
+  """Formats an interval, or "-" if there is only one concept or seed and thus no interval."""
   if ends is None or None in ends:
     return "-"
   return f"[{format(ends[0] / scale, form)}, {format(ends[1] / scale, form)}]"
@@ -125,7 +125,7 @@ def _level_cell(level: dict | None, scale: float, form: str) -> str:
 
 
 def markdown(result: dict) -> str:
-  """Returns the result of `summarize` as Markdown: two tables for each subset."""
+  """Formats the result of `summarize` as Markdown, with two tables for each subset."""
   lines = []
   for name, subset in result["subsets"].items():
     copier = subset["copier"]

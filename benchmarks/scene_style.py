@@ -1,12 +1,12 @@
-"""Measures whether samples of a decoder take the style of a bank whose style training never saw.
+"""Measures whether samples of a decoder take on the style of a bank that training never saw.
 
   python -m benchmarks.scene_style --run=workdir/scenes --workdir=workdir/scene_style
 
 Writes a second bank with outlined icons, using the tokenizers and the CLIP model of the run. Then
-the decoder of the run draws each caption twice: after neighbors from its usual bank, and after
-neighbors from the second bank. Nothing is trained, and no caption names a style. Writes
-results.json, table.md and samples.png to the workdir. --run=A,B measures several runs with the same
-tokenizers. Method: docs/retrieval_ablation.md.
+the decoder of the run generates two images per caption: one after a neighbor from its usual bank,
+and one after a neighbor from the second bank. Nothing is trained, and no caption names a style.
+Writes results.json, table.md and samples.png to the workdir. --run=A,B measures several runs with
+the same tokenizers. docs/retrieval_ablation.md describes the method.
 """
 
 import collections
@@ -46,7 +46,7 @@ from cm3leon_jax.settings import Settings, settings_from_config, settings_of_run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
 
-# n captions, H height, W width, I codes of an image.
+# n captions, H height, W width, I codes per image.
 
 USUAL, OTHER = "filled", "outlined"
 STYLES = (USUAL, OTHER)  # Styles of the two banks.
@@ -56,10 +56,10 @@ GROUPS = {
   "once": "rare, in one training scene",
   "common": "common, in another combination",
 }
-# Thin icons look alike in both styles. With a limit of 0.7, the classifier is right on 99% of
-# reconstructions.
-MOST_KEPT = 0.7  # Maximum share of its ink that an outlined icon may keep.
-LEAST_INK = 0.25  # An image with a smaller share of the outlined drawing's ink counts as blank.
+# Thin icons look alike in both styles and are excluded. With a limit of 0.7, the classifier is
+# right on 99% of reconstructions.
+MOST_KEPT = 0.7  # Maximum ink of an outlined icon, relative to the filled icon.
+LEAST_INK = 0.25  # Minimum ink of an image, relative to the outlined drawing.
 SHOWN = 16  # Number of captions in samples.png.
 
 
@@ -79,18 +79,18 @@ def is_clear(name: str) -> bool:
 
 
 def unseen(config: ScenesConfig) -> Iterator[Placed]:
-  """Yields a scene of each rare object that training never shows, in a color new to the bank."""
+  """Yields each rare object that training never shows, in a color that the bank never shows."""
   for name in world.rare_objects(config):
     if world.is_heldout_rare(name) and world.rare_color(name) in config.colors:
       yield Placed(name, world.rare_color(name), world.rare_place(name))
 
 
 def once(config: ScenesConfig, trained: collections.Counter) -> Iterator[Placed]:
-  """Yields a scene of each rare object with one training scene, in a color that is not shown.
+  """Yields each rare object of exactly one training scene, in a color that was never shown.
 
   Args:
     config: configuration of the world.
-    trained: object -> number of training scenes.
+    trained: object -> number of training scenes that show it.
   """
   shown = collections.defaultdict(set)
   for scene in world.bank_scenes(config)[: config.bank]:
@@ -104,7 +104,7 @@ def once(config: ScenesConfig, trained: collections.Counter) -> Iterator[Placed]
 
 
 def common(config: ScenesConfig) -> Iterator[Placed]:
-  """Yields held-out scenes with one common object, which training shows in the same color."""
+  """Yields the object of each held-out scene that shows only one common object."""
   for name in config.objects:
     for color in config.colors:
       for place in PLACES:
@@ -114,10 +114,10 @@ def common(config: ScenesConfig) -> Iterator[Placed]:
 
 
 def ask(config: ScenesConfig, trained: collections.Counter, most: int) -> list[Asked]:
-  """Selects up to `most` scenes of each group, and writes their captions.
+  """Selects up to `most` objects per group, and writes a caption for each.
 
   Raises:
-    UserError: no scene can be selected.
+    UserError: no object can be selected.
   """
   rng, asked = random.Random(0), []
   found = {"unseen": unseen(config), "once": once(config, trained), "common": common(config)}
@@ -132,15 +132,15 @@ def ask(config: ScenesConfig, trained: collections.Counter, most: int) -> list[A
 
 
 def draw(asked: list[Asked], style: str) -> np.ndarray:
-  """Renders the requested objects: [n, H, W, 3] uint8."""
+  """Renders the objects that captions describe: [n, H, W, 3] uint8."""
   return np.stack([render(Scene((one.placed,)), style) for one in asked])
 
 
 def classify(images: np.ndarray, asked: list[Asked]) -> list[str]:
-  """Returns the style of each image: the style in which a drawing of the object is nearer.
+  """Returns, for each image, the style whose drawing of the object has the smaller squared error.
 
-  Compares the ink at the place with the most ink, regardless of color. The nearer drawing is the
-  drawing with the smaller squared error. An image with almost no ink has neither style.
+  Only the place with the most ink is compared, regardless of color. The result is `NEITHER` for an
+  image with almost no ink.
 
   Args:
     images: [n, H, W, 3] uint8.
@@ -156,7 +156,7 @@ def classify(images: np.ndarray, asked: list[Asked]) -> list[str]:
 
 
 def recognized(images: np.ndarray, asked: list[Asked], style: str) -> list[bool]:
-  """Returns whether each image fits the requested object best, among drawings in `style`."""
+  """Returns, for each image, whether it fits the requested object best of all `style` drawings."""
   found = judge.find_objects(images, style, min_score=0)
   return [
     any((x.name, x.place) == (one.placed.object, one.placed.place) for x in objects)
@@ -165,7 +165,7 @@ def recognized(images: np.ndarray, asked: list[Asked], style: str) -> list[bool]
 
 
 def colored(images: np.ndarray, asked: list[Asked]) -> list[bool]:
-  """Returns whether images show only one object, at the requested place, in the requested color."""
+  """Returns, for each image, whether it shows only one object, in the requested place and color."""
   return [
     [(x.place, x.color) for x in objects] == [(one.placed.place, one.placed.color)]
     for objects, one in zip(judge.find_objects(images), asked)
@@ -173,7 +173,7 @@ def colored(images: np.ndarray, asked: list[Asked]) -> list[bool]:
 
 
 def check_classifier(tokenizer: ImageTokenizer, asked: list[Asked]) -> dict:
-  """Classifies drawings in both styles after reconstruction by the image tokenizer."""
+  """Measures the classifier on drawings that the image tokenizer has reconstructed."""
   result: dict = {}
   for style in STYLES:
     images = tokenizer.decode(tokenizer.encode(draw(asked, style)))
@@ -186,17 +186,17 @@ def check_classifier(tokenizer: ImageTokenizer, asked: list[Asked]) -> dict:
 
 
 def cells_of(codes: np.ndarray) -> np.ndarray:
-  """Splits the codes [n, I] of images into the codes of the four places: [n, 4, I / 4]."""
+  """Splits the codes [n, I] of images by the four places in a scene: [n, 4, I / 4]."""
   side = round(codes.shape[1] ** 0.5)
   cells = codes.reshape(len(codes), 2, side // 2, 2, side // 2).swapaxes(2, 3)
   return cells.reshape(len(codes), len(PLACES), -1)
 
 
 def known(codes: np.ndarray, trained: np.ndarray) -> dict[str, float]:
-  """Measures which shares of the codes and of the drawings in images are also in training images.
+  """Computes the shares of codes and of drawings that also occur in training images.
 
-  A drawing consists of all codes of a place. The most frequent code is the background and does not
-  count.
+  A drawing is all codes of one of the four places. The most frequent code is the background, which
+  is not counted.
 
   Args:
     codes: [n, I] codes of images.
@@ -213,7 +213,7 @@ def known(codes: np.ndarray, trained: np.ndarray) -> dict[str, float]:
 
 
 def overrides_of(settings: Settings) -> dict:
-  """Returns the config fields that differ from `scenes`."""
+  """Returns the config fields of a run that differ from the config `scenes`."""
   usual = settings_from_config(config_scenes.get_config())
   fields = {} if settings.seed == usual.seed else {"seed": settings.seed}
   for section in dataclasses.fields(Settings)[1:]:
@@ -225,10 +225,10 @@ def overrides_of(settings: Settings) -> dict:
 
 
 def prepare_bank(settings: Settings, run: pathlib.Path, bank: pathlib.Path) -> None:
-  """Writes the outlined bank with a run's tokenizers and CLIP model, unless the bank is finished.
+  """Writes the outlined bank with a run's tokenizers and CLIP model, unless it is complete.
 
   Raises:
-    UserError: `bank` belongs to another run.
+    UserError: `bank` was made with another run.
   """
   bank.mkdir(parents=True, exist_ok=True)
   for name in (*stage_table.TOKENIZERS, *stage_table.own_clip(settings)):
@@ -249,10 +249,10 @@ def generate(settings: Settings, run: pathlib.Path, banks: dict, asked: list[Ask
     settings: settings of the run.
     run: workdir of the run.
     banks: style -> workdir of the bank.
-    asked: captions to draw.
+    asked: captions of the images.
 
   Returns:
-    Style of the bank -> n samples.
+    Style of the bank -> n samples, one per caption.
   """
   tasks = [
     TextToImage(one.caption, retrieve=1, seed=settings.seed + i, sampling=settings.sampling, row=i)
@@ -270,7 +270,7 @@ def generate(settings: Settings, run: pathlib.Path, banks: dict, asked: list[Ask
 
 
 def measure(samples: list[Sample], asked: list[Asked], style: str) -> dict[str, list[bool]]:
-  """Returns measure -> values for the captions; the samples' neighbors are in `style`."""
+  """Returns measure -> value for each sample; the neighbors are drawn in `style`."""
   images = np.stack([sample.segments[0] for sample in samples])
   named = classify(images, asked)
   return {
@@ -286,7 +286,7 @@ def measure(samples: list[Sample], asked: list[Asked], style: str) -> dict[str, 
 
 
 def sheet(samples: dict, asked: list[Asked], tokenizer: ImageTokenizer, settings: Settings):
-  """Lays out neighbors and samples of both banks, with a row per caption that has neighbors."""
+  """Returns an image with a row per caption: neighbor and sample for each of the two banks."""
   with_neighbors = [
     i for i in range(len(asked)) if all(samples[style][i].neighbors for style in STYLES)
   ]
@@ -303,10 +303,10 @@ def sheet(samples: dict, asked: list[Asked], tokenizer: ImageTokenizer, settings
 
 
 def open_runs(runs: list[pathlib.Path]) -> list[Settings]:
-  """Returns the settings of runs.
+  """Returns the settings of each run.
 
   Raises:
-    UserError: a run has other tokenizers, another CLIP model or another bank than the first run.
+    UserError: a run's tokenizers, CLIP model or bank differ from those of the first run.
   """
   read = [settings_of_run(run) for run in runs]
   names = ("raw", *stage_table.TOKENIZERS, "documents", "neighbors", *stage_table.own_clip(read[0]))
@@ -316,12 +316,14 @@ def open_runs(runs: list[pathlib.Path]) -> list[Settings]:
       raise UserError(f"--run: {run} is not a run of `scenes` with config.scenes.style={USUAL}.")
     for name in names:
       if own[name] != ids[0][name]:
-        raise UserError(f"--run: {run} has another {name} than {runs[0]}: measure it separately.")
+        raise UserError(
+          f"--run: {run} and {runs[0]} have a different {name}: measure them separately."
+        )
   return read
 
 
 def run_all(runs: list[pathlib.Path], workdir: pathlib.Path, most: int) -> dict:
-  """Prepares the bank, generates and measures, and writes the results."""
+  """Prepares the bank, generates and measures samples, and writes the results."""
   settings = open_runs(runs)
   prepare_bank(settings[0], runs[0], workdir / OTHER)
   vocab = settings[0].vocab
@@ -358,7 +360,7 @@ def main(argv) -> None:
     if len(argv) > 1:
       raise UserError(f"unexpected argument '{argv[1]}': this command takes flags only.")
     if not args.run:
-      raise UserError("name a finished run of `scenes`: --run=workdir/scenes")
+      raise UserError("--run must name a finished run of `scenes`: --run=workdir/scenes")
     runs = [pathlib.Path(run).resolve() for run in args.run]
     workdir = pathlib.Path(args.workdir).resolve()
     result = run_all(runs, workdir, args.captions)
@@ -368,7 +370,7 @@ def main(argv) -> None:
   print(f"\n{table.markdown(result)}\nscene_style: the results are in {workdir}.")
 
 
-if __name__ == "__main__":  # Importing this module, as tests do, defines no flags.
+if __name__ == "__main__":  # Tests import this module without flags.
   flags.DEFINE_list("run", None, "Workdirs of finished runs with the same tokenizers and bank.")
   flags.DEFINE_string("workdir", "workdir/scene_style", "Folder of the other bank and the results.")
   flags.DEFINE_integer("captions", 200, "Maximum number of captions per group.", lower_bound=1)

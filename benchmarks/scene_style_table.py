@@ -1,4 +1,4 @@
-"""Summarizes the samples of `scene_style`: shares with intervals over objects, and a table."""
+"""Computes shares with confidence intervals from the samples of `scene_style`, and formats them."""
 
 # n captions.
 
@@ -16,7 +16,7 @@ TITLES = {
 
 
 def _level(by_run: list[np.ndarray], objects: np.ndarray) -> dict:
-  """Computes the mean over all runs, its interval over objects, and the mean of each run."""
+  """Computes the mean over all runs, with a confidence interval, and the mean of each run."""
   mean = np.mean(by_run, axis=0)
   interval = mean_interval(mean, np.ones(len(mean)), list(objects))
   by_seed = [float(values.mean()) for values in by_run]
@@ -27,8 +27,9 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
   """Computes all numbers of the table.
 
   Args:
-    about: `groups` and `objects` ([n] each), `known`, and `classifier`, style -> measure -> [n].
-    runs: for each run, `run`, `seed` and `banks`, style of the bank -> measure -> [n].
+    about: `groups` and `objects`, [n] names for each caption; `known`; `classifier`, style ->
+      measure -> [n] values.
+    runs: for each run, `run`, `seed` and `banks`: style of the bank -> measure -> [n] values.
     labels: group -> name in the table.
   """
   groups, objects = np.array(about["groups"]), np.array(about["objects"])
@@ -67,7 +68,7 @@ def _row(cells) -> str:
 
 
 def _cell(level: dict) -> str:
-  """Formats a share: its mean, its interval if there are several objects, and a share per run."""
+  """Formats a mean share, its confidence interval if it has one, and the share of each run."""
   text = f"{level['mean']:.1%}"
   if level["low"] is not None:
     text += f" [{level['low']:.1%}, {level['high']:.1%}]"
@@ -77,7 +78,7 @@ def _cell(level: dict) -> str:
 
 
 def markdown(result: dict) -> str:
-  """Returns the result of `summarize` as Markdown."""
+  """Formats the result of `summarize` as Markdown."""
   right = ", ".join(
     f"{measured['right']:.1%} of the {style} images (best fit is the object "
     f"{measured['recognized']:.1%}, place and color right {measured['color']:.1%})"

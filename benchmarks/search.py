@@ -1,11 +1,11 @@
-"""Measures neighbor search: ScaNN and exact search, the size of an index, and selection rules.
+"""Measures ScaNN and exact search for neighbors, the size of an index, and the selection rules.
 
   python -m benchmarks.search --folder=scratch --sizes=100000,1000000
 
-The n vectors are random, have 512 dimensions, and form clusters like embeddings: there are n / 100
-centers, and a vector has a cosine of about 0.7 to its center. ScaNN and exact search use all cores.
-Their rates are printed per second of wall-clock time and per second of processor time. The
-selection rules use one thread.
+The n random vectors have 512 dimensions and form clusters as embeddings do: there are n / 100
+centers, and the cosine similarity of a vector and its center is about 0.7. ScaNN and exact search
+use all cores. Their rates are printed per second of wall-clock time and per second of processor
+time. The selection rules use one thread.
 """
 
 import time
@@ -33,7 +33,7 @@ WIDTH = 512
 
 
 def clustered(count: int, seed: int = 0) -> np.ndarray:
-  """Samples [count, WIDTH] vectors of norm 1 that form clusters."""
+  """Returns random vectors [count, WIDTH] of norm 1 that form clusters."""
   rng = np.random.default_rng(seed)
   centers = rng.standard_normal((max(1, count // 100), WIDTH), np.float32)
   vectors = centers[rng.integers(0, len(centers), count)]
@@ -42,9 +42,9 @@ def clustered(count: int, seed: int = 0) -> np.ndarray:
 
 
 def rates(search: index.ExactIndex | index.ScannIndex, queries: np.ndarray, repeats: int) -> str:
-  """Returns the queries per second of wall-clock time and of processor time, after a warm-up.
+  """Measures the queries per second of wall-clock time and of processor time, after a warm-up.
 
-  Both have the format `median (smallest to largest)`.
+  Returns a text with both rates, each as `median (smallest to largest)`.
   """
   search.search(queries, 2)
   measured = []
@@ -60,7 +60,7 @@ def rates(search: index.ExactIndex | index.ScannIndex, queries: np.ndarray, repe
 
 
 def measure(count: int) -> None:
-  """Prints the size, recall and search rates of indices of `count` vectors."""
+  """Prints the size and recall of a ScaNN index of `count` vectors, and the search rates."""
   vectors = clustered(count)
   rng = np.random.default_rng(1)
   queries = vectors[rng.integers(0, count, _QUERIES.value)]
@@ -85,7 +85,7 @@ def measure(count: int) -> None:
 
 
 def measure_selection(count: int = 20_000) -> None:
-  """Prints for how many documents per second one thread selects from 2 x 64 candidates each."""
+  """Prints the speed of the selection rules in documents/s, with 2 x 64 candidates each."""
   texts, images = clustered(count), clustered(count, seed=1)
   folder = epath.Path(_FOLDER.value) / "selection"
   numbers = np.arange(count, dtype=np.uint64) + 1

@@ -1,18 +1,18 @@
-"""Measures launch.serve under load: images/s, latencies, memory, and clients that disconnect.
+"""Measures `cm3leon serve` under load: images/s, latencies, memory, and disconnected clients.
 
   OMP_WAIT_POLICY=passive python -m benchmarks.serving --workdir=scenes-instruct --requests=1000
 
-Starts the server as a user does, and sends requests over HTTP. There are three loads:
-- `full`: all clients request images without a pause. The server takes turns with
-  `CM3Leon.generate` in this process, which draws images for the same prompts. `generate` retrieves
-  and scores like the server, in batches of --slots. The ratio of a turn is printed for wall-clock
-  time and for processor time of the two processes. Processor time depends less on other work on
-  the machine.
-- `mixed`: images, streams, edits, infills, captions and answers are requested with Poisson
-  arrivals, from the server and then from a server that decodes one sample at a time (--slots=1).
+Starts the server as a user does, and sends requests over HTTP in three ways:
+- `full`: all clients request images without a pause. The server alternates with
+  `CM3Leon.generate` in this process, which generates images for the same prompts in batches of
+  --slots. `generate` also retrieves documents and computes CLIP scores, like the server. Prints the
+  ratio of the two rates in wall-clock time and in processor time, which depends less on other work
+  on the machine.
+- `mixed`: clients request images, streams, edits, infills, captions and answers with Poisson
+  arrivals, first from this server and then from one that decodes one sample at a time (--slots=1).
 - `killed`: clients disconnect in the middle of a stream.
 
-Both processes compute. On a GPU, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
+Server and `generate` share the machine: on a GPU, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 import asyncio
@@ -50,12 +50,12 @@ def seconds_of(pid: int) -> np.ndarray:
   """Returns the wall-clock time and the processor time of a process in seconds."""
   with open(f"/proc/{pid}/stat") as file:
     fields = file.read().rpartition(")")[2].split()
-  ticks = int(fields[11]) + int(fields[12])  # utime and stime, see proc(5).
+  ticks = int(fields[11]) + int(fields[12])  # utime, stime.
   return np.array([time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK")])
 
 
 def offline(model: CM3Leon, numbers: Iterable[int]) -> np.ndarray:
-  """Generates an image for each number; returns the seconds of both clocks, see `seconds_of`."""
+  """Generates images with `CM3Leon.generate`; returns wall-clock and processor time in seconds."""
   start = seconds_of(os.getpid())
   model.generate([prompt(i) for i in numbers])
   return seconds_of(os.getpid()) - start
@@ -98,7 +98,7 @@ def given_image(image: Image.Image) -> Given:
 
 
 async def ask(client: httpx.AsyncClient, kind: str, i: int, image: Given) -> None:
-  """Sends a request of a kind and reads the answer; raises an error if the request is refused."""
+  """Sends a request of a kind and reads the response; raises an error if the request fails."""
   png, side = image.png, image.side
   url, files = "v1/images/generations", {"image": ("a.png", png, "image/png")}
   if kind in ("image", "stream"):
@@ -125,7 +125,7 @@ async def full(url: str, pid: int, numbers: Sequence[int], image: Given, clients
   """Lets all clients request images without a pause between requests.
 
   Returns:
-    (seconds of both clocks, errors).
+    The wall-clock time and the processor time of the server in seconds, and a list of errors.
   """
   errors, remaining = [], iter(numbers)
   async with httpx.AsyncClient(base_url=url, timeout=600) as client:
@@ -143,7 +143,7 @@ async def full(url: str, pid: int, numbers: Sequence[int], image: Given, clients
 
 
 def in_turns(model: CM3Leon, url: str, pid: int, each: int, turns: int, clients: int) -> dict:
-  """Compares the server with `generate`; they take turns of `each` images."""
+  """Compares the server with `generate`; both alternate, with `each` images per turn."""
   image = given_image(model.generate(prompt(0))[0].image)
   offline(model, range(each))  # The first call compiles.
   seconds, errors, memory = [], [], [resident_mib(pid)]
@@ -184,7 +184,7 @@ async def mixed(url: str, rate: float, count: int, image: Given) -> dict:
       except Exception as error:
         errors.append(repr(error))
 
-    for i in range(len(KINDS)):  # Compiles shapes that are not compiled yet.
+    for i in range(len(KINDS)):  # Compiles all programs first.
       await one(i)
     seconds.clear()
     tasks = []
@@ -200,7 +200,7 @@ async def mixed(url: str, rate: float, count: int, image: Given) -> dict:
 
 
 async def killed(url: str, count: int) -> dict:
-  """Disconnects clients after the first bytes of a stream; returns the work that still runs."""
+  """Disconnects clients during a stream; returns the work that the server still has 3 s later."""
   async with httpx.AsyncClient(base_url=url, timeout=600) as client:
 
     async def leave(i: int) -> int:

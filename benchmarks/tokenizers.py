@@ -1,11 +1,12 @@
-"""Compares quantizers of the image tokenizer after equal training time: PSNR, perplexity, bits.
+"""Compares PSNR, perplexity and bits of image tokenizer quantizers after equal training time.
 
   python -m benchmarks.tokenizers --workdir=workdir/tokenizers
 
-Trains an image tokenizer with each quantizer and seed, encodes the images, and trains the same
-small decoder on the codes of each tokenizer. Prepares the shared data only once. Writes
+Trains an image tokenizer with each quantizer and seed, encodes the images, and trains a small
+decoder of the same size on the codes of each tokenizer. Prepares the shared data only once. Writes
 results.json and table.md after every run. Finished parts are skipped and a training continues from
-its last checkpoint, so the command can be stopped or killed at any time. Method: docs/vqgan.md.
+its last checkpoint, so the command can be stopped or killed at any time. docs/vqgan.md describes
+the method.
 """
 
 from collections.abc import Callable
@@ -43,14 +44,14 @@ ARMS = {
   "restarts": "nearest code, dead codes restart",
   "fsq": "FSQ",
 }
-# Fields whose values are those of the variant `long`, because the trainings here are ten times as
-# long as the demo's.
+# Fields whose values are from the config variant `scenes:long`, because these trainings are ten
+# times as long as the demo's.
 TUNED = ("learning_rate", "l1_weight")
 LONGER = {f"vqgan.{name}": scenes.get_config("long").vqgan[name] for name in TUNED}
-SHARED = ("raw", "text_tokenizer", "clip", "neighbors")  # Stages that `vqgan` to `train` read.
-CORES = 2  # A minute means 60 seconds of CPU time on each core.
-ROUNDS, STEPS = 7, 6  # Number of timing rounds (the arms take turns), and of steps per turn.
-SCORED = 400  # Maximum number of held-out images whose bits are measured.
+SHARED = ("raw", "text_tokenizer", "clip", "neighbors")  # Stages that all runs share.
+CORES = 2  # A minute of training means 60 seconds of CPU time on each core.
+ROUNDS, STEPS = 7, 6  # Number of timing rounds, and of steps per arm and round.
+SCORED = 400  # Maximum number of held-out images for `bits_per_pixel`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +59,11 @@ class Experiment:
   """Location and size of the comparison.
 
   Attributes:
-    workdir: folder of all comparisons.
-    codes: size of the codebook; 0 means the size in the config.
-    minutes: training time of a tokenizer in minutes.
-    decoder_minutes: training time of a decoder in minutes; with 0, no decoder is trained.
-    given: config fields that the user changes.
+    workdir: folder that contains all comparisons.
+    codes: size of the codebook; with 0, the size in the config.
+    minutes: training time of each image tokenizer in minutes.
+    decoder_minutes: training time of each decoder in minutes; with 0, no decoder is trained.
+    given: config field -> value, for the fields that the user sets.
   """
 
   workdir: pathlib.Path
@@ -73,17 +74,17 @@ class Experiment:
 
   @property
   def shared(self) -> pathlib.Path:
-    """Folder of the stages whose results all runs share."""
+    """Workdir of the stages whose results all runs share."""
     return self.workdir / f"scenes_{self._config().vocab.image_size}" / "shared"
 
   @property
   def shared_stages(self) -> tuple[str, ...]:
-    """Stages that run only once for all runs, in their order."""
+    """Stages that run only once for all runs, in the order in which they run."""
     return SHARED if self.decoder_minutes else stage_table.STAGES["vqgan"].reads
 
   @property
   def folder(self) -> pathlib.Path:
-    """Folder of the runs with these training times."""
+    """Folder that contains the runs with these training times."""
     return self.shared.parent / f"minutes_{self.minutes:g}_{self.decoder_minutes:g}"
 
   def _config(self):
@@ -94,12 +95,12 @@ class Experiment:
     return config
 
   def overrides(self, arm: str = "", seed: int = 0, steps: dict | None = None) -> dict:
-    """Returns the config fields that differ from the source's config.
+    """Returns the config fields that differ from the config `scenes`.
 
     Args:
-      arm: key of `ARMS`; empty for the shared stages.
+      arm: quantizer, a key of `ARMS`; empty for the shared stages.
       seed: seed of the run.
-      steps: stage -> training steps.
+      steps: stage -> number of training steps.
     """
     vocab, never = self._config().vocab, 1_000_000
     fields = {
@@ -126,7 +127,7 @@ class Experiment:
     return settings_from_config(config)
 
   def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
-    """Runs a stage, see `experiment.run_stage`."""
+    """Runs a stage with `experiment.run_stage`."""
     experiment_lib.run_stage(name, "ml_configs/scenes.py", workdir, overrides)
 
 
@@ -175,9 +176,9 @@ def decoder_steps(settings: Settings) -> Callable[[int], None]:
 
 
 def cpu_seconds(runners: dict[str, Callable[[int], None]], rounds: int, steps: int) -> dict:
-  """Measures the median CPU seconds per step of each runner. Runners take turns in every round.
+  """Measures the median CPU seconds per step of each runner; the runners alternate.
 
-  CPU time is used because other work on the machine increases wall-clock time.
+  CPU time is measured because other work on the machine increases wall-clock time.
   """
   for take in runners.values():
     take(2)  # The first call compiles.
@@ -191,11 +192,11 @@ def cpu_seconds(runners: dict[str, Callable[[int], None]], rounds: int, steps: i
 
 
 def plan_steps(experiment: Experiment) -> dict:
-  """Returns how many steps take the given minutes. Measures once, and stores them in steps.json.
+  """Measures how many steps take the given minutes, or reads the numbers from steps.json.
 
   Returns:
-    `cpu_seconds` (per step) and `steps`, each by arm. The key "decoder" is for the decoders of all
-    arms.
+    `cpu_seconds` per step and number of `steps`, each with a value per arm, and one for "decoder",
+    which all arms share.
   """
   path = experiment.folder / "steps.json"
   if path.exists():
@@ -216,7 +217,7 @@ def plan_steps(experiment: Experiment) -> dict:
 
 
 def bits_per_pixel(settings: Settings, run: pathlib.Path) -> float:
-  """Computes the bits per pixel of the codes of held-out images, which follow their captions."""
+  """Computes the bits per pixel of held-out images' codes, given their captions."""
   store = DocumentStore(run / "documents" / "heldout_pairs", settings.vocab)
   rows = np.unique(np.linspace(0, len(store) - 1, SCORED).astype(int))
   documents = [store[int(i)] for i in rows]
@@ -238,7 +239,7 @@ def heldout_images(experiment: Experiment, settings: Settings) -> np.ndarray:
 
 
 def commonest_square(images: np.ndarray, side: int) -> float:
-  """Computes the share of the most common square; each code of an image represents a square.
+  """Computes the share of squares that equal the most common one; a code covers one square.
 
   Args:
     images: uint8 [n, H, W, 3].
@@ -251,7 +252,7 @@ def commonest_square(images: np.ndarray, side: int) -> float:
 
 
 def measure(experiment: Experiment, settings: Settings, run: pathlib.Path) -> dict:
-  """Measures a run whose trainings are finished."""
+  """Measures a run whose tokenizer and decoder are trained."""
   summary = stages.require(run, "vqgan", summary=dict)["summary"]
   names = ("psnr_db", "codebook_perplexity", "codes_used")
   names += tuple(f"train_{name}" for name in names[1:])
@@ -265,7 +266,7 @@ def measure(experiment: Experiment, settings: Settings, run: pathlib.Path) -> di
 
 
 def run_one(experiment: Experiment, arm: str, seed: int, steps: dict[str, int]) -> dict:
-  """Trains and measures one arm with one seed, or reads its results."""
+  """Trains and measures one arm with one seed, or reads the results if they exist."""
   run = experiment.folder / "runs" / f"{arm}_seed_{seed}"
   if (run / "measured" / stages.DONE).exists():
     return read_json(run / "measured" / "measured.json", {"arm": str, "seed": int})
@@ -289,7 +290,7 @@ def run_one(experiment: Experiment, arm: str, seed: int, steps: dict[str, int]) 
 
 def run_all(experiment: Experiment, arms: list[str], num_seeds: int) -> dict:
   """Prepares the data, runs all arms and seeds, and writes the results after each run."""
-  # FSQ does not support every number of codes, so all arms are checked before hours of training.
+  # FSQ does not support every number of codes: check all arms before training for hours.
   settings = {arm: experiment.settings(experiment.overrides(arm)) for arm in ARMS}
   for name in experiment.shared_stages:
     command = stage_table.STAGES[name].command
@@ -305,7 +306,7 @@ def run_all(experiment: Experiment, arms: list[str], num_seeds: int) -> dict:
     "decoder_minutes": experiment.decoder_minutes,
     **plan,
   }
-  if vqgan.local_codes:  # Otherwise, equal squares may have different codes.
+  if vqgan.local_codes:  # Equal squares have equal codes.
     heldout = heldout_images(experiment, settings["restarts"])
     about["commonest_square"] = commonest_square(heldout, vqgan.downsample)
   for number, (seed, arm) in enumerate(planned, 1):
@@ -341,7 +342,7 @@ def main(argv) -> None:
   )
 
 
-if __name__ == "__main__":  # Importing this module, as tests do, defines no flags.
+if __name__ == "__main__":  # Tests import this module without flags.
   flags.DEFINE_string(
     "workdir", "workdir/tokenizers", "Folder of all runs; finished parts are skipped."
   )

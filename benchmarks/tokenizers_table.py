@@ -1,4 +1,4 @@
-"""Summarizes the runs of `benchmarks.tokenizers` in a table of means, spreads and differences."""
+"""Summarizes the runs of `benchmarks.tokenizers` in a table of means, ranges and differences."""
 
 import pathlib
 import textwrap
@@ -10,7 +10,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import replacing
 
 BASE = "restarts"
-# Measure -> (title, format). More is better, except for bits.
+# Measure -> (title, format).
 MEASURES = {
   "psnr_db": ("PSNR (dB)", "{:.2f}"),
   "reconstructed_scenes_right": ("reconstructions right", "{:.1%}"),
@@ -26,16 +26,16 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
 
   Args:
     about: `source`, `codes`, `image_tokens`, `minutes`, `decoder_minutes`; `steps` and
-      `cpu_seconds` by arm; `commonest_square` (the share of the most common square) if equal
-      squares have one code.
+      `cpu_seconds` of each arm; `commonest_square` (the share of the most common square) if equal
+      squares always have equal codes.
     runs: results of `tokenizers.run_one`.
     labels: arm -> name in the table.
 
   Returns:
-    `about`, `runs`, `perplexity_bound` (only if there is a `commonest_square`), and for each arm:
-    `mean`, `lowest` and `highest` of each measure over the seeds, and `difference` to `BASE`: its
-    mean over the common seeds and its 95% interval with Student's t. The measure `used` is the
-    share of all codes that occur in 1,024 training images.
+    The fields of `about`, `runs`, `perplexity_bound` (if there is a `commonest_square`), and
+    `arms`. Each arm has `mean`, `lowest` and `highest` of each measure over the seeds, and the mean
+    `difference` from `BASE` over their common seeds, with a 95% Student's t interval. The measure
+    `used` is the share of all codes that occur in 1,024 training images.
   """
   runs = [{**run, "used": run["train_codes_used"] / run["codes"]} for run in runs]
   of = {arm: {r["seed"]: r for r in runs if r["arm"] == arm} for arm in labels}
@@ -64,10 +64,10 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
 
 
 def perplexity_bound(share: float, codes: int) -> float:
-  """Returns the largest possible perplexity of K codes if one code has a given share of positions.
+  """Returns the largest possible perplexity of K codes if one code has the share p of positions.
 
-  At this perplexity, exp(H), all other codes are equally frequent. H = -p log p - (1 - p) log((1 -
-  p) / (K - 1)).
+  If all other codes are equally frequent, the entropy is H = -p log p - (1 - p) log((1 - p) / (K -
+  1)), and the perplexity is exp(H).
   """
   rest = 1 - share
   entropy = -share * np.log(share) - (rest * np.log(rest / (codes - 1)) if rest else 0.0)
@@ -80,13 +80,13 @@ def _difference(own: dict, base: dict, name: str) -> dict:
 
 
 def _level(level: dict, text: str) -> str:
-  """Formats a mean; adds the lowest and highest value of the seeds if they look different."""
+  """Formats a mean; adds the range over the seeds if its rounded ends differ."""
   mean, low, high = (text.format(level[key]) for key in ("mean", "lowest", "highest"))
   return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _gap(difference: dict | None, text: str) -> str:
-  """Formats a difference, with its interval if there are several seeds."""
+  """Formats a difference, with its confidence interval if there are several seeds."""
   if difference is None:
     return "-"
   sign = text.replace(":", ":+")
@@ -97,7 +97,7 @@ def _gap(difference: dict | None, text: str) -> str:
 
 
 def markdown(result: dict) -> str:
-  """Returns the result of `summarize` as a Markdown table with a row for each arm."""
+  """Formats the result of `summarize` as a Markdown table with a row for each arm."""
   arms = result["arms"]
   names = [name for name in MEASURES if any(name in arm["measures"] for arm in arms.values())]
   gaps = [name for name in COMPARED if name in names]
@@ -135,7 +135,7 @@ def _row(cells) -> str:
 
 
 def write_page(path: pathlib.Path, result: dict) -> None:
-  """Replaces, in a page, the table for the source and codes of the result, between two markers.
+  """Replaces the table between two markers in a page; the markers name source and codes.
 
   Raises:
     UserError: the page lacks a marker.

@@ -1,11 +1,10 @@
-r"""Measures the time, tokens/s, and share of the measured peak FLOP/s of a train step.
+r"""Measures a train step: time, tokens/s, and the share of the measured peak FLOP/s.
 
   python -m benchmarks.train_step
   python -m benchmarks.train_step --layers=24 --width=1024 --heads=16 --mlp_width=4096 --rows=8 \
     --length=4096 --dtype=bfloat16
 
-The defaults have the shape that docs/benchmarks.md compares with MaxText. A row is one sample of
-random tokens.
+The default sizes are those that docs/benchmarks.md compares with MaxText. Rows are random tokens.
 """
 
 import functools
@@ -57,7 +56,7 @@ def measured_peak(dtype, size: int = 4_096, repeats: int = 7) -> float:
 
 
 def step_seconds(model: ModelConfig, rows: int, length: int, steps: int) -> list[float]:
-  """Measures the time in seconds of each of `steps` train steps on random tokens."""
+  """Measures the seconds of each of `steps` train steps on random tokens."""
   optimizer = create_optimizer(OptimizerConfig(), 1_000)
   rng = np.random.default_rng(0)
   samples = [rng.integers(256, model.vocab_size, length + 1).astype(np.int32) for _ in range(rows)]

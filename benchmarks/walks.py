@@ -1,4 +1,4 @@
-"""Counts the files that a call enters, and the calls from a lower layer ("room") to a higher room.
+"""Counts the files that a call enters, and the calls from a lower to a higher layer ("room").
 
   python -m benchmarks.walks --way=load
   python -m benchmarks.walks --way=generate --files
@@ -7,8 +7,8 @@
 A file is entered when one of its functions runs, in any thread. Code that runs only during the
 import of a module does not count. A climb is a pair of files from two rooms, in which the file of
 the lower room calls a function of the upper room. The table in docs/design.md lists the rooms from
-bottom to top. The base in this table and the sections of the config form one room. `api.py` and
-`commands/` are above all rooms.
+bottom to top. The lowest room is the base: the modules that docs/design.md lists, and every
+config.py. `api.py` and `commands/` are above all rooms.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def _table() -> str:
 
 
 def room_of(file: str) -> str:
-  """Returns the room of a path in the package."""
+  """Returns the room of a file; `file` is its path in the package."""
   room = file.partition("/")[0].removesuffix(".py")
   return BASE if room in base() or file.endswith("/config.py") else room
 
@@ -97,7 +97,7 @@ def _is_function(frame) -> bool:
 
 
 def _imports(frame) -> bool:
-  """Returns whether a frame runs during the import of a module, e.g. in a decorator."""
+  """Returns whether a frame runs during the import of a module, as decorators do."""
   while frame is not None:
     if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") != "__main__":
       return frame.f_code.co_filename.startswith(PACKAGE)
@@ -113,13 +113,13 @@ def load() -> None:
 
 
 def generate() -> None:
-  """Runs the command `generate` with the bundled model, for one image."""
+  """Runs `cm3leon generate` with a bundled model, for one image."""
   with tempfile.TemporaryDirectory() as folder:
     _run("generate", [*PROMPT, f"--out={folder}/out"])
 
 
 def rows(workdir: str) -> None:
-  """Opens the training rows of a run with encoded documents, and reads the first row."""
+  """Opens the training rows of a run and reads the first row."""
   from cm3leon_jax.trained.run import Run
 
   Run.open(workdir).rows("train")[0]
@@ -133,14 +133,14 @@ def _run(name: str, arguments: list[str]) -> None:
 
 
 def measure(way: str, workdir: str) -> Walk:
-  """Runs one of WAYS and returns its walk."""
+  """Runs the call `way`, one of WAYS, and returns the recorded files and calls."""
   with Walk() as walk:
     {"load": load, "generate": generate, "rows": lambda: rows(workdir)}[way]()
   return walk
 
 
 def main() -> None:
-  # The recorded command defines absl flags, so this script uses argparse.
+  # Uses argparse because the recorded command defines absl flags.
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--way", choices=WAYS, default="load", help="what is called")
   parser.add_argument("--workdir", help="run whose rows are read")
