@@ -1,8 +1,8 @@
 """Generates the samples of a protocol part by part, and reads them.
 
 A part is a file with the samples of PART examples. Existing parts are not generated again, so a
-command may be killed at any time. Memory holds one part, so a protocol may have any number of
-examples. Images are stored as codes.
+killed command continues with the next part. Only one part is in memory, so a protocol can have any
+number of examples. Images are stored as codes.
 """
 
 from collections.abc import Iterator
@@ -44,8 +44,8 @@ class Evaluated:
   """Examples of a protocol.
 
   Attributes:
-    rows: index of the held-out document of each example; None if the examples are from files.
-    facts: facts that the caption of each example states. {} if the facts are unknown.
+    rows: for each example, the index of its held-out document; None if examples come from files.
+    facts: for each example, the facts that its caption states; {} if they are unknown.
   """
 
   examples: list[Example]
@@ -67,13 +67,13 @@ def open_evaluated(
 ) -> Evaluated:
   """Chooses the examples of a protocol by its seed.
 
-  `data` is the folder of the evaluation files and their images. If the protocol uses held-out
-  pairs, which are read from `workdir`, `data` is None. If `allow_outside` is True, the files may
-  name images outside of `data`.
+  `data` is the folder of the evaluation files and their images, or None if the protocol uses
+  held-out pairs, which are read from `workdir`. If `allow_outside` is True, the files may name
+  images outside of `data`.
 
   Raises:
     UserError: a file is absent or wrong, an image does not exist or is not in `data`, there are too
-      few examples, or the images of the run have another size than the protocol requires.
+      few examples, or the run's images do not have the resolution that the protocol requires.
   """
   side = pipeline.layout.resolution
   if protocol.resolution not in (0, side):
@@ -104,7 +104,7 @@ def open_evaluated(
 
 
 def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Evaluated:
-  """Chooses held-out pairs: by `strata.choose` if all have facts, otherwise at even distances."""
+  """Chooses held-out pairs: with `strata.choose` if all have facts, otherwise evenly spaced."""
   store = DocumentStore(workdir / "documents" / "heldout_pairs", pipeline.layout.vocab)
   images = {pair.key: str(pair.image) for pair in reader.read_pairs(workdir / "raw", "heldout")}
   facts = [store[i].facts for i in range(len(store))]
@@ -130,7 +130,7 @@ def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Eva
 def tasks_of(
   protocol: Protocol, evaluated: Evaluated, pipeline: Pipeline, workdir: epath.PathLike
 ) -> dict[str, list[Task]]:
-  """Makes a task for each example in each column. Maps the name of a column to its tasks."""
+  """Maps the name of each column to its tasks, one for each example."""
   result: dict[str, list[Task]] = {}
   for column in protocol.columns:
     sampling = protocol_lib.sampling_of(column, pipeline.settings.sampling)
@@ -202,7 +202,7 @@ def generate(
 
 
 def _with_pixels(task: Task, pipeline: Pipeline) -> Task:
-  """Loads the given image of a task and resizes its center square to the model's resolution."""
+  """Loads the input image of a task, and resizes its center square to the model's resolution."""
   if not task.image:
     return task
   pixels: dict[str, Any] = {"image": reader.load_image(task.image, pipeline.layout.resolution)}
@@ -210,7 +210,7 @@ def _with_pixels(task: Task, pipeline: Pipeline) -> Task:
 
 
 def part_path(folder: epath.PathLike, column: str, start: int) -> epath.Path:
-  """Returns the path of the part that begins with example `start`."""
+  """Returns the path of the part whose first example is `start`."""
   return (
     epath.Path(folder) / "samples" / protocol_lib.stem(column) / f"part_{start // PART:05d}.jsonl"
   )
@@ -235,7 +235,7 @@ def _line(row: int, example: Example, sample: Sample, pipeline: Pipeline) -> dic
 
 
 def _copied(codes: np.ndarray, sample: Sample, pipeline: Pipeline) -> float | None:
-  """Returns the share of positions at which the best neighbor has the same code, or None."""
+  """Returns the share of positions at which the first neighbor's image has the same code."""
   images = [s for d in sample.neighbors[:1] for s in d.segments if s.is_image]
   if not images:
     return None
