@@ -78,7 +78,7 @@ def open_evaluated(
   side = pipeline.layout.resolution
   if protocol.resolution not in (0, side):
     raise UserError(
-      f"the protocol compares images of {protocol.resolution} x {protocol.resolution} pixels, but "
+      f"the protocol needs images of {protocol.resolution} x {protocol.resolution} pixels, but "
       f"images of the run have {side} x {side}: measure another run, or set resolution to 0 in a "
       "copy of the protocol, whose distances cannot be compared with published distances."
     )
@@ -86,8 +86,8 @@ def open_evaluated(
     return _heldout(protocol, pipeline, epath.Path(workdir))
   if data is None:
     raise UserError(
-      f"the protocol reads files of the format '{protocol.data.format}': name their folder with "
-      "--data."
+      f"the protocol reads files of the format '{protocol.data.format}': set --data to their "
+      "folder."
     )
   images = ImageFolder(os.fspath(data), BY_FLAG, allow_outside)
   read = open_examples(protocol.data.format, data, protocol.data.split, images)
@@ -176,7 +176,7 @@ def generate(
   """
   folder = epath.Path(folder)
   for of_column in tasks.values():
-    for task in of_column:  # Refuse prompts that do not fit before anything is generated.
+    for task in of_column:  # Rejects prompts that are too long before anything is generated.
       task.validate()
       task.to_request(pipeline.layout)
   count = {column.name: column.samples for column in protocol.columns}
@@ -243,13 +243,13 @@ def _copied(codes: np.ndarray, sample: Sample, pipeline: Pipeline) -> float | No
 
 
 def read_part(folder: epath.PathLike, column: str, start: int) -> list[dict]:
-  """Reads, for each example of the part that begins with `start`, the line of the best sample."""
+  """Reads, for each example of the part whose first example is `start`, the best sample's line."""
   lines = read_json_lines(part_path(folder, column, start), {"row": int})
   return [line for line in lines if line.get("rank") in (None, 1)]
 
 
 def read_lines(folder: epath.PathLike, column: str, count: int) -> Iterator[dict]:
-  """Yields the line of the best sample of each of `count` examples, without the codes."""
+  """Yields the line of the best sample of each of `count` examples, without its codes."""
   for start in range(0, count, PART):
     for line in read_part(folder, column, start):
       line.pop("codes", None)
