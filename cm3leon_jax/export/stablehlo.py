@@ -51,7 +51,7 @@ from cm3leon_jax.weights.stored import StoredParams
 from cm3leon_jax.weights.tensor_files import Tensor
 
 MANIFEST = "manifest.json"
-SERVED = ("artifacts.py", "serve_example.py")  # Files of served/ that each export contains.
+SERVED = ("artifacts.py", "serve_example.py")  # Files of served/ that are copied to exports.
 PLATFORMS = ("cpu", "cuda", "tpu")
 KINDS = ("DONE", "CODES", "TEXT", "EOSS", "MASK", "END", "DOCUMENT")  # Kinds of parts of a plan.
 BLOCKS = "blocks."
@@ -115,7 +115,7 @@ def export(
   """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / MANIFEST).unlink(missing_ok=True)  # An unfinished export has no manifest.
+  (folder / MANIFEST).unlink(missing_ok=True)  # An export without manifest is unfinished.
   tensor_files.remove(folder)
   with unsplit():
     types = weight_types(params, settings, image_tokenizer, weight_dtype)
@@ -167,7 +167,7 @@ def weight_types(
     functools.partial(prepare, config=settings.model, vocab=settings.vocab, dtype=weight_dtype),
     traverse_util.unflatten_dict(shapes, sep="."),
   )
-  # Decoding reads the columns of an untied output table in `DecodeParams.head`, not the table.
+  # Decoding uses `DecodeParams.head` instead of the untied output table.
   model = {name: x for name, x in decoder.model.items() if name != "head"}
   weights = {"decoder": decoder._replace(model=model), "image_tokenizer": image_tokenizer.params}
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
@@ -250,13 +250,13 @@ def _no_locations() -> Iterator[None]:
 
 
 def _array(x: Any) -> dict:
-  """Describes an array or its type. A symbolic size becomes text, as in ["b", "p + g"]."""
+  """Describes an array or its type. A symbolic size becomes a string, as in ["b", "p + g"]."""
   sizes = [n if isinstance(n, int) else str(n) for n in x.shape]
   return {"dtype": str(x.dtype), "shape": sizes}
 
 
 def _described(artifact: jax.export.Exported) -> dict:
-  """Describes the calling convention, the arguments after the weights, and the results."""
+  """Describes an artifact's calling convention, arguments after the weights, and results."""
   _, arguments = jax.tree.unflatten(artifact.in_tree, artifact.in_avals)
   results = jax.tree.unflatten(artifact.out_tree, artifact.out_avals)
   return {
@@ -268,7 +268,7 @@ def _described(artifact: jax.export.Exported) -> dict:
 
 
 def _about(settings: Settings, image_tokenizer: ImageTokenizer) -> dict:
-  """Returns package versions, and what a server needs for prompts: vocabulary, sizes, sampling."""
+  """Returns package versions, and what prompts need: vocabulary, sizes and sampling defaults."""
   vocab, sampling = settings.vocab, settings.sampling
   special = {name: getattr(vocab, name) for name in ("pad", "eos", "unk", "brk", "eoss")}
   names = ("guidance", *IMAGE_SETTINGS, *TEXT_SETTINGS)

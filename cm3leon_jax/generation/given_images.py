@@ -23,7 +23,7 @@ def load_image(image: GivenImage, resolution: int | None, crop: str = "center") 
 
 
 def square_image(task: Task, resolution: int) -> np.ndarray:
-  """Crops or scales a task's image to `resolution` x `resolution` pixels. Prints any change."""
+  """Crops or scales the image of a task to the `resolution` of the model. Prints any change."""
   image = task.image
   pixels = load_image(image, None)
   height, width = pixels.shape[:2]
