@@ -41,19 +41,19 @@ RULES = {
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class MeshConfig:
-  """Shape of the device mesh. One axis may be -1 and then takes the remaining devices."""
+  """Shape of the device mesh. One axis may be -1, which means the remaining devices."""
 
   data: Annotated[int, Field(ge=-1)] = 1
   """Number of replicas of the parameters. Gradients are summed over this axis, which is the only
-  axis across slices, where the network is slow."""
+  axis that spans slices, because the network between slices is slow."""
   fsdp: Annotated[int, Field(ge=-1)] = -1
   """Number of devices over which parameters, optimizer state and batch are sharded."""
   tensor: Annotated[int, Field(ge=-1)] = 1
   """Number of devices over which heads, feed-forward and vocabulary are sharded."""
   fsdp_inner: Annotated[int, Field(ge=-1)] = 1
-  """Size of a second fsdp axis. On a pod, `fsdp` and `fsdp_inner` should each take one dimension of
-  the torus (16 and 16 on v5e-256). XLA:TPU then reduce-scatters the gradients. Over an axis that
-  spans two dimensions it all-reduces them instead, which doubles the traffic."""
+  """Size of a second fsdp axis. On a pod, `fsdp` and `fsdp_inner` should each span one dimension of
+  the torus (16 and 16 on v5e-256), because XLA:TPU then reduce-scatters the gradients. Over an axis
+  that spans two dimensions, it uses all-reduce instead, which doubles the traffic."""
 
   def __post_init__(self) -> None:
     if 0 in self.shape or self.shape.count(-1) > 1:
@@ -63,7 +63,7 @@ class MeshConfig:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Sizes of the axes in the order of `AXES`."""
+    """Sizes of the axes, in the order of `AXES`."""
     return tuple(getattr(self, axis) for axis in AXES)
 
   def over(self, devices: int) -> dict[str, int]:
@@ -99,7 +99,7 @@ def _shown(shape: Sequence[int]) -> str:
 def create_mesh(
   config: MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-  """Creates a mesh of `devices` (default: all) with explicit axes.
+  """Creates a mesh of `devices`, by default all, with explicit axes.
 
   Slices (TPU slices or GPU hosts) are placed along the axis `data`, because the network between
   them is slow.
@@ -136,8 +136,8 @@ def unsplit() -> Iterator[None]:
   """Traces programs without a mesh and without sharding constraints.
 
   Within this context, `spec` returns None, and `shard` and `gathered` return their input. An
-  exported program must not contain sharding constraints, so that it runs on any devices and its
-  symbolic shapes can be refined. A mesh of one device would still add constraints.
+  exported program must not contain sharding constraints, because it must run on any devices and
+  allow symbolic shapes. A mesh of one device would still add constraints.
   """
   token = _unsplit.set(True)
   try:
@@ -162,11 +162,11 @@ def shard(x: Array | np.ndarray, *axes: str | None) -> Array:
 
 
 def gathered(w: Array) -> Array:
-  """Gathers a parameter over the fsdp axes; the result is sharded only over `tensor`.
+  """Gathers a parameter over the fsdp axes. The result is sharded only over `tensor`.
 
-  `w` has the sharding in which it is stored, and the dtype in which devices exchange it. Each fsdp
-  axis is gathered separately. So the forward pass does one all-gather per torus dimension, and the
-  backward pass does one reduce-scatter per dimension. The gradient is then summed over `data`. The
+  `w` has the sharding in which it is stored, and the dtype in which devices exchange it. The fsdp
+  axes are gathered one after the other. The forward pass thus needs one all-gather per torus
+  dimension, and the backward pass one reduce-scatter. The gradient is then summed over `data`. The
   annotation `reduced` makes JAX sum the gradients once, here, instead of at each use of `w`.
   """
   if _unsplit.get():
@@ -183,12 +183,12 @@ def gathered(w: Array) -> Array:
 
 
 def shardings(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-  """Returns the NamedShardings of a tree of arrays or of `jax.eval_shape` results."""
+  """Returns the NamedSharding of each array, or `jax.eval_shape` result, in a tree."""
   return jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), tree)
 
 
 def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-  """Returns a tree's shapes, dtypes and shardings on `mesh`. Host arrays become replicated."""
+  """Returns the shapes, dtypes and shardings of a tree on `mesh`. Host arrays become replicated."""
 
   def place(x: Any) -> jax.ShapeDtypeStruct:
     spec = P()
@@ -202,6 +202,6 @@ def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
 
 
 def batch_shards(mesh: jax.sharding.Mesh | None = None) -> int:
-  """Returns the number of devices over which `mesh` (default: the current mesh) shards a batch."""
+  """Returns the number of devices over which a mesh, by default the current one, shards a batch."""
   shape = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
   return math.prod(shape[axis] for axis in BATCH)

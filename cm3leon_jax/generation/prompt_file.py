@@ -17,14 +17,14 @@ from cm3leon_jax.files.atomic import open_filesystem
 from cm3leon_jax.generation import image_tasks, text_tasks
 from cm3leon_jax.generation.tasks import Task
 
-# The classes of all tasks. Base classes do not define `name`.
+# All task classes. Only base classes have no `name`.
 TASKS = tuple(
   value
   for module in (image_tasks, text_tasks)
   for value in vars(module).values()
   if isinstance(value, type) and issubclass(value, Task) and "name" in vars(value)
 )
-# Fields that a line may have in addition to the fields of SamplingConfig.
+# Fields that a line may have in addition to those of SamplingConfig.
 FIELDS = dict.fromkeys(("task", "prompt", "image"), str) | {"box": list, "keep_neighbors": bool}
 FIELDS |= dict.fromkeys(("length", "seed", "retrieve"), int)
 TYPES = {str: "string", int: "integer", list: "list", bool: "boolean"}
