@@ -21,7 +21,7 @@ AXES = ("data", "fsdp", "fsdp_inner", "tensor")
 FSDP = ("fsdp", "fsdp_inner")
 BATCH = ("data", *FSDP)  # Mesh axes over which a batch is sharded.
 
-# Logical axis -> mesh axes. Only this table decides how arrays are sharded.
+# Maps logical axes to mesh axes. Only this table decides how arrays are sharded.
 RULES = {
   "batch": BATCH,
   "length": None,
@@ -32,10 +32,10 @@ RULES = {
   "heads": "tensor",
   "mlp": "tensor",
   "vocab": "tensor",  # Logits, and the output table while it is used.
-  # Rows of stored embedding tables. With `tensor` last, a gather would need two more collective
+  # Rows of stored embedding tables. If `tensor` were last, a gather would need two more collective
   # permutes.
   "vocab_stored": ("tensor", *FSDP),
-  "largest": FSDP,  # The largest axis of each array of a small model; see `trainer.layout`.
+  "largest": FSDP,  # Largest axis of each array of a small model; see `trainer.layout`.
 }
 
 
@@ -58,7 +58,8 @@ class MeshConfig:
   def __post_init__(self) -> None:
     if 0 in self.shape or self.shape.count(-1) > 1:
       raise ValueError(
-        f"{_shown(self.shape)}; each must be positive, but one may be -1 (the remaining devices)."
+        f"{_shown(self.shape)}; each must be positive, except that one may be -1 (the remaining "
+        "devices)."
       )
 
   @property
@@ -67,7 +68,7 @@ class MeshConfig:
     return tuple(getattr(self, axis) for axis in AXES)
 
   def over(self, devices: int) -> dict[str, int]:
-    """Returns the size of each axis for a given number of devices.
+    """Returns the size of each axis for a number of devices.
 
       MeshConfig(fsdp=-1, tensor=4).over(256)
       {"data": 1, "fsdp": 64, "fsdp_inner": 1, "tensor": 4}
@@ -81,12 +82,12 @@ class MeshConfig:
       shape[shape.index(-1)] = devices // known
     elif -1 in shape:
       raise ValueError(
-        f"{_shown(shape)}; -1 means the remaining devices, so the product of the other axes must "
-        f"divide {devices}, the number of devices; it is {known}."
+        f"{_shown(shape)}; -1 means the remaining devices, so the product of the other axes, "
+        f"{known}, must divide the number of devices, {devices}."
       )
     elif known != devices:
       raise ValueError(
-        f"{_shown(shape)}; the product must be {devices}, the number of devices, but is {known}; "
+        f"{_shown(shape)}; the product is {known}, but must be {devices}, the number of devices; "
         "an axis of -1 takes the remaining devices."
       )
     return dict(zip(AXES, shape, strict=True))
@@ -117,7 +118,7 @@ def create_mesh(
       f"{slices}."
     )
   types = (AxisType.Explicit,) * len(AXES)
-  # An axis may cover a part of a torus dimension, such as tensor = 8 on 16 x 16 chips.
+  # An axis may span a part of a torus dimension, such as tensor = 8 on 16 x 16 chips.
   if slices > 1:
     inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * len(shape[1:]))
     split = mesh_utils.create_hybrid_device_mesh(
@@ -193,7 +194,7 @@ def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
   def place(x: Any) -> jax.ShapeDtypeStruct:
     spec = P()
     if isinstance(sharding := getattr(x, "sharding", None), NamedSharding):
-      spec = sharding.spec  # It includes automatic axes, which `jax.typeof` omits.
+      spec = sharding.spec  # Includes automatic axes, which `jax.typeof` omits.
     elif isinstance(x, jax.Array | jax.ShapeDtypeStruct):
       spec = jax.typeof(x).sharding.spec
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))

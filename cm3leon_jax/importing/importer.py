@@ -110,7 +110,7 @@ def flags(fields: Mapping[str, Mapping[str, Any]], chosen: Collection[str] | Non
   `fields` maps a section to a dict: field -> value. Only the fields in `chosen` ("section.field")
   are included; None includes all.
 
-    flags({"model": {"width": 64, "num_layers": 2}}, chosen=["model.width"]) =
+    flags({"model": {"width": 64, "num_layers": 2}}, chosen=["model.width"])
     "--config.model.width=64"
   """
   return " ".join(

@@ -1,7 +1,7 @@
 """Checks and loads the artifacts, weights and text tokenizer in this folder.
 
-This module needs jax and flatbuffers, and tokenizers for text. Functions raise `Refused` for invalid files
-and arguments.
+This module needs jax and flatbuffers, and tokenizers for text. Functions raise `Refused` for
+invalid files and arguments.
 """
 
 import argparse
