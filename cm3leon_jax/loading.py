@@ -85,7 +85,7 @@ def shows_progress(given: bool | None) -> bool:
 def _mesh(
   devices: Sequence[jax.Device] | None, mesh: jax.sharding.Mesh | None
 ) -> jax.sharding.Mesh:
-  """Returns the mesh for the model. Raises UserError if both arguments are set, or one is invalid."""
+  """Returns the mesh for the model. Raises UserError for two arguments, or an invalid one."""
   if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
     raise UserError(f"mesh is {short(mesh)}; it must be a result of `mesh.create_mesh`.")
   if devices is None:

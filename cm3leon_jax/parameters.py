@@ -103,7 +103,7 @@ def load(path: epath.PathLike, expected: dict, command: str) -> dict:
   if changed := differences(found, wanted):
     raise UserError(f"{path} does not match the config next to it ({changed[0]}): {remedy}.")
   if bad := not_finite(flat):
-    raise UserError(f"{path}: tensor '{bad}' contains NaNs or infinities: {remedy}.")
+    raise UserError(f"{path}: tensor '{bad}' has values that are not finite: {remedy}.")
   flat = {name: x.astype(expected[name].dtype) for name, x in flat.items()}
   return jax.device_put(traverse_util.unflatten_dict(flat, sep="."))
 

@@ -164,8 +164,8 @@ def compare_logits(
     given = (torch.from_numpy(x.astype(np.int64))[None] for x in (sample, positions))
     with torch.no_grad():
       theirs = model(**dict(zip(("input_ids", "position_ids"), given))).logits[0].numpy()
-    # Pad all samples to one length, so that one program is compiled. A causal model ignores padding
-    # at the end.
+    # Pad all samples to one length, so that only one program is compiled. A causal model ignores
+    # padding at the end.
     padded = (np.pad(x, (0, longest - len(sample))) for x in (sample, positions))
     ours = np.asarray(causal_logits(config, params, *padded))[: len(sample)]
     difference = max(difference, float(np.abs(ours - theirs).max()))

@@ -136,8 +136,8 @@ class Functions:
     slots = [x.shape[1] for x in streams]
     wide = [jnp.pad(x, ((0, 0), (slots[0] - x.shape[1], 0))) for x in streams]  # <pad> is 0.
     rows = jnp.reshape(jnp.stack(wide, axis=1), (-1, slots[0]))
-    # The token after a prompt is the first code of an image if the plan has an image. Its position
-    # differs from the position of a text token.
+    # The token after a prompt is the first code of an image if the plan has an image. A text token
+    # would have another position.
     codes = jnp.repeat((plan[:, :, 0] == CODES).any(axis=1), len(streams))
     after = jnp.where(codes, self.vocab.text_size, self.vocab.unk).astype(jnp.int32)
     positions = aligned_positions(

@@ -49,7 +49,7 @@ def read_json(
   """
   path = epath.Path(path)
   if not exists(path):
-    raise UserError(f"{path} does not exist: run the stage that writes it first.")
+    raise UserError(f"{path} does not exist: first run the stage that writes this file.")
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except (ValueError, RecursionError) as error:  # A ValueError means invalid JSON or invalid UTF-8.

@@ -13,7 +13,7 @@ from cm3leon_jax.generation.tasks import GivenImage, Task, image_name
 
 
 def load_image(image: GivenImage, resolution: int | None, crop: str = "center") -> np.ndarray:
-  """Applies `reader.load_image` to a path, a PIL image or an [H, W, 3] uint8 array."""
+  """Applies `reader.load_image` to a path, a PIL image, or an array, uint8 [H, W, 3]."""
   if isinstance(image, str):
     return reader.load_image(image, resolution, crop)
   buffer = io.BytesIO()

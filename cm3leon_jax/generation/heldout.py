@@ -64,7 +64,7 @@ def heldout_tasks(
   Args:
     workdir: workdir of the run. Its document stores and neighbors are read.
     seed: seed of the first caption; caption i has seed + i.
-    columns: for each column of the sample sheet, (number of retrieved documents, sampling
+    columns: for each column of the contact sheet, (number of retrieved documents, sampling
       settings).
     keep_neighbors: whether the unconditional stream contains the retrieved documents.
     image_tokenizer: decodes the original images. If None, the tasks have no original images.

@@ -137,7 +137,7 @@ class Pipeline:
     return open_bank(self.layout, self.bank)
 
   def check(self, tasks: Sequence[Task]) -> dict:
-    """Runs `check_tasks` with the opened bank."""
+    """Calls `check_tasks` with the layout and the bank of this pipeline."""
     opened = self.bank is not None and any(task.retrieve for task in tasks)
     return check_tasks(self.layout, tasks, self.documents if opened else self.bank)
 

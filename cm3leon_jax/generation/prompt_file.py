@@ -147,7 +147,7 @@ def _checked(fields: dict, where: str) -> dict:
     if name not in known:
       close = difflib.get_close_matches(name, known, 1)
       hint = f"did you mean '{close[0]}'?" if close else f"the fields are {', '.join(known)}."
-      raise UserError(f"{where}: '{name}' is not a field: {hint}")
+      raise UserError(f"{where} has no field '{name}': {hint}")
     kind = FIELDS.get(name, object)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
       raise UserError(f"{where}: {name} is {short(value)}; it must be a valid {TYPES[kind]}.")

@@ -1,4 +1,4 @@
-"""Retrieves documents of the bank for a user: captions, images, similarities and origins."""
+"""Retrieves documents for a user, with their captions, images, similarities and origins."""
 
 from collections.abc import Sequence
 import dataclasses

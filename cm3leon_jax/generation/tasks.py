@@ -225,7 +225,8 @@ class Task:
       if makes_images and METHODS[name].needs_unconditional and len(request.streams) == 1:
         raise UserError(
           f"sampling.method is '{name}', which needs a second stream without the prompt, but task "
-          f"{self.name} has only one stream here: set it to {' or '.join(without_unconditional())}."
+          f"{self.name} has only one stream here: set sampling.method to "
+          f"{' or '.join(without_unconditional())}."
         )
       return request
     except UserError as error:

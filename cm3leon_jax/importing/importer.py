@@ -54,7 +54,7 @@ def plan(settings: Settings, source: str) -> Import:
     needed = {"model": fields | {"vocab_size": text_size + vocab.image_size}}
     needed["vocab"] = {"text_size": text_size}
   if differing := flags(_differing(settings, needed)):
-    raise UserError(f"{source} has a different model than the config: add the flags {differing}")
+    raise UserError(f"{source} has another model than the config: add the flags {differing}")
   if opened.is_own:
     return Import(opened, needed, tables, _own_tensors(opened, settings.model))
   return Import(opened, needed, tables, qwen3.tensors(opened, fields, tables))

@@ -209,7 +209,7 @@ class Program:
     return float(total)
 
   def collectives(self) -> dict[str, tuple[int, int]]:
-    """Maps each kind to (how often one call runs it, bytes of its whole arrays on one device)."""
+    """Maps a kind of collective to (runs per call, bytes of all its whole arrays on one device)."""
     kinds: dict[str, list[int]] = {}
     for name, times in self.runs.items():
       for i in self.computations[name]:

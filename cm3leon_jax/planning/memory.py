@@ -310,7 +310,7 @@ def check(
     if shape["tensor"] < math.prod(shape.values()):
       advice += ", or a larger mesh.tensor"
   raise UserError(
-    f"{excess(settings, memory, limit)}; {advice}. To start it anyway, add --skip_memory_check."
+    f"{excess(settings, memory, limit)}; {advice}. --skip_memory_check starts it anyway."
   )
 
 
@@ -331,7 +331,7 @@ def check_update(
   advice = f"this fits: {remedy}" if remedy else "no fewer images fit: take more devices"
   raise UserError(
     f"an update on {memory.rows // 2} images of two streams takes at least {memory} of a device, "
-    f"which has {limit / GIB:.2f}; {advice}. To start it anyway, add --skip_memory_check."
+    f"which has {limit / GIB:.2f}; {advice}. --skip_memory_check starts it anyway."
   )
 
 

@@ -33,9 +33,7 @@ def compile_for(
     reason = str(error).splitlines()[0]
     if needed:
       reason = f"temporaries need {needed[1]} GiB; the chip has {needed[2]} GiB"
-    raise UserError(
-      f"{topology.name}: the program does not fit into the memory: {reason}."
-    ) from error
+    raise UserError(f"{topology.name}: the program does not fit: {reason}.") from error
   return compiled, time.perf_counter() - start
 
 

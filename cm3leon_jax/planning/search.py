@@ -77,7 +77,7 @@ def meshes(topology: Topology | Hardware) -> Iterator[MeshConfig]:
 
 
 def kept_bytes(model: ModelConfig, tokens: int, policy: str) -> int:
-  """Computes a lower bound of the bytes that a policy keeps for the backward pass if `tensor` is 1."""
+  """Computes a lower bound of the bytes that a policy keeps on a device for the backward pass."""
   mlp = (2 if model.traits.gated else 1) * model.mlp_width / model.width
   heads = model.num_heads * model.head_dim / model.width
   widths = {"qkv": 3 * heads, "attention": heads, "middle": 1, "mlp": mlp}

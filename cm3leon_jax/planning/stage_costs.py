@@ -98,7 +98,7 @@ def estimate(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
 
 
 def _on_one_host(hardware: Hardware, stage: str, hours: float) -> str:
-  """Returns the end of `Cost.basis` for a stage that runs on one host only: its days."""
+  """Returns the end of `Cost.basis` for a stage on one host: its days, and a replacement."""
   if hardware.hosts == 1:
     return ""
   days = hours / hardware.per_host / 24

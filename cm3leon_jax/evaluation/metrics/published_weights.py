@@ -57,9 +57,7 @@ def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
       f"{path} is not a safetensors file, or it is damaged ({error}); download or convert it again."
     ) from error
   if bad := not_finite(tensors):
-    raise UserError(
-      f"{path}: tensor '{bad}' contains NaNs or infinities: download or convert the file again."
-    )
+    raise UserError(f"{path}: tensor '{bad}' has values that are not finite.")
   return tensors
 
 

@@ -92,7 +92,9 @@ def check_examples(
     UserError: a reference is missing. The message names the metric and the reference.
   """
   if "judged" in names and not all(facts):
-    raise UserError("metric 'judged' needs held-out scenes: config.raw.source = 'scenes'.")
+    raise UserError(
+      "metric 'judged' needs held-out scenes: prepare data with config.raw.source = 'scenes'."
+    )
   for example in examples:
     lacks = {
       "clip_score": "an image and a caption" if not (example.image and example.prompt) else "",

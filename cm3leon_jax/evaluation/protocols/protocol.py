@@ -76,7 +76,7 @@ class Protocol:
   """Definition of an evaluation."""
 
   title: str
-  """One line for tables and pages."""
+  """Title in tables and pages, in one line."""
   task: Literal["image", "text"]
   """`image` generates an image for each prompt. `text` generates a text that replaces the mask in
   the template."""
@@ -159,7 +159,9 @@ def load(name_or_path: str) -> tuple[Protocol, ...]:
     chosen = [protocol for protocol in found if one in ("", protocol.name)]
     if not chosen:
       known = ", ".join(protocol.name for protocol in found if protocol.name)
-      raise UserError(f"--protocol is '{name_or_path}'; {file} has {known or 'one, with no name'}.")
+      raise UserError(
+        f"--protocol is '{name_or_path}'; {file} contains {known or 'one protocol without a name'}."
+      )
     return tuple(chosen)
   path = epath.Path(name_or_path)
   if _is_yaml(name_or_path) and path.exists() and not path.is_dir():
@@ -203,7 +205,7 @@ def _parse_one(values: Any, where: str) -> Protocol:
 
 
 def sampling_of(column: Column, base: SamplingConfig) -> SamplingConfig:
-  """Returns the sampling settings of a column: the settings of the run, changed by the column.
+  """Returns the sampling settings of a column: the settings of the run, overridden by the column.
 
   Raises:
     UserError: a field of the column is not in `config.sampling` or is out of range.

@@ -74,7 +74,7 @@ def read(name: str) -> bytes:
 
 @functools.cache
 def load(name: str) -> Callable[..., Any]:
-  """Returns an artifact as a compiled function of the weights and of arguments in the manifest.
+  """Returns an artifact as a compiled function of the weights and the arguments in the manifest.
 
   Raises Refused if the file has changed, or if the installed jax does not support its version.
   """
@@ -98,7 +98,7 @@ def load(name: str) -> Callable[..., Any]:
 
 
 def load_weights() -> dict[str, jax.Array]:
-  """Returns the weights by name, on the default device."""
+  """Maps the names of the weights to arrays on the default device."""
   weights = {}
   for file in ABOUT["digests"]:
     if file.endswith(".safetensors"):  # The file: header size, JSON header, arrays.
