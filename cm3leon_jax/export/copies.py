@@ -73,7 +73,7 @@ def copy_tokenizers(run: Run, source: str) -> dict[str, str]:
 
 
 def _config(settings: Settings, source: epath.Path, name: str) -> dict:
-  """Returns the config fields that must equal those of `source` before a stage is copied."""
+  """Returns the config fields of a stage that must have the same values in `source`."""
   config = table.identity(settings, name)
   if name == "vqgan" and vqgan.is_published(source / name):
     config["vqgan"] = {side: config["vqgan"][side] for side in ("resolution", "downsample")}

@@ -1,8 +1,9 @@
 """Lists the formats of `cm3leon export`, and writes exports.
 
 A format is a module of this package. Its function `write(folder, run) -> numbers` writes the
-weights last, so that an unfinished export has no weights. Before, `write` of this module writes the
-files that all formats share. `trained.kinds.kind_of` must recognize each format by its files.
+weights last, so that an unfinished export has no weights. `write` of this module calls it after it
+has written the files that all formats share. `trained.kinds.kind_of` must recognize each format by
+its files.
 """
 
 from __future__ import annotations

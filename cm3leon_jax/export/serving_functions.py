@@ -4,8 +4,8 @@ The functions wrap the decoding loop and the image tokenizer, so a server does n
 package. Image codes are represented as token ids. Prompts are padded with `<pad>` on the left.
 """
 
-# b samples, p and u slots of prompts, g tokens to generate, m parts of a plan, I tokens per image,
-# S guidance streams, L tokens per row.
+# b samples, p and u padded prompt lengths, g tokens to generate, m parts of a plan, I tokens per
+# image, S guidance streams, L tokens per row.
 
 from collections.abc import Callable, Mapping
 import dataclasses

@@ -2,13 +2,13 @@
 
 A server needs only `jax` and the folder, not this package; see serve_example.py in the folder. The
 weights are not part of the artifacts. They are in safetensors files and are an argument of each
-artifact. Batch, prompt slots and number of text tokens are symbolic, so one artifact can be
+artifact. Batch size, prompt length and number of text tokens are symbolic, so one artifact can be
 compiled for any of these sizes. An artifact is not tied to devices. It runs on one device, or on
 several that split the batch. manifest.json contains the calling convention and the digests of all
 files, and is written last.
 """
 
-# b samples, p and u slots of prompts, g tokens to generate, m parts of a plan.
+# b samples, p and u padded prompt lengths, g tokens to generate, m parts of a plan.
 
 from collections.abc import Callable, Iterator
 import contextlib

@@ -91,7 +91,7 @@ def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
   params, matrices, tables = _shares(model, shape)
   b, tokens, D = ITEMSIZE[model.dtype], R * L, model.width
   kept = tokens * D * model.num_layers * b * kept_widths(model, tensor, platform)
-  # `copy`: the layers in the compute dtype, in which their gradients are, too.
+  # `copy` is the layers in the compute dtype, which is also the dtype of their gradients.
   copy, gradients = (matrices * b if b < 4 else 0), matrices * b
   phases = (
     kept + copy + _loss(model, R, L, tensor),
@@ -118,8 +118,8 @@ def estimate_update(settings: Settings, shape: Mapping[str, int], prompt: int = 
   """Estimates the memory of an update of `cm3leon reinforce` on one device.
 
   The memory of the programs that generate the samples is not estimated. `train.global_batch_size`
-  counts samples, each with two streams. `prompt` is the number of slots for a prompt, by default
-  the minimum.
+  counts samples, each with two streams. `prompt` is the length to which prompts are
+  padded, by default the minimum.
   """
   model, tensor, codes = settings.model, shape["tensor"], settings.vqgan.image_tokens
   batch_shards = math.prod(shape[axis] for axis in BATCH)

@@ -65,7 +65,7 @@ class Plan:
 
   @property
   def mean_step_seconds(self) -> float:
-    """Average seconds per step, of which checked steps are computed twice."""
+    """Average seconds per step. Checked steps take twice as long as others."""
     return self.step_seconds * (1 + (1 / self.replay_every if self.replay_every else 0))
 
   @property
