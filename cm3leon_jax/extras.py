@@ -10,7 +10,7 @@ def install(extra: str) -> str:
   install("serve") = "pip install 'python-multipart>=0.0.20' 'starlette<2,>=1.0' 'uvicorn>=0.40'"
 
   The command lists the packages, because cm3leon_jax itself is not on PyPI. A checkout that is not
-  installed has no metadata, so there the command is `pip install -e '.[serve]'`.
+  installed has no metadata, so its command is `pip install -e '.[serve]'`.
   """
   try:
     requirements = metadata.requires("cm3leon_jax") or []

@@ -1,4 +1,4 @@
-"""Defines the types of the keywords of `CM3Leon`'s methods, so that type checkers find mistakes."""
+"""Types the keyword arguments of `CM3Leon`'s methods, so that type checkers find mistakes."""
 
 from typing import Literal, TypedDict
 
@@ -6,7 +6,7 @@ from cm3leon_jax.decoding.config import Method, Schedule
 
 
 class TextSampling(TypedDict, total=False):
-  """Fields of `config.sampling` for sampling text."""
+  """Fields of `config.sampling` for texts."""
 
   text_temperature: float
   text_top_k: int
@@ -22,7 +22,7 @@ class TopP(TypedDict, total=False):
 
 
 class ImageCodes(TopP, total=False):
-  """Fields of `config.sampling` that samplers of image codes read."""
+  """Fields of `config.sampling` for image codes, with any sampling method."""
 
   method: Method
   contrastive_k: int
@@ -33,20 +33,20 @@ class ImageCodes(TopP, total=False):
 
 
 class ImageSampling(ImageCodes, total=False):
-  """Fields of `config.sampling` that `generate` and `infill` read."""
+  """Fields of `config.sampling` that `generate` and `infill` use."""
 
   guidance: float
 
 
 class EditSampling(ImageCodes, total=False):
-  """Fields of `config.sampling` that `edit` reads."""
+  """Fields of `config.sampling` that `edit` uses."""
 
   image_guidance: float
   edit_guidance: float
 
 
 class DocumentSampling(TopP, TextSampling, total=False):
-  """Fields of `config.sampling` that `interleave` reads."""
+  """Fields of `config.sampling` that `interleave` uses."""
 
 
 class GenerateOptions(ImageSampling, total=False):

@@ -24,7 +24,7 @@ from cm3leon_jax.settings import Settings
 from cm3leon_jax.trained import bundles, exported, initial
 from cm3leon_jax.trained.run import Run, unseen_in
 
-DTYPES = ("float32", "bfloat16")  # float64, which only tests use, would need JAX_ENABLE_X64.
+DTYPES = ("float32", "bfloat16")  # float64, which only tests use, requires JAX_ENABLE_X64.
 _LACKS = "neither CLIP nor bank: samples have no CLIP score, and nothing can be ranked or retrieved"
 ARGUMENTS = ("dtype", "devices", "mesh", "clip", "show_progress")  # Keywords of `CM3Leon.load`.
 
@@ -37,21 +37,22 @@ def load(
   mesh: jax.sharding.Mesh | None,
   options: Mapping[str, Any],
 ) -> tuple[str, Pipeline, jax.sharding.Mesh, int]:
-  """Loads parameters, tokenizers, CLIP and bank.
+  """Loads parameters, tokenizers, CLIP and bank of a run, bundle or export.
 
   Args:
     source: workdir of a run, folder of an export or bundle, or name of an installed bundle.
-    clip: folder of the Hugging Face CLIP model; None: the path in the run's config.
-    dtype: compute dtype; None: the dtype in the run's config.
-    devices: devices over which parameters are sharded; None: all.
-    mesh: mesh over which parameters are sharded, given instead of `devices`.
+    clip: folder of the Hugging Face CLIP model. Default: the path in the run's config.
+    dtype: compute dtype. Default: the dtype in the run's config.
+    devices: devices over which parameters are sharded. Default: all.
+    mesh: mesh over which parameters are sharded, as an alternative to `devices`.
     options: fields of `GeneratorConfig`.
 
   Returns:
     (folder, pipeline, mesh, training step of the parameters).
 
   Raises:
-    UserError: nothing was trained there, a file is missing or damaged, or an option is wrong.
+    UserError: `source` contains nothing trained, a file is missing or damaged, or an option is
+      invalid.
   """
   source = calls.folder("workdir", source)
   buckets.check_path(source, "workdir")
@@ -66,7 +67,7 @@ def load(
     lacks = "no bank, so nothing can be retrieved" if clip else _LACKS
     warnings.warn(f"{run.folder} is an export, which has {lacks}.", stacklevel=3)
   elif clip is not None and not run.settings.retrieval.clip:
-    raise UserError(f"clip is given, but {run.folder} contains a CLIP: leave it out.")
+    raise UserError(f"clip is given, but {run.folder} contains a CLIP: omit clip.")
   with jax.set_mesh(mesh):
     params, step = run.params()
     own = None if run.kind == "export" else run.clip
@@ -77,32 +78,32 @@ def load(
 
 
 def shows_progress(given: bool | None) -> bool:
-  """Returns whether to show progress bars. None means only in a terminal or notebook."""
+  """Returns whether to show progress bars. None: only in a terminal or notebook."""
   return progress.is_interactive() if given is None else calls.truth("show_progress", given)
 
 
 def _mesh(
   devices: Sequence[jax.Device] | None, mesh: jax.sharding.Mesh | None
 ) -> jax.sharding.Mesh:
-  """Returns the mesh for the model. Raises UserError for two arguments or a wrong argument."""
+  """Returns the mesh for the model. Raises UserError for two arguments, or an invalid one."""
   if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
-    raise UserError(f"mesh is {short(mesh)}; it must be a mesh of `mesh.create_mesh`.")
+    raise UserError(f"mesh is {short(mesh)}; it must be a result of `mesh.create_mesh`.")
   if devices is None:
     return create_mesh(MeshConfig()) if mesh is None else mesh
   if mesh is not None:
-    raise UserError("both mesh and devices are given: leave one out.")
+    raise UserError("both mesh and devices are given: give only one of them.")
   listed = isinstance(devices, Sequence | np.ndarray) and not isinstance(devices, str)
   if not listed or not all(isinstance(one, jax.Device) for one in devices):
     raise UserError(
       f"devices is {short(devices)}; it must be a list of devices, e.g. jax.devices()[:1]."
     )
   if not devices:
-    raise UserError("devices is empty: name at least one, or leave it out to use all.")
+    raise UserError("devices is empty: give at least one device, or omit devices to use all.")
   return create_mesh(MeshConfig(), list(devices))
 
 
 def _checked(settings: Settings, dtype: Any, options: Mapping[str, Any]) -> Settings:
-  """Returns the settings with this dtype. Raises UserError for a wrong dtype or option."""
+  """Returns the settings with a compute dtype. Raises UserError for an invalid dtype or option."""
   known = LoadOptions.__annotations__
   for name, value in options.items():
     if name not in known:
@@ -113,7 +114,7 @@ def _checked(settings: Settings, dtype: Any, options: Mapping[str, Any]) -> Sett
   try:
     GeneratorConfig.of(settings, **options)
   except (TypeError, ValueError) as error:
-    raise UserError(f"load has a wrong option: {error}") from error
+    raise UserError(f"load has an invalid option: {error}") from error
   if dtype is None:
     return settings
   try:
@@ -141,11 +142,11 @@ def describe(workdir: str, pipeline: Pipeline, mesh: jax.sharding.Mesh, step: in
 def write_bundle(
   trained: Run, folder: str | os.PathLike[str], base: str = "", step: int | None = None
 ) -> tuple[int, dict]:
-  """Writes the bundle of a run and records the training cost in it. Needs a current mesh.
+  """Writes the bundle of a run, with the cost of its training. Needs a current mesh.
 
-  If `base` names another bundle, the new bundle shares its tokenizers and its CLIP model (see
-  `bundle.write`). `step` is the step of the checkpoint; None: the newest. Returns (step, result of
-  `bundle.write`).
+  If `base` is another bundle, the new bundle refers to it for tokenizers and CLIP (see
+  `bundle.write`). `step` is the step of the checkpoint, by default the newest. Returns (step,
+  result of `bundle.write`).
   """
   workdir = trained.folder
   cost = summary.cost(summary.collect(workdir))
@@ -156,12 +157,12 @@ def write_bundle(
 
 
 def save(workdir: str, mesh: jax.sharding.Mesh, step: int, folder: str | os.PathLike[str]) -> None:
-  """Writes the bundle of a run, or copies a loaded bundle."""
+  """Writes the bundle of a run, or copies the bundle that was loaded."""
   folder = calls.folder("folder", folder)
   if exported.is_export(workdir):
     raise UserError(
-      f"{workdir} is an export, which has no CLIP, but a bundle needs a CLIP: load the workdir of "
-      "the run to save it."
+      f"{workdir} is an export, which has no CLIP, but a bundle needs one: load the workdir of the "
+      "run to save a bundle."
     )
   trained = Run.open(workdir)
   if trained.kind == "bundle":

@@ -21,7 +21,7 @@ AXES = ("data", "fsdp", "fsdp_inner", "tensor")
 FSDP = ("fsdp", "fsdp_inner")
 BATCH = ("data", *FSDP)  # Mesh axes over which a batch is sharded.
 
-# Logical axis -> mesh axes. Only this table decides how arrays are sharded.
+# Maps logical axes to mesh axes. Only this table decides how arrays are sharded.
 RULES = {
   "batch": BATCH,
   "length": None,
@@ -32,42 +32,43 @@ RULES = {
   "heads": "tensor",
   "mlp": "tensor",
   "vocab": "tensor",  # Logits, and the output table while it is used.
-  # Rows of stored embedding tables. With `tensor` last, a gather would need two more collective
+  # Rows of stored embedding tables. If `tensor` were last, a gather would need two more collective
   # permutes.
   "vocab_stored": ("tensor", *FSDP),
-  "largest": FSDP,  # The largest axis of each array of a small model; see `trainer.layout`.
+  "largest": FSDP,  # Largest axis of each array of a small model; see `trainer.layout`.
 }
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class MeshConfig:
-  """Shape of the device mesh. One axis may be -1 and then takes the remaining devices."""
+  """Shape of the device mesh. One axis may be -1, which means the remaining devices."""
 
   data: Annotated[int, Field(ge=-1)] = 1
   """Number of replicas of the parameters. Gradients are summed over this axis, which is the only
-  axis across slices, where the network is slow."""
+  axis that spans slices, because the network between slices is slow."""
   fsdp: Annotated[int, Field(ge=-1)] = -1
   """Number of devices over which parameters, optimizer state and batch are sharded."""
   tensor: Annotated[int, Field(ge=-1)] = 1
   """Number of devices over which heads, feed-forward and vocabulary are sharded."""
   fsdp_inner: Annotated[int, Field(ge=-1)] = 1
-  """Size of a second fsdp axis. On a pod, `fsdp` and `fsdp_inner` should each take one dimension of
-  the torus (16 and 16 on v5e-256). XLA:TPU then reduce-scatters the gradients. Over an axis that
-  spans two dimensions it all-reduces them instead, which doubles the traffic."""
+  """Size of a second fsdp axis. On a pod, `fsdp` and `fsdp_inner` should each span one dimension of
+  the torus (16 and 16 on v5e-256), because XLA:TPU then reduce-scatters the gradients. Over an axis
+  that spans two dimensions, it uses all-reduce instead, which doubles the traffic."""
 
   def __post_init__(self) -> None:
     if 0 in self.shape or self.shape.count(-1) > 1:
       raise ValueError(
-        f"{_shown(self.shape)}; each must be positive, but one may be -1 (the remaining devices)."
+        f"{_shown(self.shape)}; each must be positive, except that one may be -1 (the remaining "
+        "devices)."
       )
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Sizes of the axes in the order of `AXES`."""
+    """Sizes of the axes, in the order of `AXES`."""
     return tuple(getattr(self, axis) for axis in AXES)
 
   def over(self, devices: int) -> dict[str, int]:
-    """Returns the size of each axis for a given number of devices.
+    """Returns the size of each axis for a number of devices.
 
       MeshConfig(fsdp=-1, tensor=4).over(256)
       {"data": 1, "fsdp": 64, "fsdp_inner": 1, "tensor": 4}
@@ -81,12 +82,12 @@ class MeshConfig:
       shape[shape.index(-1)] = devices // known
     elif -1 in shape:
       raise ValueError(
-        f"{_shown(shape)}; -1 means the remaining devices, so the product of the other axes must "
-        f"divide {devices}, the number of devices; it is {known}."
+        f"{_shown(shape)}; -1 means the remaining devices, so the product of the other axes, "
+        f"{known}, must divide the number of devices, {devices}."
       )
     elif known != devices:
       raise ValueError(
-        f"{_shown(shape)}; the product must be {devices}, the number of devices, but is {known}; "
+        f"{_shown(shape)}; the product is {known}, but must be {devices}, the number of devices; "
         "an axis of -1 takes the remaining devices."
       )
     return dict(zip(AXES, shape, strict=True))
@@ -99,7 +100,7 @@ def _shown(shape: Sequence[int]) -> str:
 def create_mesh(
   config: MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-  """Creates a mesh of `devices` (default: all) with explicit axes.
+  """Creates a mesh of `devices`, by default all, with explicit axes.
 
   Slices (TPU slices or GPU hosts) are placed along the axis `data`, because the network between
   them is slow.
@@ -117,7 +118,7 @@ def create_mesh(
       f"{slices}."
     )
   types = (AxisType.Explicit,) * len(AXES)
-  # An axis may cover a part of a torus dimension, such as tensor = 8 on 16 x 16 chips.
+  # An axis may span a part of a torus dimension, such as tensor = 8 on 16 x 16 chips.
   if slices > 1:
     inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * len(shape[1:]))
     split = mesh_utils.create_hybrid_device_mesh(
@@ -136,8 +137,8 @@ def unsplit() -> Iterator[None]:
   """Traces programs without a mesh and without sharding constraints.
 
   Within this context, `spec` returns None, and `shard` and `gathered` return their input. An
-  exported program must not contain sharding constraints, so that it runs on any devices and its
-  symbolic shapes can be refined. A mesh of one device would still add constraints.
+  exported program must not contain sharding constraints, because it must run on any devices and
+  allow symbolic shapes. A mesh of one device would still add constraints.
   """
   token = _unsplit.set(True)
   try:
@@ -162,11 +163,11 @@ def shard(x: Array | np.ndarray, *axes: str | None) -> Array:
 
 
 def gathered(w: Array) -> Array:
-  """Gathers a parameter over the fsdp axes; the result is sharded only over `tensor`.
+  """Gathers a parameter over the fsdp axes. The result is sharded only over `tensor`.
 
-  `w` has the sharding in which it is stored, and the dtype in which devices exchange it. Each fsdp
-  axis is gathered separately. So the forward pass does one all-gather per torus dimension, and the
-  backward pass does one reduce-scatter per dimension. The gradient is then summed over `data`. The
+  `w` has the sharding in which it is stored, and the dtype in which devices exchange it. The fsdp
+  axes are gathered one after the other. The forward pass thus needs one all-gather per torus
+  dimension, and the backward pass one reduce-scatter. The gradient is then summed over `data`. The
   annotation `reduced` makes JAX sum the gradients once, here, instead of at each use of `w`.
   """
   if _unsplit.get():
@@ -183,17 +184,17 @@ def gathered(w: Array) -> Array:
 
 
 def shardings(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-  """Returns the NamedShardings of a tree of arrays or of `jax.eval_shape` results."""
+  """Returns the NamedSharding of each array, or `jax.eval_shape` result, in a tree."""
   return jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), tree)
 
 
 def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-  """Returns a tree's shapes, dtypes and shardings on `mesh`. Host arrays become replicated."""
+  """Returns the shapes, dtypes and shardings of a tree on `mesh`. Host arrays become replicated."""
 
   def place(x: Any) -> jax.ShapeDtypeStruct:
     spec = P()
     if isinstance(sharding := getattr(x, "sharding", None), NamedSharding):
-      spec = sharding.spec  # It includes automatic axes, which `jax.typeof` omits.
+      spec = sharding.spec  # Includes automatic axes, which `jax.typeof` omits.
     elif isinstance(x, jax.Array | jax.ShapeDtypeStruct):
       spec = jax.typeof(x).sharding.spec
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
@@ -202,6 +203,6 @@ def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
 
 
 def batch_shards(mesh: jax.sharding.Mesh | None = None) -> int:
-  """Returns the number of devices over which `mesh` (default: the current mesh) shards a batch."""
+  """Returns the number of devices over which a mesh, by default the current one, shards a batch."""
   shape = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
   return math.prod(shape[axis] for axis in BATCH)

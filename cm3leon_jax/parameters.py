@@ -20,18 +20,18 @@ from cm3leon_jax.runs.stages import differences
 
 
 def structure(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, nnx.State]:
-  """Returns the graph and the abstract state of the module that `make()` returns, for `fill`."""
+  """Returns the graph and the abstract state of the module that `make` returns, for `fill`."""
   return nnx.split(nnx.eval_shape(make))
 
 
 def to_dict(state: nnx.State) -> dict:
-  """Converts a module's state to a dict; a list of modules becomes keys "0", "1", ..."""
+  """Converts a module's state to a dict. A list of modules gets the keys "0", "1", ..."""
   flat = traverse_util.flatten_dict(nnx.to_pure_dict(state))
   return traverse_util.unflatten_dict({tuple(map(str, path)): x for path, x in flat.items()})
 
 
 def fill(graphdef: nnx.GraphDef, state: nnx.State, params: dict) -> nnx.Module:
-  """Builds a module from the results of `structure` and from `params`.
+  """Builds a module from the results of `structure` and from parameters.
 
   The function is cheap enough to be called in jitted functions.
   """
@@ -45,15 +45,15 @@ def fill(graphdef: nnx.GraphDef, state: nnx.State, params: dict) -> nnx.Module:
 
 
 def random(state: nnx.State, key: Key[Array, ""]) -> dict:
-  """Initializes the parameters of a module from its abstract state and returns them as a dict.
+  """Initializes the parameters of a module from its abstract state, and returns them as a dict.
 
-  Convolution kernels (4 axes) are normal with variance 1 / fan-in. Codebooks (2 axes) are standard
-  normal. Biases (1 axis) are 0.
+  Convolution kernels (4 axes) are normally distributed with variance 1 / fan-in, codebooks (2 axes)
+  with variance 1. Biases (1 axis) are 0.
   """
   flat = traverse_util.flatten_dict(to_dict(state))
   shapes = {path: x.shape for path, x in flat.items()}
   ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
-  # A single call draws all parameters, since XLA needs almost a second on a CPU to compile a call.
+  # One call draws all parameters, because XLA on a CPU takes almost a second to compile a call.
   pieces = jnp.split(jax.random.normal(key, (ends[-1],), jnp.float32), ends[:-1])
   std = {1: lambda shape: 0.0, 2: lambda shape: 1.0, 4: lambda shape: math.prod(shape[:-1]) ** -0.5}
   return traverse_util.unflatten_dict(
@@ -65,28 +65,28 @@ def random(state: nnx.State, key: Key[Array, ""]) -> dict:
 
 
 def save(path: epath.PathLike, params: dict) -> None:
-  """Writes a safetensors file atomically. A tensor's name consists of its keys, joined by dots."""
+  """Writes a safetensors file atomically. The name of a tensor is its keys, joined by dots."""
   flat = traverse_util.flatten_dict(jax.device_get(params), sep=".")
   with replacing(path) as file:
     file.write(safetensors.save({name: np.asarray(x) for name, x in flat.items()}))
 
 
 def not_finite(tensors: Mapping[str, np.ndarray]) -> str:
-  """Returns the name of the first tensor with NaN or infinity, or "" if all are finite."""
+  """Returns the name of the first tensor with NaNs or infinities; "" if all values are finite."""
   return next((name for name, x in tensors.items() if not np.isfinite(x).all()), "")
 
 
 def load(path: epath.PathLike, expected: dict, command: str) -> dict:
-  """Loads parameters from a file that `save` wrote. Puts them on the default device.
+  """Loads parameters from a file that `save` wrote, onto the default device.
 
   Args:
     expected: parameters (or abstract arrays) with the expected names, shapes and dtypes. Loaded
       arrays are converted to these dtypes.
-    command: command that writes the file, for messages.
+    command: command of `cm3leon` that writes the file, for error messages.
 
   Raises:
-    UserError: the file is missing or damaged, has other names or shapes, or has values that are not
-      finite.
+    UserError: the file is missing or damaged, has other names or shapes, or contains NaNs or
+      infinities.
   """
   path = epath.Path(path)
   if not path.exists():
@@ -97,7 +97,8 @@ def load(path: epath.PathLike, expected: dict, command: str) -> dict:
   except SafetensorError as error:
     raise UserError(f"{path} is damaged ({error}): {remedy}.") from error
   expected = traverse_util.flatten_dict(expected, sep=".")
-  # Compare shapes as text: `differences` would ignore the empty shape of a missing scalar.
+  # Shapes are compared as text, because `differences` would ignore the empty shape of a missing
+  # scalar.
   found, wanted = ({name: str(x.shape) for name, x in xs.items()} for xs in (flat, expected))
   if changed := differences(found, wanted):
     raise UserError(f"{path} does not match the config next to it ({changed[0]}): {remedy}.")
@@ -108,7 +109,7 @@ def load(path: epath.PathLike, expected: dict, command: str) -> dict:
 
 
 def files_of_index(path: epath.PathLike) -> dict[str, str]:
-  """Reads the file name of each tensor from the index of a sharded safetensors checkpoint.
+  """Maps each tensor to its file, as the index of a sharded safetensors checkpoint says.
 
   Raises:
     UserError: the index is damaged, or names a file outside its folder.
@@ -117,7 +118,7 @@ def files_of_index(path: epath.PathLike) -> dict[str, str]:
   for file in places.values():
     if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
       raise UserError(
-        f"{path} names the file {short(file)}; it must be a file in that folder: write the folder "
-        "again."
+        f"{path} names the file {short(file)}; it must be a file in the same folder: write the "
+        "folder again."
       )
   return places

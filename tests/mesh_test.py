@@ -49,7 +49,7 @@ def test_rest_of_the_devices():
 def test_shapes_that_do_not_fit_are_refused():
   with refused(ValueError):
     create_mesh(MeshConfig(3, -1, 1))
-  with pytest.raises(ValueError, match="but one may be -1"):
+  with pytest.raises(ValueError, match="except that one may be -1"):
     MeshConfig(-1, -1, 1)
 
 

@@ -1,4 +1,4 @@
-"""Chooses held-out documents with known facts, equally many from each kind of document."""
+"""Chooses held-out documents with known facts, equally many from each stratum."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -14,11 +14,11 @@ from cm3leon_jax.generation.pipeline import Pipeline
 
 
 def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
-  """Chooses documents in turn from strata.
+  """Chooses documents from the strata in turn.
 
-  A stratum has the documents of one category that are held out for one reason. `facts` has the
-  field `facts` of every held-out document, {} if the facts are unknown. Returns `count` indices
-  into `facts`. The first indices, however many, are spread evenly over the strata.
+  A stratum contains the documents of one category that are held out for the same reason. `facts`
+  contains the field `facts` of every held-out document: {} if they are unknown. Returns `count`
+  indices into `facts`. The first indices, however many, are spread evenly over the strata.
 
   Raises:
     UserError: fewer than `count` documents have facts.
@@ -42,11 +42,11 @@ def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
 def heldout_captions(
   pipeline: Pipeline, workdir: epath.PathLike, weights: Sequence[float]
 ) -> list[HeldoutCaption]:
-  """Makes a task for each guidance weight and each chosen held-out caption with facts.
+  """Makes a task for each pair of a guidance weight and a chosen held-out caption.
 
-  All captions at the first weight precede all captions at the next weight. `evaluation.scenes`
-  captions are chosen by the seed (see `choose`). 0 chooses all captions. The document stores and
-  neighbors of `workdir` are read. `weights` are guidance weights. Duplicate weights are ignored.
+  The tasks are sorted by weight, in the order of `weights`; duplicate weights are ignored. The seed
+  chooses `evaluation.scenes` captions with facts (see `choose`), or all if it is 0. The document
+  stores and neighbors of `workdir` are read.
 
   Raises:
     UserError: too few held-out documents have facts.

@@ -1,6 +1,6 @@
 """Defines the interface of a world: its records, its judge, and its part of the reports.
 
-`worlds.MODULES` names the worlds. The rest of the package uses worlds only through `World`. To add
+`worlds.MODULES` lists the worlds. The rest of the package uses worlds only through `World`. To add
 a world, add a folder with its code, and a row to `worlds.MODULES`.
 """
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """Answer to an instruction record, with the verdict of the judge.
+  """Answer of a model to an instruction record, with the verdict of the judge.
 
   Attributes:
     prompt: text that the model received.
-    given: image that the model received, [H, W, 3] uint8, or None.
-    answer: text, or image [H, W, 3] uint8.
-    right: whether the whole answer is right.
-    reason: what is wrong; "" if the answer is right.
-    kept: for an edited or completed image, whether everything is unchanged that had to stay. None
-      for other answers.
-    true: for an image, the right image, [H, W, 3] uint8. None for a text.
+    given: input image of the model, uint8 [H, W, 3], or None.
+    answer: text, or image, uint8 [H, W, 3].
+    right: whether the whole answer is correct.
+    reason: what is wrong; "" if the answer is correct.
+    kept: for an edited or completed image, whether the rest of the image is unchanged. None for
+      other answers.
+    true: the correct image, uint8 [H, W, 3], if the answer is an image; None for a text.
     score: mean log-probability of the tokens of the answer, in nats.
   """
 
@@ -59,9 +59,9 @@ class World(Protocol):
   """Source of records that also judges generated samples and describes them in reports.
 
   Attributes:
-    name: key in `worlds.MODULES`. Files and figures of the evaluation also have this name.
-    caption: example of a caption, for model cards.
-    bundled: name of the model in the package that was trained on this world.
+    name: key in `worlds.MODULES`; also the name of the files and figures of its evaluation.
+    caption: example caption for model cards.
+    bundled: name of the bundle in this package that was trained on this world.
   """
 
   name: str
@@ -70,21 +70,21 @@ class World(Protocol):
 
   @property
   def kinds(self) -> Mapping[str, Sequence[str]]:
-    """Maps each kind of task to the names of the tasks whose grades are averaged."""
+    """Maps each kind of task to the names of the tasks whose results are averaged."""
 
   @property
   def sheet_size(self) -> int:
-    """Largest number of captions on the sample sheet of an evaluation."""
+    """Maximum number of captions on the sample sheet of an evaluation."""
 
   @property
   def measures(self) -> Sequence[str]:
-    """Columns of the tables of an evaluation, see `rows`."""
+    """Names of the columns of `rows`."""
 
   def check_installed(self) -> None:
     """Raises UserError if the packages that draw the world are not installed."""
 
   def source(self, settings: Settings) -> DrawnSource:
-    """Returns the source of records."""
+    """Returns the source of the world's records."""
 
   def tasks(self, settings: Settings) -> DrawnTasks:
     """Returns the instruction tasks that the world draws."""
@@ -92,13 +92,13 @@ class World(Protocol):
   def judge_images(
     self, images: np.ndarray, facts: Sequence[dict], settings: Settings
   ) -> list[bool]:
-    """Returns whether each image shows exactly what its caption says.
+    """Returns, for each image, whether it shows exactly what its caption says.
 
-    `images` are [n, H, W, 3] uint8. `facts` are the fields `facts` of n documents.
+    `images` is uint8 [n, H, W, 3]. `facts` contains the field `facts` of each image's document.
     """
 
   def judge_answer_texts(self, records: Sequence[Record], texts: Sequence[str]) -> list[Answer]:
-    """Judges texts as answers to records. There is one text per record."""
+    """Judges one text per record as the answer to this record."""
 
   def judge_answer_images(
     self,
@@ -106,10 +106,10 @@ class World(Protocol):
     images: Sequence[np.ndarray] | np.ndarray,
     settings: Settings,
   ) -> list[Answer]:
-    """Judges images, [H, W, 3] uint8 each, as answers to records. There is one image per record."""
+    """Judges one image per record, uint8 [H, W, 3], as the answer to this record."""
 
   def guesses(self, records: Sequence[Record]) -> dict[str, list[str]]:
-    """Guesses answers without a model: title -> one answer per record.
+    """Returns answers of baselines without a model: baseline name -> one answer per record.
 
     All records belong to one task. Returns {} if the records are not questions.
     """
@@ -122,50 +122,50 @@ class World(Protocol):
     folder: epath.PathLike,
     bundled: Callable[[list[str]], list[np.ndarray]] | None = None,
   ) -> tuple[dict[str, Any], str]:
-    """Generates and judges an image for each task. Writes NAME.json and the sample sheet NAME.png.
+    """Generates and judges an image per task. Writes NAME.json and a sample sheet, NAME.png.
 
     The field "tables" of NAME.json maps titles to tables (see `rows`). There is one table for each
     guidance weight, and the table "reconstructions". `tasks` is the result of
-    `strata.heldout_captions`. The training documents in `workdir` are also read. `bundled`
-    generates images for the captions of the sheet with the bundled model.
+    `strata.heldout_captions`. The training documents in `workdir` are also read. If `bundled` is
+    given, it generates further images for the captions of the sheet.
 
-    Returns (overview, text). `overview` has the main shares of right images. The stage records it,
-    and `headlines` reads it. The report shows its entries "best" and "bundled". `text` has all
-    shares, formatted for printing.
+    Returns (overview, text). `overview` contains the main shares of correct images. The stage
+    stores it for `headlines`; the report shows its entries "best" and "bundled". `text` contains
+    all shares, formatted for printing.
     """
 
   def geneval_metadata(self, task: HeldoutCaption) -> dict[str, Any]:
-    """Returns the metadata of a held-out caption, from which GenEval knows what to check."""
+    """Returns what GenEval must check in an image of a held-out caption, as its metadata."""
 
   def about(self, settings: Settings) -> dict[str, Any]:
     """Returns numbers that describe the world under these settings, e.g. the number of scenes."""
 
   def headlines(self, summary: dict[str, Any]) -> tuple[Headline, ...]:
-    """Returns the headlines of a run, or () if none of its samples or answers were judged.
+    """Returns the headlines of a run; () if none of its samples or answers were judged.
 
     `summary` is the result of `reports.summary.collect`.
     """
 
   def rows(self, table: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Returns (label, row) for each row of a table. A row has the count "images" and `measures`."""
+    """Returns (label, values) for each row of a table: the count "images", and all `measures`."""
 
 
 def find(name: str) -> World:
-  """Returns the world that has this name in `worlds.MODULES`."""
+  """Returns the world with this name in `worlds.MODULES`."""
   world: World = importlib.import_module(worlds.MODULES[name]).WORLD
   return world
 
 
 def of_source(settings: Settings) -> World | None:
-  """Returns the world that `raw.source` names, or None if `raw.source` is another source."""
+  """Returns the world that `raw.source` names, or None if `raw.source` is not a world."""
   return find(settings.raw.source) if settings.raw.source in worlds.MODULES else None
 
 
 def of_facts(settings: Settings) -> World:
   """Returns the world that judges records with facts.
 
-  This is the world that `raw.source` names. For other sources, it is the first world, because the
-  facts of their records use the format of the first world (docs/scenes.md).
+  This is the world that `raw.source` names. If `raw.source` is not a world, it is the first world,
+  whose format the facts must have (docs/scenes.md).
   """
   return of_source(settings) or find(next(iter(worlds.MODULES)))
 
@@ -180,5 +180,5 @@ def of_answers(task: InstructionTask) -> World | None:
 
 
 def drawn_tasks(settings: Settings) -> dict[str, DrawnTasks]:
-  """Maps the name of each world to its tasks, for `data.instructions.sources`."""
+  """Maps the name of each world to its instruction tasks, for `data.instructions.sources`."""
   return {name: find(name).tasks(settings) for name in worlds.MODULES}

@@ -1,4 +1,4 @@
-"""Writes and copies bundles; `trained.bundles` describes the format."""
+"""Writes and copies bundles. `trained.bundles` describes their format."""
 
 import dataclasses
 
@@ -38,23 +38,23 @@ def write(
   """Writes a bundle of a run that trained its own CLIP; writes bundle.json last.
 
   Args:
-    cost: cost of the run, see `reports.summary.cost`; None: unknown.
+    cost: cost of the run, see `reports.summary.cost`; None if it is unknown.
     base: another bundle, see `folder_of`, with the same tokenizers and CLIP as the run. The new
-      bundle then refers to `base` for tokenizers, CLIP and bank. "": the new bundle contains them.
+      bundle then refers to `base` for tokenizers, CLIP and bank. If "", it contains them itself.
 
   Returns:
     {"files", "bytes"}: number and size of all files except bundle.json.
 
   Raises:
-    UserError: the run reads a Hugging Face CLIP, a stage has not run, `folder` belongs to a run,
-      the Hugging Face model lacks a part of the decoder, or `base` is not a bundle or has other
-      tokenizers or another CLIP.
+    UserError: the run uses a CLIP from Hugging Face, a stage has not run, `folder` belongs to a
+      run, the Hugging Face format does not support the decoder, or `base` is not a bundle with the
+      same tokenizers and CLIP.
   """
   settings, workdir = run.settings, run.folder
   if settings.retrieval.clip:
     raise UserError(
-      f"config.retrieval.clip is {settings.retrieval.clip}, but a bundle contains the CLIP that "
-      "`cm3leon train_clip` trained: this run has no bundle."
+      f"config.retrieval.clip is {settings.retrieval.clip}, but a bundle needs a CLIP that "
+      "`cm3leon train_clip` trained: no bundle can be written."
     )
   folder = epath.Path(folder)
   _check_target(folder)
@@ -86,15 +86,15 @@ def write(
 
 
 def copy(folder: epath.PathLike, to: epath.PathLike) -> None:
-  """Copies a bundle to a folder and replaces a bundle there; writes bundle.json last.
+  """Copies a bundle to a folder, where it replaces any bundle; writes bundle.json last.
 
   Raises:
-    UserError: `to` is the folder of a run, or of this bundle.
+    UserError: `to` is the folder of this bundle, or contains other files than a bundle.
   """
   folder, to = epath.Path(folder), epath.Path(to)
   _check_target(to)
   if absolute(to) == absolute(folder):
-    raise UserError(f"{to} is the bundle itself: name another folder.")
+    raise UserError(f"{to} is the bundle itself: choose another folder.")
   _begin(to)
   more = [name for name in (training_data.FILE, "README.md") if (folder / name).exists()]
   names = [huggingface.WEIGHTS, *read_json(folder / bundles.FILE, bundles.FIELDS)["digests"], *more]
@@ -104,23 +104,23 @@ def copy(folder: epath.PathLike, to: epath.PathLike) -> None:
 
 
 def _check_target(folder: epath.Path) -> None:
-  """Raises UserError if writing a bundle to this folder would replace files of another kind."""
+  """Raises UserError if this folder contains files that do not belong to a bundle."""
   if folder.exists() and not folder.is_dir():
-    raise UserError(f"{folder} is a file: name a folder for the bundle.")
+    raise UserError(f"{folder} is a file: choose a folder for the bundle.")
   if any((folder / stage / stages.DONE).exists() for stage in stages.STAGES):
     raise UserError(
-      f"{folder} is the folder of a run, whose tokenizers a bundle would replace: name another "
+      f"{folder} is the folder of a run, whose tokenizers would be overwritten: choose another "
       "folder."
     )
   written = bundles.is_bundle(folder) or (folder / huggingface.WEIGHTS).exists()
   if folder.exists() and not written and (found := sorted(path.name for path in folder.iterdir())):
     raise UserError(
-      f"{folder} contains '{found[0]}' and is not a bundle: name a new or empty folder."
+      f"{folder} contains '{found[0]}' and is not a bundle: choose a new or empty folder."
     )
 
 
 def _begin(folder: epath.Path) -> None:
-  """Creates the folder and removes a bundle in it.
+  """Creates the folder, and removes any bundle in it.
 
   Removes bundle.json first, because a folder without bundle.json does not count as a bundle.
   """
@@ -128,7 +128,7 @@ def _begin(folder: epath.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(
-      f"{folder} cannot be created ({error.strerror}): name another folder for the bundle."
+      f"{folder} cannot be created ({error.strerror}): choose another folder for the bundle."
     ) from error
   for name in (bundles.FILE, unseen_tokens.FILE):
     (folder / name).unlink(missing_ok=True)
@@ -138,7 +138,7 @@ def _begin(folder: epath.Path) -> None:
 
 
 def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
-  """Returns name and digest of the bundle `base`, and its settings."""
+  """Returns the name and digest of the bundle `base`, and its settings."""
   folder = bundles.folder_of(base)
   if not bundles.is_bundle(folder) or bundles.stages_folder(folder) != folder:
     raise UserError(
@@ -150,14 +150,14 @@ def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
     for file in files:
       if digest(workdir / stage / file) != digest(folder / stage / file):
         raise UserError(
-          f"--base is {base}, whose {stage}/{file} differs from {workdir}: name the bundle "
-          "that `cm3leon copy_tokenizers` copied from, or omit --base."
+          f"--base is {base}, whose {stage}/{file} differs from the file in {workdir}: give the "
+          "bundle that `cm3leon copy_tokenizers` copied from, or omit --base."
         )
   return {"name": base, "digest": str(digest(folder / bundles.FILE))}, settings
 
 
 def _write_stages(folder: epath.Path, workdir: epath.Path) -> list[str]:
-  """Writes tokenizers and CLIP of a run; returns the file names."""
+  """Writes the tokenizers and CLIP of a run. Returns the names of the files."""
   (folder / "text_tokenizer").mkdir(parents=True, exist_ok=True)
   text.copy_files(workdir / "text_tokenizer", folder / "text_tokenizer")
   for stage, cls, params_file in (
@@ -173,11 +173,11 @@ def _write_stages(folder: epath.Path, workdir: epath.Path) -> list[str]:
 
 
 def _write_bank(folder: epath.Path, run: Run) -> tuple[Settings, list[str]]:
-  """Copies the documents of the split `bank` with their embeddings, if retrieval reads only them.
+  """Copies the bank, if the run retrieves only from the documents of the split `bank`.
 
   Returns:
-    The settings and the file names. The settings select exact search, because no search index is
-    copied.
+    The settings, and the names of the copied files. If the bank is copied, the settings select
+    exact search, because no search index is copied.
   """
   settings = run.settings
   if settings.retrieval.train_documents:

@@ -1,4 +1,4 @@
-"""Copies tokenizers and CLIP of a trained run or bundle into the workdir of a tuning run."""
+"""Copies the tokenizers and CLIP of a trained run or bundle into the workdir of a tuning run."""
 
 from etils import epath
 
@@ -15,17 +15,17 @@ from cm3leon_jax.trained.run import Run
 
 
 def copy_tokenizers(run: Run, source: str) -> dict[str, str]:
-  """Copies the stages of tokenizers and CLIP, and marks them as finished.
+  """Copies the folders of the tokenizers and CLIP, and marks their stages as finished.
 
-  Folders that already contain the same files are not changed. The workdir of `run` gets the folders
-  of the stages. `source` is a workdir of a run or a bundle, see `bundles.folder_of`.
+  The folders are copied to the workdir of `run`. Folders that already contain the same files are
+  not changed. `source` is the workdir of a run, or a bundle, see `bundles.folder_of`.
 
   Returns:
-    "copied" or "there already" for each stage.
+    For each stage, "copied" or "there already".
 
   Raises:
-    UserError: `source` lacks a file or was made with another config, or a folder of `run` contains
-      something else. Then nothing is copied.
+    UserError: `source` lacks a file or has another config, or a folder of `run` has other content.
+      Nothing is copied in these cases.
   """
   settings, workdir = run.settings, run.folder
   folder = bundles.folder_of(source)
@@ -33,7 +33,7 @@ def copy_tokenizers(run: Run, source: str) -> dict[str, str]:
   if not is_bundle and ((folder / ABOUT).exists() or (folder / huggingface.WEIGHTS).exists()):
     raise UserError(
       f"--init_from is {source}, an export, which has no CLIP and no record of how its tokenizers "
-      "were trained: name the workdir that it was exported from, or a folder that `cm3leon export "
+      "were trained: give the workdir that it was exported from, or a folder that `cm3leon export "
       "--bundle` wrote."
     )
   trained = bundles.read(folder)[0] if is_bundle else settings_of_run(folder)
@@ -44,17 +44,17 @@ def copy_tokenizers(run: Run, source: str) -> dict[str, str]:
   configs = {name: _config(settings, folder, name) for name in names}
   for name in names:
     ours, theirs = plain(configs[name]), plain(_config(trained, folder, name))
-    # A run may start from a run with another seed.
+    # The seeds of the two runs may differ.
     if changed := stages.differences({**theirs, "seed": 0}, {**ours, "seed": 0}):
       raise UserError(
-        f"--init_from is {source}, whose {name} was made with another config "
-        f"({'; '.join(changed[:4])}): use its values."
+        f"--init_from is {source}, whose {name} has another config ({'; '.join(changed[:4])}): set "
+        "these fields to the same values."
       )
     if (workdir / name / stages.DONE).exists():
       there = stages.require(workdir, name)["id"]
       if there != digests[name]:
         raise UserError(
-          f"{workdir / name} is not from --init_from={source}: use another --workdir."
+          f"{workdir / name} was not copied from --init_from={source}: use another --workdir."
         )
   result = {}
   for name in names:
@@ -73,7 +73,7 @@ def copy_tokenizers(run: Run, source: str) -> dict[str, str]:
 
 
 def _config(settings: Settings, source: epath.Path, name: str) -> dict:
-  """Returns the config fields that a stage copied from `source` must share with `source`."""
+  """Returns the config fields of a stage that must have the same values in `source`."""
   config = table.identity(settings, name)
   if name == "vqgan" and vqgan.is_published(source / name):
     config["vqgan"] = {side: config["vqgan"][side] for side in ("resolution", "downsample")}
@@ -81,12 +81,12 @@ def _config(settings: Settings, source: epath.Path, name: str) -> dict:
 
 
 def _describe(source: str, folder: epath.Path, name: str) -> dict[str, dict]:
-  """Describes the files of a stage; raises UserError if one is absent or damaged."""
+  """Returns size and digest of a stage's files. Raises UserError if one is absent or damaged."""
   stages.check_files(folder / name)
   for file in bundles.FILES[name]:
     if not (folder / name / file).exists():
       raise UserError(
-        f"--init_from is {source}, which has no {name}/{file}: name the workdir of a run, or a "
-        "bundle, written by `cm3leon export --bundle`."
+        f"--init_from is {source}, which has no {name}/{file}: give the workdir of a run, or a "
+        "bundle that `cm3leon export --bundle` wrote."
       )
   return {file: describe(folder / name / file) for file in bundles.FILES[name]}

@@ -5,12 +5,13 @@
   python decode_image.py --ids generated.json image.png
 
 codes.json contains the codes of one image, a list of integers row by row, or a list of such lists.
-With --ids, it contains token ids of the language model; every run of image codes is an image.
-Several images are written to image_0.png, image_1.png, ... As a module: `decode`, `encode` and
-`codes_of`. All read config.json and params.safetensors from the folder of this script.
+With --ids, the file contains token ids of the language model; each unbroken sequence of image codes
+is one image. Several images are written to image_0.png, image_1.png, ... As a module, it provides
+`decode`, `encode` and `codes_of`. config.json and params.safetensors are read from the folder of
+this script.
 """
 
-# B images, H height, W width, C channels, E code width, K codes, T codes of an image.
+# B images, H height, W width, C channels, E code width, K codes, T codes per image.
 
 import argparse
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class Tokenizer:
     self.config, self.tensors = config | config["vqgan"], tensors
     self.size, self.num_codes = self.config["resolution"], self.config["num_codes"]
     self.side = self.size // self.config["downsample"]
-    if self.config["quantizer"] == "fsq":  # Mentzer et al. 2023: the first level changes fastest.
+    if self.config["quantizer"] == "fsq":  # Mentzer et al. 2023. The first level changes fastest.
       self.levels = torch.tensor(config["levels"], dtype=torch.float64)
       digits = torch.unravel_index(torch.arange(self.num_codes), config["levels"][::-1])
       self.codes = (torch.stack(digits[::-1], -1) / (self.levels // 2) - 1).float()
@@ -46,19 +47,19 @@ class Tokenizer:
       self.codes = unit(tensors["codebook.table"].float())
 
   def conv(self, name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
-    """Applies the convolution of this name to [B, C, H, W]."""
+    """Applies the convolution with this name to [B, C, H, W]."""
     kernel = self.tensors[f"{name}.kernel"].float().permute(3, 2, 0, 1)
     padding = (kernel.shape[-1] - stride) // 2
     return F.conv2d(x, kernel, self.tensors[f"{name}.bias"].float(), stride, padding)
 
   def normalize(self, x: torch.Tensor) -> torch.Tensor:
-    """Normalizes to mean 0 and variance 1: each image, or each position if codes are local."""
+    """Normalizes each image, or each position if `local_codes`, to mean 0 and variance 1."""
     axes = 1 if self.config["local_codes"] else (1, 2, 3)
     variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
     return (x - mean) * torch.rsqrt(variance + 1e-5)
 
   def network(self, part: str, x: torch.Tensor) -> torch.Tensor:
-    """Applies the encoder, or the decoder, to [B, C, H, W]."""
+    """Applies a part, "encoder" or "decoder", to [B, C, H, W]."""
     decodes = part == "decoder"
     x = self.conv(f"{part}.conv_in", x)
     for level, count in enumerate(self.config[f"{part}_blocks"][:: -1 if decodes else 1]):
@@ -78,7 +79,7 @@ class Tokenizer:
     return depth_to_space(x, self.config["stem"])[0].permute(1, 2, 0)
 
   def scores(self, pixels: torch.Tensor) -> torch.Tensor:
-    """Returns scores [T, K] of all codes for pixels [H, W, 3]. The nearest code scores highest."""
+    """Returns the scores [T, K] of all codes for pixels [H, W, 3]: nearer codes score higher."""
     x = space_to_depth(pixels.permute(2, 0, 1)[None], self.config["stem"])
     z = self.network("encoder", x)[0].flatten(1).T
     if self.config["quantizer"] == "fsq":
@@ -90,12 +91,12 @@ class Tokenizer:
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
-  """Scales vectors along the last axis to norm 1."""
+  """Scales vectors along the last axis to unit length."""
   return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-12)
 
 
 def space_to_depth(x: torch.Tensor, factor: int) -> torch.Tensor:
-  """Folds squares of pixels into channels, [B, 3, H, W] -> [B, 3 factor^2, H / factor, ...]."""
+  """Moves squares of pixels into channels, [B, 3, H, W] -> [B, 3 factor^2, H / factor, ...]."""
   return F.pixel_unshuffle(x, factor).unflatten(1, (-1, factor**2)).transpose(1, 2).flatten(1, 2)
 
 
@@ -122,7 +123,7 @@ def load(folder: Folder = None) -> Tokenizer:
 
 
 def decode(codes: Sequence[npt.ArrayLike] | np.ndarray, folder: Folder = None) -> np.ndarray:
-  """Decodes integers [B, T] to images, uint8 [B, H, W, 3]; raises ValueError for other codes."""
+  """Decodes codes [B, T] to uint8 images [B, H, W, 3]. Raises ValueError for invalid codes."""
   tokenizer = load(folder)
   side, size, num_codes = tokenizer.side, tokenizer.size, tokenizer.num_codes
   images = []
@@ -132,18 +133,20 @@ def decode(codes: Sequence[npt.ArrayLike] | np.ndarray, folder: Folder = None) -
       raise ValueError(f"{found}; they must be {side**2} integers, {side} rows of {side}.")
     for place in np.flatnonzero((row < 0) | (row >= num_codes)):
       found = f"code {place} of image {i} is {row[place]}; codes are 0 to {num_codes - 1}"
-      raise ValueError(f"{found} (for token ids of the language model: --ids, or `codes_of`).")
+      raise ValueError(
+        f"{found} (if these are token ids of the language model, use --ids or `codes_of`)."
+      )
     images.append(to_uint8(tokenizer.decode(torch.tensor(row.astype(np.int64)))))
   return np.array(images, np.uint8).reshape(-1, size, size, 3)
 
 
 def encode(images: npt.ArrayLike, folder: Folder = None) -> np.ndarray:
-  """Encodes uint8 [B, H, W, 3] to codes, int64 [B, T]; raises ValueError for other images."""
+  """Encodes uint8 images [B, H, W, 3] to int64 codes [B, T]. Raises ValueError for other images."""
   tokenizer, images = load(folder), np.asarray(images)
   size = tokenizer.size
   if images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
     found = f"images are {images.dtype} of the shape {images.shape}"
-    raise ValueError(f"{found}; they must be uint8 of the shape (images, {size}, {size}, 3).")
+    raise ValueError(f"{found}; they must be uint8 with the shape (images, {size}, {size}, 3).")
   codes = [tokenizer.scores(x).argmax(-1).numpy() for x in torch.tensor(images) / 127.5 - 1]
   return np.array(codes, np.int64).reshape(-1, tokenizer.side**2)
 
@@ -156,7 +159,9 @@ def codes_of(ids: npt.ArrayLike, folder: Folder = None) -> np.ndarray:
   """
   tokenizer, ids = load(folder), np.asarray(ids)
   if ids.ndim != 1 or ids.dtype.kind not in "iu":
-    raise ValueError(f"ids are {ids.dtype} of the shape {ids.shape}; they must be integers (ids,).")
+    raise ValueError(
+      f"ids are {ids.dtype} of the shape {ids.shape}; they must be a list of integers."
+    )
   first, count = tokenizer.config["token_offset"], tokenizer.side**2
   last = first + tokenizer.num_codes - 1
   is_code = (ids >= first) & (ids <= last)
@@ -164,12 +169,12 @@ def codes_of(ids: npt.ArrayLike, folder: Folder = None) -> np.ndarray:
   lengths = [int(stop - start) for start, stop in edges]
   if set(lengths) != {count}:
     found = f"ids contain runs of {lengths} image codes (ids {first} to {last})"
-    raise ValueError(f"{found}; there must be one or more runs, and each must have {count}.")
+    raise ValueError(f"{found}; there must be at least one run, and each must have {count} codes.")
   return np.array([ids[start:stop] for start, stop in edges]) - first
 
 
 def main() -> None:
-  """Runs the command. Reports a wrong input in one sentence, with exit code 2."""
+  """Runs the command. Reports invalid input in one sentence, with exit code 2."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
   parser.add_argument("codes", type=pathlib.Path, help="JSON file: codes, or lists of codes")
   parser.add_argument("image", type=pathlib.Path, help="image file to write")

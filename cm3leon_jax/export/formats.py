@@ -1,8 +1,9 @@
-"""Lists the formats of `cm3leon export`, and writes an export.
+"""Lists the formats of `cm3leon export`, and writes exports.
 
-A format is a module of this package whose function `write(folder, run) -> numbers` writes the
-weights last, so that an unfinished export has no weights. `write` of this module writes all other
-files before that. `trained.kinds.kind_of` must recognize each format by its files.
+A format is a module of this package. Its function `write(folder, run) -> numbers` writes the
+weights last, so that an unfinished export has no weights. `write` of this module calls it after it
+has written the files that all formats share. `trained.kinds.kind_of` must recognize each format by
+its files.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
   from cm3leon_jax.trained.run import Run
   from cm3leon_jax.weights.stored import StoredParams
 
-# Name of a format -> module of this package that writes it.
+# Maps the name of a format to the module of this package that writes it.
 FORMATS = {"hf": "huggingface", "orbax": "orbax_checkpoint", "stablehlo": "stablehlo"}
 QUANTIZED = ("hf", "stablehlo")  # Formats with int8 weights.
 COMPUTING = ("stablehlo",)  # Formats whose programs compute in the dtype of the weights.
@@ -35,13 +36,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """A user's choices for an export.
+  """Options that a user chooses for an export.
 
   Attributes:
     format: a key of `FORMATS`.
     dtype: dtype of the weights, one of `DTYPES`.
     quantize: "int8", or "" for no quantization.
-    average: whether to write the moving average of the parameters; None: if the run keeps one.
+    average: whether to write the moving average of the parameters. None: yes if the run has one.
   """
 
   format: str = "hf"
@@ -52,9 +53,9 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-  """A trained run and the user's choices, as the formats read them.
+  """A trained run and the options of its export.
 
-  `params` are read from disk when they are needed.
+  `params` reads parameters from disk only when they are needed.
   """
 
   trained: Run
@@ -68,21 +69,21 @@ class TrainedRun:
 
   @property
   def text_tokenizer(self) -> epath.Path:
-    """Folder of the text tokenizer."""
+    """Folder with the text tokenizer."""
     return self.trained.stages / "text_tokenizer"
 
 
 def check(choice: Choice, settings: Settings) -> None:
-  """Raises UserError if a format cannot represent the choice. Call it before writing anything."""
+  """Raises UserError if the format does not support the options. Call it before any write."""
   if choice.quantize and choice.format not in QUANTIZED:
     raise UserError(
-      f"--quantize={choice.quantize} is given, but --format={choice.format} has no such weights: "
+      f"--quantize={choice.quantize} is given, but --format={choice.format} does not support it: "
       f"use --format={' or '.join(QUANTIZED)}, or omit --quantize."
     )
   if choice.format in COMPUTING and choice.dtype == "float16":
     raise UserError(
-      f"--dtype is float16, but with --format={choice.format} the decoder also computes in this "
-      "dtype: choose float32 or bfloat16."
+      f"--dtype is float16, but with --format={choice.format} the decoder would also compute in "
+      "float16: choose float32 or bfloat16."
     )
   if choice.format == "hf":
     from cm3leon_jax.weights import layouts
@@ -91,7 +92,7 @@ def check(choice: Choice, settings: Settings) -> None:
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
-  """Writes an export to an empty folder. The weights are written last.
+  """Writes an export to an empty folder, and its weights last.
 
   Creates `folder` if it is absent. Returns numbers for a summary, such as "parameters" and "bytes".
 
@@ -115,7 +116,7 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
 
 
 def clear(folder: epath.PathLike) -> None:
-  """Empties the folder of a stage; removes the weights of an earlier export first."""
+  """Empties the folder of a stage, beginning with the weights of an earlier export."""
   from cm3leon_jax.weights import tensor_files
 
   folder = epath.Path(folder)
@@ -127,9 +128,9 @@ def clear(folder: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
-  """Yields a temporary folder that replaces `folder` when the body ends.
+  """Yields a temporary folder, which replaces `folder` when the `with` block ends.
 
-  If the body fails, `folder` does not change. A killed process may leave FOLDER.partial or
+  If the block fails, `folder` does not change. A killed process may leave FOLDER.partial or
   FOLDER.old. The next export removes FOLDER.partial and renames FOLDER.old to FOLDER.
 
   Raises:
@@ -138,15 +139,15 @@ def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
   """
   if "://" in os.fspath(folder):
     raise UserError(
-      f"--output is {folder}, in a GCS bucket: name a folder of this machine and copy it, "
-      "or omit --output to export to the workdir."
+      f"--output is {folder}, in a GCS bucket: choose a local folder and copy it to the bucket, or "
+      "omit --output to export to the workdir."
     )
   folder = absolute(folder)
   is_export = (folder / ABOUT).exists()
   if folder.exists() and not (is_export or (folder.is_dir() and not any(folder.iterdir()))):
     raise UserError(
-      f"--output is {folder}, which exists and is not a folder that cm3leon export wrote: name "
-      "another folder."
+      f"--output is {folder}, which exists, but `cm3leon export` did not write it: choose another "
+      "folder."
     )
   partial, old = (folder.parent / f"{folder.name}.{suffix}" for suffix in ("partial", "old"))
   if old.exists() and not folder.exists():

@@ -1,8 +1,9 @@
 """Exports to Hugging Face: `opt` as OPTForCausalLM, `modern` as Qwen3ForCausalLM.
 
-Both load without remote code. With `model.align_images`, an export has the logits of the decoder at
-the default positions only if a sample has at most one image. After neighbors, or in a document with
-several images, callers must pass `position_ids` (`positions.positions_of`). config.json says this.
+Both load without remote code. If `model.align_images` is set, the default positions of an export
+give the decoder's logits only if a sample has at most one image. After neighbors, or in a document
+with several images, callers must pass `position_ids` (`positions.positions_of`). config.json
+contains a note about this.
 """
 
 # K layers, D width, N heads, H head size, F feed-forward, V vocabulary, T tokens.
@@ -35,7 +36,7 @@ WEIGHTS = tensor_files.WEIGHTS
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
-  """Writes a run for `transformers.AutoModelForCausalLM` and `AutoTokenizer`; see `export`."""
+  """Writes a run for `transformers.AutoModelForCausalLM` and `AutoTokenizer`. See `export`."""
   settings, choice = run.settings, run.choice
   described = hf_config(settings.model, settings.vocab)
   tensors = tensors_of(run.params, settings.model, choice.dtype)
@@ -49,7 +50,7 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
 
 
 def tensors_of(params: StoredParams, config: ModelConfig, dtype: str = "float32") -> list[Tensor]:
-  """Lists the tensors of the Hugging Face model; raises UserError for an unsupported decoder."""
+  """Lists the tensors of the Hugging Face model. Raises UserError if a decoder is not supported."""
   layout = layouts.layout_of(config)
   layout.check(config)
   return layouts.tensors_of(layout, params, dtype)
@@ -69,7 +70,8 @@ def export(
   unfinished export has no weights.
 
   Args:
-    folder: gets model.safetensors, config.json, generation_config.json and the tokenizer's files.
+    folder: where to write model.safetensors, config.json, generation_config.json and the
+      tokenizer's files.
     tokenizer_folder: folder of the text tokenizer; None omits the tokenizer.
     dtype: dtype of the weights in the file, a key of `tensor_files.DTYPES`.
 
@@ -77,7 +79,7 @@ def export(
     {"architecture", "parameters", "bytes"}.
 
   Raises:
-    UserError: the Hugging Face model lacks a part of the decoder.
+    UserError: the Hugging Face model does not support the decoder.
   """
   tensors = tensors_of(of_tree(params), config, dtype)
   return write_model(folder, hf_config(config, vocab), tensors, vocab, tokenizer_folder, dtype)
@@ -92,7 +94,7 @@ def write_model(
   dtype: str,
   shard_bytes: int = tensor_files.SHARD_BYTES,
 ) -> dict:
-  """Writes the files of a model for `transformers`; returns the result of `export`.
+  """Writes the files of a model for `transformers`. Returns the result of `export`.
 
   `described` is the content of config.json, without the dtype. For the other arguments, see
   `export` and `tensor_files.write`.
@@ -102,8 +104,8 @@ def write_model(
   tensor_files.remove(folder)
   write_json(folder / "config.json", {**described, "dtype": dtype})
   # A document ends with </s>, and an infill (a caption or an answer) with <eoss>. config.json can
-  # name only one of these ids. generation_config.json names both, so it must not be marked as
-  # derived from config.json ("_from_model_config").
+  # name only one of these ids. generation_config.json has both, so it must not be marked as derived
+  # from config.json ("_from_model_config").
   ids: dict[str, int | list[int]] = {"pad_token_id": vocab.pad, "bos_token_id": vocab.eos}
   ids["eos_token_id"] = [vocab.eos, vocab.eoss]
   write_json(folder / "generation_config.json", ids)
@@ -118,7 +120,7 @@ def write_model(
 
 
 def can_compare(quantized: str = "") -> bool:
-  """Returns whether the packages that load an export are installed (extra `[dev]`)."""
+  """Returns whether the packages that load an export (extra `[dev]`) are installed."""
   more = ("compressed_tensors",) if quantized else ()
   return all(importlib.util.find_spec(name) for name in ("torch", "transformers", *more))
 
@@ -139,14 +141,14 @@ def causal_logits(
 def compare_logits(
   folder: epath.PathLike, params: dict, config: ModelConfig, samples: Sequence[np.ndarray]
 ) -> dict:
-  """Compares the logits of the exported model with the logits of this project's model, in fp32.
+  """Compares the fp32 logits of the exported model with those of this project's model.
 
-  Both models get the positions of `positions_of`. Requires `can_compare()`. `params` are on the
-  current mesh. `samples` are token ids, [T] int32 each, T <= max_positions.
+  Both models get the positions of `positions_of`. Requires `can_compare()`. `params` must be on the
+  current mesh. Each sample is a vector of token ids, int32 [T], T <= max_positions.
 
   Returns:
-    {"max_difference", "max_logit", "samples", "tokens"}: the largest difference between two logits,
-    the largest absolute logit for comparison, and two counts.
+    {"max_difference", "max_logit", "samples", "tokens"}: the largest absolute difference of logits,
+    the largest absolute logit for comparison, and the numbers of samples and tokens.
   """
   import torch
   import transformers
@@ -162,8 +164,8 @@ def compare_logits(
     given = (torch.from_numpy(x.astype(np.int64))[None] for x in (sample, positions))
     with torch.no_grad():
       theirs = model(**dict(zip(("input_ids", "position_ids"), given))).logits[0].numpy()
-    # Pad all samples to one length, so that one program is compiled. A causal model ignores padding
-    # at the end.
+    # Pad all samples to one length, so that only one program is compiled. A causal model ignores
+    # padding at the end.
     padded = (np.pad(x, (0, longest - len(sample))) for x in (sample, positions))
     ours = np.asarray(causal_logits(config, params, *padded))[: len(sample)]
     difference = max(difference, float(np.abs(ours - theirs).max()))

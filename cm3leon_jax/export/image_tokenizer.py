@@ -1,14 +1,14 @@
-"""Writes the image tokenizer of an export.
+"""Writes the image tokenizer to an export.
 
 For a tokenizer of `cm3leon train_vqgan`, DIR/image_tokenizer/ has three files: config.json,
-params.safetensors from vqgan/ of the run, and decode_image.py, which needs PyTorch, not JAX.
-config.json extends the run's file, so `ImageTokenizer.load` can read the folder. decode_image.py
-reads `vqgan`, `num_codes`, the `levels` of FSQ, and `token_offset` from config.json. Code c is
-token `token_offset + c` of the language model. A published tokenizer keeps the file names of its
-release, see `published_files.save`.
+params.safetensors from the run's vqgan/, and decode_image.py, which needs PyTorch but not JAX.
+config.json adds fields to the run's file, so `ImageTokenizer.load` can read the folder.
+decode_image.py reads `vqgan`, `num_codes`, the `levels` of FSQ, and `token_offset` from
+config.json. Code c is token `token_offset + c` of the language model. A published tokenizer keeps
+the file names of its release, see `published_files.save`.
 """
 
-# K codes, T codes of an image.
+# K codes, T codes per image.
 
 import dataclasses
 import importlib.resources
@@ -31,19 +31,19 @@ from cm3leon_jax.trained.kinds import IMAGES
 from cm3leon_jax.trained.run import Run
 
 SCRIPT = "decode_image.py"
-FORMAT = "cm3leon_jax.vqgan"  # The network that the script computes.
+FORMAT = "cm3leon_jax.vqgan"  # The network that decode_image.py implements.
 
 
 def write(folder: epath.PathLike, run: Run) -> dict:
-  """Writes the folder `IMAGES` of an export; writes config.json last.
+  """Writes the folder `IMAGES` of an export, and its config.json last.
 
   Returns:
-    {"image_tokenizer": {"resolution" in pixels, "image_tokens", "num_codes", "bytes", "family" of
-      a published tokenizer or "", "code_dim"}}.
+    {"image_tokenizer": {"resolution", "image_tokens", "num_codes", "bytes", "family", "code_dim"}}.
+    "resolution" is in pixels. "family" is "" unless the tokenizer is a published one.
 
   Raises:
-    UserError: the stage `train_vqgan` has not run, or its files are damaged. If torch is installed,
-      also if decode_image.py does not compute the same network.
+    UserError: the stage `train_vqgan` has not run, or its files are damaged, or decode_image.py
+      decodes other images. The last check needs torch.
   """
   source, target = run.stages / "vqgan", epath.Path(folder) / IMAGES
   tokenizer = ImageTokenizer.load(source)
@@ -66,7 +66,7 @@ def write(folder: epath.PathLike, run: Run) -> dict:
 def _write_trained(
   target: epath.Path, source: epath.Path, tokenizer: ImageTokenizer, token_offset: int
 ) -> None:
-  """Writes a tokenizer of `cm3leon train_vqgan`; copies its weights byte for byte."""
+  """Writes a tokenizer of `cm3leon train_vqgan`. The weights are copied byte for byte."""
   assert isinstance(tokenizer.config, VQGANConfig)
   is_fsq = tokenizer.config.quantizer == "fsq"
   described = {
@@ -78,11 +78,11 @@ def _write_trained(
   }
   if importlib.util.find_spec("torch") and (wrong := difference(tokenizer, described)):
     raise UserError(
-      f"the image tokenizer in {source} cannot be exported: {SCRIPT} does not compute its network "
-      f"({wrong})."
+      f"the image tokenizer in {source} cannot be exported, because {SCRIPT} does not decode the "
+      f"same images ({wrong})."
     )
   target.mkdir(parents=True, exist_ok=True)
-  (target / CONFIG).unlink(missing_ok=True)  # An unfinished tokenizer has no config.
+  (target / CONFIG).unlink(missing_ok=True)  # A tokenizer without config.json is unfinished.
   with replacing(target / PARAMS) as file, (source / PARAMS).open("rb") as given:
     shutil.copyfileobj(given, file)
   with replacing(target / SCRIPT, "w") as file:
@@ -91,9 +91,9 @@ def _write_trained(
 
 
 def difference(tokenizer: ImageTokenizer, described: dict) -> str:
-  """Describes how the decoder of decode_image.py differs from a tokenizer; "" if both agree.
+  """Describes how images of decode_image.py differ from those of a tokenizer; "" if they agree.
 
-  Both decode one image of random codes. Rounding may change a pixel by one of its 255 levels.
+  Both decode one image from random codes. Differences of one level (of 255) are rounding errors.
   `described` is the content of config.json, see the module docstring.
   """
   import torch

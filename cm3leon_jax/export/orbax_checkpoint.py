@@ -3,10 +3,10 @@
   orbax.checkpoint.StandardCheckpointer().restore("/absolute/path/export/params")
 
 This call returns a nested dict of numpy arrays. With a tree of `jax.ShapeDtypeStruct` as the second
-argument it returns JAX arrays on any mesh. `cm3leon train --init_from=FOLDER` starts a run from the
-export. Orbax would need all parameters in memory to write them. Therefore TensorStore writes the
-arrays layer by layer in Orbax's layout: an OCDBT database of Zarr arrays, and `_METADATA` with the
-tree.
+argument, it returns JAX arrays on any mesh. `cm3leon train --init_from=FOLDER` starts a run from
+the export. Orbax would need all parameters in memory to write them. Therefore TensorStore writes
+the arrays layer by layer in Orbax's layout: an OCDBT database of Zarr arrays, and `_METADATA` with
+the tree.
 """
 
 from etils import epath
@@ -39,10 +39,10 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
 
 
 def _write_array(folder: epath.Path, params: stored.StoredParams, name: str, dtype: str) -> None:
-  """Writes an array; each layer of a stacked array becomes one chunk.
+  """Writes an array. Each layer of a stacked array becomes one chunk.
 
-  Nothing is compressed. Compression hardly shrinks weights, and needs more memory, because each
-  thread keeps a buffer of the size of its largest result.
+  Nothing is compressed. Compression saves little space for weights and needs more memory, because
+  each thread keeps a buffer as large as its largest result.
   """
   shape = params.shapes[name]
   stacked = name.startswith(f"{stored.STACKED}.")
@@ -65,7 +65,7 @@ def _write_array(folder: epath.Path, params: stored.StoredParams, name: str, dty
 def _metadata(params: stored.StoredParams) -> dict:
   """Returns the content of `_METADATA`, which lists the path of every array.
 
-  In this file, key type 2 means a key of a dict.
+  Key type 2 denotes a key of a dict.
   """
   tree = {}
   for name in params.shapes:

@@ -1,11 +1,11 @@
 """Defines the functions of a StableHLO export, which take flat dicts of arrays and need no mesh.
 
-The functions wrap the decoding loop and the image tokenizer, so a server needs no class of this
-package. Image codes are given as token ids. Prompts are padded with `<pad>` on the left.
+The functions wrap the decoding loop and the image tokenizer, so a server does not need this
+package. Image codes are represented as token ids. Prompts are padded with `<pad>` on the left.
 """
 
-# b samples, p and u slots of prompts, g tokens to generate, m parts of a plan, I tokens of an
-# image, S guidance streams, L tokens of a row.
+# b samples, p and u padded prompt lengths, g tokens to generate, m parts of a plan, I tokens per
+# image, S guidance streams, L tokens per row.
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -34,31 +34,31 @@ from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
-Named: TypeAlias = dict[str, Any]  # Dotted name -> array or type of an array.
+Named: TypeAlias = dict[str, Any]  # Maps dotted names to arrays or their types.
 Tokens: TypeAlias = Int32[Array, "b _"]
 Seeds: TypeAlias = UInt32[Array, " b"]
-# Fields of `LoopState` with another name in exports -> this name.
+# Maps fields of `LoopState` to the names that they have in exports.
 EXPORTED_AS = {"any_active": "going", "next_entries": "slots"}
 IMAGE_SETTINGS = ("temperature", "top_k", "top_p")
 TEXT_SETTINGS = ("text_temperature", "text_top_k", "text_top_p")
 
 
 def named(tree: PyTree) -> Named:
-  """Returns the leaves of a tree by dotted path."""
+  """Maps the dotted path of each leaf of a tree to the leaf."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
   return {EXPORTED_AS.get(name, name): x for name, (_, x) in zip(names, leaves)}
 
 
 def filled(types: PyTree, arrays: Mapping[str, Any]) -> PyTree:
-  """Returns a tree of the structure of `types` with the leaves in `arrays`. Inverts `named`."""
+  """Returns a tree with the structure of `types` and the leaves in `arrays`. Inverts `named`."""
   return jax.tree.unflatten(jax.tree.structure(types), [arrays[name] for name in named(types)])
 
 
 def aligned_positions(
   tokens: Int32[Array, "b L"], vocab: VocabLayout, align_images: bool
 ) -> Int32[Array, "b L"]:
-  """Computes `positions.positions_of` for rows with padding on the left. Padding has position 0."""
+  """Computes `positions.positions_of` for rows with padding on the left, which gets position 0."""
   length = tokens.shape[1]
   valid = tokens != vocab.pad
   at = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
@@ -66,11 +66,11 @@ def aligned_positions(
   if not align_images:
     return jnp.where(valid, at - first, 0)
 
-  # Returns the index of the last marked token up to each token; -1: none.
+  # Returns, for each token, the index of the last marked token up to it; -1 if there is none.
   def latest(marked: Bool[Array, "b L"]) -> Int32[Array, "b L"]:
     return jax.lax.cummax(jnp.where(marked, at, -1), axis=1)
 
-  # Returns the index of the first marked token from each token on; L: none.
+  # Returns, for each token, the index of the first marked token from it on; L if there is none.
   def following(marked: Bool[Array, "b L"]) -> Int32[Array, "b L"]:
     return jax.lax.cummin(jnp.where(marked, at, length), axis=1, reverse=True)
 
@@ -91,15 +91,15 @@ def aligned_positions(
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
-  """The functions that a server calls, for one decoder and image tokenizer.
+  """Defines the functions that a server calls, for one decoder and image tokenizer.
 
   Every method takes `weights`, the arrays of `named({"decoder": ..., "image_tokenizer": ...})`, and
-  keyword arguments. A method that returns several arrays returns them by name.
+  keyword arguments. A method with several results returns a dict.
 
   Attributes:
-    sampling: settings that are fixed in the export: `guidance_schedule`, and the largest allowed
-      `top_k` and `text_top_k`.
-    image_tokenizer: provides the config and the number of codes. Its parameters are not read.
+    sampling: settings that the export fixes: `guidance_schedule`, and the maximum values of `top_k`
+      and `text_top_k`.
+    image_tokenizer: only its config and its number of codes are used, not its parameters.
     weights: tree of the types of the weights.
   """
 
@@ -111,7 +111,7 @@ class Functions:
 
   @property
   def image_tokens(self) -> int:
-    """I, the number of tokens of an image."""
+    """I, the number of tokens per image."""
     return self.image_tokenizer.config.image_tokens
 
   def _static(self, widths: tuple = (), most: Size = 0, capacities: tuple = ()) -> Static:
@@ -132,19 +132,19 @@ class Functions:
   def _prefill(
     self, weights: Named, streams: list[Tokens], plan: Plan, max_new_tokens: Size, capacity: Size
   ) -> LoopState:
-    """Computes the cache of the prompts of S streams, longest stream first, see `loop.prefill`."""
+    """Computes the cache for the prompts of S streams, longest stream first. See `loop.prefill`."""
     slots = [x.shape[1] for x in streams]
     wide = [jnp.pad(x, ((0, 0), (slots[0] - x.shape[1], 0))) for x in streams]  # <pad> is 0.
     rows = jnp.reshape(jnp.stack(wide, axis=1), (-1, slots[0]))
-    # The token after a prompt is the first code of an image if the plan has an image. Its position
-    # differs from the position of a text token.
+    # The token after a prompt is the first code of an image if the plan has an image. A text token
+    # would have another position.
     codes = jnp.repeat((plan[:, :, 0] == CODES).any(axis=1), len(streams))
     after = jnp.where(codes, self.vocab.text_size, self.vocab.unk).astype(jnp.int32)
     positions = aligned_positions(
       jnp.concatenate([rows, after[:, None]], axis=1), self.vocab, self.model.align_images
     )
-    # The last token of a prompt is the input of the first decoding step, not of the prefill. The
-    # slots therefore shift by one here.
+    # The last token of a prompt is the input of the first decoding step, not of the prefill.
+    # Therefore the slots are shifted by one here.
     before = ((0, 0), (1, 0))
     read = jnp.pad(rows[:, :-1], before)
     prompts = Prompts(
@@ -162,11 +162,11 @@ class Functions:
   def prefill(
     self, weights: Named, *, prompts: Tokens, plan: Plan, seeds: Seeds, ids: Tokens
   ) -> Named:
-    """Computes the cache of prompts of one stream, and returns the state for `decode_step`.
+    """Computes the cache for the prompts of one stream, and returns the state for `decode_step`.
 
     Args:
       prompts: int32 [b, p], padded on the left.
-      plan: int32 [b, m, 3], the parts that may follow, see `grammar.plan_array`.
+      plan: int32 [b, m, 3], the parts to generate, see `grammar.plan_array`.
       seeds: uint32 [b].
       ids: int32 [b, g]. Only the shape is used: at most g tokens are generated.
     """
@@ -215,14 +215,14 @@ class Functions:
 
     Args:
       prompts: int32 [b, p], padded on the left.
-      unconditional: int32 [b, u], u <= p, padded on the left: prompts of the unconditional stream.
+      unconditional: int32 [b, u], u <= p, prompts of the unconditional stream, padded on the left.
       seeds: uint32 [b].
       guidance: fp32 [b], the guidance weight alpha.
       **settings: one array [b] for each name in `IMAGE_SETTINGS`.
 
     Returns:
-      images, uint8 [b, H, W, 3]; tokens, int32 [b, I]; log_probs, fp32 [b, I], of the guided
-      distribution before temperature and filters.
+      images, uint8 [b, H, W, 3]; tokens, int32 [b, I]; and log_probs, fp32 [b, I], of the tokens in
+      the guided distribution before temperature and filters.
     """
     codes, count = self.image_tokens, prompts.shape[0]
     plan = jnp.broadcast_to(plan_array([[Part(CODES, codes)]]), (count, 2, 3))

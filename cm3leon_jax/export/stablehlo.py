@@ -1,14 +1,14 @@
-"""Exports StableHLO artifacts of `jax.export`: prefill, decode step, guided images, image codes.
+"""Exports artifacts of `jax.export`: prefill, decode step, guided images, image codes.
 
 A server needs only `jax` and the folder, not this package; see serve_example.py in the folder. The
 weights are not part of the artifacts. They are in safetensors files and are an argument of each
-artifact. Batch, prompt slots and number of text tokens are symbolic, so one artifact can be
-compiled for any of these sizes. An artifact names no devices. It runs on one device, or on several
-that split the batch. manifest.json has the calling convention and the digests of all files; it is
-written last.
+artifact. Batch size, prompt length and number of text tokens are symbolic, so one artifact can be
+compiled for any of these sizes. An artifact is not tied to devices. It runs on one device, or on
+several that split the batch. manifest.json contains the calling convention and the digests of all
+files, and is written last.
 """
 
-# b samples, p and u slots of prompts, g tokens to generate, m parts of a plan.
+# b samples, p and u padded prompt lengths, g tokens to generate, m parts of a plan.
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -51,14 +51,14 @@ from cm3leon_jax.weights.stored import StoredParams
 from cm3leon_jax.weights.tensor_files import Tensor
 
 MANIFEST = "manifest.json"
-SERVED = ("artifacts.py", "serve_example.py")  # Files of served/ that each export contains.
+SERVED = ("artifacts.py", "serve_example.py")  # Files of served/ that are copied to exports.
 PLATFORMS = ("cpu", "cuda", "tpu")
 KINDS = ("DONE", "CODES", "TEXT", "EOSS", "MASK", "END", "DOCUMENT")  # Kinds of parts of a plan.
 BLOCKS = "blocks."
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
-  """Writes a run for `jax.export`, see `export`. Artifacts compute in the dtype of the weights."""
+  """Writes a run for `jax.export`. Artifacts compute in the dtype of the weights. See `export`."""
   settings = dataclasses.replace(
     run.settings, model=run.settings.model.computing_in(run.choice.dtype)
   )
@@ -73,14 +73,14 @@ def write_model(
   dtype: str = "float32",
   weight_dtype: str = "compute",
 ) -> dict:
-  """Exports the newest checkpoint of a workdir, or a bundle. `CM3Leon.load` must accept it.
+  """Exports the newest checkpoint of a workdir, or a bundle, that `CM3Leon.load` can load.
 
-  `source` may be a bundle such as "scenes", see `bundles.folder_of`. `dtype` is the dtype of the
-  weights and of computation in artifacts, `float32` or `bfloat16`. For the other arguments and the
+  `source` may be a bundle such as "scenes", see `bundles.folder_of`. `dtype` is `float32` or
+  `bfloat16`. It applies to the weights and to the computation. For the other arguments and the
   result, see `export`.
 
   Raises:
-    UserError: `source` was not trained, a file is damaged, or the format cannot represent the
+    UserError: `source` was not trained, a file is damaged, or the format does not support the
       model, see `formats.check`.
   """
   trained = Run.open(source)
@@ -105,7 +105,7 @@ def export(
 
   Args:
     folder: folder of the export. An earlier export is replaced, and its manifest is deleted first.
-    params: parameters of the decoder. Only one layer is in memory at a time.
+    params: parameters of the decoder, of which only one layer at a time is in memory.
     settings: settings of the run: `model` (its dtype is also the dtype of the weights), `vocab`,
       `sampling`.
     weight_dtype: `compute`, or `int8` for the matrices of the decoder's blocks.
@@ -115,7 +115,7 @@ def export(
   """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / MANIFEST).unlink(missing_ok=True)  # An unfinished export has no manifest.
+  (folder / MANIFEST).unlink(missing_ok=True)  # An export without manifest is unfinished.
   tensor_files.remove(folder)
   with unsplit():
     types = weight_types(params, settings, image_tokenizer, weight_dtype)
@@ -145,7 +145,7 @@ def export(
 
 
 def _write_artifacts(folder: epath.Path, functions: Functions) -> dict[str, dict]:
-  """Writes an artifact for each result of `calls`; returns name -> description."""
+  """Writes an artifact for each result of `calls`. Returns a dict: name -> description."""
   artifacts = {}
   with _no_locations():
     for name, function, arguments in calls(functions):
@@ -161,13 +161,13 @@ def _write_artifacts(folder: epath.Path, functions: Functions) -> dict[str, dict
 def weight_types(
   params: StoredParams, settings: Settings, image_tokenizer: ImageTokenizer, weight_dtype: str
 ) -> dict:
-  """Returns a tree with the types of the weights that artifacts take."""
+  """Returns a tree with the types of the weights, which are the first argument of each artifact."""
   shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in params.shapes.items()}
   decoder = jax.eval_shape(
     functools.partial(prepare, config=settings.model, vocab=settings.vocab, dtype=weight_dtype),
     traverse_util.unflatten_dict(shapes, sep="."),
   )
-  # Decoding reads the columns of an untied output table in `DecodeParams.head`, not the table.
+  # Decoding uses `DecodeParams.head` instead of the untied output table.
   model = {name: x for name, x in decoder.model.items() if name != "head"}
   weights = {"decoder": decoder._replace(model=model), "image_tokenizer": image_tokenizer.params}
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
@@ -176,7 +176,7 @@ def weight_types(
 def weight_tensors(
   params: StoredParams, settings: Settings, image_tokenizer: ImageTokenizer, weight_dtype: str
 ) -> list[Tensor]:
-  """Lists the weights of `weight_types`. Each is computed as in `prepare` when it is written."""
+  """Lists the weights of `weight_types`. `prepare` is applied to each only when it is written."""
   config, vocab = settings.model, settings.vocab
   types = weight_types(params, settings, image_tokenizer, weight_dtype)
   table = "embed" if config.traits.tied else "head"
@@ -209,7 +209,7 @@ def weight_tensors(
 
 
 def calls(functions: Functions) -> Iterator[tuple[str, Callable, dict]]:
-  """Yields the name and function of each artifact, and the types of arguments after the weights."""
+  """Yields each artifact's name, function, and types of the arguments that follow the weights."""
   weights, side = named(functions.weights), functions.image_tokenizer.config.resolution
 
   def ids(*shape: Size) -> jax.ShapeDtypeStruct:
@@ -239,7 +239,7 @@ def calls(functions: Functions) -> Iterator[tuple[str, Callable, dict]]:
 
 @contextlib.contextmanager
 def _no_locations() -> Iterator[None]:
-  """Keeps the paths of this machine's source files out of the artifacts."""
+  """Keeps source file paths of this machine out of the artifacts."""
   name = "jax_traceback_in_locations_limit"
   before = getattr(jax.config, name)
   jax.config.update(name, 0)
@@ -250,13 +250,13 @@ def _no_locations() -> Iterator[None]:
 
 
 def _array(x: Any) -> dict:
-  """Describes an array or its type. A symbolic size becomes text, as in ["b", "p + g"]."""
+  """Describes an array or its type. A symbolic size becomes a string, as in ["b", "p + g"]."""
   sizes = [n if isinstance(n, int) else str(n) for n in x.shape]
   return {"dtype": str(x.dtype), "shape": sizes}
 
 
 def _described(artifact: jax.export.Exported) -> dict:
-  """Describes the calling convention, the arguments after the weights, and the results."""
+  """Describes an artifact's calling convention, arguments after the weights, and results."""
   _, arguments = jax.tree.unflatten(artifact.in_tree, artifact.in_avals)
   results = jax.tree.unflatten(artifact.out_tree, artifact.out_avals)
   return {
@@ -268,7 +268,7 @@ def _described(artifact: jax.export.Exported) -> dict:
 
 
 def _about(settings: Settings, image_tokenizer: ImageTokenizer) -> dict:
-  """Returns package versions, and what a server needs for prompts: vocabulary, sizes, sampling."""
+  """Returns package versions, and what prompts need: vocabulary, sizes and sampling defaults."""
   vocab, sampling = settings.vocab, settings.sampling
   special = {name: getattr(vocab, name) for name in ("pad", "eos", "unk", "brk", "eoss")}
   names = ("guidance", *IMAGE_SETTINGS, *TEXT_SETTINGS)

@@ -1,4 +1,4 @@
-"""Writes files whole or not at all, and handles paths on local disks and in GCS buckets."""
+"""Writes files atomically, and handles paths on local disks and in GCS buckets."""
 
 from collections.abc import Iterator
 import contextlib
@@ -13,15 +13,15 @@ from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files import buckets
 
-# errno values which prove that a file does not exist.
+# Values of errno which prove that a file does not exist.
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def open_filesystem(path: epath.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
   """Returns the filesystem of a path or URL, and the path inside this filesystem.
 
-  fsspec reads `::` in a URL as a chain of URLs. Such a URL is refused, because the name of an
-  image in untrusted data must not open any other file. A local path may contain `::`.
+  fsspec interprets `::` in a URL as a chain of URLs. Such a URL is rejected, because the name of an
+  image in untrusted data must not open another file. A local path may contain `::`.
 
   Raises:
     UserError: the URL contains `::` or is on S3, or its filesystem is unknown or not installed.
@@ -30,7 +30,7 @@ def open_filesystem(path: epath.PathLike) -> tuple[fsspec.AbstractFileSystem, st
   if "://" not in path:
     return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(path))
   if "::" in path:
-    raise UserError(f"{path} contains '::', which would chain several URLs: rename the file.")
+    raise UserError(f"{path} contains '::', which is not allowed in a URL: rename the file.")
   buckets.check_path(path)
   try:
     return fsspec.core.url_to_fs(path)
@@ -42,10 +42,10 @@ def open_filesystem(path: epath.PathLike) -> tuple[fsspec.AbstractFileSystem, st
 
 @contextlib.contextmanager
 def partial_path(path: epath.PathLike) -> Iterator[epath.Path]:
-  """Yields a temporary path. The file that the body writes there replaces `path` afterwards.
+  """Yields a temporary path. The file that the body writes there then replaces `path`.
 
-  The content is flushed to the disk before it replaces `path`, so that a power loss leaves no
-  empty file. If the body fails, the temporary file is deleted.
+  The file is flushed to the disk before it replaces `path`, so that a power loss leaves no empty
+  file. If the body fails, the temporary file is deleted.
   """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,12 +80,12 @@ def sync(path: epath.PathLike) -> None:
 
 
 def exists(path: epath.PathLike) -> bool:
-  """Returns whether a file or folder exists, and raises an error if that is uncertain.
+  """Returns whether a file or folder exists; raises an error if it cannot find out.
 
-  `Path.exists` instead returns False after any error, as if the file were deleted.
+  In contrast, `Path.exists` returns False after any error, as if the file were deleted.
 
   Raises:
-    OSError: the answer is unknown, for example because a network disk is unreachable.
+    OSError: the file system does not answer, for example because a network disk is unreachable.
   """
   if "://" in os.fspath(path):
     return epath.Path(path).exists()
@@ -101,6 +101,6 @@ def exists(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-  """Returns the absolute path. A URL stays unchanged: `resolve` would make it a local path."""
+  """Returns the absolute path, or the unchanged URL, which `resolve` would make a local path."""
   path = epath.Path(path)
   return path if "://" in os.fspath(path) else path.resolve()

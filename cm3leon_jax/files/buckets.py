@@ -1,4 +1,4 @@
-"""Sets time-outs for GCS buckets (gs://) and classifies the errors of the libraries that use them.
+"""Sets timeouts for GCS buckets (gs://), and recognizes errors that come from GCS buckets.
 
 Three libraries access GCS buckets: gcsfs, TensorStore and ArrayRecord.
 """
@@ -12,7 +12,7 @@ import traceback
 from cm3leon_jax.config import UserError, causes
 
 CONNECT_SECONDS = 30
-# A request fails and is retried after this many seconds without a byte from the server.
+# A request fails, and is retried, after this many seconds without data from the server.
 IDLE_SECONDS = 60
 # Errors of these modules come from requests to a GCS bucket, by gcsfs or google-cloud-storage
 # (which tensorboardX uses).
@@ -29,22 +29,21 @@ REFUSED = re.compile(
 ANSWERED = re.compile(rf"^Bad Request: |{REFUSED.pattern}")
 # TensorStore reports PERMISSION_DENIED for local files, too.
 LOCAL = re.compile(r'\blocal file "')
-# Texts of aiohttp (which gcsfs uses), TensorStore and Requests for an unknown host name.
+# Texts of errors for unknown host names, by aiohttp (which gcsfs uses), TensorStore and Requests.
 UNRESOLVED = re.compile(r"^ClientConnectorDNSError: |Could not resolve host|NameResolutionError")
 S3 = re.compile(r"s3[an]?://", re.IGNORECASE)
 
 
 def prepare_access() -> None:
-  """Sets time-outs and disables listing caches. Call it before the first access to a GCS bucket.
+  """Sets timeouts and disables listing caches. Call it before the first access to a GCS bucket.
 
   By default, TensorStore (arrays of checkpoints, neighbors) waits as long as a connection is open,
-  and gcsfs (all other files) waits five minutes and does not retry. With these time-outs both
-  retry a failed request with growing pauses, gcsfs 6 times and TensorStore 32 times, and then
-  raise. ArrayRecord, which reads documents, sets its own time-outs.
+  and gcsfs (all other files) waits five minutes and does not retry. With these timeouts, both retry
+  a failed request with growing pauses, gcsfs 6 times and TensorStore 32 times, and then raise an
+  error. ArrayRecord, which reads documents, sets its own timeouts.
 
-  gcsfs would also cache listings of folders, so that a process would not see the files that
-  another process writes. Environment variables and values in fsspec's config that the user has
-  set take precedence.
+  Listing caches of gcsfs would hide the files that other processes write. Environment variables and
+  values in fsspec's config that the user has set take precedence.
   """
   for name, value in (
     ("CONNECT_TIMEOUT_SECONDS", CONNECT_SECONDS),
@@ -61,7 +60,7 @@ def prepare_access() -> None:
   config = fsspec.config.conf.setdefault("gcs", {})
   config.setdefault("requests_timeout", timeout)
   config.setdefault("use_listings_cache", False)
-  # gcsfs logs the traceback of errors that it also raises.
+  # gcsfs logs tracebacks of errors that it also raises.
   logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
   # google.auth warns of missing credentials, but gcsfs then tries anonymous access.
   logging.getLogger("google.auth").setLevel(logging.ERROR)
@@ -84,7 +83,7 @@ def failure(error: BaseException | None) -> str:
 
 
 def refuses(error: BaseException | None) -> bool:
-  """Returns whether a GCS bucket refused access because of permissions. A retry cannot help."""
+  """Returns whether a GCS bucket denied permission, so that a retry cannot help."""
   if (found := _find(error)) is None:
     return False
   # gcsfs and Google's clients set `code`, aiohttp sets `status`.
@@ -94,7 +93,7 @@ def refuses(error: BaseException | None) -> bool:
 
 
 def _find(error: BaseException | None) -> BaseException | None:
-  """Returns the error of a GCS bucket among the causes of `error`, or None."""
+  """Returns the first error of a GCS bucket among `error` and its causes, or None."""
   for found in causes(error):
     text, module = _text(found), f"{type(found).__module__}."
     if module.startswith(CLIENTS) or (module.startswith("requests.") and _is_of_caller(found)):
@@ -106,7 +105,7 @@ def _find(error: BaseException | None) -> BaseException | None:
 
 
 def _is_of_caller(error: BaseException) -> bool:
-  """Returns whether an error of Requests passed through one of CALLERS or names a Google host."""
+  """Returns whether an error of Requests was raised through CALLERS or names a Google host."""
   frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
   names = [f"{frame.f_globals.get('__name__', '')}." for frame in frames]
   return any(name.startswith(CALLERS) for name in names) or ".googleapis.com" in str(error)
@@ -117,9 +116,9 @@ def _text(error: BaseException) -> str:
 
 
 def check_path(path: str, name: str = "") -> None:
-  """Raises UserError if a path is on S3, from which ArrayRecord cannot read documents.
+  """Raises UserError if a path is on S3, which ArrayRecord does not support.
 
-  `path` is any text, and `name` is the flag or field that contains it, for the message.
+  `path` may be any text. `name` is the flag or field that contains it, for the message.
   """
   if S3.match(path):
     raise UserError(

@@ -1,4 +1,4 @@
-"""Describes files by size and SHA-256, and detects files that differ from their description."""
+"""Describes files by size and SHA-256, and detects files that were changed."""
 
 import functools
 import hashlib
@@ -46,7 +46,7 @@ def describe(path: epath.PathLike) -> dict:
 def damage(path: epath.PathLike, expected: dict, content: bool = True) -> str | None:
   """Returns how a file differs from its description, or None if it does not differ.
 
-  `expected` is the result of `describe` when the file was written. Without `content`, only the
+  `expected` is the result of `describe` when the file was written. If `content` is False, only the
   sizes are compared.
 
   Raises:
@@ -64,7 +64,7 @@ def damage(path: epath.PathLike, expected: dict, content: bool = True) -> str | 
 
 
 def stamp(path: epath.Path) -> tuple[int, int]:
-  """Returns the size and the modification time of a file."""
+  """Returns the size in bytes and the modification time of a file."""
   if "://" in os.fspath(path):
     found = path.stat()
     return found.length, found.mtime or 0
@@ -74,5 +74,5 @@ def stamp(path: epath.Path) -> tuple[int, int]:
 
 @functools.lru_cache(4_096)
 def _digest_of(path: epath.Path, size: int, modified: int) -> str | None:
-  """Caches `digest`; `size` and `modified` are part of the cache key."""
+  """Computes `digest` once per path, `size` and `modified`, which are the key of a cache."""
   return digest(path)

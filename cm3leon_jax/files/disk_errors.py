@@ -1,4 +1,4 @@
-"""Explains disk errors in one sentence: the disk is full, or a file is not readable or writable."""
+"""Explains disk errors in one sentence: the disk is full, or a file cannot be read or written."""
 
 import errno
 import logging
@@ -13,7 +13,7 @@ from cm3leon_jax.config import UserError, causes
 
 # No space left, quota exceeded, or file too large.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# After these errors a file does not count as damaged: it may exist and be intact.
+# A file that cannot be read because of these errors may exist and be intact.
 NOT_READ = (
   errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE,
   errno.EROFS,
@@ -25,7 +25,7 @@ def _texts(numbers: tuple[int, ...]) -> str:
 
 
 _TEXT_OF_FULL = re.compile(_texts(FULL))
-# Message formats of TensorStore and ArrayRecord.
+# Formats of TensorStore's and ArrayRecord's error messages.
 _FORMATS = (
   re.compile(rf'local file "(?P<file>[^"]*)": .*?(?P<reason>{_texts(NOT_READ)})'),
   re.compile(rf"^\w+\(\) failed: (?P<reason>{_texts(NOT_READ)}); \w+ (?P<file>[^;]*)"),
@@ -34,7 +34,7 @@ _OF_LIBRARIES = (RuntimeError, ValueError, OSError)
 
 
 def failure(error: Exception) -> str:
-  """Returns what could not be read or written, and what to do; "" if it is not a disk error.
+  """Returns what could not be read or written, and what to do; "" if `error` is not a disk error.
 
   failure(PermissionError(errno.EACCES, "Permission denied", "run/x"))
   "run/x could not be read or written (Permission denied): fix the disk or the permissions, ..."
@@ -73,23 +73,23 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def prepare_logging() -> None:
-  """Hides Orbax's tracebacks about a full disk, and the follow-up errors of its other writes."""
+  """Hides Orbax's tracebacks about a full disk, and the errors that follow from them."""
   for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
     logger.addFilter(is_logged)
   sys.unraisablehook = print_unraisable
 
 
 def is_logged(record: logging.LogRecord) -> bool:
-  """Returns False for records of Orbax and its asyncio tasks that carry a full-disk error."""
+  """Returns False for log records of Orbax or asyncio whose error is a full disk."""
   of_orbax = not {"orbax", "asyncio"}.isdisjoint(pathlib.PurePath(record.pathname).parts)
   return not (of_orbax and record.exc_info and is_full(record.exc_info[1]))
 
 
 def print_unraisable(found: "sys.UnraisableHookArgs") -> None:
-  """Prints an error that cannot be caught, unless TensorStore reports to a closed event loop.
+  """Prints an error that cannot be caught, unless TensorStore reports it to a closed event loop.
 
-  Orbax closes the loop after the first array that cannot be written. The writes of the other
-  arrays fail later, with errors that do not contain the reason.
+  Orbax closes the loop when an array cannot be written. Later writes then fail with errors that do
+  not contain the reason.
   """
   caller = found.exc_traceback and found.exc_traceback.tb_frame.f_code.co_name
   if caller != "call_soon_threadsafe" or str(found.exc_value) != "Event loop is closed":

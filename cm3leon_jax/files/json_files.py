@@ -1,4 +1,4 @@
-"""Reads and writes JSON and JSON-lines files, of a workdir or of other programs."""
+"""Reads and writes JSON and JSON-lines files of this or other programs."""
 
 from collections.abc import Mapping
 import json
@@ -12,11 +12,11 @@ from cm3leon_jax.config import UserError, short
 from cm3leon_jax.files import buckets, digests
 from cm3leon_jax.files.atomic import exists, replacing
 
-# Fields of a JSON object and their types. A field of type float may be a whole number.
+# Maps the fields of a JSON object to their types. A field of type float may be a whole number.
 Fields = Mapping[str, type]
-# The remedy for a damaged file that no stage wrote.
+# What to do if a file that no stage wrote is damaged.
 GET_AGAIN = "download it again from where it was published"
-# Parsed JSON takes up to 50 times the bytes of its file. Large tokenizers have 2^25 bytes.
+# Parsed JSON takes up to 50 times the size of the file. Large tokenizers have 2^25 bytes.
 FOREIGN_BYTES = 2**26
 NAMES = {dict: "object", list: "list", str: "string", int: "whole number", float: "number"}
 
@@ -39,21 +39,21 @@ def read_json(
 ) -> Any:
   """Reads a JSON file.
 
-  `fields` are the fields that the object must have; None allows any value. `remedy` says in the
-  error message what the user should do if the file is damaged.
+  `fields` are the fields that the object must have; None allows any value. `remedy` is the part of
+  the error message that says what to do if the file is damaged.
 
   Raises:
     UserError: the file is absent or damaged, or lacks a field.
     ValueError: access to a GCS bucket failed, see `buckets.failure`.
-    OSError: the file could not be read, so that its content is unknown.
+    OSError: the file could not be read, so its content is unknown.
   """
   path = epath.Path(path)
   if not exists(path):
     raise UserError(f"{path} does not exist: first run the stage that writes this file.")
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
-  except (ValueError, RecursionError) as error:  # ValueError: invalid JSON or invalid UTF-8.
-    if buckets.failure(error):  # The content is unknown, so the file does not count as damaged.
+  except (ValueError, RecursionError) as error:  # A ValueError means invalid JSON or invalid UTF-8.
+    if buckets.failure(error):  # The content is unknown, not damaged.
       raise
     raise UserError(f"{path} is not valid JSON ({error}): {remedy}.") from error
   if lack := lacks(value, fields):
@@ -62,7 +62,7 @@ def read_json(
 
 
 def lacks(value: Any, fields: Fields | None) -> str:
-  """Returns why a value is not an object with these fields; "" if it is."""
+  """Returns why a value is not an object with these fields; "" if it is one."""
   if fields is None:
     return ""
   if not isinstance(value, dict):
@@ -79,18 +79,18 @@ def check_foreign(path: epath.PathLike, most_bytes: int | None = None) -> None:
   """Checks a file that another program wrote, before it is opened.
 
   Raises:
-    UserError: a local path is a folder, pipe or device (which may never end) instead of a regular
-      file, or the file has more than `most_bytes`.
+    UserError: a local path is not a regular file but, for example, a folder or a pipe, or the file
+      has more than `most_bytes`.
   """
   path = epath.Path(path)
   if "://" not in os.fspath(path) and exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
     raise UserError(f"{path} is not a regular file: {GET_AGAIN}.")
   if most_bytes is not None and exists(path) and (size := digests.stamp(path)[0]) > most_bytes:
-    raise UserError(f"{path} has {size:,} bytes; it may have at most {most_bytes:,}: {GET_AGAIN}.")
+    raise UserError(f"{path} has {size:,} bytes; the maximum is {most_bytes:,}: {GET_AGAIN}.")
 
 
 def read_foreign_json(path: epath.PathLike, fields: Fields | None = None) -> Any:
-  """Reads a JSON file that another program wrote, of at most `FOREIGN_BYTES`.
+  """Reads a JSON file that another program wrote, with at most `FOREIGN_BYTES` bytes.
 
   Raises:
     UserError: as `check_foreign` and `read_json`.
@@ -100,7 +100,7 @@ def read_foreign_json(path: epath.PathLike, fields: Fields | None = None) -> Any
 
 
 def read_json_lines(path: epath.PathLike, fields: Fields | None = None) -> list[dict]:
-  """Reads the objects of a JSON-lines file. Skips a last line that a kill left incomplete.
+  """Reads the objects of a JSON-lines file. Skips the last line if it is incomplete.
 
   Raises:
     UserError: a line before the last one is damaged, or a line lacks one of `fields`.

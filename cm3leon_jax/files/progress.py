@@ -5,11 +5,11 @@ from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
-SECONDS = 30  # Seconds between two lines of a log.
+SECONDS = 30  # Seconds between two lines in a log.
 
 
 class _Lines:
-  """Writes each state of a bar to a separate line, since logs ignore carriage returns."""
+  """Writes each state of a bar as a separate line, because logs ignore carriage returns."""
 
   encoding = "ascii"
 
@@ -30,15 +30,15 @@ def is_interactive() -> bool:
 
 
 def progress_bar(*args: Any, **options: Any) -> tqdm:
-  """Returns a tqdm bar on stderr; takes the arguments of tqdm.
+  """Returns a tqdm bar on stderr. Takes the arguments of tqdm.
 
   In a terminal or notebook the bar is redrawn every second. Elsewhere (a file, a pipe, the log of
-  a pod) it prints a line at the start, every `SECONDS` and at the end. With leave=False it prints
-  only if the work takes longer than `SECONDS`.
+  a pod) it prints a line at the start, every `SECONDS` and at the end. With leave=False, it prints
+  lines only if the work takes longer than `SECONDS`.
   """
   if is_interactive():
     return tqdm(*args, mininterval=1, **options)
   if not options.get("leave", True):
-    options["delay"] = SECONDS  # leave=False marks a short-lived bar for a part of the work.
+    options["delay"] = SECONDS  # leave=False is for bars of short parts of the work.
   lines = {"file": _Lines(sys.stderr), "mininterval": SECONDS, "maxinterval": SECONDS}
   return tqdm(*args, **lines, **options)

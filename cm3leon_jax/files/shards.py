@@ -1,4 +1,4 @@
-"""Processes shards in this process or in Ray workers. A restart repeats only unfinished shards."""
+"""Processes shards locally or in Ray workers. A restart repeats only unfinished shards."""
 
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
@@ -20,11 +20,12 @@ RUNNERS = ("local", "ray")
 
 @dataclasses.dataclass(frozen=True)
 class Runner:
-  """Place where shards are processed.
+  """Where shards are processed.
 
   Attributes:
     kind: "local" (in this process) or "ray".
-    address: address of a Ray cluster; "auto" finds the cluster of this machine, "" starts one.
+    address: address of a Ray cluster. "auto" uses the running cluster of this machine; "" starts
+      one.
     workers: number of Ray workers. Each worker processes one shard at a time.
     worker_cpus: CPUs that Ray reserves for each worker.
   """
@@ -39,20 +40,20 @@ class Runner:
       raise UserError(f"runner is '{self.kind}'; it must be one of {', '.join(RUNNERS)}.")
     if self.workers < 1 or self.worker_cpus <= 0:
       raise UserError(
-        f"ray_workers is {self.workers} and ray_worker_cpus {self.worker_cpus}; "
-        "both must be positive."
+        f"ray_workers is {self.workers} and ray_worker_cpus is {self.worker_cpus}; both must be "
+        "greater than 0."
       )
 
 
 class ShardJob(Protocol):
-  """Work to do on every shard. It is pickled, so it contains configs and paths but not models."""
+  """Work to do on every shard. It is pickled, so it contains configs and paths but no models."""
 
   def open(self) -> Callable[[str], dict]:
-    """Loads what all shards need. Each worker calls this method once.
+    """Loads what all shards need. Called once in each worker.
 
     Returns a function that takes the name of a shard, processes the shard, and returns its summary.
-    It must write files atomically (`atomic.replacing`). The same kind of machine must produce the
-    same bytes, except for an index of ScaNN (docs/large_data.md).
+    The function must write files atomically (`atomic.replacing`), and the same bytes on machines of
+    the same kind, except for an index of ScaNN (docs/large_data.md).
     """
     ...
 
@@ -71,10 +72,10 @@ def run_shards(
   """Processes the shards that are not finished.
 
   Args:
-    shards: shard name -> config that its result depends on. A shard with a changed config is
-      processed again.
-    folder: receives a record, NAME.json, of every finished shard.
-    is_whole: returns whether all files of a finished shard still exist. If not, the shard is
+    shards: maps the name of each shard to the config that its result depends on. If this config
+      changes, the shard is processed again.
+    folder: where a record, NAME.json, of every finished shard is written.
+    is_whole: returns whether all files of the named shard still exist. If not, the shard is
       processed again.
 
   Yields:
@@ -105,13 +106,13 @@ def run_shards(
 
 
 def forget(folder: epath.PathLike, names: Iterable[str]) -> None:
-  """Deletes the records of shards whose results were deleted, so that they are processed again."""
+  """Deletes the records of finished shards, so that these shards are processed again."""
   for name in names:
     (epath.Path(folder) / f"{name}.json").unlink(missing_ok=True)
 
 
 class _Worker:
-  """Processes shards and records their summaries; constructed once in each worker."""
+  """Processes shards and records their summaries. Each Ray worker has one instance."""
 
   def __init__(self, job: ShardJob, folder: epath.Path) -> None:
     buckets.prepare_access()
@@ -119,7 +120,7 @@ class _Worker:
     self._process: Callable[[str], dict] | None = None
 
   def __call__(self, row: dict) -> dict:
-    """Processes {"shard": name, "config": JSON}.
+    """Processes the shard in {"shard": name, "config": JSON}.
 
     Returns {"shard": name, "summary": JSON, "error": "", "again": False}. After a UserError,
     "error" is its message, and "again" is True if the same command may succeed later.

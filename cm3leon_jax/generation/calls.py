@@ -20,12 +20,12 @@ from cm3leon_jax.generation.doubts import doubts
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import GUIDANCE, Task
 
-PROMPTS = ("question", "instruction")  # Names of the prompt in `answer` and `edit`.
+PROMPTS = ("question", "instruction")  # Other names for `prompt`, in `answer` and `edit`.
 MODES = ("1", "I;16", "L", "LA", "P", "RGB", "RGBA")  # Modes of PIL images that PNG supports.
 
 
 def whole(name: str, value: Any, least: int = 0) -> int:
-  """Returns the value as an int. Raises UserError if it is not an integer or below `least`."""
+  """Returns `value` as an int. Raises UserError if it is not an integer or less than `least`."""
   try:
     if isinstance(value, bool | np.bool_):
       raise TypeError("a truth value is not a number")
@@ -38,14 +38,14 @@ def whole(name: str, value: Any, least: int = 0) -> int:
 
 
 def truth(name: str, value: Any) -> bool:
-  """Returns the value. Raises UserError if it is not a bool: the text "no" would count as true."""
+  """Returns a bool. Raises UserError for other types, because the text "no" would count as true."""
   if not isinstance(value, bool | np.bool_):
     raise UserError(f"{name} is {short(value)}; it must be True or False.")
   return bool(value)
 
 
 def folder(name: str, value: Any) -> str:
-  """Returns the path as a text. Raises UserError if it is empty or not a path."""
+  """Returns a path as a string. Raises UserError if `value` is empty or not a path."""
   if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
     raise UserError(f"{name} is {short(value)}; it must be the path of a folder.")
   if not os.fspath(value).strip():
@@ -54,7 +54,7 @@ def folder(name: str, value: Any) -> str:
 
 
 def given_tasks(value: Any) -> list[Task]:
-  """Returns the tasks. Raises UserError if `value` is not a list of tasks."""
+  """Returns `value` as a list. Raises UserError if it is not a list of tasks."""
   if not isinstance(value, list | tuple) or not all(isinstance(task, Task) for task in value):
     raise UserError(
       f"tasks is {short(value)}; it must be a list of tasks of cm3leon_jax.generation.image_tasks "
@@ -64,7 +64,7 @@ def given_tasks(value: Any) -> list[Task]:
 
 
 def text(name: str, value: Any) -> str:
-  """Returns the value. Raises UserError if it is not a text."""
+  """Returns `value`. Raises UserError if it is not a string."""
   if not isinstance(value, str):
     kind = type(value).__name__
     raise UserError(f"{name} has type {kind}; it must be a text, or a list of texts.")
@@ -72,7 +72,7 @@ def text(name: str, value: Any) -> str:
 
 
 def image(value: Any) -> str | Image.Image | np.ndarray:
-  """Returns an image for a task. Raises UserError if it is not a path, a PIL image or an array."""
+  """Returns an image for a task. Raises UserError unless `value` is a path, PIL image or array."""
   if isinstance(value, str | os.PathLike):
     if os.fspath(value).lower().startswith(("http://", "https://")):
       raise UserError(f"image {value} is a URL; download the image, and give the path of its file.")
@@ -93,7 +93,7 @@ def image(value: Any) -> str | Image.Image | np.ndarray:
 
 
 def boxes(value: Any) -> tuple | list[tuple]:
-  """Returns one box as a tuple, or a list of boxes. Raises UserError if `value` is neither."""
+  """Returns one box as a tuple, or a list of boxes. Raises UserError for other types."""
   if not isinstance(value, list | tuple):
     raise UserError(
       f"box is {short(value)}; it must be (left, top, right, bottom), or a list of boxes."
@@ -122,7 +122,7 @@ def queries(value: Any) -> tuple[bool, list[tuple[str, Any]]]:
 
 
 def check_samples(pipeline: Pipeline, tasks: Sequence[Task], num_samples: Any, rank: Any) -> int:
-  """Returns the number of samples per task. Warns about tasks for which the model was not trained.
+  """Returns `num_samples` as an int. Warns about tasks for which the model was not trained.
 
   Raises:
     UserError: `num_samples` is not a positive integer; `rank` is not a bool; or ranking is
@@ -145,7 +145,7 @@ def rows(**inputs: Any) -> tuple[bool, list[dict]]:
   """Checks the inputs of a call and distributes them over its tasks.
 
   Each value in `inputs` is one input or a list of inputs. Inputs other than image and box are
-  texts. Returns (whether no input is a list, inputs of each task).
+  texts. Returns (True if no input is a list, the inputs of each task).
 
     rows(image="a.png", prompt=["x", "y"])
     (False, [{"image": "a.png", "prompt": "x"}, {"image": "a.png", "prompt": "y"}])
@@ -158,7 +158,7 @@ def rows(**inputs: Any) -> tuple[bool, list[dict]]:
   if len(set(lengths.values())) > 1:
     listed = " and ".join(f"{name} of {n}" for name, n in lengths.items())
     raise UserError(
-      f"lists have different lengths: {listed}; give as many of each, or one for all."
+      f"lists have different lengths: {listed}; give lists of equal length, or single values."
     )
   count = next(iter(lengths.values()), 1)
   return not lengths, [
@@ -168,7 +168,7 @@ def rows(**inputs: Any) -> tuple[bool, list[dict]]:
 
 
 def _checked(name: str, value: Any) -> Any:
-  """Checks an input and returns its value or its list of values, in the types that tasks take."""
+  """Checks an input, or each input in a list, and returns it in the type that tasks take."""
   if name == "box":
     return boxes(value)
   check = image if name == "image" else functools.partial(text, name)
@@ -176,9 +176,9 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def foreign(field: str, taken: Sequence[str]) -> str | None:
-  """Says what replaces a keyword of diffusers or transformers. Returns None for other keywords.
+  """Returns what to use instead of a keyword of diffusers or transformers; None for other keywords.
 
-  `taken` contains the settings that the task reads. It is empty if the method does not generate.
+  `taken` contains the settings that the task uses. It is empty if the method does not generate.
   """
   guidance = [name for name in ("guidance", "image_guidance", "edit_guidance") if name in taken]
   known = {
@@ -200,7 +200,7 @@ def sampling(name: str, defaults: SamplingConfig, given: dict[str, Any]) -> Samp
   """Returns the sampling settings of the task `name`: the `defaults`, overridden by `given`.
 
   Raises:
-    UserError: the task does not read a setting, or a setting has a wrong value.
+    UserError: the task does not use a setting, or a setting has an invalid value.
   """
   taken = prompt_file.task_class(name).settings
   for field in given:
@@ -228,10 +228,10 @@ def tasks(
 
   Task i has the seed `seed` + i. The keys of `inputs` are image, box, and prompt or one of
   `PROMPTS`. Each value is one input or a list. `fields` are integers that all tasks share; None
-  means the default of the task. Returns (whether no input is a list, tasks).
+  means the default of the task. Returns (True if no input is a list, tasks).
 
   Raises:
-    UserError: an argument has a wrong value.
+    UserError: an argument has an invalid value.
   """
   seed, config = whole("seed", seed), sampling(name, defaults, settings)
   shared: dict[str, Any] = {
@@ -255,7 +255,7 @@ def tasks(
 
 
 def _unread(task: Task, field: str) -> str:
-  """Returns a message that says why a given setting has no effect."""
+  """Returns a message that explains why a given setting has no effect."""
   if field in GUIDANCE and METHODS[task.sampling.method].is_guided:
     return f"{field} is given without a prompt for guidance: give a prompt, or leave {field} out."
   return (

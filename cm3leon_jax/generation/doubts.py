@@ -12,8 +12,8 @@ from cm3leon_jax.generation.text_tasks import InfillText, Question
 from cm3leon_jax.settings import Settings
 
 MARKS = re.compile(r"<(?:mask|image|break)>")
-SHOWN = 10_000  # Only this many characters of a prompt are checked.
-READ_MARKS = (InfillText, Instruct)  # Tasks in whose prompts <mask>, <image> or <break> is special.
+SHOWN = 10_000  # Number of characters at the start of a prompt that are checked.
+READ_MARKS = (InfillText, Instruct)  # Tasks that interpret <mask>, <image> or <break> in prompts.
 
 
 def doubts(
@@ -25,9 +25,9 @@ def doubts(
   """Returns a warning for each property of the tasks that training did not cover.
 
   Args:
-    settings: settings of the run that trained the model. Only the instruction tasks and the number
-      of neighbors are used.
-    unseen: ids that did not occur in training (see `unseen_tokens.find`); None if unknown.
+    settings: settings of the run that trained the model, for its instruction tasks and its number
+      of neighbors.
+    unseen: token ids that did not occur in training (see `unseen_tokens.find`); None if unknown.
   """
   found = []
   if any(isinstance(task, Edit) for task in tasks) and not _learned_edits(settings.instructions):
@@ -65,7 +65,7 @@ def doubts(
 
 
 def _learned_edits(config: InstructionsConfig) -> bool:
-  """Returns whether a training task edits images, or True if the task file no longer exists."""
+  """Returns whether any training task edits images; True if the task file no longer exists."""
   try:
     tasks = load_tasks(config)
   except UserError:

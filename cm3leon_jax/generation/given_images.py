@@ -13,7 +13,7 @@ from cm3leon_jax.generation.tasks import GivenImage, Task, image_name
 
 
 def load_image(image: GivenImage, resolution: int | None, crop: str = "center") -> np.ndarray:
-  """Applies `reader.load_image` to a path, a PIL image or an [H, W, 3] uint8 array."""
+  """Applies `reader.load_image` to a path, a PIL image, or an array, uint8 [H, W, 3]."""
   if isinstance(image, str):
     return reader.load_image(image, resolution, crop)
   buffer = io.BytesIO()
@@ -23,7 +23,7 @@ def load_image(image: GivenImage, resolution: int | None, crop: str = "center") 
 
 
 def square_image(task: Task, resolution: int) -> np.ndarray:
-  """Crops or scales a task's image to `resolution` x `resolution` pixels. Prints any change."""
+  """Crops or scales the image of a task to the `resolution` of the model. Prints any change."""
   image = task.image
   pixels = load_image(image, None)
   height, width = pixels.shape[:2]

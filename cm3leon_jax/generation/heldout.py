@@ -1,4 +1,4 @@
-"""Makes tasks from held-out captions, and draws their samples as grids while a run trains."""
+"""Makes tasks from held-out captions, and writes their samples as grids during training."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -24,13 +24,13 @@ GRID_COLUMNS = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldoutCaption(TextToImage):
-  """Task that generates an image for the caption of a held-out document.
+  """Generates an image for the caption of a held-out document.
 
   Attributes:
-    document: a caption, then an image. The prompt contains the ids of the caption.
-    neighbors: documents that the run stores as neighbors of this document. Only the caption was the
-      query for them, not the image. May be empty.
-    original: the document's image, decoded from its codes, [H, W, 3] uint8; None if not decoded.
+    document: a caption followed by an image. The prompt contains the token ids of the caption.
+    neighbors: stored neighbors of this document, possibly none. The caption alone was their query,
+      not the image.
+    original: the document's image, decoded from its codes, uint8 [H, W, 3]; None if not decoded.
   """
 
   document: Document
@@ -59,7 +59,7 @@ def heldout_tasks(
   image_tokenizer: ImageTokenizer | None = None,
   or_fewer: bool = False,
 ) -> list[HeldoutCaption]:
-  """Returns tasks for `count` evenly spaced held-out captions, one per caption and column.
+  """Returns a task per column for each of `count` evenly spaced held-out captions.
 
   Args:
     workdir: workdir of the run. Its document stores and neighbors are read.
@@ -68,10 +68,10 @@ def heldout_tasks(
       settings).
     keep_neighbors: whether the unconditional stream contains the retrieved documents.
     image_tokenizer: decodes the original images. If None, the tasks have no original images.
-    or_fewer: whether to use all held-out captions if fewer than `count` are held out.
+    or_fewer: whether to accept fewer than `count` held-out captions.
 
   Returns:
-    Tasks for all captions in the first column, then for all captions in the next column, etc.
+    The tasks of all captions for the first column, then those for the second column, etc.
 
   Raises:
     UserError: fewer than `count` captions are held out, and `or_fewer` is False.
@@ -80,7 +80,10 @@ def heldout_tasks(
   if or_fewer:
     count = min(count, len(heldout))
   if count > len(heldout):
-    raise UserError(f"--captions is {count}; only {len(heldout)} pairs are held out.")
+    raise UserError(
+      f"--captions is {count}, but only {len(heldout)} pairs are held out: choose at most this "
+      "number."
+    )
   rows = np.linspace(0, len(heldout) - 1, count).astype(int)
   return tasks_of_rows(layout, workdir, rows, seed, columns, keep_neighbors, image_tokenizer)
 
@@ -94,7 +97,7 @@ def tasks_of_rows(
   keep_neighbors: bool = False,
   image_tokenizer: ImageTokenizer | None = None,
 ) -> list[HeldoutCaption]:
-  """Returns tasks for the captions of the held-out documents at `rows`; see `heldout_tasks`."""
+  """Returns tasks for the held-out documents with the indices `rows`. See `heldout_tasks`."""
   workdir = epath.Path(workdir)
   heldout = DocumentStore(workdir / "documents" / "heldout_pairs", layout.vocab)
   documents = [heldout[int(i)] for i in rows]
@@ -125,10 +128,11 @@ def tasks_of_rows(
 
 
 def sample_grids(run: Run, folder: epath.PathLike) -> Callable[[dict, int], Image.Image]:
-  """Returns `generate_grid(params, step)`, which writes samples for held-out captions as a grid.
+  """Returns a function that writes a grid of samples for held-out captions, and returns the grid.
 
-  No neighbors are retrieved. All processes of a run must call `generate_grid`, because each process
-  holds a part of `params`. Only the first process writes the grid, to `folder`/step_XXXXXX.png.
+  Its arguments are (params, step). No neighbors are retrieved. All processes of a run must call the
+  function, because each process has a part of `params`. Only the first process writes the grid, to
+  `folder`/step_XXXXXX.png.
   """
   settings, layout = run.settings, PromptLayout.of(run)
   count, columns = settings.train.num_samples, [(0, settings.sampling)]

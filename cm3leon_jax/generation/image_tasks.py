@@ -1,6 +1,6 @@
 """Defines tasks that generate one image."""
 
-# I tokens of an image.
+# I tokens per image.
 
 from collections.abc import Sequence
 import dataclasses
@@ -42,7 +42,7 @@ class TextToImage(ImageTask):
   """Generates an image for a caption.
 
   Attributes:
-    retrieve: number of retrieved documents. Most training samples had two.
+    retrieve: number of documents to retrieve. Most training samples had two.
     keep_neighbors: whether the unconditional stream contains the retrieved documents.
   """
 
@@ -73,12 +73,12 @@ class TextToImage(ImageTask):
 
 @dataclasses.dataclass(frozen=True)
 class InfillImage(ImageTask):
-  """Generates new contents for a box of an image.
+  """Generates new content for a box of an image.
 
   Attributes:
-    box: left, top, right, bottom in pixels at the model's resolution; right and bottom are
-      exclusive.
-    prompt: caption of the whole image, which guides the codes; may be empty.
+    box: left, top, right, bottom in pixels at the model's resolution. The box excludes column
+      `right` and row `bottom`.
+    prompt: caption of the whole image; may be empty.
   """
 
   name = "infill_image"
@@ -108,7 +108,7 @@ class InfillImage(ImageTask):
     return request.infill(layout.vocab, layout.image_tokens, segments, neighbors)
 
   def _pieces(self, layout: PromptLayout, codes: np.ndarray) -> list[np.ndarray | Hole]:
-    """Cuts the box out of the codes: one hole if it has the full width, else one hole per row."""
+    """Cuts the box out of the codes: one hole if it has full width, otherwise one hole per row."""
     side = layout.side
     left, top, right, bottom = whole_codes(self.box, layout.resolution, side)
     if right - left == side:
@@ -117,9 +117,9 @@ class InfillImage(ImageTask):
       holes = [(row * side + left, row * side + right) for row in range(top, bottom)]
     if len(holes) >= layout.vocab.num_masks:
       raise UserError(
-        f"box is {_listed(self.box)}: it has {len(holes)} rows of codes, but the vocabulary has "
-        f"sentinels for {layout.vocab.num_masks - 1}: make the box less high, or as wide as the "
-        "image."
+        f"box is {_listed(self.box)}, which has {len(holes)} rows of codes; the maximum is "
+        f"{layout.vocab.num_masks - 1}, unless the box is as wide as the image: choose a smaller "
+        "box."
       )
     pieces: list[np.ndarray | Hole] = []
     position = 0
@@ -138,7 +138,7 @@ class InfillImage(ImageTask):
 
 @dataclasses.dataclass(frozen=True)
 class Edit(ImageTask):
-  """Edits an image. The prompt is the instruction."""
+  """Edits an image as the prompt instructs."""
 
   name = "edit"
   required = ("image", "prompt")
@@ -153,11 +153,11 @@ class Edit(ImageTask):
 
 @dataclasses.dataclass(frozen=True)
 class Instruct(ImageTask):
-  """Generates an image from an instruction of a trained kind (docs/instructions.md).
+  """Generates an image for an instruction of a kind seen in training (docs/instructions.md).
 
   Attributes:
-    prompt: all segments before the generated image, separated by `<break>`; `<image>` is the place
-      of the input image:
+    prompt: all segments before the generated image, separated by `<break>`. `<image>` represents
+      the input image. Example:
       "Make high quality image from canny edge features <break> <image> <break> a red star".
     image: input image; may be empty.
   """
@@ -193,12 +193,12 @@ class Unconditional(ImageTask):
 
 
 def whole_codes(box: Sequence, resolution: int, side: int) -> tuple[int, int, int, int]:
-  """Enlarges a box of pixels to whole codes. Returns (left, top, right, bottom) in codes.
+  """Expands a box of pixels to whole codes. Returns (left, top, right, bottom) in codes.
 
-    box (3, 0, 9, 4), resolution 16, 8 codes in a row: (1, 0, 5, 2)
+    whole_codes((3, 0, 9, 4), resolution=16, side=8) = (1, 0, 5, 2)
 
   Raises:
-    UserError: the box does not have four whole numbers, is empty, or is not within the image.
+    UserError: the box is not four whole numbers, is empty, or is not within the image.
   """
   if len(box) != 4 or not all(isinstance(x, int) and not isinstance(x, bool) for x in box):
     raise UserError(
@@ -207,7 +207,8 @@ def whole_codes(box: Sequence, resolution: int, side: int) -> tuple[int, int, in
   left, top, right, bottom = box
   if min(left, top) < 0 or max(right, bottom) > resolution:
     raise UserError(
-      f"box is {_listed(box)}; it must lie within the image, {resolution} x {resolution} pixels."
+      f"box is {_listed(box)}; it must be within the image, which has {resolution} x {resolution} "
+      "pixels."
     )
   if left >= right or top >= bottom:
     raise UserError(
@@ -219,7 +220,7 @@ def whole_codes(box: Sequence, resolution: int, side: int) -> tuple[int, int, in
 
 
 def print_rounded_box(box: Sequence, resolution: int, side: int) -> None:
-  """Prints the enlarged box if a box of pixels does not consist of whole codes."""
+  """Prints the expanded box if a box of pixels does not consist of whole codes."""
   pixels = resolution // side
   whole = tuple(pixels * x for x in whole_codes(box, resolution, side))
   if whole != tuple(box):

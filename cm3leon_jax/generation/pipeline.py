@@ -1,6 +1,6 @@
 """Makes samples for tasks: reads images, retrieves, generates, decodes, computes CLIP scores."""
 
-# I tokens of an image, G generated tokens, H height, W width.
+# I tokens per image, G generated tokens, H height, W width.
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -30,7 +30,7 @@ from cm3leon_jax.trained.run import Run
 
 
 def open_bank(layout: PromptLayout, bank: epath.PathLike) -> Bank:
-  """Opens the retrievable documents of a workdir."""
+  """Opens the bank of a workdir."""
   return Bank(epath.Path(bank) / "documents", layout.vocab)
 
 
@@ -40,7 +40,7 @@ def check_tasks(
   """Checks tasks before any compilation, and loads their images.
 
   `bank` is the bank to retrieve from, the workdir of the bank, or None. Returns a dict from the
-  `given_key` of each input image to its pixels, [H, W, 3] uint8.
+  `given_key` of each input image to its pixels, uint8 [H, W, 3].
 
   Raises:
     UserError: a field is wrong, a prompt is too long, an image is unreadable, or the bank is empty.
@@ -68,7 +68,7 @@ def check_tasks(
 
 
 class Pipeline:
-  """Generates samples for tasks. Loads each model once and compiles each program once per shape.
+  """Generates samples for tasks. Loads each model once, and compiles each program once per shape.
 
   run = Run.open("workdir/scenes")
   with jax.set_mesh(create_mesh(run.settings.mesh)):
@@ -88,20 +88,20 @@ class Pipeline:
     bank: epath.PathLike | None = None,
     **options: Any,
   ):
-    """Prepares the decoder. This call and every later call need a current mesh.
+    """Prepares the decoder. This call and all later calls need a current mesh.
 
     Args:
-      clip: scores samples and embeds queries. None: samples have no scores, and documents cannot be
-        retrieved.
-      bank: workdir whose documents are retrieved. None: there is no bank.
+      clip: scores samples and embeds queries. If None, samples have no scores, and documents cannot
+        be retrieved.
+      bank: workdir whose documents can be retrieved, or None.
       **options: fields of GeneratorConfig.
     """
     self.settings, self.layout, self.bank = settings, layout, bank
-    self.unseen: frozenset[int] | None = None  # Text ids that training never had; None: unknown.
+    self.unseen: frozenset[int] | None = None  # Text ids absent from training, if known.
     self.image_tokenizer = image_tokenizer
     self.generator = Generator(params, GeneratorConfig.of(settings, **options))
-    # CLIP and the image tokenizer use the decoder's batch size, too. A larger batch would compute
-    # more padding, and each further size would need another compilation.
+    # CLIP and the image tokenizer use the decoder's batch size, too. A larger batch would need more
+    # padding, and a different size another compilation.
     size = self.generator.config.batch_size
     self.clip = clip and clip.in_batches(size)
     self._tokenizer = image_tokenizer.in_batches(size)
@@ -115,7 +115,7 @@ class Pipeline:
     bank: epath.PathLike | None = None,
     **options: Any,
   ) -> "Pipeline":
-    """Makes the pipeline of a run. The run's documents are the bank unless `bank` is given."""
+    """Makes the pipeline of a run. The bank is the run's documents unless `bank` is given."""
     if bank is None and (run.stages / "documents").exists():
       bank = run.stages
     return cls(params, run.settings, PromptLayout.of(run), run.images, clip, bank, **options)
@@ -128,7 +128,7 @@ class Pipeline:
 
   @property
   def usual_retrieve(self) -> int:
-    """Largest number of documents that training samples had; 0 without a bank."""
+    """Maximum number of retrieved documents in a training sample; 0 without a bank."""
     return 0 if self.bank is None else self.settings.data.num_neighbors
 
   @functools.cached_property
@@ -137,7 +137,7 @@ class Pipeline:
     return open_bank(self.layout, self.bank)
 
   def check(self, tasks: Sequence[Task]) -> dict:
-    """Runs `check_tasks` with the opened bank."""
+    """Calls `check_tasks` with the layout and the bank of this pipeline."""
     opened = self.bank is not None and any(task.retrieve for task in tasks)
     return check_tasks(self.layout, tasks, self.documents if opened else self.bank)
 
@@ -153,11 +153,11 @@ class Pipeline:
     """Generates `num_samples` samples for each task.
 
     Args:
-      tasks: tasks of any kinds. Tasks of one kind with equal settings share batches.
+      tasks: tasks of any kind. Tasks of the same kind with equal settings share batches.
       num_samples: number of samples per task. The samples of a task share one prefill.
-      rank: order the samples of a task by CLIP score, best first.
-      given: result of `check_tasks`; if None, `check_tasks` is called.
-      on_batch: a function that gets the samples of each batch before the next batch starts.
+      rank: whether to sort the samples of a task by CLIP score, best first.
+      given: result of `check_tasks`. If None, `check_tasks` is called.
+      on_batch: function that is called with the samples of each batch before the next batch starts.
 
     Raises:
       UserError: `check_tasks` rejects a task, or no document is found for it.
@@ -165,7 +165,7 @@ class Pipeline:
     given = self.check(tasks) if given is None else given
     neighbors = self.retrieve(tasks)
     requests = self.requests(tasks, given, neighbors)
-    alike: dict[tuple, list[int]] = {}  # Kind -> tasks whose samples may share a batch.
+    alike: dict[tuple, list[int]] = {}  # Tasks whose samples can share a batch, by kind.
     for i, task in enumerate(tasks):
       kind = (task.name, task.retrieve, task.sampling, len(requests[i].streams))
       alike.setdefault(kind, []).append(i)
@@ -175,7 +175,7 @@ class Pipeline:
 
     def show_steps(more: int) -> None:
       steps.append(more)
-      bar.set_postfix(tokens=sum(steps))  # Number of tokens per sample in this batch.
+      bar.set_postfix(tokens=sum(steps))  # Tokens per sample in this batch.
 
     with progress_bar(
       total=total, desc="generate", unit="sample", disable=not show_progress
@@ -199,7 +199,7 @@ class Pipeline:
     return [ranked(of_task) for of_task in by_task] if rank else by_task
 
   def retrieve(self, tasks: Sequence[Task]) -> list[tuple[Document, ...]]:
-    """Retrieves the neighbors of each task by its `query`. Needs a CLIP model.
+    """Retrieves neighbors for the `query` of each task. Needs a CLIP model.
 
     Raises:
       UserError: `retrieval.max_similarity` excludes all documents for a task, and
@@ -231,10 +231,10 @@ class Pipeline:
   ) -> list[tuple[tuple[Document, ...], np.ndarray]]:
     """Finds the documents of the bank that are most similar to each query. Needs a CLIP model.
 
-    A query is ("text", text) or ("image", image). Returns (documents, their cosines with the query)
-    for each query, best first. A document is skipped if its similarity to the query is below
-    `retrieval.min_similarity`, or if its similarity to the query or to a better document is above
-    `retrieval.max_similarity`.
+    A query is ("text", text) or ("image", image). Returns, for each query, (documents, their cosine
+    similarities to the query), best first. A document is skipped if its similarity to the query is
+    below `retrieval.min_similarity`, or if its similarity to the query or to a better document is
+    above `retrieval.max_similarity`.
 
     Raises:
       UserError: there is no bank, or `count` is above `retrieval.max_candidates`.
@@ -243,11 +243,11 @@ class Pipeline:
       raise UserError("this model has no bank, so no documents can be retrieved.")
     if count > (most := self.settings.retrieval.max_candidates):
       raise UserError(
-        f"{count} documents are requested; at most config.retrieval.max_candidates = {most} can be."
+        f"{count} documents are requested; the maximum is config.retrieval.max_candidates = {most}."
       )
     if (embedded := len(self.retriever.bank)) != (held := len(self.documents)):
       raise UserError(
-        f"{self.bank} has embeddings of {embedded} documents in neighbors/, and {held} documents "
+        f"{self.bank} has embeddings of {embedded} documents in neighbors/, but {held} documents "
         "in documents/: run `cm3leon build_neighbors` again for that folder."
       )
     ids, scores = self.retriever.retrieve(self._embed(queries), count)
@@ -257,7 +257,7 @@ class Pipeline:
     ]
 
   def _embed(self, queries: Sequence[tuple[str, object]]) -> np.ndarray:
-    """Returns the embeddings of n queries (as in `search`), [n, E]."""
+    """Embeds n queries (see `search`). Returns [n, E]."""
     values: dict[str, list[Any]] = {"image": [], "text": []}
     for kind, value in queries:
       values[kind].append(value)
@@ -273,9 +273,10 @@ class Pipeline:
   def requests(
     self, tasks: Sequence[Task], given: dict, neighbors: Sequence[Sequence[Document]]
   ) -> list[Request]:
-    """Returns the request of each task.
+    """Makes the request of each task.
 
-    `given` is the result of `check_tasks`. The best neighbor of a task is first.
+    `given` is the result of `check_tasks`. `neighbors` contains the neighbors of each task, best
+    first.
     """
     codes = self.codes(given)
     return [
@@ -284,7 +285,7 @@ class Pipeline:
     ]
 
   def codes(self, given: dict) -> dict:
-    """Encodes the input images. Returns a dict from their `given_key`s to [I] int32 codes."""
+    """Encodes the input images. Returns a dict from their `given_key`s to codes, int32 [I]."""
     return dict(zip(given, self._tokenizer.encode(np.stack(list(given.values()))))) if given else {}
 
   def samples(
@@ -296,7 +297,7 @@ class Pipeline:
     given: dict,
     neighbors: Sequence[tuple[Document, ...]],
   ) -> list[Sample]:
-    """Makes samples from generated ids: decodes their images and texts and scores them.
+    """Makes samples from generated ids: decodes images and texts, and computes CLIP scores.
 
     `places` contains, for each result, the index of its task. `given` is the result of
     `check_tasks`.
@@ -328,7 +329,7 @@ class Pipeline:
     for i, sample in enumerate(samples):
       if clip is not None and sample.task.is_scored:
         assert clip.encode is not None
-        # A caption is compared with the input image, a generated image with the prompt.
+        # The score of a caption uses the input image; that of a generated image uses the prompt.
         image, text = sample.segments[0], sample.task.prompt
         if isinstance(sample.task, Caption):
           image, text = sample.given, sample.segments[0]

@@ -1,4 +1,4 @@
-"""Makes tasks from flags or from a file with one task per line."""
+"""Makes tasks from flags, or from a file with one task per line."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -17,14 +17,14 @@ from cm3leon_jax.files.atomic import open_filesystem
 from cm3leon_jax.generation import image_tasks, text_tasks
 from cm3leon_jax.generation.tasks import Task
 
-# The classes of all tasks. Base classes do not define `name`.
+# All task classes. Only base classes have no `name`.
 TASKS = tuple(
   value
   for module in (image_tasks, text_tasks)
   for value in vars(module).values()
   if isinstance(value, type) and issubclass(value, Task) and "name" in vars(value)
 )
-# Fields that a line may have in addition to the fields of SamplingConfig.
+# Fields that a line may have in addition to those of SamplingConfig.
 FIELDS = dict.fromkeys(("task", "prompt", "image"), str) | {"box": list, "keep_neighbors": bool}
 FIELDS |= dict.fromkeys(("length", "seed", "retrieve"), int)
 TYPES = {str: "string", int: "integer", list: "list", bool: "boolean"}
@@ -42,10 +42,10 @@ def task_class(name: str, where: str = "") -> type[Task]:
 def make_task(name: str, fields: dict, **common: Any) -> Task:
   """Makes a task and validates it.
 
-  Empty values in `fields` count as not given.
+  Empty values in `fields` are ignored.
 
   Raises:
-    UserError: the task is unknown, does not take a field, or is rejected by `Task.validate`.
+    UserError: the task is unknown, does not have a field, or is rejected by `Task.validate`.
   """
   where = common.get("where", "")
   cls = task_class(name, f"{where}: " if where else "")
@@ -64,16 +64,16 @@ def make_task(name: str, fields: dict, **common: Any) -> Task:
 
 
 def pair(prompts: Sequence[str], images: Sequence[str]) -> list[dict]:
-  """Pairs prompts with images. Their numbers must be equal, or one of the numbers must be 0 or 1.
+  """Pairs prompts with images. If there is only one prompt or only one image, it is used for all.
 
   Raises:
-    UserError: the numbers do not match, e.g. two prompts and three images.
+    UserError: there are different numbers of prompts and images, e.g. two and three.
   """
   count = max(len(prompts), len(images), 1)
   if any(len(values) not in (0, 1, count) for values in (prompts, images)):
     raise UserError(
       f"{len(prompts)} prompts and {len(images)} images are given: give equal numbers of both, or "
-      "one of them for all of the other."
+      "only one prompt or one image."
     )
   pairs: list[dict] = [{} for _ in range(count)]
   for name, values in (("prompt", prompts), ("image", images)):
@@ -90,29 +90,29 @@ def read(
   allow_outside: bool = False,
   **defaults: Any,
 ) -> list[Task]:
-  """Reads one task from each line of a JSONL file; empty lines are ignored.
+  """Reads one task from each line of a JSONL file. Ignores empty lines.
 
     {"task": "text_to_image", "prompt": "a green bell", "guidance": 5, "top_k": 64}
     {"task": "caption", "image": "photos/cat.jpg"}
 
-  Images are paths relative to the folder of the file. They must be in this folder after links are
-  resolved.
+  Images are paths relative to the folder of the file. With all links resolved, they must be in this
+  folder.
 
   Args:
-    task: name of the task for lines that do not name one.
+    task: task of the lines that do not name one.
     seed: seed of the first task; task i has seed + i, unless its line has a seed.
-    sampling: default settings; a line may override them.
+    sampling: default settings, which a line can override.
     allow_outside: whether images may be outside the folder.
-    **defaults: default values of fields. A default applies to the tasks that take the field.
+    **defaults: default values of fields, for the tasks that have the field.
 
   Raises:
-    UserError: a line is not a JSON object, has an unknown field or a wrong value, or names an image
-      outside the folder. The message names file and line.
+    UserError: a line is not a JSON object, has an unknown field or an invalid value, or names an
+      image outside the folder. The message names the file and the line.
   """
   path = epath.Path(path)
   if not path.exists():
     raise UserError(
-      f"--prompts names {path}, which does not exist: give a file with one JSON object per line."
+      f"--prompts is {path}, which does not exist: give a file with one JSON object per line."
     )
   images = ImageFolder(os.fspath(path.parent), BY_FLAG, allow_outside)
   tasks: list[Task] = []
@@ -136,12 +136,12 @@ def read(
       fields["box"] = tuple(fields["box"])
     tasks.append(make_task(name, fields, **common))
   if not tasks:
-    raise UserError(f"--prompts names {path}, which has no line: give one JSON object per line.")
+    raise UserError(f"--prompts is {path}, which contains no task: write one JSON object per line.")
   return tasks
 
 
 def _checked(fields: dict, where: str) -> dict:
-  """Returns the fields of a line. Raises UserError for wrong names or types."""
+  """Returns the fields of a line. Raises UserError for an unknown name or a wrong type."""
   known = [*FIELDS, *(f.name for f in dataclasses.fields(SamplingConfig))]
   for name, value in fields.items():
     if name not in known:
@@ -155,7 +155,7 @@ def _checked(fields: dict, where: str) -> dict:
 
 
 def _sampling(fields: dict, defaults: SamplingConfig, where: str) -> SamplingConfig:
-  """Moves the fields of SamplingConfig out of `fields`. Raises UserError for a wrong value."""
+  """Moves the fields of SamplingConfig out of `fields`. Raises UserError for an invalid value."""
   names = [f.name for f in dataclasses.fields(SamplingConfig) if f.name in fields]
   own = {name: fields.pop(name) for name in names}
   try:

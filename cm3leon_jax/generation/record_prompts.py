@@ -1,4 +1,4 @@
-"""Makes tasks from records of instruction data, worded as in the templates of training."""
+"""Makes tasks from records of instruction data, with the wording of the training templates."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage
 from cm3leon_jax.generation.tasks import BREAK, IMAGE, MASK, Task
 from cm3leon_jax.generation.text_tasks import InfillText
 
-LONGEST_TEXT = 40  # Largest number of tokens of an answer.
+LONGEST_TEXT = 40  # Maximum number of tokens in an answer.
 
 
 def prompt_of(task: InstructionTask, record: Record, **common: Any) -> Task:
-  """Returns the task whose answer is the target of a record.
+  """Returns a task whose correct answer is the target of a record.
 
-    "Question: {question} Answer: {answer}. <break> {image}", target "answer":
+    Template "Question: {question} Answer: {answer}. <break> {image}", target "answer" ->
     InfillText("Question: Is there a cat? Answer: <mask>. <break> <image>", image)
 
-  `common` may have `seed` and `sampling`, and `retrieve`, which only `TextToImage` uses.
+  `common` may contain `seed` and `sampling`, and `retrieve`, which only `TextToImage` uses.
   """
   retrieve = common.pop("retrieve", 0)
   segments: list[str] = []

@@ -1,4 +1,4 @@
-"""Retrieves documents of the bank for a user: captions, images, similarities and origins."""
+"""Retrieves documents for a user, with their captions, images, similarities and origins."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -13,7 +13,7 @@ from cm3leon_jax.generation.pipeline import Pipeline
 
 @dataclasses.dataclass(frozen=True)
 class Retrieved:
-  """Retrieved document. `similarity` is its cosine with the query under the run's CLIP."""
+  """Retrieved document. `similarity` is its cosine similarity to the query, by CLIP."""
 
   key: str
   caption: str
@@ -27,7 +27,7 @@ class Retrieved:
 def search(
   pipeline: Pipeline, queries: Sequence[tuple[str, object]], count: int
 ) -> list[list[Retrieved]]:
-  """Finds up to `count` documents for each query, best first; see `Pipeline.search`.
+  """Finds up to `count` documents for each query, best first. See `Pipeline.search`.
 
   Raises:
     UserError: the bank is empty, or `count` is too large.
@@ -54,7 +54,7 @@ def search(
 
 
 def images_of(pipeline: Pipeline, documents: Sequence[Document]) -> list[np.ndarray]:
-  """Decodes the images of documents from their codes. Each image is [H, W, 3] uint8."""
+  """Decodes the images of documents from their codes. Each image is uint8 [H, W, 3]."""
   if not documents:
     return []
   vocab = pipeline.layout.vocab

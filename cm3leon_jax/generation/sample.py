@@ -1,6 +1,6 @@
-"""Defines a sample: one generated result with its texts, images, ids and scores."""
+"""Defines a sample: one generated result, with its texts, images, token ids and scores."""
 
-# I tokens of an image, G generated tokens, H height, W width.
+# I tokens per image, G generated tokens, H height, W width.
 
 from collections.abc import Sequence
 import dataclasses
@@ -18,21 +18,21 @@ class Sample:
   """Generated result of a task.
 
   Attributes:
-    index: index of the sample among the samples of the task, from 0.
+    index: index of the sample among those of the task, starting at 0.
     seed: a task with this seed and one sample reproduces this sample.
-    segments: texts and [H, W, 3] uint8 images, in order.
-    codes: [I] int32 codes of each image.
-    filled: generated text of each hole.
-    tokens: [G] int32, all generated ids.
-    log_probs: [G] fp32 log-probabilities of the ids under the guided distribution, before
+    segments: texts and images, uint8 [H, W, 3], in order.
+    codes: int32 codes [I] of each image.
+    filled: generated text for each hole.
+    tokens: all generated ids, int32 [G].
+    log_probs: fp32 [G], log-probabilities of `tokens` under the guided distribution, before
       temperature and filters.
     contrastive: whether the image codes were sampled by contrastive decoding.
     neighbors: retrieved documents, best first.
-    given: [H, W, 3] uint8, the input image of the task or the original of a held-out caption; None
-      if the task has neither.
-    clip_score: cosine of image and caption; None if CLIP did not score the sample.
-    rank: rank by clip_score among the samples of the task, from 1; None if they are not ranked.
-    divergence: mean over the image codes of KL(with prompt || without prompt) in nats; None if it
+    given: uint8 [H, W, 3], the task's input image, or the original image of a held-out caption;
+      None if there is neither.
+    clip_score: cosine similarity of image and caption; None if CLIP did not score the sample.
+    rank: rank by clip_score among the task's samples, starting at 1; None if they are not ranked.
+    divergence: mean over the image codes of KL(with prompt || without prompt), in nats; None if it
       was not computed.
   """
 
@@ -63,7 +63,7 @@ class Sample:
 
   @property
   def parts(self) -> list[str | Image.Image]:
-    """All texts and images in order."""
+    """All texts and images of the sample, in order."""
     return [s if isinstance(s, str) else Image.fromarray(s) for s in self.segments]
 
   @property
@@ -72,12 +72,12 @@ class Sample:
 
   @property
   def image(self) -> Image.Image | None:
-    """First image, or None if there is no image."""
+    """First image of the sample, or None."""
     return next(iter(self.images), None)
 
   @property
   def text(self) -> str:
-    """All texts, one per line."""
+    """All texts of the sample, one per line."""
     return "\n".join(s for s in self.segments if isinstance(s, str))
 
 
@@ -86,7 +86,7 @@ def _size(image: np.ndarray) -> str:
 
 
 def ranked(samples: Sequence[Sample]) -> list[Sample]:
-  """Ranks the samples of a task by CLIP score, best first; samples without a score are last."""
+  """Sorts and ranks the samples of a task by CLIP score. Samples without a score are last."""
 
   def score(sample: Sample) -> float:
     return -np.inf if sample.clip_score is None else sample.clip_score

@@ -1,9 +1,9 @@
-"""Defines the base class of tasks, which makes a request and decodes the generated ids.
+"""Defines the base class of tasks. A task makes a request, and decodes the generated ids.
 
 Each task is a frozen dataclass in `image_tasks` or `text_tasks`; `prompt_file.TASKS` lists them.
 """
 
-# I tokens of an image, G generated tokens, H height, W width.
+# I tokens per image, G generated tokens, H height, W width.
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -31,12 +31,12 @@ from cm3leon_jax.trained.run import Run
 from cm3leon_jax.vocab import VocabLayout
 
 GivenImage: TypeAlias = str | Image.Image | np.ndarray  # A path, or uint8 [H, W, 3].
-TextOrImage: TypeAlias = str | np.ndarray  # A text, or an image: its codes or its pixels.
+TextOrImage: TypeAlias = str | np.ndarray  # A text, or an image as codes or pixels.
 Decoded: TypeAlias = tuple[tuple[TextOrImage, ...], tuple[str, ...]]  # See `Task.from_ids`.
-# Marks in a prompt: a hole in a text, the end of a segment, the place of the input image.
+# Marks in a prompt: a hole in a text, the end of a segment, the input image.
 MASK, BREAK, IMAGE = "<mask>", "<break>", "<image>"
-# Fields of SamplingConfig that tasks read in addition to TEXT_SETTINGS: for image codes with an
-# unconditional stream, for image codes without it, for guidance, and for the guidance of edits.
+# Fields of SamplingConfig that tasks use in addition to TEXT_SETTINGS: for image codes with an
+# unconditional stream, for image codes without one, for guidance, and for the guidance of edits.
 IMAGE_SETTINGS = settings_of_codes(unconditional=True)
 ALONE_SETTINGS = settings_of_codes(unconditional=False)
 GUIDANCE = ("guidance", "guidance_schedule")
@@ -48,12 +48,12 @@ class PromptLayout:
   """Properties of a run that requests depend on.
 
   Attributes:
-    image_tokens: number of tokens of an image, I.
+    image_tokens: I, the number of tokens per image.
     resolution: side of images in pixels.
-    positions: number of positions that the model was trained on.
-    encode: text -> [T] int32 ids.
-    decode: ids -> text.
-    longest_token: largest number of characters of a text token; 0 means unknown.
+    positions: number of positions in training, the maximum length of a sample.
+    encode: maps a text to token ids, int32 [T].
+    decode: maps token ids to a text.
+    longest_token: number of characters of the longest text token; 0 if unknown.
   """
 
   vocab: VocabLayout
@@ -81,13 +81,13 @@ class PromptLayout:
 
   @property
   def most_characters(self) -> int | None:
-    """Largest number of characters of a prompt, including its marks; None if unknown."""
+    """Maximum number of characters in a prompt, including its marks; None if unknown."""
     longest = max(self.longest_token, *map(len, (MASK, BREAK, IMAGE)))
     return self.positions * longest if self.longest_token else None
 
   @property
   def side(self) -> int:
-    """Number of codes in a row of an image."""
+    """Number of codes per row of an image."""
     return math.isqrt(self.image_tokens)
 
 
@@ -95,16 +95,16 @@ class PromptLayout:
 class Task:
   """Base class of tasks that a user can request.
 
-  A subclass declares the fields that it takes, makes its prompts and decodes its answer.
+  A subclass declares its fields, makes the prompts, and decodes the answer.
 
   Attributes:
     name: value of the flag `--task`.
     required: fields that must not be empty.
-    settings: fields of SamplingConfig that the task reads.
-    numbers_images: whether a sample may have several images. The image files are then numbered.
+    settings: fields of SamplingConfig that the task uses.
+    numbers_images: whether a sample can have several images, so that image files are numbered.
     crop: how the input image becomes square, see `RawConfig.crop`.
     seed: seed of the first sample.
-    row: row on the contact sheet. Tasks of one row differ only in their settings.
+    row: row of the contact sheet. Tasks in the same row differ only in their settings.
     where: the task's place in a prompt file, e.g. "my.jsonl, line 3"; "" without a prompt file.
   """
 
@@ -113,15 +113,16 @@ class Task:
   settings: ClassVar[tuple[str, ...]] = ()
   numbers_images: ClassVar[bool] = False
   crop: ClassVar[str] = "center"
-  # Values of fields that a subclass does not declare. Annotations would make them dataclass fields.
+  # Default values of fields that a subclass does not declare. They have no annotations, because
+  # annotations would make them dataclass fields.
   prompt = ""
   image = cast("GivenImage", "")
   box = cast("tuple[int, ...]", ())
   length = 0
   retrieve = 0
   keep_neighbors = False
-  neighbors = cast("tuple[Document, ...] | None", None)  # None: retrieve from the bank.
-  original = cast("np.ndarray | None", None)  # A held-out image, for the contact sheet.
+  neighbors = cast("tuple[Document, ...] | None", None)  # None: retrieves from the bank.
+  original = cast("np.ndarray | None", None)  # Original of a held-out image.
 
   seed: int = 0
   sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (frozen)
@@ -130,7 +131,7 @@ class Task:
 
   @property
   def key(self) -> str:
-    """Name of the held-out document; "" for other tasks."""
+    """Key of the held-out document; "" for other tasks."""
     return ""
 
   @property
@@ -139,11 +140,11 @@ class Task:
     return ""
 
   def error(self, sentence: object) -> UserError:
-    """Returns an error. Its message starts with the task's place in the prompt file, if any."""
+    """Makes a UserError whose message starts with the task's place in the prompt file, if any."""
     return UserError(f"{self.where}: {sentence}" if self.where else str(sentence))
 
   def validate(self) -> None:
-    """Raises UserError if a required field is empty or a field is out of range."""
+    """Raises UserError if a required field is empty, or a field has an invalid value."""
     if not isinstance(self.prompt, str):
       raise self.error(f"the prompt is {short(self.prompt)}; it must be a text.")
     if any("\ud800" <= c <= "\udfff" for c in self.prompt):
@@ -164,7 +165,7 @@ class Task:
         raise self.error(f"{field} is {short(value)}; it must lie in [0, 2^32).")
 
   def unread_settings(self) -> tuple[str, ...]:
-    """Returns the fields of `settings` that have no effect, given the other fields of the task."""
+    """Returns the fields in `settings` that have no effect with the other fields of the task."""
     name = self.sampling.method
     return (*unread_settings(name), *(() if METHODS[name].is_guided else (*GUIDANCE, *EDITING)))
 
@@ -176,7 +177,7 @@ class Task:
       )
 
   def identity(self) -> dict[str, Any]:
-    """Returns the name of the task and the fields that its samples depend on."""
+    """Returns the name of the task and the fields that determine its samples."""
     fields = dataclasses.asdict(self)
     del fields["where"]
     return {"task": self.name, **fields}
@@ -193,15 +194,14 @@ class Task:
   ) -> Request:
     """Returns the request: the prompts of all guidance streams, and what may follow them.
 
-    `image` contains the [I] codes of the input image. None means that the task has no image, or
-    that zeros replace the codes.
+    `image` contains the codes [I] of the input image. If it is None, zeros replace the codes.
 
     Raises:
       UserError: the request has more positions than the model was trained on, the box is outside
         the image, or the sampling method needs an unconditional stream that the task does not have.
     """
     most = layout.most_characters
-    if most is not None and len(self.prompt) > most:  # Encoding the prompt would take minutes.
+    if most is not None and len(self.prompt) > most:  # Encoding a longer prompt would take minutes.
       raise self.error(
         f"the prompt has {len(self.prompt):,} characters; the model was trained on "
         f"{layout.positions} positions, which {most:,} fill at most: shorten the prompt."
@@ -225,23 +225,24 @@ class Task:
       if makes_images and METHODS[name].needs_unconditional and len(request.streams) == 1:
         raise UserError(
           f"sampling.method is '{name}', which needs a second stream without the prompt, but task "
-          f"{self.name} has only one stream here: set it to {' or '.join(without_unconditional())}."
+          f"{self.name} has only one stream here: set sampling.method to "
+          f"{' or '.join(without_unconditional())}."
         )
       return request
     except UserError as error:
       raise self.error(error) from error
 
   def _request(self, layout: PromptLayout, image: np.ndarray, neighbors: list) -> Request:
-    """Makes the request from the [I] ids of the image and the segments of the neighbors."""
+    """Makes the request from the token ids [I] of the image and the segments of the neighbors."""
     raise NotImplementedError
 
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
-    """Decodes [G] ids. Returns (texts and [I] int32 image codes in order, texts of all holes)."""
+    """Decodes ids [G]. Returns (texts and image codes, int32 [I], in order; texts of all holes)."""
     raise NotImplementedError
 
   @property
   def is_scored(self) -> bool:
-    """Whether CLIP can score a sample; see `Pipeline.samples`."""
+    """Whether CLIP can score the samples. See `Pipeline.samples`."""
     return False
 
   @property
@@ -251,19 +252,19 @@ class Task:
 
   @property
   def settings_label(self) -> str:
-    """Describes the settings that differ within a row of the contact sheet."""
+    """Settings of the task that differ within a row of the contact sheet, as text."""
     return ""
 
   @property
   def file_stem(self) -> str:
-    """Start of the names of the image files."""
+    """Beginning of the names of the task's image files."""
     return f"{self.row:03d}_{slug(self.prompt or self.name)}"
 
 
 def split_prompt(task: Task) -> list[str]:
   """Splits a prompt into its segments: texts and IMAGE.
 
-    "Question: what is it? <break> <image>": ["Question: what is it?", "<image>"]
+    "Question: what is it? <break> <image>" -> ["Question: what is it?", "<image>"]
 
   Raises:
     UserError: a segment is empty, or IMAGE occurs within a text, twice, or without an input image.
@@ -291,7 +292,7 @@ def image_name(image: GivenImage) -> str:
 
 
 def document_segments(vocab: VocabLayout, request: Request, ids: np.ndarray) -> list[np.ndarray]:
-  """Inserts [G] generated ids into the document of a request and splits it into segments."""
+  """Inserts generated ids [G] into the document of a request, and splits it into segments."""
   whole = np.concatenate([request.streams[0], ids]).astype(np.int32)
   whole = undo_cm3_mask(whole, vocab) if vocab.eoss in whole else whole
   parts = np.split(whole, np.flatnonzero((whole == vocab.brk) | (whole == vocab.eos)))
@@ -299,13 +300,13 @@ def document_segments(vocab: VocabLayout, request: Request, ids: np.ndarray) -> 
 
 
 def decode_segment(layout: PromptLayout, segment: np.ndarray) -> TextOrImage:
-  """Decodes the ids of a segment into a text or [I] image codes."""
+  """Decodes the ids of a segment into a text, or into image codes [I]."""
   vocab = layout.vocab
   return vocab.image_codes(segment) if vocab.is_image(segment).all() else layout.decode(segment)
 
 
 def slug(text: str) -> str:
-  """Converts a text into a part of a file name.
+  """Converts a text to a part of a file name.
 
   >>> slug("Red  apple!")
   'red-apple'

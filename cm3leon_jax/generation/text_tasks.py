@@ -1,4 +1,4 @@
-"""Defines tasks that write text: captions, answers, infilled texts and interleaved documents."""
+"""Defines tasks that write text: captions, answers, infilled texts, and interleaved documents."""
 
 from collections.abc import Callable
 import dataclasses
@@ -24,16 +24,16 @@ from cm3leon_jax.generation.tasks import (
 )
 from cm3leon_jax.tokenizers.text import encode_pieces
 
-TEXT_LENGTH = 64  # Default of the largest number of tokens in a hole.
+TEXT_LENGTH = 64  # Default maximum number of tokens per hole.
 QUESTION = f"Question: {{}} Answer: {MASK}."  # CM3Leon, table 5.
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTask(Task):
-  """Base class of the tasks that fill the holes of a text with texts.
+  """Base class of the tasks that fill the holes of a text.
 
-  The document is the text, then the input image if there is one. `length` is the largest number of
-  tokens in each hole; 0 means TEXT_LENGTH.
+  The document is the text, followed by the input image if there is one. `length` is the maximum
+  number of tokens per hole; 0 means TEXT_LENGTH.
   """
 
   settings = TEXT_SETTINGS
@@ -41,7 +41,7 @@ class TextTask(Task):
   length: int = dataclasses.field(default=0, kw_only=True)
 
   def _text(self) -> str:
-    """Returns the text of the document, with MASK for each hole."""
+    """Returns the text of the document, in which MASK represents a hole."""
     return self.prompt
 
   def _request(self, layout: PromptLayout, image: np.ndarray, neighbors: list) -> Request:
@@ -53,7 +53,7 @@ class TextTask(Task):
     return request.infill(layout.vocab, layout.image_tokens, segments, neighbors)
 
   def _texts(self) -> list[str]:
-    """Returns the texts of the document, then IMAGE if there is an image."""
+    """Returns the texts of the document, followed by IMAGE if there is an image."""
     return [self._text(), IMAGE] if has_image(self) else [self._text()]
 
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
@@ -99,11 +99,11 @@ class Question(TextTask):
 
 @dataclasses.dataclass(frozen=True)
 class InfillText(TextTask):
-  """Fills in the masks of a text.
+  """Fills the masks of a text.
 
   Attributes:
-    prompt: text with `<mask>` for each hole. `<break>` ends a segment, and `<image>` is the place
-      of the input image.
+    prompt: text with `<mask>` for each hole. `<break>` ends a segment, and `<image>` represents the
+      input image.
     image: input image; may be empty. It follows the text if the prompt has no `<image>`.
   """
 
@@ -139,7 +139,7 @@ class Interleaved(Task):
 
   Attributes:
     prompt: beginning of the document; may be empty.
-    length: largest number of tokens; 0 means all positions that the model was trained on.
+    length: maximum number of tokens; 0 means as many as fit in a training sample.
   """
 
   name = "interleaved"
@@ -162,7 +162,7 @@ class Interleaved(Task):
 def _with_holes(
   encode: Callable[[str], np.ndarray], text: str, hole: Hole
 ) -> list[np.ndarray | Hole]:
-  """Encodes a text as the pieces of a segment. Each mask becomes a hole."""
+  """Encodes a text as pieces of a segment, with a hole for each mask."""
   first, *others = text_pieces(encode, text)
   segment: list[np.ndarray | Hole] = [first] if len(first) else []
   for piece in others:
@@ -171,8 +171,8 @@ def _with_holes(
 
 
 def text_pieces(encode: Callable[[str], np.ndarray], text: str) -> list[np.ndarray]:
-  """Encodes the pieces of a text between its masks as if the masks were filled in.
+  """Encodes the parts of a text between its masks as they would be encoded in the filled text.
 
-  "a <mask> on it.": ids of " a" and of " on it."
+  "a <mask> on it." -> the token ids of " a", and those of " on it."
   """
   return encode_pieces(encode, text.split(MASK))

@@ -1,4 +1,4 @@
-"""Writes samples to files: images, results.jsonl and one contact sheet."""
+"""Writes samples to files: images, results.jsonl and a contact sheet."""
 
 # H height, W width of an image.
 
@@ -19,15 +19,15 @@ from cm3leon_jax.generation.tasks import IMAGE
 from cm3leon_jax.generation.text_tasks import TextTask
 
 SHEET_ROWS = 64  # Few programs can open a sheet with more rows.
-ORIGIN = ("key", "source", "license", "attribution")  # Fields of a neighbor in results.jsonl.
-CELL = 128  # Smallest side of an image on a sheet, in pixels.
+ORIGIN = ("key", "source", "license", "attribution")  # Fields for a neighbor in results.jsonl.
+CELL = 128  # Minimum side of an image on a sheet, in pixels.
 GAP = 6
 LABEL_WIDTH = 150
 LABEL_HEIGHT = 20
 
 
 class Writer:
-  """Writes samples into a folder.
+  """Writes the samples of several tasks to a folder.
 
   writer = Writer(folder, num_samples)
   samples = pipeline.generate(tasks, num_samples, on_batch=writer.save_images)
@@ -38,7 +38,7 @@ class Writer:
     self.folder, self.num_samples = epath.Path(folder), num_samples
 
   def file_names(self, sample: Sample) -> list[str]:
-    """Returns the file names of a sample's images."""
+    """Returns the names of the files for a sample's images."""
     stem = sample.task.file_stem
     if self.num_samples > 1:
       stem += f"_sample{sample.index}"
@@ -47,7 +47,7 @@ class Writer:
     return [f"{stem}_image{i}.png" for i in range(len(sample.codes))]
 
   def save_images(self, samples: Sequence[Sample]) -> None:
-    """Writes the images of `samples`, e.g. of one batch."""
+    """Writes the images of `samples`, such as those of one batch."""
     for sample in samples:
       images = [s for s in sample.segments if not isinstance(s, str)]
       for name, image in zip(self.file_names(sample), images):
@@ -63,7 +63,7 @@ class Writer:
 
 
 def record(sample: Sample, files: list[str]) -> dict:
-  """Returns the line of results.jsonl for a sample (docs/workdir.md)."""
+  """Returns the line for a sample in results.jsonl (docs/workdir.md)."""
   task = sample.task
   return {
     "task": task.name,
@@ -90,7 +90,7 @@ def record(sample: Sample, files: list[str]) -> dict:
 
 
 def _answer(sample: Sample, files: list[str]) -> dict:
-  """Returns the fields of `record` for the answer of a sample: texts, codes and files."""
+  """Returns the fields of `record` with the answer of a sample: texts, codes and files."""
   if isinstance(sample.task, ImageTask):
     return {"file": files[0], "codes": sample.codes[0].tolist()}
   if isinstance(sample.task, TextTask):
@@ -100,7 +100,7 @@ def _answer(sample: Sample, files: list[str]) -> dict:
 
 
 def sample_sheet(samples: Sequence[Sequence[Sample]]) -> Image.Image:
-  """Draws at most SHEET_ROWS rows, one per prompt: the input or original image, then samples."""
+  """Draws up to SHEET_ROWS rows, one per prompt: the input or original image, then the samples."""
   rows, titles, labels = {}, {}, {}
   for of_task in samples:
     task, given = of_task[0].task, of_task[0].given
@@ -122,7 +122,7 @@ def sample_sheet(samples: Sequence[Sequence[Sample]]) -> Image.Image:
 
 
 def save_png(path: epath.PathLike, image: Image.Image | np.ndarray) -> None:
-  """Writes an image, [H, W, 3] uint8 or a PIL image, atomically."""
+  """Writes an image, uint8 [H, W, 3] or a PIL image, to a PNG file atomically."""
   image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
   buffer = io.BytesIO()
   image.save(buffer, "PNG", optimize=True)
@@ -133,10 +133,10 @@ def save_png(path: epath.PathLike, image: Image.Image | np.ndarray) -> None:
 def contact_sheet(
   rows: Sequence[Sequence], labels: Sequence[str], columns: Sequence[str] = ()
 ) -> Image.Image:
-  """Draws rows of images and texts with labels. Small images are enlarged without smoothing.
+  """Draws rows of images and texts, with labels. Small images are enlarged without smoothing.
 
-  A cell is a text or an image, [H, W, 3] uint8. All images have the same size. Labels are to the
-  left of the rows, and the titles in `columns` are above the rows.
+  A cell is a text or an image, uint8 [H, W, 3]. All images have the same size. `labels` are left of
+  the rows, and the titles in `columns` are above them.
   """
   sizes = [np.shape(cell)[:2] for row in rows for cell in row if not isinstance(cell, str)]
   height, width = sizes[0] if sizes else (CELL, CELL)
@@ -162,7 +162,7 @@ def contact_sheet(
 
 
 def wrapped(text: str, width: int, height: int) -> str:
-  """Breaks a text into lines for a cell of `width` x `height` pixels. A longer text is cut."""
+  """Breaks a text into lines for a cell of `width` x `height` pixels. Cuts what does not fit."""
   lines, most = textwrap.wrap(text, max(1, width * 22 // LABEL_WIDTH)), max(1, height // 14)
   return "\n".join(
     lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][:-1] + "…"]

@@ -1,4 +1,4 @@
-"""Imports a checkpoint into a workdir: its tokenizer, and parameters to start a run from."""
+"""Imports a checkpoint into a workdir: its tokenizer, and its parameters as the start of a run."""
 
 from collections.abc import Collection, Mapping
 import dataclasses
@@ -27,7 +27,7 @@ TEXT = "text_tokenizer"
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-  """Data that an import writes. `fields` has the values that config.model and vocab must have."""
+  """Data to import. `fields` contains the values that config.model and config.vocab must have."""
 
   source: SourceCheckpoint
   fields: dict[str, dict[str, Any]]
@@ -36,7 +36,7 @@ class Import:
 
 
 def plan(settings: Settings, source: str) -> Import:
-  """Plans an import and compares it with the config. Writes nothing.
+  """Reads what an import would write, and compares it with the config. Writes nothing.
 
   `source` is the folder of the checkpoint.
 
@@ -61,7 +61,7 @@ def plan(settings: Settings, source: str) -> Import:
 
 
 def _own_tensors(source: SourceCheckpoint, config: ModelConfig) -> list[Tensor]:
-  """Returns the tensors of an export of this project. They need no conversion."""
+  """Returns the tensors of an export of this project, which need no conversion."""
   shapes = layouts.shapes_of(config)
   source.check_names(shapes)
   for name, shape in shapes.items():
@@ -73,7 +73,7 @@ def _own_tensors(source: SourceCheckpoint, config: ModelConfig) -> list[Tensor]:
 
 
 def _own_fields(source: SourceCheckpoint) -> dict[str, dict]:
-  """Returns the config fields that a model of this project needs.
+  """Returns the config fields that an export of this project needs.
 
   A model with rotary positions accepts any `max_positions`.
   """
@@ -90,14 +90,14 @@ def _own_fields(source: SourceCheckpoint) -> dict[str, dict]:
 
 
 def _end_of_text(source: SourceCheckpoint, rows: int) -> int | None:
-  """Returns the end-of-text id of a published model; None if config.json has none."""
+  """Returns the end-of-text id of a published model, or None if config.json has no valid one."""
   found = source.described.get("eos_token_id")
   first = found[0] if isinstance(found, list) and found else found
   return first if type(first) is int and 0 <= first < rows else None
 
 
 def _differing(settings: Settings, needed: dict[str, dict]) -> dict[str, dict]:
-  """Returns the fields of `needed` whose values differ from the config."""
+  """Returns the fields in `needed` whose values differ from the config."""
   return {
     section: {k: v for k, v in fields.items() if getattr(getattr(settings, section), k) != v}
     for section, fields in needed.items()
@@ -105,10 +105,10 @@ def _differing(settings: Settings, needed: dict[str, dict]) -> dict[str, dict]:
 
 
 def flags(fields: Mapping[str, Mapping[str, Any]], chosen: Collection[str] | None = None) -> str:
-  """Returns command-line flags that set fields of config sections.
+  """Returns command-line flags that set config fields.
 
-  `fields` is section -> field -> value. `chosen` has the names `section.field` to include; None:
-  all.
+  `fields` maps a section to a dict: field -> value. Only the fields in `chosen` ("section.field")
+  are included; None includes all.
 
     flags({"model": {"width": 64, "num_layers": 2}}, chosen=["model.width"])
     "--config.model.width=64"
@@ -124,11 +124,11 @@ def flags(fields: Mapping[str, Mapping[str, Any]], chosen: Collection[str] | Non
 def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[str]:
   """Writes the text tokenizer and the folder `init` of a workdir, unless they are finished.
 
-  `found` is the result of `plan` for `settings`. Returns sentences that describe what was done.
+  `found` is the result of `plan` for `settings`. Returns sentences that say what was done.
 
   Raises:
-    UserError: the workdir contains another tokenizer or other imported parameters, or a tensor has
-      values that are not finite.
+    UserError: the workdir contains another tokenizer or other imported parameters, or a tensor
+      contains NaNs or infinities.
   """
   workdir, digests = epath.Path(workdir), found.source.digests()
   lines = describe(found)
@@ -168,8 +168,8 @@ def _write_tokenizer(
     return []
   if done.exists() and not text.was_imported(folder):
     raise UserError(
-      f"{folder} was trained, and its ids differ from {source.folder}: use another --workdir, or "
-      "delete that folder."
+      f"the tokenizer in {folder} was trained, and its ids differ from {source.folder}: use "
+      "another --workdir, or delete that folder."
     )
   config = table.identity(settings, TEXT) | {"inputs": {text.IMPORTED: digests["tokenizer"]}}
   config["command"] = text.IMPORTED
@@ -182,14 +182,14 @@ def _write_tokenizer(
 
 
 def _make_tokenizer(settings: Settings, folder: epath.Path, found: Import) -> list[str]:
-  """Writes the files of the text tokenizer; returns its differences from the source's tokenizer."""
+  """Writes the files of the text tokenizer. Returns how it differs from the source's tokenizer."""
   source, vocab = found.source.folder, settings.vocab
   if not found.source.is_own:
     described = tokenizer.read_tokenizer(source, found.tables.rows)
     made, notes = tokenizer.rewrite(described, found.tables.rows, vocab)
     text.save_tokenizer(made, vocab, settings.text_tokenizer, folder)
     return notes
-  text.TextTokenizer(source, vocab)  # The constructor checks the ids.
+  text.TextTokenizer(source, vocab)  # Raises an error if the ids do not fit.
   text.copy_files(source, folder)
   return ["copied without changes"]
 

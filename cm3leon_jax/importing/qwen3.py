@@ -1,9 +1,9 @@
-"""Imports Qwen3ForCausalLM as the family `modern`, with enlarged token tables.
+"""Imports Qwen3ForCausalLM as the family `modern`, with larger token tables.
 
-In a table, the special tokens are before the source's ids, and the image codes are after them.
+In the larger tables, the special tokens precede the source's ids, and the image codes follow them.
 """
 
-# N query heads, G key and value heads, H head size, D width, A width of all query heads, S ids of
+# N query heads, G key and value heads, H head size, D width, A total width of query heads, S ids of
 # the source, V ids of the vocabulary.
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +19,7 @@ from cm3leon_jax.models.config import ROPE_BASE
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights.tensor_files import Tensor
 
-# Fields of config.json with the only value that they may have. They may also be absent.
+# Fields of config.json that must be absent or have this value.
 REQUIRED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "use_sliding_window": False}
 HEAD = "lm_head.weight"
 EMBED = "model.embed_tokens.weight"
@@ -27,11 +27,11 @@ EMBED = "model.embed_tokens.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-  """Describes how token tables are changed to fit a vocabulary.
+  """Says how token tables are extended to fit a vocabulary.
 
   Attributes:
     rows: number of rows of the source's tables.
-    end: the source's end-of-text id, whose row `</s>` gets; None if the source has no such id.
+    end: the source's end-of-text id, whose row is copied to `</s>`; None if there is no such id.
   """
 
   vocab: VocabLayout
@@ -39,7 +39,7 @@ class Tables:
   end: int | None = None
 
   def tensor(self, name: str, width: int, read: Callable[[], np.ndarray]) -> Tensor:
-    """Returns the tensor of a table; `read` reads the source's table."""
+    """Makes the tensor of an extended table. `read` returns the source's table."""
     return Tensor(
       name, (self.vocab.size, width), "float32", lambda: extend(read(), self.vocab, self.end)
     )
@@ -48,7 +48,7 @@ class Tables:
 def extend(
   table: Float[np.ndarray, "S D"], vocab: VocabLayout, end: int | None
 ) -> Float[np.ndarray, "V D"]:
-  """Copies the rows of a table to the text ids; other ids get the mean of all rows.
+  """Extends a token table to a vocabulary. Ids that the source does not have get its mean row.
 
     table = [a b c], num_special = 6, two image codes, end = 2, m = (a + b + c) / 3
     result = [m c m m m m a b c m m]
@@ -57,9 +57,9 @@ def extend(
   gradients.
 
   Args:
-    table: row i belongs to the source's id i, which becomes `vocab.num_special` + i.
+    table: rows of the source's ids. Id i becomes `vocab.num_special` + i.
     vocab: layout with `text_size` = `num_special` + S.
-    end: the source's end-of-text id, whose row is copied to `</s>`; None: `</s>` gets the mean.
+    end: the source's end-of-text id, whose row is copied to `</s>`. If None, `</s>` gets the mean.
   """
   result = np.empty((vocab.size, table.shape[1]), table.dtype)
   result[:] = table.mean(0, dtype=np.float64)
@@ -70,25 +70,28 @@ def extend(
 
 
 def model_fields(source: SourceCheckpoint) -> dict:
-  """Returns the fields of `config.model` that match a checkpoint.
+  """Returns the fields of `config.model` that describe the decoder of a checkpoint.
 
   Raises:
-    UserError: the family `modern` cannot represent its decoder.
+    UserError: the family `modern` does not support the decoder.
   """
   path = source.folder / CONFIG
   for name, value in REQUIRED.items():
     if (found := source.described.get(name)) not in (value, None):
-      raise UserError(f"{path}: {name} is {short(found)}; only {value!r} can be imported exactly.")
+      raise UserError(
+        f"{path}: {name} is {short(found)}, but only {value!r} can be imported exactly."
+      )
   if any(kind != "full_attention" for kind in source.part("layer_types", list)):
     raise UserError(
-      f"{path}: layer_types has attention other than 'full_attention', which cannot be imported."
+      f"{path}: layer_types has kinds of attention other than 'full_attention', which cannot be "
+      "imported."
     )
   rope = {**source.part("rope_scaling", dict), **source.part("rope_parameters", dict)}
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
     raise UserError(
-      f"{path}: its rotary positions have the type '{kind}'; only plain ones, 'default', over the "
-      "whole head can be imported exactly."
+      f"{path}: rotary positions of type '{kind}', or over a part of a head, cannot be imported "
+      "exactly; only the type 'default' over whole heads is supported."
     )
   width, heads = source.size("hidden_size", 4_096), source.size("num_attention_heads", 32)
   size = source.size("head_dim", 128)
@@ -101,7 +104,7 @@ def model_fields(source: SourceCheckpoint) -> dict:
   base = next((value for value in given if value is not None), ROPE_BASE)
   if not isinstance(base, int | float) or isinstance(base, bool) or not 0 < base <= SIZES[1]:
     raise UserError(
-      f"{path}: rope_theta is {short(base)}; it must be a positive number, of at most {SIZES[1]:g}."
+      f"{path}: rope_theta is {short(base)}; it must be positive and at most {SIZES[1]:g}."
     )
   return {
     "family": "modern",
@@ -117,7 +120,7 @@ def model_fields(source: SourceCheckpoint) -> dict:
 def repeat_heads(
   matrix: Float[np.ndarray, "GH D"], groups: int, times: int
 ) -> Float[np.ndarray, "A D"]:
-  """Repeats every key or value head for each query head that shares it. The result is exact.
+  """Repeats each key or value head for every query head that shares it, which changes no result.
 
   With groups = 2 and times = 2, heads [k0 k1] become [k0 k0 k1 k1].
   """
@@ -126,12 +129,12 @@ def repeat_heads(
 
 
 def is_tied(source: SourceCheckpoint) -> bool:
-  """Returns whether input and output table of a checkpoint are the same array."""
+  """Returns whether the input and output table of a checkpoint are the same array."""
   return bool(source.described.get("tie_word_embeddings", False))
 
 
 def notes(source: SourceCheckpoint, fields: dict) -> list[str]:
-  """Lists differences between the source and the imported model, except for the vocabulary."""
+  """Lists the differences between the source and the imported model, except for the vocabulary."""
   groups, lines = source.size("num_key_value_heads", 32), []
   if (times := fields["num_heads"] // groups) > 1:
     lines.append(
@@ -160,14 +163,14 @@ def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tens
     if largest := float(np.abs(source.tensors.read(name)).max(initial=0.0)):
       raise UserError(
         f"{source.folder}: tensor '{name}' has values up to {largest:.3g}, but the family `modern` "
-        "has no biases: this checkpoint cannot be imported exactly."
+        "has no biases, so this checkpoint cannot be imported exactly."
       )
   source.check_names({*names, *biases, EMBED, HEAD, "model.norm.weight"})
   read, head = source.tensors.read, EMBED if is_tied(source) else HEAD
   if head == EMBED and HEAD in source.tensors and not np.array_equal(read(HEAD), read(EMBED)):
     raise UserError(
       f"{source.folder}: tensor '{HEAD}' differs from '{EMBED}', but {CONFIG} has "
-      "tie_word_embeddings: set this field to false if the model has two tables."
+      "tie_word_embeddings: set tie_word_embeddings to false if the model has two tables."
     )
   for name in (EMBED, head):
     source.check_shape(name, (tables.rows, width))
@@ -183,7 +186,7 @@ def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tens
 
 
 def _layer_shapes(fields: dict, groups: int) -> dict[str, tuple[int, ...]]:
-  """Returns name -> shape of the source's tensors of one layer."""
+  """Maps the name of each of the source's tensors in a layer to its shape."""
   D, F, N = fields["width"], fields["mlp_width"], fields["num_heads"]
   H = fields["head_size"] or D // N
   shapes: dict[str, tuple[int, ...]] = {

@@ -18,13 +18,13 @@ from cm3leon_jax.weights.stored_tensors import StoredTensors
 from cm3leon_jax.weights.tensor_files import INDEX, WEIGHTS
 
 CONFIG = "config.json"
-QWEN3 = "qwen3"  # The model_type of published decoders that can be imported.
-OWN = "cm3leon"  # Field of config.json that `cm3leon export` writes.
+QWEN3 = "qwen3"  # The model_type of the published decoders that can be imported.
+OWN = "cm3leon"  # Field of config.json in exports of `cm3leon export`.
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceCheckpoint:
-  """A checkpoint to import. `described` is the content of its config.json."""
+  """Checkpoint to import. `described` is the content of its config.json."""
 
   folder: epath.Path
   described: Mapping[str, Any]
@@ -36,7 +36,7 @@ class SourceCheckpoint:
     return OWN in self.described
 
   def size(self, name: str, default: int) -> int:
-    """Returns a positive whole number of config.json; raises UserError for other values."""
+    """Returns a positive whole number from config.json. Raises UserError for other values."""
     found = self.described.get(name)
     value = default if found is None else found
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -46,7 +46,7 @@ class SourceCheckpoint:
     return value
 
   def part(self, name: str, kind: type) -> Any:
-    """Returns an object or list of config.json, empty if absent; refuses another type."""
+    """Returns an object or list of config.json, or an empty one. Raises UserError for others."""
     found = self.described.get(name)
     if found is None:
       return kind()
@@ -57,7 +57,7 @@ class SourceCheckpoint:
     return found
 
   def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-    """Raises UserError if a tensor is missing or has another shape."""
+    """Raises UserError if a tensor is missing or has a different shape."""
     if (found := self.tensors.shape(name)) != shape:
       raise UserError(
         f"{self.folder}: tensor '{name}' has shape {list(found)}; {CONFIG} requires {list(shape)}."
@@ -68,12 +68,12 @@ class SourceCheckpoint:
     surplus = [name for name in self.tensors.names if name not in expected]
     if surplus:
       raise UserError(
-        f"{self.folder} has the tensor '{surplus[0]}', which is not part of the model that "
-        f"{CONFIG} describes, so it would be lost."
+        f"{self.folder} has the tensor '{surplus[0]}', which does not belong to the model in "
+        f"{CONFIG}: this checkpoint cannot be imported without losing it."
       )
 
   def digests(self) -> dict[str, str]:
-    """Returns the first 16 hex digits of the SHA-256 of each imported file; "" if it is absent."""
+    """Maps each imported file to the first 16 hex digits of its SHA-256, or to "" if absent."""
     found = {
       "weights": stored_tensors.digest_of(self.folder),
       "config": digest(self.folder / CONFIG),
@@ -96,33 +96,34 @@ def open_source(source: str) -> SourceCheckpoint:
     )
   if not (folder / CONFIG).exists():
     raise UserError(
-      f"--source is {source}; it must be a folder on this machine with {CONFIG} and {WEIGHTS}, as "
-      "`cm3leon export` or transformers' save_pretrained writes them: nothing is downloaded."
+      f"--source is {source}; it must be a local folder with {CONFIG} and {WEIGHTS}, as written by "
+      "`cm3leon export` or by save_pretrained of transformers, because nothing is downloaded."
     )
   described = read_foreign_json(folder / CONFIG, {})
   check_foreign(folder / TOKENIZER, FOREIGN_BYTES)
   if not isinstance(described.get("model_type"), str):
     raise UserError(
-      f"{folder / CONFIG} has no model_type, so the folder contains no text model of transformers; "
-      "`cm3leon import_vqgan` imports an image tokenizer."
+      f"{folder / CONFIG} has no model_type, so the folder contains no text model of transformers "
+      "(to import an image tokenizer, use `cm3leon import_vqgan`)."
     )
   own = [layout.model_type for layout in LAYOUTS.values()] if OWN in described else []
   if described["model_type"] not in (QWEN3, *own):
     raise UserError(
       f"{folder / CONFIG}: model_type is {short(described['model_type'])}; it must be '{QWEN3}', "
-      "the decoder of config.model.family 'modern', or the folder an export of this project."
+      "the decoder of config.model.family 'modern', unless the folder is an export of this "
+      "project."
     )
   if described.get("quantization_config"):
     raise UserError(
-      f"{folder / CONFIG} has a quantization_config; the weights must be float32, float16 or "
-      "bfloat16: import the checkpoint from before quantization."
+      f"{folder / CONFIG} has a quantization_config, but the weights must be float32, float16 or "
+      "bfloat16: import the checkpoint without quantization."
     )
   if not stored_tensors.are_in(folder):
     pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
     if pickles:
       raise UserError(
-        f"{folder} has its weights as pickles ({pickles[0]}), which can run any code when they are "
-        "read: convert them with transformers on a machine that you can lose: "
+        f"{folder} has weights in pickles ({pickles[0]}), which can run any code when they are "
+        "read. Convert them with transformers on a machine without secrets: "
         "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OTHER)` writes safetensors."
       )
     raise UserError(

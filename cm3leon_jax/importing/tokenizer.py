@@ -1,4 +1,4 @@
-"""Converts the text tokenizer of a published model. Its ids then follow the special tokens."""
+"""Converts the text tokenizer of a published model, whose ids then follow the special tokens."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -13,10 +13,10 @@ from cm3leon_jax.files.json_files import read_foreign_json
 from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.vocab import VocabLayout
 
-# Limit for the length of a pattern, in characters. Qwen3's pattern has 103 characters. A compiled
-# pattern takes 200 times as many bytes.
+# Maximum number of characters in a regular expression. Qwen3's has 103 characters. A compiled one
+# takes 200 bytes per character.
 LONGEST_PATTERN = 10_000
-# Texts that must survive encoding and decoding: spaces, line ends, accents, other scripts, and
+# Texts that encoding and decoding must not change: spaces, line ends, accents, other scripts, and
 # strings that look like special tokens.
 PROBES = (
   "a red bell, left of 3 blue keys.",
@@ -37,7 +37,7 @@ def read_tokenizer(folder: epath.PathLike, rows: int) -> Mapping[str, Any]:
   path = epath.Path(folder) / TOKENIZER
   if not path.exists():
     raise UserError(
-      f"{path} does not exist; write it with transformers: "
+      f"{path} does not exist: write it with transformers, "
       "`AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`."
     )
   described = read_foreign_json(path, {"model": dict, "added_tokens": list})
@@ -51,14 +51,14 @@ def read_tokenizer(folder: epath.PathLike, rows: int) -> Mapping[str, Any]:
     raise UserError(f"{path}: {wrong}; only byte-level BPE, as in OPT and Qwen3, can be imported.")
   if largest >= rows:
     raise UserError(
-      f"{path} has the token id {largest}, but the model's token table has {rows} rows: they are "
-      "from two models."
+      f"{path} has the token id {largest}, but the model's token table has {rows} rows: copy both "
+      "from the same model."
     )
   return described
 
 
 def _damage(described: Mapping[str, Any]) -> str:
-  """Describes ids, names or patterns that no published tokenizer has; "" if there are none."""
+  """Describes ids, names or patterns that no intact tokenizer has; "" if there are none."""
   vocab, added = described["model"]["vocab"], described["added_tokens"]
   names = {i: name for name, i in vocab.items()}
   for i in (*vocab.values(), *(token["id"] for token in added)):
@@ -78,7 +78,7 @@ def _damage(described: Mapping[str, Any]) -> str:
 
 
 def _unlike(described: Mapping[str, Any]) -> str:
-  """Describes why `rewrite` cannot keep a tokenizer's encoding; "" if it can."""
+  """Describes why `rewrite` cannot preserve the encoding of a tokenizer; "" if it can."""
   model = described["model"]
   if model.get("type", "BPE") != "BPE":
     return f"its model is {short(model.get('type'))}"
@@ -100,7 +100,7 @@ def _unlike(described: Mapping[str, Any]) -> str:
 
 
 def _longest_pattern(part: Mapping[str, Any] | None) -> int:
-  """Returns the length of the longest pattern of a pre-tokenizer, including nested ones."""
+  """Returns the length of the longest regular expression in a pre-tokenizer and its parts."""
   if part is None:
     return 0
   patterns = part.get("pattern") or {}
@@ -110,7 +110,7 @@ def _longest_pattern(part: Mapping[str, Any] | None) -> int:
 
 
 def _types(part: Mapping[str, Any] | None) -> list[str]:
-  """Returns the type of a part of a tokenizer; for a Sequence, the types of its parts."""
+  """Lists the type of a tokenizer's component; for a Sequence, the types of its parts."""
   if part is None:
     return []
   if part.get("type") != "Sequence":
@@ -121,7 +121,7 @@ def _types(part: Mapping[str, Any] | None) -> list[str]:
 
 
 def tokens_of(described: Mapping[str, Any]) -> dict[int, str]:
-  """Returns id -> token of tokenizer.json, including added tokens."""
+  """Maps each token id in tokenizer.json to its token, including added tokens."""
   tokens = {int(i): name for name, i in described["model"]["vocab"].items()}
   return tokens | {int(token["id"]): token["content"] for token in described["added_tokens"]}
 
@@ -131,23 +131,23 @@ def rewrite(
 ) -> tuple[tokenizers.Tokenizer, list[str]]:
   """Converts a published text tokenizer to a vocabulary of this project.
 
-    source [0: "!", 1: "Ġa", 2: "<|end|>"], four rows
-    result [0: "<pad>", ..., n: "!", n + 1: "Ġa", n + 2: "<|end|>", n + 3: "<unused:3>"], n special
+    source = [0: "!", 1: "Ġa", 2: "<|end|>"], four rows, n special tokens
+    result = [0: "<pad>", ..., n: "!", n + 1: "Ġa", n + 2: "<|end|>", n + 3: "<unused:3>"]
 
   Merges and the splitting of text do not change. As in every tokenizer of this project, a space is
-  put before a text, so that its first word has the same token as elsewhere. Tokens that the source
-  added to its BPE (`<|endoftext|>`, `<think>`) keep their ids, but no text is encoded to them. A
+  put before each text, so that its first word has the same token as inside a text. Tokens that the
+  source added to its BPE (`<|endoftext|>`, `<think>`) are kept, but no text is encoded to them. A
   name that is also a special token of `vocab` becomes `<source:NAME>`.
 
   Args:
-    rows: rows of the source's token table; ids without a token are named `<unused:ID>`.
+    rows: number of rows of the source's token table. Ids without a token are named `<unused:ID>`.
     vocab: layout with `text_size` = `num_special` + rows.
 
   Returns:
     The tokenizer, and its differences from the source.
 
   Raises:
-    UserError: the tokenizer does not decode the ids of a text to the same text.
+    UserError: the tokenizer changes a text when it encodes and decodes it.
   """
   tokens, special = tokens_of(described), vocab.special_tokens()
   names = {i: f"<source:{name}>" if name in special else name for i, name in tokens.items()}
@@ -169,7 +169,7 @@ def rewrite(
   }
   try:
     made = tokenizers.Tokenizer.from_str(json.dumps(content))
-  except Exception as error:  # `tokenizers` has no more precise error.
+  except Exception as error:  # `tokenizers` raises no specific type.
     raise UserError(f"the source's {TOKENIZER} cannot be read ({error}): copy it again.") from error
   made.normalizer = normalizers.Prepend(" ")
   made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
@@ -185,7 +185,7 @@ def rewrite(
 
 
 def _add_no_space(part: dict) -> None:
-  """Turns off the space that a pre-tokenizer adds; the normalizer adds one."""
+  """Disables the space that a pre-tokenizer adds, because the normalizer adds one."""
   if part.get("type") == "ByteLevel":
     part["add_prefix_space"] = False
   for inner in part.get("pretokenizers", ()):
@@ -193,18 +193,18 @@ def _add_no_space(part: dict) -> None:
 
 
 def _check(made: tokenizers.Tokenizer, vocab: VocabLayout) -> None:
-  """Raises UserError unless all ids are in use and all probes decode to themselves."""
+  """Raises UserError if ids are unused, or if encoding and decoding changes one of `PROBES`."""
   made.encode_special_tokens = True
   found = made.get_vocab_size()
   if found != vocab.text_size:
     raise UserError(
-      f"the source's {TOKENIZER} has two tokens with the same name or id: {found} of "
-      f"{vocab.text_size} ids remain."
+      f"the source's {TOKENIZER} has two tokens with the same name or id, so only {found} of "
+      f"{vocab.text_size} ids remain: copy it again."
     )
   for text in PROBES:
     ids = made.encode(text, add_special_tokens=False).ids
     if made.decode(ids, skip_special_tokens=True) != text or min(ids) < vocab.num_special:
       raise UserError(
-        f"the source's {TOKENIZER} does not decode the ids of {text!r} to this text: it cannot be "
-        "imported."
+        f"the source's {TOKENIZER} does not decode the ids of {text!r} to the same text, so it "
+        "cannot be imported."
       )

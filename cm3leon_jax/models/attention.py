@@ -1,4 +1,4 @@
-"""Implements causal attention within segments: plain, and with Pallas kernels for TPUs and GPUs."""
+"""Implements causal attention within segments, in plain JAX and with Pallas kernels."""
 
 # B batch, L length (queries), T length (keys), N heads, H head size.
 
@@ -22,7 +22,7 @@ Ids: TypeAlias = Int32[Array, "B L"]
 
 
 def wide(dtype: DTypeLike) -> np.dtype:
-  """Returns the dtype for sums that need full precision: fp64 for fp64 inputs, fp32 otherwise."""
+  """Returns the dtype for sums that need full precision: fp64 for fp64 inputs, otherwise fp32."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -43,10 +43,10 @@ def masked_attention(
 def causal_attention(q: Heads, k: Heads, v: Heads, segment_ids: Ids) -> Heads:
   """Computes attention in packed rows: a query attends to its segment up to its own position.
 
-  Each block of queries uses only the keys up to the end of the block. This halves the work compared
-  with computing the full matrix of scores. Only the scores of one block are in memory.
+  Each block of queries uses only the keys up to the end of the block, which takes half the work of
+  the full matrix of scores. Only the scores of one block are in memory.
 
-    segment_ids = [1 1 2]: the mask [query, key] is [[1 0 0] [1 1 0] [0 0 1]]
+    segment_ids = [1 1 2], mask [query, key] = [[1 0 0] [1 1 0] [0 0 1]]
   """
   length, blocks = q.shape[1], []
   for start in range(0, length, BLOCK):
@@ -62,7 +62,7 @@ def causal_attention(q: Heads, k: Heads, v: Heads, segment_ids: Ids) -> Heads:
 def _per_shard(
   kernel: Callable[..., Array], q: Heads, k: Heads, v: Heads, segment_ids: Ids
 ) -> Heads:
-  """Calls `kernel` on each device's shard of batch and heads, with q, k and v as [B, N, L, H]."""
+  """Calls `kernel` with each device's shard of q, k and v as [B, N, L, H]. Shards split B and N."""
   per_head, rows = spec("batch", "heads", "length", "head_dim"), spec("batch", "length")
   call = jax.shard_map(
     kernel, in_specs=(per_head,) * 3 + (rows,), out_specs=per_head, check_vma=False
@@ -99,7 +99,7 @@ def triton_attention(
 
   L must be a multiple of 128, and H must be a power of two.
   """
-  # jax 0.12 warns about this import, so it is done only when the kernel is used.
+  # jax 0.12 warns about this import, so it happens only if the kernel is used.
   from jax.experimental.pallas.ops.gpu import attention as gpu
 
   def local(q: PerHead, k: PerHead, v: PerHead, segment_ids: Ids) -> PerHead:

@@ -1,4 +1,4 @@
-"""Defines the config section `model`: size and architecture of the decoder."""
+"""Defines the config section `model`: the size and architecture of the decoder."""
 
 import dataclasses
 from typing import Annotated, Any, Literal, get_args
@@ -21,15 +21,16 @@ ROPE_BASE = 10_000.0
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
-  """Properties in which the families of architectures differ.
+  """Properties that differ between families of architectures.
 
   Attributes:
     rotary: uses rotary positions (RoPE) instead of a learned table of positions.
     gated: uses a gated feed-forward layer (SwiGLU) with three matrices instead of two.
     scaled_norms: uses RMSNorm with a scale instead of LayerNorm without parameters.
     head_norms: always normalizes queries and keys, see `ModelConfig.query_key_norm`.
-    tied: shares one table between input and output embeddings.
-    starts_as_identity: initializes the output projections of residual branches to 0 (section 2.3).
+    tied: uses one table for input and output embeddings.
+    starts_as_identity: initializes the output projections of residual branches to 0 (CM3Leon,
+      section 2.3).
   """
 
   rotary: bool = False
@@ -50,16 +51,16 @@ FAMILIES: dict[str, Traits] = {
 class ModelConfig:
   """Config of a decoder-only transformer.
 
-  The defaults are CM3Leon-7B (Table 3). The number of heads and the feed-forward width are from
-  OPT's table.
+  The defaults are those of CM3Leon-7B (table 3 of the paper). Its number of heads and feed-forward
+  width are those of OPT.
   """
 
   family: Family = "opt"
-  """Architecture. `opt`, the paper's: pre-LayerNorm without parameters, learned positions, ReLU,
-  no biases, tied embeddings. `modern`: RMSNorm, RoPE, SwiGLU, query-key norm, untied
+  """Architecture. `opt` is the paper's: pre-LayerNorm without parameters, learned positions, ReLU,
+  no biases, tied embeddings. `modern` has RMSNorm, RoPE, SwiGLU, query-key norm and untied
   embeddings."""
   vocab_size: PositiveInt = 64_512
-  """Number of text tokens and image codes. Leave it out of a config: it is computed from
+  """Number of text tokens and image codes. Omit it in a config, because it is computed from
   `vocab`."""
   num_layers: PositiveInt = 32
   """Number of layers."""
@@ -69,65 +70,74 @@ class ModelConfig:
   """Number of attention heads. It must divide `width` if `head_size` is 0."""
   head_size: NonNegativeInt = 0
   """Size of an attention head; 0 means `width` / `num_heads`. `modern` needs an even size. Some
-  published models need this field: Qwen3-0.6B has a width of 1,024 and 16 heads of size 128."""
+  published models need it, such as Qwen3-0.6B with a width of 1,024 and 16 heads of size 128."""
   mlp_width: PositiveInt = 16_384
   """Width of the feed-forward layer."""
   max_positions: PositiveInt = 4_096
-  """Number of learned positions, and so the longest sample; at least `data.sequence_length`."""
+  """Number of learned positions, which is the maximum length of a sample. It must be at least
+  `data.sequence_length`."""
   rope_base: NonNegativeFloat = 0.0
   """Base of the rotary wavelengths of `modern`; 0 means 10,000. Qwen3 uses 1,000,000."""
   align_images: bool = False
   """Whether to count positions from the images. The first code of every image then has position 0,
-  so corresponding codes of two images have the same position. It requires `modern`, whose positions
-  are relative. The logits of samples with one image do not change. It excludes interleaved
-  documents, because the length of the text before the next image is not known while the document is
-  generated."""
+  so corresponding codes of two images have the same position. This requires `modern`, whose
+  positions are relative. The logits of samples with one image do not change. Interleaved documents
+  are not supported, because the length of the text before the next image is unknown during
+  generation."""
   activation: Activation = ""
   """Activation of the feed-forward layer of `opt`; "" means the paper's ReLU. `gelu` uses the error
-  function, `gelu_tanh` its tanh approximation. `modern` always uses SwiGLU: leave the field
-  empty there."""
+  function, `gelu_tanh` its tanh approximation. `modern` always uses SwiGLU and requires an empty
+  field."""
   query_key_norm: bool = False
   """Whether to apply RMSNorm to the queries and keys of every head, for stability. `modern` always
   does so."""
   init_std: PositiveFloat = 0.006
-  """Standard deviation of the truncated normal that initializes the parameters. The default is the
-  paper's, for width 4,096. For an equivalent start at another width, multiply it by
+  """Standard deviation of the truncated normal distribution that initializes the parameters. The
+  default is the paper's, for width 4,096. For an equivalent start at another width, multiply it by
   sqrt(4,096 / width)."""
   embed_std: PositiveFloat = 0.006
-  """Standard deviation of the truncated normal that initializes the token embeddings."""
+  """Standard deviation of the truncated normal distribution that initializes the token
+  embeddings."""
   tied_start: bool = False
   """Whether the output table of `modern` starts as a copy of the input table, scaled to `init_std`.
   Training then changes them separately. Small decoders learn faster this way, because a token in
-  the context makes itself more likely from the first step. `opt` always shares one table."""
+  the context makes its own repetition more likely from the first step. `opt` always uses one
+  table."""
   codebook_start: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Share of the variance of the initial embeddings of image codes that comes from the codebook of
-  the image tokenizer, in the input and output table. Codes that look alike then start with similar
+  """Share of the variance of the initial embeddings of image codes, in the input and output table,
+  that comes from the codebook of the image tokenizer. Codes that look alike then start with similar
   embeddings."""
   dtype: Dtype = "bfloat16"
   """Compute dtype of activations and parameters. Parameters are stored in float32. `float64` needs
-  JAX_ENABLE_X64 and serves comparisons with other implementations."""
+  JAX_ENABLE_X64 and is for comparisons with other implementations."""
   remat_policy: RematPolicy = "full"
   """Activations of a layer that are saved for the backward pass in addition to its input. The
-  remaining ones are recomputed. From most to least memory: `none` saves all. `minimal` saves
-  queries, keys, values, the attention output and the hidden activations of the feed-forward layer,
-  so only the attention output projection is recomputed. `save_qkv` saves queries, keys, values and
-  the attention output. `save_attention` saves the attention output and the residual stream after
-  attention. `offload` moves these two to host memory (TPU). `full` saves nothing."""
+  others are recomputed. From most to least memory: `none` saves all. `minimal` saves queries, keys,
+  values, the attention output and the hidden activations of the feed-forward layer, so only the
+  attention output projection is recomputed. `save_qkv` saves queries, keys, values and the
+  attention output. `save_attention` saves the attention output and the residual stream after
+  attention. `offload` moves the activations of `save_attention` to host memory (TPU). `full` saves
+  nothing."""
   attention: Attention = "auto"
-  """Implementation of attention: `plain` on any device, the Pallas kernel `splash` on TPUs, the
-  Pallas kernel `triton` on GPUs. `auto` chooses by the devices of the mesh."""
+  """Implementation of attention: `plain` on any device, the Pallas kernel `splash` on TPUs, or the
+  Pallas kernel `triton` on GPUs. `auto` chooses one for the devices of the mesh."""
   unroll_layers: bool = False
   """Whether to unroll the loop over layers. Compilation takes longer, but no arrays are copied
   between iterations. This saves 15 to 20% of the step time of small decoders on a CPU."""
   loss_chunk: PositiveInt = 256
-  """Number of tokens of a row whose logits the loss holds in memory at the same time."""
+  """Number of tokens per row whose logits are in memory at the same time when the loss is
+  computed."""
 
   def __post_init__(self) -> None:
     if not self.head_size and self.width % self.num_heads:
-      raise ValueError(f"num_heads = {self.num_heads} does not divide width = {self.width}.")
+      raise ValueError(
+        f"num_heads ({self.num_heads}) must divide width ({self.width}), unless head_size is set."
+      )
     if self.traits.rotary and self.head_dim % 2:
       what = "head_size" if self.head_size else "width / num_heads"
-      raise ValueError(f"{what} = {self.head_dim} is odd; rotary positions need an even head size.")
+      raise ValueError(
+        f"{what} is {self.head_dim}, which is odd; rotary positions need an even head size."
+      )
     if self.rope_base and not self.traits.rotary:
       raise ValueError(
         f"rope_base is {self.rope_base}, but family is '{self.family}'; only {_with('rotary')} has "
@@ -145,7 +155,7 @@ class ModelConfig:
       )
 
   def computing_in(self, dtype: str) -> "ModelConfig":
-    """Returns this config with another compute dtype. Raises an error for a wrong dtype."""
+    """Returns this config with another compute dtype. Raises an error if the dtype is unknown."""
     changed: dict[str, Any] = {"dtype": dtype}
     return dataclasses.replace(self, **changed)
 
@@ -166,5 +176,5 @@ class ModelConfig:
 
 
 def _with(trait: str) -> str:
-  """Names the families that have a trait, for messages."""
+  """Returns the names of the families that have a trait, for messages."""
   return " or ".join(f"'{name}'" for name, traits in FAMILIES.items() if getattr(traits, trait))

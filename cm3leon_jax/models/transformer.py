@@ -1,7 +1,7 @@
-"""Implements the decoder. NNX modules hold parameters; JAX transforms take them as a pure dict."""
+"""Implements the decoder. NNX modules define the parameters; JAX transforms take them as a dict."""
 
-# B batch, L length, D width, N heads, H head size, F feed-forward, V vocabulary, C image codes,
-# d width of a code.
+# B batch, L length, D width, N heads, H head size, F feed-forward, V vocabulary, C image codes, d
+# code width.
 
 from collections.abc import Callable
 import functools
@@ -54,7 +54,7 @@ def normalize(x: Vectors, eps: float, center: bool) -> Vectors:
 
 
 class Norm(nnx.Module):
-  """Normalization with or without a scale; see `apply_norm`."""
+  """Normalization with or without a scale. See `apply_norm`."""
 
   def __init__(self, scaled: bool, width: int):
     self.scale = nnx.Param(jnp.ones((width,), jnp.float32)) if scaled else None
@@ -75,7 +75,7 @@ def apply_norm(scale: Float[Array, " D"] | None, x: Vectors) -> Vectors:
 def rotate(
   x: Float[Array, "B L N H"], positions: Ids, base: float = ROPE_BASE
 ) -> Float[Array, "B L N H"]:
-  """Applies rotary positions (Su et al. 2021, RoFormer) to the pairs x[i] and x[i + H / 2]."""
+  """Rotates the pairs (x[i], x[i + H / 2]) by their positions (RoPE, Su et al. 2021)."""
   half, wide = x.shape[-1] // 2, attention.wide(x.dtype)
   frequencies = base ** (-jnp.arange(half, dtype=wide) / half)
   angles = positions[..., None, None].astype(wide) * frequencies[None, None, None]
@@ -85,7 +85,7 @@ def rotate(
 
 
 class Block(nnx.Module):
-  """One layer. It starts as the identity if its output projections start at 0 (section 2.3)."""
+  """One layer, which starts as the identity if its output projections start at 0 (section 2.3)."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
@@ -113,10 +113,9 @@ def apply_block(
 ) -> Stream:
   """Applies one layer to the residual stream `x`.
 
-  `params` are a `Block`'s parameters as a pure dict; "qkv" may be one array or three arrays.
-  `positions` are the positions of tokens in their samples. `attend` maps (q, k, v), each
-  [B, L, N, H], to [B, L, N, H]. In training it computes attention over the row. In decoding it also
-  reads and writes a cache.
+  `params` are a `Block`'s parameters as a dict, in which "qkv" may be one array or three arrays.
+  `positions` are the positions of tokens in their samples. `attend` maps q, k and v, each [B, L, N,
+  H], to the attention output [B, L, N, H]. In decoding, it also reads and writes a cache.
   """
   rows = ("batch", "length")
   heads, mlp, act = (*rows, "heads", "head_dim"), (*rows, "mlp"), (*rows, "act")
@@ -133,8 +132,8 @@ def apply_block(
     q, k = apply_norm(scale("q_norm"), q), apply_norm(scale("k_norm"), k)
   if config.traits.rotary:
     q, k = (rotate(x, positions, config.rotary_base) for x in (q, k))
-  # Einsum contracts letters in alphabetical order, and lowercase sorts after uppercase. With `H`,
-  # which sorts before N, XLA would transpose the matrix first.
+  # The order of the letters matters: einsum contracts them in alphabetical order, uppercase first.
+  # With `H`, which sorts before N, XLA would transpose the matrix first.
   x = x + product("BLNh,NhD->BLD", attend(q, k, v), params["out"], act)
   x = checkpoint_name(x, "middle")
   h = apply_norm(scale("norm2"), x)
@@ -159,8 +158,8 @@ def look_up(table: Float[Array, "V D"], ids: Ids, dtype: str) -> Stream:
 
 
 def _rows(table: Float[Array, "V D"], ids: Ids) -> Stream:
-  # Gathering the fsdp shards first prevents XLA from rematerializing the whole table. The table's
-  # rows remain sharded over tensor.
+  # Gathering the fsdp shards first prevents XLA from materializing the whole table on each device.
+  # The table's rows remain sharded over `tensor`.
   return gathered(table).at[ids].get(out_sharding=spec("batch", "length", "act"))
 
 
@@ -183,7 +182,7 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class Transformer(nnx.Module):
-  """Decoder: embeddings, blocks stacked along a leading layer axis, final norm, output table."""
+  """Decoder: embeddings, blocks (stacked along a leading layer axis), final norm, output table."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
@@ -207,7 +206,7 @@ class Transformer(nnx.Module):
         self.head = nnx.Param(self.embed[...] * (config.init_std / config.embed_std))
 
   def embed_tokens(self, tokens: Ids, positions: Ids) -> Stream:
-    """Returns token embeddings plus learned positions (if any), in the compute dtype."""
+    """Returns token embeddings, plus learned positions if any, in the compute dtype."""
     x = look_up(self.embed[...], tokens, self.config.dtype)
     if not self.config.traits.rotary:
       x = x + look_up(self.positions[...], positions, self.config.dtype)
@@ -216,7 +215,7 @@ class Transformer(nnx.Module):
   def stored_table(self) -> Float[Array, "V D"]:
     """Returns the output table in the compute dtype, with the sharding in which it is stored.
 
-    If embeddings are tied, this is also the input table.
+    If embeddings are tied, it is also the input table.
     """
     return (self.embed if self.config.traits.tied else self.head)[...].astype(
       jnp.dtype(self.config.dtype)
@@ -227,7 +226,7 @@ class Transformer(nnx.Module):
     return gathered(self.stored_table())
 
   def __call__(self, tokens: Ids, positions: Ids, segment_ids: Ids) -> Stream:
-    """Computes the hidden states of packed rows after the final norm.
+    """Computes the hidden states of packed rows, after the final norm.
 
     The logits are `hidden @ output_table().T`. `positions` are the positions of tokens in their
     samples. Tokens attend only to tokens with the same segment id; segment id 0 is padding.
@@ -248,9 +247,9 @@ class Transformer(nnx.Module):
     return self.final_norm(x)
 
 
-# Remat policy -> activations that it saves in addition to "input". "middle" is the residual stream
-# between attention and feed-forward. "mlp" is the hidden feed-forward layer before the activation
-# function.
+# Maps a remat policy to the activations that it saves in addition to "input". "middle" is the
+# residual stream between attention and feed-forward. "mlp" is the hidden feed-forward layer before
+# the activation function.
 KEPT = {
   "full": (),
   "save_attention": ("attention", "middle"),
@@ -275,7 +274,7 @@ def _checkpointed(layer: Layer, policy: str) -> Layer:
 
 
 def logits(hidden: Stream, table: Float[Array, "V D"]) -> Float[Array, "B L V"]:
-  """Computes fp32 logits for the rows of the output table, sharded over `tensor`."""
+  """Computes fp32 logits from hidden states and the output table, sharded over `tensor`."""
   out: dict[str, Any] = {
     "preferred_element_type": attention.wide(hidden.dtype),
     "out_sharding": spec("batch", "length", "vocab"),
@@ -289,15 +288,15 @@ def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def init_params(config: ModelConfig, key: Key[Array, ""]) -> dict:
-  """Initializes a pure dict of fp32 parameters, sharded over the current mesh (`jax.set_mesh`)."""
+  """Initializes fp32 parameters as a dict, sharded over the current mesh (`jax.set_mesh`)."""
   return parameters.to_dict(nnx.state(Transformer(config, nnx.Rngs(params=key)), nnx.Param))
 
 
 def whitened(codebook: Float[np.ndarray, "C d"]) -> Float[np.ndarray, "C d"]:
-  """Centers a codebook and makes its columns uncorrelated with variance 1."""
+  """Centers a codebook, and makes its columns uncorrelated with variance 1."""
   centered = codebook - codebook.mean(0)
   left, values, _ = np.linalg.svd(centered, full_matrices=False)
-  # Set directions without variance to zero. Otherwise their rounding errors would be amplified.
+  # Sets directions without variance to zero. Otherwise their rounding errors would be amplified.
   return left * math.sqrt(len(codebook)) * (values > 1e-6 * values[0])
 
 
@@ -306,9 +305,10 @@ def params_from_codebook(
 ) -> dict:
   """Initializes parameters on the current mesh, with embeddings of image codes from the codebook.
 
-  With s = `config.codebook_start`, the embedding of a code is sqrt(1 - s) x random + sqrt(s) x a
-  random projection of its codebook vector. The variance does not depend on s. The input table and
-  the output table use the same projection. `text_size` is the id of the first image code.
+  With s = `config.codebook_start`, the embedding of a code is sqrt(1 - s) times a random vector
+  plus sqrt(s) times a random projection of its codebook vector. The variance does not depend on s.
+  The input table and the output table use the same projection. `text_size` is the id of the first
+  image code.
   """
   share, codes = config.codebook_start, whitened(np.asarray(codebook, np.float32))
   projection = jax.random.normal(jax.random.fold_in(key, 1), (codes.shape[1], config.width))
@@ -327,10 +327,10 @@ def params_from_codebook(
 
 
 def bind(config: ModelConfig, params: dict) -> Transformer:
-  """Returns the module with these parameters. Jitted functions may call `bind`, which is cheap."""
+  """Returns the module with these parameters. It is cheap enough for jitted functions."""
   return parameters.fill(*_structure(config), params)
 
 
 def count_params(params: dict) -> int:
-  """Returns the number of parameters."""
+  """Counts the parameters in a dict."""
   return sum(x.size for x in jax.tree.leaves(params))

@@ -11,21 +11,21 @@ from cm3leon_jax.training.watch.flops import device_peak
 
 GPUS_PER_HOST = 8
 # Share of a GPU's memory that XLA may use. The launchers for GPUs set
-# XLA_PYTHON_CLIENT_MEM_FRACTION to it (JAX's default: 0.75). The rest is for NCCL and CUDA.
+# XLA_PYTHON_CLIENT_MEM_FRACTION to this value (default: 0.75). The rest is for NCCL and CUDA.
 GPU_FRACTION = 0.92
 
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-  """A TPU generation.
+  """Properties of a TPU generation.
 
   Attributes:
     gke: value of the node label cloud.google.com/gke-tpu-accelerator.
     accelerator: first part of a Cloud TPU accelerator type, such as v5litepod in v5litepod-256.
-    units: the number in an accelerator type divided by the number of chips. It is 2 for v5p, whose
-      types count cores, and otherwise 1.
-    runtime: software version of a TPU VM.
-    machines: chips of a host -> (vCPUs, GB of memory) of its machine type in GKE.
+    units: number in an accelerator type per chip: 2 for v5p, whose types count cores, otherwise 1.
+    runtime: software version for TPU VMs.
+    machines: maps the number of chips of a host to (vCPUs, GB of memory) of its machine type in
+      GKE.
   """
 
   device_kind: str
@@ -56,7 +56,7 @@ TPUS = {
     {1: (44, 176), 4: (180, 720), 8: (180, 1440)},
   ),
 }
-# GPU model -> (its name in JAX, its memory in GiB by nvidia-smi).
+# Maps a GPU model to (its name in JAX, its memory in GiB according to nvidia-smi).
 GPUS = {
   "a100": ("NVIDIA A100-SXM4-80GB", 80.0),
   "h100": ("NVIDIA H100 80GB HBM3", 79.65),
@@ -73,7 +73,8 @@ class Hardware:
     chip: TPU generation or GPU model, such as v5e or h100.
     platform: "tpu" or "gpu".
     memory: memory that programs may use on each device, in GiB.
-    torus: number of chips along each dimension of a TPU slice; for GPUs, number of GPUs per host.
+    torus: number of chips along each dimension of a TPU slice; for GPUs, the number of GPUs per
+      host.
     slices: number of TPU slices or GPU hosts. The network between them is slow.
   """
 
@@ -88,7 +89,7 @@ class Hardware:
 
   @property
   def chips(self) -> int:
-    """Number of chips in all slices; JAX shows each chip as one device."""
+    """Number of chips in all slices. JAX shows each chip as one device."""
     return math.prod(self.torus) * self.slices
 
   @property
@@ -101,7 +102,7 @@ class Hardware:
 
   @property
   def tpu(self) -> Tpu:
-    """The TPU generation of the chips."""
+    """TPU generation of the chips."""
     return TPUS[self.chip]
 
   @property
@@ -116,12 +117,12 @@ class Hardware:
 
   @property
   def machine(self) -> tuple[int, int]:
-    """vCPUs and GB of memory of a TPU host."""
+    """Numbers of vCPUs and GB of memory of a TPU host."""
     return self.tpu.machines.get(self.per_host, min(self.tpu.machines.values()))
 
   @property
   def requests(self) -> tuple[int, int]:
-    """CPUs and GiB of memory that a pod on a TPU host requests: half of the machine.
+    """Numbers of CPUs and GiB that a pod on a TPU host requests, which are half of the machine.
 
     The other half is for the system and for pods that use no chips.
     """
@@ -136,14 +137,14 @@ class Hardware:
 
 
 def load(name: str, slices: int = 1) -> Hardware:
-  """Returns the hardware with a given name.
+  """Returns the hardware with this name.
 
   Args:
     name: a slice (v5e-256 or v5litepod-256), a shape (v5p:4x4x8), or a number of GPUs (h100-64).
     slices: number of TPU slices; 1 for GPUs.
 
   Raises:
-    UserError: the name is unknown, or the number of chips or slices is impossible.
+    UserError: the name is unknown, or such a number of chips or slices does not exist.
   """
   given, name = name, own_name(name)
   chip, _, size = name.replace("-", ":", 1).partition(":")
@@ -154,7 +155,7 @@ def load(name: str, slices: int = 1) -> Hardware:
     raise UserError(
       f"--topology is '{given}': {suggestion(name, [f'{gpu}-64' for gpu in GPUS])}give a slice "
       f"({', '.join(SLICES)}), a chip and a shape, as in v5p:4x4x8, or GPUs and their number, as "
-      f"in h100-64; GPUs: {', '.join(GPUS)}."
+      f"in h100-64 (GPUs: {', '.join(GPUS)})."
     )
   torus = tuple(map(int, shape.split("x")))
   chips = math.prod(torus)
@@ -162,7 +163,8 @@ def load(name: str, slices: int = 1) -> Hardware:
   per_host = chips if chips < 4 or (chips == 8 and chip != "v5p") else 4
   if chips % per_host:
     raise UserError(
-      f"--topology is '{name}': {chips} chips do not fill hosts; give a multiple of 4 chips."
+      f"--topology is '{name}', but {chips} chips do not fill whole hosts: give a multiple of 4 "
+      "chips."
     )
   tpu = TPUS[chip]
   return Hardware(name, chip, "tpu", tpu.device_kind, CHIPS[chip].hbm, torus, slices, per_host)
@@ -171,13 +173,14 @@ def load(name: str, slices: int = 1) -> Hardware:
 def _gpus(name: str, chip: str, number: str, slices: int) -> Hardware:
   if slices != 1:
     raise UserError(
-      f"--slices is {slices}, but only TPUs have slices: give the number of all GPUs."
+      f"--slices is {slices}, but only TPUs have slices: omit --slices, and give the number of all "
+      "GPUs in --topology."
     )
   count = int(number) if re.fullmatch(r"[1-9]\d{0,6}", number) else 0
   per_host = min(count, GPUS_PER_HOST)
   if not count or count % per_host:
     raise UserError(
-      f"--topology is '{name}': the number of GPUs must be at most {GPUS_PER_HOST}, the GPUs of "
+      f"--topology is '{name}'; the number of GPUs must be at most {GPUS_PER_HOST}, the GPUs of "
       f"one host, or a multiple of {GPUS_PER_HOST}, as in {chip}-64."
     )
   kind, memory = GPUS[chip]
@@ -186,11 +189,11 @@ def _gpus(name: str, chip: str, number: str, slices: int) -> Hardware:
 
 
 def peak_of(device_kind: str) -> float:
-  """Returns the peak FLOP/s of a kind of device.
+  """Returns the peak FLOP/s of a device with this `jax.Device.device_kind`.
 
   Raises:
     ValueError: `flops.device_peak` does not know this kind.
   """
   if (peak := device_peak(device_kind)) is None:
-    raise ValueError(f"the peak FLOP/s of {device_kind} is unknown.")
+    raise ValueError(f"the peak FLOP/s of '{device_kind}' is unknown.")
   return peak

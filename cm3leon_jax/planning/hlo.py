@@ -1,7 +1,7 @@
-"""Counts products, collectives and arrays of a compiled XLA program by reading its text.
+"""Counts matrix products, collectives and arrays in the text of a compiled XLA program.
 
-Reading text needs neither a device nor a private API. A program is a set of computations. Numbers
-for the body of a loop are multiplied by the number of iterations.
+The text is available without a device or a private API. A program is a set of computations. Counts
+in the body of a loop are multiplied by the number of iterations.
 """
 
 from collections import Counter
@@ -16,8 +16,8 @@ import numpy as np
 _SIZES = {1: "pred s8 u8", 2: "bf16 f16 s16 u16", 4: "f32 s32 u32", 8: "s64 f64"}
 BYTES = {dtype: n for n, dtypes in _SIZES.items() for dtype in dtypes.split()}
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-# Number of [L, L] x H products per call of each Pallas kernel of splash attention. XLA does not
-# count these products.
+# Number of [L, L] x H products per call of each Pallas kernel of splash attention, which XLA does
+# not count.
 KERNELS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
 # Instructions that create no array.
 _VIEWS = "parameter get-tuple-element tuple while bitcast constant call opt-barrier conditional"
@@ -37,17 +37,17 @@ class HloInstruction:
   rest: str
 
   def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-    """Returns (dtype, dimensions) of each resulting array."""
+    """Returns (dtype, dimensions) of each array in the result."""
     arrays = ((dtype, dims) for dtype, dims in _SHAPE.findall(self.type) if dtype in BYTES)
     return [(dtype, tuple(int(d) for d in dims.split(",") if d)) for dtype, dims in arrays]
 
   def attribute(self, pattern: str) -> str | None:
-    """Returns the first group of `pattern` in operands and attributes; None without a match."""
+    """Returns group 1 of `pattern` in the operands and attributes, or None without a match."""
     match = re.search(pattern, self.rest)
     return match.group(1) if match else None
 
   def required(self, pattern: str) -> str:
-    """Returns `attribute`; raises ValueError without a match."""
+    """Returns `attribute`. Raises ValueError if there is no match."""
     return _match(pattern, self.rest).group(1)
 
   @property
@@ -56,7 +56,7 @@ class HloInstruction:
 
 
 def size(shape: tuple[str, tuple[int, ...]]) -> int:
-  """Computes the bytes of an array, without the padding of its layout."""
+  """Computes the bytes of an array from (dtype, dimensions), without the padding of its layout."""
   return BYTES[shape[0]] * math.prod(shape[1])
 
 
@@ -87,14 +87,14 @@ class Program:
       yield from ((name.strip(" %"), 1) for name in names.split(","))
 
   def _trips(self, caller: str, loop: HloInstruction) -> int:
-    """Returns the number of iterations of a `lax.scan` loop.
+    """Returns the number of iterations of a `lax.scan` loop; 1 if it depends on data.
 
     XLA may move the first iteration out of a loop ("peel" it). The loop index then starts at 1.
     """
     condition = self.computations[loop.required(r"condition=%?([\w.\-]+)")]
     ends = [_constant(i) for i in condition if _is_index(i) and i.op == "constant"]
     if not ends:
-      return 1  # The end of this loop depends on data; count one iteration.
+      return 1  # The end depends on data; counts one iteration.
     places = [i for i in condition if _is_index(i) and i.op == "get-tuple-element"]
     start = 0
     if len(places) == 1:
@@ -102,7 +102,7 @@ class Program:
     return max(ends) - start
 
   def _carried(self, caller: str, loop: HloInstruction, place: int) -> int:
-    """Returns the first value of element `place` of a loop's tuple; 0 if it is not constant."""
+    """Returns the initial value of element `place` of a loop's tuple; 0 if it is not constant."""
     made = {i.name: i for i in self.computations[caller]}
     values = made[loop.operands[0]]
     value = made[values.operands[place]] if values.op == "tuple" else values
@@ -126,14 +126,14 @@ class Program:
 
   @functools.cached_property
   def fused(self) -> set[str]:
-    """Names of fused computations. Intermediate values inside them are not arrays in memory."""
+    """Names of fused computations, whose intermediate values are not arrays in memory."""
     calls = ((name, i) for name, made in self.computations.items() for i in made)
     return {callee for name, i in calls if i.op == "fusion" for callee, _ in self._callees(name, i)}
 
   def flops(self) -> float:
     """Counts the FLOPs of matrix products.
 
-    Splash attention is causal, so half of its [L, L] products count.
+    Splash attention is causal, so only half of its [L, L] products are counted.
     """
     return float(sum(n * self._product_flops(name) for name, n in self.runs.items()))
 
@@ -149,16 +149,16 @@ class Program:
       elif i.op == "custom-call" and (
         products := next((n for k, n in KERNELS.items() if i.name.startswith(k)), 0)
       ):
-        # The result is the first of the shapes with the most dimensions. Scratch and log-sums have
-        # fewer dimensions or follow the result.
+        # The output is the first array with the most dimensions. Scratch arrays and log-sums have
+        # fewer dimensions or follow it.
         *outer, L, H = max((dims for _, dims in i.shapes()), key=len)
         total += products * math.prod(outer) * L * L * H
     return total
 
   def traffic(self) -> float:
-    """Counts bytes read from and written to the chip's main memory, without layout padding.
+    """Counts the bytes read from and written to the chip's main memory, without layout padding.
 
-    If an instruction reads or replaces only a part of an array, only this part counts.
+    If an instruction reads or replaces only a part of an array, only this part is counted.
     """
     runs = ((name, n) for name, n in self.runs.items() if name not in self.fused)
     return float(sum(n * self._moved_bytes(name) for name, n in runs))
@@ -167,7 +167,7 @@ class Program:
     types = {i.name: i.type for i in self.computations[computation]}
     total = 0.0
     for i in self.computations[computation]:
-      if i.op in ("copy-start", "slice-start"):  # Transfers to or from the fast memory.
+      if i.op in ("copy-start", "slice-start"):  # Copies to or from the fast memory.
         sides = _ARRAY.findall(i.type)[:2]
         total += _main_bytes(sides[1].replace("S(1)", "")) * sum("S(" not in side for side in sides)
       elif i.op not in VIEWS and not i.op.endswith(("-start", "-done")):
@@ -181,7 +181,7 @@ class Program:
   def _parts(self, i: HloInstruction) -> list[float | None]:
     """Returns the bytes that are read from each operand, then the bytes replaced in the result.
 
-    None means all bytes of the array.
+    None instead of a number means all bytes of the array.
     """
     inner = self.computations[i.required(r"calls=%?([\w.\-]+)")] if i.op == "fusion" else [i]
     names = [x.name for x in inner if x.op == "parameter"] if i.op == "fusion" else i.operands
@@ -201,7 +201,7 @@ class Program:
     return [*parts, replaced if updates else None]
 
   def cycles(self) -> float:
-    """Sums the compiler's estimates of cycles. Omits Pallas kernels and waits for collectives."""
+    """Sums the compiler's cycle estimates, without Pallas kernels and waits for collectives."""
     pattern, total = r'"estimated_cycles":"(\d+)"', 0
     for name in self.runs.keys() - self.fused:
       cycles = sum(int(i.attribute(pattern) or 0) for i in self.computations[name])
@@ -209,7 +209,7 @@ class Program:
     return float(total)
 
   def collectives(self) -> dict[str, tuple[int, int]]:
-    """Returns kind -> (number of runs in one call, bytes of all its whole arrays on one device)."""
+    """Maps a kind of collective to (runs per call, bytes of all its whole arrays on one device)."""
     kinds: dict[str, list[int]] = {}
     for name, times in self.runs.items():
       for i in self.computations[name]:
@@ -227,7 +227,7 @@ class Program:
   def _continues_another(self, computation: str) -> bool:
     """Returns whether a computation only continues an asynchronous collective of another one.
 
-    XLA prints such a collective a second time in the fusions that overlap with it.
+    XLA prints such a collective again in the fusions that overlap with it.
     """
     text = " ".join(i.rest for i in self.computations[computation])
     if "AsyncCollectiveStart" in text:
@@ -235,7 +235,7 @@ class Program:
     return "AsyncCollectiveDone" in text or computation.startswith("async_collective_fusion")
 
   def largest(self, count: int) -> list[dict]:
-    """Returns the largest arrays that the program creates in the chip's main memory.
+    """Returns the `count` largest arrays that the program creates in the chip's main memory.
 
     Each entry has "array" (dtype and shape), "bytes", and "source" (a line of this project).
     """
@@ -252,7 +252,7 @@ class Program:
     return [{"array": array, "bytes": n, "source": source} for (array, source), n in top]
 
   def source(self, instruction: HloInstruction) -> str:
-    """Returns `file:line function` of the innermost frame in this project, else the op's name."""
+    """Returns `file:line function` of the innermost frame in this project, or the op's name."""
     frame = int(instruction.attribute(r"stack_frame_id=(\d+)") or 0)
     while frame:
       location, parent = self._frames[frame]
@@ -263,7 +263,7 @@ class Program:
 
   @functools.cached_property
   def _frames(self) -> dict[int, tuple[str, int]]:
-    """Maps a frame id to (`path:line function`, id of the calling frame)."""
+    """Maps the id of a stack frame to (`path:line function`, id of the calling frame)."""
     names = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
     files, functions, locations, calls = (_table(self._lines, name) for name in names)
     frames = {}
@@ -288,20 +288,20 @@ def _number(field: str, text: str) -> int:
 
 
 def _match(pattern: str, text: str) -> re.Match[str]:
-  """Searches for a pattern; raises ValueError without a match."""
+  """Searches for a pattern. Raises ValueError if there is no match."""
   if (found := re.search(pattern, text)) is None:
     raise ValueError(f"no {pattern} in {text}")
   return found
 
 
 def _main_bytes(text: str) -> float:
-  """Counts the bytes of the arrays in main memory that a type describes."""
+  """Computes the bytes of all arrays in main memory that a type contains."""
   arrays = " ".join(array for array in _ARRAY.findall(text) if "S(" not in array)
   return float(sum(map(size, HloInstruction("", arrays, "", "").shapes())))
 
 
 def _table(lines: list[str], name: str) -> dict[int, str]:
-  """Parses a table at the start of the text: `name`, `1 ...`, `2 ...`, then an empty line."""
+  """Parses a table in the program text: `name`, then lines `1 ...`, `2 ...`, then an empty line."""
   rows: dict[int, str] = {}
   if name in lines:
     for line in lines[lines.index(name) + 1 :]:
@@ -321,9 +321,9 @@ def _dot_flops(dot: HloInstruction, left: tuple[int, ...]) -> float:
 def _convolution_flops(
   convolution: HloInstruction, left: tuple[int, ...], right: tuple[int, ...]
 ) -> float:
-  """Counts the FLOPs of a convolution, except products with padding.
+  """Counts the FLOPs of a convolution, except for products with padding.
 
-  XLA:TPU writes matrix products as convolutions and may treat batch dimensions as a window.
+  XLA:TPU represents matrix products as convolutions, and may treat batch dimensions as a window.
   """
   lhs, rhs, out = _match(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.rest).groups()
   result = convolution.shapes()[0][1]

@@ -2,11 +2,11 @@
 
 The formulas count the large arrays of a train step, or of an update of `cm3leon reinforce`, as the
 compiler plans them for TPUs. docs/scaling.md compares estimates with the compiler's numbers. For
-Muon, the optimizer state is counted, but not the arrays of its update.
+Muon, the estimate includes the optimizer state, but not the arrays of its update.
 """
 
 # K layers, D width, F feed-forward, N heads, H head size, V vocabulary, L length, R rows per device
-# in one pass, I codes of an image, C image codes.
+# in one pass, I codes per image, C image codes.
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
@@ -25,9 +25,10 @@ from cm3leon_jax.training.config import OptimizerConfig, on_mesh
 from cm3leon_jax.training.step.grpo import BUCKET
 
 GIB = 2**30
-LANES = 128  # Lanes of a TPU register; the last dimension of an array is padded to a multiple.
+LANES = 128  # Lanes of a TPU register. The last dimension of an array is padded to a multiple.
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
-# Prefix of `jax.Device.device_kind` -> chip. Longer prefixes are first, as in watch/flops.py.
+# Maps a prefix of `jax.Device.device_kind` to a chip. Longer prefixes precede shorter ones, as in
+# watch/flops.py.
 KINDS = {
   "TPU v5 lite": "v5e",
   "TPU v5e": "v5e",
@@ -43,13 +44,13 @@ class Memory:
   """Bytes on one device at the peak of a step.
 
   Attributes:
-    rows: R, a number of rows, not of bytes.
-    state: parameters, optimizer moments and the average of the parameters, twice if steps are
-      checked (`train.replay_every`). For `cm3leon reinforce`, also the starting model in the
-      compute dtype.
-    batch: rows of a whole step.
-    accumulation: sum of gradients over the passes of a step; 0 with one pass.
-    kept: values that the layers keep for the backward pass.
+    rows: R, the number of rows per pass (not bytes).
+    state: parameters, optimizer moments and the average of the parameters; twice their bytes if
+      steps are checked (`train.replay_every`). For `cm3leon reinforce`, also the initial model in
+      the compute dtype.
+    batch: input arrays of a whole step.
+    accumulation: sum of the gradients of all passes; 0 if a step has only one pass.
+    kept: activations that the layers keep for the backward pass.
     working: everything else at the peak: parameters in the compute dtype, gradients, and the arrays
       of the loss, of one layer or of the update.
   """
@@ -77,11 +78,11 @@ class Memory:
 def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu") -> Memory:
   """Estimates the memory of a train step on one device.
 
-  `shape` is the size of each mesh axis, from `jax.sharding.Mesh.shape` or
-  `MeshConfig.over(devices)`. `platform` is "tpu" or "gpu".
+  `shape` contains the size of each mesh axis, as in `jax.sharding.Mesh.shape` and
+  `MeshConfig.over`. `platform` is "tpu" or "gpu".
 
   Raises:
-    UserError: the mesh cannot split the batch.
+    UserError: the batch is not evenly divisible among the devices of the mesh.
   """
   model, L, tensor = settings.model, settings.data.sequence_length, shape["tensor"]
   batch_shards = math.prod(shape[axis] for axis in BATCH)
@@ -90,15 +91,15 @@ def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
   params, matrices, tables = _shares(model, shape)
   b, tokens, D = ITEMSIZE[model.dtype], R * L, model.width
   kept = tokens * D * model.num_layers * b * kept_widths(model, tensor, platform)
-  # `copy` is the layers in the compute dtype. Their gradients have the same dtype.
+  # `copy` is the layers in the compute dtype, which is also the dtype of their gradients.
   copy, gradients = (matrices * b if b < 4 else 0), matrices * b
   phases = (
     kept + copy + _loss(model, R, L, tensor),
     kept + copy + gradients + 4 * tables + _layer(model, R, L, tensor, platform),
     gradients + (4 + b) * model.vocab_size / tensor * D,  # Gradient of the input table.
-    8 * params,  # Gradients and updates in fp32.
+    8 * params,  # Gradients and updates, in fp32.
   )
-  # Replicas sum the table's gradient while the next pass computes.
+  # The sum of the table's gradient over replicas overlaps with the next pass.
   overlapped = (4 + b) * model.vocab_size / tensor * D if shape["data"] > 1 else 0
   accumulated = train.gradient_accumulation_steps > 1
   fields = 6 if settings.instructions.any else 5
@@ -116,9 +117,9 @@ def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
 def estimate_update(settings: Settings, shape: Mapping[str, int], prompt: int = BUCKET) -> Memory:
   """Estimates the memory of an update of `cm3leon reinforce` on one device.
 
-  Other programs draw the samples before the update. The memory of these programs is not estimated.
-  `train.global_batch_size` counts samples, each with two streams. `prompt` is the number of slots
-  of a prompt; the default is the minimum.
+  The memory of the programs that generate the samples is not estimated. `train.global_batch_size`
+  counts samples, each with two streams. `prompt` is the length to which prompts are
+  padded, by default the minimum.
   """
   model, tensor, codes = settings.model, shape["tensor"], settings.vqgan.image_tokens
   batch_shards = math.prod(shape[axis] for axis in BATCH)
@@ -126,8 +127,8 @@ def estimate_update(settings: Settings, shape: Mapping[str, int], prompt: int = 
   R, L = 2 * samples, prompt + codes - 1
   params, matrices, tables = _shares(model, shape)
   b, D = ITEMSIZE[model.dtype], model.width
-  # No attention kernel accepts an odd L. Without a kernel, heads are not padded, and the backward
-  # pass of a layer holds the attention weights of all queries.
+  # L is odd, which no attention kernel supports. Without a kernel, heads are not padded, and the
+  # backward pass of a layer needs the attention weights of all queries.
   widths = kept_widths(model, tensor, "plain")
   kept = R * L * D * model.num_layers * b * widths
   weights = R * model.num_heads / tensor * L * L / 2 * (4 + b)
@@ -152,7 +153,7 @@ def estimate_update(settings: Settings, shape: Mapping[str, int], prompt: int = 
 
 
 def _shares(model: ModelConfig, shape: Mapping[str, int]) -> tuple[float, float, float]:
-  """Counts parameters on one device: all parameters, parameters of layers, and of token tables."""
+  """Counts the parameters on one device: all, those in layers, and those in token tables."""
   fsdp, tensor = math.prod(shape[axis] for axis in FSDP), shape["tensor"]
   layers, tables, positions = (n / fsdp for n in _parameters(model))
   return (layers + tables) / tensor + positions, layers / tensor, tables / tensor
@@ -172,17 +173,17 @@ def _parameters(model: ModelConfig) -> tuple[int, int, int]:
 
 
 def _optimizer_bytes(config: OptimizerConfig, params: float, matrices: float) -> float:
-  """Computes the bytes of the moments and the average. Muon keeps one moment, Adam keeps two."""
+  """Computes the bytes of the optimizer moments and of the average of the parameters."""
   first = ITEMSIZE[config.first_moment_dtype]
   second = params - matrices if config.name == "muon" else params
   return first * params + 4 * second + (4 * params if config.ema_decay else 0)
 
 
 def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> float:
-  """Counts the values per token that a layer keeps for the backward pass, divided by the width.
+  """Counts the values that a layer keeps per token for the backward pass, divided by the width.
 
-  `tensor` devices split the heads and the feed-forward dimension. `platform` is "tpu" or "gpu"; TPU
-  kernels pad each head to a multiple of `LANES`.
+  `tensor` is the number of devices that share the heads and the feed-forward dimension. If
+  `platform` is "tpu", kernels pad each head to a multiple of `LANES`.
   """
   H = model.head_dim
   held = -(-H // LANES) * LANES if platform == "tpu" else H
@@ -190,36 +191,36 @@ def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> f
   mlp = (2 if model.traits.gated else 1) * model.mlp_width / model.width / tensor
   widths = {"qkv": 3 * heads, "attention": heads, "middle": 1, "mlp": mlp}
   policy = model.remat_policy
-  if policy == "none":  # The layer also keeps fp32 norms and activations.
+  if policy == "none":  # Norms and activations are also kept in fp32.
     return 8 + sum(widths.values()) + mlp
-  # Of the values that are offloaded to host memory, XLA:TPU still holds half on the device.
+  # XLA:TPU still keeps half of the values that are offloaded to host memory on the device.
   return 1 + sum(widths[name] for name in KEPT.get(policy, ("middle",)))
 
 
 def _loss(model: ModelConfig, R: int, L: int, tensor: int) -> float:
-  """Returns the bytes of the loss: table, its fp32 gradient, one chunk of logits, hidden states."""
+  """Computes the bytes of the loss: table, its fp32 gradient, a chunk of logits, hidden states."""
   b, V = ITEMSIZE[model.dtype], model.vocab_size / tensor
   chunk = R * min(L, model.loss_chunk) * V * (8 + b)
   return V * model.width * (b + 4) + chunk + 2 * R * L * model.width * b
 
 
 def _layer(model: ModelConfig, R: int, L: int, tensor: int, platform: str) -> float:
-  """Returns the bytes of a layer's backward pass: two copies of its parameters, and activations."""
+  """Computes the bytes of a layer's backward pass: its parameters twice, and activations."""
   b, F = ITEMSIZE[model.dtype], model.mlp_width / tensor
   params = _parameters(model)[0] / model.num_layers / tensor
   products = 3 if model.traits.gated else 2
   scores = 0.0
   if platform == "gpu" and model.head_dim & (model.head_dim - 1):
-    # No kernel accepts heads of this size, so all attention weights are in memory.
+    # No kernel supports heads of this size, so all attention weights are in memory.
     scores = R * model.num_heads / tensor * L * L / 2 * (8 + b)
   widths = 2 * model.width + 4 * model.num_heads * model.head_dim + products * F
   return 2 * params * b + R * L * widths * b + scores
 
 
 def device_memory(device: jax.Device) -> int | None:
-  """Returns the bytes that programs may use on a device; None for CPUs and unknown devices.
+  """Returns the bytes that programs can use on a device; None for CPUs and unknown devices.
 
-  Asks the backend first, and then looks up the chip in a table.
+  If the backend does not say the number, it is looked up in a table of chips.
   """
   if device.platform == "cpu":
     return None
@@ -238,10 +239,10 @@ def device_memory(device: jax.Device) -> int | None:
 def smaller(
   settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
 ) -> Iterator[tuple[Settings, str]]:
-  """Yields settings of the same step that take less memory, and the flags that select them.
+  """Yields settings of the same step that need less memory, and the flags that select them.
 
-  Settings with fewer rows per pass are first, then settings with the policy that keeps nothing. The
-  last settings turn off checked steps (`train.replay_every`), because the user asked for checks.
+  Settings with fewer rows per pass are first, followed by those with the remat policy `full`.
+  Settings without checked steps (`train.replay_every`) are last, because the user requested checks.
   """
   yield from _fewer_rows(settings, shape, platform)
   if not settings.train.replay_every:
@@ -257,7 +258,7 @@ def smaller(
 def _fewer_rows(
   settings: Settings, shape: Mapping[str, int], platform: str
 ) -> Iterator[tuple[Settings, str]]:
-  """Yields settings with fewer rows per pass, then the same with the policy that keeps nothing."""
+  """Yields settings with fewer rows per pass, then also with the remat policy `full`."""
   shards = math.prod(shape[axis] for axis in BATCH)
   now = estimate(settings, shape, platform).rows
   rows = settings.train.global_batch_size // shards
@@ -275,7 +276,7 @@ def _fewer_rows(
 
 
 def excess(settings: Settings, memory: Memory, limit: float) -> str:
-  """Returns the start of an error: a step needs more than `limit`, the bytes of a device."""
+  """Returns the beginning of an error message: a step needs more than `limit` bytes per device."""
   return (
     f"a step with {memory.rows} rows of {settings.data.sequence_length:,} tokens per pass takes "
     f"about {memory} of a device, which has {limit / GIB:.2f}"
@@ -285,13 +286,14 @@ def excess(settings: Settings, memory: Memory, limit: float) -> str:
 def check(
   settings: Settings, shape: Mapping[str, int], limit: int, platform: str = "tpu"
 ) -> Memory:
-  """Checks that a train step fits, and returns its `estimate`.
+  """Checks that a train step fits into memory, and returns its `estimate`.
 
-  `limit` is the bytes of a device, see `device_memory`. For the other arguments, see `estimate`.
+  `limit` is the number of bytes of a device (`device_memory`). For the other arguments, see
+  `estimate`.
 
   Raises:
-    UserError: the step does not fit (the message names flags that fit), or the mesh cannot split
-      the batch.
+    UserError: the step does not fit (the message names flags with which it fits), or the batch is
+      not evenly divisible among the devices.
   """
   memory = estimate(settings, shape, platform)
   if memory.total <= limit:
@@ -315,8 +317,8 @@ def check(
 def check_update(
   settings: Settings, shape: Mapping[str, int], limit: int, platform: str = "tpu"
 ) -> Memory:
-  """Checks that an update fits, and returns its `estimate_update`; see `check`."""
-  del platform  # Updates use no attention kernel.
+  """Checks that an update fits into memory, and returns its `estimate_update`. See `check`."""
+  del platform  # Updates use no attention kernel on any platform.
   memory = estimate_update(settings, shape)
   if memory.total <= limit:
     return memory
@@ -336,7 +338,7 @@ def check_update(
 def _smaller_updates(
   settings: Settings, shape: Mapping[str, int]
 ) -> Iterator[tuple[Settings, str]]:
-  """Yields settings whose updates take less memory, and the flags that select them."""
+  """Yields settings whose updates need less memory, and the flags that select them."""
   size = settings.train.global_batch_size
   full: RematPolicy = "full"
   step = math.lcm(settings.reinforce.samples, math.prod(shape[axis] for axis in BATCH))
@@ -351,12 +353,12 @@ def _smaller_updates(
 def check_devices(
   settings: Settings, mesh: jax.sharding.Mesh, check_step: Callable[..., Memory] = check
 ) -> None:
-  """Prints the memory of a step on each device, if the device's memory is known.
+  """Prints the memory that a step needs on each device, if the device's memory is known.
 
   All processes must call this function. `check_step` is `check` or `check_update`.
 
   Raises:
-    UserError: `check_step` raised it in at least one process. All processes then raise it.
+    UserError: `check_step` raises it in at least one process. In this case, all processes raise it.
   """
   with distributed.together():
     device = mesh.local_devices[0]

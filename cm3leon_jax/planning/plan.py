@@ -16,13 +16,13 @@ from cm3leon_jax.training.steps import compile_steps
 from cm3leon_jax.training.watch.flops import model_flops
 
 GIB = 2**30
-MFU = 0.4  # Default of `cm3leon plan`: share of the peak FLOP/s.
+MFU = 0.4  # Default share of the peak FLOP/s in `cm3leon plan`.
 MFU_SOURCE = (
   "an assumption, between Gopher's 32.5% and PaLM's 46.2%: arXiv 2204.02311, table 3; "
   "docs/monitoring.md defines it"
 )
 GRACE_SECONDS = 900
-SPOT_SECONDS = 30  # Google Cloud's notice before it preempts a machine.
+SPOT_SECONDS = 30  # Seconds between Google Cloud's notice and the preemption of a machine.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +30,17 @@ class Plan:
   """Numbers of a planned run.
 
   Attributes:
-    flags: flags of `cm3leon train` that select the choices that differ from the config.
-    rows_per_device: rows of each device in one pass.
-    passes: micro-batches per step.
+    flags: flags of `cm3leon train` for the settings that differ from the config.
+    rows_per_device: rows per device in one pass.
+    passes: passes (micro-batches) per step.
     rows: rows per step, over all devices.
-    tokens_per_step: tokens over all devices.
-    mfu: assumed share of the peak FLOP/s.
-    step_seconds: seconds that an unchecked step takes at `mfu`.
-    replay_every: every step at a multiple of this number is computed twice; 0: no step is.
+    tokens_per_step: tokens per step, over all devices.
+    mfu: assumed share of the peak FLOP/s that training reaches.
+    step_seconds: seconds per step at `mfu`, if it is not checked.
+    replay_every: a step is checked (computed twice) if its number is a multiple of `replay_every`;
+      0 means never.
     checkpoint_bytes: bytes of parameters and optimizer state.
-    saving_hosts: number of hosts that write a checkpoint, which are the hosts of one replica.
+    saving_hosts: number of hosts that write a checkpoint, the hosts of one replica.
     save_bandwidth: bytes per second that each host writes.
   """
 
@@ -64,7 +65,7 @@ class Plan:
 
   @property
   def mean_step_seconds(self) -> float:
-    """Seconds of an average step; a checked step is computed twice."""
+    """Average seconds per step. Checked steps take twice as long as others."""
     return self.step_seconds * (1 + (1 / self.replay_every if self.replay_every else 0))
 
   @property
@@ -74,7 +75,7 @@ class Plan:
 
   @property
   def days(self) -> float:
-    """Days to train on the config's tokens, without the time of evaluation, saving and restarts."""
+    """Days to train on the config's tokens, without evaluation, saving and restarts."""
     return self.tokens / self.tokens_per_second / 86_400
 
   @property
@@ -83,35 +84,35 @@ class Plan:
 
   @property
   def save_seconds(self) -> float:
-    """Seconds to write a checkpoint. Reading it back to compute its digests takes the same time."""
+    """Seconds to write a checkpoint, which is also the time to read it back for its digests."""
     return self.checkpoint_bytes / self.saving_hosts / self.save_bandwidth
 
   @property
   def stop_seconds(self) -> float:
     """Seconds from SIGTERM to the end of the process. docs/pods.md lists the parts.
 
-    The hosts need two steps to agree on a last step. After it they compute a held-out loss, whose
-    forward pass takes a third of a step. If a save is in progress, they write that checkpoint and
-    one more, and read both for their digests.
+    The hosts need two steps to agree on a last step. Then they compute a held-out loss, whose
+    forward passes take a third of a step each. In the worst case, they write two checkpoints, one
+    of which was already in progress, and read both for their digests.
     """
     return (2 + self.eval_batches / 3) * self.step_seconds + 4 * self.save_seconds
 
   @property
   def grace_seconds(self) -> int:
-    """Seconds that a launcher grants for saving: 10% more than needed, and at least 900."""
+    """Seconds that a launcher allows for saving: 10% more than needed, and at least 900."""
     return max(GRACE_SECONDS, 300 * math.ceil(1.1 * self.stop_seconds / 300))
 
 
 def make(settings: Settings, hardware: Hardware, mfu: float, bandwidth: float) -> Plan:
-  """Plans a run.
+  """Plans a run of a config on given hardware.
 
-  Takes the mesh of the config. If all mesh fields have their defaults, the axes follow the torus.
-  If the config's rows do not fit into the memory of a device, takes fewer rows per pass or a remat
-  policy that keeps less. `mfu` is the assumed share of the peak FLOP/s that the model's FLOPs
-  reach. `bandwidth` is the GB/s that each host writes to storage.
+  Uses the mesh of the config, or, if all mesh fields have their defaults, a mesh that follows the
+  torus. If the config's rows do not fit into the memory of a device, chooses fewer rows per pass or
+  a remat policy that keeps less. `mfu` is the assumed share of the peak FLOP/s that training
+  reaches. `bandwidth` is the GB/s at which each host writes to storage.
 
   Raises:
-    UserError: the mesh does not fit the hardware or the batch, or no setting fits into the memory.
+    UserError: the mesh does not fit the hardware or the batch, or no settings fit into the memory.
   """
   settings, mesh, flags, estimated = _fitting(settings, hardware)
   shards = math.prod(n for axis, n in mesh.items() if axis != "tensor")
@@ -146,7 +147,7 @@ def make(settings: Settings, hardware: Hardware, mfu: float, bandwidth: float) -
 def _fitting(
   settings: Settings, hardware: Hardware
 ) -> tuple[Settings, dict[str, int], tuple[str, ...], memory.Memory]:
-  """Returns settings that fit, mesh axis sizes, flags that select both, and the memory needed."""
+  """Returns settings that fit, mesh axis sizes, the flags for both, and the memory needed."""
   chosen = settings.mesh == MeshConfig()
   candidates = _meshes(hardware) if chosen else [settings.mesh]
   limit, failure = hardware.memory * GIB, ""
@@ -167,10 +168,10 @@ def _fitting(
 
 
 def _too_few(shape: dict[str, int], estimated: memory.Memory, limit: float) -> str:
-  """Returns advice for when no number of rows and no remat policy fits on a mesh."""
+  """Returns advice if no number of rows and no remat policy fits on a mesh."""
   devices = math.prod(shape.values())
   count = f"{devices:,} device{'s' * (devices > 1)}"
-  # On every mesh, each device holds at least an equal share of the state.
+  # On any mesh, a device has at least an equal share of the state.
   if devices == 1 or estimated.state / shape["data"] > limit:
     return f"No setting fits {count}: take more devices."
   return f"No rows and no remat policy fit: take more than {count}, or a larger mesh.tensor."
@@ -179,7 +180,7 @@ def _too_few(shape: dict[str, int], estimated: memory.Memory, limit: float) -> s
 def _check_batch(
   settings: Settings, shape: dict[str, int], hardware: Hardware, chosen: bool
 ) -> None:
-  """Raises UserError if the mesh cannot split the rows of a step. It names numbers that work."""
+  """Raises UserError if the rows of a step are not evenly divisible among the mesh's devices."""
   shards = math.prod(n for axis, n in shape.items() if axis != "tensor")
   try:
     on_mesh(settings.train, shards)
@@ -189,7 +190,7 @@ def _check_batch(
 
 
 def _divisor(train: TrainConfig, shards: int) -> str:
-  """Returns a hint with the largest rows_per_device that works, up to the config's value, or ""."""
+  """Returns a hint with the largest rows_per_device that works; "" if none does."""
   rows = train.global_batch_size // shards
   if train.global_batch_size % shards:
     return ""
@@ -202,7 +203,7 @@ def _divisor(train: TrainConfig, shards: int) -> str:
 
 
 def _slices(train: TrainConfig, shards: int, hardware: Hardware) -> str:
-  """Returns a hint with the nearest numbers of slices or GPUs that work, below and above."""
+  """Returns a hint with the nearest smaller and larger numbers of slices or GPUs that work."""
   rows = train.rows_per_device or train.gradient_accumulation_steps
   each, now = shards // hardware.slices * rows, hardware.slices
   fitting = [n for n in range(1, 2 * now + 1) if train.global_batch_size % (each * n) == 0]
@@ -214,7 +215,7 @@ def _slices(train: TrainConfig, shards: int, hardware: Hardware) -> str:
 
 
 def _meshes(hardware: Hardware) -> list[MeshConfig]:
-  if hardware.platform == "gpu":  # `data` spans hosts, `fsdp` the GPUs of a host.
+  if hardware.platform == "gpu":  # `data` spans hosts, `fsdp` spans a host's GPUs.
     return [MeshConfig(hardware.slices, hardware.per_host, 1, 1)]
   return list(meshes(hardware))
 
@@ -234,7 +235,7 @@ def _shape(config: MeshConfig, hardware: Hardware) -> dict[str, int]:
 
 
 def _state(settings: Settings) -> tuple[int, int]:
-  """Counts the parameters, and the bytes of a checkpoint."""
+  """Returns (number of parameters, bytes of a checkpoint)."""
   single = create_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
   with jax.set_mesh(single):
     steps = compile_steps(
@@ -246,9 +247,9 @@ def _state(settings: Settings) -> tuple[int, int]:
 
 
 def table(plan: Plan, title: str, spot: bool = False) -> str:
-  """Formats a plan with one number and its assumptions per line.
+  """Formats a plan, one number and its assumptions per line.
 
-  `title` starts the first line. `spot` says whether the machines may be preempted at any time.
+  `title` begins the first line. `spot` says whether the machines may be preempted at any time.
   """
   hw, gb = plan.hardware, plan.checkpoint_bytes / 1e9
   passes = f"in {plan.passes} passes" if plan.passes > 1 else "in one pass"

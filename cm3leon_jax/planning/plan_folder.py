@@ -1,4 +1,4 @@
-"""Writes the files of a plan into a folder and replaces the files of an earlier plan."""
+"""Writes the files of a plan to a folder, where they replace the files of the previous plan."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ NUMBERS = "plan.json"
 
 
 def _written(folder: epath.Path) -> dict[str, str]:
-  """Reads name -> digest of the files that the last plan wrote; {} without such a plan."""
+  """Maps the files that the previous plan wrote to their digests; {} without a previous plan."""
   path = folder / NUMBERS
   if not path.exists():
     return {}
@@ -20,18 +20,19 @@ def _written(folder: epath.Path) -> dict[str, str]:
     files = read_json(path, {"files": dict})["files"]
   except UserError as error:
     raise UserError(
-      f"{path} does not list the files of its plan: delete it, or give another --out."
+      f"{path} does not list the files of its plan: delete it, or choose another --out."
     ) from error
   return {name: digest for name, digest in files.items() if epath.Path(name).name == name}
 
 
 def check(folder: epath.Path, texts: Mapping[str, str]) -> list[str]:
-  """Returns the names of the files that the last plan wrote and this plan does not write.
+  """Returns the names of the previous plan's files that this plan does not write.
 
-  `folder` is the value of --out and may not exist yet. `texts` is file name -> text.
+  `folder` is the value of --out and need not exist. `texts` maps file names to texts.
 
   Raises:
-    UserError: a file that would be replaced or removed has changed since the last plan wrote it.
+    UserError: a file that would be replaced or removed has changed since the previous plan wrote
+      it.
   """
   written = _written(folder)
   there = [name for name in sorted({*texts, *written}) if (folder / name).exists()]
@@ -39,17 +40,17 @@ def check(folder: epath.Path, texts: Mapping[str, str]) -> list[str]:
     same = name in texts and (folder / name).read_bytes() == texts[name].encode()
     if not same and digest(folder / name) != written.get(name):
       raise UserError(
-        f"{folder / name} was changed after `cm3leon plan` wrote it, or is not from a plan, and "
-        "would be lost: move it away, or give another --out."
+        f"{folder / name} would be lost, because it is not from a plan or was changed after "
+        "`cm3leon plan` wrote it: move it away, or choose another --out."
       )
   return [name for name in there if name not in texts]
 
 
 def write(folder: epath.Path, texts: Mapping[str, str], numbers: Mapping) -> list[str]:
-  """Writes files and plan.json, and removes files of the last plan that this plan does not write.
+  """Writes files and plan.json. Removes the previous plan's files that this plan does not write.
 
-  `folder` is created if it does not exist. `texts` is file name -> text. The digests of the files
-  are added to `numbers`, the content of plan.json. Returns the names of the removed files.
+  `folder` is created if it does not exist. `texts` maps file names to texts. plan.json contains
+  `numbers` and the digests of the files. Returns the names of the removed files.
 
   Raises:
     UserError: see `check`. In this case nothing is written.

@@ -28,7 +28,7 @@ from cm3leon_jax.training.steps import Steps, compile_steps
 
 def count_params(settings: Settings, mesh: jax.sharding.Mesh) -> int:
   with jax.set_mesh(mesh):
-    # The key is created inside the function, because these devices cannot run anything.
+    # The key is created inside the function, because the devices of `mesh` cannot run anything.
     init = jax.eval_shape(lambda: transformer.init_params(settings.model, jax.random.key(0)))
     return transformer.count_params(init)
 
@@ -37,7 +37,7 @@ def train_step(settings: Settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowere
   """Lowers the step that `cm3leon train` runs on `mesh` with this config.
 
   Raises:
-    UserError: the mesh cannot split the batch.
+    UserError: the batch is not evenly divisible among the devices of the mesh.
   """
   with jax.set_mesh(mesh):
     steps, state = _steps(settings, mesh)
@@ -47,12 +47,12 @@ def train_step(settings: Settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowere
 
 
 def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax.stages.Lowered:
-  """Lowers the update of `cm3leon reinforce` on `mesh`: images for captions, two streams each.
+  """Lowers the update of `cm3leon reinforce` on `mesh`, for images with two streams each.
 
-  `train.global_batch_size` counts samples. `prompt` is the number of tokens of a prompt.
+  `train.global_batch_size` counts samples. `prompt` is the number of tokens per prompt.
 
   Raises:
-    UserError: the mesh cannot split the batch.
+    UserError: the batch is not evenly divisible among the devices of the mesh.
   """
   with jax.set_mesh(mesh):
     _, state = _steps(settings, mesh)
@@ -87,10 +87,10 @@ def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax
 
 
 def evaluation(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, int]:
-  """Lowers the held-out loss of one micro-batch that `cm3leon train` computes on `mesh`.
+  """Lowers the program of `cm3leon train` for the held-out loss of one micro-batch on `mesh`.
 
-  Returns the program, and the bytes per device of the state that stays in memory although the
-  program does not read it: the optimizer state, and the parameters if their average is evaluated.
+  Returns (program, bytes per device of the state that stays in memory although the program does not
+  use it). This state is the optimizer state, and the parameters if their average is evaluated.
 
   Raises:
     UserError: see `train_step`.
@@ -127,7 +127,7 @@ def _batch(
 
 
 def num_sources(settings: Settings, split: str) -> int:
-  """Counts the sources that rows of "train" or "heldout" can have; 0 without instructions."""
+  """Returns how many sources the rows of "train" or "heldout" can have; 0 without instructions."""
   if not settings.instructions.any:
     return 0
   tasks = load_tasks(settings.instructions)
@@ -142,15 +142,16 @@ def guided_decoder(
 ) -> tuple[Lowered, int, int]:
   """Lowers the programs of `Generator` for text-to-image prompts with two guidance streams.
 
-  Parameters are in the compute dtype, as on a server. `prompts` is B, the number of prompts.
-  `positions` is the number of positions of a sample. The prompt takes all positions that the image
-  leaves.
+  Parameters are in the compute dtype, as on a server. `prompts` is the number of prompts.
+  `positions` is the number of positions per sample, of which the prompt takes all that the image
+  leaves free.
 
-  Returns the programs; the bytes of the parameters that a device reads per step, which are the
-  blocks and the image rows of the output table; and the bytes per device of the largest cache.
+  Returns (programs, bytes of the parameters that a device reads per step, bytes of the largest
+  cache per device). These parameters are the blocks and the image rows of the output table.
 
   Raises:
-    UserError: `positions` leaves no room for a prompt, or the mesh cannot split `prompts`.
+    UserError: `positions` leaves no room for a prompt, or the prompts are not evenly divisible
+      among the devices.
   """
   vocab, image_tokens = settings.vocab, settings.vqgan.image_tokens
   make = functools.partial(request.text_to_image, vocab, image_tokens)
@@ -158,7 +159,7 @@ def guided_decoder(
   if words < 1:
     raise UserError(
       f"--decode_positions is {positions}, but an image and its end take {image_tokens + 1} "
-      "positions: give more, for a prompt."
+      "positions: increase it to leave room for a prompt."
     )
   rng = np.random.default_rng(0)
   captions = rng.integers(vocab.num_special, vocab.text_size, (prompts, words), np.int32)
@@ -177,7 +178,7 @@ def guided_decoder(
 
 
 def _decode_params(settings: Settings, mesh: jax.sharding.Mesh) -> DecodeParams:
-  """Returns the types of `DecodeParams`."""
+  """Returns the types of the arrays in `DecodeParams`."""
 
   def init() -> DecodeParams:
     params = transformer.init_params(settings.model, jax.random.key(0))

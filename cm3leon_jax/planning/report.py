@@ -18,7 +18,7 @@ LARGEST = 8
 def compile_for(
   lowered: jax.stages.Lowered, topology: Topology
 ) -> tuple[jax.stages.Compiled, float]:
-  """Compiles a program for a topology. Returns the program and the seconds of compilation.
+  """Compiles a program for a topology. Returns the program and the seconds that this took.
 
   Raises:
     UserError: the program needs more memory than the chip has.
@@ -38,12 +38,12 @@ def compile_for(
 
 
 def compile_report(lowered: jax.stages.Lowered, topology: Topology) -> dict:
-  """Compiles a program and returns its `report`; raises like `compile_for`."""
+  """Compiles a program and returns its `report`. Raises UserError like `compile_for`."""
   return report(*compile_for(lowered, topology), topology)
 
 
 def report(compiled: jax.stages.Compiled, seconds: float, topology: Topology) -> dict:
-  """Returns the numbers for `table`. A loop whose end depends on data counts as one iteration."""
+  """Returns the numbers for `table`. Loops whose end depends on data count as one iteration."""
   memory, program = compiled.memory_analysis(), Program(compiled.as_text())
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   flops, collectives = program.flops(), program.collectives()

@@ -1,4 +1,4 @@
-"""Finds combinations of mesh, batch and remat policy that fit a topology, and the fastest one."""
+"""Finds combinations of mesh, batch and remat policy that fit a topology, fastest first."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -13,17 +13,17 @@ from cm3leon_jax.planning.hardware import Hardware
 from cm3leon_jax.planning.topology import Topology
 from cm3leon_jax.settings import Settings
 
-# Ordered from least to most recomputation.
+# From least to most recomputation.
 POLICIES: tuple[RematPolicy, ...] = ("minimal", "save_qkv", "save_attention", "offload", "full")
-# Rows per device, largest first: with more rows, fewer gathers of the parameters are needed.
+# Rows per device, most first, because parameters are gathered less often with more rows.
 BATCHES = (16, 8, 4, 2, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """A combination of mesh, batch and remat policy.
+  """Combination of mesh, batch and remat policy.
 
-  `batch` is the number of rows of a device in one pass. A step has as many passes as needed.
+  `batch` is the number of rows per device in one pass. A step has as many passes as needed.
   """
 
   mesh: MeshConfig
@@ -34,15 +34,15 @@ class Candidate:
     """Returns `settings` with this mesh, policy and batch, and the same global batch.
 
     Raises:
-      UserError: the global batch is not a multiple of the rows of one pass.
+      UserError: the global batch is not a multiple of the rows in one pass of all devices.
     """
     mesh = self.mesh
     one_pass = self.batch * len(topology.devices) // mesh.tensor
     rows = settings.train.global_batch_size
     if rows % one_pass:
       raise UserError(
-        f"config.train.global_batch_size is {rows}; it must be a multiple of {one_pass}, the rows "
-        "of one pass of all devices."
+        f"config.train.global_batch_size is {rows}; it must be a multiple of {one_pass}, the "
+        "number of rows in one pass of all devices."
       )
     train = dataclasses.replace(
       settings.train, rows_per_device=self.batch, gradient_accumulation_steps=1
@@ -56,7 +56,7 @@ class Candidate:
 
   @property
   def flags(self) -> str:
-    """Flags of `cm3leon train` that select this candidate."""
+    """Flags of `cm3leon train` for this candidate."""
     parts = [f"--config.mesh.{axis}={n}" for axis, n in dataclasses.asdict(self.mesh).items()]
     parts += [f"--config.train.rows_per_device={self.batch}"]
     return " ".join([*parts, f"--config.model.remat_policy={self.policy}"])
@@ -65,8 +65,8 @@ class Candidate:
 def meshes(topology: Topology | Hardware) -> Iterator[MeshConfig]:
   """Yields meshes whose axes follow the torus, with `tensor` of size 1, 2 and 4.
 
-  `data` spans the slices. `fsdp_inner` and `tensor` span the last dimension of the torus, `fsdp`
-  the other dimensions.
+  `data` spans the slices. `fsdp_inner` and `tensor` together span the last dimension of the torus.
+  `fsdp` spans the other dimensions.
   """
   torus = [n for n in topology.torus if n > 1] or [1]
   outer, inner = math.prod(torus[:-1]), torus[-1]
@@ -81,7 +81,7 @@ def kept_bytes(model: ModelConfig, tokens: int, policy: str) -> int:
   mlp = (2 if model.traits.gated else 1) * model.mlp_width / model.width
   heads = model.num_heads * model.head_dim / model.width
   widths = {"qkv": 3 * heads, "attention": heads, "middle": 1, "mlp": mlp}
-  kept = 1 + sum(widths[name] for name in KEPT.get(policy, ()))  # 1: the input of the layer.
+  kept = 1 + sum(widths[name] for name in KEPT.get(policy, ()))  # 1 is the layer's input.
   bytes_per_value = 2 if model.dtype == "bfloat16" else 4
   return int(kept * tokens * model.width * model.num_layers * bytes_per_value)
 
@@ -92,9 +92,9 @@ def search(
   """Compiles, for each mesh and batch, the policy with the least recomputation that fits.
 
   `compile_one` maps (settings, mesh) to a result of `compile_report`, and raises UserError if the
-  program does not fit. `report_line` is called with a line of text for each candidate. Returns
-  reports of the candidates that fit, with the keys "candidate" and "flags" added. The fastest is
-  first, by `cost` and then by the compiler's cycles.
+  program does not fit. `report_line` is called with a line of text for each candidate. Returns the
+  reports of the candidates that fit, with the additional keys "candidate" and "flags". They are
+  sorted by `cost`, and then by the compiler's cycles.
   """
   reports = []
   for config in meshes(topology):
@@ -130,7 +130,7 @@ def search(
 
 
 def cost(report: dict) -> float:
-  """Computes a lower bound of a device's seconds per token, from products and collectives."""
+  """Computes a lower bound of the seconds per token and device, from products and collectives."""
   tokens = report["tokens"] / report["devices"]
   return max(report["compute_seconds"], report["collective_seconds"]) / tokens
 

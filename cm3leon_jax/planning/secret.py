@@ -2,8 +2,7 @@
 
   export WANDB_API_KEY="$(python -m cm3leon_jax.planning.secret projects/PROJECT/secrets/NAME)"
 
-This command reads the secret as the service account of the machine, which exists only on Google
-Cloud.
+The command uses the service account of the machine, so it works only on Google Cloud.
 """
 
 import base64
@@ -28,7 +27,7 @@ def read(name: str, metadata: str = METADATA, secret_manager: str = SECRET_MANAG
   `name` is projects/PROJECT/secrets/NAME.
 
   Raises:
-    OSError: a server does not answer or refuses.
+    OSError: a server does not answer, or denies access.
   """
   token = _get(f"{metadata}/{TOKEN}", {"Metadata-Flavor": "Google"})["access_token"]
   url = f"{secret_manager}/v1/{name}/versions/latest:access"

@@ -15,23 +15,23 @@ from cm3leon_jax.runs.table import STAGES
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers import vqgan
 
-# The measurements are in docs/benchmarks.md (two cores of an AMD EPYC machine) and
-# docs/large_data.md.
-INGESTED = 108  # Images per core and second.
-READ = 360  # Images per core and second.
-ENCODED = 2_600_000  # Tokens of text per core and second.
-INDEXED = 1_000_000 / 201  # Vectors per core and second.
-SEARCHED, SEARCHED_OF = 1_628, 1_000_000  # Queries per core and second, for SEARCHED_OF vectors.
+# Rates measured in docs/benchmarks.md (two cores of an AMD EPYC machine) and docs/large_data.md.
+INGESTED = 108  # Images ingested per core and second.
+READ = 360  # Images read per core and second.
+ENCODED = 2_600_000  # Text tokens encoded per core and second.
+INDEXED = 1_000_000 / 201  # Vectors indexed per core and second.
+# Queries per core and second, and the number of vectors among which they search.
+SEARCHED, SEARCHED_OF = 1_628, 1_000_000
 SQRT_UNTIL = 144_000_000  # Up to this block size, query time grows with sqrt(vectors).
-PRUNED = 6_900  # Documents per core and second.
-MERGED, MERGED_SECONDS = 100_000_000, 91  # Characters that BPE reads, and core-seconds for them.
+PRUNED = 6_900  # Documents pruned per core and second.
+MERGED, MERGED_SECONDS = 100_000_000, 91  # BPE: characters, core-seconds.
 CAPTION_TOKENS = 24
 SOURCE = "two cores of an AMD EPYC machine, docs/benchmarks.md"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Costs of a stage. `basis` explains how the numbers were computed."""
+  """Costs of a stage. `basis` is a text that explains how they were computed."""
 
   stage: str
   core_hours: float
@@ -40,7 +40,7 @@ class Cost:
 
 
 def pairs_of_a_pass(settings: Settings) -> int:
-  """Returns how many captioned images a run reads if it reads each image once as a document.
+  """Returns how many captioned images a run needs if it reads each image once as a document.
 
   Each document has `data.num_neighbors` neighbors. A neighbor has as many tokens as a document.
   """
@@ -51,7 +51,7 @@ def pairs_of_a_pass(settings: Settings) -> int:
 
 
 def estimate(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
-  """Estimates the costs of all stages up to training, in the order in which the stages run."""
+  """Estimates the costs of all stages up to training, in the order in which they run."""
   hw, share = plan.hardware, f"{plan.mfu:.0%} of the peak"
   train = Cost("train", 0.0, plan.chip_hours, f"the plan above, at {share}")
   if settings.instructions.any:
@@ -98,7 +98,7 @@ def estimate(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
 
 
 def _on_one_host(hardware: Hardware, stage: str, hours: float) -> str:
-  """Returns the end of `Cost.basis` for a stage on one host: its days, and an alternative."""
+  """Returns the end of `Cost.basis` for a stage on one host: its days, and a replacement."""
   if hardware.hosts == 1:
     return ""
   days = hours / hardware.per_host / 24
@@ -106,7 +106,7 @@ def _on_one_host(hardware: Hardware, stage: str, hours: float) -> str:
 
 
 def search_hours(pairs: int, block: int) -> float:
-  """Returns the core-hours to index, search and prune; docs/large_data.md lists the parts."""
+  """Computes the core-hours to index, search and prune; docs/large_data.md lists the parts."""
   rows = min(block, pairs)
   slower = math.sqrt(min(rows, SQRT_UNTIL) / SEARCHED_OF) * max(1.0, rows / SQRT_UNTIL)
   queries = 2 * pairs * math.ceil(pairs / block)
@@ -115,7 +115,7 @@ def search_hours(pairs: int, block: int) -> float:
 
 
 def image_tokenizer_flops(settings: Settings, function: jax.stages.Wrapped) -> float:
-  """Returns XLA's count of the FLOPs of `vqgan.encode` or `vqgan.decode` for one image."""
+  """Returns the FLOPs of `vqgan.encode` or `vqgan.decode` for one image, as counted by XLA."""
   config, codes = settings.vqgan, settings.vocab.image_size
   params = jax.eval_shape(lambda key: vqgan.init_params(config, codes, key), jax.random.key(0))
   side = config.resolution
@@ -126,7 +126,7 @@ def image_tokenizer_flops(settings: Settings, function: jax.stages.Wrapped) -> f
 
 
 def clip_flops(settings: Settings) -> tuple[float, float]:
-  """Returns (FLOPs to embed an image, FLOPs to embed a caption) for the run's own CLIP."""
+  """Returns the FLOPs to embed (one image, one caption) with the CLIP that the run trains."""
   config, size = settings.clip, settings.vocab.text_size
   params = jax.eval_shape(lambda key: clip_lib.init_params(config, size, key), jax.random.key(0))
   side = config.resolution
@@ -148,9 +148,9 @@ def _flops(lowered: jax.stages.Lowered) -> float:
 
 
 def table(costs: Sequence[Cost], plan: Plan, pairs: int, given: bool) -> str:
-  """Formats the costs of all stages and the basis of each cost, one stage per line.
+  """Formats the costs of all stages and how they were computed, one stage per line.
 
-  `given` says whether the user gave `pairs`.
+  `given` says whether the user set `pairs`.
   """
   unit = "GPU-hours" if plan.hardware.platform == "gpu" else "chip-hours"
   origin = "--pairs" if given else "one pass of the run's tokens; --pairs=N gives another number"

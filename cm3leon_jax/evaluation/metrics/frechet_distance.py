@@ -1,19 +1,19 @@
-"""Computes the Frechet distance between two sets of features, and its 95% interval over groups.
+"""Computes the Frechet distance between two sets of features, with a 95% confidence interval.
 
-The distance of n rows is biased upward, because means and covariances are estimates. A resample
-estimates them a second time, so its distance is biased twice. The percentiles of the resamples can
-even be larger than the distance itself. Therefore the percentiles are moved down by `bias`, which
-is the mean distance of the resamples minus the distance. The interval thus belongs to the reported
-distance, which is biased. The interval shows how this distance varies if other groups are chosen,
-in equal number.
+With finitely many rows, the distance is biased upward, because means and covariances are estimates.
+A resample estimates them a second time, so its distance is biased twice. The percentiles of the
+resamples can even be larger than the distance itself. Therefore the percentiles are moved down by
+`bias`, which is the mean distance of the resamples minus the distance. The interval is for the
+reported distance, which is biased. It shows how this distance would vary with another choice of
+equally many groups.
 
 The bias dominates, and the interval is too wide, if the distributions are equal, or if there are
-few groups compared with the width d of the features. To estimate the distance of infinitely many
-rows, subtract `bias` from `distance`, `low` and `high`. This estimate needs at least 20 d groups.
-With fewer groups, `bias` is too small. With fewer than d groups, `bias` is far too small.
+few groups compared with d, the number of features per row. To estimate the distance for infinitely
+many rows, subtract `bias` from `distance`, `low` and `high`. This estimate needs at least 20 d
+groups. With fewer groups, `bias` is too small. With fewer than d groups, `bias` is far too small.
 """
 
-# n rows of the measured images, m rows of the reference, d numbers in a row, r rows of a factor.
+# n rows of generated images, m rows of the reference, d features per row, r rows of a factor.
 
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
@@ -38,14 +38,14 @@ def frechet_interval(
   num_resamples: int = NUM_RESAMPLES,
   seed: int = 0,
 ) -> dict[str, Any]:
-  """Computes the Frechet distance of two sets of features, and its bootstrap interval over groups.
+  """Computes the Frechet distance of two sets of features; bootstraps groups for its interval.
 
     rows = [[0], [2], [5], [7]], groups = ["fox", "fox", "cat", "cat"]
     reference = [[1], [3], [5], [7]], reference_groups = groups
     result = {"distance": 0.53, "low": 0.0, "high": 0.96, "bias": 0.04,
               "groups": 2, "effective_groups": 2.0, "resamples": [0.0, 1.0, ...]}
 
-  A resample draws as many groups as there are, with replacement, and takes all rows of each drawn
+  A resample draws groups with replacement, as many as exist, and takes all rows of each drawn
   group. If a group has rows in both sets, such as a caption with a generated and a real image, it
   is drawn for both sets together. The percentiles are expanded as in `intervals.mean_interval`.
   Resamples are much cheaper to compute if both sets have fewer than d rows.
@@ -58,10 +58,10 @@ def frechet_interval(
 
   Returns:
     `groups` is the number of groups of `rows`. `effective_groups` is the smaller of the effective
-    numbers of groups (Kish) of the two sets. `low` is at least 0. `resamples` are the distances of
-    the resamples before they are moved. Calls with equal groups and equal seeds draw the same
-    groups, so their resamples can be compared in pairs. `low`, `high`, `bias` and `resamples` are
-    None if a set has only one group.
+    numbers of groups (Kish) of the two sets. `low` is at least 0. `resamples` contains the distance
+    of each resample, before `bias` is subtracted. Calls with equal groups and equal seeds draw the
+    same groups, so their resamples can be compared in pairs. `low`, `high`, `bias` and `resamples`
+    are None if a set has only one group.
 
   Raises:
     UserError: a set has fewer than 2 rows, a row has no group, the groups of one set are names and
@@ -88,14 +88,17 @@ def frechet_interval(
 def _group_numbers(
   sets: Sequence[np.ndarray], groups: Sequence[Sequence[Hashable] | np.ndarray]
 ) -> list[np.ndarray]:
-  """Returns the number of each row's group, for both sets.
+  """Returns, for each of the two sets, the group number [n] of every row.
 
   Groups with equal names get equal numbers: ["fox", "cat"] and ["fox", "dog"] become [2, 0] and
   [2, 1].
   """
   for one, own in zip(sets, groups):
     if len(one) != len(own):
-      raise UserError(f"{len(one)} rows of features need as many groups, not {len(own)}.")
+      raise UserError(
+        f"the features have {len(one)} rows, but {len(own)} groups are given: give one group per "
+        "row."
+      )
   names = [np.asarray(own) for own in groups]
   if len({own.dtype.kind in "iu" for own in names}) > 1:
     raise UserError("groups and reference_groups must both be names, or both integers.")
@@ -104,9 +107,9 @@ def _group_numbers(
 
 
 def _strata(places: Sequence[np.ndarray]) -> list[np.ndarray]:
-  """Splits groups by the sets that contain them.
+  """Returns the groups in both sets, the groups only in the first, and those only in the second.
 
-  _strata([[2, 0], [2, 1]]) = [[2], [0], [1]]: in both sets, in the first, in the second
+  _strata([[2, 0], [2, 1]]) = [[2], [0], [1]]
   """
   first, second = places
   return [np.intersect1d(first, second), np.setdiff1d(first, second), np.setdiff1d(second, first)]
@@ -115,7 +118,7 @@ def _strata(places: Sequence[np.ndarray]) -> list[np.ndarray]:
 def _draw(
   strata: Sequence[np.ndarray], places: Sequence[np.ndarray], rng: np.random.Generator
 ) -> list[np.ndarray]:
-  """Resamples the groups of each stratum with replacement. Counts how often each row was drawn."""
+  """Resamples the groups of each stratum. Returns, for each set, how often each row was drawn."""
   drawn = np.concatenate([rng.choice(stratum, len(stratum)) for stratum in strata])
   counts = np.bincount(drawn, minlength=1 + max(where.max() for where in places))
   return [counts[where] for where in places]
@@ -137,11 +140,11 @@ def frechet_distance(
   C1 C2, which is not symmetric, can become complex or fail.
 
   Rounding can make the distance of nearly equal sets negative, by about 1e-15 of the traces. The
-  result is then 0. The distance is biased upward, and the bias grows as the number of images falls.
-  Compare only distances of equally many images.
+  result is then 0. The distance is biased upward, more so with fewer images. Compare only distances
+  between equally large sets.
 
-  `sets` are results of `two_sets` with at least 2 rows each. `counts` has whole numbers for each
-  set: how often each row counts. None: each row counts once.
+  `sets` are results of `two_sets` with at least 2 rows each. `counts` contains, for each set, how
+  often each row counts. If it is None, each row counts once.
   """
   counts = [np.ones(len(rows)) for rows in sets] if counts is None else counts
   means, factors = zip(*map(_mean_and_factor, sets, counts))
@@ -152,11 +155,12 @@ def frechet_distance(
 
 
 def _mean_and_factor(rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the mean of [n, d] rows, and F, [r, d], with F^T F = their unbiased covariance.
+  """Returns the mean of rows [n, d] and a factor F [r, d] of their covariance, F^T F.
 
-  If n < d, the rows of F are the centered rows, scaled. Otherwise the rows of F are eigenvectors of
-  the covariance, scaled. If columns are linearly dependent, some eigenvalues are rounding errors.
-  Such eigenvalues are dropped, because their square roots (about 1e-8) would add up.
+  The covariance is the unbiased estimate. If n < d, the rows of F are the centered rows, scaled.
+  Otherwise the rows of F are eigenvectors of the covariance, scaled. If columns are linearly
+  dependent, some eigenvalues are rounding errors. Such eigenvalues are dropped, because their
+  square roots (about 1e-8) would add up.
   """
   total, width = counts.sum(), rows.shape[1]
   mean = sum((own @ x for x, own in _blocks(rows, counts)), np.zeros(width)) / total
@@ -170,7 +174,7 @@ def _mean_and_factor(rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _blocks(rows: np.ndarray, counts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields the rows with a positive count as float64, with their counts, block by block."""
+  """Yields blocks of (rows as float64, their counts), without rows whose count is 0."""
   for start in range(0, len(rows), BLOCK):
     own = counts[start : start + BLOCK]
     yield np.asarray(rows[start : start + BLOCK][own > 0], np.float64), own[own > 0]

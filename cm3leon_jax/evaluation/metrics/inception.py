@@ -2,8 +2,8 @@
 
 The network is the Inception-v3 of the TensorFlow graph of 2015-12-05, as pytorch-fid and
 torch-fidelity rebuild it. It differs from the network of Szegedy et al. (2015, arXiv 1512.00567)
-and of torchvision: its average pools do not count padding, its last block uses a max pool, it has
-1,008 classes, and its weights are different.
+and of torchvision: its average pools exclude padding, its last block uses a max pool, it has 1,008
+classes, and its weights are different.
 """
 
 # B batch, H height, W width, C channels, D width of the features.
@@ -31,8 +31,7 @@ CLASSES = 1008
 EPSILON = 1e-3
 ROWS_PER_DEVICE = 32
 Resize = Literal["tf1", "torch"]
-# Last part of the name of a batch counter of torch. Inference ignores counters, and some files lack
-# them.
+# Suffix of the names of PyTorch's batch counters, which inference ignores and some files lack.
 COUNTER = "num_batches_tracked"
 
 
@@ -46,12 +45,12 @@ class Conv(NamedTuple):
   padding: str = "SAME"
 
 
-# 3 x 3 pools: mean with stride 1, maximum with stride 1, maximum with stride 2.
+# Names of 3 x 3 pools: mean with stride 1, maximum with stride 1, maximum with stride 2.
 MEAN, MAX, HALVE = "mean", "max", "halve"
 
 
 def _mixed(name: str, *branches: list) -> tuple:
-  """Builds a block of parallel branches. The output concatenates the channels of the branches.
+  """Builds a block of parallel branches, whose outputs are concatenated along the channels.
 
   A branch is a list of steps. A step is a convolution, a pool, or a tuple of parallel branches. A
   convolution is given as its name without "branch", followed by the other fields of `Conv`.
@@ -145,7 +144,7 @@ STEPS = [
 
 
 def _kernel_shapes(steps: list, channels: int) -> tuple[dict[str, tuple[int, ...]], int]:
-  """Returns the kernel shapes, [out, in, height, width], and the channels after the last step."""
+  """Returns the shape [out, in, height, width] of each kernel, and the final number of channels."""
   shapes: dict[str, tuple[int, ...]] = {}
   for step in steps:
     if isinstance(step, Conv):
@@ -160,7 +159,7 @@ def _kernel_shapes(steps: list, channels: int) -> tuple[dict[str, tuple[int, ...
 
 
 def tensor_shapes() -> dict[str, tuple[int, ...]]:
-  """Maps the name of each tensor in torch's state dict, except counters, to its shape."""
+  """Maps the name of each tensor in PyTorch's state dict, except counters, to its shape."""
   shapes = {}
   for name, kernel in _kernel_shapes(STEPS, 3)[0].items():
     shapes[f"{name}.conv.weight"] = kernel
@@ -170,11 +169,11 @@ def tensor_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def make_params(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-  """Converts the tensors of a state dict to parameters.
+  """Converts the tensors of a PyTorch state dict to parameters.
 
   Returns:
-    For each convolution, its `kernel`, [height, width, in, out], and its batch norm as `scale` and
-    `shift`, [out]. All are float32.
+    For each convolution, `kernel` [height, width, in, out], and the batch norm as `scale` [out] and
+    `shift` [out], all in float32.
   """
   params = {}
   for name in _kernel_shapes(STEPS, 3)[0]:
@@ -211,7 +210,7 @@ def _run(steps: list, params: dict, x: Array) -> Array:
       x = lax.conv_general_dilated(
         x, layer["kernel"], (step.stride, step.stride), step.padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=lax.Precision.HIGHEST,  # Otherwise TPUs and GPUs round the factors.
+        precision=lax.Precision.HIGHEST,  # TPUs and GPUs would use lower precision.
       )  # fmt: skip
       scale, shift = (layer[name][None, None, None] for name in ("scale", "shift"))
       x = jax.nn.relu(x * scale + shift)
@@ -230,12 +229,12 @@ def pool3(params: dict, pixels: Float32[Array, "B 299 299 3"]) -> Float32[Array,
 
 
 def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the pixel before and the pixel after each of `SIDE` positions, and a weight.
+  """Returns, for each of `SIDE` output pixels, the input pixels before and after it, and a weight.
 
-  The weight belongs to the pixel after the position. The pixel before the position has the weight
-  1 minus this weight. "tf1" measures positions from the corners of pixels, which shifts the image.
-  "torch" measures positions from the centers of pixels. Both methods compute in float32, and
-  neither method applies antialiasing when it shrinks an image.
+  The weight is that of the input pixel after; the input pixel before has 1 minus this weight. "tf1"
+  measures positions from the corners of pixels, which shifts the image. "torch" measures positions
+  from the centers of pixels. Both methods compute in float32, and neither method applies
+  antialiasing when it shrinks an image.
   """
   places, scale = np.arange(SIDE, dtype=np.float32), np.float32(size / SIDE)
   if resize == "tf1":
@@ -268,7 +267,7 @@ class Inception:
 
   The parameters are replicated on all devices, and each device embeds its share of a batch. All
   batches have the same shape, so the network is compiled once for all image sizes. `digest` is the
-  digest of all tensors except batch counters, see `published_weights.digest`. For `resize`, see
+  `published_weights.digest` of all tensors except batch counters. For `resize`, see
   `resize_images`.
   """
 
@@ -310,7 +309,7 @@ class Inception:
     for start in range(0, len(images), self._size):
       batch = images[start : start + self._size]
       padded = np.pad(batch, ((0, self._size - len(batch)), (0, 0), (0, 0), (0, 0)))
-      with jax.set_mesh(self.mesh):  # The caller's mesh has other axes.
+      with jax.set_mesh(self.mesh):  # The caller's mesh may have other axes.
         pixels = resize_images(jax.device_put(padded, sharding), self.resize)
         features = pool3(self._params, pixels)
       out[start : start + len(batch)] = np.asarray(features)[: len(batch)]

@@ -5,7 +5,7 @@ of the mean kernels within each set, minus twice the mean kernel between the set
 computed in blocks, so memory does not depend on the number of rows.
 """
 
-# n rows of the first set, m rows of the second set, d numbers in a row.
+# n rows of the first set, m rows of the second set, d features per row.
 
 from collections.abc import Callable, Iterator
 
@@ -44,9 +44,9 @@ def kid(
       the smaller set.
 
   Returns:
-    {"mean", "std", "subset_size"}. `subset_size` is the size that was used. `std` is the standard
-    deviation over the subsets. `std` is not the error of the mean, because subsets share rows. If a
-    subset is the whole set, `std` is about 0.
+    {"mean", "std", "subset_size"}. `subset_size` is the actual number of rows per subset. `std` is
+    the standard deviation over the subsets. It is not the standard error of the mean, because
+    subsets share rows. If each subset is the whole set, `std` is about 0.
 
   Raises:
     UserError: a set has fewer than 2 rows, or the sets differ in width.
@@ -54,8 +54,8 @@ def kid(
   sets = two_sets(first, second, at_least=2)
   size = min(subset_size, *map(len, sets))
   if size < 2 or num_subsets < 1:
-    raise UserError("KID needs at least 1 subset of at least 2 images: raise the numbers.")
-  rng = np.random.RandomState(seed)  # A legacy generator, because torch-fidelity uses it.
+    raise UserError("num_subsets must be at least 1 and subset_size at least 2 for KID.")
+  rng = np.random.RandomState(seed)  # The legacy generator that torch-fidelity uses.
   distances = []
   for _ in range(num_subsets):
     subsets = [rows[rng.choice(len(rows), size, replace=False)] for rows in sets]
@@ -66,11 +66,11 @@ def kid(
 def polynomial_mmd(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
   """Returns the unbiased MMD^2 of the kernel (x.y / d + 1)^3.
 
-    first = [[0], [1]]: kernel 1, second = [[0], [2]]: kernel 1; between them 1, 1, 1 and 27
+    first = [[0], [1]], second = [[0], [2]]; kernels: 1 in first, 1 in second, 1, 1, 1, 27 between
     result = 1 + 1 - 2 * 30 / 4 = -13.0
 
   Pairs of a row with itself are excluded. The means are over n (n - 1) and m (m - 1) pairs within
-  the sets and over n m pairs between them.
+  the sets, and n m pairs between the sets.
 
   Raises:
     UserError: a set has fewer than 2 rows, or the sets differ in width.
@@ -85,14 +85,14 @@ def polynomial_mmd(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
 def cmmd(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
   """Returns CMMD: 1,000 times the MMD^2 of a Gaussian kernel (sigma 10) on normalized rows.
 
-    first = [[2, 0]], second = [[0, 5]]: kernel 1 within each, exp(-2 / 200) between them
+    first = [[2, 0]], second = [[0, 5]]; kernels: 1 within each set, exp(-2 / 200) between
     result = 1000 * (2 - 2 * exp(-0.01)) = 19.90
 
   Jayasumana et al., "Rethinking FID: Towards a Better Evaluation Metric for Image Generation"
   (2024). As in the code of the authors, the estimate is biased, because it includes pairs of a row
-  with itself. The bias falls as 1 / n, so compare only distances of equally many images. The result
-  is never negative, because rounding errors below 0 become 0. The code of the authors computes in
-  float32, so its results have rounding errors of about 1e-4.
+  with itself. The bias is proportional to 1 / n, so compare only distances between equally large
+  sets. The result is never negative, because rounding errors below 0 become 0. The code of the
+  authors computes in float32, so its results have rounding errors of about 1e-4.
 
   Args:
     first: [n, d] features of any norm. The result may be called CMMD only if the features are from
@@ -106,7 +106,9 @@ def cmmd(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
   for rows in sets:
     zero = ~rows.any(axis=1)
     if zero.any():
-      raise UserError(f"row {zero.argmax()} of the features is all zeros, so it has no direction.")
+      raise UserError(
+        f"row {zero.argmax()} of the features is all zeros, so it cannot be normalized."
+      )
   result = -2 * _sum_between(_gaussian, *sets) / (len(sets[0]) * len(sets[1]))
   for rows in sets:
     result += (_sum_within(_gaussian, rows) + len(rows)) / len(rows) ** 2
@@ -115,12 +117,12 @@ def cmmd(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
 
 def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   base = x @ y.T / x.shape[1] + 1
-  return base * base * base  # Several times faster than a power.
+  return base * base * base  # Several times faster than `base**3`.
 
 
 def _gaussian(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   x, y = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (x, y))
-  return np.exp((x @ y.T - 1) / SIGMA**2)  # |x - y|^2 = 2 - 2 x.y
+  return np.exp((x @ y.T - 1) / SIGMA**2)  # Rows have norm 1, so |x - y|^2 = 2 - 2 x.y.
 
 
 def _sum_between(kernel: Kernel, first: np.ndarray, second: np.ndarray) -> float:

@@ -1,9 +1,9 @@
-"""Computes improved precision and recall of generated images from features.
+"""Computes improved precision and recall of generated images from their features.
 
 Distances are computed in blocks, so memory does not depend on the number of rows.
 """
 
-# n generated rows, m real rows, d numbers in a row.
+# n generated rows, m real rows, d features per row.
 
 from collections.abc import Iterator
 
@@ -19,18 +19,18 @@ BLOCK = 1024  # Number of rows per block.
 def precision_recall(
   generated: npt.ArrayLike, real: npt.ArrayLike, neighbors: int = 3
 ) -> dict[str, float]:
-  """Computes precision and recall: shares of rows that are near rows of the other set.
+  """Computes precision and recall: shares of rows that are close to a row of the other set.
 
-    generated = [[0], [1], [9]], with the balls -1 to 1, 0 to 2 and 1 to 17, neighbors = 1
-    real = [[2], [4.5], [5]], with the balls -0.5 to 4.5, 4 to 5 and 4.5 to 5.5
+    neighbors = 1, generated = [[0], [1], [9]] with the balls -1 to 1, 0 to 2 and 1 to 17
+    real = [[2], [4.5], [5]] with the balls -0.5 to 4.5, 4 to 5 and 4.5 to 5.5
     result = {"precision": 0.67, "recall": 1.0}: 9 is in no ball of real rows
 
   The ball around a row reaches to its k-th nearest neighbor in the same set, not counting the row
-  itself. The border is part of the ball. Precision is the share of generated rows that are in the
+  itself. The ball includes its boundary. Precision is the share of generated rows that are in the
   ball of any real row, which measures quality. Recall is the share of real rows that are in the
   ball of any generated row, which measures variety. Both values depend on the numbers of rows, so
-  compare only values of equally many rows. `neighbors` is k. Source: Kynkaanniemi et al., "Improved
-  Precision and Recall Metric for Assessing Generative Models" (2019), with k = 3.
+  compare only values of equally large sets. `neighbors` is k. Source: Kynkaanniemi et al.,
+  "Improved Precision and Recall Metric for Assessing Generative Models" (2019), with k = 3.
 
   Raises:
     UserError: a set has k or fewer rows, or the sets differ in width.
@@ -38,7 +38,7 @@ def precision_recall(
   if neighbors < 1:
     raise UserError(f"neighbors is {neighbors}; it must be at least 1.")
   generated, real = two_sets(generated, real, at_least=neighbors + 1)
-  # Rows are centered, because distances between rows far from 0 would lose digits.
+  # Rows are centered, because distances between rows far from 0 would lose precision.
   center = real.mean(axis=0, dtype=np.float64)
   return {
     "precision": _share_inside(generated, real, _radii(real, neighbors, center), center),
@@ -47,7 +47,7 @@ def precision_recall(
 
 
 def _radii(rows: np.ndarray, neighbors: int, center: np.ndarray) -> np.ndarray:
-  """Returns the squared distance of each row to its k-th nearest neighbor, [n]."""
+  """Returns, for each row, the squared distance to its k-th nearest neighbor."""
   radii = []
   for i, x in enumerate(_blocks(rows, center)):
     nearest = np.full((len(x), neighbors), np.inf)
@@ -64,7 +64,7 @@ def _radii(rows: np.ndarray, neighbors: int, center: np.ndarray) -> np.ndarray:
 def _share_inside(
   rows: np.ndarray, others: np.ndarray, radii: np.ndarray, center: np.ndarray
 ) -> float:
-  """Returns the share of `rows` that are in the ball of any row of `others`."""
+  """Returns the share of `rows` that are in at least one ball of `others`."""
   count = 0
   for x in _blocks(rows, center):
     inside = np.zeros(len(x), bool)
@@ -76,7 +76,7 @@ def _share_inside(
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """Computes |x - y|^2, [n, m]. It is exactly 0 for copies, so balls of radius 0 contain them."""
+  """Computes |x - y|^2 [n, m]: exactly 0 for equal rows, so balls of radius 0 contain them."""
   lengths = np.einsum("nd,nd->n", x, x)[:, None] + np.einsum("md,md->m", y, y)
   distances = lengths - 2 * (x @ y.T)
   distances[distances <= x.shape[1] * np.finfo(np.float64).eps * lengths] = 0.0

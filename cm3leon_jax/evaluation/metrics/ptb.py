@@ -1,15 +1,15 @@
 r"""Tokenizes captions as the caption metrics do: Penn Treebank tokens, lower case, no punctuation.
 
-Published BLEU and CIDEr of captions are computed on the tokens of pycocoevalcap's PTBTokenizer. It
-runs the PTBTokenizer of Stanford CoreNLP 3.4.1 in Java and removes a list of punctuation. This
+Published BLEU and CIDEr scores of captions use the tokens of pycocoevalcap's PTBTokenizer, which
+runs the PTBTokenizer of Stanford CoreNLP 3.4.1 in Java and removes punctuation. This
 module returns the same tokens without Java. Its rules were inferred from the program's output.
 
-The rules are matched against the shape of a caption, a text with one sign for each character:
+The rules are matched against the shape of a caption, which replaces each character by one sign:
 
   caption = "Zoë’s ½ © 😀"
   shape   = "Zoé’s ½ § \0"
 
-The tokens are known to differ for texts that are rare in captions: accents as entities
+The tokens are known to differ for some texts that are rare in captions: accents as entities
 (`&eacute;`), web addresses that are not separated from other words, several numbers that look like
 a telephone number, and scripts whose vowel signs CoreNLP drops. CoreNLP also reads all captions as
 one text. In it, a last word "No." keeps its period if the next caption begins with a number, and a
@@ -26,8 +26,9 @@ import unicodedata
 # does not remove brackets.
 REMOVED = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
 
-# Signs in a shape: a non-ASCII letter or mark, a non-ASCII digit, a symbol that is a token, and a
-# symbol that is dropped, such as an emoji. A space is " ". Other characters are their own signs.
+# Signs in a shape: a non-ASCII letter or mark, a non-ASCII digit, a symbol that becomes a token,
+# and a symbol that is dropped, such as an emoji. All white space becomes " ". Other characters are
+# their own signs.
 LETTER, DIGIT, SIGN, UNKNOWN = "é5§\0"
 
 QUOTES = "\"'`’‘‛‹›“”«»\u0091\u0092\u0093\u0094"
@@ -41,7 +42,7 @@ NORMALIZED = {
 }  # fmt: skip
 ENTITIES = {"nbsp": " ", "apos": "'", "quot": '"', "amp": "&", "mdash": "—", "ndash": "–"}
 ENTITY = re.compile(rf"&({'|'.join(ENTITIES)});", re.IGNORECASE)
-# First and last character of each range of symbols that are tokens.
+# First and last character of each range of symbols that become tokens.
 SIGNS = (
   "¡¡¥©¬¬®´¶¹¿¿××÷÷··\u2016\u2017\u201a\u201a\u201e\u201e\u2020\u2023\u2030\u2038\u203b\u203b"
   "\u203e\u2042\u2044\u2044\u2070\u2070\u2074\u207e\u2080\u208e\u20a4\u20a4\u2100\u2101\u2103\u2106"
@@ -59,9 +60,9 @@ ABBREVIATIONS = (
   "|sen|sens|sep|sept|seq|sfc|sgt|spc|sq|sr|st|ste|supt|sys|tel|tenn|thu|thurs|treas|tue|tues"
   "|univ|va|vs|vt|wed|wis|wisc|wm|wyo"
 )
-# These words are abbreviations only if they are capitalized: "Ill." is, but "ill." is a word.
+# Abbreviations only if they are capitalized: "Ill." is an abbreviation, but "ill." is a word.
 CAPITALIZED = "Ark|Az|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
-# An initial before one of these words ends a sentence: "She chose plan b. He chose A."
+# After a single letter with a period, these words begin a sentence: "She chose plan b. He chose A."
 STARTS = (
   "A|About|According|Additionally|After|An|As|At|But|Earlier|He|Her|Here|However|If|In|It|Last"
   "|Many|More|Mr\\.|Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These"
@@ -73,7 +74,7 @@ SUFFIXES = (
   "|ps|py|sql|tar|txt|wav|x|xml|zip"
 )
 
-# Parts of rules: apostrophe, letter, letter or digit, word, word in a compound with slashes.
+# Parts of the rules: an apostrophe, a letter, a letter or digit.
 A, L, W = "['’]", "[A-Za-zé]", "[A-Za-z0-9é]"
 WORD = rf"(?:[dDlLoO]{A}(?={W}{W}))?{W}+(?:_{W}+)*"
 PART = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
@@ -98,7 +99,7 @@ RULES = (
   rf"({MAIL}|<{MAIL}>)",
   r"(@[A-Za-z_][A-Za-z0-9_]*|#[A-Za-z]+)",
   rf"({PLAIN}+(?:\.{PLAIN}+)*\.(?i:{SUFFIXES}))(?!{W})",
-  # Contractions: do n't, he 's, can not, 't is.
+  # Contractions, which become two tokens: do n't, he 's, can not, 't is.
   rf"({L}+)[nN][’'‘`][tT]",
   r"([nN][’'‘`][tT])",
   rf"({WORD}){A}(?i:s|d|m|ll|re|ve)(?!{L})",
@@ -164,9 +165,9 @@ def tokenize(caption: str) -> list[str]:
 
 
 def _lex(caption: str) -> Iterator[str]:
-  """Yields the tokens of a caption, including punctuation. Changes quotes to "'", dashes to "-"."""
+  """Yields the tokens of a caption with punctuation. Replaces any quote by "'", any dash by "-"."""
   text = ENTITY.sub(lambda match: ENTITIES[match[1].lower()], caption)
-  text = text.replace("\u00ad", "")  # This is the soft hyphen.
+  text = text.replace("\u00ad", "")  # Soft hyphen.
   shape = "".join(map(_sign, text))
   start = 0
   while start < len(shape):
@@ -196,7 +197,7 @@ def _normalize(token: str) -> str:
 
 @functools.cache
 def _sign(char: str) -> str:
-  """Returns the sign of a character in a shape."""
+  """Returns the sign that replaces a character in the shape of a caption."""
   if char.isspace():
     return " "
   if char < "\u0080":
@@ -208,7 +209,7 @@ def _sign(char: str) -> str:
     return UNKNOWN
   if category[0] == "L" or "\u02c2" <= char <= "\u02ff":
     return LETTER
-  if category[0] == "M" and char < "\u0e50":  # CoreNLP does not keep all marks of later scripts.
+  if category[0] == "M" and char < "\u0e50":  # CoreNLP drops some marks of later scripts.
     return LETTER
   if category == "Nd":
     return DIGIT

@@ -17,7 +17,7 @@ PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 def is_pickle(path: epath.PathLike) -> bool:
-  """Returns whether a file is a pickle, by its suffix or its first bytes.
+  """Returns whether a file is a pickle, judged by its suffix or its first bytes.
 
   A zip archive counts as a pickle, because torch.save writes pickles into zip archives.
   """
@@ -38,7 +38,7 @@ def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
 
   Raises:
     UserError: the file is absent or damaged, a tensor is not finite, or the file is a pickle.
-      Pickles are refused because they can run code.
+      Pickles are rejected because they can run code.
   """
   path = epath.Path(path)
   if not path.exists() or path.is_dir():
@@ -67,14 +67,14 @@ def check_shapes(
   shapes: Mapping[str, tuple[int, ...]],
   network: str,
 ) -> None:
-  """Raises UserError unless the tensors are float32 and have the names and shapes of a network.
+  """Raises UserError unless the tensors are float32 with the names and shapes of a network.
 
-  The message names the first wrong tensor, in the order of `shapes`.
+  The message names the first missing or wrong tensor in the order of `shapes`.
   """
   for name, shape in shapes.items():
     expected = f"float32{list(shape)}"
     if name not in tensors:
-      raise UserError(f"{path} has no tensor '{name}'; {network} has it, as {expected}.")
+      raise UserError(f"{path} has no tensor '{name}', which {network} needs, as {expected}.")
     found = f"{tensors[name].dtype}{list(tensors[name].shape)}"
     if found != expected:
       raise UserError(f"{path}: tensor '{name}' is {found}; in {network} it is {expected}.")

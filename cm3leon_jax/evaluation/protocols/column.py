@@ -1,11 +1,11 @@
 """Defines the input of a metric: the samples of a column, and the data to compare them with.
 
 The result of a metric has `value` and, if an interval can be computed, the bounds `low` and `high`
-of a 95% interval. The result may also have `values` (one per example) or `resamples`, which allow a
-paired comparison of two evaluations.
+of a 95% confidence interval. The result may also have `values` (one per example) or `resamples`,
+which allow a paired comparison of two evaluations.
 """
 
-# n examples, E width of embeddings, C candidates.
+# n examples, E embedding width, C candidate answers.
 
 from collections.abc import Sequence
 import dataclasses
@@ -25,16 +25,16 @@ class ColumnSamples:
   """Samples of a column, and the data to compare them with.
 
   Attributes:
-    lines: JSON values of the best sample of each example, without codes.
-    groups: [n] the group of each example, for intervals.
+    lines: line of the samples file for the best sample of each example, without its codes.
+    groups: [n] the group of each example; intervals resample groups.
     images: generated images; None for texts.
     reference: real images; None for texts.
-    captions: [n, E] embeddings of the prompts by the CLIP model for scores, or None.
+    captions: [n, E] CLIP embeddings of the prompts, or None.
     likelihoods: [n] log p(caption | image) - log p(caption) by the model, in nats, or None.
     agreements: [n] probability that the model answers "yes" to the question whether the image shows
       its caption, or None.
-    candidates: [C] log-probabilities of the candidates of each example, in nats, or None.
-    verdicts: [n] whether the judge finds each image wholly right, or None.
+    candidates: for each example, [C] log-probabilities of its candidate answers in nats; or None.
+    verdicts: [n] whether each image shows exactly what its caption says, or None.
   """
 
   name: str
@@ -53,14 +53,14 @@ class ColumnSamples:
 
 
 def present(value: T | None) -> T:
-  """Returns an input of a metric. Raises ValueError for None: `Metric.needs` lacks the input."""
+  """Returns `value`. Raises ValueError if it is None, because `Metric.needs` does not list it."""
   if value is None:
-    raise ValueError("a metric reads an input that its `Metric.needs` does not name.")
+    raise ValueError("a metric uses an input that is not computed: add it to its `Metric.needs`.")
   return value
 
 
 def mean(values: Sequence[float | None], column: ColumnSamples) -> dict:
-  """Averages one number per example, except None. If all are None, the `value` is None."""
+  """Averages one number per example, skipping None. If all are None, `value` is None."""
   places = [i for i, value in enumerate(values) if value is not None]
   if not places:
     return {"value": None, "samples": 0}

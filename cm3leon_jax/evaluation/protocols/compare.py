@@ -1,4 +1,4 @@
-"""Compares two evaluations of the same protocol by paired differences."""
+"""Compares two evaluations of the same protocol, example by example where possible."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from cm3leon_jax.runs import stages
 
 # Both evaluations must have equal values in these fields. Other fields may differ.
 SAME = ("protocol", "data")
-# These fields must also be equal, unless one of them is None because no metric uses the network.
+# These fields must be equal too, unless one of them is None because no metric uses the network.
 NETWORKS = ("extractor", "scorer")
 
 
@@ -22,8 +22,9 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
   """Computes second - first for each metric that both evaluations have.
 
   Means over examples are compared example by example, so that the difficulty of an example cancels.
-  Their intervals resample groups of examples. Frechet distances and BLEU are compared resample by
-  resample, because both evaluations draw the same groups. Other distances have no interval.
+  Their confidence intervals resample groups of examples. Frechet distances and BLEU are compared
+  resample by resample, because resample i draws the same groups in both evaluations. Other
+  distances have no interval.
 
   Returns {"column", "metric", "first", "second", "difference", "low", "high"} per column and
   metric. `low` and `high` are None if there is no interval.
@@ -34,8 +35,8 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
   for folder in (first, second):
     if not (epath.Path(folder) / RESULTS).exists():
       raise UserError(
-        f"{folder} is not the folder of an evaluation: it has no {RESULTS}. Name folders of "
-        "W/evaluations."
+        f"{folder} is not the folder of an evaluation, because it has no {RESULTS}: give two "
+        "folders of W/evaluations."
       )
   fields = {"columns": dict, "protocol": dict}
   results = [read_json(epath.Path(folder) / RESULTS, fields) for folder in (first, second)]
@@ -68,7 +69,7 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
 
 
 def read_values(folder: epath.PathLike) -> dict[str, np.ndarray]:
-  """Reads the values of examples and of resamples of an evaluation."""
+  """Reads the values per example and per resample of an evaluation, by column and metric."""
   with (epath.Path(folder) / VALUES).open("rb") as file, np.load(file) as stored:
     return {name: stored[name] for name in stored.files}
 
@@ -76,7 +77,7 @@ def read_values(folder: epath.PathLike) -> dict[str, np.ndarray]:
 def paired(
   first: np.ndarray, second: np.ndarray, groups: np.ndarray, difference: float, num_resamples: int
 ) -> dict[str, Any]:
-  """Computes the mean difference over the examples with both values, and its interval."""
+  """Computes the mean difference, with an interval, over the examples that have both values."""
   both = ~np.isnan(first) & ~np.isnan(second)
   if not both.any():
     return {}
@@ -88,10 +89,10 @@ def paired(
 def resampled(
   first: np.ndarray, second: np.ndarray, groups: np.ndarray, difference: float, num_resamples: int
 ) -> dict[str, Any]:
-  """Computes the interval of a difference from the values of both evaluations in each resample.
+  """Computes the interval of a difference from the two values of each resample.
 
-  Resamples have a larger bias (see `frechet_distance`). Therefore `difference` minus the mean
-  difference of the resamples is added to the percentiles.
+  Resamples are more biased than the values themselves (see `frechet_distance`). Therefore
+  `difference` minus the mean difference of the resamples is added to the percentiles.
   """
   if len(first) != len(second):
     return {}
@@ -102,7 +103,7 @@ def resampled(
 
 
 def describe(rows: list[dict]) -> str:
-  """Formats the result of `compare` as text."""
+  """Formats the result of `compare` as text, one line per column and metric."""
   lines = []
   for row in rows:
     interval = "" if row["low"] is None else f" [{row['low']:+.4g}, {row['high']:+.4g}]"

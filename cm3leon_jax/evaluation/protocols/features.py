@@ -1,10 +1,10 @@
 """Computes the inputs of image metrics: features, embeddings and codes.
 
-The inputs are computed in parts of PART images, and each part is a file. Memory holds the pixels of
-only one part. The processes of a job share the parts. Existing parts are not computed again.
+The inputs are computed in parts of PART images. Each part is stored in a file and is not computed
+again. Only the pixels of one part are in memory. The parts are divided among the processes.
 """
 
-# n images, H height, W width, D width of features, E width of embeddings, I codes of an image.
+# n images, H height, W width, D feature width, E embedding width, I codes per image.
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -28,11 +28,11 @@ KINDS = ("features", "embeddings", "codes")
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-  """Inputs of metrics for a set of images, without pixels.
+  """Inputs of metrics that are computed from a set of images.
 
   Attributes:
-    features: [n, D] float32 from the extractor for distances, or None.
-    embeddings: [n, E] float32 of norm 1 from the CLIP model for scores, or None.
+    features: [n, D] float32 features of the extractor, for distances; or None.
+    embeddings: [n, E] float32 CLIP embeddings of norm 1, for CLIP scores; or None.
     codes: [n, I] image codes, or None.
     groups: [n] the group of each image.
   """
@@ -43,7 +43,7 @@ class Images:
   groups: list[str]
 
   def __getitem__(self, mask: np.ndarray) -> "Images":
-    """Selects images by a mask [n]."""
+    """Selects the images for which a mask [n] is True."""
     found = (getattr(self, kind) for kind in KINDS)
     features, embeddings, codes = (None if x is None else x[mask] for x in found)
     groups = [group for group, kept in zip(self.groups, mask) if kept]
@@ -55,9 +55,10 @@ class Networks:
   """Networks that compute the inputs of image metrics.
 
   Attributes:
-    folder: folder for the files of the parts.
-    needs: members of `KINDS` to compute.
-    identity: JSON values that change if the results of the networks change.
+    folder: folder for the results, which are stored in parts.
+    needs: the members of `KINDS` that are computed.
+    identity: JSON values that identify the networks; they are different if results may be
+      different.
   """
 
   folder: epath.Path
@@ -68,15 +69,15 @@ class Networks:
   identity: dict
 
   def images(self, name: str, groups: Sequence[str], load: Callable) -> Images:
-    """Computes `needs` for a set of images. Parts that were computed before are loaded.
+    """Computes the inputs in `needs` for a set of images, or reads them if they are stored.
 
-    `load` maps (start, stop) to (pixels [stop - start, H, W, 3] uint8, their codes or None).
+    `load(start, stop)` returns (uint8 pixels [stop - start, H, W, 3], their codes or None).
     """
     stem = protocol_lib.stem(name)
     stem += f"-{protocol_lib.digest([self.identity, sorted(self.needs)])[:8]}"
     starts = range(0, len(groups), PART)
     paths = [self.folder / stem / f"part_{start // PART:05d}.npz" for start in starts]
-    # The caller's mesh has the devices of all processes, but each part is computed by one process.
+    # The caller's mesh has the devices of all processes, but only one process computes a part.
     devices = jax.local_devices()[:1]
     local = jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=devices)
     with distributed.together(), jax.set_mesh(local):
@@ -109,7 +110,7 @@ class Networks:
 
 
 def real_images(networks: Networks, paths: dict[str, str]) -> Images:
-  """Computes the inputs of metrics for image files. `paths` maps each path to its group."""
+  """Computes the inputs of metrics for image files. `paths` maps each file to its group."""
   files, size = list(paths), networks.image_tokenizer.config.resolution
 
   def load(start: int, stop: int) -> tuple[np.ndarray, None]:
@@ -119,7 +120,7 @@ def real_images(networks: Networks, paths: dict[str, str]) -> Images:
 
 
 def noise(networks: Networks, count: int, seed: int) -> Images:
-  """Computes the inputs of metrics for images of independent random pixels."""
+  """Computes the inputs of metrics for `count` images of random noise."""
   size = networks.image_tokenizer.config.resolution
 
   def load(start: int, stop: int) -> tuple[np.ndarray, None]:

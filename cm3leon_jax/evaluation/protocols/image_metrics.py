@@ -9,12 +9,12 @@ from cm3leon_jax.evaluation.protocols.column import ColumnSamples, mean, present
 
 
 def _features(column: ColumnSamples) -> list[np.ndarray]:
-  """Returns the features of the samples, and of the real images."""
+  """Returns [features of the samples, features of the real images]."""
   return [present(present(images).features) for images in (column.images, column.reference)]
 
 
 def frechet_distance(column: ColumnSamples) -> dict:
-  """Computes the Frechet distance between features of the samples and of the real images."""
+  """Computes the Frechet distance between the samples and the real images."""
   groups = present(column.images).groups, present(column.reference).groups
   made, real = _features(column)
   found = frechet_interval(made, groups[0], real, groups[1], seed=column.seed)
@@ -22,27 +22,27 @@ def frechet_distance(column: ColumnSamples) -> dict:
 
 
 def kernel(column: ColumnSamples) -> dict:
-  """Computes the kernel distance KID. `std` is the spread over subsets, not a standard error."""
+  """Computes the kernel distance KID. `std` is the standard deviation over random subsets."""
   made, real = _features(column)
   found = kernel_distance.kid(made, real, seed=column.seed)
   return {"value": found["mean"], **found, "samples": len(made)}
 
 
 def precision(column: ColumnSamples) -> dict:
-  """Computes improved precision. The result also has `recall`."""
+  """Computes improved precision as `value`, and also `recall`."""
   made, real = _features(column)
   found = shares_inside(made, real)
   return {"value": found["precision"], "recall": found["recall"], "samples": len(made)}
 
 
 def cmmd(column: ColumnSamples) -> dict:
-  """Computes CMMD. The figures of its paper use features of CLIP ViT-L/14 at 336 pixels."""
+  """Computes CMMD. Its paper uses features of CLIP ViT-L/14 at 336 pixels."""
   made, real = _features(column)
   return {"value": kernel_distance.cmmd(made, real), "samples": len(made)}
 
 
 def code_distance(column: ColumnSamples) -> dict:
-  """Computes the Jensen-Shannon divergence of image code frequencies, in bits."""
+  """Computes the Jensen-Shannon divergence in bits between image code frequencies."""
   sets = [present(present(images).codes) for images in (column.images, column.reference)]
   size = 1 + max(int(codes.max()) for codes in sets)
   made, real = (np.bincount(codes.ravel(), minlength=size) for codes in sets)
@@ -54,7 +54,7 @@ def code_distance(column: ColumnSamples) -> dict:
 
 
 def clip_score(column: ColumnSamples) -> dict:
-  """Averages the cosine similarities of images and their captions."""
+  """Averages the cosine similarity between each image and its caption."""
   return mean(
     np.sum(present(present(column.images).embeddings) * present(column.captions), axis=1).tolist(),
     column,
@@ -62,21 +62,21 @@ def clip_score(column: ColumnSamples) -> dict:
 
 
 def likelihood(column: ColumnSamples) -> dict:
-  """Averages log p(caption | image) - log p(caption), in nats, under the evaluated model."""
+  """Averages log p(caption | image) - log p(caption) in nats, computed by the evaluated model."""
   return mean(present(column.likelihoods), column)
 
 
 def vqa_score(column: ColumnSamples) -> dict:
-  """Averages the probability of "yes" to the question whether an image shows its caption.
+  """Averages the probability of "yes" when the decoder is asked if an image shows its caption.
 
   This is VQAScore (Lin et al. 2024) with the decoder of the run. The decoder must have been tuned
-  on questions with the answers yes and no.
+  on yes-no questions.
   """
   return mean(present(column.agreements), column)
 
 
 def copy_rate(column: ColumnSamples) -> dict:
-  """Averages the percentage of positions at which sample and best neighbor have the same code."""
+  """Averages the percentage of positions at which a sample copies the code of its best neighbor."""
   copied = [line["copied"] for line in column.lines]
   return mean([None if share is None else 100 * share for share in copied], column)
 

@@ -14,11 +14,11 @@ class Metric:
   """Metric of a protocol.
 
   Attributes:
-    compute: computes the result from a column, see `protocols.column`.
+    compute: function that maps `ColumnSamples` to a result, as described in `protocols.column`.
     title: name in tables, with the unit.
     task: "image" or "text".
-    needs: inputs that must be computed first: "features", "embeddings" or "codes" of `Images`, and
-      "likelihoods", "agreements", "candidates" or "verdicts" of `ColumnSamples`.
+    needs: the inputs that it uses. "features", "embeddings" and "codes" are fields of `Images`;
+      "likelihoods", "agreements", "candidates" and "verdicts" are fields of `ColumnSamples`.
     least: smallest number of samples.
     higher_is_better: whether larger values are better; None if no direction is better.
   """
@@ -59,14 +59,14 @@ METRICS = {
 
 
 def check(names: Sequence[str], task: str, count: int) -> None:
-  """Checks metrics before anything is generated.
+  """Checks the names of metrics, their task and the number of samples, before sampling.
 
   Raises:
     UserError: a name is unknown or occurs twice, a metric is for another task, or there are too few
       samples.
   """
   if len(set(names)) < len(names):
-    raise UserError(f"a metric is named twice among {', '.join(names)}: name it once.")
+    raise UserError(f"a metric is listed twice among {', '.join(names)}: list it once.")
   for name in names:
     if name not in METRICS:
       raise UserError(f"'{name}' is not a metric; the metrics are {', '.join(METRICS)}.")
@@ -74,25 +74,27 @@ def check(names: Sequence[str], task: str, count: int) -> None:
     if task != metric.task:
       fitting = [n for n, m in METRICS.items() if task == m.task]
       raise UserError(
-        f"metric '{name}' does not measure task '{task}'; these do: {', '.join(fitting)}."
+        f"metric '{name}' cannot be used for task '{task}'; choose among {', '.join(fitting)}."
       )
     if 0 < count < metric.least:  # A count of 0 means all examples.
       raise UserError(
         f"metric '{name}' needs at least {metric.least} samples, but the protocol has {count}: "
-        "raise data.count, or --examples."
+        "increase data.count, or --examples."
       )
 
 
 def check_examples(
   names: Sequence[str], examples: Sequence[Example], facts: Sequence[dict]
 ) -> None:
-  """Checks that examples have the references that metrics need, before anything is generated.
+  """Checks, before sampling, that each example has the references that the metrics need.
 
   Raises:
     UserError: a reference is missing. The message names the metric and the reference.
   """
   if "judged" in names and not all(facts):
-    raise UserError("metric 'judged' needs held-out scenes: config.raw.source = 'scenes'.")
+    raise UserError(
+      "metric 'judged' needs held-out scenes: prepare data with config.raw.source = 'scenes'."
+    )
   for example in examples:
     lacks = {
       "clip_score": "an image and a caption" if not (example.image and example.prompt) else "",
@@ -105,8 +107,8 @@ def check_examples(
     for name in names:
       if what := lacks.get(name):
         raise UserError(
-          f"metric '{name}' needs {what}, which example {example.key} does not have: leave the "
-          "metric out, or choose other data."
+          f"metric '{name}' needs {what}, which example {example.key} does not have: omit the "
+          "metric, or choose other data."
         )
 
 
@@ -114,15 +116,15 @@ def check_published(rows: Sequence[dict], columns: Sequence[str]) -> None:
   """Checks the published figures of a protocol.
 
   Raises:
-    UserError: a field is absent, unknown or not a number, or the protocol lacks the column.
+    UserError: a field is absent, unknown or of a wrong type, or the protocol has no such column.
   """
   for row in rows:
     for field in ("model", "source"):
       if not isinstance(row.get(field), str):
-        raise UserError(f"published: {short(row)} needs a text in its field '{field}'.")
+        raise UserError(f"published: {short(row)} has no text in its field '{field}': add it.")
     if row.get("column", columns[0]) not in columns:
       raise UserError(
-        f"published: {row['model']} names the column '{row['column']}'; the columns are "
+        f"published: the column of {row['model']} is '{row['column']}'; it must be one of "
         f"{', '.join(columns)}."
       )
     for name in set(row) - {"model", "source", "column"}:

@@ -1,8 +1,8 @@
 """Defines a protocol: the data, the columns, the metrics, and published figures of other models.
 
 A protocol is one document of a YAML file (docs/protocols.md). A file may have several documents,
-one for each data set. A column is one way to generate: how many documents are retrieved, which
-sampler is used, and how many samples are generated.
+one for each data set. A column is one way to generate: the number of retrieved documents, the
+sampling settings, and the number of samples per prompt.
 """
 
 from collections.abc import Mapping
@@ -28,20 +28,20 @@ from cm3leon_jax.generation.tasks import MASK, slug
 HELDOUT = "heldout"  # Data format of the held-out pairs of the run.
 FIELDS = ("prompt", "caption", "history")  # Fields that a template may contain.
 TASKS = {"image": "{prompt}", "text": MASK}  # Name -> default template.
-# Round of a dialog, in the paper's format for questions (CM3Leon, table 5).
+# One round of a dialog, in the format that CM3Leon uses for questions (table 5).
 ROUND = "Question: {} Answer: {}."
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class EvaluatedData:
-  """Data that a protocol evaluates on."""
+  """Data on which a protocol evaluates."""
 
   format: str
   """`heldout` (the held-out pairs of the run), or a format of `data/published/files.py`."""
   split: str = ""
   """Split of the files, e.g. `val`. Must be "" for held-out pairs."""
   count: NonNegativeInt = 200
-  """Number of examples, chosen by the seed. 0 means all."""
+  """Number of examples, which the seed chooses. 0 means all."""
 
   def __post_init__(self) -> None:
     formats = (HELDOUT, *SPLITS)
@@ -50,7 +50,9 @@ class EvaluatedData:
     splits = SPLITS.get(self.format, ("",))
     if self.split not in splits:
       should = f"one of {', '.join(splits)}" if self.format != HELDOUT else "left out"
-      raise ValueError(f"split of '{self.format}' is '{self.split}'; it must be {should}.")
+      raise ValueError(
+        f"split is '{self.split}'; for the format '{self.format}', it must be {should}."
+      )
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -60,11 +62,11 @@ class Column:
   name: Annotated[str, Field(min_length=1)]
   """Title of the column."""
   retrieve: NonNegativeInt = 0
-  """Number of retrieved documents before a prompt."""
+  """Number of documents that are retrieved for each prompt."""
   samples: PositiveInt = 1
   """Number of samples per prompt. Only the sample with the best CLIP score counts."""
   length: NonNegativeInt = 0
-  """Largest number of tokens of a generated text. 0 means 64."""
+  """Maximum number of tokens of a generated text. 0 means 64."""
   sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
   """Fields of `config.sampling` that differ from the settings of the run."""
 
@@ -74,14 +76,14 @@ class Protocol:
   """Definition of an evaluation."""
 
   title: str
-  """One line for tables and pages."""
+  """Title in tables and pages, in one line."""
   task: Literal["image", "text"]
-  """`image` generates an image for each prompt. `text` generates the text in the place of the mask
-  in the template."""
+  """`image` generates an image for each prompt. `text` generates a text that replaces the mask in
+  the template."""
   data: EvaluatedData
   """Data to evaluate on."""
   columns: Annotated[tuple[Column, ...], Field(min_length=1)]
-  """Ways to generate. All of them are measured."""
+  """Ways to generate, each with its own results."""
   metrics: Annotated[tuple[str, ...], Field(min_length=1)]
   """Names of metrics in `metrics.METRICS`."""
   name: str = ""
@@ -89,35 +91,41 @@ class Protocol:
   template: str = ""
   """Text of the prompt. Its fields are `{prompt}` (the question, or the caption to draw),
   `{caption}` and `{history}` (the rounds of a dialog). A template for task `text` has one `<mask>`,
-  the text to generate, and the image is placed after the template. "" means `{prompt}` for images
+  which the generated text replaces; the image follows the template. "" means `{prompt}` for images
   and `<mask>` (a caption) for texts."""
   seed: NonNegativeInt = 0
-  """Seed of the choice of examples and of intervals. Example i is sampled with this seed + i."""
+  """Seed that chooses the examples and the resamples for intervals. Example i is sampled with seed
+  + i."""
   extractor: Literal["", "clip", "inception_tf1", "inception_torch", "dinov2"] = ""
-  """Network whose features the distances compare; "" if no metric needs it. Inception resizes
-  images as torch-fidelity (`tf1`) or as pytorch-fid (`torch`). The two give different distances."""
+  """Network that computes the features for distances; "" if no metric needs it. Inception resizes
+  images as torch-fidelity (`tf1`) or as pytorch-fid (`torch`) does, which gives different
+  distances."""
   extractor_tensors: str = ""
   """Required SHA-256 of the extractor's weights (`extractor.tensors` in a results.json). Other
-  weights are refused. "" accepts any weights."""
+  weights are rejected. "" accepts any weights."""
   resolution: NonNegativeInt = 0
-  """Side of images in pixels that published figures require. 0 accepts any size."""
+  """Side of the images in pixels, if published figures require it. 0 accepts any size."""
   published: tuple[dict[str, Any], ...] = ()
-  """Published figures of other models. Each has `model`, `source`, optionally `column`, and values
-  under the names of metrics."""
+  """Published figures of other models. Each entry has `model`, `source`, optionally `column`, and a
+  number under the name of each metric."""
 
   def __post_init__(self) -> None:
     names = [column.name for column in self.columns]
     if len(set(names)) < len(names):
       raise ValueError(f"two columns have the same name among {', '.join(names)}: rename one.")
     if self.task == "text" and any(column.samples > 1 for column in self.columns):
-      raise ValueError("a column of task text has samples > 1, but CLIP ranks only images: set 1.")
+      raise ValueError(
+        "a column of task text has samples > 1, but only images are ranked: set samples to 1."
+      )
     try:
       parts = [part for part in string.Formatter().parse(self.template) if part[1] is not None]
     except ValueError as error:
-      raise ValueError(f"the template '{self.template}' is wrong ({error}).") from error
+      raise ValueError(f"the template '{self.template}' cannot be parsed ({error}).") from error
     fields = {f"{name}{':' * bool(spec)}{spec}" for _, name, spec, _ in parts}
     if unknown := fields - set(FIELDS):
-      raise ValueError(f"the template has {{{min(unknown)}}}; its fields are {', '.join(FIELDS)}.")
+      raise ValueError(
+        f"the template contains {{{min(unknown)}}}; it may contain only {', '.join(FIELDS)}."
+      )
     masks = (self.template or TASKS[self.task]).count(MASK)
     if masks != (self.task == "text"):
       should = f"one {MASK}" if self.task == "text" else f"no {MASK}"
@@ -138,7 +146,7 @@ def names() -> list[str]:
 
 
 def load(name_or_path: str) -> tuple[Protocol, ...]:
-  """Reads the protocols of a file, by its name or its path.
+  """Reads the protocols of a file, given by its name in the package or its path.
 
   If the file is in the package, NAME/PROTOCOL selects one protocol, e.g. `cm3leon_table2/vizwiz`.
 
@@ -151,26 +159,30 @@ def load(name_or_path: str) -> tuple[Protocol, ...]:
     chosen = [protocol for protocol in found if one in ("", protocol.name)]
     if not chosen:
       known = ", ".join(protocol.name for protocol in found if protocol.name)
-      raise UserError(f"--protocol is '{name_or_path}'; {file} has {known or 'one, with no name'}.")
+      raise UserError(
+        f"--protocol is '{name_or_path}'; {file} contains {known or 'one protocol without a name'}."
+      )
     return tuple(chosen)
   path = epath.Path(name_or_path)
   if _is_yaml(name_or_path) and path.exists() and not path.is_dir():
     return parse(yaml_documents.read(path), name_or_path)
   raise UserError(
-    f"--protocol is '{name_or_path}'; it must be a YAML file that exists, or one of "
+    f"--protocol is '{name_or_path}'; it must be an existing YAML file, or one of "
     f"{', '.join(names())}."
   )
 
 
 def parse(text: str, where: str) -> tuple[Protocol, ...]:
-  """Parses the YAML text of a protocol file. Messages use `where` as the name of the file."""
+  """Parses the YAML text of a protocol file. Error messages call the file `where`."""
   documents = [values for _, values in yaml_documents.parse(text, where)]
   if not documents:
-    raise UserError(f"{where} is empty; it must have the fields of a protocol, one per line.")
+    raise UserError(f"{where} is empty: write the fields of a protocol, one per line.")
   found = tuple(_parse_one(values, where) for values in documents)
   titles = [protocol.name for protocol in found]
   if len(found) > 1 and (len(set(titles)) < len(titles) or "" in titles):
-    raise UserError(f"{where} has several protocols: give each a different name.")
+    raise UserError(
+      f"{where} has several protocols, but their names are not all different: rename some."
+    )
   return found
 
 
@@ -186,14 +198,14 @@ def _parse_one(values: Any, where: str) -> Protocol:
         build(Column, column, f"columns[{i}]") for i, column in enumerate(values["columns"])
       )
     return build(Protocol, values)
-  except UserError as error:  # The message begins with `config.FIELD` or with `config`.
+  except UserError as error:  # The message begins with `config.FIELD` or `config`.
     sentence = str(error).removeprefix("config").removeprefix(".")
     joint = "" if sentence[0] in " :" else ": "
     raise UserError(f"{where}{joint}{sentence}") from error
 
 
 def sampling_of(column: Column, base: SamplingConfig) -> SamplingConfig:
-  """Returns the sampling settings of a column: the settings of the run, changed by the column.
+  """Returns the sampling settings of a column: the settings of the run, overridden by the column.
 
   Raises:
     UserError: a field of the column is not in `config.sampling` or is out of range.
@@ -211,7 +223,7 @@ def stem(column: str) -> str:
 
 
 def digest(value: Any) -> str:
-  """Returns the SHA-256 of plain values. The order of fields does not matter."""
+  """Returns the SHA-256 of JSON values. The order of fields does not matter."""
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     value = dataclasses.asdict(value)
   return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,7 @@ RESULTS = "results.json"
 
 
 def git_revision() -> str | None:
-  """Returns the git commit of this code, with "+" if files were changed. None without git."""
+  """Returns the git commit of this package, with "+" if files were changed; None without git."""
   folder = cm3leon_jax.__path__[0]
 
   def git(*arguments: str) -> str:
@@ -44,7 +44,7 @@ def fingerprint(evaluated: Evaluated) -> str:
 
 
 def write(job: ProtocolRun, about: dict, measured: dict) -> dict:
-  """Writes results.json with the figures, data and code version, and returns its content."""
+  """Writes results.json with the figures, data and git commit, and returns its content."""
   result = {
     **about,
     "title": job.protocol.title,
@@ -84,12 +84,12 @@ def describe(result: dict) -> str:
 
 
 def number(value: float) -> str:
-  """Formats a number with four digits. Rounding errors of 0 become 0."""
+  """Formats a number with four significant digits, and values below 1e-9 as 0."""
   return "0" if abs(value) < 1e-9 else f"{value:.4g}"
 
 
 def with_interval(value: float, found: dict) -> str:
-  """Formats a figure with its 95% interval: "1.02 [0.97, 1.08]"."""
+  """Formats a number with its 95% interval, if it has one: "1.02 [0.97, 1.08]"."""
   text = number(value)
   if found.get("low") is None:
     return text

@@ -29,22 +29,22 @@ from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import MASK
 
 VALUES = "values.npz"
-# VQAScore's question (Lin et al. 2024), in CM3Leon's format for questions (table 5).
+# Question of VQAScore (Lin et al. 2024), in the format that CM3Leon uses for questions (table 5).
 AGREES = f'Question: Does this figure show "{{}}"? Please answer yes or no. Answer: {MASK}.'
 REAL, NOISE, SHUFFLED = "real images", "noise", "shuffled"  # Names of controls.
 
 
 @dataclasses.dataclass(frozen=True)
 class ProtocolRun:
-  """Protocol, with the model, data and networks that it uses.
+  """One run of a protocol, with the model, data and networks that it uses.
 
   Attributes:
     metrics: names in `METRICS`, already checked.
-    samples: folder of the samples and of values that are computed from samples.
-    scorer_identity: JSON values that change if the scores change.
-    params: parameters of the decoder as it was trained, for scores of texts.
-    judge: (images [n, H, W, 3] uint8, their facts) -> whether each image shows exactly what its
-      caption says. None if no metric needs it.
+    samples: folder for the samples and for the values that are computed from them.
+    scorer_identity: JSON values that identify the CLIP model, or None.
+    params: parameters of the decoder as it was trained, which give the log-probabilities of texts.
+    judge: maps (images [n, H, W, 3] uint8, facts of each image) to a list that says, for each
+      image, whether it shows exactly what its caption says. None if no metric needs it.
   """
 
   protocol: Protocol
@@ -85,7 +85,7 @@ class ProtocolRun:
     )
 
   def column(self, name: str, **fields: Any) -> ColumnSamples:
-    """Makes an input for metrics. `lines` and `examples` are empty by default."""
+    """Makes the input of a metric. `lines` and `examples` are empty by default."""
     fields = {"lines": [], "examples": [], "groups": self.groups, **fields}
     return ColumnSamples(name, seed=self.protocol.seed, num_resamples=self.num_resamples, **fields)
 
@@ -165,7 +165,7 @@ def _column(
 
 
 def _in_parts(job: ProtocolRun, name: str, need: str, compute: Callable) -> list:
-  """Computes a JSON value per line, part by part. Each part is a file; existing files are read."""
+  """Computes one JSON value per sample, in parts. A part whose file exists is not recomputed."""
   folder = job.samples / need / stem(name)
   starts = range(0, len(job.groups), PART)
   paths = {start: folder / f"part_{start // PART:05d}.json" for start in starts}
@@ -186,7 +186,7 @@ def _judge(job: ProtocolRun, part: list[dict]) -> list[bool]:
 
 
 def _likelihoods(job: ProtocolRun, part: list[dict]) -> list[float]:
-  """Computes log p(caption | image) - log p(caption) of each line, in nats."""
+  """Computes log p(caption | image) - log p(caption) in nats, for each sample in `part`."""
   texts, codes = zip(*((line["prompt"], line["codes"]) for line in part))
   scores = pairs.score_codes(job.pipeline, job.params, texts, np.array(codes))
   return [score.text_given_image - score.text for score in scores]
@@ -195,9 +195,9 @@ def _likelihoods(job: ProtocolRun, part: list[dict]) -> list[float]:
 def _agreements(
   job: ProtocolRun, part: list[dict], prompts: Sequence[str] | None = None
 ) -> list[float]:
-  """Computes p(yes) / (p(yes) + p(no)) for the question whether each image shows its caption.
+  """Computes, for each image, p(yes) / (p(yes) + p(no)) when asked if it shows its caption.
 
-  If `prompts` are given, they replace the captions; `prompts[i]` belongs to the example of row i.
+  If `prompts` are given, they replace the captions; `prompts[i]` replaces that of example i.
   """
   codes = np.array([line["codes"] for line in part])
   shown = [line["prompt"] if prompts is None else prompts[line["row"]] for line in part]
@@ -207,7 +207,7 @@ def _agreements(
 
 
 def _candidates(job: ProtocolRun, part: list[dict]) -> list[list[float]]:
-  """Computes the log-probabilities of the candidates of each example, in nats."""
+  """Computes, for each example, the log-probabilities of its candidate answers, in nats."""
   size = job.pipeline.layout.resolution
   examples = [job.evaluated.examples[line["row"]] for line in part]
   images = np.stack([load_image(example.image, size) for example in examples])
@@ -219,7 +219,7 @@ def _candidates(job: ProtocolRun, part: list[dict]) -> list[list[float]]:
 
 
 def embed_captions(job: ProtocolRun) -> np.ndarray:
-  """Embeds the captions of all examples with the CLIP model for scores: [n, E] of norm 1."""
+  """Embeds the captions of all examples with CLIP. Returns [n, E] with norm 1."""
   prompts = [example.prompt or "" for example in job.evaluated.examples]
   tokens = [job.scorer.encode(text) for text in prompts]
   rows = [job.scorer.embed_texts(tokens[i : i + PART]) for i in range(0, len(tokens), PART)]
@@ -227,10 +227,10 @@ def embed_captions(job: ProtocolRun) -> np.ndarray:
 
 
 def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
-  """Measures controls: data for which metrics must have good values, or bad values.
+  """Measures controls: data for which a metric must be good, and data for which it must be bad.
 
-  - Distances: two halves of the real images, split by groups, which differ only by chance (good),
-    and noise compared with real images (bad).
+  - Distances: between two halves of the real images, split by groups, which differ only by chance
+    (good), and between noise and real images (bad).
   - CLIP scores: real images (good), and samples with the captions of other examples (bad).
   - VQAScore: samples with the captions of other examples (bad).
   - Texts: the texts of other examples (bad), and candidates in random order (bad).
@@ -277,7 +277,7 @@ def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
 
 
 def others(count: int, rng: np.random.Generator) -> np.ndarray:
-  """Returns a random permutation of `count` > 1 indices in which every index moves."""
+  """Returns a random permutation of `count` > 1 indices that moves every index."""
   order, result = rng.permutation(count), np.empty(count, int)
   result[order] = np.roll(order, 1)
   return result

@@ -1,8 +1,8 @@
 """Generates the samples of a protocol part by part, and reads them.
 
 A part is a file with the samples of PART examples. Existing parts are not generated again, so a
-command may be killed at any time. Memory holds one part, so a protocol may have any number of
-examples. Images are stored as codes.
+killed command continues with the next part. Only one part is in memory, so a protocol can have any
+number of examples. Images are stored as codes.
 """
 
 from collections.abc import Iterator
@@ -44,8 +44,8 @@ class Evaluated:
   """Examples of a protocol.
 
   Attributes:
-    rows: index of the held-out document of each example; None if the examples are from files.
-    facts: facts that the caption of each example states. {} if the facts are unknown.
+    rows: for each example, the index of its held-out document; None if examples come from files.
+    facts: for each example, the facts that its caption states; {} if they are unknown.
   """
 
   examples: list[Example]
@@ -67,18 +67,18 @@ def open_evaluated(
 ) -> Evaluated:
   """Chooses the examples of a protocol by its seed.
 
-  `data` is the folder of the evaluation files and their images. If the protocol uses held-out
-  pairs, which are read from `workdir`, `data` is None. If `allow_outside` is True, the files may
-  name images outside of `data`.
+  `data` is the folder of the evaluation files and their images, or None if the protocol uses
+  held-out pairs, which are read from `workdir`. If `allow_outside` is True, the files may name
+  images outside of `data`.
 
   Raises:
     UserError: a file is absent or wrong, an image does not exist or is not in `data`, there are too
-      few examples, or the images of the run have another size than the protocol requires.
+      few examples, or the run's images do not have the resolution that the protocol requires.
   """
   side = pipeline.layout.resolution
   if protocol.resolution not in (0, side):
     raise UserError(
-      f"the protocol compares images of {protocol.resolution} x {protocol.resolution} pixels, but "
+      f"the protocol needs images of {protocol.resolution} x {protocol.resolution} pixels, but "
       f"images of the run have {side} x {side}: measure another run, or set resolution to 0 in a "
       "copy of the protocol, whose distances cannot be compared with published distances."
     )
@@ -86,8 +86,8 @@ def open_evaluated(
     return _heldout(protocol, pipeline, epath.Path(workdir))
   if data is None:
     raise UserError(
-      f"the protocol reads files of the format '{protocol.data.format}': name their folder with "
-      "--data."
+      f"the protocol reads files of the format '{protocol.data.format}': set --data to their "
+      "folder."
     )
   images = ImageFolder(os.fspath(data), BY_FLAG, allow_outside)
   read = open_examples(protocol.data.format, data, protocol.data.split, images)
@@ -104,7 +104,7 @@ def open_evaluated(
 
 
 def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Evaluated:
-  """Chooses held-out pairs: by `strata.choose` if all have facts, otherwise at even distances."""
+  """Chooses held-out pairs: with `strata.choose` if all have facts, otherwise evenly spaced."""
   store = DocumentStore(workdir / "documents" / "heldout_pairs", pipeline.layout.vocab)
   images = {pair.key: str(pair.image) for pair in reader.read_pairs(workdir / "raw", "heldout")}
   facts = [store[i].facts for i in range(len(store))]
@@ -130,7 +130,7 @@ def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Eva
 def tasks_of(
   protocol: Protocol, evaluated: Evaluated, pipeline: Pipeline, workdir: epath.PathLike
 ) -> dict[str, list[Task]]:
-  """Makes a task for each example in each column. Maps the name of a column to its tasks."""
+  """Maps the name of each column to its tasks, one for each example."""
   result: dict[str, list[Task]] = {}
   for column in protocol.columns:
     sampling = protocol_lib.sampling_of(column, pipeline.settings.sampling)
@@ -176,7 +176,7 @@ def generate(
   """
   folder = epath.Path(folder)
   for of_column in tasks.values():
-    for task in of_column:  # Refuse prompts that do not fit before anything is generated.
+    for task in of_column:  # Rejects prompts that are too long before anything is generated.
       task.validate()
       task.to_request(pipeline.layout)
   count = {column.name: column.samples for column in protocol.columns}
@@ -202,7 +202,7 @@ def generate(
 
 
 def _with_pixels(task: Task, pipeline: Pipeline) -> Task:
-  """Loads the given image of a task and resizes its center square to the model's resolution."""
+  """Loads the input image of a task, and resizes its center square to the model's resolution."""
   if not task.image:
     return task
   pixels: dict[str, Any] = {"image": reader.load_image(task.image, pipeline.layout.resolution)}
@@ -210,7 +210,7 @@ def _with_pixels(task: Task, pipeline: Pipeline) -> Task:
 
 
 def part_path(folder: epath.PathLike, column: str, start: int) -> epath.Path:
-  """Returns the path of the part that begins with example `start`."""
+  """Returns the path of the part whose first example is `start`."""
   return (
     epath.Path(folder) / "samples" / protocol_lib.stem(column) / f"part_{start // PART:05d}.jsonl"
   )
@@ -235,7 +235,7 @@ def _line(row: int, example: Example, sample: Sample, pipeline: Pipeline) -> dic
 
 
 def _copied(codes: np.ndarray, sample: Sample, pipeline: Pipeline) -> float | None:
-  """Returns the share of positions at which the best neighbor has the same code, or None."""
+  """Returns the share of positions at which the first neighbor's image has the same code."""
   images = [s for d in sample.neighbors[:1] for s in d.segments if s.is_image]
   if not images:
     return None
@@ -243,13 +243,13 @@ def _copied(codes: np.ndarray, sample: Sample, pipeline: Pipeline) -> float | No
 
 
 def read_part(folder: epath.PathLike, column: str, start: int) -> list[dict]:
-  """Reads, for each example of the part that begins with `start`, the line of the best sample."""
+  """Reads, for each example of the part whose first example is `start`, the best sample's line."""
   lines = read_json_lines(part_path(folder, column, start), {"row": int})
   return [line for line in lines if line.get("rank") in (None, 1)]
 
 
 def read_lines(folder: epath.PathLike, column: str, count: int) -> Iterator[dict]:
-  """Yields the line of the best sample of each of `count` examples, without the codes."""
+  """Yields the line of the best sample of each of `count` examples, without its codes."""
   for start in range(0, count, PART):
     for line in read_part(folder, column, start):
       line.pop("codes", None)

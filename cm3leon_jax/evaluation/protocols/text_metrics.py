@@ -14,13 +14,13 @@ BLEU_RESAMPLES = 1000
 
 
 def cider(column: ColumnSamples) -> dict:
-  """Computes CIDEr-D, times 100, with n-gram weights from the references of the examples."""
+  """Computes CIDEr-D times 100. The references of all examples determine the n-gram weights."""
   captions, references = _tokens(column)
   return mean((100 * caption_metrics.cider(captions, references)).tolist(), column)
 
 
 def bleu4(column: ColumnSamples) -> dict:
-  """Computes BLEU-4 of all captions as one corpus, times 100. Its interval resamples groups."""
+  """Computes BLEU-4 times 100, with all captions as one corpus. Its interval resamples groups."""
   counts = caption_metrics.bleu_counts(*_tokens(column))
   _, places = np.unique(np.asarray(column.groups), return_inverse=True)
   of_groups = np.zeros((places.max() + 1, counts.shape[1]))
@@ -47,12 +47,12 @@ def vqa_accuracy(column: ColumnSamples) -> dict:
 
 
 def exact_match(column: ColumnSamples) -> dict:
-  """Computes the percentage of texts that equal a reference, after both are normalized."""
+  """Computes the percentage of texts that equal a reference; both are normalized first."""
   return mean((100 * answers.exact_matches(*_texts(column))).tolist(), column)
 
 
 def ndcg(column: ColumnSamples) -> dict:
-  """Computes the NDCG of candidates, ordered by their log-probabilities, times 100."""
+  """Computes NDCG times 100, with the candidates ranked by their log-probabilities."""
   pairs = zip(present(column.candidates), column.examples)
   values = [answers.ndcg([scores], [example.relevance])[0] for scores, example in pairs]
   return mean([100 * float(value) for value in values], column)

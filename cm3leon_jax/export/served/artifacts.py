@@ -1,6 +1,7 @@
-"""Checks and loads artifacts, weights and text tokenizer of this folder, with jax and flatbuffers.
+"""Checks and loads the artifacts, weights and text tokenizer in this folder.
 
-Text also needs the package tokenizers. Functions raise `Refused` for wrong files and arguments.
+This module needs jax and flatbuffers, and tokenizers for text. Functions raise `Refused` for
+invalid files and arguments.
 """
 
 import argparse
@@ -24,12 +25,12 @@ SEEDS = 2**32
 
 
 class Refused(Exception):
-  """Error for a wrong file or argument. The message says in one sentence what would be right."""
+  """Error for an invalid file or argument. The message says in one sentence what is valid."""
 
 
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
-  """Prints one sentence and ends the process with exit code 2 if the body raises Refused."""
+  """If the body raises Refused, prints its sentence and ends the process with exit code 2."""
   try:
     yield
   except (Refused, OSError) as error:
@@ -57,7 +58,7 @@ with reporting():
     from jax import export
     import numpy as np
 
-    importlib.import_module("flatbuffers")  # jax.export needs it to read artifacts.
+    importlib.import_module("flatbuffers")  # jax.export requires it to read artifacts.
   except ImportError as _error:
     raise Refused(f"{_error}: `pip install jax flatbuffers tokenizers`.") from _error
 VOCAB = ABOUT["vocab"]
@@ -73,9 +74,9 @@ def read(name: str) -> bytes:
 
 @functools.cache
 def load(name: str) -> Callable[..., Any]:
-  """Returns an artifact as a compiled function. The manifest lists its arguments after the weights.
+  """Returns an artifact as a compiled function of the weights and the arguments in the manifest.
 
-  Raises Refused if the file has changed, or if the installed jax cannot run its version.
+  Raises Refused if the file has changed, or if the installed jax does not support its version.
   """
   data = read(f"{name}.stablehlo")
   oldest = export.minimum_supported_calling_convention_version
@@ -89,18 +90,18 @@ def load(name: str) -> Callable[..., Any]:
     )
   try:
     artifact = export.deserialize(bytearray(data))
-    artifact.mlir_module()  # Parses the program; its format has separate versions.
-  except Exception as error:  # The digest is right, so the version is wrong.
+    artifact.mlir_module()  # Parses the program, whose format has its own version.
+  except Exception as error:  # The digest matches, so the version is not supported.
     reason = " ".join(str(error).split())
     raise Refused(f"jax {jax.__version__} cannot read {name} ({reason}): {other}") from error
   return jax.jit(artifact.call)
 
 
 def load_weights() -> dict[str, jax.Array]:
-  """Returns the weights by name, on the default device."""
+  """Maps the names of the weights to arrays on the default device."""
   weights = {}
   for file in ABOUT["digests"]:
-    if file.endswith(".safetensors"):  # Header size, header as JSON, arrays.
+    if file.endswith(".safetensors"):  # The file: header size, JSON header, arrays.
       data = read(file)
       start = 8 + int.from_bytes(data[:8], "little")
       for name, place in json.loads(data[8:start]).items():
@@ -113,7 +114,7 @@ def load_weights() -> dict[str, jax.Array]:
 
 
 def load_tokenizer() -> "Tokenizer":
-  """Returns the text tokenizer. Its `decode` omits special tokens, which end or pad texts.
+  """Returns the text tokenizer. Its `decode` omits special tokens, such as the end of a text.
 
   Raises Refused if the package tokenizers is not installed.
   """
@@ -122,15 +123,15 @@ def load_tokenizer() -> "Tokenizer":
   except ImportError as error:
     raise Refused("text needs tokenizers: `pip install tokenizers`, or use --ids.") from error
   tokenizer = Tokenizer.from_str(read("tokenizer.json").decode())
-  tokenizer.encode_special_tokens = True  # "</s>" in a caption is text.
+  tokenizer.encode_special_tokens = True  # "</s>" in a caption is ordinary text.
   return tokenizer
 
 
 def padded(prompts: Sequence[Sequence[int]], following: int) -> np.ndarray:
-  """Pads prompts on the left to a multiple of 32, so that few programs are compiled.
+  """Pads prompts on the left to a multiple of 32 tokens, so that fewer programs are compiled.
 
-  Raises Refused if an id is outside the vocabulary, or if prompt and following tokens together
-  exceed the longest sample.
+  Raises Refused if an id is outside the vocabulary, or if a prompt and the following tokens are
+  longer than the longest sample in training.
   """
   ids = VOCAB["text_size"] + VOCAB["image_size"]
   for wrong in (i for prompt in prompts for i in prompt if not VOCAB["pad"] < i < ids):
@@ -148,9 +149,9 @@ def padded(prompts: Sequence[Sequence[int]], following: int) -> np.ndarray:
 def settings(
   artifact: str, seeds: Sequence[int], **given: float | np.ndarray
 ) -> dict[str, np.ndarray]:
-  """Returns seeds and sampling settings of an artifact, one value per sample.
+  """Returns the seeds and sampling settings of an artifact, each with one value per sample.
 
-  A setting that is not in `given` has the model's default. Raises Refused for an unknown name.
+  Settings that are not in `given` get the model's defaults. Raises Refused for an unknown name.
   """
   arrays = ABOUT["artifacts"][artifact]["arguments"]
   values = {name: x for name, x in ABOUT["sampling"].items() if name in arrays}
@@ -185,7 +186,7 @@ def request(description: str) -> tuple[list[int], int, Callable[[Sequence[int]],
 
 
 def png(file: str, image: np.ndarray) -> None:
-  """Writes an image, uint8 [H, W, 3], as PNG."""
+  """Writes an image, uint8 [H, W, 3], as a PNG file."""
 
   def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -11,7 +11,7 @@ EOS, BREAK, MASK, CODES = VOCAB["eos"], VOCAB["brk"], VOCAB["mask_0"], ABOUT["im
 
 
 def draw(weights: dict, captions: list, seeds: list, **own: float) -> tuple:
-  """Returns images, uint8 [b, H, W, 3], and their tokens, [b, I]. Captions are lists of ids."""
+  """Returns uint8 images [b, H, W, 3] and their tokens [b, I]. A caption is a list of token ids."""
   prompts = padded([[EOS, *caption, BREAK] for caption in captions], CODES)
   others = padded([[EOS, MASK, BREAK]] * len(captions), CODES)  # Unconditional prompts.
   arrays = settings("generate_image", seeds, **own)
@@ -20,7 +20,7 @@ def draw(weights: dict, captions: list, seeds: list, **own: float) -> tuple:
 
 
 def describe(weights: dict, images: list, seeds: list, most: int = 32, **own: float) -> np.ndarray:
-  """Returns texts of at most `most` tokens as ids, [b, most + 1]. Images are lists of tokens."""
+  """Returns the token ids [b, most + 1] of texts for images, which are given as lists of tokens."""
   prompts = padded([[EOS, MASK, BREAK, *image, EOS, MASK] for image in images], most + 1)
   plan = np.array([[[ABOUT["plan_kinds"]["TEXT"], most, 0], [0, 0, 0]]] * len(images), np.int32)
   ids = np.zeros((len(images), most + 1), np.int32)
@@ -32,7 +32,7 @@ def describe(weights: dict, images: list, seeds: list, most: int = 32, **own: fl
 
 
 if __name__ == "__main__":
-  with reporting():  # A refused request prints one sentence and exits with 2.
+  with reporting():  # An invalid request prints one sentence and exits with code 2.
     caption, seed, text_of = request((__doc__ or "").partition("\n")[0])
     weights = load_weights()
     images, tokens = draw(weights, [caption], [seed])

@@ -1,9 +1,9 @@
-"""Writes the files that start a job: fills one template per launcher with the plan of the job.
+"""Writes the files that start a job, by filling one template per launcher with the job's plan.
 
 A launcher restarts a job that crashed, or that saved and stopped on request (exit code 75). It does
 not restart a job that ended because of a user's mistake (exit code 2). Secrets are read from the
-environment or from the launcher's store when the job runs. This module reads no secrets, so no file
-contains a secret. docs/pods.md is the guide.
+environment or from the launcher's store when the job runs, so no file contains a secret.
+docs/pods.md is the guide.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from cm3leon_jax.planning.hardware import GPU_FRACTION, Hardware
 
 MISTAKE = UserError.exit_code
 SUFFIX = ".jinja"
-TRIES = 5  # Attempts to create TPU VMs.
+TRIES = 5  # Number of attempts to create TPU VMs.
 KUBERNETES_SECRET = "cm3leon"
-# For each file: how the Weights & Biases key reaches the processes that the file starts.
+# Maps a file to how the processes that it starts get the Weights & Biases key.
 KEYS = {
   "gke_jobset.yaml": "from a Secret: kubectl create secret generic {secret} "
   '--from-literal=WANDB_API_KEY="$WANDB_API_KEY"',
@@ -31,32 +31,32 @@ KEYS = {
   "tpu_vm.sh": "from the environment of tpu_vm.sh, at `watch` and `run`",
   "slurm.sbatch": "from the environment of sbatch",
 }
-# Priorities that XPK accepts; they are PriorityClasses of its clusters.
+# Priorities that XPK accepts, which are PriorityClasses of its clusters.
 XPK_PRIORITIES = ("very-low", "low", "medium", "high", "very-high")
-# Folders of the repository that the container image and tpu_vm.sh copy.
+# Folders of this repository that are copied into the container image, and by tpu_vm.sh.
 COPIED = ("cm3leon_jax", "launch", "ml_configs")
 
 
 @dataclasses.dataclass(frozen=True)
 class PodJob:
-  """A run to start.
+  """Run for which launcher files are written.
 
   Attributes:
     name: name of the run in Kubernetes and other systems.
     flags: flags of `cm3leon train`, including --config and --workdir.
-    image: container image. If empty, files of launchers that need an image are not written.
-    queue: an existing LocalQueue of Kueue; empty without Kueue.
-    secret: name of a Kubernetes Secret that contains WANDB_API_KEY; empty: cm3leon. The Secret may
-      be absent.
+    image: container image. If empty, files that need an image are not written.
+    queue: name of an existing LocalQueue of Kueue; empty without Kueue.
+    secret: name of a Kubernetes Secret that contains WANDB_API_KEY; empty means cm3leon. The Secret
+      need not exist.
     spot: whether to use cheaper machines that may be preempted at any time.
     max_restarts: number of restarts after crashes.
-    grace_seconds: number of seconds that the job has to save after SIGTERM.
-    service_account: a Kubernetes name or a Google Cloud address; empty: the default account.
-    reservation: name of reserved machines; empty: none.
-    priority: PriorityClass of Kubernetes, or quality of service of SLURM; empty: the default.
-    cpus: CPUs to request on each host; 0: half of a TPU host, or 8 per GPU.
-    memory_gib: GiB to request on each host; 0: half of a TPU host, or all of a GPU host.
-    metrics_port: port on which process 0 serves metrics; 0: none.
+    grace_seconds: seconds after SIGTERM in which the job can save.
+    service_account: Kubernetes name or Google Cloud address; empty means the default account.
+    reservation: name of reserved machines; empty means none.
+    priority: PriorityClass of Kubernetes, or quality of service of SLURM; empty means the default.
+    cpus: CPUs to request on each host; 0 means half of a TPU host, or 8 per GPU.
+    memory_gib: GiB to request on each host; 0 means half of a TPU host, or all of a GPU host.
+    metrics_port: port on which process 0 serves metrics; 0 means none.
   """
 
   name: str
@@ -77,37 +77,37 @@ class PodJob:
 
   @property
   def has_cloud_account(self) -> bool:
-    """Whether the service account belongs to Google Cloud."""
+    """Whether the service account is one of Google Cloud."""
     return "@" in self.service_account
 
   @property
   def requested_cpus(self) -> int:
-    """CPUs that a pod on a TPU host requests."""
+    """Number of CPUs that a pod on a TPU host requests."""
     return self.cpus or self.hardware.requests[0]
 
   @property
   def requested_memory(self) -> int:
-    """GiB that a pod on a TPU host requests."""
+    """Number of GiB that a pod on a TPU host requests."""
     return self.memory_gib or self.hardware.requests[1]
 
   @property
   def workdir(self) -> str:
-    """Folder of the run; empty if no flag names it."""
+    """Workdir of the run; empty if no flag sets it."""
     return next((f.partition("=")[2] for f in self.flags if f.startswith("--workdir=")), "")
 
   @property
   def config(self) -> str:
-    """File or name of the config, without its variant; empty if no flag names it."""
+    """File or name of the config, without its variant; empty if no flag sets it."""
     values = (f.partition("=")[2] for f in self.flags if f.startswith("--config="))
     return next(values, "").partition(":")[0]
 
 
 def check(job: PodJob) -> None:
-  """Raises UserError, which names the flag of `cm3leon plan`, if no launcher can start the job."""
+  """Raises UserError, naming a flag of `cm3leon plan`, if no launcher can start the job."""
   if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", job.name):
     raise UserError(
-      f"--name is '{job.name}'; it must have at most 40 lower-case letters, digits and hyphens, "
-      "start with a letter and not end with a hyphen."
+      f"--name is '{job.name}'; it must have at most 40 characters (lower-case letters, digits and "
+      "hyphens), start with a letter and not end with a hyphen."
     )
   gpu = job.hardware.platform == "gpu"
   _check_names(job, gpu)
@@ -115,16 +115,16 @@ def check(job: PodJob) -> None:
     raise UserError("--queue is for Kueue, which only the files for TPUs use: omit it on GPUs.")
   if job.secret and gpu:
     raise UserError(
-      "--secret is for Kubernetes, which only the files for TPUs use: omit it on GPUs; "
+      "--secret is for Kubernetes, which only the files for TPUs use: omit it on GPUs, where "
       "WANDB_API_KEY comes from the environment of sbatch."
     )
   _check_gke(job)
   where = "gs://BUCKET/FOLDER" + (" or /SHARED/FOLDER" * gpu)
   if not job.workdir:
-    raise UserError(f"--out needs --workdir={where}: all hosts read and write one workdir.")
+    raise UserError(f"--out needs --workdir={where}, because all hosts use one workdir.")
   if not re.match(r"(gs://|/)." if gpu else "gs://.", job.workdir):
     raise UserError(
-      f"--workdir is '{job.workdir}'; it must be {where}: all hosts read and write one workdir."
+      f"--workdir is '{job.workdir}'; it must be {where}, because all hosts use one workdir."
     )
 
 
@@ -138,12 +138,12 @@ def _check_names(job: PodJob, gpu: bool) -> None:
   for flag, value in names.items():
     if value and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", value):
       raise UserError(
-        f"--{flag} is '{value}'; it must be a Kubernetes name: lower-case letters, digits, '-' "
-        "and '.'."
+        f"--{flag} is '{value}'; it must be a Kubernetes name (lower-case letters, digits, '-' and "
+        "'.')."
       )
   for flag, value in (("reservation", job.reservation), ("priority", job.priority)):
     if value and not re.fullmatch(r"[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", value, re.ASCII):
-      raise UserError(f"--{flag} is '{value}'; it must be a name, of letters, digits and hyphens.")
+      raise UserError(f"--{flag} is '{value}'; it must consist of letters, digits and hyphens.")
   account = job.service_account
   if job.has_cloud_account and not re.fullmatch(r"[\w.-]+@[\w.-]+", account, re.ASCII):
     raise UserError(
@@ -160,11 +160,11 @@ def _check_names(job: PodJob, gpu: bool) -> None:
 
 
 def _check_gke(job: PodJob) -> None:
-  """Raises UserError if a flag is given that only GKE files use and no GKE file is written."""
+  """Raises UserError for a flag that only GKE files use if no GKE file is written."""
   for flag, value in (("queue", job.queue), ("secret", job.secret)):
     if value and _of_one_host(job.hardware):
       raise UserError(
-        f"--{flag} is for gke_jobset.yaml, which is not written, because GKE connects only slices "
+        f"--{flag} is for gke_jobset.yaml, which is not written because GKE connects only slices "
         f"of several hosts: omit --{flag}."
       )
     if value and not job.image:
@@ -175,7 +175,7 @@ def _check_gke(job: PodJob) -> None:
 
 
 def files(job: PodJob) -> dict[str, str]:
-  """Renders the files of all launchers that can run a job. Returns file name -> text.
+  """Renders the files of all launchers that can run a job. Maps file names to texts.
 
   Raises:
     UserError: see `check`.
@@ -190,7 +190,7 @@ def files(job: PodJob) -> dict[str, str]:
   values |= {"secret": job.secret or KUBERNETES_SECRET}
   values |= {"MISTAKE": MISTAKE, "INTERRUPTED": INTERRUPTED, "TRIES": TRIES}
   values |= {"XPK_PRIORITIES": XPK_PRIORITIES, "upload": job.config.endswith(".py")}
-  # Offline stages take only these flags; the others are for training.
+  # Offline stages take only these flags. The others are for training.
   values |= {"offline_flags": [f for f in job.flags if re.match(r"--(config|workdir)\b", f)]}
   return {
     name: environment.get_template(f"{name}{SUFFIX}").render(values) for name in sorted(names)
@@ -198,7 +198,7 @@ def files(job: PodJob) -> dict[str, str]:
 
 
 def _with_image(job: PodJob) -> list[str]:
-  """Returns the names of the files that start a container."""
+  """Returns the names of the files that start containers."""
   if job.hardware.platform == "gpu":
     return ["slurm.sbatch"]
   if _of_one_host(job.hardware):
@@ -208,12 +208,12 @@ def _with_image(job: PodJob) -> list[str]:
 
 
 def _of_one_host(hardware: Hardware) -> bool:
-  """Returns whether each of several slices has only one host. GKE does not connect such slices."""
+  """Returns whether there are several slices of one host each, which GKE does not connect."""
   return hardware.platform == "tpu" and hardware.slices > 1 and hardware.hosts_per_slice == 1
 
 
 def keys(job: PodJob) -> list[str]:
-  """Returns a sentence for each written file, which says how it gets the Weights & Biases key."""
+  """Returns a sentence for each written file that says how it gets the Weights & Biases key."""
   secret = job.secret or KUBERNETES_SECRET
   return [
     f"{name}: WANDB_API_KEY comes {KEYS[name].format(secret=secret)}."
@@ -223,9 +223,9 @@ def keys(job: PodJob) -> list[str]:
 
 
 def remarks(job: PodJob) -> list[str]:
-  """Returns a sentence for each launcher that `files` leaves out, and for each unused flag.
+  """Returns a sentence for each launcher whose file is not written, and for each ignored flag.
 
-  An unused flag is a flag that a written file cannot pass on.
+  An ignored flag is one that a written file does not support.
   """
   sentences, gpu = [], job.hardware.platform == "gpu"
   if _of_one_host(job.hardware):
@@ -245,7 +245,7 @@ def remarks(job: PodJob) -> list[str]:
 
 
 def _not_followed(job: PodJob) -> list[str]:
-  """Returns a sentence for each file and each flag that this file ignores."""
+  """Returns a sentence for each pair of a written file and a flag that it ignores."""
   account = "--service_account" if job.service_account else ""
   priority = "--priority" if job.priority else ""
   machine = "--cpus" if job.cpus else "--memory_gib" if job.memory_gib else ""
@@ -286,11 +286,11 @@ def _environment() -> jinja2.Environment:
   environment.filters["quoted"] = json.dumps  # A JSON string is also a YAML string.
   environment.filters["words"] = words
   environment.filters["shell"] = shlex.quote
-  # Kubernetes replaces $(NAME) by a variable; $$( escapes a literal $(.
+  # Kubernetes replaces $(NAME) by the value of a variable; $$( represents a literal $(.
   environment.filters["literal"] = lambda text: text.replace("$(", "$$(")
   return environment
 
 
 def words(values: Sequence[str]) -> str:
-  """Formats words for bash, one per line, quoted so that blanks, quotes and `$` are kept."""
+  """Formats words for bash, one per line, quoted so that spaces, quotes and `$` are preserved."""
   return "".join(f"  {shlex.quote(value)}\n" for value in values)
