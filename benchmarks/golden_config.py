@@ -17,6 +17,8 @@ def get_config(variant: str = "opt"):
   _set_decoder(config)
   if variant == "opt":
     config.raw.update({"source": "scenes"})
+    if "max_texts" in config.raw:  # Commits with this field add docstrings of packages as texts.
+      config.raw.max_texts = 0
     config.evaluation.update({"scenes": 7})
     config.model.activation = "gelu_tanh"
     config.data.update({"text_share": 0.0, "num_neighbors": 1, "neighbor_sampling": "best"})
