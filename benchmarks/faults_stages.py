@@ -159,7 +159,7 @@ def reference(root: pathlib.Path) -> dict[str, dict]:
 
 
 def _without_kill(root: pathlib.Path, name: str, stage: Stage) -> dict:
-  """Runs a stage in two workdirs without a kill, and links the first result into `WHOLE`."""
+  """Runs a stage in two workdirs without killing it, and links the first result into `WHOLE`."""
   results, seconds = [], 0.0
   for number in range(2):
     workdir = new_workdir(root, stage, f"{stage.command}_{number}")

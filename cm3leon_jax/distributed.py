@@ -24,8 +24,8 @@ from cm3leon_jax.runs import stages
 # If a process is killed, suspended or disconnected, the other processes exit after this many
 # seconds.
 HEARTBEAT_SECONDS = 100
-# A process that exits first waits this long for the other processes to exit, too. If only this
-# process failed, the job ends after the wait.
+# The first process to exit waits this long for the others. If it is the only one that failed, the
+# job ends after the wait.
 SHUTDOWN_SECONDS = 60
 # A process that received a signal waits this long for the next `gather`, so that all processes exit
 # together. Most schedulers kill a process 30 s after the signal.

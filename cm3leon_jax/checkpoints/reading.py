@@ -78,7 +78,7 @@ def next_row(folder: epath.PathLike, step: int) -> int:
 
 
 def _open(folder: epath.PathLike, step: int | None) -> tuple[Checkpoints, int]:
-  """Opens a run's checkpoints. Returns them and `step`, or the newest sealed step if it is None."""
+  """Opens a run's checkpoints. Returns them and `step`; None becomes the newest sealed step."""
   if not (epath.Path(folder) / FOLDER).exists():
     raise UserError(f"{folder} has no checkpoint: run `cm3leon train` first.")
   checkpoints = Checkpoints(folder, keep=1_000_000)

@@ -6,7 +6,7 @@ cm3leon train --config=sft_7b:paper --workdir=runs/sft_7b_paper \\
   --config.instructions.root=DATA --init_from=runs/cm3leon_7b_paper
 
 --init_from takes a workdir or an exported model of the same variant. docs/instructions.md describes
-the stages before the training.
+the stages that must run before.
 """
 
 import ml_collections

@@ -13,7 +13,7 @@ from cm3leon_jax.config import UserError, causes
 
 # No space left, quota exceeded, or file too large.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# A file that cannot be read because of these errors may exist and be intact.
+# A file that these errors make unreadable may still exist and be intact.
 NOT_READ = (
   errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE,
   errno.EROFS,

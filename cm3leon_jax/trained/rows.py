@@ -59,7 +59,7 @@ def replay_share(settings: Settings, split: str) -> float:
   """Returns the share of a run's rows that documents fill. Instructions fill the remaining rows.
 
   Half of the held-out rows are documents and half are instructions, so that both held-out losses
-  are computed on equally many rows.
+  are computed on the same number of rows.
   """
   if not settings.instructions.any:
     return 1.0

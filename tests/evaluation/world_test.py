@@ -23,7 +23,7 @@ def test_a_world_has_the_name_of_the_table(name):
 
 
 def test_records_of_other_sources_with_facts_are_judged_by_the_first_world():
-  """A folder of images with facts has neither a world nor a bundled model of its own."""
+  """A folder of images with facts is no world, so the first world judges its records."""
   own = of_source("folder/of/own")
   assert world_lib.of_source(own) is None
   assert world_lib.of_facts(own) is world_lib.of_facts(of_source("scenes")) is WORLD

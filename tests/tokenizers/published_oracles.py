@@ -168,7 +168,7 @@ def make(config: PublishedConfig, num_codes: int, seed: int = 0):
 
 
 def save(path, oracle, prefix: str = "", **more) -> None:
-  """Saves the tensors of a reference model, and `more` tensors, as safetensors."""
+  """Saves the tensors of a reference model, and those in `more`, as safetensors."""
   import safetensors.torch
 
   tensors = {prefix + name: value.contiguous() for name, value in oracle.tensors().items()}

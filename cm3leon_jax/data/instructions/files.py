@@ -196,7 +196,7 @@ def read_scienceqa(
     if not isinstance(key, str) or key not in content:
       raise UserError(f"{splits} has problem {key!r} in '{split}', which is not in {problems}.")
     if key in seen:
-      raise UserError(f"{splits} has problem {key} twice in '{split}'; list it once.")
+      raise UserError(f"{splits} lists problem {key} twice in '{split}'; list it once.")
     seen.add(key)
     entry, where = content[key], f"{problems}, problem {key}"
     if isinstance(entry, dict) and entry.get("image", "") is None:

@@ -147,7 +147,7 @@ def _update(
 def restart_dead_codes(
   state: dict, images: Images, config: VQGANConfig, key: Key[Array, ""]
 ) -> dict:
-  """Replaces codes that were not used since the last restart, and resets `usage`.
+  """Replaces codes that have not been used since the last restart, and resets `usage`.
 
   The new codes are drawn at random from the encodings of `images`, uint8 [B, H, W, 3]. `state` is
   described in `init_state`, and is donated.

@@ -136,7 +136,7 @@ def test_features_equal_torch(resize, size, networks, request):
 
 @pytest.mark.slow
 def test_torchvision_pools_otherwise(state, networks):
-  """Control: torchvision pools differently, so its features differ with the same weights."""
+  """Control: torchvision pools differently, so its features differ even with equal weights."""
   torchvision = pytest.importorskip("torchvision")
   plain = torchvision.models.inception_v3(
     weights=None, init_weights=False, num_classes=inception.CLASSES, aux_logits=False

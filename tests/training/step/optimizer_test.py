@@ -120,7 +120,7 @@ def test_the_average_is_the_recursion_of_its_documentation():
 
 
 def test_muon_makes_the_updates_of_matrices_orthogonal_and_of_the_size_of_adamw():
-  """Covers the matrices of each layer, with concatenated heads. All other arrays use AdamW."""
+  """Muon updates the matrices of each layer, with heads concatenated; AdamW updates the rest."""
   rng = np.random.default_rng(0)
   shapes = {"qkv": (2, 3, 8, 2, 3), "out": (2, 2, 3, 8), "up": (2, 8, 12), "embed": (5, 8)}
   gradients = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
