@@ -219,7 +219,7 @@ class Trainer:
     return f"{names[i]}, device {device.id}, bit {bit}, computation {computation}", state
 
   def _run(self, state, batches: list):
-    """Returns the state after steps without flips, of which the last is checked."""
+    """Takes steps without flips and checks the last of them; returns the state."""
     import jax
 
     state = _copy(state)

@@ -57,7 +57,7 @@ def differ(found, expected) -> bool:
 
 @functools.partial(jax.jit, static_argnums=0)
 def walk(grammar, plan, ids):
-  """Returns [G, V] bool: which ids were legal in place of each of the ids [G]."""
+  """Returns [G, V] bool: for each position of `ids` [G], which ids were legal there."""
 
   plan = shard(plan, "batch", None, None)
 

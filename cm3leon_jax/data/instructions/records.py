@@ -18,8 +18,9 @@ class Record:
     key: unique in its source.
     group: for example the id of an image. Records of one group are not independent samples.
     texts: dict from a name, such as "question", to a text.
-    images: dict from a name to a path, pixels [H, W, 3] uint8, or a map to compute.
-    facts: facts by which an evaluation judges answers. May be empty.
+    images: dict from a name to a path, pixels [H, W, 3] uint8, or an `ImageMap`, which is
+      computed later.
+    facts: facts that decide in an evaluation whether an answer is correct. May be empty.
   """
 
   key: str

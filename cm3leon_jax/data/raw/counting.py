@@ -16,8 +16,8 @@ from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.tokenizers.text import supported_tokens
 from cm3leon_jax.vocab import VocabLayout
 
-SIDES = (24, 48)  # Image sides in pixels. With these sides, a model trains in minutes.
-IMAGES = 200  # Number of images that are opened to choose a side.
+SIDES = (24, 48)  # Side lengths of images in pixels with which a model trains in minutes.
+IMAGES = 200  # Number of images that are opened to choose between `SIDES`.
 PAIRS = 3_200  # Desired number of pairs, including crops.
 MOST_CROPS = 99  # Maximum number of crops per image.
 CHARACTERS = 2**24  # Number of characters of captions and texts in which tokens are counted.

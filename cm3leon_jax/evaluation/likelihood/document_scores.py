@@ -37,7 +37,7 @@ PART = 256  # Number of documents per part.
 MODALITIES = ("text", "image", "special")  # "special": <break> and the </s> at the end.
 # Largest number of groups for a confidence interval. If there are more, some are merged.
 MAX_GROUPS = 10_000
-DIGITS = 6  # Number of decimals with which log-probabilities are written.
+DIGITS = 6  # Number of decimal places of written log-probabilities.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,7 +105,7 @@ def read(folder: epath.Path) -> list[GoBack]:
 
 
 def check(back: GoBack, done: list[GoBack], next_row: int) -> None:
-  """Checks that the run had read none of the rows to skip when it saved a checkpoint.
+  """Checks that a checkpoint was saved before the run read the first of the rows to skip.
 
   `done` is the result of `read`. `next_row` of the checkpoint counts only rows of `Remaining`.
 

@@ -365,7 +365,7 @@ def test_a_line_that_the_run_did_not_write_is_named(sources, tmp_path, planned, 
   for writes in (True, False):
     with refused(UserError):
       plan_with_starts(sources, path, writes=writes)
-  # Does what the message says: delete the file's lines from the wrong line on.
+  # Does what the message says: delete the wrong line and all lines after it.
   path.write_text("\n".join(lines[: number - 1]) + "\n")
   planned.clear()
   assert plan_with_starts(sources, path).window(4) == rows
