@@ -1,12 +1,10 @@
 import re
 
-from etils import epath
 import nbclient
 import nbformat
 import pytest
 
 from tests.api_test import EXAMPLES, ROOT
-from tests.generation.run import save_run
 
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 
@@ -25,9 +23,7 @@ def test_the_notebook_is_small_and_its_outputs_are_shown():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path, monkeypatch):
-  save_run(epath.Path(tmp_path))
-  monkeypatch.setenv("CM3LEON_WORKDIR", str(tmp_path))
+def test_the_notebook_runs(monkeypatch):
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
   notebook = nbformat.read(NOTEBOOK, as_version=4)
   for cell in notebook.cells:
