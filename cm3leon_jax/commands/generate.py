@@ -145,7 +145,8 @@ def _own_tasks(trained: Run, seed: int) -> list[Task]:
   if path is None and not given and name == "text_to_image":
     return []
   cls = prompt_file.task_class(name)
-  retrieve = min(cls.retrieve, settings.data.num_neighbors) if trained.bank else 0
+  neighbors = settings.data.num_neighbors if trained.bank else 0
+  retrieve = min(cls.retrieve, neighbors)
   columns = _columns(settings, [settings.sampling.guidance], [retrieve])
   if len(columns) > 1 and (path is not None or name != "text_to_image"):
     raise UserError(
@@ -160,7 +161,8 @@ def _own_tasks(trained: Run, seed: int) -> list[Task]:
         f"--prompts and --{given[0]} are given: define tasks in the file or on the command line."
       )
     common_fields |= {"retrieve": retrieve} if RETRIEVE.value else {}
-    return prompt_file.read(path, name, seed, sampling, ALLOW_OUTSIDE.value, **common_fields)
+    allowed = ALLOW_OUTSIDE.value
+    return prompt_file.read(path, name, seed, sampling, allowed, neighbors, **common_fields)
   if _GUIDANCE.value is not None and "guidance" not in cls.settings:
     raise UserError(
       f"--guidance is given, but task {name} does not use it: set fields of config.sampling."
@@ -276,10 +278,14 @@ def _folder(root: epath.Path, tasks: Sequence[Task], config: dict) -> epath.Path
 def _print_results(records: Sequence[dict], scores: Sequence[dict]) -> None:
   from cm3leon_jax.reports.summary import describe_clip_score
 
-  for record in [r for r in records if r.get("text")][:MOST_TEXTS]:
+  texts = [record for record in records if record.get("text")]
+  for record in texts[:MOST_TEXTS]:
     # Generated texts and prompts may contain control characters.
-    texts = (record["prompt"] or record["image"] or record["task"], record["text"])
-    print(": ".join(" ".join(printable(text).split()) for text in texts))
+    asked = [record["image"], record["prompt"]] if record["image"] else [record["prompt"]]
+    shown = [text for text in asked if text] or [record["task"]]
+    print(": ".join(" ".join(printable(text).split()) for text in [*shown, record["text"]]))
+  if len(texts) > MOST_TEXTS:
+    print(f"generate: results.jsonl has {len(texts) - MOST_TEXTS} more texts.")
   # Held-out documents have keys, and their captions are concepts. Prompts of users have no keys.
   noun = "concept" if records[0]["key"] else "prompt"
   for row in scores:

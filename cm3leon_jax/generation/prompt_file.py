@@ -88,6 +88,7 @@ def read(
   seed: int = 0,
   sampling: SamplingConfig | None = None,
   allow_outside: bool = False,
+  neighbors: int | None = None,
   **defaults: Any,
 ) -> list[Task]:
   """Reads one task from each line of a JSONL file. Ignores empty lines.
@@ -103,6 +104,7 @@ def read(
     seed: seed of the first task; task i has seed + i, unless its line has a seed.
     sampling: default settings, which a line can override.
     allow_outside: whether images may be outside the folder.
+    neighbors: largest number of documents that a task retrieves by default; None: no limit.
     **defaults: default values of fields, for the tasks that have the field.
 
   Raises:
@@ -122,8 +124,11 @@ def read(
     fields = _checked(line, where)
     name = fields.pop("task", task)
     row = len(tasks)
-    taken = {field.name for field in dataclasses.fields(task_class(name, f"{where}: "))}
-    fields = {k: v for k, v in defaults.items() if k in taken} | fields
+    cls = task_class(name, f"{where}: ")
+    limit = cls.retrieve if neighbors is None else neighbors
+    usual = {"retrieve": min(cls.retrieve, limit), **defaults}
+    taken = {field.name for field in dataclasses.fields(cls)}
+    fields = {k: v for k, v in usual.items() if k in taken} | fields
     common = {
       "seed": fields.pop("seed", seed + row),
       "sampling": _sampling(fields, sampling or SamplingConfig(), where),

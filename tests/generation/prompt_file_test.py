@@ -129,3 +129,11 @@ def test_a_missing_or_empty_file_is_refused(tmp_path):
     read(tmp_path / "my.jsonl")
   with refused(UserError):
     read(write(tmp_path / "my.jsonl", ""))
+
+
+@pytest.mark.parametrize(("neighbors", "first"), [(None, 2), (1, 1), (0, 0)])
+def test_a_task_retrieves_at_most_what_the_model_was_trained_with(tmp_path, neighbors, first):
+  """A line can request more documents. Tasks other than text_to_image retrieve none by default."""
+  lines = [{"prompt": "a bell"}, {"task": "infill_text", "prompt": "a <mask> bell"}]
+  path = write(tmp_path / "my.jsonl", *lines, {"prompt": "a bell", "retrieve": 3})
+  assert [task.retrieve for task in read(path, neighbors=neighbors)] == [first, 0, 3]
