@@ -1,4 +1,5 @@
 import glob
+import html
 import json
 import os
 import pathlib
@@ -201,10 +202,12 @@ def test_report_lists_what_has_not_run(tmp_path):
   (tmp_path / "raw").mkdir()
   done = {"config": {}, "summary": {}, "seconds": 1.0, "id": "1"}
   (tmp_path / "raw" / "done.json").write_text(json.dumps(done))
-  result = launch("report", "--config=ml_configs/scenes.py:2", f"--workdir={tmp_path}")
+  changed = "--config.raw.source=my images"
+  result = launch("report", "--config=ml_configs/scenes.py:2", changed, f"--workdir={tmp_path}")
   assert result.returncode == 0, result.stderr
   assert "not run" in result.stdout
-  assert "ml_configs/scenes.py:2" in (tmp_path / "report.html").read_text()
+  page = html.unescape((tmp_path / "report.html").read_text())
+  assert f"cm3leon train --config=ml_configs/scenes.py:2 '{changed}' --workdir=DIR" in page
 
 
 DEMOS = ("demo.sh", "demo_instructions.sh")
