@@ -21,7 +21,7 @@ from cm3leon_jax.models.config import ATTENTIONS, DTYPES, REMAT_POLICIES, ModelC
 from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state, train_step
-from cm3leon_jax.training.watch.flops import device_peak, model_flops, utilization
+from cm3leon_jax.training.watch.flops import device_peak, model_flops
 from cm3leon_jax.vocab import VocabLayout
 
 _LAYERS = flags.DEFINE_integer("layers", 4, "Number of layers.")
@@ -117,7 +117,8 @@ def main(_) -> None:
     f"{flops / median / peak:.1%} of the peak"
   )
   published = device_peak(jax.devices()[0].device_kind)
-  if share := utilization(flops / median, jax.device_count(), published):
+  if published:
+    share = flops / median / (jax.device_count() * published)
     print(f"MFU: {share:.1%} of the published peak in bfloat16, {published / 1e12:,.0f} TFLOP/s")
 
 

@@ -139,7 +139,7 @@ def test_a_restored_state_takes_the_same_next_step(tmp_path, on_device):
   with Checkpoints(tmp_path, 2) as checkpoints:
     checkpoints.save(state, 2, 2 * ROWS)
     checkpoints.wait()
-    restored, _ = checkpoints.restore(jax.eval_shape(steps_on(mesh).init), 2, checked=True)
+    restored, _ = checkpoints.restore(jax.eval_shape(steps_on(mesh).init), 2)
   jax.tree.map(np.testing.assert_array_equal, on_host(restored), on_host(state))
   one, two = (on_host(steps_on(mesh).train(s, batch_of(2))[0]) for s in (state, restored))
   jax.tree.map(np.testing.assert_array_equal, one, two)
