@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from benchmarks import first_run_page
 
 ROOT = pathlib.Path(__file__).parents[1]
 MIN_SECONDS = 20.0  # A part does not start if less time is left.
-DEMO_OVERHEAD = 240.0  # Seconds of a demo, besides --minutes, on a new kind of device.
+DEMO_OVERHEAD = 300.0  # Seconds of a demo, besides --minutes, on a new kind of device.
 
 MODEL_350M = ("--layers=24", "--width=1024", "--heads=16", "--mlp_width=4096", "--rows=4")
 SMALL = ("--layers=2", "--width=128", "--heads=2", "--mlp_width=256", "--rows=2", "--length=128")
@@ -90,10 +91,14 @@ def parts_of(platform: str, out: pathlib.Path) -> list[Part]:
   ]
 
 
+def _program(part: Part) -> str:
+  return "bash" if part.command[0].endswith(".sh") else "python"
+
+
 def run(part: Part, out: pathlib.Path, limit: float) -> dict[str, Any]:
   """Runs a part with its output in a file; returns its outcome, its seconds and its last lines."""
   log = out / f"{part.name}.log"
-  program = "bash" if part.command[0].endswith(".sh") else sys.executable
+  program = sys.executable if _program(part) == "python" else "bash"
   start = time.monotonic()
   with open(log, "wb") as output:
     process = subprocess.Popen(
@@ -161,7 +166,7 @@ def go(parts: list[Part], results: dict[str, Any], out: pathlib.Path, end: float
       print(f"{found['outcome']}, {found['seconds']:.0f} s", flush=True)
     results["parts"][part.name] = {
       "question": part.question,
-      "command": " ".join(part.command),
+      "command": shlex.join([_program(part), *part.command]),
       **found,
     }
     save(out, results)

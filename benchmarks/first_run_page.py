@@ -9,7 +9,7 @@ OF_FAILURES = 40
 def page(results: dict[str, Any]) -> str:
   """Returns the page in Markdown."""
   machine, parts = results["machine"], results["parts"]
-  rehearsal = " (a rehearsal on the CPU)" if machine["platform"] == "cpu" else ""
+  rehearsal = " (a rehearsal on the CPU, with small sizes)" if machine["platform"] == "cpu" else ""
   lines = [f"# First run on {machine['devices']}{rehearsal}", ""]
   lines += [f"- {name}: {value}" for name, value in machine.items()]
   lines += ["", "| part | outcome | seconds | question |", "|---|---|---|---|"]
