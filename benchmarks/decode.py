@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import decode_peers as peers_lib
+from benchmarks import decode_model
 from benchmarks.train_step import measured_peak
 from cm3leon_jax.decoding import loop
 from cm3leon_jax.decoding import params as params_lib
@@ -38,10 +38,10 @@ _CACHE_DTYPE = flags.DEFINE_enum(
   "cache_dtype", "compute", CACHE_DTYPES, "Dtype of this project's cache."
 )
 
-VOCAB, MODEL, NEW_TOKENS = VocabLayout(), peers_lib.MODEL, peers_lib.NEW_TOKENS
+VOCAB, MODEL, NEW_TOKENS = VocabLayout(), decode_model.MODEL, decode_model.NEW_TOKENS
 
 
-def ours(params, image_head: bool) -> peers_lib.Peer:
+def ours(params, image_head: bool) -> decode_model.Peer:
   """Returns this project's decoder; for `image_head`, see `GeneratorConfig`."""
   options = {
     "weight_dtype": _WEIGHT_DTYPE.value,
@@ -95,11 +95,8 @@ def prefill_seconds(params, prompts, repeats: int = 9) -> tuple[float, int]:
 
 
 def main(_) -> None:
-  params = peers_lib.random_params(MODEL)
-  prompts, tensors = (
-    peers_lib.random_prompts(VOCAB, peers_lib.BATCH, peers_lib.PROMPT),
-    peers_lib.opt_arrays(params),
-  )
+  params = decode_model.random_params(MODEL)
+  prompts = decode_model.random_prompts(VOCAB, decode_model.BATCH, decode_model.PROMPT)
   with (
     jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])),
     tempfile.TemporaryDirectory() as folder,
@@ -110,6 +107,9 @@ def main(_) -> None:
       f"this project, {name}": ours(placed, image_head) for name, image_head in names.items()
     }
     if _PEERS.value:
+      from benchmarks import decode_peers as peers_lib  # Imports torch.
+
+      tensors = peers_lib.opt_arrays(params)
       for product in peers_lib.PRODUCTS:
         peers[f"torch loop, {product}"] = peers_lib.torch_loop(
           tensors, MODEL, VOCAB, NEW_TOKENS, product=product
@@ -117,7 +117,7 @@ def main(_) -> None:
       huggingface.export(folder, params, MODEL, VOCAB, None)
       peers["transformers generate"] = peers_lib.transformers_generate(folder, VOCAB, NEW_TOKENS)
     bandwidth = read_bandwidth()
-    rates_of = peers_lib.rates(peers, prompts, _RUNS.value)
+    rates_of = decode_model.rates(peers, prompts, _RUNS.value)
     bandwidth = max(bandwidth, read_bandwidth())
     print(
       f"{jax.devices()[0].device_kind}: plain read {bandwidth / 2**30:.1f} GiB/s; "
@@ -126,7 +126,7 @@ def main(_) -> None:
     for name, rates in rates_of.items():
       print(f"  {name:<36} median {np.median(rates):6.1f} ({min(rates):.1f} to {max(rates):.1f})")
     for name, image_head in names.items():
-      floor = peers_lib.BATCH * bandwidth / step_bytes(params, image_head, prompts)
+      floor = decode_model.BATCH * bandwidth / step_bytes(params, image_head, prompts)
       rate = np.median(rates_of[f"this project, {name}"])
       print(f"floor, fp32, {name}: {floor:.0f} tokens/s; reached {rate / floor:.0%}")
     seconds, tokens = prefill_seconds(placed, prompts)

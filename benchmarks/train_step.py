@@ -21,7 +21,7 @@ from cm3leon_jax.models.config import ATTENTIONS, DTYPES, REMAT_POLICIES, ModelC
 from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state, train_step
-from cm3leon_jax.training.watch.flops import model_flops
+from cm3leon_jax.training.watch.flops import device_peak, model_flops
 from cm3leon_jax.vocab import VocabLayout
 
 _LAYERS = flags.DEFINE_integer("layers", 4, "Number of layers.")
@@ -40,6 +40,7 @@ _ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTIONS, "Implementation 
 _CHUNK = flags.DEFINE_integer("loss_chunk", 32, "Tokens per row in a chunk of logits.")
 _UNROLL = flags.DEFINE_bool("unroll_layers", False, "Unroll the loop over layers.")
 _STEPS = flags.DEFINE_integer("steps", 15, "Timed steps, after two untimed steps.")
+_SECONDS = flags.DEFINE_float("seconds", 0.0, "Take more timed steps until this many seconds.")
 
 
 def measured_peak(dtype, size: int = 4_096, repeats: int = 7) -> float:
@@ -55,8 +56,13 @@ def measured_peak(dtype, size: int = 4_096, repeats: int = 7) -> float:
   return 2 * size**3 / min(seconds)
 
 
-def step_seconds(model: ModelConfig, rows: int, length: int, steps: int) -> list[float]:
-  """Measures the seconds of each of `steps` train steps on random tokens."""
+def step_seconds(
+  model: ModelConfig, rows: int, length: int, steps: int, least: float = 0.0
+) -> list[float]:
+  """Measures the seconds of each of `steps` train steps on random tokens.
+
+  Takes more steps until their sum is at least `least` seconds.
+  """
   optimizer = create_optimizer(OptimizerConfig(), 1_000)
   rng = np.random.default_rng(0)
   samples = [rng.integers(256, model.vocab_size, length + 1).astype(np.int32) for _ in range(rows)]
@@ -68,8 +74,8 @@ def step_seconds(model: ModelConfig, rows: int, length: int, steps: int) -> list
   step = jax.jit(
     functools.partial(train_step, model, optimizer, model.vocab_size, 1), donate_argnums=0
   )
-  seconds = []
-  for _ in range(steps + 2):
+  seconds: list[float] = []
+  while len(seconds) < steps + 2 or sum(seconds[2:]) < least:
     start = time.perf_counter()
     state, metrics = step(state, batch)
     float(metrics["loss"])
@@ -96,7 +102,7 @@ def main(_) -> None:
   flops = model_flops(model, tokens, _LENGTH.value)
   with jax.set_mesh(create_mesh(MeshConfig())):
     before = measured_peak(model.dtype)
-    seconds = step_seconds(model, _ROWS.value, _LENGTH.value, _STEPS.value)
+    seconds = step_seconds(model, _ROWS.value, _LENGTH.value, _STEPS.value, _SECONDS.value)
     peak = max(before, measured_peak(model.dtype)) * jax.device_count()
   median = float(np.median(seconds))
   print(
@@ -110,6 +116,10 @@ def main(_) -> None:
     f"{tokens / median:,.0f} tokens/s; {flops / 1e9:,.0f} model GFLOPs a step, "
     f"{flops / median / peak:.1%} of the peak"
   )
+  published = device_peak(jax.devices()[0].device_kind)
+  if published:
+    share = flops / median / (jax.device_count() * published)
+    print(f"MFU: {share:.1%} of the published peak in bfloat16, {published / 1e12:,.0f} TFLOP/s")
 
 
 if __name__ == "__main__":

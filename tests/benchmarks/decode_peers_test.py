@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from benchmarks import decode_model
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import unconditional_prompt
 from cm3leon_jax.export import huggingface
@@ -34,7 +35,7 @@ def peers():
 @pytest.fixture(scope="module")
 def exported(peers, tmp_path_factory):
   folder = tmp_path_factory.mktemp("exported")
-  params = peers.random_params(CONFIG, std=0.2)
+  params = decode_model.random_params(CONFIG, std=0.2)
   huggingface.export(folder, params, CONFIG, VOCAB, None)
   return folder, peers.opt_arrays(params)
 

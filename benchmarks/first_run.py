@@ -1,0 +1,178 @@
+r"""Tries this machine's accelerator: tests, speed, a short demo. Writes a page and a file to send.
+
+  bash launch/first_run.sh                 # installs first; on a GPU or TPU machine
+  python -m benchmarks.first_run --out=first_run --minutes=30
+
+Each part is a separate process with a time limit. Parts that fail or do not end in time are on the
+page as they are, and the others still run. On a machine without an accelerator, the CPU is the
+device, and the sizes are small: this is a rehearsal.
+
+Writes page.md, results.json, the full output of each part, and first_run.zip with all of them.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+import zipfile
+
+from absl import app, flags
+
+from benchmarks import first_run_page
+
+ROOT = pathlib.Path(__file__).parents[1]
+MIN_SECONDS = 20.0  # A part does not start if less time is left.
+DEMO_OVERHEAD = 300.0  # Seconds of a demo, besides --minutes, on a new kind of device.
+
+MODEL_350M = ("--layers=24", "--width=1024", "--heads=16", "--mlp_width=4096", "--rows=4")
+SMALL = ("--layers=2", "--width=128", "--heads=2", "--mlp_width=256", "--rows=2", "--length=128")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A part of the run.
+
+  Attributes:
+    command: arguments of Python, or a shell script and its arguments.
+    seconds: time limit.
+  """
+
+  name: str
+  question: str
+  command: tuple[str, ...]
+  seconds: float
+
+
+def parts_of(platform: str, out: pathlib.Path) -> list[Part]:
+  """Returns the parts for a device of this platform: "gpu", "tpu" or "cpu"."""
+  cpu = platform == "cpu"
+  step = ("-m", "benchmarks.train_step")
+  of_350m = (*MODEL_350M, "--length=4096", "--dtype=bfloat16", "--remat_policy=full")
+  marker = "gpu or tpu" if cpu else platform
+  tests = ("-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "--confcutdir=tests/device")
+  demo = ("launch/demo.sh", "--workdir", str(out / "demo"), "--minutes", "2" if cpu else "5")
+  return [
+    Part(
+      "tests",
+      "Do kernels, steps, decoding and restores agree with the CPU?",
+      (*tests, "-m", marker, "tests/device"),
+      480,
+    ),
+    Part(
+      "train_step",
+      "How fast is a train step of 69M parameters in fp32?",
+      (*step, *(SMALL if cpu else ())),
+      150,
+    ),
+    Part(
+      "train_step_350m",
+      "How fast is a train step of the 350M model, in rows of 4,096 tokens?",
+      (*step, *(SMALL if cpu else of_350m), "--seconds=5" if cpu else "--seconds=60"),
+      300,
+    ),
+    Part(
+      "decode",
+      "How fast is guided decoding, compared with the time to read the weights?",
+      ("-m", "benchmarks.decode", "--peers=false", "--runs=2" if cpu else "--runs=5"),
+      180,
+    ),
+    Part(
+      "demo",
+      "Does the whole path run, from pairs to a report?",
+      demo,
+      (120 if cpu else 300) + DEMO_OVERHEAD,
+    ),
+  ]
+
+
+def _program(part: Part) -> str:
+  return "bash" if part.command[0].endswith(".sh") else "python"
+
+
+def run(part: Part, out: pathlib.Path, limit: float) -> dict[str, Any]:
+  """Runs a part with its output in a file; returns its outcome, its seconds and its last lines."""
+  log = out / f"{part.name}.log"
+  program = sys.executable if _program(part) == "python" else "bash"
+  start = time.monotonic()
+  with open(log, "wb") as output:
+    process = subprocess.Popen(
+      [program, *part.command], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+      start_new_session=True,
+    )  # fmt: skip
+    try:
+      code: int | None = process.wait(limit)
+    except subprocess.TimeoutExpired:
+      code = None
+    finally:
+      if process.poll() is None:  # A demo has children, which end with their group.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+  seconds = time.monotonic() - start
+  outcome = "passed" if code == 0 else f"failed, exit code {code}"
+  if code is None:
+    outcome = f"stopped after its limit of {limit:.0f} s"
+  lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+  return {"outcome": outcome, "seconds": round(seconds, 1), "lines": [x.rstrip() for x in lines]}
+
+
+def machine() -> dict[str, Any]:
+  """Describes devices and versions. A separate process asks, because a TPU serves one process."""
+  result = subprocess.run(
+    [sys.executable, "-m", "benchmarks.first_run_machine"],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  if result.returncode:
+    sys.exit(f"error: JAX finds no device: {(result.stderr.strip().splitlines() or ['?'])[-1]}")
+  return json.loads(result.stdout.splitlines()[-1])
+
+
+def save(out: pathlib.Path, results: dict[str, Any]) -> None:
+  """Writes the page, the results and the file to send."""
+  (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+  (out / "page.md").write_text(first_run_page.page(results), encoding="utf-8")
+  with zipfile.ZipFile(out / "first_run.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+    for path in sorted(out.iterdir()):
+      if path.suffix in (".md", ".json", ".log"):
+        archive.write(path, f"first_run/{path.name}")
+
+
+def main(_) -> None:
+  out = pathlib.Path(flags.FLAGS.out).absolute()
+  if out.exists() and any(out.iterdir()):
+    sys.exit(f"error: --out={out} is not empty: remove it, or name another folder.")
+  out.mkdir(parents=True, exist_ok=True)
+  end = time.monotonic() + 60 * flags.FLAGS.minutes
+  results: dict[str, Any] = {"machine": machine(), "parts": {}}
+  parts = parts_of(results["machine"]["platform"], out)
+  go(parts, results, out, end)
+  print(f"Read {out / 'page.md'}, and attach {out / 'first_run.zip'} to an issue of the project.")
+
+
+def go(parts: list[Part], results: dict[str, Any], out: pathlib.Path, end: float) -> None:
+  """Runs the parts until `end`, a time of `time.monotonic`; saves the results after each part."""
+  print(f"{results['machine']['devices']}, {len(parts)} parts", flush=True)
+  for part in parts:
+    left = end - time.monotonic()
+    found: dict[str, Any] = {"outcome": "not started: no time was left", "seconds": 0, "lines": []}
+    if left > MIN_SECONDS:
+      print(f"{part.name} ...", end=" ", flush=True)
+      found = run(part, out, min(part.seconds, left))
+      print(f"{found['outcome']}, {found['seconds']:.0f} s", flush=True)
+    results["parts"][part.name] = {
+      "question": part.question,
+      "command": shlex.join([_program(part), *part.command]),
+      **found,
+    }
+    save(out, results)
+
+
+if __name__ == "__main__":  # Flags defined here do not exist in tests that import it.
+  flags.DEFINE_string("out", "first_run", "Folder for the results; it must not exist or be empty.")
+  flags.DEFINE_float("minutes", 30.0, "Minutes for all parts together.", lower_bound=0.5)
+  app.run(main)
