@@ -123,8 +123,7 @@ def read(
       raise UserError(line.message)
     fields = _checked(line, where)
     name = fields.pop("task", task)
-    row = len(tasks)
-    cls = task_class(name, f"{where}: ")
+    row, cls = len(tasks), task_class(name, f"{where}: ")
     limit = cls.retrieve if neighbors is None else neighbors
     usual = {"retrieve": min(cls.retrieve, limit), **defaults}
     taken = {field.name for field in dataclasses.fields(cls)}
