@@ -22,8 +22,9 @@ class Tpu:
   Attributes:
     gke: value of the node label cloud.google.com/gke-tpu-accelerator.
     accelerator: first part of a Cloud TPU accelerator type, such as v5litepod in v5litepod-256.
-    units: number in an accelerator type per chip: 2 for v5p, whose types count cores, otherwise 1.
-    runtime: software version for TPU VMs.
+    units: number in an accelerator type per chip: 2 for v5p and tpu7x, whose types count cores,
+      otherwise 1.
+    runtime: software version for TPU VMs; "" if the TPU VM API does not offer the generation.
     machines: maps the number of chips of a host to (vCPUs, GB of memory) of its machine type in
       GKE.
   """
@@ -55,12 +56,16 @@ TPUS = {
     "v2-alpha-tpuv6e",
     {1: (44, 176), 4: (180, 720), 8: (180, 1440)},
   ),
+  "tpu7x": Tpu("TPU7x", "tpu7x", "tpu7x", 2, "", {4: (224, 960)}),
 }
-# Maps a GPU model to (its name in JAX, its memory in GiB according to nvidia-smi).
+OLD = ("v2", "v3", "v4")  # Generations that are not supported.
+# Maps a GPU model to (its name in JAX, its memory in GiB according to nvidia-smi). The memory of
+# b200 is what others report.
 GPUS = {
   "a100": ("NVIDIA A100-SXM4-80GB", 80.0),
   "h100": ("NVIDIA H100 80GB HBM3", 79.65),
   "h200": ("NVIDIA H200", 140.4),
+  "b200": ("NVIDIA B200", 179.06),
 }
 
 
@@ -89,8 +94,18 @@ class Hardware:
 
   @property
   def chips(self) -> int:
-    """Number of chips in all slices. JAX shows each chip as one device."""
+    """Number of chips or GPUs in all slices or hosts."""
     return math.prod(self.torus) * self.slices
+
+  @property
+  def devices(self) -> int:
+    """Number of JAX devices in all slices."""
+    return self.chips * self.devices_per_chip
+
+  @property
+  def devices_per_chip(self) -> int:
+    """JAX devices of a chip or GPU."""
+    return CHIPS[self.chip].devices if self.platform == "tpu" else 1
 
   @property
   def hosts_per_slice(self) -> int:
@@ -133,7 +148,10 @@ class Hardware:
     several = f"{self.slices} x " if self.platform == "tpu" and self.slices > 1 else ""
     hosts = f"{self.hosts:,} host{'s' * (self.hosts > 1)}"
     kind = "GPU" if self.platform == "gpu" else "chip"
-    return f"{several}{self.name}: {self.chips:,} {kind}{'s' * (self.chips > 1)}, {hosts}"
+    chips = f"{self.chips:,} {kind}{'s' * (self.chips > 1)}"
+    if self.devices_per_chip > 1:
+      chips += f" ({self.devices:,} devices)"
+    return f"{several}{self.name}: {chips}, {hosts}"
 
 
 def load(name: str, slices: int = 1) -> Hardware:
@@ -150,6 +168,11 @@ def load(name: str, slices: int = 1) -> Hardware:
   chip, _, size = name.replace("-", ":", 1).partition(":")
   if chip in GPUS:
     return _gpus(name, chip, size, slices)
+  if chip in OLD:
+    raise UserError(
+      f"--topology is '{given}', but TPU {chip} is not supported; supported chips: "
+      f"{', '.join([*TPUS, *GPUS])}."
+    )
   shape = SLICES.get(name, size)
   if chip not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
     raise UserError(
@@ -160,7 +183,7 @@ def load(name: str, slices: int = 1) -> Hardware:
   torus = tuple(map(int, shape.split("x")))
   chips = math.prod(torus)
   # A slice of up to 8 chips is one host for v5e and v6e. All other hosts have 4 chips.
-  per_host = chips if chips < 4 or (chips == 8 and chip != "v5p") else 4
+  per_host = chips if chips < 4 or (chips == 8 and chip in ("v5e", "v6e")) else 4
   if chips % per_host:
     raise UserError(
       f"--topology is '{name}', but {chips} chips do not fill whole hosts: give a multiple of 4 "

@@ -36,6 +36,7 @@ KINDS = {
   "TPU v5": "v5p",
   "TPU v6 lite": "v6e",
   "TPU v6e": "v6e",
+  "TPU7x": "tpu7x",
 }
 
 

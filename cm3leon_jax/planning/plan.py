@@ -119,9 +119,9 @@ def make(settings: Settings, hardware: Hardware, mfu: float, bandwidth: float) -
   train = on_mesh(settings.train, shards)
   length = settings.data.sequence_length
   tokens = train.global_batch_size * length
-  peak = peak_of(hardware.device_kind) * hardware.chips
+  peak = peak_of(hardware.device_kind) * hardware.devices
   parameters, checkpoint = _state(settings)
-  replica = hardware.chips // mesh["data"]
+  replica = hardware.devices // mesh["data"]
   return Plan(
     hardware=hardware,
     mesh=mesh,
@@ -138,7 +138,7 @@ def make(settings: Settings, hardware: Hardware, mfu: float, bandwidth: float) -
     step_seconds=model_flops(settings.model, tokens, length) / (peak * mfu),
     replay_every=train.replay_every,
     checkpoint_bytes=checkpoint,
-    saving_hosts=max(1, replica // hardware.per_host),
+    saving_hosts=max(1, replica // (hardware.per_host * hardware.devices_per_chip)),
     save_bandwidth=bandwidth * 1e9,
     eval_batches=train.eval_batches,
   )
@@ -222,7 +222,7 @@ def _meshes(hardware: Hardware) -> list[MeshConfig]:
 
 def _shape(config: MeshConfig, hardware: Hardware) -> dict[str, int]:
   try:
-    shape = config.over(hardware.chips)
+    shape = config.over(hardware.devices)
   except ValueError as error:
     raise UserError(f"config.mesh: {error}") from error
   if shape["data"] % hardware.slices:
@@ -269,7 +269,8 @@ def table(plan: Plan, title: str, spot: bool = False) -> str:
     "model": f"{plan.parameters:,} parameters",
     "a step": f"{plan.tokens_per_step:,} tokens, {plan.step_seconds:,.1f} s at "
     f"{plan.mfu:.0%} of the peak{source}{checked}",
-    "tokens/s": f"{plan.tokens_per_second:,.0f}, {plan.tokens_per_second / hw.chips:,.0f} a device",
+    "tokens/s": f"{plan.tokens_per_second:,.0f}, "
+    f"{plan.tokens_per_second / hw.devices:,.0f} a device",
     "the run": f"{plan.tokens:.3g} tokens in {plan.days:,.1f} days, {plan.chip_hours:,.0f} "
     f"{'GPU' if hw.platform == 'gpu' else 'chip'}-hours, without evaluation, saving and restarts",
     "a checkpoint": f"{gb:,.2f} GB, {hosts}: {plan.save_seconds:,.0f} s to write and as long to "

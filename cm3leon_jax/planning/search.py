@@ -65,11 +65,11 @@ class Candidate:
 def meshes(topology: Topology | Hardware) -> Iterator[MeshConfig]:
   """Yields meshes whose axes follow the torus, with `tensor` of size 1, 2 and 4.
 
-  `data` spans the slices. `fsdp_inner` and `tensor` together span the last dimension of the torus.
-  `fsdp` spans the other dimensions.
+  `data` spans the slices. `fsdp_inner` and `tensor` together span the last dimension of the torus,
+  and the devices of a chip if it has several. `fsdp` spans the other dimensions.
   """
   torus = [n for n in topology.torus if n > 1] or [1]
-  outer, inner = math.prod(torus[:-1]), torus[-1]
+  outer, inner = math.prod(torus[:-1]), torus[-1] * topology.devices_per_chip
   yield MeshConfig(topology.slices, outer, 1, inner)
   for tensor in (2, 4):
     if inner % tensor == 0 and tensor <= inner:

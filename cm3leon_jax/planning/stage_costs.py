@@ -61,7 +61,7 @@ def estimate(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
   image, text = clip_flops(settings)
 
   def chips(flops: float) -> float:
-    return flops / (peak_of(hw.device_kind) * plan.mfu) / 3600
+    return flops / (peak_of(hw.device_kind) * hw.devices_per_chip * plan.mfu) / 3600
 
   def cores(amount: float, rate: float) -> float:
     return amount / rate / 3600

@@ -18,11 +18,13 @@ class Chip:
   """A TPU chip.
 
   Attributes:
-    hbm: memory in GiB, as the compiler reports it when a program does not fit.
+    hbm: memory of a device in GiB, as the compiler reports it when a program does not fit.
     hbm_bandwidth: bytes/s.
-    ici_bandwidth: bytes/s between a chip and its neighbors, summed over all links of the chip.
+    ici_bandwidth: bytes/s between a device and its neighbors, summed over all its links.
     source: web page with the two bandwidths.
     options: compiler options that keep the text of a compiled program readable for `hlo`.
+    devices: JAX devices of a chip. A chip of tpu7x is two devices, each with half of its memory and
+      bandwidths.
   """
 
   hbm: float
@@ -30,6 +32,7 @@ class Chip:
   ici_bandwidth: float
   source: str
   options: tuple[tuple[str, bool], ...] = ()
+  devices: int = 1
 
 
 # XLA's text of a program that uses sparse cores cannot be parsed.
@@ -37,20 +40,32 @@ NO_SPARSECORE = (
   ("xla_tpu_offload_gather_to_sparsecore", False),
   ("xla_tpu_enable_offloading_scatter_to_sparsecore", False),
 )
+_ON_SPARSECORE = (
+  *("offloading_copy_to_sparsecore", "offloading_gather_to_sparsecore"),
+  *("offloading_reduce_to_sparsecore", "offloading_reshape_to_sparsecore"),
+  *("offloading_slice_to_sparsecore", "offloading_sort_to_sparsecore"),
+  *("sparse_core_compute_offload", "unified_sparse_core_offloader"),
+  *("sparse_core_collective_offload_all_gather", "sparse_core_collective_offload_all_reduce"),
+  *("sparse_core_collective_offload_2d_all_gather", "sparse_core_collective_offload_3d_all_gather"),
+  "sparse_core_collective_offload_reduce_scatter",
+  "sparse_core_collective_offload_nd_reduce_scatter",
+)
+NO_SPARSECORE_7X = (*NO_SPARSECORE, *((f"xla_tpu_enable_{name}", False) for name in _ON_SPARSECORE))
 CHIPS = {
   "v5e": Chip(15.75, 819e9, 1600e9 / 8, "cloud.google.com/tpu/docs/v5e"),
   "v5p": Chip(95.73, 2765e9, 4800e9 / 8, "cloud.google.com/tpu/docs/v5p", NO_SPARSECORE),
   "v6e": Chip(31.24, 1640e9, 3584e9 / 8, "cloud.google.com/tpu/docs/v6e", NO_SPARSECORE),
+  "tpu7x": Chip(94.74, 3690e9, 300e9, "cloud.google.com/tpu/docs/tpu7x", NO_SPARSECORE_7X, 2),
 }
 # Name of a slice -> shape of its torus. For other shapes, users write names such as v5p:4x4x8. The
-# number in a v5p name counts cores, two per chip: v5p-8 has 4 chips.
+# number in a name of v5p or tpu7x counts cores, two per chip: v5p-8 has 4 chips.
 _TORUS_2D = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _TORUS_3D = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"}
 _TORUS_3D |= {512: "4x8x8", 1024: "8x8x8"}
-_TORI = {"v5e": _TORUS_2D, "v6e": _TORUS_2D, "v5p": _TORUS_3D}
+_TORI = {"v5e": _TORUS_2D, "v6e": _TORUS_2D, "v5p": _TORUS_3D, "tpu7x": _TORUS_3D}
 SLICES = {f"{chip}-{n}": shape for chip, tori in _TORI.items() for n, shape in tori.items()}
 # Chip names in Cloud TPU's accelerator types and in JAX -> this project's chip names.
-ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
+ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "7x": "tpu7x"}
 
 
 def own_name(name: str) -> str:
@@ -95,6 +110,10 @@ class Topology:
   torus: tuple[int, ...]
   slices: int
   devices: tuple
+
+  @property
+  def devices_per_chip(self) -> int:
+    return self.chip.devices
 
 
 def prepare() -> None:

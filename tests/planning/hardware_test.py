@@ -17,6 +17,8 @@ from tests.messages import refused
     ("h100-12", 1),
     ("h100-0", 1),
     ("h100-64", 2),
+    ("v4-8", 1),
+    ("v2:2x2", 1),
   ],
 )
 def test_unknown_hardware_is_refused(name, slices):
@@ -34,6 +36,8 @@ def test_unknown_hardware_is_refused(name, slices):
     ("v5p-8", 1, 4, 1, 4, "v5p-8"),  # For v5p, the number is that of cores; a chip has two.
     ("v5p:2x2x2", 2, 16, 4, 4, "v5p-16"),
     ("v6e-256", 2, 512, 128, 4, "v6e-256"),
+    ("tpu7x-128", 1, 64, 16, 4, "tpu7x-128"),  # As v5p.
+    ("7x-16", 2, 16, 4, 4, "tpu7x-16"),
     ("h100-4", 1, 4, 1, 4, None),
     ("h100-64", 1, 64, 8, 8, None),
   ],
@@ -55,3 +59,10 @@ def test_a_name_of_cloud_tpu_is_ours():
 )
 def test_half_of_a_machine_is_asked_for(name, requests):
   assert hardware.load(name).requests == requests
+
+
+@pytest.mark.parametrize(
+  ("name", "devices"), [("tpu7x-128", 128), ("v5p-128", 64), ("v6e-256", 256), ("b200-64", 64)]
+)
+def test_a_chip_of_tpu7x_is_two_devices(name, devices):
+  assert hardware.load(name).devices == devices

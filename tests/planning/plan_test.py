@@ -12,7 +12,7 @@ from cm3leon_jax.commands import config_file
 from cm3leon_jax.commands import plan as command
 from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import MeshConfig
-from cm3leon_jax.planning import hardware, plan
+from cm3leon_jax.planning import hardware, launchers, plan
 from cm3leon_jax.settings import settings_from_config
 from tests.launched import launch
 from tests.messages import check_refused, refused
@@ -233,3 +233,19 @@ def test_the_file_that_copies_a_checkout_is_named_outside_of_one(tmp_path):
   assert result.returncode == 0, result.stderr
   sentence = "tpu_vm.sh: run this in the root of a checkout of the repository.\n"
   assert sentence in result.stdout
+
+
+def test_a_plan_for_tpu7x_counts_two_devices_per_chip():
+  """A device of tpu7x has 1,153.5 TFLOP/s. The files for GKE and XPK count chips and cores."""
+  made = make(settings("cm3leon_7b"), "tpu7x-128")
+  assert math.prod(made.mesh.values()) == 128
+  assert made.step_seconds == pytest.approx(33.55e6 * 43.5e9 / (128 * 1153.5e12 * 0.4), rel=0.01)
+  assert made.chip_hours == pytest.approx(made.days * 24 * 64)
+  assert made.saving_hosts == 16
+  job = launchers.PodJob("j", made.hardware, ("--workdir=gs://bucket/7b",), image="i")
+  files = launchers.files(job)
+  assert "tpu_vm.sh" not in files
+  assert "tpu_vm.sh: tpu7x runs in GKE only." in launchers.remarks(job)
+  assert 'google.com/tpu: "4"' in files["gke_jobset.yaml"]
+  assert "gke-tpu-accelerator: tpu7x" in files["gke_jobset.yaml"]
+  assert "tpu7x-128" in files["xpk.sh"]

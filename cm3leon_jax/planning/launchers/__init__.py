@@ -182,7 +182,9 @@ def files(job: PodJob) -> dict[str, str]:
   """
   check(job)
   gpu = job.hardware.platform == "gpu"
-  names = ["offline_ray.sh"] if gpu else ["offline_ray.sh", "tpu_vm.sh"]
+  names = ["offline_ray.sh"]
+  if not gpu and job.hardware.tpu.runtime:
+    names.append("tpu_vm.sh")
   if job.image:
     names += _with_image(job)
   environment = _environment()
@@ -236,6 +238,8 @@ def remarks(job: PodJob) -> list[str]:
     sentences.append(f"{needing} a container image: give --image.")
   elif gpu and job.spot:
     sentences.append("slurm.sbatch: --spot changes nothing in SLURM: choose a partition.")
+  if not gpu and not job.hardware.tpu.runtime:
+    sentences.append(f"tpu_vm.sh: {job.hardware.chip} runs in GKE only.")
   if job.config.endswith(".py") and pathlib.PurePosixPath(job.config).parts[0] not in COPIED:
     sentences.append(
       f"--config={job.config}: launch/pod/Dockerfile and tpu_vm.sh copy only {', '.join(COPIED)}; "

@@ -19,7 +19,9 @@ PEAKS: dict[str, float | None] = {
   "TPU v5": 459e12,
   "TPU v6 lite": 918e12,
   "TPU v6e": 918e12,
+  "TPU7x": 1153.5e12,  # Half of a chip, which is two devices.
   "NVIDIA A100": 312e12,
+  "NVIDIA B200": 2250e12,
   "NVIDIA H100 PCIe": 756.5e12,
   "NVIDIA H100 NVL": 835.5e12,
   "NVIDIA H100": 989.5e12,  # SXM.

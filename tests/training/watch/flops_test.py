@@ -84,6 +84,8 @@ def test_7b_by_hand():
 @pytest.mark.parametrize(
   ("kind", "peak"),
   [
+    ("TPU7x", 2_307e12 / 2),
+    ("NVIDIA B200", 2_250e12),
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
     ("TPU v5", 459e12),
@@ -100,7 +102,7 @@ def test_peaks_of_known_devices(kind, peak):
 
 
 @pytest.mark.parametrize(
-  "kind", ["cpu", "TPU v4 lite", "TPU v55", "TPU7x", "NVIDIA H1000", "NVIDIA GeForce RTX 4090"]
+  "kind", ["cpu", "TPU v4 lite", "TPU v55", "TPU9x", "NVIDIA H1000", "NVIDIA GeForce RTX 4090"]
 )
 def test_no_peak_is_guessed(kind):
   assert flops.device_peak(kind) is None
