@@ -42,8 +42,10 @@ NO_SPARSECORE = (
 )
 _ON_SPARSECORE = (
   *("offloading_copy_to_sparsecore", "offloading_gather_to_sparsecore"),
+  *("offloading_dynamic_padding_to_sparsecore", "offloading_module_to_sparsecore"),
   *("offloading_reduce_to_sparsecore", "offloading_reshape_to_sparsecore"),
   *("offloading_slice_to_sparsecore", "offloading_sort_to_sparsecore"),
+  "offloading_xprecision_to_sparsecore",
   *("sparse_core_compute_offload", "unified_sparse_core_offloader"),
   *("sparse_core_collective_offload_all_gather", "sparse_core_collective_offload_all_reduce"),
   *("sparse_core_collective_offload_2d_all_gather", "sparse_core_collective_offload_3d_all_gather"),
