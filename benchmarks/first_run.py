@@ -96,7 +96,7 @@ def _program(part: Part) -> str:
 
 
 def run(part: Part, out: pathlib.Path, limit: float) -> dict[str, Any]:
-  """Runs a part with its output in a file; returns its outcome, its seconds and its last lines."""
+  """Runs a part with its output in a file; returns outcome, seconds and output lines."""
   log = out / f"{part.name}.log"
   program = sys.executable if _program(part) == "python" else "bash"
   start = time.monotonic()

@@ -97,7 +97,7 @@ def spread(codes: Int32[np.ndarray, "N G I"]) -> float:
 
 @dataclasses.dataclass
 class Rollouts:
-  """`training.objective.Objective` of a run that trains on samples of its own policy.
+  """`training.objective.Objective` of a run that trains on samples of the current policy.
 
   A step samples images for its prompts with the current parameters, scores the samples, and takes
   one `grpo.policy_step`. Its prompts and seeds depend only on the number of the step, so a resumed
