@@ -106,6 +106,24 @@ class CM3Leon:
     shown = loading.shows_progress(show_progress)
     return cls(*loading.load(workdir, clip, dtype, devices, mesh, options), shown)
 
+  @classmethod
+  def finetune(
+    cls, data: Any, workdir: str | os.PathLike[str], base: str | os.PathLike[str] = "scenes",
+    **options: Unpack[kw.FinetuneOptions],
+  ) -> CM3Leon:  # fmt: skip
+    """Tunes a model on your images and loads it. After Ctrl-C, the same call continues.
+
+    Args:
+      data: a folder of images with captions; a list of pairs (image, caption); or a list of records
+        with `image`, `question`, `answer`, or with `before`, `instruction`, `after`.
+      base: a run or bundle, as in `load`.
+      **options: see `runs.finetune.run` and docs/finetune.md.
+    """
+    from cm3leon_jax.runs import finetune
+
+    finetune.run(data, workdir, base, **options)
+    return cls.load(workdir)
+
   def __repr__(self) -> str:
     from cm3leon_jax import loading
 

@@ -1,8 +1,19 @@
 """Types the keyword arguments of `CM3Leon`'s methods, so that type checkers find mistakes."""
 
-from typing import Literal, TypedDict
+from collections.abc import Mapping
+from typing import Any, Literal, TypedDict
 
 from cm3leon_jax.decoding.config import Method, Schedule
+
+
+class FinetuneOptions(TypedDict, total=False):
+  """Options of `CM3Leon.finetune`."""
+
+  minutes: float
+  tokenizer: Literal["base", "own"]
+  max_forgetting: float
+  fields: Mapping[str, Any]
+  show_progress: bool | None
 
 
 class TextSampling(TypedDict, total=False):

@@ -33,12 +33,18 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
   return config, others
 
 
+def given_fields(arguments: Iterable[str]) -> list[str]:
+  """Returns the fields that flags --config.SECTION.FIELD set: ["train.steps", ...]."""
+  found = [re.match(r"--?(?:no)?config\.([\w.]+)", argument) for argument in arguments]
+  return [match[1] for match in found if match]
+
+
 def check_fields(config: Iterable[str]) -> None:
   """Raises UserError if a flag --config.SECTION.FIELD names an unknown field."""
   for argument in config:
-    match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
-    if match and match[1] not in config_file.field_names():
-      raise UserError(config_file.unknown_field(config_file.field_names(), [argument]))
+    for field in given_fields([argument]):
+      if field not in config_file.field_names():
+        raise UserError(config_file.unknown_field(config_file.field_names(), [argument]))
 
 
 def check_words(words: list[str], actions: tuple[str, ...], arguments: list[str]) -> None:

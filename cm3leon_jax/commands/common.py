@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 from etils import epath
@@ -238,15 +238,20 @@ def _settings(optional: bool, prepares: bool) -> Settings:
   return completed(_WORKDIR.value, prepares)
 
 
-def completed(workdir: str | epath.Path | None, prepares: bool = False) -> Settings:
+def completed(
+  workdir: str | epath.Path | None, prepares: bool = False, of_base: dict[str, Any] | None = None
+) -> Settings:
   """Returns the settings of --config. Some fields may be computed from the data in `workdir`.
+
+  For `prepares` and `of_base`, see `from_data.complete`.
 
   Raises:
     UserError: the config is wrong, or some fields are computed from data that is not prepared.
   """
   from cm3leon_jax.settings import settings_from_config
 
-  return settings_from_config(from_data.complete(_CONFIG.value, workdir, prepares))
+  given = arguments.given_fields(sys.argv[1:])
+  return settings_from_config(from_data.complete(_CONFIG.value, workdir, prepares, of_base, given))
 
 
 def _folder() -> epath.Path:

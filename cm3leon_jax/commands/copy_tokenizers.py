@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from absl import flags
+
 from cm3leon_jax.commands import common
-from cm3leon_jax.commands.init_from_flag import INIT_FROM
+from cm3leon_jax.commands.init_from_flag import INIT_FROM, OWN_IMAGE_TOKENIZER
 from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import from_data
 
 if TYPE_CHECKING:
   from etils import epath
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.export import copies
+  from cm3leon_jax.trained import base_documents
   from cm3leon_jax.trained.run import Run
 
   if not INIT_FROM.value:
@@ -30,10 +34,14 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       "name the trained run whose tokenizers are copied: --init_from=workdir/scenes, or "
       "--init_from=scenes for the installed model."
     )
-  made = copies.copy_tokenizers(Run(workdir, settings), INIT_FROM.value)
+  own_images, of_base = OWN_IMAGE_TOKENIZER.value, None
+  if from_data.missing(flags.FLAGS.config):
+    of_base = base_documents.fields(INIT_FROM.value, own_images)
+    settings = common.completed(workdir, True, of_base)
+  made = copies.copy_tokenizers(Run(workdir, settings), INIT_FROM.value, of_base, own_images)
   shown = ", ".join(f"{name} {state}" for name, state in made.items())
   print(f"copy_tokenizers: {shown}, from {INIT_FROM.value}.")
 
 
 if __name__ == "__main__":
-  common.run(main, begins=True)
+  common.run(main, prepares=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 from etils import epath
 
-from cm3leon_jax.commands import common, sharded
+from cm3leon_jax.commands import common, sharded, tokenizer_check
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     return
   with sharded.stage(workdir, "documents", settings) as (summary, runner):
     if summary is not None:
+      tokenizer_check.of_pairs(settings, workdir)
       job = encode.EncodeJob(
         str(workdir / "raw"),
         str(workdir / "documents"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cm3leon_jax.commands import common, sharded
+from cm3leon_jax.commands import common, sharded, tokenizer_check
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages, table
 
@@ -42,6 +42,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   with sharded.stage(workdir, "instructions", settings, more) as (summary, runner):
     if summary is None:
       return
+    tokenizer_check.of_records(settings, workdir, tasks)
     job = sources.InstructionJob(
       str(workdir),
       tasks,

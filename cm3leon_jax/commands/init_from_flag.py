@@ -1,4 +1,4 @@
-"""Defines --init_from for the commands that start from a trained run."""
+"""Defines --init_from, and the flag of runs whose images need another tokenizer."""
 
 from absl import flags
 
@@ -9,4 +9,10 @@ INIT_FROM = flags.DEFINE_string(
   "export` wrote, or an installed model (scenes, scenes-instruct). train and reinforce start from "
   "its parameters (the moving average, if there is one) with a new optimizer state. "
   "copy_tokenizers copies its tokenizers and CLIP.",
+)
+OWN_IMAGE_TOKENIZER = flags.DEFINE_bool(
+  "own_image_tokenizer",
+  False,
+  "Train an image tokenizer on the images of this run, instead of copying that of --init_from. The "
+  "decoder then learns new image codes, and forgets the images of --init_from.",
 )

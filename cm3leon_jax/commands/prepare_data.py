@@ -10,6 +10,7 @@ only `scenes` and those that tune its model set it. docs/data_formats.md describ
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -173,9 +174,14 @@ def _prepare(
       folder, summary, raw.resolution, settings.vocab.num_special, settings.text_tokenizer
     )
     summary[from_data.COUNTS] = dataclasses.asdict(made)
-    found = from_data.values(made, settings.train.minutes)
-    print("prepare_data: computed from the data:", ", ".join(f"{k} {v}" for k, v in found.items()))
   return summary
+
+
+def _print_computed(settings: Settings) -> None:
+  """Prints the fields that were computed from the data."""
+  names = from_data.missing(flags.FLAGS.config)
+  values = {name: operator.attrgetter(name)(settings) for name in names}
+  print("prepare_data: computed from the data:", ", ".join(f"{k} {v}" for k, v in values.items()))
 
 
 def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
@@ -201,6 +207,7 @@ def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
       summary.update(_prepare(settings, parts, workdir / "raw", runner, counts))
   if counts:  # Now `completed` can compute fields from the data.
     settings = common.completed(workdir)
+    _print_computed(settings)
   summary = stages.require(workdir, "raw", summary=dict)["summary"]
   check_enough(settings, summary)
   if not settings.instructions.any:

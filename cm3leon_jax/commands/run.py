@@ -3,11 +3,14 @@
   cm3leon run --config=scenes --workdir=workdir/scenes
   cm3leon run --config=scenes_instruct --workdir=workdir/tuned \\
     --init_from=scenes
+  cm3leon run --config=own --config.raw.source=my_images \\
+    --init_from=scenes --workdir=workdir/mine
 
 Finished stages are skipped, and a stage that was stopped or killed continues. Each stage runs in a
 separate process. When a stage ends, the command prints one line; logs/NAME.log in the workdir has
 the full output of the stage. With --init_from, tokenizers and CLIP are copied from that run, and
-the decoder starts from its parameters.
+the decoder starts from its parameters. With the config `own`, the run then has the model of that
+run, and measures what it forgets (docs/finetune.md).
 """
 
 from __future__ import annotations
@@ -18,19 +21,24 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from absl import flags
+
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.grade_instructions import RECORDS
-from cm3leon_jax.commands.init_from_flag import INIT_FROM
+from cm3leon_jax.commands.init_from_flag import INIT_FROM, OWN_IMAGE_TOKENIZER
 from cm3leon_jax.commands.stage_process import StageProcesses
+from cm3leon_jax.commands.tokenizer_check import MIN_PSNR
+from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.runs import stages, table
+from cm3leon_jax.runs import from_data, stages, table
 
 if TYPE_CHECKING:
   from etils import epath
 
   from cm3leon_jax.settings import Settings
 
-OWN_FLAGS = (INIT_FROM.name, RECORDS.name)  # Flags that some stages do not accept.
+# Flags that some stages do not accept.
+OWN_FLAGS = (INIT_FROM.name, RECORDS.name, OWN_IMAGE_TOKENIZER.name, MIN_PSNR.name)
 STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
 # Share of each stage in the time of a run, for the configs that train for minutes. Other stages
 # take 1% each.
@@ -41,20 +49,25 @@ HIDDEN = re.compile(r"\d%\||^prepare_data: shards \d")
 LEAST_KNOWN = 0.1  # The remaining time is estimated after this share of the run.
 
 
-def commands(settings: Settings, given: bool) -> dict[str, str]:
+def commands(settings: Settings, given: bool, own_images: bool = False) -> dict[str, str]:
   """Maps each command of a whole run, in order, to the folder that it owns ("" if none).
 
-  If `given`, the run starts from another run and copies its tokenizers and CLIP.
+  If `given`, the run starts from another run and copies its tokenizers and CLIP; if `own_images`,
+  it trains its own image tokenizer.
   """
   from cm3leon_jax.data.instructions.task_files import load_tasks
   from cm3leon_jax.evaluation.world import of_answers
 
-  names = table.order(settings, given)
+  names = table.order(settings, given, own_images)
   # Grades need a task whose answers can be judged exactly.
   if "grades" in names and not any(map(of_answers, load_tasks(settings.instructions))):
     names.remove("grades")
-  copied = {"copy_tokenizers": ""} if given else {}
-  return {**copied, **{table.STAGES[n].command: n for n in names}, "report": ""}
+  found = {"copy_tokenizers": ""} if given else {}
+  for name in names:
+    if name == "train" and settings.data.base_documents:
+      found["prepare_base"] = ""
+    found[table.STAGES[name].command] = name
+  return {**found, "report": ""}
 
 
 def passed_on(argv: list[str]) -> list[str]:
@@ -67,9 +80,9 @@ def passed_on(argv: list[str]) -> list[str]:
   while rest:
     argument = rest.pop(0)
     name, is_whole, _ = argument.lstrip("-").partition("=")
-    if name not in OWN_FLAGS:
+    if name.removeprefix("no") not in OWN_FLAGS:
       kept.append(argument)
-    elif not is_whole:
+    elif not is_whole and name.removeprefix("no") != OWN_IMAGE_TOKENIZER.name:
       rest.pop(0)
   return kept
 
@@ -95,7 +108,7 @@ class _Lines:
 
   def __init__(self, head: str, command: str):
     self._head = f"{head} {command}: "
-    self._whole = command in ("prepare_data", "report")
+    self._whole = command in ("prepare_data", "measure_forgetting", "report")
     self._draws = sys.stdout.isatty()
 
   def show(self, line: str) -> None:
@@ -105,7 +118,7 @@ class _Lines:
     """
     said = self._whole and not HIDDEN.search(line)
     said = said and not line.startswith("error: ")  # The error that ends the run is printed later.
-    if said or line.lower().startswith("warning"):
+    if said or line.lower().startswith(("warning", "reconstructions:")):
       self.clear()
       print(f"  {line}", flush=True)
     elif self._draws:
@@ -120,10 +133,21 @@ class _Lines:
 
 
 def main(settings: Settings, workdir: epath.Path, init_from: str, records: int) -> None:
-  names = commands(settings, bool(init_from))
+  own_images = OWN_IMAGE_TOKENIZER.value
+  if own_images and not init_from:
+    raise UserError("--own_image_tokenizer is given without --init_from, which it belongs to.")
+  if init_from and from_data.missing(flags.FLAGS.config):
+    from cm3leon_jax.trained import base_documents
+
+    settings = common.completed(workdir, True, base_documents.fields(init_from, own_images))
+  names = commands(settings, bool(init_from), own_images)
   order, given = list(names), passed_on(sys.argv[1:])
   more = {name: [f"--init_from={init_from}"] for name in STARTED if init_from}
+  if own_images:
+    more["copy_tokenizers"].append("--own_image_tokenizer")
   more["grade_instructions"] = [f"--records={records}"]
+  for name in ("encode_documents", "encode_instructions"):
+    more[name] = [f"--min_psnr={MIN_PSNR.value}"]
   processes, seconds = StageProcesses(workdir / "logs"), {}
   for number, name in enumerate(order, 1):
     start, lines = time.monotonic(), _Lines(f"[{number}/{len(order)}]", name)

@@ -58,7 +58,7 @@ def begin(
       Biases) that is not installed.
   """
   from cm3leon_jax import distributed
-  from cm3leon_jax.trained import initial
+  from cm3leon_jax.trained import base_documents, initial
   from cm3leon_jax.training.changes import check_changes
   from cm3leon_jax.training.watch import boards
 
@@ -68,7 +68,8 @@ def begin(
     if stored is None:  # A run that already began continues without a missing dashboard.
       check_no_checkpoints(path)
       boards.check_installed(settings.train)
-    config = stages.run_config(settings, workdir, "train") | (more or {})
+    base = base_documents.ids(settings, workdir)
+    config = stages.run_config(settings, workdir, "train", base) | (more or {})
   start = initial.start_of_run(settings, workdir, init_from, stored)
   if start is not None:
     config["init_from"] = dataclasses.asdict(start)
@@ -130,6 +131,8 @@ def write_config(
 def goes_on(folder: epath.Path, config: dict, steps: int, allowed: Sequence[str]) -> bool:
   """Returns whether a finished run must continue, because it has fewer than `steps` steps.
 
+  A run that `train.max_forgetting` ended does not continue.
+
   `folder` is train/ in the workdir, and `config` is the dict that `begin` returned. `allowed` names
   the fields that may differ from the config of the run; `begin` has checked them.
 
@@ -141,7 +144,7 @@ def goes_on(folder: epath.Path, config: dict, steps: int, allowed: Sequence[str]
     return False
   stored = read_json(done, {"config": dict, "summary": dict})
   trained = stored["summary"].get("steps", 0)
-  redo = trained < steps
+  redo = trained < steps and not stored["summary"].get("forgetting")
   changed = stages.differences(stored["config"], plain(config)) if allowed else []
   if changed and not redo:
     raise UserError(

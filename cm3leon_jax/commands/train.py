@@ -157,6 +157,11 @@ def _print_losses(result: dict) -> None:
   distributed.print_once(f"train: {result['steps']} steps, held-out loss: {', '.join(shown)}.")
   if before := result.get("heldout_before"):
     distributed.print_once(change_line(before, result))
+  if risen := result.get("forgetting"):
+    distributed.print_once(
+      f"train: warning: the training ended at step {result['steps']}, because the loss of the "
+      f"base's documents rose by {risen:.1%}, more than config.train.max_forgetting."
+    )
 
 
 def _main(settings: Settings, workdir: epath.Path) -> None:

@@ -2,10 +2,12 @@
 
   cm3leon run --config=own --config.raw.source=my_images --workdir=W
   cm3leon run --config=own:60 --config.raw.source=my_images --workdir=W
+  cm3leon run --config=own:10 --config.raw.source=my_images --workdir=W --init_from=scenes
 
 The variant is the time in minutes that all stages may take on two cores (default 15). Fields that
 are None here are computed from the counts of `cm3leon prepare_data`: resolution, size of the text
-vocabulary, share of texts, batch sizes and steps. docs/own_images.md walks through a run.
+vocabulary, share of texts, batch sizes and steps. docs/own_images.md walks through a run. With
+--init_from, the run has the model and the tokenizers of that base, and tunes it (docs/finetune.md).
 """
 
 import ml_collections
@@ -18,8 +20,9 @@ FOLLOW = {
     *("vocab.text_size", "vqgan.resolution", "vqgan.batch_size", "vqgan.steps"),
     *("clip.resolution", "clip.batch_size", "clip.steps"),
     *("train.steps", "train.checkpoint_every", "train.eval_every", "train.sample_every"),
+    "data.base_documents",
   ),
-  float: ("data.text_share",),
+  float: ("data.text_share", "data.base_share"),
 }
 
 

@@ -6,7 +6,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.files.digests import describe
 from cm3leon_jax.files.json_files import plain, write_json
-from cm3leon_jax.runs import stages, table
+from cm3leon_jax.runs import from_data, stages, table
 from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.trained import bundles
@@ -14,11 +14,15 @@ from cm3leon_jax.trained.kinds import ABOUT
 from cm3leon_jax.trained.run import Run
 
 
-def copy_tokenizers(run: Run, source: str) -> dict[str, str]:
+def copy_tokenizers(
+  run: Run, source: str, of_base: dict | None = None, own_images: bool = False
+) -> dict[str, str]:
   """Copies the folders of the tokenizers and CLIP, and marks their stages as finished.
 
   The folders are copied to the workdir of `run`. Folders that already contain the same files are
-  not changed. `source` is the workdir of a run, or a bundle, see `bundles.folder_of`.
+  not changed. `source` is the workdir of a run, or a bundle, see `bundles.folder_of`. `of_base`,
+  the result of `from_data.base_fields`, is stored for the later stages. If `own_images`, the run
+  trains its own image tokenizer, so that of `source` is not copied.
 
   Returns:
     For each stage, "copied" or "there already".
@@ -38,7 +42,8 @@ def copy_tokenizers(run: Run, source: str) -> dict[str, str]:
     )
   trained = bundles.read(folder)[0] if is_bundle else settings_of_run(folder)
   folder = bundles.stages_folder(folder)
-  names = [name for name in bundles.FILES if name != "clip" or table.own_clip(settings)]
+  left_out = {"clip": not table.own_clip(settings), "vqgan": own_images}
+  names = [name for name in bundles.FILES if not left_out.get(name)]
   files = {name: _describe(source, folder, name) for name in names}
   digests = {name: stages.id_of(files[name]) for name in names}
   configs = {name: _config(settings, folder, name) for name in names}
@@ -67,7 +72,8 @@ def copy_tokenizers(run: Run, source: str) -> dict[str, str]:
       (workdir / name / file).write_bytes((folder / name / file).read_bytes())
     config = {"command": "copy_tokenizers", **configs[name]}
     config["inputs"] = {"init_from": digests[name]}
-    about = {"config": config, "summary": {"copied_from": source}, "seconds": 0.0}
+    summary = {"copied_from": source, **({from_data.OF_BASE: of_base} if of_base else {})}
+    about = {"config": config, "summary": summary, "seconds": 0.0}
     write_json(done, {**about, "id": digests[name], "files": files[name]})
   return result
 

@@ -304,6 +304,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
     judged=judged_samples(workdir, summary),
     instructions=instruction_section.read(workdir, file_uri),
     reconstructions=reconstructions(workdir),
+    reconstruction_sheet=file_uri(workdir / "documents" / "reconstructions.png"),
     prompts=prompts(workdir),
     num_prompts=len({(r["key"], r["prompt"]) for r in summary_lib.read_results(workdir)}),
     grids=grids(workdir),

@@ -95,11 +95,16 @@ def headlines(summary: dict) -> list[Headline]:
 
 
 def _of_stages(summary: dict) -> list[Headline]:
-  """Returns the headline figures that the stages of a run measure."""
+  """Returns the headline figures that the stages of a run measure.
+
+  A copied stage trains nothing, so it has no figures.
+  """
   for name in worlds.MODULES:
     if found := world_lib.find(name).headlines(summary):
       return list(found)
-  return list(HEADLINES if lookup(summary, "raw.counts") is None else OWN_HEADLINES)
+  found = HEADLINES if lookup(summary, "raw.counts") is None else OWN_HEADLINES
+  copied = [name for name in summary if lookup(summary, f"{name}.copied_from")]
+  return [line for line in found if line.path.partition(".")[0] not in copied]
 
 
 def clip_scores(results: list[dict]) -> list[dict]:
@@ -267,9 +272,11 @@ def judged(workdir: epath.Path) -> dict[str, dict]:
 
 
 def expected_stages(workdir: epath.Path) -> list[str]:
-  """Returns the stages of a run. The stages "instructions" and "grades" need instruction data."""
-  tuned = (workdir / "instructions").exists()
-  return [name for name in table.STAGES if tuned or name not in ("instructions", "grades")]
+  """Returns the stages of a run. Some stages only belong to runs that tune a base."""
+  absent = [] if (workdir / "instructions").exists() else ["instructions", "grades"]
+  if not (workdir / "base").exists():
+    absent.append("forgetting")
+  return [name for name in table.STAGES if name not in absent]
 
 
 def cost(summary: dict) -> dict | None:

@@ -2,9 +2,14 @@
 
 `cm3leon prepare_data` counts the data and stores the counts in raw/done.json. Every later stage
 computes the fields from these counts, so all stages of a run see the same values.
+
+If such a config starts from another run, its base, the model and the tokenizers have the fields of
+the base. `cm3leon copy_tokenizers` stores these fields in text_tokenizer/done.json.
 """
 
+from collections.abc import Collection
 import dataclasses
+from typing import Any
 
 from etils import epath
 import ml_collections
@@ -13,6 +18,7 @@ from cm3leon_jax.config import UserError, build
 from cm3leon_jax.files.json_files import read_json
 
 COUNTS = "counts"  # Key in the summary of raw/done.json.
+OF_BASE = "base_fields"  # Key in the summary of text_tokenizer/done.json.
 CHARACTERS = 4  # Characters per token, approximately.
 # Largest text vocabulary. A decoder that trains for minutes cannot learn more tokens.
 MOST_TEXT_TOKENS = 2_048
@@ -27,6 +33,22 @@ PATCH = 6  # Side length, in pixels, of the square that a code represents.
 LEAST_STEPS = {"vqgan": 300, "clip": 30, "train": 100}
 MOST_STEPS = {"vqgan": 6_000, "clip": 400, "train": 20_000}
 OTHERS = ("model.vocab_size",)  # Fields that are computed from other fields, not from the data.
+# Sections and fields that a run has in common with its base.
+FOLLOWED = {
+  *("vocab", "model", "vqgan", "clip", "text_tokenizer", "data", "sampling"),
+  *("optimizer.name", "optimizer.learning_rate", "retrieval.clip"),
+  *("train.global_batch_size", "train.gradient_accumulation_steps"),
+}
+# Fields of these sections that describe the documents, the machine or the training, not the model.
+NOT_FOLLOWED = {
+  *("data.text_share", "data.interleaved_share", "data.base_documents", "data.base_share"),
+  *("data.read_threads", "data.on_bad_record", "data.max_skipped"),
+  *("model.vocab_size", "vqgan.steps", "clip.steps"),
+}
+BASE_DOCUMENTS, BASE_SHARE = 4_000, 0.1
+# Layers x (4 width^2 + 3 width x mlp_width) x tokens per step of the config `own`, whose step takes
+# the seconds in `TRAININGS`.
+OWN_COST = 4 * (4 * 128**2 + 3 * 128 * 352) * 2 * 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +87,38 @@ def missing(config: ml_collections.ConfigDict) -> list[str]:
   return [name for name in names if name not in OTHERS]
 
 
-def values(counts: Counts, minutes: float) -> dict[str, int | float]:
+def base_fields(base: dict[str, Any], documents: bool) -> dict[str, Any]:
+  """Returns the fields that a run has in common with its base: {"model.width": 192, ...}.
+
+  `base` has the sections of the base's settings. `documents` is whether documents of the base are
+  available for replay.
+  """
+  flat = {f"{name}.{k}": v for name in base if name != "seed" for k, v in base[name].items()}
+  followed = {
+    name: value
+    for name, value in flat.items()
+    if (name in FOLLOWED or name.partition(".")[0] in FOLLOWED) and name not in NOT_FOLLOWED
+  }
+  share = BASE_SHARE if documents else 0.0
+  followed |= {"data.base_documents": BASE_DOCUMENTS * documents, "data.base_share": share}
+  return {**followed, "raw.resolution": flat["vqgan.resolution"]}
+
+
+def _cost(of_base: dict[str, Any]) -> float:
+  """Estimates how many times longer a step of the base takes than a step of the config `own`."""
+  layers, width, mlp = (of_base[f"model.{name}"] for name in ("num_layers", "width", "mlp_width"))
+  tokens = of_base["train.global_batch_size"] * of_base["data.sequence_length"]
+  return layers * (4 * width**2 + 3 * width * mlp) * tokens / OWN_COST
+
+
+def values(counts: Counts, minutes: float, cost: float = 1.0) -> dict[str, int | float]:
   """Computes all fields that can be computed from the data.
 
   values(Counts(48, 264, 0, 0, 7_360, 0, 358), 15.0)
   {"vocab.text_size": 358, "data.text_share": 0.0, "vqgan.resolution": 48, ...}
 
-  `minutes` is `train.minutes`, the time that all stages of the run may take on two cores.
+  `minutes` is `train.minutes`, the time that all stages of the run may take on two cores. `cost` is
+  the cost of a decoder step, relative to the config `own`.
   """
   size = min(counts.text_tokens, MOST_TEXT_TOKENS)
   result: dict[str, int | float] = {"vocab.text_size": size, "data.text_share": _text_share(counts)}
@@ -82,9 +129,10 @@ def values(counts: Counts, minutes: float) -> dict[str, int | float]:
   for section, (share, step) in TRAININGS.items():
     # The cost of a decoder step does not depend on the resolution, because rows have a fixed
     # length.
-    pixels = 1.0 if section == "train" else (counts.resolution / RESOLUTION) ** 2
-    steps = share * seconds / (step * pixels)
+    scale = cost if section == "train" else (counts.resolution / RESOLUTION) ** 2
+    steps = share * seconds / (step * scale)
     result[f"{section}.steps"] = max(LEAST_STEPS[section], min(MOST_STEPS[section], round(steps)))
+  result |= {"data.base_documents": 0, "data.base_share": 0.0}
   return result | {f"train.{k}": v for k, v in intervals(int(result["train.steps"])).items()}
 
 
@@ -105,14 +153,22 @@ def _text_share(counts: Counts) -> float:
 
 
 def complete(
-  config: ml_collections.ConfigDict, workdir: epath.PathLike | None, prepares: bool = False
+  config: ml_collections.ConfigDict,
+  workdir: epath.PathLike | None,
+  prepares: bool = False,
+  of_base: dict[str, Any] | None = None,
+  given: Collection[str] = (),
 ) -> ml_collections.ConfigDict:
   """Replaces the fields that are None by values that are computed from the data.
 
+  If the run starts from a base, other fields are replaced by the base's values, too.
+
   Args:
-    config: config of a run. Fields that are not None stay unchanged.
+    config: config of a run. Fields that are not None stay unchanged, except for `of_base`.
     prepares: whether the command prepares the data. A command that prepares the data reads none of
       these fields, so it gets placeholder values until the data is prepared.
+    of_base: result of `base_fields`; None: the values that are stored in `workdir`, if any.
+    given: fields that the user has set, such as "train.steps". They stay unchanged.
 
   Raises:
     UserError: the data is not prepared or was prepared with another config, or a field is None that
@@ -120,14 +176,29 @@ def complete(
   """
   if not (names := missing(config)):
     return config
-  found = values(_counts(workdir, names, prepares), config.train.minutes)
+  of_base = _stored_of_base(workdir) if of_base is None else of_base
+  # A run that only tunes on instructions has no pairs to count.
+  tuned = config.instructions.tasks or config.instructions.own_tasks
+  counted = not (of_base and tuned)
+  counts = _counts(workdir, names, prepares) if counted else UNKNOWN
+  found = values(counts, config.train.minutes, _cost(of_base) if of_base else 1.0)
   if wrong := [name for name in names if name not in found]:
     raise UserError(
       f"config.{wrong[0]} is None; only {', '.join(found)} are computed from the data."
     )
   made = ml_collections.ConfigDict(config.to_dict())
-  made.update_from_flattened_dict({name: found[name] for name in names})
+  new = {**{name: found[name] for name in names}, **of_base}
+  made.update_from_flattened_dict({k: v for k, v in new.items() if k not in given})
   return made
+
+
+def _stored_of_base(workdir: epath.PathLike | None) -> dict[str, Any]:
+  """Returns the fields of the base that `cm3leon copy_tokenizers` stored in a workdir, or {}."""
+  path = epath.Path(workdir or ".") / "text_tokenizer" / "done.json"
+  if workdir is None or not path.exists():
+    return {}
+  stored = read_json(path, {"summary": dict})["summary"].get(OF_BASE, {})
+  return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
 
 
 def _counts(workdir: epath.PathLike | None, names: list[str], prepares: bool) -> Counts:

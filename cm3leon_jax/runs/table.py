@@ -102,6 +102,9 @@ STAGES = {
   "evaluation": Stage(
     "evaluate", "Evaluation", ("documents", "neighbors", "train"), ("evaluation", "data", "seed")
   ),
+  "forgetting": Stage(
+    "measure_forgetting", "Forgetting of the base", ("train",), ("evaluation", "sampling", "seed")
+  ),
   "grades": Stage(
     "grade_instructions",
     "Grades of instructions",
@@ -172,15 +175,18 @@ def reads_of(settings: Settings, name: str) -> tuple[str, ...]:
   return (*reads, *(own_clip(settings) if STAGES[name].embeds else ()))
 
 
-def order(settings: Settings, given: bool) -> list[str]:
+def order(settings: Settings, given: bool, own_images: bool = False) -> list[str]:
   """Returns the stages of a whole run with this config, in the order in which they run.
 
-  With `given`, tokenizers and CLIP are copied from another run, so that no stage trains them.
+  With `given`, tokenizers and CLIP are copied from another run, so that no stage trains them, but
+  for the image tokenizer if `own_images`.
   """
-  ends = ("grades",) if settings.instructions.any else ("samples", "evaluation", "export")
-  copied = (*TOKENIZERS, "clip") if given else ()
+  ends = ["grades"] if settings.instructions.any else ["samples", "evaluation", "export"]
+  if settings.data.base_documents:
+    ends.append("forgetting")
+  copied = ("text_tokenizer", "clip", *(() if own_images else ("vqgan",))) if given else ()
   needed: set[str] = set()
-  waiting = list(ends)
+  waiting = ends
   while waiting:
     name = waiting.pop()
     if name not in needed and name not in copied:

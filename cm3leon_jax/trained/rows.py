@@ -1,5 +1,6 @@
 """Opens the training and held-out rows of a run from the folders of its stages."""
 
+import dataclasses
 from typing import Any
 
 from etils import epath
@@ -13,6 +14,7 @@ from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, room_for_neighbors
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import Settings
+from cm3leon_jax.trained import base_documents
 
 
 def open_rows(
@@ -30,17 +32,19 @@ def open_rows(
     UserError: a document store is empty, the neighbors do not match the documents, a task has the
       same name as a document source, or all training documents together are shorter than one batch.
   """
-  share = replay_share(settings, split)
+  of_base = base_share(settings, split)
+  share = (1 - of_base) * replay_share(settings, split)
   of_instructions = (settings.instructions, workdir / "instructions", settings.vocab)
-  sources = instruction_sources(*of_instructions, split, 1 - share)
-  if share:
-    documents = document_sources(settings, workdir, split, share)
-    if taken := {source.name for source in sources} & {source.name for source in documents}:
-      raise UserError(
-        f"config.instructions has a task with the name '{min(taken)}', which the logs use for the "
-        "run's documents: rename the task."
-      )
-    sources += documents
+  sources = instruction_sources(*of_instructions, split, 1 - of_base - share)
+  documents = document_sources(settings, workdir, split, share) if share else []
+  if of_base:
+    documents += _base_sources(settings, workdir, split, of_base)
+  if taken := {source.name for source in sources} & {source.name for source in documents}:
+    raise UserError(
+      f"config.instructions has a task with the name '{min(taken)}', which the logs use for "
+      "documents: rename the task."
+    )
+  sources += documents
   data = settings.data if split == "train" else settings.data.for_heldout()
   starts = workdir / "train" / "plan.jsonl" if split == "train" else None
   plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed, starts, write_starts)
@@ -52,11 +56,35 @@ def open_rows(
       f"{workdir} has {total} training tokens, but one batch takes {needed} "
       "(train.global_batch_size x data.sequence_length): add documents or lower one of the two."
     )
-  return RowLoader(plan, settings.vocab, settings.model.align_images, settings.instructions.any)
+  has_names = settings.instructions.any or bool(of_base)
+  return RowLoader(plan, settings.vocab, settings.model.align_images, has_names)
+
+
+def base_share(settings: Settings, split: str) -> float:
+  """Returns the share of rows that documents of the base fill: half of the held-out rows."""
+  data = settings.data
+  return data.base_share if split == "train" else 0.5 * bool(data.base_documents)
+
+
+def _base_sources(
+  settings: Settings, workdir: epath.Path, split: str, share: float
+) -> list[RowSource]:
+  """Opens the documents of the base as the sources "base" (pairs), "base_texts", ...
+
+  See `document_sources`.
+  """
+  base, name = base_documents.open_base(settings, workdir), base_documents.NAME
+  return [
+    dataclasses.replace(source, name=name if source.name == "pairs" else f"{name}_{source.name}")
+    for source in document_sources(base.settings, base.folder, split, share)
+    if source.share
+  ]
 
 
 def replay_share(settings: Settings, split: str) -> float:
-  """Returns the share of a run's rows that documents fill. Instructions fill the remaining rows.
+  """Returns the share that documents fill of a run's rows, without the rows of the base.
+
+  Instructions fill the remaining rows.
 
   Half of the held-out rows are documents and half are instructions, so that both held-out losses
   are computed on the same number of rows.

@@ -60,6 +60,10 @@ class TrainConfig:
   code 1; 0: never. The limit is at least 10 times the longest step so far."""
   wandb: str = ""
   """Project of Weights & Biases, PROJECT or ENTITY/PROJECT; empty: Weights & Biases is not used."""
+  max_forgetting: NonNegativeFloat = 0.0
+  """Largest accepted rise of the held-out loss of the base's documents, as a share of this loss at
+  step 0: 0.03 ends the training at the first evaluation with a rise above 3%. 0: no limit. Needs
+  `data.base_documents`."""
   max_skipped: NonNegativeInt = 10
   """Number of consecutive steps that may be skipped because their loss or gradient is not finite,
   or because of `optimizer.skip_above`. The run stops when one more step is skipped."""

@@ -189,6 +189,7 @@ def train(
 
   Returns:
     A dict of numbers for the report. `heldout_before` contains the held-out losses of step 0.
+    `forgetting` is the rise of the base's loss, if it ended the training.
 
   Raises:
     UserError: the batch is not evenly divisible over the mesh, all checkpoints are damaged, too
@@ -234,4 +235,5 @@ def train(
   check_end(int(state.step), config.steps, folder, stop.code, saves.saved)
   # If no step was left to train, the hook has not computed the losses.
   found = losses.losses or evaluate(state.eval_params)
-  return _summary(state, saves.next_row, found, losses.at_start)
+  summary = _summary(state, saves.next_row, found, losses.at_start)
+  return {**summary, **({"forgetting": losses.risen()} if losses.forgets else {})}

@@ -50,6 +50,12 @@ class DataConfig:
   """Share of slots for text-only documents."""
   interleaved_share: Annotated[float, Field(ge=0, le=1)] = 0.0
   """Share of slots for interleaved documents. Pairs get the remaining slots."""
+  base_documents: NonNegativeInt = 0
+  """Number of training documents of the base, the run of --init_from, that are kept for replay. Its
+  held-out documents show how much the run forgets. A bundled world draws these documents again; of
+  another base, all documents are read. 0: no documents of the base are used."""
+  base_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+  """Share of training tokens for the documents of the base; needs `base_documents`."""
   pack_window: PositiveInt = 65_536
   """Number of samples that are packed together by best fit. It bounds the planner's memory."""
   read_threads: PositiveInt = 2
@@ -66,6 +72,10 @@ class DataConfig:
       raise ValueError(
         f"text_share is {self.text_share} and interleaved_share is {self.interleaved_share}; "
         "their sum must be at most 1."
+      )
+    if self.base_share and not self.base_documents:
+      raise ValueError(
+        f"base_share is {self.base_share}, but base_documents is 0; set base_documents too."
       )
     if self.neighbor_sampling == "paper" and self.num_neighbors != PAPER_NEIGHBORS:
       raise ValueError(

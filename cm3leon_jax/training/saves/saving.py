@@ -42,7 +42,7 @@ class Saves(Hook):
   def after(self, step: int, state: Any, metrics: dict) -> None:
     """See `Hook`. Raises TryAgain if the save that runs in the background has failed."""
     self.next_row += self.config.global_batch_size
-    last = step == self.config.steps or self.stop.code is not None
+    last = step == self.config.steps or self.stop.code is not None or self.heldout.forgets
     if (last or step % self.config.checkpoint_every == 0) and self._must_save(step):
       with self.monitor.phase("save", step):
         check_finite(state, f"checkpoint {step}", REMEDY)
@@ -60,9 +60,9 @@ class Saves(Hook):
     """Returns whether to save at a step where a checkpoint is due.
 
     Skipped steps do not change the parameters, so no checkpoint is saved after a skipped step.
-    There are two exceptions: the last step of the run, and a signal to stop, if a step since the
-    newest checkpoint was not skipped.
+    There are two exceptions: the last step of the run; and a signal or `heldout.forgets`, if a step
+    since the newest checkpoint was not skipped.
     """
-    skipped, code = self.monitor.skipped_in_a_row(), self.stop.code
-    taken = code is not None and skipped < step - self.saved
+    skipped, stops = self.monitor.skipped_in_a_row(), self.stop.code is not None
+    taken = (stops or self.heldout.forgets) and skipped < step - self.saved
     return step == self.config.steps or not skipped or taken

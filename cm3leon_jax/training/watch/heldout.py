@@ -9,7 +9,9 @@ import jax
 from jax.sharding import NamedSharding
 import numpy as np
 
+from cm3leon_jax import distributed
 from cm3leon_jax.data.rows.loader import RowLoader, batches
+from cm3leon_jax.trained import base_documents
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.faults.preemption import StopSignal
 from cm3leon_jax.training.loop import Hook
@@ -17,6 +19,8 @@ from cm3leon_jax.training.step import loss
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import Steps
 from cm3leon_jax.training.watch.monitor import Monitor
+
+OF_BASE = f"heldout_loss/{base_documents.NAME}"  # Loss of the base's documents.
 
 
 def heldout_batches(heldout: RowLoader, config: TrainConfig, sharding: NamedSharding) -> list[dict]:
@@ -51,6 +55,8 @@ class HeldoutLosses(Hook):
     newest: step of the restored checkpoint; None: a new run.
     losses: the newest losses; None before the first evaluation.
     at_start: losses of step 0; {} if step 0 is not evaluated.
+    forgets: whether the loss of the base's documents has risen by more than `max_forgetting`. The
+      training then ends.
   """
 
   evaluate: Callable[[dict], dict[str, float]]
@@ -61,18 +67,29 @@ class HeldoutLosses(Hook):
   newest: int | None = None
   losses: dict[str, float] | None = None
   at_start: dict[str, float] = dataclasses.field(default_factory=dict)
+  forgets: bool = False
 
   def begin(self, state: TrainState) -> None:
     """See `Hook`. A resumed run reads the losses of step 0 from its log."""
     if self.evaluate_start and self.newest is None:
       self.at_start = self._log(0, state)
     elif self.evaluate_start:
-      self.at_start = self.monitor.logged_heldout(0)
+      # Only the first process reads the log.
+      self.at_start = distributed.gather(self.monitor.logged_heldout(0))[0]
 
   def after(self, step: int, state: TrainState, metrics: dict) -> None:
     last = step == self.config.steps or self.stop.code is not None
     if step % self.config.eval_every == 0 or last:
       self.losses = self._log(step, state)
+      self.forgets = self.risen() > (self.config.max_forgetting or np.inf)
+
+  def risen(self) -> float:
+    """Returns by what share the loss of the base's documents has risen; 0 if it is unknown."""
+    losses = [part[OF_BASE] for part in (self.at_start, self.losses or {}) if OF_BASE in part]
+    return losses[1] / losses[0] - 1 if len(losses) == 2 else 0.0
+
+  def stops(self) -> bool:
+    return self.forgets
 
   def _log(self, step: int, state: TrainState) -> dict[str, float]:
     with self.monitor.phase("evaluate", step):

@@ -1,0 +1,154 @@
+"""Compares tunings of a base on a user's drawings: what is learned, and what is forgotten.
+
+  python -m benchmarks.finetune make --folder=drawings
+  python -m benchmarks.finetune compare --folder=drawings --workdir=workdir/finetune
+
+`make` draws 240 pictures of one flat shape each, in the colors of `scenes`: 4 shapes, 8 colors, 4
+places. A quarter of the 128 combinations is never drawn. `compare` tunes the bundled model `scenes`
+once for each share of replay and each learning rate, generates an image for each combination that
+was not drawn, and prints a table. An image is correct if, of the pictures of all combinations, the
+one that its caption describes is the nearest. An interrupted comparison continues.
+"""
+
+import functools
+import itertools
+import json
+import pathlib
+import random
+
+from absl import app, flags
+import numpy as np
+from PIL import Image, ImageDraw
+
+from benchmarks.own_images import nearest_caption, polygon
+from cm3leon_jax.api import CM3Leon
+from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation.intervals import mean_interval
+from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.runs import finetune
+from cm3leon_jax.scenes.config import COLORS
+
+FOLDER = flags.DEFINE_string("folder", "drawings", "Folder of the drawings.")
+WORKDIR = flags.DEFINE_string("workdir", "workdir/finetune", "Folder of the workdirs.")
+SHARES = flags.DEFINE_list("shares", ["0", "0.01", "0.1"], "Shares of replay.")
+RATES = flags.DEFINE_list("rates", ["5e-4"], "Learning rates.")
+MINUTES = flags.DEFINE_float("minutes", 10.0, "Minutes on two cores per tuning.")
+DRAWINGS, DRAWN = 240, 96  # Numbers of drawings and of combinations that are drawn.
+SIDE, FINE = 48, 4  # Pixels; factor by which a drawing is larger before it is reduced.
+SHAPES = ("disc", "square", "triangle", "star")
+PLACES = {"top left": (12, 12), "top right": (36, 12), "bottom left": (12, 36)}
+PLACES |= {"bottom right": (36, 36)}
+Fact = tuple[str, str, str]  # Shape, color, place.
+ALL: list[Fact] = list(itertools.product(SHAPES, COLORS, PLACES))
+
+
+def caption(fact: Fact) -> str:
+  shape, color, place = fact
+  return f"a {color} {shape} at the {place}"
+
+
+def draw(fact: Fact, radius: float = 9.5, shift: tuple[float, float] = (0.0, 0.0)) -> Image.Image:
+  """Draws a fact. `radius` and `shift` are in pixels."""
+  shape, color, place = fact
+  x, y = (c + s for c, s in zip(PLACES[place], shift))
+  corners = [(FINE * a, FINE * b) for a, b in polygon(shape, x, y, radius)]
+  image = Image.new("RGB", (FINE * SIDE, FINE * SIDE), "white")
+  ImageDraw.Draw(image).polygon(corners, fill=COLORS[color])
+  return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def facts(seed: int = 0) -> tuple[list[Fact], list[Fact]]:
+  """Returns the combinations that are drawn, and those that are not."""
+  order = random.Random(seed).sample(ALL, len(ALL))
+  return order[:DRAWN], order[DRAWN:]
+
+
+def drawings(seed: int = 0) -> list[tuple[Fact, Image.Image]]:
+  """Returns all drawings, which vary in size and position."""
+  rng, drawn = np.random.default_rng(seed), facts(seed)[0]
+  made = [drawn[i % len(drawn)] for i in range(DRAWINGS)]
+  return [(f, draw(f, rng.uniform(8.5, 10.5), tuple(rng.uniform(-1.5, 1.5, 2)))) for f in made]
+
+
+def make(folder: pathlib.Path) -> None:
+  """Writes the drawings with one caption file each."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for number, (fact, image) in enumerate(drawings()):
+    image.save(folder / f"{number:03}.png")
+    (folder / f"{number:03}.txt").write_text(caption(fact))
+  print(f"make: {DRAWINGS} drawings in {folder}.")
+
+
+@functools.cache
+def pictures() -> np.ndarray:
+  """Returns the pictures of all combinations, [128, H, W, 3] fp32."""
+  return np.stack([np.asarray(draw(fact), np.float32) for fact in ALL])
+
+
+def seen(image: Image.Image) -> Fact:
+  """Returns the combination whose picture is the nearest to an image."""
+  pixels = np.asarray(image.convert("RGB").resize((SIDE, SIDE)), np.float32)
+  return ALL[int(((pictures() - pixels) ** 2).sum((1, 2, 3)).argmin())]
+
+
+def correct(images: list[Image.Image], asked: list[Fact]) -> list[bool]:
+  return [seen(image) == fact for image, fact in zip(images, asked)]
+
+
+def tune(folder: pathlib.Path, workdir: pathlib.Path, share: str, rate: str) -> dict:
+  """Tunes the bundled model and judges it. Returns the numbers of a row."""
+  fields = {"data.base_share": share, "optimizer.learning_rate": rate}
+  finetune.run(
+    str(folder), workdir, "scenes", minutes=MINUTES.value, fields=fields, show_progress=False
+  )
+  asked = facts()[1]
+  model = CM3Leon.load(workdir)
+  images = [samples[0].image for samples in model.generate([caption(f) for f in asked], seed=0)]
+  forgotten = read_json(workdir / "forgetting" / "done.json", {"summary": dict})["summary"]
+  return {"right": correct(images, asked), "steps": model.step, **forgotten}
+
+
+def row(name: str, found: dict) -> str:
+  """Formats a row of the table."""
+  mean = mean_interval(found["right"], np.ones(len(found["right"])), range(len(found["right"])))
+  image, judged = found["image"], found["correct"]
+  return (
+    f"| {name} | {found['steps']} | {mean['mean']:.0%} ({mean['low']:.0%} to {mean['high']:.0%}) | "
+    f"{image['before']:.3f} -> {image['after']:.3f}, {image['rise']:+.1%} ({image['low']:+.1%} to "
+    f"{image['high']:+.1%}) | {judged['before']:.0%} -> {judged['after']:.0%} "
+    f"({100 * judged['low']:+.0f} to {100 * judged['high']:+.0f} points) |"
+  )
+
+
+def compare(folder: pathlib.Path, workdir: pathlib.Path) -> None:
+  """Tunes once per share and rate, and prints the table."""
+  if not (folder / "000.txt").exists():
+    raise UserError(f"{folder} has no drawings: run `python -m benchmarks.finetune make` first.")
+  drawn, asked = facts()
+  captions = [caption(f) for f in drawn]
+  looked_up = [draw(drawn[nearest_caption(caption(f), captions)]) for f in asked]
+  base = CM3Leon.load("scenes").generate([caption(f) for f in asked], seed=0)
+  before = [samples[0].image for samples in base]
+  print(f"new captions: {len(asked)}; correct by lookup {np.mean(correct(looked_up, asked)):.0%}, "
+        f"by the base {np.mean(correct(before, asked)):.0%}")  # fmt: skip
+  print("| replay, rate | steps | new captions correct | bits per image code of the base | "
+        "correct of the base's captions |\n|---|---|---|---|---|")  # fmt: skip
+  for share, rate in itertools.product(SHARES.value, RATES.value):
+    name = f"share_{share}_rate_{rate}_minutes_{MINUTES.value:g}"
+    stored = workdir / f"{name}.json"
+    if not stored.exists():
+      found = tune(folder, workdir / name, share, rate)
+      stored.write_text(json.dumps(found))
+    print(row(f"{share}, {rate}", read_json(stored, {})), flush=True)
+
+
+def main(argv: list[str]) -> None:
+  actions = {"make": lambda: make(pathlib.Path(FOLDER.value))}
+  actions["compare"] = lambda: compare(pathlib.Path(FOLDER.value), pathlib.Path(WORKDIR.value))
+  if len(argv) != 2 or argv[1] not in actions:
+    raise app.UsageError(f"name one of {', '.join(actions)}.")
+  actions[argv[1]]()
+
+
+if __name__ == "__main__":
+  app.run(main)

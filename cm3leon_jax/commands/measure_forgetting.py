@@ -1,0 +1,54 @@
+"""Measures what a tuned model has forgotten of its base; writes forgetting/.
+
+  cm3leon measure_forgetting --config=own --workdir=W
+
+The base is the run that `cm3leon train --init_from=BASE` started from. The command computes the
+bits of held-out documents of the base with both models. If a world such as scenes drew these
+documents, it also judges images that both models generate for held-out captions. The results have
+paired 95% intervals. `config.data.base_documents` must be greater than 0.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cm3leon_jax.commands import common
+from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import stages
+
+if TYPE_CHECKING:
+  from etils import epath
+
+  from cm3leon_jax.settings import Settings
+
+
+def main(settings: Settings, workdir: epath.Path) -> None:
+  from cm3leon_jax.evaluation.likelihood import bits, forgetting
+  from cm3leon_jax.trained import base_documents, initial
+  from cm3leon_jax.trained.run import Run
+
+  if not settings.data.base_documents:
+    raise UserError(
+      "config.data.base_documents is 0, so this run has no documents of its base: set it in all "
+      "commands of the run, from `cm3leon prepare_base` on."
+    )
+  base = base_documents.open_base(settings, workdir)
+  inputs = base_documents.ids(settings, workdir)
+  config = stages.run_config(settings, workdir, "forgetting", inputs)
+  with stages.once(workdir / "forgetting", config) as summary, common.use_mesh(settings):
+    if summary is None:
+      return
+    bits.check_batch(settings.evaluation)
+    if (start := initial.start_of(workdir)) is None:
+      raise UserError(f"the run in {workdir} began from random parameters, so it has no base.")
+    run = Run(workdir, settings)
+    before = forgetting.measure(run, initial.load(start, settings), base)
+    params, step = run.params()
+    after = forgetting.measure(run, params, base)
+    result = forgetting.compare(before, after)
+    summary.update(base=start.source, step=step, **result)
+    print("\n".join(forgetting.describe(result, start.source)), flush=True)
+
+
+if __name__ == "__main__":
+  common.run(main)

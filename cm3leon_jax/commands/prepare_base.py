@@ -1,0 +1,43 @@
+"""Draws the documents of a base again, for replay and to measure what a tuning forgets.
+
+  cm3leon prepare_base --config=own --workdir=W
+
+The base is the run whose tokenizers `cm3leon copy_tokenizers --init_from=BASE` copied. If the base
+is a workdir, its own documents are read, and this command writes nothing. If it is a bundle that
+was trained on a world, such as scenes, the world draws `data.base_documents` training documents
+and some held-out documents in W/base.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cm3leon_jax.commands import build_neighbors, common, encode_documents, prepare_data
+
+if TYPE_CHECKING:
+  from etils import epath
+
+  from cm3leon_jax.settings import Settings
+
+
+def main(settings: Settings, workdir: epath.Path) -> None:
+  from cm3leon_jax.export import copies
+  from cm3leon_jax.trained import base_documents
+  from cm3leon_jax.trained.run import Run
+
+  if not settings.data.base_documents:
+    print("prepare_base: config.data.base_documents is 0; nothing is drawn.")
+    return
+  source = base_documents.source_of(workdir)
+  base = base_documents.find(source)
+  if base.is_drawn:
+    drawn = base_documents.to_draw(base, settings, workdir)
+    copies.copy_tokenizers(Run(drawn.folder, drawn.settings), source)
+    for command in (prepare_data, encode_documents, build_neighbors):
+      command.main(drawn.settings, drawn.folder)
+  opened = base_documents.open_base(settings, workdir)
+  print(f"prepare_base: the documents of {source} are in {opened.folder}.")
+
+
+if __name__ == "__main__":
+  common.run(main)

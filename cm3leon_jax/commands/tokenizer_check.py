@@ -1,0 +1,124 @@
+"""Checks how well a copied image tokenizer reconstructs the images of a run.
+
+A decoder can learn the codes of any images, so its loss falls even if the codes describe the images
+badly. An icon tokenizer turns photos into blobs, for example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+from etils import epath
+
+from cm3leon_jax import worlds
+from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import stages
+
+if TYPE_CHECKING:
+  import numpy as np
+
+  from cm3leon_jax.settings import Settings
+
+MIN_PSNR = flags.DEFINE_float(
+  "min_psnr",
+  20.0,
+  "Least mean PSNR, in dB, with which a copied image tokenizer must reconstruct 16 images of this "
+  "run.",
+)
+IMAGES, COLUMNS = 16, 8
+SHEET = "reconstructions.png"
+
+
+def of_pairs(settings: Settings, workdir: epath.Path) -> None:
+  """Checks 16 evenly spaced training images of the run's pairs. See `check`."""
+  from cm3leon_jax.data.raw import reader
+
+  source = _copied_from(workdir)
+  if settings.raw.source in worlds.MODULES or not source:
+    return
+  pairs = [pair for pair in reader.read_pairs(workdir / "raw", "train") if not pair.added_crop]
+  chosen = pairs[:: max(1, len(pairs) // IMAGES)][:IMAGES]
+  _check(settings, workdir, source, [pair.image for pair in chosen], "documents")
+
+
+def of_records(settings: Settings, workdir: epath.Path, tasks: Sequence[Any]) -> None:
+  """Checks the first images of the tasks that are read from files. See `check`."""
+  from cm3leon_jax.data.instructions import sources
+  from cm3leon_jax.data.instructions.edges import ImageMap
+
+  own = [task for task in tasks if not worlds.world_of_format(task.format)]
+  if not own or not (source := _copied_from(workdir)):
+    return
+  records = itertools.chain.from_iterable(
+    itertools.islice(sources.open_task(task, "train", settings.instructions, {}), IMAGES)
+    for task in own
+  )
+  images = (image for record in records for image in record.images.values())
+  given = [image for image in images if not isinstance(image, ImageMap)]
+  chosen = given[:: max(1, len(given) // IMAGES)][:IMAGES]
+  _check(settings, workdir, source, chosen, "instructions")
+
+
+def _copied_from(workdir: epath.Path) -> str:
+  """Returns the run from which the image tokenizer of a workdir was copied, or ""."""
+  done = stages.require(workdir, "vqgan", summary=dict)
+  return str(done["summary"].get("copied_from", ""))
+
+
+def _check(
+  settings: Settings, workdir: epath.Path, source: str, images: Sequence[Any], stage: str
+) -> None:
+  """Reconstructs images, writes them to the folder of a stage, and prints their mean PSNR.
+
+  Args:
+    source: the run from which the tokenizer was copied.
+    images: paths of images, or pixels.
+
+  Raises:
+    UserError: the mean PSNR is below --min_psnr.
+  """
+  import numpy as np
+
+  from cm3leon_jax.data.raw.reader import load_image
+  from cm3leon_jax.generation.writer import contact_sheet, save_png
+  from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+
+  if not images:
+    return
+  side, crop = settings.vqgan.resolution, settings.raw.crop
+  originals = np.stack([load_image(image, side, crop) for image in images])
+  tokenizer = ImageTokenizer.load(workdir / "vqgan").in_batches(IMAGES)
+  made = tokenizer.decode(tokenizer.encode(originals))
+  decibels = psnr(originals, made)
+  rows, labels = [], []
+  for start in range(0, len(images), COLUMNS):
+    for label, pixels in (("images", originals), ("reconstructions", made)):
+      rows.append(list(pixels[start : start + COLUMNS]))
+      labels.append(label)
+  folder = workdir / stage
+  folder.mkdir(parents=True, exist_ok=True)
+  save_png(folder / SHEET, contact_sheet(rows, labels))
+  print(
+    f"reconstructions: the image tokenizer of {source} reconstructs {len(images)} of your images "
+    f"with {decibels:.1f} dB ({folder / SHEET}).",
+    flush=True,
+  )
+  if decibels < MIN_PSNR.value:
+    raise UserError(
+      f"the image tokenizer of {source} reconstructs your images with {decibels:.1f} dB, below "
+      f"--min_psnr = {MIN_PSNR.value:g} ({folder / SHEET} shows them): train one on your images, "
+      "with --own_image_tokenizer and another --workdir."
+    )
+
+
+def psnr(images: np.ndarray, reconstructions: np.ndarray) -> float:
+  """Returns the mean PSNR of images in dB. Both arguments are uint8 [n, H, W, 3]."""
+  import numpy as np
+
+  errors = (images.astype(np.float64) - reconstructions) ** 2 / 255**2
+  # An exact reconstruction counts as an error of one level in one value.
+  least = 1 / (255**2 * images[0].size)
+  return float(np.mean(-10 * np.log10(np.maximum(errors.mean((1, 2, 3)), least))))
