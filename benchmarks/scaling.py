@@ -105,8 +105,8 @@ class Scaling:
       for s in (self.predicted, size)
     )
     tokens = self.tokens_per_parameter * largest * (own / largest) ** self.tokens_power
-    slots = base.train.global_batch_size * base.data.sequence_length
-    fields["train.steps"] = math.ceil(tokens / slots)
+    per_step = base.train.global_batch_size * base.data.sequence_length
+    fields["train.steps"] = math.ceil(tokens / per_step)
     return fields
 
   def size_fields(self, base: Settings, size: Size) -> dict:

@@ -14,7 +14,7 @@ DATA = mutants_of(
   ("sentinels_from_1", "[vocab.mask(i) for i in", "[vocab.mask(i + 1) for i in"),
   ("eoss_left_out", "np.arange(start, end), [length + len(spans)]]", "np.arange(start, end)]"),
   "cm3leon_jax/data/rows/plan.py",
-  "tests/data/rows/plan_test.py::test_shares_are_shares_of_slots",
+  "tests/data/rows/plan_test.py::test_shares_are_shares_of_positions",
   ("shares_equal", "= used[source] / shares[source]", "= used[source]"),
   "tests/data/rows/plan_test.py::test_plans_follow_from_seed_source_pass_and_unit",
   ("passes_alike", "(seed, source, pass_)).", "(seed, source))."),

@@ -49,8 +49,8 @@ EVALUATION = mutants_of(
   "cm3leon_jax/scenes/judge/facts.py",
   (
     "more_objects_than_named_are_right",
-    '"count": len(found) == len(slots)',
-    '"count": len(found) >= len(slots)',
+    '"count": len(found) == len(expected)',
+    '"count": len(found) >= len(expected)',
   ),
   "cm3leon_jax/scenes/judge/answers.py",
   "tests/scenes/judge/answers_test.py::test_a_completion_keeps_the_given_half",
