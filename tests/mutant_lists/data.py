@@ -32,7 +32,7 @@ DATA = mutants_of(
     "rng.permutation(num_candidates)[:wanted].tolist()",
     "list(range(num_candidates))[:wanted]",
   ),
-  ("spans_without_room", "min(num_spans, (limit - total) // cm3.OVERHEAD)", "num_spans"),
+  ("spans_without_space", "min(num_spans, (limit - total) // cm3.OVERHEAD)", "num_spans"),
   "tests/data/rows/plan_test.py::test_rates_of_drops",
   ("neighbors_never_dropped", ">= config.neighbor_dropout", ">= 0"),
   "tests/data/rows/sample_plan_test.py::test_the_number_of_spans_is_poisson",

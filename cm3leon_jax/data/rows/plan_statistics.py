@@ -80,7 +80,7 @@ def typical_length(store: Bank | DocumentStore) -> int:
   return int(np.median([int(x.sum()) + len(x) for x in lengths]))
 
 
-def room_for_neighbors(source: RowSource, config: DataConfig) -> str:
+def space_for_neighbors(source: RowSource, config: DataConfig) -> str:
   """Returns a warning if a typical document and K neighbors do not fit into a row, else ""."""
   assert source.bank is not None
   document, neighbor = typical_length(source.store), typical_length(source.bank)

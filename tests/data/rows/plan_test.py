@@ -13,7 +13,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource, Units, pack_best_fit
-from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, room_for_neighbors
+from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, space_for_neighbors
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.messages import refused
 
@@ -74,12 +74,12 @@ def test_heldout_rows_have_the_best_neighbors_and_nothing_random(sources, sampli
 def test_typical_neighbors_that_do_not_fit_are_reported():
   paper = DataConfig(neighbor_sampling="paper", num_neighbors=3)
   pairs, _ = synthetic_sources(2_000, 1_024)
-  assert room_for_neighbors(pairs, paper) == (
+  assert space_for_neighbors(pairs, paper) == (
     "3 neighbors of typically 1,050 tokens and a document of 1,050 do not fit into 4,096 "
     "positions: only 2 neighbors fit, and rows omit the others."
   )
-  assert room_for_neighbors(pairs, DataConfig(num_neighbors=2)) == ""
-  assert room_for_neighbors(synthetic_sources(2_000, 256)[0], paper) == ""
+  assert space_for_neighbors(pairs, DataConfig(num_neighbors=2)) == ""
+  assert space_for_neighbors(synthetic_sources(2_000, 256)[0], paper) == ""
 
 
 def test_rates_of_drops(sources):
