@@ -32,8 +32,8 @@ _SEED = flags.DEFINE_integer("judge_seed", 0, "Seed of the scenes and of their d
 
 CONFIG = ScenesConfig(rare_objects=len(RARE))
 # Name -> kind of change -> strength. "blur" is a standard deviation in pixels, "noise" and
-# "blotches" are standard deviations in steps of 8-bit pixel values, and "color" is the maximum
-# change of a channel in such steps.
+# "blotches" are standard deviations in units of 8-bit pixel values, and "color" is the maximum
+# change of a channel in such units.
 DEGRADED = {
   "as rendered": {},
   "blur 0.8": {"blur": 0.8},

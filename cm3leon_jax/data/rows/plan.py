@@ -129,14 +129,14 @@ class SampleGenerators(threading.local):
     self._generator = np.random.Generator(self._philox)
     self._state: Any = self._philox.state  # Any: the type stub rejects a tuple as the counter.
 
-  def at(self, key: np.ndarray, unit: int, stream: int = 0) -> np.random.Generator:
-    """Returns a generator at the start of the random stream (key, unit, stream).
+  def at(self, key: np.ndarray, unit: int, number: int = 0) -> np.random.Generator:
+    """Returns a generator at the start of the random sequence (key, unit, number).
 
     The generator is valid until the next call in this thread. Philox is a function of a key, [2]
-    uint64, and a counter (Salmon et al. 2011). Random streams never overlap if the high words
-    of their counters differ.
+    uint64, and a counter (Salmon et al. 2011). Random sequences never overlap if the high
+    words of their counters differ.
     """
-    self._state["state"] = {"key": key, "counter": (0, 0, unit, stream)}
+    self._state["state"] = {"key": key, "counter": (0, 0, unit, number)}
     self._philox.state = self._state
     return self._generator
 
