@@ -1,4 +1,4 @@
-"""Measures how held-out bits and the share of right images improve with training FLOPs.
+"""Measures how held-out bits and the share of correct images improve with training FLOPs.
 
   python -m benchmarks.scaling --workdir=workdir/scaling
 
@@ -199,7 +199,7 @@ def measure(settings: Settings, run: pathlib.Path, corpus, condition: str, judge
 
   Returns:
     "bits": [n] bits of each image in `corpus`, after its neighbor if the condition is "neighbors".
-    "right": for each of m judged captions, whether the sample is right.
+    "right": for each of m judged captions, whether the sample is correct.
   """
   places, count = scene_retrieval.chosen(corpus, judged), int(condition == "neighbors")
   with jax.set_mesh(create_mesh(settings.mesh)):

@@ -48,7 +48,7 @@ EVALUATION = mutants_of(
   ("weak_matches_are_objects", "name if score >= min_score else UNKNOWN", "name"),
   "cm3leon_jax/scenes/judge/facts.py",
   (
-    "more_objects_than_named_are_right",
+    "more_objects_than_named_are_correct",
     '"count": len(found) == len(expected)',
     '"count": len(found) >= len(expected)',
   ),

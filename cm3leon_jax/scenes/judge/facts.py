@@ -39,7 +39,7 @@ class SceneVerdict:
     found: objects that the image shows, in the order of the places.
     holds: kind of fact -> whether all facts of this kind hold. A kind that the caption does not
       name is absent. `object` holds if the image and the caption have the same names. `count` holds
-      if the total number of objects is right. For `color` and `place`, which includes relations,
+      if the total number of objects is correct. For `color` and `place`, which includes relations,
       see `check`.
   """
 
@@ -54,9 +54,10 @@ def check(found: Sequence[Found], clauses: Sequence[dict]) -> SceneVerdict:
 
   Each object of the caption is compared with a found object of the same name. If there are several,
   the assignment with the fewest errors in color, place and relations is used. If the number of
-  found objects is right, a missing object is compared with a found object of another name, so that
-  color and place are still judged. A clause has "class" and "count". It also has "color", "place"
-  and "position" if the caption states them. "position" is [relation, index of the other clause].
+  found objects is correct, a missing object is compared with a found object of another name, so
+  that color and place are still judged. A clause has "class" and "count". It also has "color",
+  "place" and "position" if the caption states them. "position" is [relation, index of the other
+  clause].
   """
   expected = [clause for clause in range(len(clauses)) for _ in range(clauses[clause]["count"])]
   filled = [*found, *[None] * (len(expected) - len(found))]

@@ -83,7 +83,7 @@ def compare(
       [7 8 9], [7 8 9], [7 5 9]: the third computation is wrong in shard 1, which it computed on
       device (1 + 2) mod 3 = 0
     on 2 devices, which are rolled by 0, 1 and 0 places:
-      [5 8], [7 4], [5 8]: unconfirmed. Device 0 is always wrong here; [7 8] would be right.
+      [5 8], [7 4], [5 8]: unconfirmed. Device 0 is always wrong here; [7 8] would be correct.
 
   `computations` contains the fingerprints of each computation by part, as numpy arrays. For
   `tolerance`, see `fingerprint.equal`.
