@@ -3,8 +3,8 @@
   OMP_WAIT_POLICY=passive python -m benchmarks.continuous
 
 Generates images with the model `scenes`, 8 at a time, without and with retrieved documents. Runs of
-the two methods alternate. In the column "in step", continuous batching refills all slots together,
-so all samples start together. In "out of step", it ends a sample and admits the next one every few
+the two methods alternate. In the column "together", continuous batching refills all slots at once,
+so all samples start together. In "staggered", it ends a sample and admits the next one every few
 steps.
 """
 
@@ -93,9 +93,9 @@ def measure(model: CM3Leon, requests: list[Request]) -> str:
   """Measures all methods and returns a row of the table."""
   generator, count = model.pipeline.generator, len(requests)
   tokens = model.pipeline.settings.vqgan.image_tokens + 1
-  in_step = ContinuousGenerator(generator, _SLOTS.value, _CHUNK.value)
+  together = ContinuousGenerator(generator, _SLOTS.value, _CHUNK.value)
   # A chunk this long ends one sample, and then the next request is admitted.
-  out_of_step = ContinuousGenerator(generator, _SLOTS.value, max(1, tokens // _SLOTS.value))
+  staggered = ContinuousGenerator(generator, _SLOTS.value, max(1, tokens // _SLOTS.value))
   seconds, others = [], []
   for _ in range(_RUNS.value + 1):
     start = clocks()
@@ -106,8 +106,8 @@ def measure(model: CM3Leon, requests: list[Request]) -> str:
     def finished(i, tokens, expected=expected):
       others.append(not np.array_equal(tokens, expected[i]))
 
-    for engine in (in_step, out_of_step):
-      seconds[-1].append(run_batch(engine, requests, engine is out_of_step, finished))
+    for engine in (together, staggered):
+      seconds[-1].append(run_batch(engine, requests, engine is staggered, finished))
   seconds = np.array(seconds[1:])  # The first run compiles, so omit its time.
   cells = []
   for i, wall in enumerate(seconds[:, :, 0].T):
@@ -123,9 +123,7 @@ def main(_) -> None:
   model = CM3Leon.load(_MODEL.value, batch_size=_SLOTS.value)
   print("Images/s of `generate` and of a batch whose queue is never empty: median (range).")
   print("Ratios to the alternating run of `generate`: medians in wall-clock, processor time.")
-  print(
-    "| documents | prompt tokens | `generate` | in step | ratio | out of step | ratio | differ |"
-  )
+  print("| documents | prompt | `generate` | together | ratio | staggered | ratio | differ |")
   print("|---|---|---|---|---|---|---|---|")
   for retrieve in map(int, _RETRIEVE.value):
     row = measure(model, requests_of(model, _IMAGES.value, retrieve))

@@ -194,7 +194,7 @@ def measure_pipeline(repetitions: int, documents: int = 4_000, rows: int = 400) 
         return read_rows(loader, i * rows, rows)
 
       def planned_tokens(window: int, plan=loader.plan) -> int:
-        return sum(sample.slots for row in plan.window(window + 1) for sample in row)
+        return sum(sample.num_positions for row in plan.window(window + 1) for sample in row)
 
       rate = measure(f"pipeline, {codes} codes", "tokens", read_tokens, repetitions)
       planning = measure("  its plan", "tokens", planned_tokens, repetitions)

@@ -76,8 +76,8 @@ def step_bytes(params, image_head: bool, prompts) -> float:
   block_bytes = sum(x.nbytes for x in jax.tree.leaves(params["blocks"]))
   head_bytes = (VOCAB.image_size if image_head else VOCAB.size) * MODEL.width * 4
   unconditional = len(request_lib.unconditional_prompt(VOCAB))
-  slots = sum(len(p) + unconditional + NEW_TOKENS for p in prompts)
-  return block_bytes + head_bytes + 2 * MODEL.num_layers * slots * MODEL.width * 4
+  cached = sum(len(p) + unconditional + NEW_TOKENS for p in prompts)
+  return block_bytes + head_bytes + 2 * MODEL.num_layers * cached * MODEL.width * 4
 
 
 def prefill_seconds(params, prompts, repeats: int = 9) -> tuple[float, int]:

@@ -7,8 +7,8 @@ which costs milliseconds per matrix product when another process uses a core.
 `OMP_WAIT_POLICY=passive`, set before torch is imported, prevents this.
 """
 
-# B prompts, R = 2B rows (conditional, then unconditional), P prompt slots, I new tokens, L length,
-# T = P + I cache slots, K layers, D width, N heads, H head size, V vocabulary.
+# B prompts, R = 2B rows (conditional, then unconditional), P tokens of a padded prompt, I new
+# tokens, L length, T = P + I cache entries, K layers, D width, N heads, H head size, V vocabulary.
 
 from collections.abc import Sequence
 import functools
@@ -57,33 +57,33 @@ class TorchDecoder:
       self.layers.append([_linear(w, product, rows) for w in (qkv, *others)])
     self.head = _linear(self.embed, product, rows)
 
-  def empty_cache(self, rows: int, slots: int):
+  def empty_cache(self, rows: int, entries: int):
     """Returns uninitialized keys and values, [2, K, R, N, T, H]."""
     return torch.empty(
-      2, self.config.num_layers, rows, self.config.num_heads, slots, self.config.head_dim
+      2, self.config.num_layers, rows, self.config.num_heads, entries, self.config.head_dim
     )
 
-  def __call__(self, tokens, positions, mask, cache, slot: int):
-    """Reads L tokens per row into slots [slot, slot + L), and returns logits after the last token.
+  def __call__(self, tokens, positions, mask, cache, entry: int):
+    """Reads L tokens per row into the cache, and returns the logits after the last token.
 
     Args:
       tokens: [R, L] int64.
       positions: [R, L] int64, index of each token within its sample.
-      mask: [R, 1, L or 1, slot + L] fp32, added to the scores.
+      mask: [R, 1, L or 1, entry + L] fp32, added to the scores.
       cache: result of `empty_cache`, written in place.
-      slot: first slot to write.
+      entry: first cache entry to write.
 
     Returns:
       [R, V] fp32.
     """
     rows, length = tokens.shape
-    end, width = slot + length, self.config.width
+    end, width = entry + length, self.config.width
     x = (self.embed[tokens] + self.positions[positions]).view(-1, width)
     norm = functools.partial(F.layer_norm, normalized_shape=(width,), eps=1e-5)
     for layer, (qkv, out, up, down) in enumerate(self.layers):
       heads = qkv(norm(x)).view(rows, length, 3, self.config.num_heads, self.config.head_dim)
       q, k, v = heads.permute(2, 0, 3, 1, 4)
-      cache[0, layer, :, :, slot:end], cache[1, layer, :, :, slot:end] = k, v
+      cache[0, layer, :, :, entry:end], cache[1, layer, :, :, entry:end] = k, v
       keys, values = cache[:, layer, :, :, :end]
       attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
       x = x + out(attended.transpose(1, 2).reshape(-1, width))
@@ -101,15 +101,15 @@ def _linear(weight, product: str, rows: int):
   return lambda x: F.linear(x, weight)
 
 
-def pad_left(prompts: Sequence[np.ndarray], slots: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-  """Pads prompts on the left; returns [R, slots] int32 ids and a bool mask, False for padding."""
+def pad_left(prompts: Sequence[np.ndarray], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+  """Pads prompts on the left; returns [R, length] int32 ids and a bool mask, False for padding."""
   tokens, valid = (
-    np.full((len(prompts), slots), pad, np.int32),
-    np.zeros((len(prompts), slots), bool),
+    np.full((len(prompts), length), pad, np.int32),
+    np.zeros((len(prompts), length), bool),
   )
   for row, prompt in enumerate(prompts):
-    tokens[row, slots - len(prompt) :] = prompt
-    valid[row, slots - len(prompt) :] = True
+    tokens[row, length - len(prompt) :] = prompt
+    valid[row, length - len(prompt) :] = True
   return tokens, valid
 
 
@@ -152,17 +152,17 @@ def torch_loop(
   @torch.inference_mode()
   def run(prompts, seed):
     rows = [*prompts, *[unconditional_prompt(vocab)] * len(prompts)]
-    slots = max(map(len, rows))
-    tokens, valid = map(torch.from_numpy, pad_left(rows, slots, vocab.pad))
+    longest = max(map(len, rows))
+    tokens, valid = map(torch.from_numpy, pad_left(rows, longest, vocab.pad))
     lengths = valid.sum(1)
     # Finite, because the result of a padding query, which sees no key, would otherwise be NaN.
     hidden = torch.finfo(torch.float32).min
-    mask = torch.zeros(len(rows), 1, 1, slots + new_tokens)
-    mask[..., :slots].masked_fill_(~valid[:, None, None], hidden)
-    causal = torch.ones(slots, slots, dtype=torch.bool).tril()
-    prompt_mask = mask[..., :slots].masked_fill(~causal, hidden)
+    mask = torch.zeros(len(rows), 1, 1, longest + new_tokens)
+    mask[..., :longest].masked_fill_(~valid[:, None, None], hidden)
+    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+    prompt_mask = mask[..., :longest].masked_fill(~causal, hidden)
     cache, generator = (
-      model.empty_cache(len(rows), slots + new_tokens),
+      model.empty_cache(len(rows), longest + new_tokens),
       torch.Generator().manual_seed(seed),
     )
     positions = (valid.cumsum(1) - 1).clamp(min=0)
@@ -172,9 +172,9 @@ def torch_loop(
       ids = sample_ids(logits, sampling, generator)
       sampled[:, t] = ids
       if t + 1 < new_tokens:
-        end = slots + t + 1
+        end = longest + t + 1
         logits = model(
-          ids.repeat(2)[:, None], (lengths + t)[:, None], mask[..., :end], cache, slots + t
+          ids.repeat(2)[:, None], (lengths + t)[:, None], mask[..., :end], cache, longest + t
         )
     return sampled.numpy()
 
@@ -206,8 +206,8 @@ def transformers_generate(
 
   @torch.inference_mode()
   def run(prompts, seed):
-    slots = max(map(len, prompts))
-    tokens, valid = map(torch.from_numpy, pad_left(prompts, slots, vocab.pad))
+    longest = max(map(len, prompts))
+    tokens, valid = map(torch.from_numpy, pad_left(prompts, longest, vocab.pad))
     negative = torch.from_numpy(np.stack([unconditional_prompt(vocab)] * len(prompts)))
     torch.manual_seed(seed)
     ids = model.generate(
@@ -224,6 +224,6 @@ def transformers_generate(
       max_new_tokens=new_tokens,
       cache_implementation="static",
     )
-    return ids[:, slots:].numpy()
+    return ids[:, longest:].numpy()
 
   return run

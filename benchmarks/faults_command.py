@@ -64,23 +64,23 @@ def _seen(folder: pathlib.Path) -> dict:
 
 
 def _damaged(folder: pathlib.Path, fault: Fault, flags: tuple[str, ...], expected: dict) -> dict:
-  """Runs the command on a damaged workdir, and judges its result."""
+  """Runs the command on a damaged workdir, and checks its result."""
   before = _seen(folder)
   process = faults_run.Process.command(folder, "train", *FLAGS, *flags)
   resumed = faults_kill.seconds_to_step(folder, process, fault.good or 0)
   code = process.wait()
   if code == REFUSED:
     unchanged = _seen(folder) == before and "error: " in process.log
-    return {**faults_damage.judge(fault, None, True, process.log), "unchanged": unchanged}
+    return {**faults_damage.compare(fault, None, True, process.log), "unchanged": unchanged}
   found = faults_run.result_of(folder)
   same = code == 0 and not faults_run.differing(found, expected)
   lines = [line for line in faults_run.logged(folder) if line.get("event") == "resumed"]
   step = lines[-1]["from_step"] if lines else 0
-  return {**faults_damage.judge(fault, step, same, process.log), "seconds_to_resume": resumed}
+  return {**faults_damage.compare(fault, step, same, process.log), "seconds_to_resume": resumed}
 
 
 def _full_disk(folder: pathlib.Path, rng: np.random.Generator, expected: dict) -> dict:
-  """Runs the command on a full disk, then on a disk with free space, and judges both results."""
+  """Runs the command on a full disk, then on a disk with free space, and checks both results."""
   largest = max(path.stat().st_size for path in faults_damage.files_of(folder / "train"))
   most = int(200 * (largest / 200) ** rng.random())
   process = faults_run.Process.command(folder, "train", *FLAGS, most_bytes=most)

@@ -1,6 +1,6 @@
-"""Part `damage` of `benchmarks.faults`: damages checkpoints, and judges how the run continues.
+"""Part `damage` of `benchmarks.faults`: damages checkpoints, and checks how the run continues.
 
-`damage(folder, kind, rng)` damages one or more of the three checkpoints of a copied run. `judge`
+`damage(folder, kind, rng)` damages one or more of the three checkpoints of a copied run. `compare`
 compares what the run does with the requirements. The run must go back to the newest undamaged
 checkpoint and name the damaged one, or refuse to start. It must never start from step 0, or from
 arrays that differ from the saved arrays.
@@ -143,7 +143,7 @@ def full_disk(most_bytes: int):
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def judge(fault: Fault, step: int | None, same: bool, message: str) -> dict:
+def compare(fault: Fault, step: int | None, same: bool, message: str) -> dict:
   """Compares the behavior of a run after a fault with the required behavior.
 
   Args:
@@ -197,7 +197,7 @@ class Trainer:
     (folder / "metrics" / "metrics.jsonl").write_text("".join(lines))
 
   def resume(self, folder: pathlib.Path, checked: bool = True) -> tuple[int | None, bool, str]:
-    """Continues as `decoder.train` does; returns `step`, `same` and `message` for `judge`."""
+    """Continues as `decoder.train` does; returns `step`, `same` and `message` for `compare`."""
     import jax
 
     from cm3leon_jax.training.config import TrainConfig
@@ -261,14 +261,14 @@ def trials(root: pathlib.Path, seed: int, count: int) -> None:
 
 def _one(trainer: Trainer, folder: pathlib.Path, kind: str, rng: np.random.Generator) -> dict:
   if kind != "disk full while saving":
-    return judge(damage(folder, kind, rng), *trainer.resume(folder))
+    return compare(damage(folder, kind, rng), *trainer.resume(folder))
   noticed = trainer.fill_disk(folder, rng)  # False: the disk had space for all files.
   fault = Fault(kind, (MORE, *STEPS[::-1]), int(noticed), ())
-  return {**judge(fault, *trainer.resume(folder)), "named": noticed}
+  return {**compare(fault, *trainer.resume(folder)), "named": noticed}
 
 
 def _control(trainer: Trainer, made: pathlib.Path, copy: pathlib.Path, rng) -> dict:
-  """Flips bits in arrays and restores them without digests; `judge` must then find wrong arrays."""
+  """Flips bits in arrays and restores them without digests; `compare` must find wrong arrays."""
   wrong = 0
   for _ in range(10):
     shutil.rmtree(copy, ignore_errors=True)
@@ -277,7 +277,7 @@ def _control(trainer: Trainer, made: pathlib.Path, copy: pathlib.Path, rng) -> d
     flip_bit(largest, rng)
     fault = Fault("bit flip", STEPS[::-1], 1, ())
     with contextlib.suppress(ValueError):  # TensorStore itself detects some flips.
-      wrong += judge(fault, *trainer.resume(copy, checked=False))["outcome"] == "wrong"
+      wrong += compare(fault, *trainer.resume(copy, checked=False))["outcome"] == "wrong"
   return {"trials": 10, "wrong": wrong}
 
 

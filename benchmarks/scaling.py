@@ -1,4 +1,4 @@
-"""Measures how held-out bits and the share of right images improve with training FLOPs.
+"""Measures how held-out bits and the share of correct images improve with training FLOPs.
 
   python -m benchmarks.scaling --workdir=workdir/scaling
 
@@ -105,8 +105,8 @@ class Scaling:
       for s in (self.predicted, size)
     )
     tokens = self.tokens_per_parameter * largest * (own / largest) ** self.tokens_power
-    slots = base.train.global_batch_size * base.data.sequence_length
-    fields["train.steps"] = math.ceil(tokens / slots)
+    per_step = base.train.global_batch_size * base.data.sequence_length
+    fields["train.steps"] = math.ceil(tokens / per_step)
     return fields
 
   def size_fields(self, base: Settings, size: Size) -> dict:
@@ -199,7 +199,7 @@ def measure(settings: Settings, run: pathlib.Path, corpus, condition: str, judge
 
   Returns:
     "bits": [n] bits of each image in `corpus`, after its neighbor if the condition is "neighbors".
-    "right": for each of m judged captions, whether the sample is right.
+    "right": for each of m judged captions, whether the sample is correct.
   """
   places, count = scene_retrieval.chosen(corpus, judged), int(condition == "neighbors")
   with jax.set_mesh(create_mesh(settings.mesh)):

@@ -261,7 +261,7 @@ def markdown(result: dict) -> str:
 def _levels_table(name: str, images: dict, result: dict) -> list[str]:
   series, measures = images["series"], [("bits", "bits an image", ".2f")]
   if images["judged"]:
-    measures.append(("right", "wholly right", ".1%"))
+    measures.append(("right", "wholly correct", ".1%"))
   columns = [
     (f"{title}, {result['labels'][c]}", {level["size"]: level for level in of[measure]}, form)
     for measure, title, form in measures
@@ -337,7 +337,7 @@ def describe_ratio(row: dict) -> str:
 
 
 def plot(result: dict, path: str | os.PathLike) -> None:
-  """Plots bits and shares of right images over FLOPs. Lines are laws, rings are predictions."""
+  """Plots bits and shares of correct images over FLOPs. Lines are laws, rings are predictions."""
   flops = {s["size"]: s["flops"] for s in result["sizes"]}
   figure = Figure(figsize=(4.4 * len(result["images"]), 6.4), layout="constrained")
   axes = figure.subplots(2, len(result["images"]), squeeze=False)
@@ -358,7 +358,7 @@ def plot(result: dict, path: str | os.PathLike) -> None:
         _plot_levels(lower, flops, of["right"], style)
     upper.set_title(f"{IMAGES[name]} ({images['documents']} images)", fontsize=10)
     upper.set(xscale="log", yscale="log", ylabel="held-out bits an image")
-    lower.set(xscale="log", xlabel="training FLOPs", ylabel="share judged wholly right")
+    lower.set(xscale="log", xlabel="training FLOPs", ylabel="share judged wholly correct")
     lower.set_visible(bool(images["judged"]))
     upper.legend(frameon=False, fontsize=8)
     for axis in (upper, lower):

@@ -4,9 +4,9 @@
 
 The model is the name of a bundle, its folder, or the workdir of a run. Writes results.json and
 table.md, whose numbers are in the card of the bundled model. rare.png shows images of rare objects
-that the judge called right, next to the true icons. examples.png shows samples of the object whose
-share of right images is the median. All samples use the settings that the model stores. Takes about
-10 minutes on two cores.
+that the judge called correct, next to the true icons. examples.png shows samples of the object
+whose share of correct images is the median. All samples use the settings that the model stores.
+Takes about 10 minutes on two cores.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -174,7 +174,7 @@ def judged(asked: Sequence[Asked], images, neighbors: Sequence[str]) -> list[dic
 
 
 def ranking(model: CM3Leon, asked: Sequence[Asked], count: int, seed: int) -> list[dict]:
-  """Generates `count` images of each rare object; sorts objects by the share of right images."""
+  """Generates `count` images of each rare object; sorts objects by the share of correct images."""
   shares = np.zeros(len(asked))
   for i in range(count):
     images, _ = draw(model, asked, seed + 1_000 * (i + 1))

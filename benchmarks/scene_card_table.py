@@ -70,7 +70,7 @@ def markdown(result: dict) -> str:
   """Formats the results as Markdown tables."""
   groups = result["groups"]
   lines = [
-    "| captions | wholly right | a lookup | captions that stand in training |",
+    "| captions | wholly correct | a lookup | captions that stand in training |",
     "|---|---|---|---|",
   ]
   for group, found in groups.items():
@@ -79,11 +79,11 @@ def markdown(result: dict) -> str:
     lines.append(f"| {' | '.join(cells)} |")
   columns = {
     "neighbor": "its document is found",
-    "right": "wholly right",
+    "right": "wholly correct",
     "clear": "the same, shapes that score 0.90 or more",
     "object": "the object is drawn",
     "at_neighbor": "the object, at the neighbor's place alone",
-    "copied": "the neighbor itself would be right",
+    "copied": "the neighbor itself would be correct",
   }
   lines += ["", f"| rare objects | {' | '.join(columns.values())} |", "|---" * 7 + "|"]
   for group in ("rare", "rare elsewhere"):
@@ -97,7 +97,7 @@ def markdown(result: dict) -> str:
   lines += [
     "",
     f"Of {len(result['ranking'])} rare objects, ordered by the share of {count} images that is "
-    f'right, the middle one is "{middle["object"]}": {middle["share"]:.0%}.',
+    f'correct, the middle one is "{middle["object"]}": {middle["share"]:.0%}.',
     "",
   ]
   return "\n".join(lines)

@@ -3,7 +3,7 @@
   python -m benchmarks.scene_judge --images=700
 
 The thresholds in cm3leon_jax/scenes/judge/judge.py were chosen with these numbers. The first
-columns are shares of images that are judged right in all facts: for the image's own caption, and
+columns are shares of images that are judged correct in all facts: for the image's own caption, and
 for captions in which one fact of some kind is changed. The last column is the score that 99% of the
 objects exceed.
 """
@@ -32,8 +32,8 @@ _SEED = flags.DEFINE_integer("judge_seed", 0, "Seed of the scenes and of their d
 
 CONFIG = ScenesConfig(rare_objects=len(RARE))
 # Name -> kind of change -> strength. "blur" is a standard deviation in pixels, "noise" and
-# "blotches" are standard deviations in steps of 8-bit pixel values, and "color" is the maximum
-# change of a channel in such steps.
+# "blotches" are standard deviations in units of 8-bit pixel values, and "color" is the maximum
+# change of a channel in such units.
 DEGRADED = {
   "as rendered": {},
   "blur 0.8": {"blur": 0.8},
@@ -141,8 +141,8 @@ def measure_wrong(count: int, seed: int) -> dict[str, dict[str, float]]:
   """Judges incorrect images for their captions; half of the scenes have rare objects.
 
   Returns:
-    kind -> {"right": share of images judged right, "recognized": share of images in which an object
-    is recognized}.
+    kind -> {"right": share of images judged correct, "recognized": share of images in which an
+    object is recognized}.
   """
   rng, made, facts = np.random.default_rng(seed), {}, []
   for i in range(count):
@@ -174,7 +174,7 @@ def main(argv) -> None:
   images = np.stack([drawings.render(scene) for scene in made])
   rng = np.random.default_rng(_SEED.value)
   kinds = ("object", "color", "count", "relation", "place")
-  print(f"| images | PSNR (dB) | right | {' | '.join(kinds)} | least score | s |")
+  print(f"| images | PSNR (dB) | correct | {' | '.join(kinds)} | least score | s |")
   print("|---" * (len(kinds) + 5) + "|")
   for name, strength in DEGRADED.items():
     changed = degraded(images, rng, **strength)
@@ -186,7 +186,7 @@ def main(argv) -> None:
     cells += [f"{errors['changed'][kind]['right']:.1%}" for kind in kinds]
     cells += [f"{np.percentile(scores, 1):.2f}", f"{seconds:.1f}"]
     print(f"| {' | '.join(cells)} |", flush=True)
-  print("\n| image of | judged right | an object is recognized |\n|---|---|---|")
+  print("\n| image of | judged correct | an object is recognized |\n|---|---|---|")
   for kind, shares in measure_wrong(_IMAGES.value, _SEED.value).items():
     print(f"| {kind} | {shares['right']:.1%} | {shares['recognized']:.1%} |")
 

@@ -171,7 +171,7 @@ def judge(settings: Settings, params: dict, workdir: pathlib.Path, corpus, place
     count: number of neighbors before a caption, 0 or 1.
 
   Returns:
-    For each caption, whether its image is right in all facts, and the [I] codes of the image.
+    For each caption, whether its image is correct in all facts, and the [I] codes of the image.
   """
   made = Pipeline.load(Run(workdir, settings), params, batch_size=settings.evaluation.batch_size)
   columns = [(count, settings.sampling)]

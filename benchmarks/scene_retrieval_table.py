@@ -13,6 +13,7 @@ COMPARISONS = (
   ("neighbors/true", "tokens/none"),
   ("neighbors/true", "documents/none"),
 )
+MEASURES = {"bits": "bits an image code", "right": "wholly correct", "copied": "ink copied"}
 NAMES = {"true": "true neighbor", "shuffled": "another's neighbor", "none": "no neighbor"}
 
 
@@ -133,10 +134,10 @@ def markdown(result: dict) -> str:
       f"**{name}**: {subset['documents']} held-out scenes of {subset['concepts']} concepts, "
       f"{subset['judged']} of them judged. {subset['found']:.1%} have a neighbor. It shows the "
       "objects of "
-      f"{copier['neighbor_shows_the_objects']:.1%}; copied whole, it is right for "
+      f"{copier['neighbor_shows_the_objects']:.1%}; copied whole, it is correct for "
       f"{copier['right']:.1%}; the originals have {copier['original_copied']:.1%} of its ink.",
       "",
-      _row(("decoder", "after", "bits an image code", "wholly right", "neighbor's ink copied")),
+      _row(("decoder", "after", "bits an image code", "wholly correct", "neighbor's ink copied")),
       _row(["---"] * 5),
     ]
     levels = subset["levels"]
@@ -174,7 +175,7 @@ def _difference_row(d: dict, result: dict) -> str:
 
   return _row(
     (
-      {"bits": "bits an image code", "right": "wholly right", "copied": "ink copied"}[d["measure"]],
+      MEASURES[d["measure"]],
       f"({side(d['first'])}) - ({side(d['second'])})",
       format(d["mean"] / scale, form),
       _ends((d["low"], d["high"]), scale, form),

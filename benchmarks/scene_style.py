@@ -57,7 +57,7 @@ GROUPS = {
   "common": "common, in another combination",
 }
 # Thin icons look alike in both styles and are excluded. With a limit of 0.7, the classifier is
-# right on 99% of reconstructions.
+# correct on 99% of reconstructions.
 MOST_KEPT = 0.7  # Maximum ink of an outlined icon, relative to the filled icon.
 LEAST_INK = 0.25  # Minimum ink of an image, relative to the outlined drawing.
 SHOWN = 16  # Number of captions in samples.png.

@@ -10,7 +10,7 @@ TITLES = {
   "outlined": "outlined",
   "neither": "nearly blank",
   "recognized": "best fit is the object",
-  "color": "place and color right",
+  "color": "place and color correct",
   "neighbor": "neighbor shows it",
 }
 
@@ -81,11 +81,12 @@ def markdown(result: dict) -> str:
   """Formats the result of `summarize` as Markdown."""
   right = ", ".join(
     f"{measured['right']:.1%} of the {style} images (best fit is the object "
-    f"{measured['recognized']:.1%}, place and color right {measured['color']:.1%})"
+    f"{measured['recognized']:.1%}, place and color correct {measured['color']:.1%})"
     for style, measured in result["classifier"].items()
   )
   lines = [
-    f"Reconstructions of {result['captions']} held-out scenes: the classifier is right on {right}.",
+    f"Reconstructions of {result['captions']} held-out scenes: the classifier is correct on "
+    f"{right}.",
     f"Of the codes of outlined icons, training has {result['known']['codes']:.1%}, of whole icons "
     f"{result['known']['drawings']:.1%}.",
     f"Seeds of the runs: {', '.join(str(run['seed']) for run in result['runs'])}.",

@@ -8,9 +8,9 @@ Starts the server as a user does, and sends requests over HTTP in three ways:
   --slots. `generate` also retrieves documents and computes CLIP scores, like the server. Prints the
   ratio of the two rates in wall-clock time and in processor time, which depends less on other work
   on the machine.
-- `mixed`: clients request images, streams, edits, infills, captions and answers with Poisson
+- `mixed`: clients request images, event streams, edits, infills, captions and answers with Poisson
   arrivals, first from this server and then from one that decodes one sample at a time (--slots=1).
-- `killed`: clients disconnect in the middle of a stream.
+- `killed`: clients disconnect in the middle of an event stream.
 
 Server and `generate` share the machine: on a GPU, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
@@ -200,7 +200,7 @@ async def mixed(url: str, rate: float, count: int, image: Given) -> dict:
 
 
 async def killed(url: str, count: int) -> dict:
-  """Disconnects clients during a stream; returns the work that the server still has 3 s later."""
+  """Disconnects clients during an event stream; returns the work that is left 3 s later."""
   async with httpx.AsyncClient(base_url=url, timeout=600) as client:
 
     async def leave(i: int) -> int:

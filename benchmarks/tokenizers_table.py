@@ -13,7 +13,7 @@ BASE = "restarts"
 # Measure -> (title, format).
 MEASURES = {
   "psnr_db": ("PSNR (dB)", "{:.2f}"),
-  "reconstructed_scenes_right": ("reconstructions right", "{:.1%}"),
+  "reconstructed_scenes_right": ("reconstructions correct", "{:.1%}"),
   "codebook_perplexity": ("perplexity", "{:.0f}"),
   "used": ("codes used", "{:.1%}"),
   "bits_per_pixel": ("bits per pixel", "{:.4f}"),

@@ -68,7 +68,7 @@ def mutated(mutant: Mutant, text: str) -> str:
   return result
 
 
-def judge(code: int, output: str) -> tuple[str, str]:
+def verdict_of(code: int, output: str) -> tuple[str, str]:
   """Returns verdict and detail of a run of `pytest -x`, given its exit code and output.
 
   A failing test or fixture kills the mutant. It is invalid if a file cannot be collected, or if the
@@ -143,7 +143,7 @@ def run(
     except subprocess.TimeoutExpired:
       verdict, detail = INVALID, f"no end within {timeout} s"
     else:
-      verdict, detail = judge(result.returncode, result.stdout)
+      verdict, detail = verdict_of(result.returncode, result.stdout)
   return Outcome(verdict, detail, time.monotonic() - start, slow)
 
 

@@ -90,7 +90,7 @@ def test_what_cannot_be_made_is_refused(old, new, message):
 )
 def test_only_a_failed_test_kills(code, output, verdict):
   log = "ERROR    absl:checkpoint.py:219 a line of a captured log"
-  assert mutants.judge(code, f"{log}\n== short test summary info ==\n{output}")[0] == verdict
+  assert mutants.verdict_of(code, f"{log}\n== short test summary info ==\n{output}")[0] == verdict
 
 
 @pytest.mark.slow

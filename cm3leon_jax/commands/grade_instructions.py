@@ -75,7 +75,7 @@ def _grade(
       found = grades.answer_all(world, pipeline, task, records[task.name], retrieve)
       answers[task.name][title] = found
       right = sum(answer.right for answer in found)
-      print(f"{title}: {task.name} {right} of {len(found)} right", flush=True)
+      print(f"{title}: {task.name} {right} of {len(found)} correct", flush=True)
   for task, world in judged:
     answers[task.name] |= grades.without_model(
       world, task, records[task.name], pipeline.image_tokenizer, settings

@@ -126,7 +126,7 @@ class Grammar:
     begins, in_text, after_image = (
       document & (place == p) for p in (SEGMENT_START, IN_TEXT, AFTER_IMAGE)
     )
-    # A text token must leave room for `</s>`; a `<break>` must leave room for a token and `</s>`.
+    # A text token must leave space for `</s>`; a `<break>` must leave space for a token and `</s>`.
     may = {
       "text": ((kind == TEXT) & (left > 0)) | ((begins | in_text) & (left >= 2)),
       "image": (kind == CODES) | (document & (place > 0)) | (begins & (left > self.image_tokens)),

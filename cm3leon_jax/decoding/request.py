@@ -259,8 +259,8 @@ def _check_segment(vocab: VocabLayout, image_tokens: int, segment: Pieces) -> No
       if piece.codes < 1 if image else piece.most_text < 1:
         kind, what = ("an image", "a code or more") if image else ("a text", "a token or more")
         raise UserError(
-          f"a mask has room for {piece.codes} codes and {piece.most_text} tokens of text: "
-          f"a mask in {kind} needs room for {what}."
+          f"a mask has space for {piece.codes} codes and {piece.most_text} tokens of text: "
+          f"a mask in {kind} needs space for {what}."
         )
     elif image != bool(vocab.is_image(np.asarray(piece)).all()) and len(piece):
       raise UserError(

@@ -1,6 +1,6 @@
-"""Computes means of dependent samples. The 95% confidence intervals resample whole groups."""
+"""Computes means of dependent observations. The 95% confidence intervals resample whole groups."""
 
-# n samples, G groups.
+# n observations, G groups.
 
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -25,18 +25,18 @@ def mean_interval(
     sums = [2, 4, 9], weights = [1, 1, 1], groups = ["fox", "fox", "cat"]
     result = {"mean": 5.0, "low": 3.0, "high": 9.0, "groups": 2, "effective_groups": 1.8}
 
-  Samples of one group (e.g. of one concept, or of one prompt) resemble each other. Therefore a
-  resample draws G groups with replacement and takes all samples of each drawn group.
+  Observations of one group (e.g. of one concept, or of one prompt) resemble each other. Therefore a
+  resample draws G groups with replacement and takes all observations of each drawn group.
 
   A percentile interval over few groups is too narrow. Therefore its level is raised (expanded
   percentile interval: Hesterberg, "What Teachers Should Know About the Bootstrap", 2015). The level
   depends on the effective number of groups.
 
   Args:
-    sums: [n] a number for each sample, or the paired difference of two numbers.
+    sums: [n] a number for each observation, or the paired difference of two numbers.
     weights: [n] positive numbers. If `sums` are sums over tokens, use the numbers of tokens. For a
       plain mean, use ones.
-    groups: [n] the group of each sample, as a name or an integer id.
+    groups: [n] the group of each observation, as a name or an integer id.
 
   Returns:
     {"mean", "low", "high", "groups", "effective_groups"}. If there is only one group, `low` and

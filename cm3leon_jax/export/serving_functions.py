@@ -133,9 +133,9 @@ class Functions:
     self, weights: Named, streams: list[Tokens], plan: Plan, max_new_tokens: Size, capacity: Size
   ) -> LoopState:
     """Computes the cache for the prompts of S streams, longest stream first. See `loop.prefill`."""
-    slots = [x.shape[1] for x in streams]
-    wide = [jnp.pad(x, ((0, 0), (slots[0] - x.shape[1], 0))) for x in streams]  # <pad> is 0.
-    rows = jnp.reshape(jnp.stack(wide, axis=1), (-1, slots[0]))
+    widths = [x.shape[1] for x in streams]
+    wide = [jnp.pad(x, ((0, 0), (widths[0] - x.shape[1], 0))) for x in streams]  # <pad> is 0.
+    rows = jnp.reshape(jnp.stack(wide, axis=1), (-1, widths[0]))
     # The token after a prompt is the first code of an image if the plan has an image. A text token
     # would have another position.
     codes = jnp.repeat((plan[:, :, 0] == CODES).any(axis=1), len(streams))
@@ -144,7 +144,7 @@ class Functions:
       jnp.concatenate([rows, after[:, None]], axis=1), self.vocab, self.model.align_images
     )
     # The last token of a prompt is the input of the first decoding step, not of the prefill.
-    # Therefore the slots are shifted by one here.
+    # Therefore the tokens are shifted by one here.
     before = ((0, 0), (1, 0))
     read = jnp.pad(rows[:, :-1], before)
     prompts = Prompts(
@@ -156,7 +156,7 @@ class Functions:
       last_positions=positions[:, -2],
       next_positions=positions[:, -1],
     )
-    static = self._static(tuple(slots), max_new_tokens, (capacity,))
+    static = self._static(tuple(widths), max_new_tokens, (capacity,))
     return loop_lib.prefill(self._decoder(weights).model, prompts, plan, static)
 
   def prefill(

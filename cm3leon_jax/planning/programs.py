@@ -150,7 +150,7 @@ def guided_decoder(
   cache per device). These parameters are the blocks and the image rows of the output table.
 
   Raises:
-    UserError: `positions` leaves no room for a prompt, or the prompts are not evenly divisible
+    UserError: `positions` leaves no space for a prompt, or the prompts are not evenly divisible
       among the devices.
   """
   vocab, image_tokens = settings.vocab, settings.vqgan.image_tokens
@@ -159,7 +159,7 @@ def guided_decoder(
   if words < 1:
     raise UserError(
       f"--decode_positions is {positions}, but an image and its end take {image_tokens + 1} "
-      "positions: increase it to leave room for a prompt."
+      "positions: increase it to leave space for a prompt."
     )
   rng = np.random.default_rng(0)
   captions = rng.integers(vocab.num_special, vocab.text_size, (prompts, words), np.int32)

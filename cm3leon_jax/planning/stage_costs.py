@@ -67,7 +67,7 @@ def estimate(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
     return amount / rate / 3600
 
   yield Cost("prepare_data", cores(pairs, INGESTED), 0.0, f"{INGESTED} images/s a core")
-  basis = f"a sample of {MERGED / 1e6:g} million characters, on one host (docs/large_data.md)"
+  basis = f"a subset of {MERGED / 1e6:g} million characters, on one host (docs/large_data.md)"
   yield Cost("train_text_tokenizer", MERGED_SECONDS / 3600, 0.0, basis)
   images = settings.vqgan.steps * settings.vqgan.batch_size
   flops = 3 * (encode + decode)

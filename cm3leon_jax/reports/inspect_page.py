@@ -1,6 +1,6 @@
 """Renders training rows as one HTML page: a ribbon per row, and its samples in reading order."""
 
-# L slots of a row, H height and W width of an image, C codes of an image.
+# L positions of a row, H height and W width of an image, C codes of an image.
 
 from collections.abc import Sequence
 import dataclasses
@@ -284,12 +284,14 @@ def sample_context(view: SampleView, decoder: PageDecoder) -> dict:
     f"{show(int(n))} of weight {w:g}"
     for w, n in zip(*np.unique(sample.weights[1:], return_counts=True))
   ]
+  stop = sample.start + sample.num_positions
+  first, last = int(sample.positions.min()), int(sample.positions.max())
   task = view.origin.task
   facts = [
     *([("task", task.name)] if task else []),
     ("segment id", show(sample.segment_id)),
-    ("slots", f"{show(sample.start)} to {show(sample.start + sample.slots - 1)}"),
-    ("positions", f"{show(int(sample.positions.min()))} to {show(int(sample.positions.max()))}"),
+    ("positions in the row", f"{show(sample.start)} to {show(stop - 1)}"),
+    ("positions in the sample", f"{show(first)} to {show(last)}"),
     ("tokens", show(len(sample.tokens))),
     ("targets", ", ".join(weights[::-1])),
     ("group", document.group or "none"),
@@ -305,8 +307,8 @@ def sample_context(view: SampleView, decoder: PageDecoder) -> dict:
 
 
 def fill(rows: list[RowView]) -> float:
-  """Returns the share of the rows' slots that are not padding."""
-  used = sum(view.sample.slots for row in rows for view in row.samples)
+  """Returns the share of the rows' positions that are not padding."""
+  used = sum(view.sample.num_positions for row in rows for view in row.samples)
   return used / sum(len(row.loss_weights) for row in rows)
 
 

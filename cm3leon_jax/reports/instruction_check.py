@@ -38,7 +38,7 @@ def check_instruction(
   vocab: VocabLayout,
   length: int,
 ) -> tuple[int, int]:
-  """Checks that a sample has its record's tokens and the right loss weights.
+  """Checks that a sample has its record's tokens and the correct loss weights.
 
   The sample must not have the dropped segments. Returns the half-open range of the target in the
   sample, found from the tokens of the sample, not from the plan.

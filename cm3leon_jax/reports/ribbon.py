@@ -1,6 +1,6 @@
 """Computes the coordinates of a drawing of a row: parts, documents, moved spans, loss weights."""
 
-# L slots of a row.
+# L positions of a row.
 
 from collections.abc import Iterable
 import itertools
@@ -24,29 +24,30 @@ def runs(values: Iterable[float]) -> list[tuple[int, int, float]]:
 
 
 def ribbon(row: RowView) -> dict:
-  """Returns the coordinates of a row's drawing, in slots.
+  """Returns the coordinates of a row's drawing, in positions of the row.
 
-  A slot shows its input token. The last token of a sample is only predicted, so it has no slot.
+  A position shows its input token. The last token of a sample is only predicted, so it has no
+  position.
 
   Returns:
     A dict with these entries:
 
-    - length, used: number of slots of the row, and number of slots before the padding.
-    - samples: (first slot, number of slots, segment id, key) of each sample.
-    - weights: (first slot, number of slots, weight divided by the row's largest weight) of each run
-      of equal weights other than 0.
+    - length, used: number of positions of the row, and number of positions before the padding.
+    - samples: (first position, number of positions, segment id, key) of each sample.
+    - weights: (first position, number of positions, weight divided by the row's largest weight) of
+      each run of equal weights other than 0.
     - parts: one dict per part, with x, width, kind, span, title.
     - owners: one dict per neighbor or document, with x, width, role.
-    - moves: (slot of the sentinel that replaces a span, middle slot of the moved span, span).
+    - moves: (position of the sentinel that replaces a span, middle of the moved span, span).
   """
   largest = max(1.0, float(row.loss_weights.max()))
   samples = [
-    (v.sample.start, v.sample.slots, v.sample.segment_id, v.origin.document.key)
+    (v.sample.start, v.sample.num_positions, v.sample.segment_id, v.origin.document.key)
     for v in row.samples
   ]
   return {
     "length": len(row.loss_weights),
-    "used": sum(v.sample.slots for v in row.samples),
+    "used": sum(v.sample.num_positions for v in row.samples),
     "samples": samples,
     "weights": [(x, n, w / largest) for x, n, w in runs(row.loss_weights.tolist()) if w],
     "parts": [part for view in row.samples for part in _parts(view)],
@@ -58,10 +59,11 @@ def ribbon(row: RowView) -> dict:
 def _parts(view: SampleView) -> list[dict]:
   sample, result = view.sample, []
   for part in view.parts:
-    first, stop = sample.start + part.start, sample.start + min(part.stop, sample.slots)
+    first = sample.start + part.start
+    stop = sample.start + min(part.stop, sample.num_positions)
     if first < stop:
       owner = view.owner_name(part.segment) if part.kind != "special" else "special token"
-      title = f"{owner}: {part.kind}, slots {first} to {stop - 1}{', infill' * part.moved}"
+      title = f"{owner}: {part.kind}, positions {first} to {stop - 1}{', infill' * part.moved}"
       result.append(
         {"x": first, "width": stop - first, "kind": part.kind, "span": part.span, "title": title}
       )
@@ -78,7 +80,7 @@ def _owners(view: SampleView) -> list[dict]:
   return [
     {
       "x": view.sample.start + low,
-      "width": min(high, view.sample.slots) - low,
+      "width": min(high, view.sample.num_positions) - low,
       "role": "neighbor" if owner < len(view.origin.neighbors) else "document",
     }
     for owner, (low, high) in bounds.items()

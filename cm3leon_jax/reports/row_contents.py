@@ -1,6 +1,6 @@
 """Reads training rows for inspection: contents from the arrays, origins from the plan."""
 
-# L slots of a row, n documents, C candidates of each.
+# L positions of a row, n documents, C candidates of each.
 
 import dataclasses
 
@@ -144,7 +144,8 @@ def read_row(loader: RowLoader, scores: np.ndarray | None, number: int) -> RowVi
     origin = find_origin(loader, scores, placement)
     try:
       if "sources" in row:
-        _check_source(row["sources"][sample.start : sample.start + sample.slots], placement)
+        stop = sample.start + sample.num_positions
+        _check_source(row["sources"][sample.start : stop], placement)
       views.append(view_sample(sample, origin, loader.vocab, loader.plan.config.sequence_length))
     except ValueError as error:
       raise ValueError(f"row {number}, segment id {sample.segment_id}: {error}") from error
@@ -153,7 +154,7 @@ def read_row(loader: RowLoader, scores: np.ndarray | None, number: int) -> RowVi
 
 def _check_source(marks: np.ndarray, placement: Placement) -> None:
   if (marks != placement.source + 1).any():
-    raise ValueError(f"its slots are marked with the sources {sorted(set(marks.tolist()))}.")
+    raise ValueError(f"its positions are marked with the sources {sorted(set(marks.tolist()))}.")
 
 
 def view_sample(sample: RowSample, origin: Origin, vocab: VocabLayout, length: int) -> SampleView:

@@ -1,6 +1,6 @@
 """Splits a training row into samples, and samples into parts, using only the arrays of the row."""
 
-# L slots of a row, T tokens of a sample.
+# L positions of a row, T tokens of a sample.
 
 import dataclasses
 
@@ -21,11 +21,11 @@ class RowSample:
 
   Attributes:
     segment_id: number of the sample in the row, from 1.
-    start: first slot. Slot `start + t` reads token t and predicts token t + 1.
-    tokens: [T] int32. They take T - 1 slots.
+    start: first position in the row. Position `start + t` reads token t and predicts token t + 1.
+    tokens: [T] int32. They take T - 1 positions of the row.
     weights: [T] float32 loss weights of the tokens as targets. The first token is never a target,
       so its weight is 0.
-    positions: [T - 1] int32 positions of the slots.
+    positions: [T - 1] int32 positions in the sample, as in the row's array `positions`.
   """
 
   segment_id: int
@@ -35,7 +35,8 @@ class RowSample:
   positions: np.ndarray
 
   @property
-  def slots(self) -> int:
+  def num_positions(self) -> int:
+    """Number of positions that the sample takes in the row."""
     return len(self.tokens) - 1
 
 
@@ -93,7 +94,7 @@ def split_row(
     positions = positions_of(tokens, vocab, align_images)[:-1]
     fault = _sample_fault(cut, positions, vocab) if number else _padding_fault(cut, vocab.pad)
     if fault:
-      raise ValueError(f"slots {start} to {stop - 1} (segment id {number}): {fault}")
+      raise ValueError(f"positions {start} to {stop - 1} (segment id {number}): {fault}")
     if number:
       weights = np.concatenate([np.zeros(1, np.float32), cut["loss_weights"]])
       samples.append(RowSample(number, start, tokens, weights, positions))
@@ -106,7 +107,7 @@ def _sample_fault(cut: dict[str, np.ndarray], positions: np.ndarray, vocab: Voca
   if not ((inputs == before) | hidden).all():
     return "a target is not the next input."
   if not np.array_equal(cut["positions"], positions):
-    return f"positions do not count from {positions[0]}."
+    return f"positions in the sample do not count from {positions[0]}."
   if not (np.isfinite(cut["loss_weights"]) & (cut["loss_weights"] >= 0)).all():
     return "a loss weight is negative or not finite."
   return ""
@@ -175,7 +176,7 @@ def check_sample(
   """Checks that a sample has exactly the tokens of its documents.
 
   `documents` are the neighbors in order, then the document itself. A sample that fills the row of
-  `length` (L) slots, T = L + 1, may lack its last tokens. Returns the number of missing tokens.
+  `length` (L) positions, T = L + 1, may lack its last tokens. Returns the number of missing tokens.
 
   Raises:
     ValueError: a token or the length is wrong. The message names the first wrong token, or both

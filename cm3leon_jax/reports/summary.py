@@ -57,7 +57,7 @@ def lookup(summary: Any, path: str) -> Any:
   return value
 
 
-def judge(summary: dict, headline: Headline) -> dict:
+def compare(summary: dict, headline: Headline) -> dict:
   """Compares a headline figure with its target.
 
   A figure with a confidence interval meets the target only if the whole interval meets it.
@@ -221,7 +221,7 @@ def collect(workdir: epath.PathLike) -> dict:
 
   Returns a JSON-serializable dict: one section per finished stage, with its numbers and `seconds`;
   `train.log`; `samples.clip_score`; `total_seconds`; `unfinished`, the stages that have not
-  finished; and `headlines` (`judge`).
+  finished; and `headlines` (`compare`).
 
   Raises:
     UserError: the workdir does not exist, or a file in it is damaged.
@@ -251,7 +251,7 @@ def collect(workdir: epath.PathLike) -> dict:
     summary[JUDGED] = found
   summary["total_seconds"] = round(sum(seconds.values()), 1)
   summary["unfinished"] = [folder for folder in expected_stages(workdir) if folder not in seconds]
-  summary["headlines"] = [judge(summary, headline) for headline in headlines(summary)]
+  summary["headlines"] = [compare(summary, headline) for headline in headlines(summary)]
   return plain(summary)
 
 

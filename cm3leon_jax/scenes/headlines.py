@@ -7,26 +7,28 @@ from cm3leon_jax.evaluation.headlines import NEIGHBORS, RETRIEVAL, Headline
 # Headline figures of runs with judged scenes. Shares of samples are those at the best guidance
 # weight.
 SCENE_HEADLINES = (
-  Headline("Reconstructions judged right", "vqgan.reconstructed_scenes_right", ">=", 0.9),
+  Headline("Reconstructions judged correct", "vqgan.reconstructed_scenes_right", ">=", 0.9),
   Headline(
-    "New combinations of known parts, wholly right",
+    "New combinations of known parts, wholly correct",
     "evaluation.scenes.best.scene.share",
     ">=",
     0.25,
   ),
   Headline(
-    "New combinations whose claims no training caption makes, wholly right",
+    "New combinations whose claims no training caption makes, wholly correct",
     "evaluation.scenes.best.new_claims.share",
     ">",
     "evaluation.scenes.best.lookup.new_claims",
     "the best training image",
   ),
-  Headline("Single objects, wholly right", "evaluation.scenes.best.single_object.share", ">=", 0.5),
-  Headline("Color right", "evaluation.scenes.best.color.share", ">=", 0.8),
-  Headline("Number of objects right", "evaluation.scenes.best.count.share", ">=", 0.8),
-  Headline("Place right", "evaluation.scenes.best.place.share", ">=", 0.8),
   Headline(
-    "Best guidance minus guidance 1, wholly right", "evaluation.scenes.gain.share", ">=", 0.05
+    "Single objects, wholly correct", "evaluation.scenes.best.single_object.share", ">=", 0.5
+  ),
+  Headline("Color correct", "evaluation.scenes.best.color.share", ">=", 0.8),
+  Headline("Number of objects correct", "evaluation.scenes.best.count.share", ">=", 0.8),
+  Headline("Place correct", "evaluation.scenes.best.place.share", ">=", 0.8),
+  Headline(
+    "Best guidance minus guidance 1, wholly correct", "evaluation.scenes.gain.share", ">=", 0.05
   ),
   *RETRIEVAL,
   *NEIGHBORS,
@@ -34,14 +36,14 @@ SCENE_HEADLINES = (
 # Headline figures of runs with graded answers to instructions about scenes.
 TUNED_HEADLINES = (
   Headline(
-    "Answers right, mean of four kinds of questions", "grades.means.questions.after", ">=", 0.8
+    "Answers correct, mean of four kinds of questions", "grades.means.questions.after", ">=", 0.8
   ),
-  Headline("Is it there, yes or no: right", "grades.tasks.exists.after.right.share", ">=", 0.85),
-  Headline("Captions wholly right", "grades.tasks.describe.after.right.share", ">=", 0.6),
-  Headline("Edits wholly right, mean of four kinds", "grades.means.edits.after", ">=", 0.5),
+  Headline("Is it there, yes or no: correct", "grades.tasks.exists.after.right.share", ">=", 0.85),
+  Headline("Captions wholly correct", "grades.tasks.describe.after.right.share", ">=", 0.6),
+  Headline("Edits wholly correct, mean of four kinds", "grades.means.edits.after", ">=", 0.5),
   Headline("Edits that leave all else as it was", "grades.means.edits, kept.after", ">=", 0.8),
   Headline(
-    "Images for captions wholly right, after less before", "grades.gains.draw.share", ">=", -0.03
+    "Images for captions wholly correct, after less before", "grades.gains.draw.share", ">=", -0.03
   ),
 )
 

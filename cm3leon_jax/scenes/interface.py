@@ -66,7 +66,7 @@ class ScenesWorld:
     found = []
     for record, text in zip(records, texts, strict=True):
       right = answers.is_right(record, text)
-      reason = "" if right else f"right: {answers.answer_of(record)}"
+      reason = "" if right else f"correct: {answers.answer_of(record)}"
       found.append(Answer(record, "", None, text, right, reason))
     return found
 

@@ -151,7 +151,7 @@ class Engine:
     return len(self._running)
 
   def _seconds_to_wait(self) -> int:
-    """Estimates in how many seconds the queue will have room, from the measured speed."""
+    """Estimates in how many seconds the queue will have space, from the measured speed."""
     each = self._busy_seconds / self.samples if self.samples else 1.0
     samples = len(self._places) + sum(j.num_samples for j in self._incoming)
     samples += sum(o.job.num_samples - o.finished for o in list(self._open))

@@ -88,7 +88,7 @@ def chat(pipeline: Pipeline, body: schemas.Chat, text: str, image: np.ndarray | 
   name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
   length = getattr(body, name)
   if (length or 1) > most:
-    raise refusal(f"{name} is {length}; after this message there is room for {most}.", name)
+    raise refusal(f"{name} is {length}; after this message there is space for {most}.", name)
   changed: dict[str, Any] = {"length": length or min(TEXT_LENGTH, most)}
   return dataclasses.replace(task, **changed)
 

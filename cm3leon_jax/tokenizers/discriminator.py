@@ -45,7 +45,7 @@ def init_params(config: VQGANConfig, key: Key[Array, ""]) -> dict:
   return parameters.random(_structure(config)[1], key)
 
 
-def judge(config: VQGANConfig, params: dict, x: Pixels) -> Float[Array, "B h w"]:
+def scores(config: VQGANConfig, params: dict, x: Pixels) -> Float[Array, "B h w"]:
   """Applies the discriminator: pixels [B, H, W, 3] -> scores [B, h, w]."""
   return parameters.fill(*_structure(config), params)(x)
 
@@ -55,8 +55,8 @@ def hinge_loss(params: dict, config: VQGANConfig, x: Pixels, y: Pixels) -> Float
 
   Scores of x above 1, and scores of y below -1, do not contribute.
   """
-  return jnp.mean(nnx.relu(1 - judge(config, params, x))) + jnp.mean(
-    nnx.relu(1 + judge(config, params, y))
+  return jnp.mean(nnx.relu(1 - scores(config, params, x))) + jnp.mean(
+    nnx.relu(1 + scores(config, params, y))
   )
 
 

@@ -102,7 +102,7 @@ def generator_loss(
   if discriminator is not None:
 
     def not_convincing(y: Pixels) -> Float32[Array, ""]:
-      return -discriminator_lib.judge(config, discriminator, y).mean()
+      return -discriminator_lib.scores(config, discriminator, y).mean()
 
     if config.adversarial_adaptive:
       layer = params["decoder"]["conv_out"]

@@ -17,9 +17,9 @@ import numpy as np
 
 Pixels: TypeAlias = Float[Array | np.ndarray, "B H W 3"]
 NETWORK = "VGG16 with the tensor names of torchvision"
-# For each stage: index in `features` -> (input channels, output channels). A pool follows each
-# stage. The distance compares the outputs of the five stages before their pools.
-STAGES = (
+# For each block: index in `features` -> (input channels, output channels). A pool follows each
+# block. The distance compares the outputs of the five blocks before their pools.
+BLOCKS = (
   {0: (3, 64), 2: (64, 64)},
   {5: (64, 128), 7: (128, 128)},
   {10: (128, 256), 12: (256, 256), 14: (256, 256)},
@@ -33,8 +33,8 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 def tensor_shapes(calibrated: bool) -> dict[str, tuple[int, ...]]:
   """Returns tensor name -> shape. `calibrated` adds the five learned layers of LPIPS."""
   shapes: dict[str, tuple[int, ...]] = {}
-  for number, stage in enumerate(STAGES):
-    for i, (inputs, outputs) in stage.items():
+  for number, block in enumerate(BLOCKS):
+    for i, (inputs, outputs) in block.items():
       shapes[f"features.{i}.weight"] = (outputs, inputs, 3, 3)
       shapes[f"features.{i}.bias"] = (outputs,)
     if calibrated:
@@ -53,34 +53,34 @@ def without_classifier(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
 
 def is_calibrated(tensors: Mapping[str, np.ndarray]) -> bool:
   """Returns whether the tensors include a learned layer of LPIPS."""
-  return any(_calibration(number) in tensors for number in range(len(STAGES)))
+  return any(_calibration(number) in tensors for number in range(len(BLOCKS)))
 
 
 def make_params(tensors: Mapping[str, np.ndarray]) -> dict:
   """Converts the tensors of `tensor_shapes` to parameters of `distance`.
 
   Returns the HWIO kernel and the bias of each layer. If the tensors include the learned layers of
-  LPIPS, also returns the [C] `calibration` of each stage.
+  LPIPS, also returns the [C] `calibration` of each block.
   """
   params: dict = {}
-  for stage in STAGES:
-    for i in stage:
+  for block in BLOCKS:
+    for i in block:
       kernel = np.transpose(tensors[f"features.{i}.weight"], (2, 3, 1, 0))
       params[str(i)] = {"kernel": kernel, "bias": tensors[f"features.{i}.bias"]}
   if is_calibrated(tensors):
-    found = [tensors[_calibration(n)].reshape(-1) for n in range(len(STAGES))]
+    found = [tensors[_calibration(n)].reshape(-1) for n in range(len(BLOCKS))]
     params["calibration"] = {str(n): x for n, x in enumerate(found)}
   return params
 
 
 def activations(params: dict, x: Pixels) -> list[Float[Array, "B _ _ _"]]:
-  """Computes the outputs of the five stages, before their pools, for pixels in [-1, 1]."""
+  """Computes the outputs of the five blocks, before their pools, for pixels in [-1, 1]."""
   shift, scale = (jnp.array(v, jnp.float32).reshape(1, 1, 1, 3) for v in (SHIFT, SCALE))
   x, found = (x - shift) / scale, []
-  for number, stage in enumerate(STAGES):
+  for number, block in enumerate(BLOCKS):
     if number:
       x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-    for i in stage:
+    for i in block:
       layer = params[str(i)]
       x = lax.conv_general_dilated(
         x, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -91,7 +91,7 @@ def activations(params: dict, x: Pixels) -> list[Float[Array, "B _ _ _"]]:
 
 
 def distance(params: dict, x: Pixels, y: Pixels) -> Float32[Array, " B"]:
-  """Computes the sum over stages of the mean squared distance between normalized features.
+  """Computes the sum over blocks of the mean squared distance between normalized features.
 
   With the learned layers of LPIPS, the result is LPIPS. Without these layers, all channels have
   equal weights. `params` is the result of `make_params`, and pixels are in [-1, 1].

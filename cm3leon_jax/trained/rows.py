@@ -11,7 +11,7 @@ from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.instructions.rows import instruction_sources
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource
-from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, room_for_neighbors
+from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, space_for_neighbors
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.trained import base_documents
@@ -138,7 +138,7 @@ def look_at_rows(plan: RowPlan) -> dict[str, Any]:
   """Prints and returns statistics of the plan's first window. Warns if no neighbor ever fits."""
   for source in plan.sources:
     has_neighbors = source.share > 0 and source.bank is not None
-    if has_neighbors and (sentence := room_for_neighbors(source, plan.config)):
+    if has_neighbors and (sentence := space_for_neighbors(source, plan.config)):
       distributed.print_once(f"rows: {sentence}")
   statistics = plan_statistics(plan)
   tuned = any(source.instructions is not None for source in plan.sources)

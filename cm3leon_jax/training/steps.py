@@ -15,8 +15,8 @@ from cm3leon_jax.training.step.state import TrainState, eval_step, init_state, t
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.xla_options import compiler_options
 
-# Stages of a step whose fingerprints are compared, in the order in which they are computed.
-STAGES = {
+# Parts of a step whose fingerprints are compared, in the order in which they are computed.
+PARTS = {
   "read": "the state that it reads",
   "gradients": "gradients",
   "updates": "updates",
@@ -84,7 +84,7 @@ def checked_step(
   make_step: Callable[[optax.GradientTransformation], Callable],
   optimizer: optax.GradientTransformation,
 ) -> Callable:
-  """Builds a train step that also returns the fingerprints of `STAGES`.
+  """Builds a train step that also returns the fingerprints of `PARTS`.
 
   `make_step` takes an optimizer and returns a step, (state, batch, num_sources) -> (state,
   metrics). The result is (state, batch, num_sources) -> (state, metrics, fingerprints).

@@ -18,7 +18,7 @@ from benchmarks import (
   faults_stages,
   faults_table,
 )
-from benchmarks.faults_damage import Fault, judge
+from benchmarks.faults_damage import Fault, compare
 
 PACKAGE = "/anywhere/cm3leon_jax"
 ROOT = pathlib.Path(faults.__file__).parents[1] / "cm3leon_jax"
@@ -122,11 +122,11 @@ def test_results_differ_in_the_last_bit_of_a_loss_and_not_in_times(tmp_path):
     (0, 30, True, "harmless", 0),
   ],
 )
-def test_what_a_run_did_after_a_fault_is_judged(hit, step, same, outcome, lost):
+def test_what_a_run_did_after_a_fault_is_checked(hit, step, same, outcome, lost):
   fault = Fault("bit flip", (30, 20, 10), hit, ("checkpoints/30",))
-  found = judge(fault, step, same, "checkpoints/30/a is damaged")
+  found = compare(fault, step, same, "checkpoints/30/a is damaged")
   assert (found["outcome"], found["steps_lost"], found["named"]) == (outcome, lost, True)
-  assert not judge(fault, step, same, "checkpoints/20/a is damaged")["named"]
+  assert not compare(fault, step, same, "checkpoints/20/a is damaged")["named"]
 
 
 def make_checkpoints(train):

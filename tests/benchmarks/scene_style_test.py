@@ -140,8 +140,8 @@ def test_the_table_in_literals():
   assert (level["mean"], level["by_run"]) == (0.875, [0.75, 1.0])
   assert 0.5 <= level["low"] < 0.875 < level["high"] <= 1
   text = scene_style_table.markdown(result)
-  both = "(best fit is the object 100.0%, place and color right 100.0%)"
-  assert f"right on 100.0% of the filled images {both}, 80.0% of the outlined" in text
+  both = "(best fit is the object 100.0%, place and color correct 100.0%)"
+  assert f"correct on 100.0% of the filled images {both}, 80.0% of the outlined" in text
   assert "training has 100.0%, of whole icons 25.0%" in text
   assert "Seeds of the runs: 0, 1." in text
   assert "| rare, never trained (4 of 3 objects) | outlined | 87.5% [" in text

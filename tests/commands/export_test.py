@@ -285,7 +285,7 @@ def test_an_export_on_a_full_disk_is_one_sentence_and_counts_as_none(exported_be
   assert bundles.read(epath.Path(target))[1] == 7
 
 
-def test_a_file_that_cannot_be_read_is_no_matter_of_room(exported_before):
+def test_a_file_that_cannot_be_read_is_no_matter_of_space(exported_before):
   path = exported_before / "text_tokenizer" / "tokenizer.json"
   path.unlink()
   with refused(UserError):

@@ -293,7 +293,7 @@ def test_growth_of_the_cache_changes_nothing(plain_generator, request):
   assert sum(reported) == max(len(r.tokens) for r in found)
 
 
-def test_rooms_double():
+def test_capacities_double():
   assert compile_lib.cache_capacities(32, 5) == (5,)
   assert compile_lib.cache_capacities(32, 257) == (128, 257)
   assert compile_lib.cache_capacities(32, 1_025) == (128, 288, 608, 1_025)

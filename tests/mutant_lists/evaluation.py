@@ -48,9 +48,9 @@ EVALUATION = mutants_of(
   ("weak_matches_are_objects", "name if score >= min_score else UNKNOWN", "name"),
   "cm3leon_jax/scenes/judge/facts.py",
   (
-    "more_objects_than_named_are_right",
-    '"count": len(found) == len(slots)',
-    '"count": len(found) >= len(slots)',
+    "more_objects_than_named_are_correct",
+    '"count": len(found) == len(expected)',
+    '"count": len(found) >= len(expected)',
   ),
   "cm3leon_jax/scenes/judge/answers.py",
   "tests/scenes/judge/answers_test.py::test_a_completion_keeps_the_given_half",

@@ -32,7 +32,7 @@ SERVING = mutants_of(
   "cm3leon_jax/serving/engine.py",
   "tests/serving/decoding_test.py",
   (
-    "places_take_no_room",
+    "places_take_no_space",
     "len(self._places) + len(self._incoming) + sum(",
     "len(self._incoming) + sum(",
   ),

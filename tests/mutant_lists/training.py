@@ -40,9 +40,9 @@ TRAINING = mutants_of(
   ("sources_counted_from_0", "jnp.arange(1, num_sources + 1,", "jnp.arange(0, num_sources,"),
   ("source_nll_unweighted", "values = (weights * nll, weights)", "values = (nll, weights)"),
   "cm3leon_jax/data/rows/loader.py",
-  f"{SOURCES_TEST}::test_a_row_names_the_source_of_each_slot",
+  f"{SOURCES_TEST}::test_a_row_names_the_source_of_each_position",
   (
-    "slots_of_other_sources",
+    "positions_of_other_sources",
     "[p.source + 1 for p in placements]",
     "[p.source for p in placements]",
   ),

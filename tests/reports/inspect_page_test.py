@@ -194,8 +194,8 @@ def test_the_facts_of_a_sample(blocks, text_tokenizer):
   _, view, decoder = blocks(pair("d", ids), dropped=True)
   assert inspect_page.sample_context(view, decoder)["facts"] == [
     ("segment id", "1"),
-    ("slots", "0 to 18"),
-    ("positions", "0 to 18"),
+    ("positions in the row", "0 to 18"),
+    ("positions in the sample", "0 to 18"),
     ("tokens", "20"),
     ("targets", "17 of weight 1, 2 of weight 0"),
     ("group", "<g>"),
@@ -249,10 +249,10 @@ def test_the_page_shows_the_settings_of_its_rows(plan, text_tokenizer, image_tok
   html = inspect_page.render(rows, plan, decoder, "c.py", "train")
   for name, value in {
     "mixture": "70% pairs, 30% texts",
-    "slots per row": "128",
+    "positions per row": "128",
     "neighbors per document": "at most 2, fixed",
     "CM3 spans per sample": "1 on average",
-    "slots used in these rows": "50.0%",
+    "positions used in these rows": "50.0%",
     "samples with spans here": "0 of 1",
   }.items():
     assert f"<dt>{name}</dt><dd>{value}</dd>" in html

@@ -227,7 +227,7 @@ def test_figures_stand_with_their_protocol(measured):
     "Protocol `mine/images`, 1,200 examples, seed 3, features by inception_tf1, cm3leon_jax 0.0.9,"
   )
   assert f"{how} commit 0123456789ab, on TPU v5e." in " ".join(card.split())
-  assert "| column | CLIP score | wholly right (%) |" in card
+  assert "| column | CLIP score | wholly correct (%) |" in card
   assert "| guidance 3 | 0.31 [0.25, 0.375] | - |" in card
   assert "The decoder took 1 min 15 s on 2 CPU cores" in card
   assert "### Not evaluated\n- Safety" in card

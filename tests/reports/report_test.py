@@ -159,10 +159,10 @@ def test_a_difference_is_met_only_with_its_whole_interval():
   headline = summary.Headline("d", "a.bits", "<", 0.0)
   for high, met in ((-0.1, True), (0.1, False)):
     found = {"a": {"bits": -1.0, "low": -2.0, "high": high}}
-    assert summary.judge(found, headline)["met"] is met
+    assert summary.compare(found, headline)["met"] is met
   absent = dict.fromkeys(("value", "interval", "met"))
   expected = {"title": "d", "relation": "< ", "target": 0.0, "note": "", **absent}
-  assert summary.judge({}, headline) == expected
+  assert summary.compare({}, headline) == expected
 
 
 @given(st.floats(-1e6, 1e6))

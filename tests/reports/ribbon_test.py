@@ -44,11 +44,11 @@ def test_runs():
   assert runs([]) == []
 
 
-def test_parts_cover_every_slot():
+def test_parts_cover_every_position():
   found = ribbon(make_view())
   assert (found["length"], found["used"]) == (28, 25)
   assert found["samples"] == [(0, 18, 1, "d"), (18, 7, 2, "d")]
-  # Parts have no gaps. The last token of a sample occupies no slot, because it is only predicted.
+  # Parts have no gaps. The last token of a sample has no position: it is only predicted.
   ends = np.cumsum([p["width"] for p in found["parts"]])
   assert [p["x"] for p in found["parts"]] == [0, *ends[:-1]]
   kinds = [(p["kind"], p["width"], p["span"]) for p in found["parts"]]
@@ -57,7 +57,7 @@ def test_parts_cover_every_slot():
   document = [("text", 1, -1), special, ("image", 4, -1), special]
   infill, dropped = [mask, ("image", 2, 0), special], [mask, special, ("image", 4, -1)]
   assert kinds == [special, *neighbor, *document, *infill, *dropped]
-  assert found["parts"][12]["title"] == "neighbor 1: image, slots 16 to 17, infill"
+  assert found["parts"][12]["title"] == "neighbor 1: image, positions 16 to 17, infill"
   assert [(o["x"], o["width"], o["role"]) for o in found["owners"]] == [
     (1, 6, "neighbor"), (8, 6, "document"), (19, 6, "document"),
   ]  # fmt: skip

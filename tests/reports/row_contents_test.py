@@ -44,7 +44,7 @@ def test_rows_of_every_kind_are_read_and_named(sources, scores):
       assert neighbor.candidates == (2 if i % 7 == 0 else 4)
 
 
-def test_rows_without_room_are_read_too(sources, scores):
+def test_rows_without_space_are_read_too(sources, scores):
   loader = RowLoader(make_plan(sources, sequence_length=20, text_share=0.5), VOCAB)
   views = views_of(loader, scores, 200)
   assert any(view.missing for view in views)

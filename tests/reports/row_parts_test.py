@@ -45,8 +45,8 @@ def test_codes_that_the_decoder_does_not_see_are_shown_all_the_same():
 def test_a_row_is_cut_into_its_samples():
   row = make_row(TOKENS, [EOS, C, EOS])
   first, second = row_parts.split_row(row, VOCAB)
-  assert (first.segment_id, first.start, first.slots) == (1, 0, 11)
-  assert (second.segment_id, second.start, second.slots) == (2, 11, 2)
+  assert (first.segment_id, first.start, first.num_positions) == (1, 0, 11)
+  assert (second.segment_id, second.start, second.num_positions) == (2, 11, 2)
   np.testing.assert_array_equal(first.tokens, TOKENS)
   np.testing.assert_array_equal(second.tokens, [EOS, C, EOS])
   np.testing.assert_array_equal(second.weights, [0, 1, 1])

@@ -116,15 +116,15 @@ def test_headlines_of_scenes_are_met_with_their_whole_interval(tmp_path):
   assert "Codebook perplexity, held-out concepts" not in lines
   met = {title: line["met"] for title, line in lines.items() if line["interval"] is not None}
   assert met == {
-    "New combinations of known parts, wholly right": True,
-    "Single objects, wholly right": False,
-    "Color right": True,
-    "Best guidance minus guidance 1, wholly right": True,
+    "New combinations of known parts, wholly correct": True,
+    "Single objects, wholly correct": False,
+    "Color correct": True,
+    "Best guidance minus guidance 1, wholly correct": True,
     "Bits per image code, true neighbors": True,
     "True minus shuffled neighbors (bits/code)": True,
     "True minus no neighbors (bits/code)": True,
   }
-  color = lines["Color right"]["interval"]
+  color = lines["Color correct"]["interval"]
   assert color == {name: BEST["color"][name] for name in color}
   assert set(color) == {"low", "high", "groups", "effective_groups"}
-  assert lines["Place right"]["value"] is None
+  assert lines["Place correct"]["value"] is None

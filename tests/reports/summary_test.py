@@ -26,7 +26,7 @@ def test_headlines_are_chosen_by_what_was_judged(found, expected):
 
 def test_a_share_of_one_scene_has_no_interval():
   headline = summary.Headline("d", "a.share", ">=", 0.5)
-  judged = summary.judge(
+  judged = summary.compare(
     {"a": {"share": 0.6, "low": None, "high": None, "groups": 1, "effective_groups": 1.0}}, headline
   )
   assert judged["interval"] is None

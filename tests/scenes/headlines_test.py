@@ -16,7 +16,7 @@ def test_headlines_of_a_tuned_run_are_found_in_its_grades():
     "means": {"questions": {"after": 0.81}, "edits": {"after": 0.4}, "edits, kept": {"after": 0.9}},
     "gains": {"draw": {"share": 0.0, "low": -0.05, "high": 0.05}},
   }
-  found = [summary.judge({"grades": grades}, line) for line in headlines.TUNED_HEADLINES]
+  found = [summary.compare({"grades": grades}, line) for line in headlines.TUNED_HEADLINES]
   assert [line["value"] for line in found] == [0.81, 0.9, 0.9, 0.4, 0.9, 0.0]
   assert [line["met"] for line in found] == [True, False, True, False, True, False]
   # 0.9 >= 0.85 and 0 >= -0.03 do not suffice: the whole interval must reach the limit.

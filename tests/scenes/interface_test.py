@@ -23,7 +23,7 @@ def test_an_edit_is_right_only_as_the_true_image():
 def test_a_wrong_text_has_the_right_one_as_its_reason():
   [one] = records_of("count", 1)
   [answer] = WORLD.judge_answer_texts([one], ["none"])
-  assert (answer.right, answer.reason) == (False, f"right: {one.texts['answer']}")
+  assert (answer.right, answer.reason) == (False, f"correct: {one.texts['answer']}")
   assert answer.true is None
 
 

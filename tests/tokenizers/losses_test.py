@@ -56,7 +56,7 @@ def test_weights_of_the_pixel_losses_count(images):
 def test_the_adaptive_weight_is_the_ratio_of_the_last_layers_gradients(images):
   """Compares with jax.grad of the whole losses, and with the maximum of 1e4."""
   params = vqgan_training.init_state(CONFIG, NUM_CODES, 0)["params"]
-  judge, x = (
+  network, x = (
     vqgan_training.init_state(CONFIG, NUM_CODES, 0)["discriminator"],
     vqgan.to_float(images),
   )
@@ -67,18 +67,18 @@ def test_the_adaptive_weight_is_the_ratio_of_the_last_layers_gradients(images):
     return np.sqrt(sum(np.square(np.float64(g)).sum() for g in leaves))
 
   rebuilt = gradient(lambda y: losses.reconstruction_loss(CONFIG, x, y))
-  convincing = gradient(lambda y: -discriminator.judge(CONFIG, judge, y).mean())
+  convincing = gradient(lambda y: -discriminator.scores(CONFIG, network, y).mean())
   assert abs(rebuilt / convincing - 1) > 0.2
 
   @functools.partial(jax.jit, static_argnums=0)
-  def adaptive(config, judge):
-    return losses.generator_loss(params, judge, config, NUM_CODES, x)[1].adaptive
+  def adaptive(config, network):
+    return losses.generator_loss(params, network, config, NUM_CODES, x)[1].adaptive
 
-  found = adaptive(CONFIG, judge)
+  found = adaptive(CONFIG, network)
   np.testing.assert_allclose(found, rebuilt / (convincing + 1e-4), rtol=1e-4)
-  deaf = jax.tree.map(jnp.zeros_like, judge)  # A discriminator whose gradient is 0.
+  deaf = jax.tree.map(jnp.zeros_like, network)  # A discriminator whose gradient is 0.
   np.testing.assert_allclose(adaptive(CONFIG, deaf), min(1e4, rebuilt / 1e-4), rtol=1e-4)
-  assert adaptive(dataclasses.replace(CONFIG, adversarial_adaptive=False), judge) == 1
+  assert adaptive(dataclasses.replace(CONFIG, adversarial_adaptive=False), network) == 1
 
 
 @pytest.mark.slow

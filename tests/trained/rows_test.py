@@ -72,11 +72,11 @@ def test_interleaved_documents_get_their_share(workdir):
 
   settings = mixed(text_share=0.2, interleaved_share=0.5)
   plan = Run(workdir, settings).rows("train").plan
-  slots = np.zeros(3)
+  filled = np.zeros(3)
   for i in range(200):
     for placement in plan.row(i):
-      slots[placement.source] += placement.slots
-  np.testing.assert_allclose(slots / slots.sum(), [0.3, 0.2, 0.5], atol=0.02)
+      filled[placement.source] += placement.num_positions
+  np.testing.assert_allclose(filled / filled.sum(), [0.3, 0.2, 0.5], atol=0.02)
   with pytest.raises(ValueError, match=r"text_share is 0\.6 and interleaved_share is 0\.5"):
     mixed(text_share=0.6, interleaved_share=0.5)
 

@@ -123,7 +123,7 @@ def loader_of(sources, mark_sources=True, **fields):
   return RowLoader(plan, VOCAB, mark_sources=mark_sources)
 
 
-def test_a_row_names_the_source_of_each_slot(sources):
+def test_a_row_names_the_source_of_each_position(sources):
   loader, plain = loader_of(sources), loader_of(sources, mark_sources=False)
   assert loader.source_names == NAMES
   assert plain.source_names == ()

@@ -28,8 +28,8 @@ def test_an_element_is_off_by_half_a_scale(dtype):
   weight = np.random.default_rng(0).normal(size=(9, 30)).astype(np.float32)
   values, scale = int8.quantize(weight, dtype)
   scale = scale.astype(np.float32)
-  room = scale / 2 + 127 * np.abs(scale - np.abs(weight).max(1, keepdims=True) / 127)
-  assert (np.abs(values * scale - weight) <= room * (1 + 1e-5)).all()
+  allowed = scale / 2 + 127 * np.abs(scale - np.abs(weight).max(1, keepdims=True) / 127)
+  assert (np.abs(values * scale - weight) <= allowed * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("width", [30, 32, 33])

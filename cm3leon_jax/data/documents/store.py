@@ -59,8 +59,8 @@ class Document:
     source, license, attribution: origin of the original work.
     group: name that near duplicates share. Documents of a group are never neighbors of each other.
       "" means no group.
-    concept: name that documents with the same content share. Such documents are not independent
-      samples. "" means no concept.
+    concept: name that documents with the same content share. Such documents are not independent.
+      "" means no concept.
     facts: JSON object with facts about the image and caption. Empty for sources without facts.
   """
 

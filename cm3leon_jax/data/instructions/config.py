@@ -294,7 +294,7 @@ class InstructionsConfig:
   """Tokens that count in the loss. `all`: every token, including the instruction, as in the paper.
   `target`: only the answer."""
   replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-  """Share of slots for the run's documents, with rows as in pretraining. Reduces forgetting."""
+  """Share of positions for the run's documents, with rows as in pretraining. Reduces forgetting."""
   least_ratio: Annotated[float, Field(gt=0)] = 0.3
   """Lower bound of a task's size in the mixture, relative to the mean size (paper: 0.3)."""
   most_ratio: Annotated[float, Field(gt=0)] = 3.0

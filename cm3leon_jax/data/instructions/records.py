@@ -16,7 +16,7 @@ class Record:
 
   Attributes:
     key: unique in its source.
-    group: for example the id of an image. Records of one group are not independent samples.
+    group: for example the id of an image. Records of one group are not independent.
     texts: dict from a name, such as "question", to a text.
     images: dict from a name to a path, pixels [H, W, 3] uint8, or an `ImageMap`, which is
       computed later.

@@ -126,7 +126,7 @@ def _encode(
     if size > most:
       target = one.stop - one.start
       wrong[i] = (
-        f"its sample has {size} tokens, of which {target} belong to {task.target}; a row has room "
+        f"its sample has {size} tokens, of which {target} belong to {task.target}; a row has space "
         f"for {most}: shorten it, or raise config.data.sequence_length."
       )
       continue

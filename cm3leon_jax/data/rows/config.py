@@ -16,7 +16,7 @@ class DataConfig:
   """Settings of training rows. If tutorial and paper differ, the defaults follow the tutorial."""
 
   sequence_length: Annotated[int, Field(ge=2)] = 4_096
-  """Number of slots of a row. The minimum, 2, fits a document of one token."""
+  """Number of positions of a row. The minimum, 2, fits a document of one token."""
   num_neighbors: NonNegativeInt = 2
   """K, the number of retrieved documents before each document with an image (paper: 3)."""
   neighbor_sampling: Literal["fixed", "paper", "uniform", "best"] = "fixed"
@@ -47,15 +47,15 @@ class DataConfig:
   neighbor_loss_weight: NonNegativeFloat = 1.0
   """Loss weight of neighbor tokens (CM3Leon: 1, RA-CM3: 0.1)."""
   text_share: Annotated[float, Field(ge=0, le=1)] = 0.7
-  """Share of slots for text-only documents."""
+  """Share of positions for text-only documents."""
   interleaved_share: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Share of slots for interleaved documents. Pairs get the remaining slots."""
+  """Share of positions for interleaved documents. Pairs get the remaining positions."""
   base_documents: NonNegativeInt = 0
   """Number of training documents of the base, the run of --init_from, that are kept for replay. Its
   held-out documents show how much the run forgets. A bundled world draws these documents again; of
   another base, all documents are read. 0: no documents of the base are used."""
   base_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-  """Share of training tokens for the documents of the base; needs `base_documents`."""
+  """Share of training positions for documents of the base; needs `base_documents`."""
   pack_window: PositiveInt = 65_536
   """Number of samples that are packed together by best fit. It bounds the planner's memory."""
   read_threads: PositiveInt = 2

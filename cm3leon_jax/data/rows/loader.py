@@ -1,6 +1,6 @@
 """Builds rows of tokens. Joins documents with neighbors, masks spans, packs samples into rows."""
 
-# B rows of a batch, L slots of a row, T tokens of a sample.
+# B rows of a batch, L positions of a row, T tokens of a sample.
 
 from collections.abc import Iterable, Iterator
 import threading
@@ -109,7 +109,7 @@ def pack_row(
   vocab: VocabLayout,
   align_images: bool = False,
 ) -> dict[str, np.ndarray]:
-  """Packs samples into one row, one after another. No slot predicts a token of another sample.
+  """Packs samples into one row, one after another. No position predicts a token of another sample.
 
     samples = ([</s> 40 </s>], [0 1 1]), ([</s> <mask:0> <break> 517], [0 0 0 1]), length 7
     inputs       = [</s> 40 </s> <mask:0> <break> <pad> <pad>]
@@ -120,7 +120,7 @@ def pack_row(
 
   Args:
     samples: pairs of tokens [T] and weights [T]. The sum of T - 1 is at most `length`.
-    length: number L of slots.
+    length: number L of positions.
     align_images: as in `positions_of`.
 
   Returns:
@@ -153,7 +153,7 @@ class RowLoader:
   """Builds rows from their plan: `loader[i]` is row i, a dict of [L] arrays, see `pack_row`.
 
   With `mark_sources`, rows have an additional field `sources`, [L] int32: the number of the source
-  of each slot, counted from 1. Padding has 0.
+  of each position, counted from 1. Padding has 0.
   """
 
   def __init__(
@@ -188,9 +188,10 @@ class RowLoader:
         row["inputs"][at : at + len(hidden) - 1][hidden[:-1]] = self.vocab.unk
         at += len(hidden) - 1
     if self.mark_sources:
-      numbers, slots = [p.source + 1 for p in placements], [p.slots for p in placements]
-      padding = config.sequence_length - sum(slots)
-      row["sources"] = np.repeat([*numbers, 0], [*slots, padding]).astype(np.int32)
+      numbers = [p.source + 1 for p in placements]
+      counts = [p.num_positions for p in placements]
+      padding = config.sequence_length - sum(counts)
+      row["sources"] = np.repeat([*numbers, 0], [*counts, padding]).astype(np.int32)
     return row
 
   def _sample(self, source: int, pass_: int, unit: int) -> SampleTokens:

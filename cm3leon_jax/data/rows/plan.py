@@ -3,8 +3,8 @@
 Planning reads the lengths of documents and their candidate neighbors, but no tokens.
 """
 
-# n documents, C candidates per document, L slots of a row. A sample of T tokens takes T - 1 slots,
-# one slot for each predicted token.
+# n documents, C candidates per document, L positions of a row. A sample of T tokens takes T - 1
+# positions, one for each predicted token.
 
 import bisect
 import collections
@@ -29,12 +29,12 @@ SCAN = 2**22  # Number of segment lengths that are read at a time.
 
 
 class Placement(typing.NamedTuple):
-  """One sample of a row: its source, pass over the source, unit, and number of slots."""
+  """One sample of a row: its source, pass over the source, unit, and number of positions."""
 
   source: int
   pass_: int
   unit: int
-  slots: int
+  num_positions: int
 
 
 @dataclasses.dataclass
@@ -42,7 +42,7 @@ class RowSource:
   """A source of training rows: documents that together have one share of the mixture.
 
   Attributes:
-    share: share of all slots. The shares of a mixture sum to 1.
+    share: share of all positions. The shares of a mixture sum to 1.
     neighbors: [n, C] int32, the candidates of each document as indices into `bank`, padded with -1.
       None if the source has no neighbors.
     instructions: targets and weights of instruction documents. None for other documents.
@@ -129,14 +129,14 @@ class SampleGenerators(threading.local):
     self._generator = np.random.Generator(self._philox)
     self._state: Any = self._philox.state  # Any: the type stub rejects a tuple as the counter.
 
-  def at(self, key: np.ndarray, unit: int, stream: int = 0) -> np.random.Generator:
-    """Returns a generator at the start of the random stream (key, unit, stream).
+  def at(self, key: np.ndarray, unit: int, number: int = 0) -> np.random.Generator:
+    """Returns a generator at the start of the random sequence (key, unit, number).
 
     The generator is valid until the next call in this thread. Philox is a function of a key, [2]
-    uint64, and a counter (Salmon et al. 2011). Random streams never overlap if the high words
-    of their counters differ.
+    uint64, and a counter (Salmon et al. 2011). Random sequences never overlap if the high
+    words of their counters differ.
     """
-    self._state["state"] = {"key": key, "counter": (0, 0, unit, stream)}
+    self._state["state"] = {"key": key, "counter": (0, 0, unit, number)}
     self._philox.state = self._state
     return self._generator
 
@@ -147,20 +147,22 @@ def pass_seeds(seed: int, source: int, pass_: int) -> tuple[np.ndarray, int]:
   return words[:2], int(words[2]) % 2**32
 
 
-def pack_best_fit(slots: Sequence[int], capacity: int) -> list[list[int]]:
+def pack_best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
   """Packs samples into rows by best fit: the longest first, each into the fullest possible row.
+
+  `lengths` are the numbers of positions that the samples take.
 
   >>> pack_best_fit([3, 6, 4, 2], 8)
   [[1, 3], [2, 0]]
   """
   rows: list[list[int]] = []
-  # Number of free slots -> the rows with that many free slots.
+  # Number of free positions -> the rows with that many free positions.
   open_rows: dict[int, list[list[int]]] = collections.defaultdict(list)
   sizes: list[int] = []  # The keys of `open_rows` in ascending order.
-  for i in sorted(range(len(slots)), key=lambda i: -slots[i]):
-    at = bisect.bisect_left(sizes, slots[i])
+  for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    at = bisect.bisect_left(sizes, lengths[i])
     row: list[int] = []
-    free = capacity
+    free = row_length
     if at == len(sizes):
       rows.append(row)
     else:
@@ -169,7 +171,7 @@ def pack_best_fit(slots: Sequence[int], capacity: int) -> list[list[int]]:
       if not open_rows[free]:
         del sizes[at], open_rows[free]
     row.append(i)
-    free -= slots[i]
+    free -= lengths[i]
     if free:
       if free not in open_rows:
         bisect.insort(sizes, free)
@@ -181,7 +183,7 @@ class RowPlan:
   """Computes which samples a row contains, for any row. Thread-safe.
 
   A plan proceeds in windows of samples. A window takes samples from the sources by their shares of
-  slots, packs them into rows by best fit, and shuffles the rows. Each window begins where the
+  positions, packs them into rows by best fit, and shuffles the rows. Each window begins where the
   previous window ends. The first access to a row therefore plans all earlier windows, unless a file
   contains the starts of these windows. The newest windows stay in memory.
   """
@@ -259,7 +261,7 @@ class RowPlan:
     return self._windows[window]
 
   def _samples(self, start: Start) -> tuple[list[Placement], list[int], list[int]]:
-    """Returns the samples of a window, and the units and slots taken per source until its end."""
+    """Returns the samples of a window, and the units and positions used per source at its end."""
     taken, used, samples = list(start.taken), list(start.used), []
     sizes, shares = [len(u) for u in self.units], [s.share for s in self.sources]
     progress = {i: used[i] / share for i, share in enumerate(shares) if share > 0}
@@ -270,17 +272,17 @@ class RowPlan:
       unit = grain.experimental.index_shuffle(
         offset, max_index=sizes[source] - 1, seed=order, rounds=4
       )
-      slots = self.plan(source, pass_, unit).length - 1
-      samples.append(Placement(source, pass_, unit, slots))
+      num_positions = self.plan(source, pass_, unit).length - 1
+      samples.append(Placement(source, pass_, unit, num_positions))
       taken[source] += 1
-      used[source] += slots
+      used[source] += num_positions
       progress[source] = used[source] / shares[source]
     return samples, taken, used
 
   def _plan_window(self, window: int) -> None:
     start = self._starts[window]
     samples, taken, used = self._samples(start)
-    rows = pack_best_fit([s.slots for s in samples], self.config.sequence_length)
+    rows = pack_best_fit([s.num_positions for s in samples], self.config.sequence_length)
     order = np.random.default_rng((self.seed, window)).permutation(len(rows))
     self._windows[window] = [[samples[i] for i in rows[r]] for r in order]
     self._starts.add(window + 1, Start(start.first_row + len(rows), tuple(taken), tuple(used)))

@@ -21,7 +21,7 @@ SPOTS = 4_096  # The fingerprint covers about this many evenly spaced values per
 
 
 class Start(typing.NamedTuple):
-  """Start of a window: its first row, and the number of earlier units and slots per source."""
+  """Start of a window: its first row, and the number of earlier units and positions per source."""
 
   first_row: int
   taken: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Computes statistics of a row plan: filled slots, shares, neighbors, drops, spans."""
+"""Computes statistics of a row plan: filled positions, shares, neighbors, drops, spans."""
 
 import collections
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ def plan_statistics(plan: RowPlan, windows: int = 1) -> dict:
 
   Returns:
     windows, rows, samples: number of each.
-    fill: share of slots that contain tokens of samples.
-    source_shares: share of each source in the filled slots.
+    fill: share of positions that contain tokens of samples.
+    source_shares: share of each source in the filled positions.
     samples_per_row, spans_per_sample: mean numbers.
     The remaining values cover only samples of sources with neighbors.
     neighbors_per_sample: mean number.
@@ -28,12 +28,12 @@ def plan_statistics(plan: RowPlan, windows: int = 1) -> dict:
     condition_drops: share of samples whose caption and neighbors were dropped.
   """
   counts: collections.Counter[str] = collections.Counter()
-  slots, rows = np.zeros(len(plan.sources), np.int64), 0
+  filled, rows = np.zeros(len(plan.sources), np.int64), 0
   for window in range(windows):
     for row in plan.window(window):
       rows += 1
       for source, pass_, unit, used in row:
-        slots[source] += used
+        filled[source] += used
         sample = plan.plan(source, pass_, unit)
         counts.update(samples=1, spans=len(sample.spans))
         if plan.sources[source].neighbors is not None:
@@ -47,8 +47,8 @@ def plan_statistics(plan: RowPlan, windows: int = 1) -> dict:
     "windows": windows,
     "rows": rows,
     "samples": counts["samples"],
-    "fill": float(slots.sum() / (rows * plan.config.sequence_length)),
-    "source_shares": (slots / slots.sum()).tolist(),
+    "fill": float(filled.sum() / (rows * plan.config.sequence_length)),
+    "source_shares": (filled / filled.sum()).tolist(),
     "samples_per_row": counts["samples"] / rows,
     "spans_per_sample": share("spans", "samples"),
     "neighbors_per_sample": share("neighbors", "retrieving"),
@@ -65,7 +65,7 @@ def describe(statistics: dict, names: Sequence[str] = ()) -> str:
     for share, name in itertools.zip_longest(statistics["source_shares"], names, fillvalue="")
   )
   return (
-    "{samples:,} samples in {rows:,} rows, {fill:.1%} of slots filled, {shares} by source; "
+    "{samples:,} samples in {rows:,} rows, {fill:.1%} of positions filled, {shares} by source; "
     "{samples_per_row:.1f} samples per row, {spans_per_sample:.2f} spans per sample; samples with "
     "retrieval: {neighbors_per_sample:.2f} neighbors per sample, {too_few_candidates:.1%} with too "
     "few candidates, {neighbors_crowded_out:.1%} of the neighbors did not fit, "
@@ -74,13 +74,13 @@ def describe(statistics: dict, names: Sequence[str] = ()) -> str:
 
 
 def typical_length(store: Bank | DocumentStore) -> int:
-  """Computes the median number of slots of at most 1,024 evenly spaced documents."""
+  """Computes the median number of positions of at most 1,024 evenly spaced documents."""
   chosen = np.linspace(0, len(store) - 1, min(len(store), TYPICAL)).astype(np.int64)
   lengths = [store.segment_lengths(int(i))[0] for i in chosen]
   return int(np.median([int(x.sum()) + len(x) for x in lengths]))
 
 
-def room_for_neighbors(source: RowSource, config: DataConfig) -> str:
+def space_for_neighbors(source: RowSource, config: DataConfig) -> str:
   """Returns a warning if a typical document and K neighbors do not fit into a row, else ""."""
   assert source.bank is not None
   document, neighbor = typical_length(source.store), typical_length(source.bank)
@@ -89,6 +89,6 @@ def room_for_neighbors(source: RowSource, config: DataConfig) -> str:
     return ""
   return (
     f"{config.num_neighbors} neighbors of typically {neighbor:,} tokens and a document of "
-    f"{document:,} do not fit into {config.sequence_length:,} slots: only {fitting} neighbors fit, "
-    "and rows omit the others."
+    f"{document:,} do not fit into {config.sequence_length:,} positions: only {fitting} neighbors "
+    "fit, and rows omit the others."
   )

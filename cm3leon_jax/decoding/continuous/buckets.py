@@ -107,7 +107,7 @@ def largest(own: Bucket, config: GeneratorConfig) -> Bucket:
   """Returns a bucket that can hold any request with S streams.
 
   `own` is the result of `bucket_of` for one such request. The first stream may use all positions.
-  The second stream has room for an image, a sentinel for each row of a box, and a few words of an
+  The second stream has space for an image, a sentinel for each row of a box, and a few words of an
   edit. The third stream is the unconditional prompt.
   """
   image = config.image_tokens

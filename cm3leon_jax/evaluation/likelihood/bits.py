@@ -82,29 +82,30 @@ def partners(concepts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
 
 
 def fit_neighbors(document: Document, neighbors: Iterable[Document], length: int) -> list[Document]:
-  """Returns as many of the first `neighbors` as fit before `document` in a row of `length` slots.
+  """Returns as many of the first `neighbors` as fit into a row before `document`.
 
-  `neighbors` are sorted, best first. A sample of T tokens takes T - 1 slots.
+  `neighbors` are sorted, best first. The row has `length` positions. A sample of T tokens takes
+  T - 1 positions.
 
   Raises:
     UserError: the document does not fit even without neighbors.
   """
-  left = length - _slots(document)
+  left = length - _num_positions(document)
   if left < 0:
     raise UserError(
-      f"held-out document '{document.key}' needs {length - left} slots; "
+      f"held-out document '{document.key}' needs {length - left} positions; "
       f"data.sequence_length is {length}."
     )
   kept = []
   for neighbor in neighbors:
-    left -= _slots(neighbor)
+    left -= _num_positions(neighbor)
     if left < 0:
       break
     kept.append(neighbor)
   return kept
 
 
-def _slots(document: Document) -> int:
+def _num_positions(document: Document) -> int:
   """Counts the tokens of a document, including the <break> or </s> after each segment."""
   return sum(len(s.tokens) + 1 for s in document.segments)
 
@@ -151,7 +152,7 @@ def score_samples(
     samples: each is [T] int32, with T <= model_config.max_positions + 1.
     batch_size: rows in a batch, see `check_batch`.
     progress: called with the number of samples that were scored since its last call.
-    length: slots of a row. Default: the slots of the longest sample, rounded up.
+    length: positions of a row. Default: those of the longest sample, rounded up.
 
   Returns:
     For each sample, the bits of its targets, [T - 1] float64.

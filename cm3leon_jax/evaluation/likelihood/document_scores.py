@@ -80,7 +80,7 @@ class Scorer:
 
   Attributes:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
-    positions: number of slots of a row in training.
+    positions: number of positions of a row in training.
     batch_size: rows in a batch, see `bits.check_batch`.
     find: returns the neighbors of each document, best first. None if documents have no neighbors.
   """
@@ -119,14 +119,14 @@ class Scorer:
     ]
 
 
-def row_length(slots: int, most: int) -> int:
-  """Rounds a number of slots up to 64, 128, 256, ... or `most`, so that few shapes are compiled.
+def row_length(positions: int, most: int) -> int:
+  """Rounds `positions` up to 64, 128, 256, ... or `most`, so that few shapes are compiled.
 
-  >>> [row_length(slots, 400) for slots in (3, 64, 65, 300)]
+  >>> [row_length(n, 400) for n in (3, 64, 65, 300)]
   [64, 64, 128, 400]
   """
   length = bits.ROW_MULTIPLE
-  while length < slots:
+  while length < positions:
     length *= 2
   return min(length, most)
 

@@ -85,11 +85,11 @@ class DocumentFile:
     digest, documents, pairs = hashlib.sha256(self.crop.encode()), 0, 0
     for where, record in progress_bar(self._records(), "check", unit="doc", delay=2, leave=False):
       digest.update(json.dumps(dataclasses.asdict(record)).encode())
-      slots = sum(len(self.layout.encode(text)) + 1 for text in texts_of(record))
+      needed = sum(len(self.layout.encode(text)) + 1 for text in texts_of(record))
       for image in images_of(record):
         digest.update(self._check_image(str(image), where))
-        slots += self.layout.image_tokens + 1
-      _check_slots(f"{where}, key '{record.key}'", slots, self.layout.positions)
+        needed += self.layout.image_tokens + 1
+      _check_length(f"{where}, key '{record.key}'", needed, self.layout.positions)
       documents += 1
       pairs += [kind for kind, _ in segments_of(record)] == ["text", "image"]
     if not documents:
@@ -183,11 +183,11 @@ class StoredDocuments:
       offsets = np.asarray(store.offsets[start : start + BLOCK + 1])
       segments = slice(offsets[0], offsets[-1])
       starts, sizes = offsets[:-1] - offsets[0], np.diff(offsets)
-      slots = np.add.reduceat(np.asarray(store.lengths[segments], np.int64) + 1, starts)
-      if len(too_long := np.flatnonzero(slots > self.layout.positions)):
+      needed = np.add.reduceat(np.asarray(store.lengths[segments], np.int64) + 1, starts)
+      if len(too_long := np.flatnonzero(needed > self.layout.positions)):
         i = int(too_long[0])
         where = f"{store.folder}, document {start + i}, key '{store[start + i].key}'"
-        _check_slots(where, int(slots[i]), self.layout.positions)
+        _check_length(where, int(needed[i]), self.layout.positions)
       is_image = np.append(store.is_image[segments], False)
       pairs += int(((sizes == 2) & ~is_image[starts] & is_image[starts + 1]).sum())
     return Checked(len(store), pairs, hashlib.sha256(self.made.encode()).hexdigest())
@@ -283,9 +283,9 @@ def read_record(line: str, where: str, key: str) -> Record:
     raise UserError(str(error)) from error
 
 
-def _check_slots(where: str, slots: int, positions: int) -> None:
-  if slots > positions:
+def _check_length(where: str, needed: int, positions: int) -> None:
+  if needed > positions:
     raise UserError(
-      f"{where}: the document takes {slots} positions; the model was trained on {positions}: "
+      f"{where}: the document takes {needed} positions; the model was trained on {positions}: "
       "shorten it, or split it."
     )

@@ -23,7 +23,7 @@ def jensen_shannon_bits(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
 
   The divergence is the information that one code gives about the set that contains it (Lin,
   "Divergence Measures Based on the Shannon Entropy", 1991). It is 0 if the frequencies are equal,
-  and 1 if the sets share no code. Two samples of one distribution differ by chance: by about
+  and 1 if the sets share no code. Two sets from one distribution differ by chance: by about
   (C - 1) (1 / n + 1 / m) / (8 ln 2) bits for n and m independent codes. Codes of one image depend
   on each other, so the actual difference is larger. Compare the result with the divergence of two
   sets of real images.

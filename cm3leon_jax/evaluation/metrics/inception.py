@@ -52,16 +52,16 @@ MEAN, MAX, HALVE = "mean", "max", "halve"
 def _mixed(name: str, *branches: list) -> tuple:
   """Builds a block of parallel branches, whose outputs are concatenated along the channels.
 
-  A branch is a list of steps. A step is a convolution, a pool, or a tuple of parallel branches. A
+  A branch is a list of layers. A layer is a convolution, a pool, or a tuple of parallel branches. A
   convolution is given as its name without "branch", followed by the other fields of `Conv`.
   """
 
-  def build(step: Any) -> Any:
-    if isinstance(step, str):
-      return step
-    if isinstance(step[0], list):
-      return tuple([build(s) for s in branch] for branch in step)
-    return Conv(f"{name}.branch{step[0]}", *step[1:])
+  def build(layer: Any) -> Any:
+    if isinstance(layer, str):
+      return layer
+    if isinstance(layer[0], list):
+      return tuple([build(s) for s in branch] for branch in layer)
+    return Conv(f"{name}.branch{layer[0]}", *layer[1:])
 
   return build(branches)
 
@@ -108,7 +108,7 @@ def _mixed_8(name: str, pool: str) -> tuple:
 
 
 _HALVING = ((3, 3), 2, "VALID")
-STEPS = [
+LAYERS = [
   Conv("Conv2d_1a_3x3", 32, *_HALVING),
   Conv("Conv2d_2a_3x3", 32, (3, 3), 1, "VALID"),
   Conv("Conv2d_2b_3x3", 64, (3, 3)),
@@ -143,15 +143,15 @@ STEPS = [
 ]  # fmt: skip
 
 
-def _kernel_shapes(steps: list, channels: int) -> tuple[dict[str, tuple[int, ...]], int]:
+def _kernel_shapes(layers: list, channels: int) -> tuple[dict[str, tuple[int, ...]], int]:
   """Returns the shape [out, in, height, width] of each kernel, and the final number of channels."""
   shapes: dict[str, tuple[int, ...]] = {}
-  for step in steps:
-    if isinstance(step, Conv):
-      shapes[step.name] = (step.channels, channels, *step.kernel)
-      channels = step.channels
-    elif isinstance(step, tuple):
-      branches = [_kernel_shapes(branch, channels) for branch in step]
+  for layer in layers:
+    if isinstance(layer, Conv):
+      shapes[layer.name] = (layer.channels, channels, *layer.kernel)
+      channels = layer.channels
+    elif isinstance(layer, tuple):
+      branches = [_kernel_shapes(branch, channels) for branch in layer]
       for found, _ in branches:
         shapes |= found
       channels = sum(after for _, after in branches)
@@ -161,7 +161,7 @@ def _kernel_shapes(steps: list, channels: int) -> tuple[dict[str, tuple[int, ...
 def tensor_shapes() -> dict[str, tuple[int, ...]]:
   """Maps the name of each tensor in PyTorch's state dict, except counters, to its shape."""
   shapes = {}
-  for name, kernel in _kernel_shapes(STEPS, 3)[0].items():
+  for name, kernel in _kernel_shapes(LAYERS, 3)[0].items():
     shapes[f"{name}.conv.weight"] = kernel
     for field in ("weight", "bias", "running_mean", "running_var"):
       shapes[f"{name}.bn.{field}"] = kernel[:1]
@@ -176,7 +176,7 @@ def make_params(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarra
     `shift` [out], all in float32.
   """
   params = {}
-  for name in _kernel_shapes(STEPS, 3)[0]:
+  for name in _kernel_shapes(LAYERS, 3)[0]:
     norm = {
       field: tensors[f"{name}.bn.{field}"].astype(np.float64)
       for field in ("weight", "bias", "running_mean", "running_var")
@@ -201,21 +201,21 @@ def _pool(x: Array, kind: str) -> Array:
   return nnx.max_pool(x, (3, 3), (2, 2), padding="VALID")
 
 
-def _run(steps: list, params: dict, x: Array) -> Array:
-  for step in steps:
-    if isinstance(step, str):
-      x = _pool(x, step)
-    elif isinstance(step, Conv):
-      layer = params[step.name]
+def _run(layers: list, params: dict, x: Array) -> Array:
+  for layer in layers:
+    if isinstance(layer, str):
+      x = _pool(x, layer)
+    elif isinstance(layer, Conv):
+      arrays = params[layer.name]
       x = lax.conv_general_dilated(
-        x, layer["kernel"], (step.stride, step.stride), step.padding,
+        x, arrays["kernel"], (layer.stride, layer.stride), layer.padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=lax.Precision.HIGHEST,  # TPUs and GPUs would use lower precision.
       )  # fmt: skip
-      scale, shift = (layer[name][None, None, None] for name in ("scale", "shift"))
+      scale, shift = (arrays[name][None, None, None] for name in ("scale", "shift"))
       x = jax.nn.relu(x * scale + shift)
     else:
-      x = jnp.concatenate([_run(branch, params, x) for branch in step], axis=-1)
+      x = jnp.concatenate([_run(branch, params, x) for branch in layer], axis=-1)
   return x
 
 
@@ -225,7 +225,7 @@ def pool3(params: dict, pixels: Float32[Array, "B 299 299 3"]) -> Float32[Array,
 
   See `make_params` for `params`, and `resize_images` for `pixels`.
   """
-  return _run(STEPS, params, pixels).mean((1, 2))
+  return _run(LAYERS, params, pixels).mean((1, 2))
 
 
 def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -49,7 +49,7 @@ METRICS = {
   ),
   "vqa_score": Metric(image_metrics.vqa_score, "VQAScore", "image", ("agreements",)),
   "copy_rate": Metric(image_metrics.copy_rate, "codes copied (%)", "image", higher_is_better=None),
-  "judged": Metric(image_metrics.judged, "wholly right (%)", "image", ("verdicts",)),
+  "judged": Metric(image_metrics.judged, "wholly correct (%)", "image", ("verdicts",)),
   "cider": Metric(text_metrics.cider, "CIDEr", "text"),
   "bleu4": Metric(text_metrics.bleu4, "BLEU-4", "text"),
   "vqa_accuracy": Metric(text_metrics.vqa_accuracy, "VQA accuracy (%)", "text"),

@@ -142,8 +142,8 @@ def padded(prompts: Sequence[Sequence[int]], following: int) -> np.ndarray:
       f"a prompt has {longest} tokens, and {following} tokens follow; together they must be at "
       f"most {ABOUT['positions']}, the longest sample in training."
     )
-  slots = -(-longest // 32) * 32
-  return np.array([[VOCAB["pad"]] * (slots - len(p)) + list(p) for p in prompts], np.int32)
+  width = -(-longest // 32) * 32
+  return np.array([[VOCAB["pad"]] * (width - len(p)) + list(p) for p in prompts], np.int32)
 
 
 def settings(

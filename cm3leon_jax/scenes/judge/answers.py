@@ -27,12 +27,12 @@ def answer_of(record: Record) -> str:
 def is_right(record: Record, answer: str) -> bool:
   """Returns whether an answer to a record of a text task is correct.
 
-    "How many stars are there?": "two", "Two." and "2" are right
+    "How many stars are there?": "two", "Two." and "2" are correct
     "Is there a cat?": only the first word counts, so "Yes, there is." is the same as "yes"
 
   `answers.normalize` normalizes answers before the comparison. A generated caption may differ from
-  the caption of the record. It is right if the image shows every object, color, place and relation
-  that the caption names, and exactly as many objects as the caption names.
+  the caption of the record. It is correct if the image shows every object, color, place and
+  relation that the caption names, and exactly as many objects as the caption names.
   """
   if record.facts["task"] == "describe":
     clauses = caption_clauses.parse(answer)

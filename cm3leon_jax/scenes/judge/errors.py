@@ -51,8 +51,8 @@ def describe(errors: dict) -> str:
     for kind, entry in errors["changed"].items()
   )
   return (
-    f"{errors['real']:.1%} of {errors['images']} images judged wholly right; with one fact changed "
-    f"{errors['changed_right']:.1%} ({kinds})"
+    f"{errors['real']:.1%} of {errors['images']} images judged wholly correct; with one fact "
+    f"changed {errors['changed_right']:.1%} ({kinds})"
   )
 
 

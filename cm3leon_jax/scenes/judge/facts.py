@@ -39,7 +39,7 @@ class SceneVerdict:
     found: objects that the image shows, in the order of the places.
     holds: kind of fact -> whether all facts of this kind hold. A kind that the caption does not
       name is absent. `object` holds if the image and the caption have the same names. `count` holds
-      if the total number of objects is right. For `color` and `place`, which includes relations,
+      if the total number of objects is correct. For `color` and `place`, which includes relations,
       see `check`.
   """
 
@@ -54,22 +54,23 @@ def check(found: Sequence[Found], clauses: Sequence[dict]) -> SceneVerdict:
 
   Each object of the caption is compared with a found object of the same name. If there are several,
   the assignment with the fewest errors in color, place and relations is used. If the number of
-  found objects is right, a missing object is compared with a found object of another name, so that
-  color and place are still judged. A clause has "class" and "count". It also has "color", "place"
-  and "position" if the caption states them. "position" is [relation, index of the other clause].
+  found objects is correct, a missing object is compared with a found object of another name, so
+  that color and place are still judged. A clause has "class" and "count". It also has "color",
+  "place" and "position" if the caption states them. "position" is [relation, index of the other
+  clause].
   """
-  slots = [clause for clause in range(len(clauses)) for _ in range(clauses[clause]["count"])]
-  filled = [*found, *[None] * (len(slots) - len(found))]
+  expected = [clause for clause in range(len(clauses)) for _ in range(clauses[clause]["count"])]
+  filled = [*found, *[None] * (len(expected) - len(found))]
   wrong = min(
     (
-      _wrong_facts(clauses, slots, chosen, any_name=len(found) == len(slots))
-      for chosen in itertools.permutations(filled, len(slots))
+      _wrong_facts(clauses, expected, chosen, any_name=len(found) == len(expected))
+      for chosen in itertools.permutations(filled, len(expected))
     ),
     key=lambda wrong: [len(wrong["name"]), len(wrong["color"]) + len(wrong["place"])],
   )
   asked = Counter({clause["class"]: 0 for clause in clauses})
-  for slot in slots:
-    asked[clauses[slot]["class"]] += 1
+  for index in expected:
+    asked[clauses[index]["class"]] += 1
   seen = Counter(thing.name for thing in found)
   reasons = [
     f"expected {asked[name]} {name}, found {seen[name]}"
@@ -77,7 +78,7 @@ def check(found: Sequence[Found], clauses: Sequence[dict]) -> SceneVerdict:
     if asked[name] != seen[name]
   ]
   reasons += [*wrong["color"], *wrong["place"]]
-  holds = {"object": set(asked) == set(seen), "count": len(found) == len(slots)}
+  holds = {"object": set(asked) == set(seen), "count": len(found) == len(expected)}
   if any("color" in clause for clause in clauses):
     holds["color"] = not wrong["color"]
   if any("place" in clause or "position" in clause for clause in clauses):
@@ -86,21 +87,21 @@ def check(found: Sequence[Found], clauses: Sequence[dict]) -> SceneVerdict:
 
 
 def _wrong_facts(
-  clauses: Sequence[dict], slots: list[int], chosen: Sequence[Found | None], any_name: bool
+  clauses: Sequence[dict], expected: list[int], chosen: Sequence[Found | None], any_name: bool
 ) -> dict[str, list]:
   """Lists the errors of one assignment of the found objects `chosen` to clauses.
 
-  `slots` has, for each chosen object, the index of its clause. If `any_name` is False, an object
+  `expected` has, for each chosen object, the index of its clause. If `any_name` is False, an object
   whose name differs from the name in its clause counts as missing.
   """
   wrong: dict[str, list] = {"name": [], "color": [], "place": []}
   groups: list[list[Found | None]] = [[] for _ in clauses]
-  for slot, thing in zip(slots, chosen):
-    clause, name = clauses[slot], clauses[slot]["class"]
+  for index, thing in zip(expected, chosen):
+    clause, name = clauses[index], clauses[index]["class"]
     if thing is None or thing.name != name:
       wrong["name"].append(name)
       thing = thing if any_name else None
-    groups[slot].append(thing)
+    groups[index].append(thing)
     for field in ("color", "place"):
       value = getattr(thing, field) if thing else "none"
       if field in clause and clause[field] != value:

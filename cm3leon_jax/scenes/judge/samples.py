@@ -233,7 +233,7 @@ def overview(result: dict) -> dict:
       title of the weight. "correct", "color", "count" and "place" are shares of all images. "scene"
       (a reason for holding out), "new_claims" (captions whose claims no training caption makes) and
       "single_object" (a category) are the shares of correct images among these images. "lookup":
-      {"scene", "new_claims": share of these captions for which a training image is right}.
+      {"scene", "new_claims": share of these captions for which a training image is correct}.
     - "gain", "bundled": as in `result`.
   """
   tables = result["tables"]

@@ -64,7 +64,7 @@ def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
     - `correct`, `object`, `color`, `count`, `place`: {share, low, high, groups, effective_groups}
       over the images whose captions name such a fact. Absent if there are no such images.
     - `lookup`: a dict with the same fields, for the share of captions for which a training image is
-      right (`baselines.Known.image`).
+      correct (`baselines.Known.image`).
   """
 
   def row(some: Sequence[Judged]) -> dict:

@@ -29,7 +29,7 @@ from cm3leon_jax.training.faults.fingerprint import (
   names_of,
 )
 from cm3leon_jax.training.step.state import TrainState
-from cm3leon_jax.training.steps import STAGES, Steps, is_checked
+from cm3leon_jax.training.steps import PARTS, Steps, is_checked
 
 MOST = 2  # A run ends after this many faults in one start. Healthy devices cause none.
 Fingerprints: TypeAlias = dict[str, Fingerprint]
@@ -54,15 +54,15 @@ class Verdict:
     undecided: whether there is an array for which no two computations agree.
     unconfirmed: whether the two computations that agree ran on the same assignment of several
       devices. If a device repeats an error, both contain it.
-    stage: the first of `STAGES` in which the computations differ.
-    arrays: indices of the arrays that differ in this stage.
-    devices: ids of the devices on which a computation was outvoted in this stage.
+    part: the first of `PARTS` in which the computations differ.
+    arrays: indices of the arrays that differ in this part.
+    devices: ids of the devices on which a computation was outvoted in this part.
   """
 
   wrong: tuple[int, ...]
   undecided: bool
   unconfirmed: bool
-  stage: str
+  part: str
   arrays: tuple[int, ...]
   devices: tuple[int, ...]
 
@@ -74,7 +74,7 @@ class Verdict:
     return 2 if self.wrong == (0,) else 0
 
 
-def judge(
+def compare(
   computations: Sequence[Fingerprints], meshes: Sequence[Mesh], tolerance: float = 0.0
 ) -> Verdict:
   """Compares three computations of a step, shard by shard, and returns which of them is wrong.
@@ -83,17 +83,17 @@ def judge(
       [7 8 9], [7 8 9], [7 5 9]: the third computation is wrong in shard 1, which it computed on
       device (1 + 2) mod 3 = 0
     on 2 devices, which are rolled by 0, 1 and 0 places:
-      [5 8], [7 4], [5 8]: unconfirmed. Device 0 is always wrong here; [7 8] would be right.
+      [5 8], [7 4], [5 8]: unconfirmed. Device 0 is always wrong here; [7 8] would be correct.
 
-  `computations` contains the fingerprints of each computation by stage, as numpy arrays. For
+  `computations` contains the fingerprints of each computation by part, as numpy arrays. For
   `tolerance`, see `fingerprint.equal`.
   """
   wrong: set[int] = set()
   undecided, repeats = False, meshes[0] == meshes[2] and meshes[0].size > 1
   first: tuple[str, tuple[int, ...], tuple[int, ...]] | None = None
-  for stage in STAGES:
+  for part in PARTS:
     a, b, c = computations
-    ab, ac, bc = (_agree(stage, *pair, tolerance) for pair in ((a, b), (a, c), (b, c)))
+    ab, ac, bc = (_agree(part, *pair, tolerance) for pair in ((a, b), (a, c), (b, c)))
     outvoted = (bc & ~(ab & ac), ac & ~(ab & bc), ab & ~(ac & bc))
     wrong |= {i for i, places in enumerate(outvoted) if places.any()}
     undecided |= bool((~ab & ~ac & ~bc).any())
@@ -103,7 +103,7 @@ def judge(
       for number, mesh in enumerate(meshes):
         places = outvoted[number] & (not (repeats and number == 1))
         devices |= dict.fromkeys(mesh.devices.flat[i].id for i in np.flatnonzero(places.any(1)))
-      first = stage, tuple(np.flatnonzero(differ.any(0)).tolist()), tuple(devices)
+      first = part, tuple(np.flatnonzero(differ.any(0)).tolist()), tuple(devices)
   unconfirmed = repeats and wrong == {1} and not undecided
   return Verdict(tuple(sorted(wrong)), undecided, unconfirmed, *(first or ("left", (), ())))
 
@@ -150,7 +150,7 @@ class Replay:
     before, self._left = jax.device_get(self._left), None
     new, metrics, prints = self._compute(0, state, batch, num_sources)
     tolerance = self._config.replay_tolerance
-    same = all(_agree(stage, prints, again, tolerance).all() for stage in STAGES)
+    same = all(_agree(part, prints, again, tolerance).all() for part in PARTS)
     if self._first_replicas is None:
       self._first_replicas = first_replicas(new, self._meshes[0])
     apart = different_replicas(prints["read"], self._first_replicas, tolerance)
@@ -185,8 +185,8 @@ class Replay:
     """
     third = self._compute(2, *spare, num_sources)
     prints = (first[2], again, third[2])
-    verdict = _agreed(judge(prints, self._meshes, self._config.replay_tolerance))
-    of_params = verdict.stage in ("gradients", "updates")
+    verdict = _agreed(compare(prints, self._meshes, self._config.replay_tolerance))
+    of_params = verdict.part in ("gradients", "updates")
     names = names_of(first[0].params if of_params else first[0])
     self._report(verdict, names)
     if verdict.majority == 0:
@@ -198,7 +198,7 @@ class Replay:
 
   def _report(self, verdict: Verdict, names: list[str]) -> None:
     """Prints the fault that was found. Raises UserError if the run must stop."""
-    what = f"{STAGES[verdict.stage]} ({_listed([names[i] for i in verdict.arrays])})"
+    what = f"{PARTS[verdict.part]} ({_listed([names[i] for i in verdict.arrays])})"
     where = "which device made the error is unknown, because it had spread to several shards"
     if len(verdict.devices) == 1:
       where = f"the error was made on {self._described(verdict.devices)[0]}"
@@ -308,9 +308,9 @@ def _agreed(verdict: Verdict) -> Verdict:
   return Verdict(**values)
 
 
-def _agree(stage: str, a: Fingerprints, b: Fingerprints, tolerance: float) -> np.ndarray:
-  """Returns, for each device and array, whether two computations agree in a stage."""
-  return equal(a[stage], b[stage], 0.0 if stage == "read" else tolerance)
+def _agree(part: str, a: Fingerprints, b: Fingerprints, tolerance: float) -> np.ndarray:
+  """Returns, for each device and array, whether two computations agree about a part."""
+  return equal(a[part], b[part], 0.0 if part == "read" else tolerance)
 
 
 def _changed(before: Fingerprint | None, now: Fingerprint) -> Places:

@@ -6,7 +6,7 @@ are sampled from: the combined guidance streams, restricted to image codes. Each
 used for one step only, so the probability ratio to the sampling policy is 1 and needs no clipping.
 """
 
-# B samples, S guidance streams, R = B x S rows, P prompt slots, I codes of an image,
+# B samples, S guidance streams, R = B x S rows, P positions of padded prompts, I codes of an image,
 # L = P + I - 1 tokens of a row, C image codes, D width.
 
 from collections.abc import Callable, Sequence
@@ -71,8 +71,8 @@ def pad_rows(
   positions and segment_ids of a `Rollout`.
   """
   longest = max(len(ids) for ids, _ in rows) - image_tokens
-  slots = -(-longest // BUCKET) * BUCKET
-  shape = (len(rows), slots + image_tokens - 1)
+  prompt_length = -(-longest // BUCKET) * BUCKET
+  shape = (len(rows), prompt_length + image_tokens - 1)
   inputs, positions = np.full(shape, pad, np.int32), np.zeros(shape, np.int32)
   segment_ids = np.zeros(shape, np.int32)
   for row, (ids, at) in enumerate(rows):

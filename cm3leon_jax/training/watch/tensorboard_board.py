@@ -13,7 +13,7 @@ from PIL import Image
 
 FOLDER = "tensorboard"
 FLUSH_SECONDS = 30
-BUCKETS = 30  # Number of equal intervals between the smallest and the largest value.
+INTERVALS = 30  # Number of equal intervals between the smallest and the largest value.
 SCALARS = (
   "loss",
   "image_loss",
@@ -103,13 +103,13 @@ def tree_histograms(params: dict) -> dict:
 
   Uses only comparisons and sums over whole arrays, so sharded arrays are not gathered. Returns a
   tree with a dict for each parameter. The dict contains the fp32 scalars min, max, num, sum and
-  sum_squares, and two fp32 arrays [BUCKETS]: bucket_limits (upper ends of intervals of equal width)
-  and bucket_counts (exact up to 2^24).
+  sum_squares, and two fp32 arrays [INTERVALS]: bucket_limits (upper ends of intervals of equal
+  width) and bucket_counts (exact up to 2^24).
   """
 
   def histogram(x: Float[Array, "..."]) -> dict[str, Array | float]:
     low, high = jnp.min(x), jnp.max(x)
-    limits = low + (high - low) * jnp.arange(1, BUCKETS, dtype=jnp.float32) / BUCKETS
+    limits = low + (high - low) * jnp.arange(1, INTERVALS, dtype=jnp.float32) / INTERVALS
     below = jax.lax.map(lambda limit: jnp.sum(x < limit, dtype=jnp.float32), limits)
     below = jnp.concatenate([below, jnp.array([x.size], jnp.float32)])
     return {

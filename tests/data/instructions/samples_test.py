@@ -97,8 +97,8 @@ def test_pairs_of_pretraining_may_be_mixed_in(stores, tmp_path):
   sources = [dataclasses.replace(source, share=0.25) for source in sources_of(stores)]
   plan = RowPlan([*sources, replay], CONFIG, VOCAB.num_masks, 0)
   placements = [p for window in range(3) for row in plan.window(window) for p in row]
-  slots = np.bincount([p.source for p in placements], [p.slots for p in placements])
-  np.testing.assert_allclose(slots / slots.sum(), [0.25, 0.25, 0.5], atol=0.05)
+  filled = np.bincount([p.source for p in placements], [p.num_positions for p in placements])
+  np.testing.assert_allclose(filled / filled.sum(), [0.25, 0.25, 0.5], atol=0.05)
 
 
 def test_samples_lack_all_or_the_instruction_as_often_as_asked():

@@ -241,8 +241,8 @@ def test_what_is_wrong_in_records_is_set_aside_with_the_reason(encoder, tmp_path
   assert reasons["7"] == "record 7 has an empty answer, which task ask requires."
   assert reasons["8"] == "record 8 has an empty question, which task ask requires."
   assert re.fullmatch(
-    r"its sample has \d+ tokens, of which \d+ belong to answer; a row has room for 97: shorten it, "
-    r"or raise config\.data\.sequence_length\.",
+    r"its sample has \d+ tokens, of which \d+ belong to answer; a row has space for 97: shorten "
+    r"it, or raise config\.data\.sequence_length\.",
     reasons["9"],
   )
   store = DocumentStore(tmp_path / "store", SETTINGS.vocab)
@@ -268,8 +268,8 @@ def test_a_sample_may_fill_the_row(encoder, tmp_path):
   # </s>, <break>, </s>; a span adds 3 tokens.
   for target, more in (("answer", 3 + 3), ("image", 3)):
     task = make_task({**ASK, "target": target})
-    for room, rejects in ((size + more, 0), (size + more - 1, 1)):
-      encoder = stores.RecordEncoder(base.encode, base.image_tokenizer, base.vocab, room - 1)
+    for most, rejects in ((size + more, 0), (size + more - 1, 1)):
+      encoder = stores.RecordEncoder(base.encode, base.image_tokenizer, base.vocab, most - 1)
       records = open_task(tmp_path, {**ASK, "target": target})
       if rejects:
         with refused(UserError):

@@ -107,7 +107,7 @@ def test_wrong_records_are_set_aside_with_their_reasons(encoder, tmp_path):
   lines = [json.loads(x) for x in (tmp_path / "store" / stores.REJECTED).read_text().splitlines()]
   assert [line["key"] for line in lines] == ["r1", "r2", "r3", "r4"]
   for line, reason in zip(
-    lines, ["absent.png", "an empty answer", "a row has room for 65", "the shape"]
+    lines, ["absent.png", "an empty answer", "a row has space for 65", "the shape"]
   ):
     assert reason in line["reason"]
   with refused(UserError):

@@ -219,15 +219,15 @@ def rows_with(loader, document):
   for i in range(NUM_ROWS):
     at = 0
     for placement in loader.plan.row(i):
-      source, pass_, unit, slots = placement
+      source, pass_, unit, length = placement
       spec = loader.plan.sources[source]
       plan = loader.plan.plan(source, pass_, unit)
       read = [unit] if source == 0 else []
       if source == 0 and not plan.dropped:
         read += [int(spec.candidates(unit)[j]) for j in plan.neighbors]
       if document in read:
-        found.setdefault(i, []).append(slice(at, at + slots))
-      at += slots
+        found.setdefault(i, []).append(slice(at, at + length))
+      at += length
   return found
 
 

@@ -13,7 +13,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource, Units, pack_best_fit
-from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, room_for_neighbors
+from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, space_for_neighbors
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.messages import refused
 
@@ -29,15 +29,15 @@ def test_pack_best_fit_literal():
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=80))
-def test_packing_places_everything_once_and_overfills_no_row(slots):
-  rows = pack_best_fit(slots, 50)
-  assert sorted(i for row in rows for i in row) == list(range(len(slots)))
-  assert all(sum(slots[i] for i in row) <= 50 for row in rows)
+def test_packing_places_everything_once_and_overfills_no_row(lengths):
+  rows = pack_best_fit(lengths, 50)
+  assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+  assert all(sum(lengths[i] for i in row) <= 50 for row in rows)
 
 
 def test_packing_fills_rows():
-  slots = np.random.default_rng(0).integers(5, 300, 2_000).tolist()
-  assert sum(slots) / (len(pack_best_fit(slots, 1_024)) * 1_024) > 0.97
+  lengths = np.random.default_rng(0).integers(5, 300, 2_000).tolist()
+  assert sum(lengths) / (len(pack_best_fit(lengths, 1_024)) * 1_024) > 0.97
 
 
 @pytest.mark.parametrize(
@@ -74,12 +74,12 @@ def test_heldout_rows_have_the_best_neighbors_and_nothing_random(sources, sampli
 def test_typical_neighbors_that_do_not_fit_are_reported():
   paper = DataConfig(neighbor_sampling="paper", num_neighbors=3)
   pairs, _ = synthetic_sources(2_000, 1_024)
-  assert room_for_neighbors(pairs, paper) == (
-    "3 neighbors of typically 1,050 tokens and a document of 1,050 do not fit into 4,096 slots: "
-    "only 2 neighbors fit, and rows omit the others."
+  assert space_for_neighbors(pairs, paper) == (
+    "3 neighbors of typically 1,050 tokens and a document of 1,050 do not fit into 4,096 "
+    "positions: only 2 neighbors fit, and rows omit the others."
   )
-  assert room_for_neighbors(pairs, DataConfig(num_neighbors=2)) == ""
-  assert room_for_neighbors(synthetic_sources(2_000, 256)[0], paper) == ""
+  assert space_for_neighbors(pairs, DataConfig(num_neighbors=2)) == ""
+  assert space_for_neighbors(synthetic_sources(2_000, 256)[0], paper) == ""
 
 
 def test_rates_of_drops(sources):
@@ -192,13 +192,13 @@ def test_a_plan_reads_read_only_memory_maps(sources, tmp_path):
   assert [mapped.row(i) for i in range(60)] == [plan.row(i) for i in range(60)]
 
 
-def test_shares_are_shares_of_slots(sources):
+def test_shares_are_shares_of_positions(sources):
   plan = make_plan(sources)
-  slots = Counter()
+  filled = Counter()
   for i in range(400):
     for sample in plan.row(i):
-      slots[sample.source] += sample.slots
-  assert abs(slots[1] / slots.total() - 0.3) < 0.02
+      filled[sample.source] += sample.num_positions
+  assert abs(filled[1] / filled.total() - 0.3) < 0.02
 
 
 def test_loader_and_planner_agree_on_every_length(sources):
@@ -207,7 +207,7 @@ def test_loader_and_planner_agree_on_every_length(sources):
   for i in range(200):
     row = loader[i]
     lengths = np.bincount(row["segment_ids"])[1:]
-    assert lengths.tolist() == [s.slots for s in plan.row(i)]
+    assert lengths.tolist() == [s.num_positions for s in plan.row(i)]
 
 
 @pytest.fixture
@@ -432,13 +432,13 @@ def test_statistics_count_what_the_rows_hold(sources):
   samples = [s for row in rows for s in row]
   plans = [plan.plan(*s[:3]) for s in samples if s.source == 0]
   assert (counted["windows"], counted["rows"], counted["samples"]) == (2, len(rows), 128)
-  assert counted["fill"] == sum(s.slots for s in samples) / (len(rows) * 80)
+  assert counted["fill"] == sum(s.num_positions for s in samples) / (len(rows) * 80)
   assert counted["samples_per_row"] == 128 / len(rows)
   assert counted["neighbors_per_sample"] == np.mean([len(p.neighbors) for p in plans])
   assert counted["condition_drops"] == np.mean([p.dropped for p in plans])
   assert counted["too_few_candidates"] == np.mean([p.missing > 0 for p in plans]) == 0
   assert counted["neighbors_crowded_out"] > 0
-  assert f"{len(rows)} rows, {counted['fill']:.1%} of slots filled" in describe(counted)
+  assert f"{len(rows)} rows, {counted['fill']:.1%} of positions filled" in describe(counted)
   few = RowSource(sources[0].store, 0.7, sources[0].neighbors[:, :1], sources[0].bank)
   assert plan_statistics(make_plan([few, sources[1]]), windows=20)[
     "too_few_candidates"

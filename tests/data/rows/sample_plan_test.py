@@ -111,7 +111,7 @@ def span_plans(lengths, is_image, number=4_000, **fields):
 
 
 def test_the_number_of_spans_is_poisson():
-  """30 segments have room for up to 29 spans of whole segments, so no span is dropped."""
+  """30 segments have space for up to 29 spans of whole segments, so no span is dropped."""
   plans = span_plans([5] * 30, [False] * 30, whole_segment_rate=1.0)
   counts = Counter(len(plan.spans) for plan in plans)
   for n, share in enumerate((0.368, 0.368, 0.184, 0.061, 0.015)):

@@ -40,7 +40,7 @@ def test_what_needs_no_model(records):
   found = without_model(TASKS["recolor"], some)
   shares = {title: answers.summarize(some, 50, 0) for title, some in found.items()}
   assert shares["tokenizer"]["right"]["share"] == shares["tokenizer"]["kept"]["share"] == 1
-  # A copied scene is never right, because every edit changes the scene.
+  # A copied scene is never correct, because every edit changes the scene.
   assert shares["copy"]["right"]["share"] == 0
   assert shares["copy"]["kept"]["share"] == 1
   found = without_model(TASKS["count"], records["count"])

@@ -125,14 +125,14 @@ def test_neighbors_that_do_not_fit_a_row_are_left_out():
   rng = np.random.default_rng(0)
   document, *neighbors = [pair(i, rng) for i in range(4)]
 
-  def slots(kept):
+  def num_positions(kept):
     return len(loader.join([*kept, document], VOCAB)) - 1
 
-  assert bits.fit_neighbors(document, neighbors, slots(neighbors)) == neighbors
-  assert bits.fit_neighbors(document, neighbors, slots(neighbors) - 1) == neighbors[:2]
-  assert bits.fit_neighbors(document, neighbors, slots([])) == []
+  assert bits.fit_neighbors(document, neighbors, num_positions(neighbors)) == neighbors
+  assert bits.fit_neighbors(document, neighbors, num_positions(neighbors) - 1) == neighbors[:2]
+  assert bits.fit_neighbors(document, neighbors, num_positions([])) == []
   with refused(config.UserError):
-    bits.fit_neighbors(document, neighbors, slots([]) - 1)
+    bits.fit_neighbors(document, neighbors, num_positions([]) - 1)
 
 
 @pytest.mark.parametrize("align_images", [False, pytest.param(True, marks=pytest.mark.slow)])

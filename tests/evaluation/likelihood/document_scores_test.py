@@ -126,7 +126,7 @@ def test_a_line_has_the_tokens_of_the_document_alone():
 
 
 def test_rows_have_few_lengths():
-  assert [document_scores.row_length(slots, 400) for slots in (3, 64, 65, 300)] == [
+  assert [document_scores.row_length(n, 400) for n in (3, 64, 65, 300)] == [
     64, 64, 128, 400,
   ]  # fmt: skip
 

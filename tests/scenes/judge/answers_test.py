@@ -242,7 +242,7 @@ def test_the_majority_answer_of_each_task(made):
 
 
 def test_an_answer_by_any_object_of_the_image_beats_the_majority():
-  """With mostly two objects, any color is right half of the time, and related objects often."""
+  """With mostly two objects, any color is correct half of the time, and related objects often."""
   made = {task: of_both_splits(task, 100) for task in TEXT_TASKS}
   shares = {
     task: np.mean([is_right(one, any_object_answer(one)) for one in made[task]])

@@ -26,8 +26,8 @@ from cm3leon_jax.training.faults.fingerprint import (
   first_replicas,
   names_of,
 )
-from cm3leon_jax.training.faults.replay import Replay, judge, replaying
-from cm3leon_jax.training.steps import STAGES, Steps
+from cm3leon_jax.training.faults.replay import Replay, compare, replaying
+from cm3leon_jax.training.steps import PARTS, Steps
 from tests.messages import refused
 from tests.models.tiny import mesh_of
 from tests.training import runs
@@ -155,44 +155,44 @@ def test_two_of_three_name_the_device_of_the_third():
   assert meshes[2].devices.flatten().tolist() == [mesh.devices.flat[i] for i in (2, 0, 1)]
 
   def of(*digests, **others):
-    stages = {stage: numbers_of(7, 8, 9) for stage in STAGES}
-    others = {stage: numbers_of(*x) for stage, x in others.items()}
-    return {**stages, "gradients": numbers_of(*digests), **others}
+    parts = {part: numbers_of(7, 8, 9) for part in PARTS}
+    others = {part: numbers_of(*x) for part, x in others.items()}
+    return {**parts, "gradients": numbers_of(*digests), **others}
 
   fine, third = of(7, 8, 9), of(7, 5, 9, left=[1, 2, 3])
-  found = judge((fine, fine, third), meshes)
+  found = compare((fine, fine, third), meshes)
   device = mesh.devices.flat[0].id
   assert found == replay.Verdict((2,), False, False, "gradients", (0,), (device,))
   assert found.majority == 0
-  assert judge((third, fine, fine), meshes).majority == 2
-  assert judge((third, fine, fine), meshes).devices == (mesh.devices.flat[1].id,)
-  spread = judge((fine, of(1, 2, 3), fine), meshes)
+  assert compare((third, fine, fine), meshes).majority == 2
+  assert compare((third, fine, fine), meshes).devices == (mesh.devices.flat[1].id,)
+  spread = compare((fine, of(1, 2, 3), fine), meshes)
   assert (spread.majority, len(spread.devices)) == (0, 3)
-  none = judge((fine, third, of(7, 6, 9)), meshes)
+  none = compare((fine, third, of(7, 6, 9)), meshes)
   assert (none.majority, none.undecided, none.devices) == (None, True, ())
   # One device is always wrong; in each computation it has another shard.
-  broken = judge((of(5, 8, 9), of(7, 8, 4), of(7, 3, 9)), meshes)
+  broken = compare((of(5, 8, 9), of(7, 8, 4), of(7, 3, 9)), meshes)
   assert broken.devices == (device,)
   assert (broken.wrong, broken.majority) == ((0, 1, 2), None)
-  assert judge((fine, fine, fine), meshes).wrong == ()
+  assert compare((fine, fine, fine), meshes).wrong == ()
 
 
 def test_on_two_devices_an_error_that_repeats_is_no_majority():
   """Device 0 is always wrong and computes shards 0, 1, 0: two results agree on a wrong shard 0."""
-  wrong, other = ({stage: numbers_of(*x) for stage in STAGES} for x in ((5, 8), (7, 4)))
-  found = judge((wrong, other, wrong), meshes_of(2))
+  wrong, other = ({part: numbers_of(*x) for part in PARTS} for x in ((5, 8), (7, 4)))
+  found = compare((wrong, other, wrong), meshes_of(2))
   assert found == replay.Verdict((1,), False, True, "read", (0,), ())
   assert found.majority is None
-  mixed = judge(({**wrong, "left": numbers_of(1, 2)}, other, wrong), meshes_of(2))
+  mixed = compare(({**wrong, "left": numbers_of(1, 2)}, other, wrong), meshes_of(2))
   assert (mixed.majority, mixed.undecided, mixed.unconfirmed, mixed.devices) == (
     None, True, False, (),
   )  # fmt: skip
   # Two equal results are accepted if different devices computed them, or if there is only one
   # device.
-  assert judge((wrong, other, other), meshes_of(2)).majority == 2
-  assert judge((wrong, wrong, other), meshes_of(2)).majority == 0
-  alone = [{stage: numbers_of(x) for stage in STAGES} for x in (5, 7, 5)]
-  assert judge(alone, meshes_of(1)).majority == 0
+  assert compare((wrong, other, other), meshes_of(2)).majority == 2
+  assert compare((wrong, wrong, other), meshes_of(2)).majority == 0
+  alone = [{part: numbers_of(x) for part in PARTS} for x in (5, 7, 5)]
+  assert compare(alone, meshes_of(1)).majority == 0
 
 
 @pytest.fixture(scope="module")

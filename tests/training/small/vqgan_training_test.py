@@ -298,10 +298,10 @@ def test_adversarial_step(images):
     return losses.generator_loss(params, discriminator, CONFIG, NUM_CODES, x)
 
   alone, (y, *_) = loss(None)
-  judged = discriminator.judge(CONFIG, _discriminator(5), y).mean()
-  assert abs(float(judged)) > 1e-3
+  score = discriminator.scores(CONFIG, _discriminator(5), y).mean()
+  assert abs(float(score)) > 1e-3
   np.testing.assert_allclose(
-    loss(_discriminator(5))[0], alone - CONFIG.adversarial_weight * judged, rtol=1e-5
+    loss(_discriminator(5))[0], alone - CONFIG.adversarial_weight * score, rtol=1e-5
   )
 
 

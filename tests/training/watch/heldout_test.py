@@ -33,7 +33,7 @@ def settings():
   config.vocab.update(dataclasses.asdict(VOCAB))
   config.model.update({"vocab_size": VOCAB.size, "num_layers": 2, "width": 16, "num_heads": 2})
   config.model.update({"mlp_width": 32, "max_positions": 64, "dtype": "float32"})
-  # A window is one pass over the held-out pairs. Rows of 64 tokens have room for a document with
+  # A window is one pass over the held-out pairs. Rows of 64 tokens have space for a document with
   # one or two neighbors.
   config.data.update({"sequence_length": 64, "pack_window": HELDOUT, "text_share": 0.0})
   config.train.update({"global_batch_size": 4, "eval_batches": 1})

@@ -8,7 +8,7 @@ import pytest
 
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.training.watch.tensorboard_board import (
-  BUCKETS,
+  INTERVALS,
   TensorBoard,
   named_histograms,
   tree_histograms,
@@ -63,7 +63,7 @@ def test_histograms_are_numpys(tmp_path, shape):
   x = np.random.default_rng(0).normal(1.0, 2.0, (16, 8)).astype(np.float32)
   with jax.set_mesh(mesh_of(*shape)):
     found = named_histograms({"blocks": {"up": shard(jnp.asarray(x), "embed", "mlp")}})
-  counts, edges = np.histogram(x, BUCKETS)
+  counts, edges = np.histogram(x, INTERVALS)
   np.testing.assert_array_equal(found["blocks/up"]["bucket_counts"], counts)
   np.testing.assert_allclose(found["blocks/up"]["bucket_limits"], edges[1:], rtol=1e-5)
   board = TensorBoard(tmp_path, 1)
