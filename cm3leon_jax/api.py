@@ -116,7 +116,6 @@ class CM3Leon:
     Args:
       data: a folder of images with captions; a list of pairs (image, caption); or a list of records
         with `image`, `question`, `answer`, or with `before`, `instruction`, `after`.
-      base: a run or bundle, as in `load`.
       **options: see `runs.finetune.run` and docs/finetune.md.
     """
     from cm3leon_jax.runs import finetune

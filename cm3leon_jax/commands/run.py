@@ -132,22 +132,21 @@ class _Lines:
       sys.stdout.write("\r\x1b[2K")
 
 
-def main(settings: Settings, workdir: epath.Path, init_from: str, records: int) -> None:
-  own_images = OWN_IMAGE_TOKENIZER.value
+def main(
+  settings: Settings, workdir: epath.Path, init_from: str, own_images: bool, more: dict[str, list]
+) -> None:
+  """Runs all stages.
+
+  `own_images` is the value of --own_image_tokenizer. `more` has the flags that only one command
+  takes.
+  """
   if own_images and not init_from:
     raise UserError("--own_image_tokenizer is given without --init_from, which it belongs to.")
-  if init_from and from_data.missing(flags.FLAGS.config):
-    from cm3leon_jax.trained import base_documents
-
-    settings = common.completed(workdir, True, base_documents.fields(init_from, own_images))
   names = commands(settings, bool(init_from), own_images)
   order, given = list(names), passed_on(sys.argv[1:])
-  more = {name: [f"--init_from={init_from}"] for name in STARTED if init_from}
+  more = {**more, **{name: [f"--init_from={init_from}"] for name in STARTED if init_from}}
   if own_images:
     more["copy_tokenizers"].append("--own_image_tokenizer")
-  more["grade_instructions"] = [f"--records={records}"]
-  for name in ("encode_documents", "encode_instructions"):
-    more[name] = [f"--min_psnr={MIN_PSNR.value}"]
   processes, seconds = StageProcesses(workdir / "logs"), {}
   for number, name in enumerate(order, 1):
     start, lines = time.monotonic(), _Lines(f"[{number}/{len(order)}]", name)
@@ -168,7 +167,18 @@ def _recorded(workdir: epath.Path, folder: str) -> float:
   return float(read_json(done, {}).get("seconds", 0.0)) if folder and done.exists() else 0.0
 
 
+def _main(settings: Settings, workdir: epath.Path) -> None:
+  init_from, own_images = INIT_FROM.value, OWN_IMAGE_TOKENIZER.value
+  if init_from and from_data.missing(flags.FLAGS.config):
+    from cm3leon_jax.trained import base_documents
+
+    settings = common.completed(workdir, True, base_documents.fields(init_from, own_images))
+  more = {"grade_instructions": [f"--records={RECORDS.value}"]}
+  if not MIN_PSNR.using_default_value:
+    checked = ("encode_documents", "encode_instructions")
+    more |= {name: [f"--min_psnr={MIN_PSNR.value}"] for name in checked}
+  main(settings, workdir, init_from, own_images, more)
+
+
 if __name__ == "__main__":
-  common.run(
-    lambda settings, workdir: main(settings, workdir, INIT_FROM.value, RECORDS.value), prepares=True
-  )
+  common.run(_main, prepares=True)

@@ -32,16 +32,7 @@ def copy_tokenizers(
       Nothing is copied in these cases.
   """
   settings, workdir = run.settings, run.folder
-  folder = bundles.folder_of(source)
-  is_bundle = bundles.is_bundle(folder)
-  if not is_bundle and ((folder / ABOUT).exists() or (folder / huggingface.WEIGHTS).exists()):
-    raise UserError(
-      f"--init_from is {source}, an export, which has no CLIP and no record of how its tokenizers "
-      "were trained: give the workdir that it was exported from, or a folder that `cm3leon export "
-      "--bundle` wrote."
-    )
-  trained = bundles.read(folder)[0] if is_bundle else settings_of_run(folder)
-  folder = bundles.stages_folder(folder)
+  trained, folder = _open(source)
   left_out = {"clip": not table.own_clip(settings), "vqgan": own_images}
   names = [name for name in bundles.FILES if not left_out.get(name)]
   files = {name: _describe(source, folder, name) for name in names}
@@ -76,6 +67,20 @@ def copy_tokenizers(
     about = {"config": config, "summary": summary, "seconds": 0.0}
     write_json(done, {**about, "id": digests[name], "files": files[name]})
   return result
+
+
+def _open(source: str) -> tuple[Settings, epath.Path]:
+  """Returns the settings of a workdir or bundle, and the folder with its tokenizers."""
+  folder = bundles.folder_of(source)
+  is_bundle = bundles.is_bundle(folder)
+  if not is_bundle and ((folder / ABOUT).exists() or (folder / huggingface.WEIGHTS).exists()):
+    raise UserError(
+      f"--init_from is {source}, an export, which has no CLIP and no record of how its tokenizers "
+      "were trained: give the workdir that it was exported from, or a folder that `cm3leon export "
+      "--bundle` wrote."
+    )
+  trained = bundles.read(folder)[0] if is_bundle else settings_of_run(folder)
+  return trained, bundles.stages_folder(folder)
 
 
 def _config(settings: Settings, source: epath.Path, name: str) -> dict:

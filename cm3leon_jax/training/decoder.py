@@ -165,14 +165,15 @@ def open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatch
   return Monitor(log, watch, rates, schedule, config, profiler, boards, objective.names, skipped)
 
 
-def _summary(state: TrainState, next_row: int, losses: dict, before: dict) -> dict:
-  """Builds the result of `train` from the held-out losses after (`losses`) and before the run."""
+def _summary(state: TrainState, next_row: int, losses: dict, hook: heldout.HeldoutLosses) -> dict:
+  """Builds the result of `train` from the held-out losses of the last step, and their hook."""
   return {
     "steps": int(state.step),
     "parameters": transformer.count_params(state.params),
     "next_row": next_row,
     **losses,
-    **({"heldout_before": before} if before else {}),
+    **({"heldout_before": hook.at_start} if hook.at_start else {}),
+    **({"forgetting": hook.risen()} if hook.forgets else {}),
   }
 
 
@@ -188,8 +189,8 @@ def train(
     go_back: an older checkpoint to continue from, and the rows to skip after it.
 
   Returns:
-    A dict of numbers for the report. `heldout_before` contains the held-out losses of step 0.
-    `forgetting` is the rise of the base's loss, if it ended the training.
+    A dict of numbers for the report. `heldout_before` has the held-out losses of step 0, and
+    `forgetting` the rise of the base's loss, if it ended the training.
 
   Raises:
     UserError: the batch is not evenly divisible over the mesh, all checkpoints are damaged, too
@@ -235,5 +236,4 @@ def train(
   check_end(int(state.step), config.steps, folder, stop.code, saves.saved)
   # If no step was left to train, the hook has not computed the losses.
   found = losses.losses or evaluate(state.eval_params)
-  summary = _summary(state, saves.next_row, found, losses.at_start)
-  return {**summary, **({"forgetting": losses.risen()} if losses.forgets else {})}
+  return _summary(state, saves.next_row, found, losses)

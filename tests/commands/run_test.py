@@ -83,7 +83,7 @@ def test_each_stage_prints_one_line_and_data_and_report_say_what_they_found(
   started, tmp_path, monkeypatch, capsys
 ):
   monkeypatch.setattr(sys, "argv", ["run", "--config=scenes", "--workdir=w", "--records=9"])
-  run.main(settings_of("scenes"), epath.Path(tmp_path), "", 100)
+  run.main(settings_of("scenes"), epath.Path(tmp_path), "", False, {})
   assert [command for command, _ in started] == DEMO
   assert all(flags == ["--config=scenes", "--workdir=w"] for _, flags in started)
   lines = capsys.readouterr().out.splitlines()
@@ -100,7 +100,8 @@ def test_each_stage_prints_one_line_and_data_and_report_say_what_they_found(
 
 def test_a_run_that_tunes_names_its_start_to_two_stages(started, tmp_path, monkeypatch):
   monkeypatch.setattr(sys, "argv", ["run", "--config=c", "--init_from=scenes"])
-  run.main(settings_of("scenes_instruct"), epath.Path(tmp_path), "scenes", 9)
+  more = {"grade_instructions": ["--records=9"]}
+  run.main(settings_of("scenes_instruct"), epath.Path(tmp_path), "scenes", False, more)
   extra = {command: flags[1:] for command, flags in started if flags[1:]}
   start = ["--init_from=scenes"]
   assert extra == {"copy_tokenizers": start, "train": start, "grade_instructions": ["--records=9"]}
@@ -111,6 +112,6 @@ def test_skipped_stages_count_with_the_time_that_they_took(started, tmp_path, mo
   for name, seconds in (("raw", 10.0), ("vqgan", 6_000.0)):
     (tmp_path / name).mkdir()
     write_json(tmp_path / name / stages.DONE, {"seconds": seconds})
-  run.main(settings_of("scenes"), epath.Path(tmp_path), "", 100)
+  run.main(settings_of("scenes"), epath.Path(tmp_path), "", False, {})
   lines = [line for line in capsys.readouterr().out.splitlines() if "train_vqgan: " in line]
   assert lines == ["[3/11] train_vqgan: 0 s, about 580 min left"]

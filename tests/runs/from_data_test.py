@@ -46,6 +46,8 @@ def test_all_fields_follow_from_the_counts_of_300_images():
     "train.checkpoint_every": 257,
     "train.eval_every": 386,
     "train.sample_every": 1_029,
+    "data.base_documents": 0,
+    "data.base_share": 0.0,
   }
 
 
