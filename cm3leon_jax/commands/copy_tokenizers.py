@@ -24,7 +24,8 @@ if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
 
 
-def main(settings: Settings, workdir: epath.Path) -> None:
+def main(settings: Settings, workdir: epath.Path, follows: bool = False) -> None:
+  """Copies the tokenizers. If `follows`, fields of --config are computed from the base."""
   from cm3leon_jax.export import copies
   from cm3leon_jax.trained import base_documents
   from cm3leon_jax.trained.run import Run
@@ -35,7 +36,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       "--init_from=scenes for the installed model."
     )
   own_images, of_base = OWN_IMAGE_TOKENIZER.value, None
-  if from_data.missing(flags.FLAGS.config):
+  if follows:
     of_base = base_documents.fields(INIT_FROM.value, own_images)
     settings = common.completed(workdir, True, of_base)
   made = copies.copy_tokenizers(Run(workdir, settings), INIT_FROM.value, of_base, own_images)
@@ -44,4 +45,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
 
 
 if __name__ == "__main__":
-  common.run(main, prepares=True)
+  common.run(
+    lambda settings, workdir: main(settings, workdir, bool(from_data.missing(flags.FLAGS.config))),
+    prepares=True,
+  )

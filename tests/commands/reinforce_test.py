@@ -73,11 +73,11 @@ def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, cap
     printed = capsys.readouterr().out
     calls, judged = [], rewards.judged
 
-    def fails_at_the_second_step(records, samples, style):
+    def fails_at_the_second_step(records, samples, **world):
       calls.append(len(records))
       if len(calls) == 2:
         raise KeyboardInterrupt
-      return judged(records, samples, style)
+      return judged(records, samples, **world)
 
     with monkeypatch.context() as patch:
       patch.setattr(rewards, "judged", fails_at_the_second_step)

@@ -174,7 +174,7 @@ def test_a_shorter_run_leaves_a_longer_one_as_it_is(loader, tmp_path, capsys):
 @pytest.mark.slow
 def test_debug_nans_finds_the_operation_although_the_state_is_donated(loader, tmp_path):
   """After step 2, parameters are 1e37. Without the flag, the first wrong metrics are of step 3."""
-  message = r"^step 3 is skipped: its loss is .* rows 16 to 23 were read, .*--debug_nans"
+  message = r"^step 3 is skipped: its loss is .* rows 16 to 23 were read; .*--debug_nans"
   with pytest.raises(UserError, match=message):
     run(tmp_path / "plain", loader, learning_rate=1e38, tensorboard=False, max_skipped=0)
   with jax.debug_nans(True), pytest.raises(FloatingPointError, match="invalid value"):
