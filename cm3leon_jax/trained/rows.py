@@ -63,6 +63,11 @@ def open_rows(
 def base_share(settings: Settings, split: str) -> float:
   """Returns the share of rows that documents of the base fill: half of the held-out rows."""
   data = settings.data
+  if data.base_share and not data.base_documents:
+    raise UserError(
+      f"config.data.base_share is {data.base_share}, but config.data.base_documents is 0: set it "
+      "in all commands of the run, from `cm3leon copy_tokenizers --init_from=RUN` on."
+    )
   return data.base_share if split == "train" else 0.5 * bool(data.base_documents)
 
 

@@ -73,10 +73,6 @@ class DataConfig:
         f"text_share is {self.text_share} and interleaved_share is {self.interleaved_share}; "
         "their sum must be at most 1."
       )
-    if self.base_share and not self.base_documents:
-      raise ValueError(
-        f"base_share is {self.base_share}, but base_documents is 0; set base_documents too."
-      )
     if self.neighbor_sampling == "paper" and self.num_neighbors != PAPER_NEIGHBORS:
       raise ValueError(
         f"neighbor_sampling is 'paper', which picks {PAPER_NEIGHBORS} of {PAPER_CANDIDATES} "
