@@ -30,7 +30,8 @@ from tests.mutant_list import MUTANTS
 from tests.mutant_lists.mutant import Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-COPIED = ("cm3leon_jax", "launch", "ml_configs", "benchmarks", "tests", "docs", "pyproject.toml")
+COPIED = ("cm3leon_jax", "launch", "ml_configs", "benchmarks", "examples", "tests", "docs")
+COPIED += ("pyproject.toml",)
 TIMEOUT = 300  # Seconds.
 KILLED, SURVIVES, INVALID = "killed by", "SURVIVES", "INVALID:"
 NOT_A_PROGRAM = ("SyntaxError", "IndentationError", "NameError", "UnboundLocalError", "ImportError")
