@@ -36,8 +36,8 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str, str]] = {
   "edits": (("before", "after"), ("instruction",), EDIT, "after"),
 }
 SHAPES = (
-  "a folder; a list of pairs (image, caption); or a list of records, each a dict with "
-  + " or ".join(f"{', '.join((*images, *texts))}" for images, texts, _, _ in KINDS.values())
+  "a folder, a list of pairs (image, caption), or a list of records, which are dicts with the keys "
+  + " or ".join("/".join((*images, *texts)) for images, texts, _, _ in KINDS.values())
 )
 
 
@@ -93,18 +93,22 @@ def _source(data: Any, workdir: pathlib.Path) -> dict[str, str]:
       return _write_records(items, kind, workdir / GIVEN)
   elif items and all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
     return _write_pairs(items, workdir / GIVEN)
-  raise UserError(f"data is {type(data).__name__}; it must be {SHAPES}.")
+  found = f"of type {type(data).__name__}"
+  if isinstance(data, Sequence):
+    found = f"a list of {type(items[0]).__name__}" if items else "an empty list"
+  raise UserError(f"data is {found}; it must be {SHAPES}.")
 
 
 def _png(image: Any, where: str) -> bytes:
   """Returns an image as a PNG file. `image` is a path, a PIL image or uint8 [H, W, 3]."""
+  buffer = io.BytesIO()
   try:
-    if isinstance(image, np.ndarray):
-      opened = Image.fromarray(image)
+    if isinstance(image, str | os.PathLike):
+      with Image.open(image) as opened:
+        opened.convert("RGB").save(buffer, "PNG")
     else:
-      opened = image if isinstance(image, Image.Image) else Image.open(image)
-    buffer = io.BytesIO()
-    opened.convert("RGB").save(buffer, "PNG")
+      given = image if isinstance(image, Image.Image) else Image.fromarray(image)
+      given.convert("RGB").save(buffer, "PNG")
   except Exception as error:  # Pillow raises errors of many types for damaged files.
     raise UserError(f"{where}: the image cannot be read ({error}).") from error
   return buffer.getvalue()
@@ -144,7 +148,10 @@ def _write_records(records: Sequence[Any], kind: str, folder: pathlib.Path) -> d
     line = {"key": f"{number:06}", "group": names[image_names[0]], "texts": texts, "images": names}
     splits[split].append(json.dumps(line))
   if not splits["heldout"]:
-    raise UserError(f"data has {len(images)} images; it needs at least {HELDOUT}, one is held out.")
+    raise UserError(
+      f"data has {len(images)} images; it must have at least {HELDOUT}, because one of {HELDOUT} is "
+      "held out."
+    )
   task = {"name": kind, "format": "jsonl", "templates": [template], "target": target}
   task["heldout"] = "heldout"
   files = {f"{split}.jsonl": lines for split, lines in splits.items()}
@@ -160,7 +167,7 @@ def _write(folder: pathlib.Path, files: dict[str, list[str]], images: dict[str, 
   about, found = folder / "digest.json", digest.hexdigest()
   if about.exists():
     if read_json(about, {"sha256": str})["sha256"] != found:
-      raise UserError(f"{folder} has other data than data: use another workdir.")
+      raise UserError(f"{folder} has the data of another call: use another workdir.")
     return
   folder.mkdir(parents=True, exist_ok=True)
   for name, png in images.items():

@@ -5,9 +5,11 @@ from etils import epath
 import pytest
 
 from cm3leon_jax.commands import config_file, run, stage_process
+from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
+from tests.messages import refused
 
 DEMO = [
   "prepare_data", "train_text_tokenizer", "train_vqgan", "encode_documents", "train_clip",
@@ -115,3 +117,24 @@ def test_skipped_stages_count_with_the_time_that_they_took(started, tmp_path, mo
   run.main(settings_of("scenes"), epath.Path(tmp_path), "", False, {})
   lines = [line for line in capsys.readouterr().out.splitlines() if "train_vqgan: " in line]
   assert lines == ["[3/11] train_vqgan: 0 s, about 580 min left"]
+
+
+def test_a_run_on_a_base_draws_its_documents_and_measures_what_it_forgets():
+  own = settings_of("scenes", **{"data.base_documents": 9})
+  names = list(run.commands(own, given=True))
+  assert names == [
+    "copy_tokenizers", "prepare_data", "encode_documents", "build_neighbors", "prepare_base",
+    "train", "generate", "evaluate", "measure_forgetting", "export", "report",
+  ]  # fmt: skip
+  with_own_images = list(run.commands(own, given=True, own_images=True))
+  assert with_own_images == [*names[:2], "train_vqgan", *names[2:]]
+  tuned = settings_of("scenes_instruct", **{"data.base_documents": 9})
+  last = list(run.commands(tuned, given=True))[-5:]
+  assert last == ["prepare_base", "train", "measure_forgetting", "grade_instructions", "report"]
+
+
+def test_an_own_image_tokenizer_belongs_to_a_base(tmp_path):
+  assert run.passed_on(["--own_image_tokenizer", "--workdir=w"]) == ["--workdir=w"]
+  assert run.passed_on(["--noown_image_tokenizer", "--min_psnr=3"]) == []
+  with refused(UserError):
+    run.main(settings_of("scenes"), epath.Path(tmp_path), "", True, {})

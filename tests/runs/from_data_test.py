@@ -2,11 +2,13 @@ import dataclasses
 
 import ml_collections
 from ml_collections import config_dict
+import pytest
 
+from cm3leon_jax.commands import config_file
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import own
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.runs import from_data
+from cm3leon_jax.runs import from_data, table
 from cm3leon_jax.runs.from_data import Counts
 from cm3leon_jax.settings import default_config, settings_from_config
 from tests.messages import refused
@@ -130,3 +132,59 @@ def test_a_field_that_does_not_follow_from_the_data_is_named(tmp_path):
 def test_missing_fields_are_named_by_section_and_field():
   config = ml_collections.ConfigDict({"seed": 0, "a": {"b": None, "c": 1}})
   assert from_data.missing(config) == ["a.b"]
+
+
+def base_of(**sections):
+  """Returns the sections of a base: the config `scenes` with some other fields."""
+  config = config_file.load("scenes")
+  config.model.width = 192
+  config.optimizer.learning_rate = 1e-3
+  found = dataclasses.asdict(settings_from_config(config))
+  return {name: {**found[name], **sections.get(name, {})} for name in found if name != "seed"}
+
+
+def copied(workdir, fields):
+  (workdir / "text_tokenizer").mkdir()
+  write_json(workdir / "text_tokenizer" / "done.json", {"summary": {from_data.OF_BASE: fields}})
+
+
+def test_a_run_has_the_model_and_tokenizers_of_its_base_and_its_own_documents(tmp_path):
+  base = base_of(data={"text_share": 0.6})
+  fields = from_data.base_fields(base, documents=True)
+  prepared(tmp_path)
+  copied(tmp_path, fields)
+  found = settings_from_config(from_data.complete(config_file.load("own"), tmp_path))
+  expected = settings_from_config({**config_file.load("scenes").to_dict(), **base, "seed": 0})
+  for name in ("vocab", "model", "clip", "text_tokenizer", "sampling"):
+    ours, theirs = (dataclasses.asdict(getattr(one, name)) for one in (found, expected))
+    assert {**ours, "steps": 0} == {**theirs, "steps": 0}
+  assert table.identity(found, "vqgan") == table.identity(expected, "vqgan")
+  assert found.optimizer.learning_rate == 1e-3
+  assert found.raw.resolution == 48
+  assert found.raw.source != "scenes"
+  data = dataclasses.replace(expected.data, text_share=0.0, base_documents=4_000, base_share=0.1)
+  assert found.data == data
+  without = from_data.base_fields(base, documents=False)
+  assert (without["data.base_documents"], without["data.base_share"]) == (0, 0.0)
+
+
+def test_a_field_that_the_user_sets_does_not_follow_the_base(tmp_path):
+  prepared(tmp_path)
+  copied(tmp_path, from_data.base_fields(base_of(), documents=True))
+  config = config_file.load("own")
+  config.data.base_share, config.optimizer.learning_rate = 0.5, 7e-4
+  given = ["data.base_share", "optimizer.learning_rate"]
+  found = from_data.complete(config, tmp_path, given=given)
+  assert (found.data.base_share, found.optimizer.learning_rate) == (0.5, 7e-4)
+  assert found.model.width == 192
+
+
+def test_a_larger_base_takes_fewer_steps_in_the_same_time(tmp_path):
+  prepared(tmp_path)
+
+  def steps(**model):
+    fields = from_data.base_fields(base_of(model=model), documents=True)
+    return from_data.complete(config_file.load("own"), tmp_path, of_base=fields).train.steps
+
+  small, large = steps(num_layers=2), steps(num_layers=4)
+  assert small == pytest.approx(2 * large, rel=0.01)

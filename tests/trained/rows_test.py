@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.trained.run import Run
@@ -100,3 +101,56 @@ def test_neighbors_outside_of_the_bank_are_refused(workdir, split, wrong):
   write_neighbors(workdir / "neighbors" / f"{split}_pairs", ids=ids, text_ids=ids)
   with refused(UserError):
     Run(workdir, settings_with()).rows(split)
+
+
+def tuned_from(workdir, root, settings):
+  """Makes a run whose base is `workdir`; both have the same documents."""
+  run = epath.Path(root / "tuned")
+  for name in ("documents", "neighbors"):
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / "tuned" / name).symlink_to(root / name)
+  (workdir / "train").mkdir()
+  write_json(workdir / "train" / "config.json", {"settings": dataclasses.asdict(settings)})
+  (run / "text_tokenizer").mkdir()
+  about = {"summary": {"copied_from": str(workdir)}}
+  write_json(run / "text_tokenizer" / stages.DONE, about)
+  return run
+
+
+def with_base(settings, **fields):
+  data = dataclasses.replace(settings.data, base_documents=9, **fields)
+  return dataclasses.replace(settings, data=data)
+
+
+def test_documents_of_the_base_get_their_share_in_training_and_half_of_the_heldout_rows(
+  workdir, tmp_path
+):
+  base = settings_with()
+  run = tuned_from(workdir, tmp_path, base)
+  names = ("pairs", "texts", "base", "base_texts")
+  for share, split, expected in ((0.2, "train", 0.2), (0.2, "heldout", 0.5), (0, "heldout", 0.5)):
+    rows = Run(run, with_base(base, base_share=share)).rows(split)
+    assert rows.source_names == names
+    shares = [source.share for source in rows.plan.sources]
+    own, of_base = 1 - expected, expected
+    np.testing.assert_allclose(shares, [0.7 * own, 0.3 * own, 0.7 * of_base, 0.3 * of_base])
+  unused = Run(run, with_base(base)).rows("train")
+  assert [source.name for source in unused.plan.sources] == ["pairs", "texts"]
+  assert unused.source_names == ()
+
+
+def test_a_base_without_documents_and_a_run_without_a_base_are_refused(workdir, tmp_path):
+  base = settings_with()
+  with refused(UserError):
+    Run(workdir, with_base(base, base_share=0.1)).rows("train")
+  with refused(UserError):
+    only_share = dataclasses.replace(base.data, base_share=0.1)
+    Run(workdir, dataclasses.replace(base, data=only_share)).rows("train")
+  run = tuned_from(workdir, tmp_path, base)
+  (workdir / "neighbors" / stages.DONE).unlink()
+  with refused(UserError):
+    Run(run, with_base(base, base_share=0.1)).rows("train")
+  stored = dataclasses.replace(base, raw=dataclasses.replace(base.raw, source="scenes"))
+  write_json(workdir / "train" / "config.json", {"settings": dataclasses.asdict(stored)})
+  with refused(UserError):
+    Run(run, with_base(base, base_share=0.1)).rows("train")

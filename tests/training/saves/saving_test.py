@@ -83,3 +83,10 @@ def test_the_end_waits_for_the_last_save():
 def test_a_save_that_has_failed_ends_the_training():
   with pytest.raises(TryAgain, match="disk full"):
     saved(make(TryAgain("disk full")), [1])
+
+
+def test_a_training_that_forgets_too_much_saves_its_last_step():
+  forgets = FakeLosses()
+  forgets.forgets = True
+  assert saved(make(heldout=forgets), [7]) == [(7, 108, None)]
+  assert saved(make(heldout=FakeLosses()), [7]) == []

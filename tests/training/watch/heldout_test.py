@@ -184,3 +184,38 @@ def test_step_0_is_evaluated_by_a_new_run_and_read_by_a_continued_one():
   continued.begin(FakeState(4))
   assert continued.at_start == {"heldout_loss": 3.0}
   assert new.losses is continued.losses is None
+
+
+def risen(losses, limit, newest=None, logged=()):
+  """Returns a hook that has evaluated step 0 and then `losses` of the base's documents."""
+  values = iter(losses)
+  monitor = FakeMonitor(logged=dict(logged))
+  config = TrainConfig(steps=9, eval_every=1, max_forgetting=limit)
+
+  def evaluate(_):
+    return {"heldout_loss": 5.0, "heldout_loss/base": next(values)}
+
+  hook = HeldoutLosses(evaluate, config, monitor, FakeStop(), evaluate_start=True, newest=newest)
+  hook.begin(FakeState(newest or 0))
+  return hook
+
+
+def test_a_training_ends_when_the_loss_of_the_base_has_risen_by_more_than_the_limit():
+  hook = risen([2.0, 2.05, 2.07], 0.03)
+  assert hook.risen() == 0
+  for step, ends in ((1, False), (2, True)):
+    hook.after(step, FakeState(step), {})
+    assert hook.stops() == ends
+  assert hook.risen() == pytest.approx(0.035)
+  free = risen([2.0, 9.0], 0.0)
+  free.after(1, FakeState(1), {})
+  assert not free.stops()
+
+
+def test_a_continued_training_compares_with_the_loss_of_step_0_that_it_logged():
+  hook = risen([2.2], 0.03, newest=4, logged={0: {"heldout_loss/base": 2.0}})
+  hook.after(5, FakeState(5), {})
+  assert hook.stops()
+  unknown = risen([2.2], 0.03, newest=4)
+  unknown.after(5, FakeState(5), {})
+  assert not unknown.stops()

@@ -1,0 +1,76 @@
+import dataclasses
+
+from absl import flags
+from absl.testing import flagsaver
+from etils import epath
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.commands import tokenizer_check
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instructions.config import InstructionsConfig, InstructionTask
+from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.runs import stages
+from tests.generation.run import SETTINGS, make_run
+from tests.messages import refused
+
+TASK = InstructionTask(
+  name="color", templates=("{answer} <break> {image}",), target="answer", format="jsonl"
+)
+
+
+def test_psnr_of_literals():
+  images = np.full((2, 4, 4, 3), 100, np.uint8)
+  off = images.copy()
+  off[0] += 51  # A fifth of 255, so the squared error is 1 / 25.
+  off[1] += 255 - 100
+  expected = np.mean([10 * np.log10(25), -20 * np.log10(155 / 255)])
+  assert tokenizer_check.psnr(images, off) == pytest.approx(expected)
+  assert 60 < tokenizer_check.psnr(images, images) < 100
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """Makes a run whose image tokenizer, with random weights, was copied; and 20 images."""
+  root = epath.Path(tmp_path / "run")
+  make_run(root)
+  write_json(root / "vqgan" / stages.DONE, {"id": "v", "summary": {"copied_from": "scenes"}})
+  folder = tmp_path / "given"
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  lines = []
+  for i in range(20):
+    Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).save(folder / f"{i}.png")
+    lines.append(f'{{"texts": {{"answer": "red"}}, "images": {{"image": "{i}.png"}}}}')
+  (folder / "train.jsonl").write_text("\n".join(lines))
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  return root
+
+
+def settings_of(workdir):
+  instructions = InstructionsConfig(own_tasks=(TASK,), root=str(workdir.parent / "given"))
+  return dataclasses.replace(SETTINGS, instructions=instructions)
+
+
+def test_images_that_a_copied_tokenizer_reconstructs_badly_are_refused_with_a_sheet(
+  workdir, capsys
+):
+  settings = settings_of(workdir)
+  with flagsaver.flagsaver(min_psnr=50.0), refused(UserError) as error:
+    tokenizer_check.of_records(settings, workdir, [TASK])
+  assert "--own_image_tokenizer" in str(error.value)
+  with Image.open(workdir / "instructions" / tokenizer_check.SHEET) as sheet:
+    assert sheet.width > 8 * 8
+  with flagsaver.flagsaver(min_psnr=0.0):
+    tokenizer_check.of_records(settings, workdir, [TASK])
+  said = "reconstructions: the image tokenizer of scenes reconstructs 16 of your images with "
+  assert said in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_was_trained_here_is_not_checked(workdir, capsys):
+  write_json(workdir / "vqgan" / stages.DONE, {"id": "v", "summary": {}})
+  with flagsaver.flagsaver(min_psnr=50.0):
+    tokenizer_check.of_records(settings_of(workdir), workdir, [TASK])
+  assert capsys.readouterr().out == ""

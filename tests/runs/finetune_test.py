@@ -1,0 +1,106 @@
+import json
+import pathlib
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import finetune
+from tests.messages import refused
+
+
+@pytest.fixture
+def started(monkeypatch):
+  """Replaces the command of a run. Returns the flags of each call."""
+  calls = []
+  monkeypatch.setattr(finetune, "_start", lambda flags, shown: calls.append((flags, shown)))
+  return calls
+
+
+def image(value, side=6):
+  return np.full((side, side, 3), value, np.uint8)
+
+
+def test_a_folder_is_named_to_the_command(started, tmp_path):
+  finetune.run(tmp_path, "W", "scenes", minutes=2.5, max_forgetting=0.03, fields={"train.steps": 7})
+  [(flags, shown)] = started
+  assert flags == [
+    "--config=own:2.5", "--workdir=W", "--init_from=scenes", f"--config.raw.source={tmp_path}",
+    "--config.train.max_forgetting=0.03", "--config.train.steps=7",
+  ]  # fmt: skip
+  assert shown
+  finetune.run(tmp_path, "W", "scenes", tokenizer="own", show_progress=False)
+  assert (started[1][0][-1], started[1][1]) == ("--own_image_tokenizer", False)
+
+
+def test_pairs_are_written_once_as_a_folder(started, tmp_path):
+  Image.fromarray(image(9)).save(tmp_path / "a.png")
+  pairs = [(str(tmp_path / "a.png"), "nine"), (image(3), "three"), (Image.new("L", (4, 4)), "none")]
+  for _ in range(2):
+    finetune.run(pairs, tmp_path / "W", "scenes")
+  folder = tmp_path / "W" / finetune.GIVEN
+  lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+  assert [line["caption"] for line in lines] == ["nine", "three", "none"]
+  pixels = []
+  for line in lines:
+    with Image.open(folder / line["image"]) as opened:
+      pixels.append(np.asarray(opened))
+  np.testing.assert_array_equal(pixels[0], image(9))
+  np.testing.assert_array_equal(pixels[1], image(3))
+  assert pixels[2].shape == (4, 4, 3)
+  assert f"--config.raw.source={folder}" in started[1][0]
+  with refused(UserError):
+    finetune.run(pairs[:2], tmp_path / "W", "scenes")
+
+
+def test_records_become_a_task_and_images_stay_in_one_split(started, tmp_path):
+  records = [
+    {"image": image(i // 2), "question": f"what {i}?", "answer": str(i)} for i in range(60)
+  ]
+  finetune.run(records, tmp_path, "scenes")
+  folder = tmp_path / finetune.GIVEN
+  splits = {
+    split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+    for split in ("train", "heldout")
+  }
+  groups = [{line["group"] for line in lines} for lines in splits.values()]
+  assert not groups[0] & groups[1]
+  assert [len(g) for g in groups] == [28, 2]
+  texts = {line["texts"]["answer"] for lines in splits.values() for line in lines}
+  assert texts == {str(i) for i in range(60)}
+  [task] = json.loads((folder / "tasks.yaml").read_text())
+  assert (task["target"], task["heldout"]) == ("answer", "heldout")
+  assert f"--config.instructions.tasks={folder / 'tasks.yaml'}" in started[0][0]
+
+
+def edit(number=0):
+  return {"before": image(number), "after": image(99), "instruction": "make it bright"}
+
+
+@pytest.mark.parametrize(
+  "data",
+  [
+    "absent_folder", 7, [], [image(3)], [("a.png",)], [{"image": image(3)}],
+    [(image(3), 5)], [("absent.png", "a caption")], [edit(), {"before": image(3)}],
+    [edit(), {**edit(), "instruction": 3}], [edit(i) for i in range(9)],
+  ],
+)  # fmt: skip
+def test_other_data_is_refused_before_anything_starts(started, tmp_path, data, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with refused(UserError):
+    finetune.run(data, tmp_path / "W", "scenes")
+  assert started == []
+  assert not (tmp_path / "W").exists()
+
+
+@pytest.mark.parametrize("options", [{"minutes": 0}, {"minutes": "ten"}, {"tokenizer": "other"}])
+def test_other_options_are_refused(started, tmp_path, options):
+  with refused(UserError):
+    finetune.run(tmp_path, tmp_path / "W", "scenes", **options)
+  assert started == []
+
+
+def test_the_error_of_a_command_is_raised(tmp_path):
+  with refused(UserError):
+    finetune.run(pathlib.Path(tmp_path), tmp_path / "W", "no_such_base", show_progress=False)
