@@ -174,7 +174,7 @@ def _main(settings: Settings, workdir: epath.Path) -> None:
 
     settings = common.completed(workdir, True, base_documents.fields(init_from, own_images))
   more = {"grade_instructions": [f"--records={RECORDS.value}"]}
-  if not MIN_PSNR.using_default_value:
+  if not flags.FLAGS[MIN_PSNR.name].using_default_value:
     checked = ("encode_documents", "encode_instructions")
     more |= {name: [f"--min_psnr={MIN_PSNR.value}"] for name in checked}
   main(settings, workdir, init_from, own_images, more)
