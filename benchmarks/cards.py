@@ -72,6 +72,7 @@ SLICES = {
   "v5p-256": Slice("v5p-256", 1, (16, 8), 4),
   "2 x v5e-256": Slice("v5e-256", 2, (16, 16), 8),
   "v6e-256": Slice("v6e-256", 1, (16, 16), 4),
+  "tpu7x-256": Slice("tpu7x-256", 1, (16, 16), 4),
 }
 PROMPTS = 64  # Prompts per decoder replica; each has two guidance streams.
 
@@ -151,7 +152,8 @@ HEADER = """# cm3leon_{size} on a slice
 Memory and FLOPs of the shipped config's programs per device, as the TPU compiler plans them.
 None of the programs has run. `python -m benchmarks.cards` compiles missing cards and writes this
 page. [scaling.md](../scaling.md) explains the numbers. v5e-256 and v6e-256 have 256 chips. v5p-256
-has 128 chips, because names of v5p slices count cores, and a chip has two.
+and tpu7x-256 have 128 chips, because these names count cores, and a chip has two. A core of tpu7x
+is a device with half of the memory.
 
 The number in bold must be less than the memory of a device, which follows `of`. A second number
 must fit, too: evaluation with the rest of the state in memory, or the prefill before decoding.

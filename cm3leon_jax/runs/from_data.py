@@ -187,8 +187,10 @@ def complete(
       f"config.{wrong[0]} is None; only {', '.join(found)} are computed from the data."
     )
   made = ml_collections.ConfigDict(config.to_dict())
+  # The config may set these two fields.
+  kept = {*given, *({"data.base_documents", "data.base_share"} - {*names})}
   new = {**{name: found[name] for name in names}, **of_base}
-  made.update_from_flattened_dict({k: v for k, v in new.items() if k not in given})
+  made.update_from_flattened_dict({k: v for k, v in new.items() if k not in kept})
   return made
 
 

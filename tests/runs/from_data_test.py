@@ -174,8 +174,10 @@ def test_a_field_that_the_user_sets_does_not_follow_the_base(tmp_path):
   config = config_file.load("own")
   config.data.base_share, config.optimizer.learning_rate = 0.5, 7e-4
   given = ["data.base_share", "optimizer.learning_rate"]
+  config.data.base_documents = 30
   found = from_data.complete(config, tmp_path, given=given)
   assert (found.data.base_share, found.optimizer.learning_rate) == (0.5, 7e-4)
+  assert found.data.base_documents == 30
   assert found.model.width == 192
 
 
