@@ -95,25 +95,35 @@ def correct(images: list[Image.Image], asked: list[Fact]) -> list[bool]:
   return [seen(image) == fact for image, fact in zip(images, asked)]
 
 
-def tune(folder: pathlib.Path, workdir: pathlib.Path, share: str, rate: str) -> dict:
+def tune(folder: pathlib.Path, workdir: pathlib.Path, replay: str, rate: str) -> dict:
   """Tunes the bundled model and judges it. Returns the numbers of a row."""
-  fields = {"data.base_share": share, "optimizer.learning_rate": rate}
+  fields = {"data.base_share": replay, "optimizer.learning_rate": rate}
   finetune.run(
     str(folder), workdir, "scenes", minutes=MINUTES.value, fields=fields, show_progress=False
   )
-  asked = facts()[1]
   model = CM3Leon.load(workdir)
-  images = [samples[0].image for samples in model.generate([caption(f) for f in asked], seed=0)]
   forgotten = read_json(workdir / "forgetting" / "done.json", {"summary": dict})["summary"]
-  return {"right": correct(images, asked), "steps": model.step, **forgotten}
+  right = {f"right_{n}": generated(model, n) for n in (0, 1)}
+  return {**right, "steps": model.step, **forgotten}
+
+
+def generated(model: CM3Leon, retrieve: int) -> list[bool]:
+  """Returns whether the images for the combinations that were not drawn are correct."""
+  asked = facts()[1]
+  made = model.generate([caption(f) for f in asked], seed=0, retrieve=retrieve)
+  return correct([samples[0].image for samples in made], asked)
+
+
+def share(right: list[bool]) -> str:
+  mean = mean_interval(right, np.ones(len(right)), range(len(right)))
+  return f"{mean['mean']:.0%} ({mean['low']:.0%} to {mean['high']:.0%})"
 
 
 def row(name: str, found: dict) -> str:
   """Formats a row of the table."""
-  mean = mean_interval(found["right"], np.ones(len(found["right"])), range(len(found["right"])))
   image, judged = found["image"], found["correct"]
   return (
-    f"| {name} | {found['steps']} | {mean['mean']:.0%} ({mean['low']:.0%} to {mean['high']:.0%}) | "
+    f"| {name} | {found['steps']} | {share(found['right_0'])} | {share(found['right_1'])} | "
     f"{image['before']:.3f} -> {image['after']:.3f}, {image['rise']:+.1%} ({image['low']:+.1%} to "
     f"{image['high']:+.1%}) | {judged['before']:.0%} -> {judged['after']:.0%} "
     f"({100 * judged['low']:+.0f} to {100 * judged['high']:+.0f} points) |"
@@ -127,19 +137,18 @@ def compare(folder: pathlib.Path, workdir: pathlib.Path) -> None:
   drawn, asked = facts()
   captions = [caption(f) for f in drawn]
   looked_up = [draw(drawn[nearest_caption(caption(f), captions)]) for f in asked]
-  base = CM3Leon.load("scenes").generate([caption(f) for f in asked], seed=0)
-  before = [samples[0].image for samples in base]
+  before = generated(CM3Leon.load("scenes"), 0)
   print(f"new captions: {len(asked)}; correct by lookup {np.mean(correct(looked_up, asked)):.0%}, "
-        f"by the base {np.mean(correct(before, asked)):.0%}")  # fmt: skip
-  print("| replay, rate | steps | new captions correct | bits per image code of the base | "
-        "correct of the base's captions |\n|---|---|---|---|---|")  # fmt: skip
-  for share, rate in itertools.product(SHARES.value, RATES.value):
-    name = f"share_{share}_rate_{rate}_minutes_{MINUTES.value:g}"
+        f"by the base {np.mean(before):.0%}")  # fmt: skip
+  print("| replay, rate | steps | new captions correct, no neighbor | one neighbor | bits per image "
+        "code of the base | correct of the base's captions |\n|---|---|---|---|---|---|")  # fmt: skip
+  for replay, rate in itertools.product(SHARES.value, RATES.value):
+    name = f"share_{replay}_rate_{rate}_minutes_{MINUTES.value:g}"
     stored = workdir / f"{name}.json"
     if not stored.exists():
-      found = tune(folder, workdir / name, share, rate)
+      found = tune(folder, workdir / name, replay, rate)
       stored.write_text(json.dumps(found))
-    print(row(f"{share}, {rate}", read_json(stored, {})), flush=True)
+    print(row(f"{replay}, {rate}", read_json(stored, {})), flush=True)
 
 
 def main(argv: list[str]) -> None:
