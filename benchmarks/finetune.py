@@ -140,8 +140,9 @@ def compare(folder: pathlib.Path, workdir: pathlib.Path) -> None:
   before = generated(CM3Leon.load("scenes"), 0)
   print(f"new captions: {len(asked)}; correct by lookup {np.mean(correct(looked_up, asked)):.0%}, "
         f"by the base {np.mean(before):.0%}")  # fmt: skip
-  print("| replay, rate | steps | new captions correct, no neighbor | one neighbor | bits per image "
-        "code of the base | correct of the base's captions |\n|---|---|---|---|---|---|")  # fmt: skip
+  titles = ("replay, rate", "steps", "new captions correct, no neighbor", "one neighbor")
+  titles += ("bits per image code of the base", "correct of the base's captions")
+  print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
   for replay, rate in itertools.product(SHARES.value, RATES.value):
     name = f"share_{replay}_rate_{rate}_minutes_{MINUTES.value:g}"
     stored = workdir / f"{name}.json"
