@@ -177,9 +177,15 @@ def _prepare(
   return summary
 
 
-def _print_computed(settings: Settings) -> None:
-  """Prints the fields that were computed from the data."""
-  names = from_data.missing(flags.FLAGS.config)
+def _print_computed(settings: Settings, workdir: epath.Path) -> None:
+  """Prints the fields that were computed from the data, not those that follow a base."""
+  of_base = from_data.stored_of_base(workdir)
+  copied = {name.partition(".")[0] for name in of_base if name.endswith(".batch_size")}
+  names = [
+    name
+    for name in from_data.missing(flags.FLAGS.config)
+    if name not in of_base and name.partition(".")[0] not in copied - {"train"}
+  ]
   values = {name: operator.attrgetter(name)(settings) for name in names}
   print("prepare_data: computed from the data:", ", ".join(f"{k} {v}" for k, v in values.items()))
 
@@ -207,7 +213,7 @@ def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
       summary.update(_prepare(settings, parts, workdir / "raw", runner, counts))
   if counts:  # Now `completed` can compute fields from the data.
     settings = common.completed(workdir)
-    _print_computed(settings)
+    _print_computed(settings, workdir)
   summary = stages.require(workdir, "raw", summary=dict)["summary"]
   check_enough(settings, summary)
   if not settings.instructions.any:

@@ -17,7 +17,6 @@ import subprocess
 import sys
 from typing import Any, Literal
 
-import numpy as np
 from PIL import Image
 
 from cm3leon_jax.config import UserError
@@ -149,8 +148,8 @@ def _write_records(records: Sequence[Any], kind: str, folder: pathlib.Path) -> d
     splits[split].append(json.dumps(line))
   if not splits["heldout"]:
     raise UserError(
-      f"data has {len(images)} images; it must have at least {HELDOUT}, because one of {HELDOUT} is "
-      "held out."
+      f"data has {len(images)} images; it must have at least {HELDOUT}, because one of {HELDOUT} "
+      "is held out."
     )
   task = {"name": kind, "format": "jsonl", "templates": [template], "target": target}
   task["heldout"] = "heldout"

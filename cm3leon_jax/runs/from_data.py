@@ -176,7 +176,7 @@ def complete(
   """
   if not (names := missing(config)):
     return config
-  of_base = _stored_of_base(workdir) if of_base is None else of_base
+  of_base = stored_of_base(workdir) if of_base is None else of_base
   # A run that only tunes on instructions has no pairs to count.
   tuned = config.instructions.tasks or config.instructions.own_tasks
   counted = not (of_base and tuned)
@@ -194,7 +194,7 @@ def complete(
   return made
 
 
-def _stored_of_base(workdir: epath.PathLike | None) -> dict[str, Any]:
+def stored_of_base(workdir: epath.PathLike | None) -> dict[str, Any]:
   """Returns the fields of the base that `cm3leon copy_tokenizers` stored in a workdir, or {}."""
   path = epath.Path(workdir or ".") / "text_tokenizer" / "done.json"
   if workdir is None or not path.exists():
