@@ -159,7 +159,7 @@ def test_a_run_has_the_model_and_tokenizers_of_its_base_and_its_own_documents(tm
     ours, theirs = (dataclasses.asdict(getattr(one, name)) for one in (found, expected))
     assert {**ours, "steps": 0} == {**theirs, "steps": 0}
   assert table.identity(found, "vqgan") == table.identity(expected, "vqgan")
-  assert found.optimizer.learning_rate == 1e-3
+  assert found.optimizer.learning_rate == pytest.approx(1e-3 / 3)
   assert found.raw.resolution == 48
   assert found.raw.source != "scenes"
   data = dataclasses.replace(expected.data, text_share=0.0, base_documents=4_000, base_share=0.1)
