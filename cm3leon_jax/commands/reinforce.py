@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
   from cm3leon_jax.reinforcement.rollouts import Rollouts
   from cm3leon_jax.settings import Settings
-  from cm3leon_jax.trained.initial import Weights
+  from cm3leon_jax.trained.adapters import Weights
   from cm3leon_jax.trained.run import Run
 
 
@@ -99,6 +99,11 @@ def _check(settings: Settings, workdir: epath.Path, init_from: str) -> None:
     raise UserError(
       f"config.train.replay_every is {settings.train.replay_every}, but cm3leon reinforce cannot "
       "replay steps: it must be 0."
+    )
+  if settings.adapter.rank:
+    raise UserError(
+      f"config.adapter.rank is {settings.adapter.rank}, but cm3leon reinforce trains all "
+      "parameters: it must be 0."
     )
   if not init_from and not (workdir / "train" / "config.json").exists():
     raise UserError("name the run to start from: --init_from=workdir/scenes_instruct")

@@ -43,7 +43,8 @@ def train_step(settings: Settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowere
     steps, state = _steps(settings, mesh)
     batch = _batch(settings, mesh, settings.train.global_batch_size)
     train: jax.stages.Wrapped = steps.train
-    return train.lower(state, batch, num_sources=num_sources(settings, "train"))
+    count, more = num_sources(settings, "train"), _base(settings, mesh)
+    return train.lower(state, batch, num_sources=count, **more)
 
 
 def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax.stages.Lowered:
@@ -102,15 +103,32 @@ def evaluation(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[jax.stages.
     rest = (state.opt_state, None if state.ema is None else state.params)
     count = num_sources(settings, "heldout")
     evaluate: jax.stages.Wrapped = steps.evaluate
-    lowered = evaluate.lower(state.eval_params, batch, num_sources=count)
+    more = _base(settings, mesh)
+    lowered = evaluate.lower(state.eval_params, batch, num_sources=count, **more)
     return lowered, _local_bytes(rest)
 
 
 def _steps(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Steps, TrainState]:
   """Returns the jitted functions of a run on the current mesh, and the types of its train state."""
   train = on_mesh(settings.train, batch_shards())
-  steps = compile_steps(settings.model, settings.optimizer, train, settings.vocab, settings.seed)
+  sections = settings.model, settings.optimizer, train, settings.vocab, settings.seed
+  steps = compile_steps(*sections, settings.adapter)
   return steps, abstract(jax.eval_shape(steps.init), mesh)
+
+
+def _base(settings: Settings, mesh: jax.sharding.Mesh) -> dict[str, dict]:
+  """Returns {"base": types of the frozen parameters}, or {} if the run trains no adapters."""
+  return {"base": _computing_params(settings, mesh)} if settings.adapter.rank else {}
+
+
+def _computing_params(settings: Settings, mesh: jax.sharding.Mesh) -> dict:
+  """Returns the types of the parameters in the compute dtype."""
+
+  def init() -> dict:
+    params = transformer.init_params(settings.model, jax.random.key(0))
+    return jax.tree.map(lambda x: x.astype(jnp.dtype(settings.model.dtype)), params)
+
+  return abstract(jax.eval_shape(init), mesh)
 
 
 def _batch(
