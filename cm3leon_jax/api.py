@@ -63,12 +63,14 @@ class CM3Leon:
   mesh: jax.sharding.Mesh
   step: int
   show_progress: bool = False
+  adapter: str | None = None
 
   @classmethod
   def load(
     cls,
     workdir: str | os.PathLike[str],
     *,
+    adapter: str | os.PathLike[str] | None = None,
     dtype: Any = None,
     devices: Sequence[jax.Device] | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -87,6 +89,9 @@ class CM3Leon:
         that `cm3leon export --bundle` or `save` wrote; or the name of a bundle in this package,
         "scenes" or "scenes-instruct"; or an export that `cm3leon export` wrote in the format hf or
         orbax. An export has neither a CLIP model nor a bank.
+      adapter: adapters to add to the decoder, which must be the one that they were trained on: the
+        workdir of a run with `config.adapter.rank` > 0, or a folder of `cm3leon export
+        --format=peft`. If `workdir` itself is such a run, its adapters are always added.
       dtype: compute dtype, `float32` or `bfloat16`; default: the run's.
       devices: devices over which parameters and batches are sharded; default: `jax.devices()`.
       mesh: a mesh from `mesh.create_mesh`, given instead of `devices` for another sharding.
@@ -104,7 +109,8 @@ class CM3Leon:
     from cm3leon_jax import loading
 
     shown = loading.shows_progress(show_progress)
-    return cls(*loading.load(workdir, clip, dtype, devices, mesh, options), shown)
+    loaded = loading.load(workdir, adapter, clip, dtype, devices, mesh, options)
+    return cls(*loaded, shown, None if adapter is None else os.fspath(adapter))
 
   def __repr__(self) -> str:
     from cm3leon_jax import loading
@@ -120,10 +126,11 @@ class CM3Leon:
 
     A bundle that already exists in `folder` is replaced. The bundle contains the settings, and the
     decoder, tokenizers and CLIP model in float16. A model that was loaded from an export cannot be
-    saved, because it has no CLIP model.
+    saved, because it has no CLIP model, nor can a model that was loaded with `adapter`.
     """
     from cm3leon_jax import loading
 
+    loading.check_saved(self.workdir, self.adapter)
     loading.save(self.workdir, self.mesh, self.step, folder)
 
   def sample(

@@ -26,11 +26,19 @@ from cm3leon_jax.trained.run import Run, unseen_in
 
 DTYPES = ("float32", "bfloat16")  # float64, which only tests use, requires JAX_ENABLE_X64.
 _LACKS = "neither CLIP nor bank: samples have no CLIP score, and nothing can be ranked or retrieved"
-ARGUMENTS = ("dtype", "devices", "mesh", "clip", "show_progress")  # Keywords of `CM3Leon.load`.
+ARGUMENTS = (
+  "adapter",
+  "dtype",
+  "devices",
+  "mesh",
+  "clip",
+  "show_progress",
+)  # Keywords of `CM3Leon.load`.
 
 
 def load(
   source: str | os.PathLike[str],
+  adapter: str | os.PathLike[str] | None,
   clip: str | os.PathLike[str] | None,
   dtype: Any,
   devices: Sequence[jax.Device] | None,
@@ -41,6 +49,7 @@ def load(
 
   Args:
     source: workdir of a run, folder of an export or bundle, or name of an installed bundle.
+    adapter: adapters to add to the parameters, see `adapters.open_at`.
     clip: folder of the Hugging Face CLIP model. Default: the path in the run's config.
     dtype: compute dtype. Default: the dtype in the run's config.
     devices: devices over which parameters are sharded. Default: all.
@@ -51,8 +60,8 @@ def load(
     (folder, pipeline, mesh, training step of the parameters).
 
   Raises:
-    UserError: `source` contains nothing trained, a file is missing or damaged, or an option is
-      invalid.
+    UserError: `source` contains nothing trained, a file is missing or damaged, an option is
+      invalid, or the adapters were trained on other parameters.
   """
   source = calls.folder("workdir", source)
   buckets.check_path(source, "workdir")
@@ -63,6 +72,9 @@ def load(
   mesh = _mesh(devices, mesh)
   run = Run.open(source, exports=True)
   run = dataclasses.replace(run, settings=_checked(run.settings, dtype, options))
+  if adapter is not None:
+    found = initial.over(source, calls.folder("adapter", adapter))
+    run = dataclasses.replace(run, adapters=found)
   if run.kind == "export":
     lacks = "no bank, so nothing can be retrieved" if clip else _LACKS
     warnings.warn(f"{run.folder} is an export, which has {lacks}.", stacklevel=3)
@@ -154,6 +166,15 @@ def write_bundle(
     cost["train_seconds"] += initial.seconds_before(workdir)
   params, found = trained.params(step)
   return found, bundle.write(folder, trained, params, found, cost, base)
+
+
+def check_saved(workdir: str, adapter: str | None) -> None:
+  """Raises UserError if a model was loaded with adapters, which `save` would leave out."""
+  if adapter is not None:
+    raise UserError(
+      f"the model is {workdir} with the adapters of {adapter}: write their bundle by `cm3leon "
+      f"export --workdir={adapter} --bundle=FOLDER`, if {adapter} is a workdir."
+    )
 
 
 def save(workdir: str, mesh: jax.sharding.Mesh, step: int, folder: str | os.PathLike[str]) -> None:

@@ -90,7 +90,12 @@ def _scores(run: Run, objective: Rollouts, reference: dict, prompts: list) -> di
 
 
 def _check(settings: Settings, workdir: epath.Path, init_from: str) -> None:
-  """Raises UserError if tasks or --init_from are missing, or replayed steps are requested."""
+  """Raises UserError if tasks or --init_from are missing, or adapters or replays are requested."""
+  if settings.adapter.rank:
+    raise UserError(
+      f"config.adapter.rank is {settings.adapter.rank}, but cm3leon reinforce trains all "
+      "parameters: it must be 0."
+    )
   if not settings.instructions.any:
     raise UserError(
       "config.instructions has no tasks, but the prompts are records of tasks: name a task."
@@ -99,11 +104,6 @@ def _check(settings: Settings, workdir: epath.Path, init_from: str) -> None:
     raise UserError(
       f"config.train.replay_every is {settings.train.replay_every}, but cm3leon reinforce cannot "
       "replay steps: it must be 0."
-    )
-  if settings.adapter.rank:
-    raise UserError(
-      f"config.adapter.rank is {settings.adapter.rank}, but cm3leon reinforce trains all "
-      "parameters: it must be 0."
     )
   if not init_from and not (workdir / "train" / "config.json").exists():
     raise UserError("name the run to start from: --init_from=workdir/scenes_instruct")

@@ -11,7 +11,7 @@ from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.models.config import AdapterConfig
 from cm3leon_jax.settings import Settings, settings_from_stored, settings_of_run
 from cm3leon_jax.trained import bundles, kinds
-from cm3leon_jax.weights import adapter_tensors
+from cm3leon_jax.weights import adapter_tensors, stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,11 @@ def of_run(workdir: epath.PathLike) -> Adapters | None:
     return None
   config = build(AdapterConfig, run["adapter"], "adapter")
   return Adapters(folder, config, Weights(**run["init_from"]))
+
+
+def choose(found: Adapters, average: bool | None) -> stored.StoredParams:
+  """Opens the adapters in the newest checkpoint of a run. For `average`, see `stored.choose`."""
+  return reading.open_params(found.folder / "train", average=average)
 
 
 def open_at(source: str | os.PathLike[str]) -> Adapters:

@@ -265,8 +265,8 @@ def check_base(found: Adapters, settings: Settings) -> None:
   source, what = found.base.source, f"the adapters in {found.folder} need their base"
   if not bundles.folder_of(source).exists():
     raise UserError(
-      f"{what}, {source}, which does not exist: put it back, or, if it has moved, name it by "
-      "CM3Leon.load(BASE, adapter=...)."
+      f"{what}, {source}, which does not exist: put it back, or, if it has moved, enter its "
+      f"path as init_from.source in {found.folder / 'train' / 'config.json'}."
     )
   try:
     same = find(settings, source, found.base.step) == found.base
