@@ -72,16 +72,19 @@ def load(
   mesh = _mesh(devices, mesh)
   run = Run.open(source, exports=True)
   run = dataclasses.replace(run, settings=_checked(run.settings, dtype, options))
+  adapters = None
   if adapter is not None:
-    found = initial.over(source, calls.folder("adapter", adapter))
-    run = dataclasses.replace(run, adapters=found)
+    adapters = initial.over(source, calls.folder("adapter", adapter))
   if run.kind == "export":
     lacks = "no bank, so nothing can be retrieved" if clip else _LACKS
     warnings.warn(f"{run.folder} is an export, which has {lacks}.", stacklevel=3)
   elif clip is not None and not run.settings.retrieval.clip:
     raise UserError(f"clip is given, but {run.folder} contains a CLIP: omit clip.")
   with jax.set_mesh(mesh):
-    params, step = run.params()
+    if adapters is None:
+      params, step = run.params()
+    else:
+      params, step = initial.merged(adapters, initial.load_base(adapters))
     own = None if run.kind == "export" else run.clip
     encoder = own if clip is None else HFCLIP.load(os.fspath(clip))
     pipeline = Pipeline.load(run, params, encoder, **options)

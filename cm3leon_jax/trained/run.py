@@ -22,7 +22,6 @@ from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained import adapters, bundles, exported, initial, kinds
-from cm3leon_jax.trained.adapters import Adapters
 from cm3leon_jax.trained.rows import open_rows
 from cm3leon_jax.weights.stored import StoredParams, of_tree
 
@@ -44,15 +43,12 @@ class Run:
       has no CLIP model and no bank.
     step: step of the parameters in a bundle or export. None for a workdir, which may have several
       checkpoints.
-    adapters: adapters that are added to the parameters of `folder`. None for a workdir whose run
-      trained adapters: they are always added to their base.
   """
 
   folder: epath.Path
   settings: Settings
   kind: Literal["workdir", "bundle", "export"] = "workdir"
   step: int | None = None
-  adapters: Adapters | None = None
 
   @classmethod
   def open(
@@ -117,6 +113,8 @@ class Run:
   def params(self, step: int | None = None, average: bool = True) -> tuple[dict, int]:
     """Loads parameters onto the current mesh, and returns them with their step.
 
+    The adapters of a run are added to their base.
+
     Args:
       step: step of a checkpoint in a workdir; None: the newest. Ignored for bundles and exports.
       average: whether to load the moving average, if the workdir has one.
@@ -124,8 +122,6 @@ class Run:
     Raises:
       UserError: see `initial.load_run`, `initial.load_base` and `exported.load_params`.
     """
-    if self.adapters is not None:
-      return initial.merged(self.adapters, initial.load_base(self.adapters), step, average)
     if self.step is not None:
       return exported.load_params(self.folder, self.settings.model), self.step
     return initial.load_run(self.folder, self.settings.model, step, average)
