@@ -8,6 +8,7 @@ A matrix W of a layer, seen as [in, out], is replaced by W + alpha / R x A B. A 
 
 from collections.abc import Mapping, Sequence
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,13 +62,14 @@ def count(model: ModelConfig, config: AdapterConfig, mesh: Mapping[str, int] | N
 
   `mesh` contains the size of each mesh axis.
   """
-  sizes = _sizes(model)
+  sizes, parts = _sizes(model), mesh or {}
 
   def length(axes: Sequence[str]) -> int:
-    found = math.prod(sizes[axis] for axis in axes)
-    for axis in axes if mesh else ():
-      split = RULES[axis] or ()
-      found //= math.prod(mesh[name] for name in ([split] if isinstance(split, str) else split))
+    found: int = math.prod(sizes[axis] for axis in axes)
+    for axis in axes:
+      split: Any = RULES[axis] or ()
+      names = (split,) if isinstance(split, str) else split
+      found //= math.prod(parts.get(name, 1) for name in names)
     return found
 
   lengths = (length(axes) for name in config.matrices(model) for axes in AXES[name])

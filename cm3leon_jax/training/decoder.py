@@ -170,8 +170,12 @@ def open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatch
   return Monitor(log, watch, rates, schedule, config, profiler, boards, objective.names, skipped)
 
 
-def _over_base(training: DecoderTraining, steps: Steps) -> tuple[DecoderTraining, Steps]:
-  """Loads the base of adapters, if they are trained, for the steps and for the grids of samples."""
+def _compile(training: DecoderTraining) -> tuple[DecoderTraining, Steps]:
+  """Builds the steps. Loads the base of adapters for them, and for the grids of samples."""
+  steps = compile_steps(
+    training.model, training.optimizer, training.config, training.vocab, training.seed,
+    training.adapter,
+  )  # fmt: skip
   if training.base_params is None or training.adapter is None:
     return training, steps
   dtype = jnp.dtype(training.model.dtype)
@@ -225,11 +229,8 @@ def train(
   training = dataclasses.replace(training, config=config)
   folder, objective = training.folder, training.objective
   sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch", "length"))
-  steps = compile_steps(
-    training.model, training.optimizer, config, training.vocab, training.seed, training.adapter
-  )
   with _opened(folder, config, lease, go_back) as (checkpoints, watch, hang, held):
-    training, steps = _over_base(training, steps)
+    training, steps = _compile(training)
     newest, state, next_row = restore_or_init(
       folder, checkpoints, steps, config, training.initial_params
     )
