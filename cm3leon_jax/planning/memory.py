@@ -208,11 +208,11 @@ def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> f
 def _loss(model: ModelConfig, R: int, L: int, tensor: int, frozen: bool = False) -> float:
   """Computes the bytes of the loss: table, its fp32 gradient, a chunk of logits, hidden states.
 
-  A frozen table has no gradient.
+  A frozen table has no gradient, but XLA:TPU also keeps the copy that the look-up gathered.
   """
   b, V = ITEMSIZE[model.dtype], model.vocab_size / tensor
   chunk = R * min(L, model.loss_chunk) * V * (8 + b)
-  return V * model.width * (b if frozen else b + 4) + chunk + 2 * R * L * model.width * b
+  return V * model.width * (b + (b if frozen else 4)) + chunk + 2 * R * L * model.width * b
 
 
 def _layer(

@@ -1,6 +1,7 @@
 """Trains, loads and exports adapters by the commands, on the run of `generation.run`."""
 
 import dataclasses
+import pathlib
 import shutil
 
 from etils import epath
@@ -70,14 +71,20 @@ def adapted(make):
   return make()
 
 
+def files(folder):
+  paths = (path for path in pathlib.Path(folder).rglob("*") if path.is_file())
+  return {path: path.read_bytes() for path in paths}
+
+
 def size_of(folder):
-  return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+  return sum(map(len, files(folder).values()))
 
 
 def test_step_0_has_the_losses_of_the_base_and_only_adapters_are_saved(base, adapted, make):
   settings = settings_with()
   done = read_json(adapted / "train" / stages.DONE)["summary"]
-  full = read_json(make(rank=0, steps=1) / "train" / stages.DONE)["summary"]
+  whole = make(rank=0, steps=1) / "train"
+  full = read_json(whole / stages.DONE)["summary"]
   assert done["heldout_before"] == full["heldout_before"]
   assert done["heldout_loss"] < done["heldout_before"]["heldout_loss"]
   assert full.keys() == done.keys() - {"adapter_parameters"}
@@ -94,6 +101,39 @@ def test_step_0_has_the_losses_of_the_base_and_only_adapters_are_saved(base, ada
   assert "embed" not in names
   run = read_json(adapted / "train" / "config.json")["run"]
   assert run["init_from"] == dataclasses.asdict(initial.find(settings, str(base)))
+  assert run.keys() - read_json(whole / "config.json")["run"].keys() == {"adapter"}
+  sizes = [size_of(folder / "checkpoints") for folder in (adapted / "train", whole)]
+  # The first folder has two checkpoints, and half of their bytes describe the arrays.
+  assert 3 * sizes[0] < 2 * sizes[1]
+
+
+def test_several_adapters_share_a_base_that_never_changes(base, adapted, make):
+  """One of the runs continues. A run can also start from the sum of a base and its adapters."""
+  before = files(base)
+  other = make(rank=2, targets=("v", "down"))
+  with one_device():
+    (a, _), (b, _), (plain, _) = (Run.open(folder).params() for folder in (adapted, other, base))
+    found = initial.find(settings_with(rank=0), str(adapted))
+    jax.tree.map(np.testing.assert_array_equal, initial.load(found, settings_with(rank=0)), a)
+  jax.tree.map(np.testing.assert_array_equal, b["blocks"]["up"], plain["blocks"]["up"])
+  np.testing.assert_array_equal(b["blocks"]["qkv"][:, :2], plain["blocks"]["qkv"][:, :2])
+  for changed in (a["blocks"]["down"], plain["blocks"]["down"]):
+    assert np.abs(b["blocks"]["down"] - changed).max() > 1e-4
+  train.main(settings_with(rank=2, targets=("v", "down"), steps=4), other)
+  assert read_json(other / "train" / stages.DONE)["summary"]["steps"] == 4
+  assert files(base) == before
+
+
+def test_a_run_that_began_before_there_were_adapters_continues(make, capsys):
+  folder = make(rank=0, steps=1)
+  path = folder / "train" / "config.json"
+  stored = read_json(path)
+  del stored["settings"]["adapter"]
+  write_json(path, stored)
+  assert Run.open(folder).settings == settings_with(rank=0, steps=1)
+  train.main(settings_with(rank=0, steps=2), folder)
+  assert "train: 2 steps" in capsys.readouterr().out
+  assert "changes" not in read_json(path)
 
 
 @pytest.mark.parametrize("name", ["orbax", pytest.param("hf", marks=pytest.mark.slow)])
