@@ -220,7 +220,8 @@ def _layer(
 ) -> float:
   """Computes the bytes of a layer's backward pass: its parameters twice, and activations.
 
-  Frozen parameters, which have no gradients, count once.
+  Frozen parameters, which have no gradients, count once. With their adapters, a layer has more
+  activations, and XLA:TPU also keeps the table that the look-up gathered.
   """
   b, F = ITEMSIZE[model.dtype], model.mlp_width / tensor
   params = _parameters(model)[0] / model.num_layers / tensor
@@ -230,7 +231,10 @@ def _layer(
     # No kernel supports heads of this size, so all attention weights are in memory.
     scores = R * model.num_heads / tensor * L * L / 2 * (8 + b)
   widths = 2 * model.width + 4 * model.num_heads * model.head_dim + products * F
-  return (1 if frozen else 2) * params * b + R * L * widths * b + scores
+  if frozen:
+    widths += 2 * model.width + (products - 1) * F
+    return params * b + R * L * widths * b + scores + model.vocab_size / tensor * model.width * b
+  return 2 * params * b + R * L * widths * b + scores
 
 
 def device_memory(device: jax.Device) -> int | None:
