@@ -11,7 +11,7 @@ import numpy as np
 
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.decoding.generator import GeneratorConfig
+from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.export import bundle
 from cm3leon_jax.files import buckets, progress
 from cm3leon_jax.generation import calls
@@ -90,6 +90,26 @@ def load(
     pipeline = Pipeline.load(run, params, encoder, **options)
     pipeline.unseen = unseen_in(run)
     return os.fspath(run.folder), pipeline, jax.sharding.get_mesh(), step
+
+
+def add_adapter(
+  workdir: str,
+  pipeline: Pipeline,
+  mesh: jax.sharding.Mesh,
+  name: str,
+  adapter: str | os.PathLike[str],
+) -> None:
+  """Adds adapters to a loaded model, for requests of a server that name them.
+
+  They take as much memory as the model, because they are added to a copy of its parameters.
+
+  Raises:
+    UserError: see `initial.over`.
+  """
+  found = initial.over(workdir, calls.folder("adapter", adapter))
+  with jax.set_mesh(mesh):
+    params, _ = initial.merged(found, initial.load_base(found))
+    pipeline.adapted[name] = Generator(params, pipeline.generator.config)
 
 
 def shows_progress(given: bool | None) -> bool:
