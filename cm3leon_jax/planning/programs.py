@@ -1,5 +1,6 @@
 """Lowers the programs that are compiled ahead of time: train step, evaluation, guided decoder."""
 
+import dataclasses
 import functools
 import math
 
@@ -19,6 +20,7 @@ from cm3leon_jax.decoding.params import DecodeParams, prepare
 from cm3leon_jax.decoding.programs import Lowered, lower_batch
 from cm3leon_jax.mesh import abstract, batch_shards, spec
 from cm3leon_jax.models import transformer
+from cm3leon_jax.models.config import AdapterConfig
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.config import on_mesh
 from cm3leon_jax.training.step import grpo
@@ -55,6 +57,7 @@ def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax
   Raises:
     UserError: the batch is not evenly divisible among the devices of the mesh.
   """
+  settings = dataclasses.replace(settings, adapter=AdapterConfig())  # All parameters are trained.
   with jax.set_mesh(mesh):
     _, state = _steps(settings, mesh)
     reference = jax.tree.map(
