@@ -266,7 +266,7 @@ def check_base(found: Adapters, settings: Settings) -> None:
   if not bundles.folder_of(source).exists():
     raise UserError(
       f"{what}, {source}, which does not exist: put it back, or, if it has moved, enter its "
-      f"path as init_from.source in {found.folder / 'train' / 'config.json'}."
+      f"path as run.init_from.source in {found.folder / 'train' / 'config.json'}."
     )
   try:
     same = find(settings, source, found.base.step) == found.base

@@ -227,3 +227,16 @@ def test_a_base_that_is_absent_or_has_changed_is_refused(base, adapted, tmp_path
       save_run(epath.Path(moved))  # The digest of its checkpoint differs.
     elif change == "gone":
       shutil.move(moved / "train" / "checkpoints" / "7", tmp_path / "7")
+
+
+@pytest.mark.slow
+def test_a_bundle_has_the_rounded_sum_and_needs_no_base(adapted, tmp_path):
+  with one_device():
+    merged, _ = Run.open(adapted).params()
+    loading.write_bundle(Run.open(adapted), tmp_path / "bundle")
+    found, step = Run.open(tmp_path / "bundle").params()
+  assert step == 3
+  rounded = jax.tree.map(lambda x: x.astype("float16").astype("float32"), merged)
+  jax.tree.map(np.testing.assert_array_equal, found, rounded)
+  with refused(UserError):
+    initial.over(str(tmp_path / "bundle"), adapted)

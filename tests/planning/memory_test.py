@@ -128,6 +128,25 @@ def test_the_state_of_adapters_has_the_bytes_of_its_arrays_and_of_the_frozen_bas
   assert memory.estimate(settings, mesh.shape).state == pytest.approx(sum(shares) + base, rel=0.03)
 
 
+@pytest.mark.parametrize(
+  ("family", "mesh", "rows", "gib"),
+  [
+    ("opt", (1, 4, 1, 4), 1, 3.28),
+    ("opt", (1, 4, 1, 4), 4, 8.38),
+    ("opt", (1, 4, 1, 1), 1, 5.57),
+    ("opt", (1, 2, 1, 2), 8, 17.28),
+    ("modern", (1, 4, 1, 4), 4, 10.05),
+  ],
+)
+def test_the_estimate_for_adapters_is_near_the_compilers_numbers(family, mesh, rows, gib):
+  """The compiler's numbers are those of the 7B with rank 16 on v5e-16 or v5p-8."""
+  batch = rows * math.prod(mesh)
+  settings = settings_of("cm3leon_7b", mesh, rows, "full", batch)
+  model = dataclasses.replace(settings.model, family=family)
+  settings = dataclasses.replace(settings, model=model, adapter=AdapterConfig(rank=16))
+  assert -0.01 < estimated(settings).total / GIB / gib - 1 < 0.12
+
+
 def test_more_rows_kept_values_and_passes_take_more():
   def total(rows=4, policy="full", mesh=(1, 16, 1, 16), batch=0):
     return estimated(settings_of("cm3leon_7b", mesh, rows, policy, batch)).total
