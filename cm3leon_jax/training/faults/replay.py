@@ -173,12 +173,12 @@ class Replay:
 
   def _compute(self, number: int, state: TrainState, batch: dict, num_sources: int) -> Computed:
     """Computes a checked step, which donates `state`, and waits for its fingerprints."""
-    base = self._base
-    if base is not None and number:
+    more = {} if self._base is None else {"base": self._base}
+    if number:
       place = self._assignments[number - 1]
-      base = moved(base, self._meshes[0], self._meshes[number], place)
+      more = moved(more, self._meshes[0], self._meshes[number], place)
     with jax.set_mesh(self._meshes[number]):
-      state, metrics, prints = self._checked(state, batch, num_sources=num_sources, base=base)
+      state, metrics, prints = self._checked(state, batch, num_sources=num_sources, **more)
       return state, metrics, jax.device_get(prints)
 
   def _decide(
