@@ -28,11 +28,6 @@ from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import finetune
 from cm3leon_jax.scenes.config import COLORS
 
-FOLDER = flags.DEFINE_string("folder", "drawings", "Folder of the drawings.")
-WORKDIR = flags.DEFINE_string("workdir", "workdir/finetune", "Folder of the workdirs.")
-SHARES = flags.DEFINE_list("shares", ["0", "0.01", "0.1"], "Shares of replay.")
-RATES = flags.DEFINE_list("rates", ["5e-4"], "Learning rates.")
-MINUTES = flags.DEFINE_float("minutes", 10.0, "Minutes on two cores per tuning.")
 DRAWINGS, DRAWN = 240, 96  # Numbers of drawings and of combinations that are drawn.
 SIDE, FINE = 48, 4  # Pixels; factor by which a drawing is larger before it is reduced.
 SHAPES = ("disc", "square", "triangle", "star")
@@ -99,7 +94,7 @@ def tune(folder: pathlib.Path, workdir: pathlib.Path, replay: str, rate: str) ->
   """Tunes the bundled model and judges it. Returns the numbers of a row."""
   fields = {"data.base_share": replay, "optimizer.learning_rate": rate}
   finetune.run(
-    str(folder), workdir, "scenes", minutes=MINUTES.value, fields=fields, show_progress=False
+    str(folder), workdir, "scenes", minutes=flags.FLAGS.minutes, fields=fields, show_progress=False
   )
   model = CM3Leon.load(workdir)
   forgotten = read_json(workdir / "forgetting" / "done.json", {"summary": dict})["summary"]
@@ -143,8 +138,8 @@ def compare(folder: pathlib.Path, workdir: pathlib.Path) -> None:
   titles = ("replay, rate", "steps", "new captions correct, no neighbor", "one neighbor")
   titles += ("bits per image code of the base", "correct of the base's captions")
   print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
-  for replay, rate in itertools.product(SHARES.value, RATES.value):
-    name = f"share_{replay}_rate_{rate}_minutes_{MINUTES.value:g}"
+  for replay, rate in itertools.product(flags.FLAGS.shares, flags.FLAGS.rates):
+    name = f"share_{replay}_rate_{rate}_minutes_{flags.FLAGS.minutes:g}"
     stored = workdir / f"{name}.json"
     if not stored.exists():
       found = tune(folder, workdir / name, replay, rate)
@@ -153,12 +148,19 @@ def compare(folder: pathlib.Path, workdir: pathlib.Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-  actions = {"make": lambda: make(pathlib.Path(FOLDER.value))}
-  actions["compare"] = lambda: compare(pathlib.Path(FOLDER.value), pathlib.Path(WORKDIR.value))
-  if len(argv) != 2 or argv[1] not in actions:
-    raise app.UsageError(f"name one of {', '.join(actions)}.")
-  actions[argv[1]]()
+  folder, workdir = (pathlib.Path(name) for name in (flags.FLAGS.folder, flags.FLAGS.workdir))
+  if argv[1:] == ["make"]:
+    make(folder)
+  elif argv[1:] == ["compare"]:
+    compare(folder, workdir)
+  else:
+    raise app.UsageError("name make or compare.")
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("folder", "drawings", "Folder of the drawings.")
+  flags.DEFINE_string("workdir", "workdir/finetune", "Folder of the workdirs.")
+  flags.DEFINE_list("shares", ["0", "0.01", "0.1"], "Shares of replay.")
+  flags.DEFINE_list("rates", ["5e-4"], "Learning rates.")
+  flags.DEFINE_float("minutes", 10.0, "Minutes on two cores per tuning.")
   app.run(main)

@@ -53,9 +53,8 @@ class CM3Leon:
   settings are fields of `config.sampling` and default to the run's values (docs/config.md). A
   method rejects settings that it does not use.
 
-  The first call with a new batch size or length compiles a program. Wrong arguments raise
-  `UserError`. The attribute `pipeline` generates samples for tasks and needs
-  `jax.set_mesh(model.mesh)`.
+  A new batch size or length compiles a program. Wrong arguments raise `UserError`. The attribute
+  `pipeline` generates samples for tasks and needs `jax.set_mesh(model.mesh)`.
   """
 
   workdir: str
@@ -63,12 +62,14 @@ class CM3Leon:
   mesh: jax.sharding.Mesh
   step: int
   show_progress: bool = False
+  adapter: str | None = None
 
   @classmethod
   def load(
     cls,
     workdir: str | os.PathLike[str],
     *,
+    adapter: str | os.PathLike[str] | None = None,
     dtype: Any = None,
     devices: Sequence[jax.Device] | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -87,6 +88,7 @@ class CM3Leon:
         that `cm3leon export --bundle` or `save` wrote; or the name of a bundle in this package,
         "scenes" or "scenes-instruct"; or an export that `cm3leon export` wrote in the format hf or
         orbax. An export has neither a CLIP model nor a bank.
+      adapter: adapters of this model to add to it: the workdir of their run, or an export `peft`.
       dtype: compute dtype, `float32` or `bfloat16`; default: the run's.
       devices: devices over which parameters and batches are sharded; default: `jax.devices()`.
       mesh: a mesh from `mesh.create_mesh`, given instead of `devices` for another sharding.
@@ -104,7 +106,8 @@ class CM3Leon:
     from cm3leon_jax import loading
 
     shown = loading.shows_progress(show_progress)
-    return cls(*loading.load(workdir, clip, dtype, devices, mesh, options), shown)
+    loaded = loading.load(workdir, adapter, clip, dtype, devices, mesh, options)
+    return cls(*loaded, shown, adapter and os.fspath(adapter))
 
   @classmethod
   def finetune(
@@ -113,10 +116,8 @@ class CM3Leon:
   ) -> CM3Leon:  # fmt: skip
     """Tunes a model on your images and loads it. After Ctrl-C, the same call continues.
 
-    Args:
-      data: a folder of images with captions; a list of pairs (image, caption); or a list of records
-        with `image`, `question`, `answer`, or with `before`, `instruction`, `after`.
-      **options: see `runs.finetune.run` and docs/finetune.md.
+    `data` is a folder, a list of pairs (image, caption) or a list of records. docs/finetune.md and
+    `runs.finetune.run` describe them and the options.
     """
     from cm3leon_jax.runs import finetune
 
@@ -135,12 +136,12 @@ class CM3Leon:
     >>> CM3Leon.load(folder).step
     7
 
-    A bundle that already exists in `folder` is replaced. The bundle contains the settings, and the
-    decoder, tokenizers and CLIP model in float16. A model that was loaded from an export cannot be
-    saved, because it has no CLIP model.
+    An existing bundle in `folder` is replaced. A bundle contains the settings, and all models in
+    float16. A model that was loaded from an export or with `adapter` cannot be saved.
     """
     from cm3leon_jax import loading
 
+    loading.check_saved(self.workdir, self.adapter)
     loading.save(self.workdir, self.mesh, self.step, folder)
 
   def sample(
@@ -358,9 +359,8 @@ class CM3Leon:
     Args:
       query: a text, a PIL image or an array, or a list of queries. A string is always a text, even
         if a file has this name.
-      k: largest number of documents. A document is skipped if its similarity to the query is below
-        `retrieval.min_similarity`, or if its similarity to the query or to a document with a higher
-        rank is above `retrieval.max_similarity`.
+      k: largest number of documents. `retrieval.min_similarity` and `retrieval.max_similarity`
+        exclude some documents (docs/config.md).
 
     Returns:
       A list of `Retrieved`, best first, with the fields `key`, `caption`, `image`, `similarity`,

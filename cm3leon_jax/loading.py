@@ -11,7 +11,7 @@ import numpy as np
 
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.decoding.generator import GeneratorConfig
+from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.export import bundle
 from cm3leon_jax.files import buckets, progress
 from cm3leon_jax.generation import calls
@@ -26,11 +26,19 @@ from cm3leon_jax.trained.run import Run, unseen_in
 
 DTYPES = ("float32", "bfloat16")  # float64, which only tests use, requires JAX_ENABLE_X64.
 _LACKS = "neither CLIP nor bank: samples have no CLIP score, and nothing can be ranked or retrieved"
-ARGUMENTS = ("dtype", "devices", "mesh", "clip", "show_progress")  # Keywords of `CM3Leon.load`.
+ARGUMENTS = (
+  "adapter",
+  "dtype",
+  "devices",
+  "mesh",
+  "clip",
+  "show_progress",
+)  # Keywords of `CM3Leon.load`.
 
 
 def load(
   source: str | os.PathLike[str],
+  adapter: str | os.PathLike[str] | None,
   clip: str | os.PathLike[str] | None,
   dtype: Any,
   devices: Sequence[jax.Device] | None,
@@ -41,6 +49,7 @@ def load(
 
   Args:
     source: workdir of a run, folder of an export or bundle, or name of an installed bundle.
+    adapter: adapters to add to the parameters, see `adapters.open_at`.
     clip: folder of the Hugging Face CLIP model. Default: the path in the run's config.
     dtype: compute dtype. Default: the dtype in the run's config.
     devices: devices over which parameters are sharded. Default: all.
@@ -51,8 +60,8 @@ def load(
     (folder, pipeline, mesh, training step of the parameters).
 
   Raises:
-    UserError: `source` contains nothing trained, a file is missing or damaged, or an option is
-      invalid.
+    UserError: `source` contains nothing trained, a file is missing or damaged, an option is
+      invalid, or the adapters were trained on other parameters.
   """
   source = calls.folder("workdir", source)
   buckets.check_path(source, "workdir")
@@ -63,18 +72,44 @@ def load(
   mesh = _mesh(devices, mesh)
   run = Run.open(source, exports=True)
   run = dataclasses.replace(run, settings=_checked(run.settings, dtype, options))
+  adapters = None
+  if adapter is not None:
+    adapters = initial.over(source, calls.folder("adapter", adapter))
   if run.kind == "export":
     lacks = "no bank, so nothing can be retrieved" if clip else _LACKS
     warnings.warn(f"{run.folder} is an export, which has {lacks}.", stacklevel=3)
   elif clip is not None and not run.settings.retrieval.clip:
     raise UserError(f"clip is given, but {run.folder} contains a CLIP: omit clip.")
   with jax.set_mesh(mesh):
-    params, step = run.params()
+    if adapters is None:
+      params, step = run.params()
+    else:
+      params, step = initial.merged(adapters, initial.load_base(adapters))
     own = None if run.kind == "export" else run.clip
     encoder = own if clip is None else HFCLIP.load(os.fspath(clip))
     pipeline = Pipeline.load(run, params, encoder, **options)
     pipeline.unseen = unseen_in(run)
     return os.fspath(run.folder), pipeline, jax.sharding.get_mesh(), step
+
+
+def add_adapter(
+  workdir: str,
+  pipeline: Pipeline,
+  mesh: jax.sharding.Mesh,
+  name: str,
+  adapter: str | os.PathLike[str],
+) -> None:
+  """Adds adapters to a loaded model, for requests of a server that name them.
+
+  They take as much memory as the model, because they are added to a copy of its parameters.
+
+  Raises:
+    UserError: see `initial.over`.
+  """
+  found = initial.over(workdir, calls.folder("adapter", adapter))
+  with jax.set_mesh(mesh):
+    params, _ = initial.merged(found, initial.load_base(found))
+    pipeline.adapted[name] = Generator(params, pipeline.generator.config)
 
 
 def shows_progress(given: bool | None) -> bool:
@@ -154,6 +189,15 @@ def write_bundle(
     cost["train_seconds"] += initial.seconds_before(workdir)
   params, found = trained.params(step)
   return found, bundle.write(folder, trained, params, found, cost, base)
+
+
+def check_saved(workdir: str, adapter: str | None) -> None:
+  """Raises UserError if a model was loaded with adapters, which `save` would leave out."""
+  if adapter is not None:
+    raise UserError(
+      f"the model is {workdir} with the adapters of {adapter}: write their bundle by `cm3leon "
+      f"export --workdir={adapter} --bundle=FOLDER`, if {adapter} is a workdir."
+    )
 
 
 def save(workdir: str, mesh: jax.sharding.Mesh, step: int, folder: str | os.PathLike[str]) -> None:

@@ -29,6 +29,7 @@ RULES = {
   "act": None,  # Width of activations.
   "head_dim": None,
   "embed": FSDP,  # Width of parameters.
+  "rank": None,  # Rank of adapters.
   "heads": "tensor",
   "mlp": "tensor",
   "vocab": "tensor",  # Logits, and the output table while it is used.

@@ -18,7 +18,7 @@ from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.evaluation.config import EvaluationConfig
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.mesh import MeshConfig
-from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.retrieval.config import RetrievalConfig
 from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.tokenizers.config import TextTokenizerConfig, VQGANConfig, check_levels
@@ -42,6 +42,7 @@ class Settings:
   data: DataConfig
   instructions: InstructionsConfig
   model: ModelConfig
+  adapter: AdapterConfig
   mesh: MeshConfig
   optimizer: OptimizerConfig
   train: TrainConfig
@@ -66,6 +67,8 @@ class Settings:
         f"{self.data.interleaved_share}; set one of them to 0: the position of text before an "
         "image in an interleaved document is not known while it is generated."
       )
+    if self.adapter.rank:
+      self.adapter.matrices(self.model)
     if self.vqgan.quantizer == "fsq":
       check_levels(self.vocab.image_size, self.vqgan.code_dim)
     for field in ("num_heads", "mlp_width"):

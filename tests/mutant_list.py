@@ -1,5 +1,6 @@
 """Lists all mutants that `mutants.py` runs."""
 
+from tests.mutant_lists.adapters import ADAPTERS
 from tests.mutant_lists.commands import COMMANDS
 from tests.mutant_lists.continuous import CONTINUOUS
 from tests.mutant_lists.data import DATA
@@ -21,6 +22,7 @@ MUTANTS = (
   + TOKENIZERS
   + MODELS
   + TRAINING
+  + ADAPTERS
   + DECODING
   + CONTINUOUS
   + EVALUATION

@@ -22,8 +22,6 @@ from cm3leon_jax.files.atomic import absolute, exists
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import abstract
-from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.weights import stored
 
 FOLDER = "checkpoints"
@@ -277,10 +275,12 @@ class Checkpoints:
     args = ocp.args.Composite(data=ocp.args.JsonRestore())
     return self._manager.restore(step, args=args)["data"]["next_row"]
 
-  def restore_params(self, config: ModelConfig, step: int, average: bool = True) -> dict:
-    """Restores only the parameters, onto the current mesh; see `reading.load_params`."""
+  def restore_params(self, types: dict, step: int, average: bool = True) -> dict:
+    """Restores only the parameters, onto the current mesh; see `reading.load_params`.
+
+    `types` contains their shapes, dtypes and shardings.
+    """
     self.check(step)
-    types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
     types = abstract(types, jax.sharding.get_mesh())
     state = self.folder / str(step) / "state"
     name, args = stored.restore_args(state, types, None if average else False)

@@ -1,11 +1,13 @@
 """Finds a run's checkpoints and loads their parameters, for commands that do not train."""
 
 from etils import epath
+import jax
 
 from cm3leon_jax.checkpoints import sealing
 from cm3leon_jax.checkpoints.checkpoint import FOLDER, Checkpoints
 from cm3leon_jax.config import UserError
-from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.models import adapters, transformer
+from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.weights import stored
 
 
@@ -25,7 +27,11 @@ def any_in(folder: epath.PathLike) -> bool:
 
 
 def load_params(
-  folder: epath.PathLike, config: ModelConfig, step: int | None = None, average: bool = True
+  folder: epath.PathLike,
+  config: ModelConfig,
+  step: int | None = None,
+  average: bool = True,
+  adapter: AdapterConfig | None = None,
 ) -> tuple[dict, int]:
   """Loads a checkpoint's parameters onto the current mesh. Returns them and the step.
 
@@ -34,13 +40,18 @@ def load_params(
   Args:
     step: step of the checkpoint; None: the newest sealed checkpoint.
     average: whether to load the average, if the run has one; False: the last parameters.
+    adapter: the adapters that the run trained. If given, only they are loaded.
 
   Raises:
     UserError: the run has no sealed checkpoint, or no checkpoint of `step`, or the checkpoint is
       damaged, or `average` is False and the run has no average.
   """
   checkpoints, step = _open(folder, step)
-  params = checkpoints.restore_params(config, step, average)
+  key = jax.random.key(0)
+  types = jax.eval_shape(
+    lambda: adapters.init(config, adapter, key) if adapter else transformer.init_params(config, key)
+  )
+  params = checkpoints.restore_params(types, step, average)
   checkpoints.close()
   return params, step
 

@@ -132,7 +132,7 @@ def _model_numbers(settings: Settings, mesh: jax.sharding.Mesh, rows: int, lengt
   return {
     "parameters": programs.count_params(settings, mesh),
     "tokens": rows * length,
-    "model_flops": model_flops(settings.model, rows * length, length),
+    "model_flops": model_flops(settings.model, rows * length, length, settings.adapter),
   }
 
 

@@ -84,6 +84,10 @@ def main(
   if trained.kind == "bundle" and bundle_folder:
     raise UserError(f"--bundle is given, but {workdir} is already a bundle: copy {trained.folder}.")
   formats.check(choice, trained.settings)
+  if choice.format == "peft":
+    from cm3leon_jax.export import peft_adapter
+
+    peft_adapter.adapters_of(trained)
   with common.writing("export"):
     _export(trained, choice, output or "export" * (trained.kind == "bundle"))
     if bundle_folder:
@@ -122,11 +126,14 @@ def _write(
 
   Returns numbers for the summary, and a message for the user.
   """
+  from cm3leon_jax.export import peft_adapter
   from cm3leon_jax.reports import model_card
   from cm3leon_jax.trained import bundles
   from cm3leon_jax.trained.run import open_params
 
-  settings, stored = trained.settings, open_params(trained, choice.average)
+  settings = trained.settings
+  read = peft_adapter.open_params if choice.format == "peft" else open_params
+  stored = read(trained, choice.average)
   run = formats.TrainedRun(trained, stored, choice)
   numbers = {**formats.write(folder, run), "step": stored.step, "compared": False}
   written = numbers.get("architecture", choice.format)
@@ -143,7 +150,8 @@ def _write(
       )
   about = {} if choice.average is not False else {"average": False}
   about |= {"cost": bundles.about(trained.folder)["cost"]} if trained.kind == "bundle" else {}
-  model_card.write(folder, trained, stored.step, {**numbers, **about})
+  if choice.format != "peft":  # Its card does not describe a whole model.
+    model_card.write(folder, trained, stored.step, {**numbers, **about})
   return numbers, "; ".join(parts)
 
 

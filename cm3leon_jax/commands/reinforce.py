@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
   from cm3leon_jax.reinforcement.rollouts import Rollouts
   from cm3leon_jax.settings import Settings
-  from cm3leon_jax.trained.initial import Weights
+  from cm3leon_jax.trained.adapters import Weights
   from cm3leon_jax.trained.run import Run
 
 
@@ -90,7 +90,12 @@ def _scores(run: Run, objective: Rollouts, reference: dict, prompts: list) -> di
 
 
 def _check(settings: Settings, workdir: epath.Path, init_from: str) -> None:
-  """Raises UserError if tasks or --init_from are missing, or replayed steps are requested."""
+  """Raises UserError if tasks or --init_from are missing, or adapters or replays are requested."""
+  if settings.adapter.rank:
+    raise UserError(
+      f"config.adapter.rank is {settings.adapter.rank}, but cm3leon reinforce trains all "
+      "parameters: it must be 0."
+    )
   if not settings.instructions.any:
     raise UserError(
       "config.instructions has no tasks, but the prompts are records of tasks: name a task."

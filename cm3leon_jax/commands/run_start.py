@@ -17,7 +17,7 @@ from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
-  from cm3leon_jax.trained.initial import Weights
+  from cm3leon_jax.trained.adapters import Weights
 
 ALLOW_CHANGED = flags.DEFINE_list(
   "allow_changed",

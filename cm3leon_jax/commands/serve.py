@@ -10,6 +10,7 @@ request. It keeps compiled programs for the next start (--cache_dir). docs/servi
 requests.
 """
 
+from collections.abc import Sequence
 import importlib.util
 import ipaddress
 import os
@@ -59,6 +60,12 @@ _UPLOAD = flags.DEFINE_integer(
 )
 _PIXELS = flags.DEFINE_float(
   "upload_megapixels", 16.0, "Largest image, in megapixels.", lower_bound=0.01, upper_bound=32
+)
+_ADAPTERS = flags.DEFINE_multi_string(
+  "adapter",
+  [],
+  "NAME=FOLDER: also serves adapters of the model, under a name. FOLDER is the workdir of their "
+  "run, or an export in the format peft. May be given several times.",
 )
 _TOKEN_FILE = flags.DEFINE_string(
   "token_file",
@@ -120,12 +127,32 @@ def _buckets() -> int:
   return _LANES.value
 
 
+def adapters_of(values: Sequence[str], model: str) -> dict[str, str]:
+  """Returns the folders of adapters by name, from the values of --adapter.
+
+  Raises:
+    UserError: a value is wrong, or a name is given twice or is the name of the model.
+  """
+  found: dict[str, str] = {}
+  for given in values:
+    name, _, folder = given.partition("=")
+    if not (name and folder and name.isprintable() and "/" not in name):
+      raise UserError(f"--adapter is {given}; it must be NAME=FOLDER, and NAME must have no slash.")
+    if name in (model, *found):
+      raise UserError(f"--adapter names {name} twice, or like the model: choose another name.")
+    found[name] = folder
+  return found
+
+
 def main(workdir: epath.Path) -> None:
   for package in NEEDED:
     if importlib.util.find_spec(package) is None:
       raise UserError(f"cm3leon serve needs {package}: {extras.install('serve')}.")
   _check_host(_HOST.value)
   token, buckets = _token(), _buckets()
+  name = os.path.basename(os.path.normpath(os.fspath(workdir))) or "model"
+  adapters = adapters_of(_ADAPTERS.value, name)
+  from cm3leon_jax import loading
   from cm3leon_jax.api import CM3Leon
   from cm3leon_jax.serving import program_cache
   from cm3leon_jax.serving.engine import Engine
@@ -147,6 +174,8 @@ def main(workdir: epath.Path) -> None:
     weight_dtype=_WEIGHT_DTYPE.value,
     cache_dtype=_CACHE_DTYPE.value,
   )
+  for adapter, folder in adapters.items():
+    loading.add_adapter(model.workdir, model.pipeline, model.mesh, adapter, folder)
   limits = Limits(
     most_samples=_MOST_SAMPLES.value,
     most_bytes=_UPLOAD.value * 2**20,
@@ -169,7 +198,6 @@ def main(workdir: epath.Path) -> None:
     flush=True,
   )
   request_log.show()
-  name = os.path.basename(os.path.normpath(model.workdir)) or "model"
   server.serve(engine, name, limits, _HOST.value, opened, _STOP_SECONDS.value)
 
 

@@ -8,6 +8,9 @@ stores this origin, so that it continues without the flag. A run must continue w
 it began with. --allow_changed names fields that may change: fields of the optimizer, or
 train.global_batch_size. At SIGTERM and Ctrl-C the run saves and stops.
 
+With --config.adapter.rank=16, the run trains only low-rank adapters of the parameters that
+--init_from names, which must remain on disk (docs/adapters.md).
+
 --resume_from=500 --skip_rows=4000:4799 returns to checkpoint 500 and continues without these rows,
 for example the rows of skipped steps. The run records the rows, so both flags may be given again or
 left out.
@@ -29,7 +32,7 @@ from cm3leon_jax.commands.run_start import ALLOW_CHANGED, SKIP_MEMORY_CHECK
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
-  from cm3leon_jax.trained.initial import Weights
+  from cm3leon_jax.trained.adapters import Weights
   from cm3leon_jax.trained.run import Run
   from cm3leon_jax.training.faults.skipped_rows import GoBack
 
@@ -58,6 +61,8 @@ def _initial_params(run: Run, start: Weights | None) -> Callable[[], dict] | Non
   from cm3leon_jax.trained import initial
 
   settings = run.settings
+  if settings.adapter.rank:
+    return None
   if start is not None:
     return functools.partial(initial.load, start, settings)
   if not settings.model.codebook_start:
@@ -66,6 +71,17 @@ def _initial_params(run: Run, start: Weights | None) -> Callable[[], dict] | Non
   return functools.partial(
     params_from_codebook, settings.model, settings.vocab.text_size, run.images.codebook(), key
   )
+
+
+def _base_params(run: Run, start: Weights | None) -> Callable[[], dict] | None:
+  """Returns a function that loads the base of the run's adapters; None: it trains no adapters."""
+  from cm3leon_jax.trained import initial
+  from cm3leon_jax.trained.adapters import Adapters
+
+  if not run.settings.adapter.rank or start is None:
+    return None
+  adapters = Adapters(run.folder, run.settings.adapter, start)
+  return functools.partial(initial.load_base, adapters)
 
 
 def _left_out(folder: epath.Path, back: GoBack | None) -> tuple[tuple[range, ...], GoBack | None]:
@@ -139,7 +155,7 @@ def main(
     training = DecoderTraining.of(
       settings, folder=folder, objective=RowObjective(loader, left_out), heldout=heldout,
       sample_grid=generate_grid, profile_steps=traced, initial_params=_initial_params(run, start),
-      evaluate_start=start is not None,
+      evaluate_start=start is not None, base_params=_base_params(run, start),
     )  # fmt: skip
     result = train(training, lease, back)
     summary.update(result, machine=run_start.machine())

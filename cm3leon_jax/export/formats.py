@@ -28,7 +28,12 @@ if TYPE_CHECKING:
   from cm3leon_jax.weights.stored import StoredParams
 
 # Maps the name of a format to the module of this package that writes it.
-FORMATS = {"hf": "huggingface", "orbax": "orbax_checkpoint", "stablehlo": "stablehlo"}
+FORMATS = {
+  "hf": "huggingface",
+  "orbax": "orbax_checkpoint",
+  "stablehlo": "stablehlo",
+  "peft": "peft_adapter",
+}
 QUANTIZED = ("hf", "stablehlo")  # Formats with int8 weights.
 COMPUTING = ("stablehlo",)  # Formats whose programs compute in the dtype of the weights.
 DTYPES = ("float32", "bfloat16", "float16")
@@ -66,6 +71,12 @@ class TrainedRun:
   def settings(self) -> Settings:
     """Settings of the run."""
     return self.trained.settings
+
+  @property
+  def about(self) -> dict:
+    """Content of export.json."""
+    about = {**dataclasses.asdict(self.choice), "average": self.params.averaged}
+    return about | {"step": self.params.step, "settings": plain(dataclasses.asdict(self.settings))}
 
   @property
   def text_tokenizer(self) -> epath.Path:
@@ -107,10 +118,8 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   folder.mkdir(parents=True, exist_ok=True)
   learned = training_data.collect(run.trained.folder, bundles.folder_of)
   write_json(folder / training_data.FILE, learned)
-  about = {**dataclasses.asdict(run.choice), "average": run.params.averaged}
-  about |= {"step": run.params.step, "settings": plain(dataclasses.asdict(run.settings))}
-  write_json(folder / ABOUT, about)
-  numbers = image_tokenizer.write(folder, run.trained)
+  write_json(folder / ABOUT, run.about)
+  numbers = {} if run.choice.format == "peft" else image_tokenizer.write(folder, run.trained)
   module = importlib.import_module(f"cm3leon_jax.export.{FORMATS[run.choice.format]}")
   return {**numbers, **module.write(folder, run)}
 

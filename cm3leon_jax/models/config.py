@@ -1,4 +1,4 @@
-"""Defines the config section `model`: the size and architecture of the decoder."""
+"""Defines the config sections `model`, the decoder's architecture, and `adapter`."""
 
 import dataclasses
 from typing import Annotated, Any, Literal, get_args
@@ -13,6 +13,7 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 RematPolicy = Literal["none", "minimal", "save_qkv", "save_attention", "offload", "full"]
 Attention = Literal["auto", "plain", "splash", "triton"]
 Activation = Literal["", "gelu_tanh", "gelu"]
+Matrix = Literal["q", "k", "v", "out", "up", "gate", "down"]
 DTYPES = get_args(Dtype)
 REMAT_POLICIES = get_args(RematPolicy)
 ATTENTIONS = get_args(Attention)
@@ -173,6 +174,47 @@ class ModelConfig:
   def rotary_base(self) -> float:
     """Base of the rotary wavelengths."""
     return self.rope_base or ROPE_BASE
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class AdapterConfig:
+  """Low-rank adapters (LoRA, Hu et al. 2021), which tune a trained model that stays unchanged.
+
+  The trained product of two small matrices is added to a matrix of every layer.
+  """
+
+  rank: NonNegativeInt = 0
+  """Rank of the product, e.g. 16; 0: no adapters, so training changes all parameters. A run with
+  adapters needs --init_from."""
+  alpha: PositiveFloat = 16.0
+  """The product is multiplied by `alpha` / `rank`, so that runs of different ranks can have the
+  same learning rate."""
+  targets: tuple[Matrix, ...] = ()
+  """Matrices of a layer that get adapters, e.g. ("q", "v"): those of attention are q, k, v and out,
+  those of the feed-forward layer up, gate (`modern` only) and down. () means all."""
+
+  def __post_init__(self) -> None:
+    if len(set(self.targets)) < len(self.targets):
+      raise ValueError(f"targets is {self.targets}; each matrix must occur only once.")
+
+  def matrices(self, model: ModelConfig) -> tuple[Matrix, ...]:
+    """Returns the matrices of a layer that get adapters, in the order of the layer.
+
+    Raises:
+      ValueError: a layer of the model has no such matrix, or `rank` is larger than its width.
+    """
+    present: tuple[Matrix, ...] = ("q", "k", "v", "out", "up", "gate", "down")
+    present = tuple(name for name in present if name != "gate" or model.traits.gated)
+    if absent := [name for name in self.targets if name not in present]:
+      raise ValueError(
+        f"adapter.targets names '{absent[0]}', but the layers of family '{model.family}' have "
+        f"{', '.join(present)}."
+      )
+    if self.rank > model.width:
+      raise ValueError(
+        f"adapter.rank is {self.rank}; it must be at most model.width = {model.width}."
+      )
+    return tuple(name for name in present if name in self.targets or not self.targets)
 
 
 def _with(trait: str) -> str:

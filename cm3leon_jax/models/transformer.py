@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable] = {
 Ids: TypeAlias = Int32[Array, "B L"]
 Stream: TypeAlias = Float[Array, "B L D"]
 Vectors: TypeAlias = Float[Array, "*batch D"]
-Layer: TypeAlias = Callable[["Stream", "Block"], tuple["Stream", None]]
+Layer: TypeAlias = Callable[["Stream", tuple["Block", dict | None]], tuple["Stream", None]]
 
 
 def _param(
@@ -102,48 +102,76 @@ class Block(nnx.Module):
     if traits.head_norms or config.query_key_norm:
       self.q_norm, self.k_norm = Norm(True, H), Norm(True, H)
 
-  def __call__(self, x: Stream, positions: Ids, attend: Callable) -> Stream:
-    return apply_block(
-      self.config, nnx.to_pure_dict(nnx.state(self, nnx.Param)), x, positions, attend
-    )
+  def __call__(
+    self, x: Stream, positions: Ids, attend: Callable, adapters: dict | None = None
+  ) -> Stream:
+    params = nnx.to_pure_dict(nnx.state(self, nnx.Param))
+    return apply_block(self.config, params, x, positions, attend, adapters)
 
 
 def apply_block(
-  config: ModelConfig, params: dict, x: Stream, positions: Ids, attend: Callable
+  config: ModelConfig,
+  params: dict,
+  x: Stream,
+  positions: Ids,
+  attend: Callable,
+  adapters: dict | None = None,
 ) -> Stream:
   """Applies one layer to the residual stream `x`.
 
   `params` are a `Block`'s parameters as a dict, in which "qkv" may be one array or three arrays.
   `positions` are the positions of tokens in their samples. `attend` maps q, k and v, each [B, L, N,
   H], to the attention output [B, L, N, H]. In decoding, it also reads and writes a cache.
+  `adapters` are the layer's adapters, see `adapters.scaled`.
   """
   rows = ("batch", "length")
   heads, mlp, act = (*rows, "heads", "head_dim"), (*rows, "mlp"), (*rows, "act")
 
-  def product(equation: str, x: Array, w: Array, axes: tuple[str, ...]) -> Array:
-    return jnp.einsum(equation, x, gathered(w.astype(x.dtype)), out_sharding=spec(*axes))
+  def product(name: str, equation: str, x: Array, w: Array, axes: tuple[str, ...]) -> Array:
+    y = jnp.einsum(equation, x, gathered(w.astype(x.dtype)), out_sharding=spec(*axes))
+    if adapters is None or name not in adapters:
+      return y
+    # The factors are small, so devices exchange them, and sum their gradients, in fp32.
+    a, b = (gathered(adapters[name][factor]).astype(x.dtype) for factor in "ab")
+    into, outof = low_rank(equation)
+    inner = jnp.einsum(into, x, a, out_sharding=spec(*rows, "rank"))
+    return y + jnp.einsum(outof, inner, b, out_sharding=spec(*axes))
 
   def scale(name: str) -> Float[Array, " D"] | None:
     return params[name]["scale"] if name in params else None
 
   h = apply_norm(scale("norm1"), x)
-  q, k, v = (checkpoint_name(product("BLD,DNH->BLNH", h, w, heads), "qkv") for w in params["qkv"])
+  q, k, v = (
+    checkpoint_name(product(name, "BLD,DNH->BLNH", h, w, heads), "qkv")
+    for name, w in zip("qkv", params["qkv"])
+  )
   if "q_norm" in params:
     q, k = apply_norm(scale("q_norm"), q), apply_norm(scale("k_norm"), k)
   if config.traits.rotary:
     q, k = (rotate(x, positions, config.rotary_base) for x in (q, k))
   # The order of the letters matters: einsum contracts them in alphabetical order, uppercase first.
   # With `H`, which sorts before N, XLA would transpose the matrix first.
-  x = x + product("BLNh,NhD->BLD", attend(q, k, v), params["out"], act)
+  x = x + product("out", "BLNh,NhD->BLD", attend(q, k, v), params["out"], act)
   x = checkpoint_name(x, "middle")
   h = apply_norm(scale("norm2"), x)
-  up = checkpoint_name(product("BLD,DF->BLF", h, params["up"], mlp), "mlp")
+  up = checkpoint_name(product("up", "BLD,DF->BLF", h, params["up"], mlp), "mlp")
   if config.traits.gated:
-    gate = checkpoint_name(product("BLD,DF->BLF", h, params["gate"], mlp), "mlp")
+    gate = checkpoint_name(product("gate", "BLD,DF->BLF", h, params["gate"], mlp), "mlp")
     up = up * jax.nn.silu(gate)
   else:
     up = ACTIVATIONS[config.activation](up)
-  return x + product("BLF,FD->BLD", up, params["down"], act)
+  return x + product("down", "BLF,FD->BLD", up, params["down"], act)
+
+
+def low_rank(equation: str) -> tuple[str, str]:
+  """Splits the product with a matrix into the products with its two factors of rank r.
+
+  low_rank("BLD,DNH->BLNH") = ("BLD,Dr->BLr", "BLr,rNH->BLNH")
+  """
+  factors, result = equation.split("->")
+  x, w = factors.split(",")
+  ins, outs = ("".join(c for c in w if (c in x) == shared) for shared in (True, False))
+  return f"{x},{ins}r->BLr", f"BLr,r{outs}->{result}"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -225,23 +253,27 @@ class Transformer(nnx.Module):
     """Returns the output table in the compute dtype, sharded only over `tensor`."""
     return gathered(self.stored_table())
 
-  def __call__(self, tokens: Ids, positions: Ids, segment_ids: Ids) -> Stream:
+  def __call__(
+    self, tokens: Ids, positions: Ids, segment_ids: Ids, adapters: dict | None = None
+  ) -> Stream:
     """Computes the hidden states of packed rows, after the final norm.
 
     The logits are `hidden @ output_table().T`. `positions` are the positions of tokens in their
     samples. Tokens attend only to tokens with the same segment id; segment id 0 is padding.
+    `adapters` are added to the layers' matrices, see `adapters.scaled`.
     """
     attend = functools.partial(
       attention.row_attention, self.config.attention, segment_ids=segment_ids
     )
 
-    def layer(x: Stream, block: Block) -> tuple[Stream, None]:
-      return block(checkpoint_name(x, "input"), positions, attend), None
+    def layer(x: Stream, scanned: tuple[Block, dict | None]) -> tuple[Stream, None]:
+      block, factors = scanned
+      return block(checkpoint_name(x, "input"), positions, attend, factors), None
 
     x, _ = jax.lax.scan(
       _checkpointed(layer, self.config.remat_policy),
       self.embed_tokens(tokens, positions),
-      self.blocks,
+      (self.blocks, adapters),
       unroll=self.config.unroll_layers,
     )
     return self.final_norm(x)

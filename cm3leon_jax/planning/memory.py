@@ -17,6 +17,7 @@ import jax
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import BATCH, FSDP
+from cm3leon_jax.models import adapters
 from cm3leon_jax.models.config import ModelConfig, RematPolicy
 from cm3leon_jax.models.transformer import KEPT
 from cm3leon_jax.planning.topology import CHIPS
@@ -48,7 +49,7 @@ class Memory:
     rows: R, the number of rows per pass (not bytes).
     state: parameters, optimizer moments and the average of the parameters; twice their bytes if
       steps are checked (`train.replay_every`). For `cm3leon reinforce`, also the initial model in
-      the compute dtype.
+      the compute dtype. For adapters, also the frozen parameters in the compute dtype.
     batch: input arrays of a whole step.
     accumulation: sum of the gradients of all passes; 0 if a step has only one pass.
     kept: activations that the layers keep for the backward pass.
@@ -94,20 +95,26 @@ def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
   kept = tokens * D * model.num_layers * b * kept_widths(model, tensor, platform)
   # `copy` is the layers in the compute dtype, which is also the dtype of their gradients.
   copy, gradients = (matrices * b if b < 4 else 0), matrices * b
+  table = (4 + b) * model.vocab_size / tensor * D  # Gradient of the input table.
+  frozen = 0.0
+  if settings.adapter.rank:  # Only adapters have gradients, in fp32.
+    frozen, copy, tables, table = params * b, 0, 0, 0
+    params = matrices = adapters.count(model, settings.adapter, shape)
+    gradients = 4 * params
   phases = (
-    kept + copy + _loss(model, R, L, tensor),
-    kept + copy + gradients + 4 * tables + _layer(model, R, L, tensor, platform),
-    gradients + (4 + b) * model.vocab_size / tensor * D,  # Gradient of the input table.
+    kept + copy + _loss(model, R, L, tensor, bool(frozen)),
+    kept + copy + gradients + 4 * tables + _layer(model, R, L, tensor, platform, bool(frozen)),
+    gradients + table,
     8 * params,  # Gradients and updates, in fp32.
   )
   # The sum of the table's gradient over replicas overlaps with the next pass.
-  overlapped = (4 + b) * model.vocab_size / tensor * D if shape["data"] > 1 else 0
+  overlapped = table if shape["data"] > 1 else 0
   accumulated = train.gradient_accumulation_steps > 1
   fields = 6 if settings.instructions.any else 5
   states = 2 if train.replay_every else 1
   return Memory(
     rows=R,
-    state=states * (params * 4 + _optimizer_bytes(settings.optimizer, params, matrices)),
+    state=states * (frozen + params * 4 + _optimizer_bytes(settings.optimizer, params, matrices)),
     batch=states * 4 * fields * L * train.global_batch_size / batch_shards,
     accumulation=4 * params * accumulated,
     kept=kept,
@@ -198,15 +205,24 @@ def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> f
   return 1 + sum(widths[name] for name in KEPT.get(policy, ("middle",)))
 
 
-def _loss(model: ModelConfig, R: int, L: int, tensor: int) -> float:
-  """Computes the bytes of the loss: table, its fp32 gradient, a chunk of logits, hidden states."""
+def _loss(model: ModelConfig, R: int, L: int, tensor: int, frozen: bool = False) -> float:
+  """Computes the bytes of the loss: table, its fp32 gradient, a chunk of logits, hidden states.
+
+  A frozen table has no gradient, but XLA:TPU also keeps the copy that the look-up gathered.
+  """
   b, V = ITEMSIZE[model.dtype], model.vocab_size / tensor
   chunk = R * min(L, model.loss_chunk) * V * (8 + b)
-  return V * model.width * (b + 4) + chunk + 2 * R * L * model.width * b
+  return V * model.width * (b + (b if frozen else 4)) + chunk + 2 * R * L * model.width * b
 
 
-def _layer(model: ModelConfig, R: int, L: int, tensor: int, platform: str) -> float:
-  """Computes the bytes of a layer's backward pass: its parameters twice, and activations."""
+def _layer(
+  model: ModelConfig, R: int, L: int, tensor: int, platform: str, frozen: bool = False
+) -> float:
+  """Computes the bytes of a layer's backward pass: its parameters twice, and activations.
+
+  Frozen parameters, which have no gradients, count once. With their adapters, a layer has more
+  activations, and XLA:TPU also keeps the table that the look-up gathered.
+  """
   b, F = ITEMSIZE[model.dtype], model.mlp_width / tensor
   params = _parameters(model)[0] / model.num_layers / tensor
   products = 3 if model.traits.gated else 2
@@ -215,6 +231,9 @@ def _layer(model: ModelConfig, R: int, L: int, tensor: int, platform: str) -> fl
     # No kernel supports heads of this size, so all attention weights are in memory.
     scores = R * model.num_heads / tensor * L * L / 2 * (8 + b)
   widths = 2 * model.width + 4 * model.num_heads * model.head_dim + products * F
+  if frozen:
+    widths += 2 * model.width + (products - 1) * F
+    return params * b + R * L * widths * b + scores + model.vocab_size / tensor * model.width * b
   return 2 * params * b + R * L * widths * b + scores
 
 

@@ -7,6 +7,7 @@ import jax
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.models import transformer
 from cm3leon_jax.planning import memory
 from cm3leon_jax.planning.hardware import Hardware, peak_of
 from cm3leon_jax.planning.search import meshes
@@ -135,7 +136,7 @@ def make(settings: Settings, hardware: Hardware, mfu: float, bandwidth: float) -
     tokens=tokens * train.steps,
     tokens_per_step=tokens,
     mfu=mfu,
-    step_seconds=model_flops(settings.model, tokens, length) / (peak * mfu),
+    step_seconds=model_flops(settings.model, tokens, length, settings.adapter) / (peak * mfu),
     replay_every=train.replay_every,
     checkpoint_bytes=checkpoint,
     saving_hosts=max(1, replica // (hardware.per_host * hardware.devices_per_chip)),
@@ -238,11 +239,11 @@ def _state(settings: Settings) -> tuple[int, int]:
   """Returns (number of parameters, bytes of a checkpoint)."""
   single = create_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
   with jax.set_mesh(single):
-    steps = compile_steps(
-      settings.model, settings.optimizer, settings.train, settings.vocab, settings.seed
-    )
-    state = jax.eval_shape(steps.init)
-  parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    sections = settings.model, settings.optimizer, settings.train, settings.vocab, settings.seed
+    state = jax.eval_shape(compile_steps(*sections, settings.adapter).init)
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda: transformer.init_params(settings.model, key))
+  parameters = transformer.count_params(params)
   return parameters, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 

@@ -1,5 +1,6 @@
 """Lowers the programs that are compiled ahead of time: train step, evaluation, guided decoder."""
 
+import dataclasses
 import functools
 import math
 
@@ -19,6 +20,7 @@ from cm3leon_jax.decoding.params import DecodeParams, prepare
 from cm3leon_jax.decoding.programs import Lowered, lower_batch
 from cm3leon_jax.mesh import abstract, batch_shards, spec
 from cm3leon_jax.models import transformer
+from cm3leon_jax.models.config import AdapterConfig
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.config import on_mesh
 from cm3leon_jax.training.step import grpo
@@ -43,7 +45,8 @@ def train_step(settings: Settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowere
     steps, state = _steps(settings, mesh)
     batch = _batch(settings, mesh, settings.train.global_batch_size)
     train: jax.stages.Wrapped = steps.train
-    return train.lower(state, batch, num_sources=num_sources(settings, "train"))
+    count, more = num_sources(settings, "train"), _base(settings, mesh)
+    return train.lower(state, batch, num_sources=count, **more)
 
 
 def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax.stages.Lowered:
@@ -54,6 +57,7 @@ def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax
   Raises:
     UserError: the batch is not evenly divisible among the devices of the mesh.
   """
+  settings = dataclasses.replace(settings, adapter=AdapterConfig())  # All parameters are trained.
   with jax.set_mesh(mesh):
     _, state = _steps(settings, mesh)
     reference = jax.tree.map(
@@ -102,15 +106,32 @@ def evaluation(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[jax.stages.
     rest = (state.opt_state, None if state.ema is None else state.params)
     count = num_sources(settings, "heldout")
     evaluate: jax.stages.Wrapped = steps.evaluate
-    lowered = evaluate.lower(state.eval_params, batch, num_sources=count)
+    more = _base(settings, mesh)
+    lowered = evaluate.lower(state.eval_params, batch, num_sources=count, **more)
     return lowered, _local_bytes(rest)
 
 
 def _steps(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Steps, TrainState]:
   """Returns the jitted functions of a run on the current mesh, and the types of its train state."""
   train = on_mesh(settings.train, batch_shards())
-  steps = compile_steps(settings.model, settings.optimizer, train, settings.vocab, settings.seed)
+  sections = settings.model, settings.optimizer, train, settings.vocab, settings.seed
+  steps = compile_steps(*sections, settings.adapter)
   return steps, abstract(jax.eval_shape(steps.init), mesh)
+
+
+def _base(settings: Settings, mesh: jax.sharding.Mesh) -> dict[str, dict]:
+  """Returns {"base": types of the frozen parameters}, or {} if the run trains no adapters."""
+  return {"base": _computing_params(settings, mesh)} if settings.adapter.rank else {}
+
+
+def _computing_params(settings: Settings, mesh: jax.sharding.Mesh) -> dict:
+  """Returns the types of the parameters in the compute dtype."""
+
+  def init() -> dict:
+    params = transformer.init_params(settings.model, jax.random.key(0))
+    return jax.tree.map(lambda x: x.astype(jnp.dtype(settings.model.dtype)), params)
+
+  return abstract(jax.eval_shape(init), mesh)
 
 
 def _batch(

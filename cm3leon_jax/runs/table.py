@@ -159,6 +159,8 @@ def identity(settings: Settings, name: str) -> dict:
   if name == "train" and settings.instructions.any:
     fields = dataclasses.asdict(settings.instructions).items()
     config["instructions"] = {k: v for k, v in fields if f"instructions.{k}" not in FREE}
+  if name == "train" and settings.adapter.rank:
+    config["adapter"] = dataclasses.asdict(settings.adapter)
   return config
 
 

@@ -178,9 +178,8 @@ class Engine:
         job.deliver(Failed(stopping()))
 
   def _fresh(self, usual: Sequence[Bucket] = ()) -> ContinuousGenerator:
-    return ContinuousGenerator(
-      self.pipeline.generator, self.slots, self._chunk, self._buckets, usual=usual
-    )
+    pipeline, sizes = self.pipeline, (self.slots, self._chunk, self._buckets)
+    return ContinuousGenerator(pipeline.generator, *sizes, usual, pipeline.adapted)
 
   def _warm_up(self) -> None:
     """Compiles the buckets of usual requests, then the largest buckets, which fit any request."""
@@ -286,7 +285,8 @@ class Engine:
     while progressed:
       progressed = False
       for opened in list(self._open):
-        if self._generator.can_admit(opened.request, opened.job.task.sampling):
+        job = opened.job
+        if self._generator.can_admit(opened.request, job.task.sampling, job.adapter):
           progressed = self._begin(opened) or progressed
           self._open.remove(opened)
           if opened.waits and not opened.failed:
@@ -296,7 +296,7 @@ class Engine:
     job, index = opened.job, opened.begun
     try:
       seed = sample_seed(job.task.seed, index)
-      ticket = self._generator.admit(opened.request, seed, job.task.sampling)
+      ticket = self._generator.admit(opened.request, seed, job.task.sampling, job.adapter)
     except UserError as error:
       self._fail(opened, self._refused(job, error))
       return False

@@ -4,41 +4,31 @@ The parameters come from another run, a bundle or an exported model.
 """
 
 import dataclasses
+import functools
 import os
 from typing import Any
 
 from etils import epath
+import jax
 
 from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.distributed import print_once
+from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
+from cm3leon_jax.models.adapters import merge
+from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings
-from cm3leon_jax.trained import bundles, exported, kinds
+from cm3leon_jax.trained import adapters, bundles, exported, kinds
+from cm3leon_jax.trained.adapters import Adapters, Weights
 from cm3leon_jax.weights import layouts, stored_tensors, tensor_files
 
 IMAGE_TOKENIZER = f"{kinds.IMAGES}/params.safetensors"  # Path in an exported model.
 # Key in the summary of the stage INIT. Its value is the SHA-256 of the imported image tokenizer.
 IMAGES = "image_tokenizer_sha256"
 INIT = "init"  # Folder of a workdir with the parameters that `cm3leon import_weights` wrote.
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-  """Reference to trained parameters on disk, as train/config.json records it under "init_from".
-
-  Attributes:
-    source: a path or name as the user gave it, see `bundles.folder_of`.
-    step: step of the checkpoint; None for an exported model.
-    digest: SHA-256 of the exported file. For several files or a checkpoint, the SHA-256 of the
-      digests of the files.
-  """
-
-  source: str
-  step: int | None
-  digest: str | None
 
 
 def start_of_run(
@@ -54,12 +44,20 @@ def start_of_run(
     stored: the entry "run" of the run's config.json; None if the run has not begun.
 
   Raises:
-    UserError: the run started from something other than `source`, or `find` raises the error.
+    UserError: the run started from something other than `source`, or would train adapters of random
+      parameters, or the base of its adapters has changed, or `find` raises the error.
   """
+  tunes = bool(settings.adapter.rank)
   if stored is None:
     source = source or _imported(epath.Path(workdir))
+    if tunes and not source:
+      raise UserError(
+        f"config.adapter.rank is {settings.adapter.rank}, but the run would start from random "
+        "parameters: name the trained model that the adapters tune by --init_from=RUN."
+      )
     if not source:
       return None
+    source = _lasting(source) if tunes else source
     found = find(settings, source)
     at = "" if found.step is None else f", step {found.step}"
     print_once(f"train: the run starts from the parameters of {source}{at}.")
@@ -71,12 +69,24 @@ def start_of_run(
     return found
   recorded = stored.get("init_from")
   began = recorded["source"] if recorded else "random parameters"
-  if source and source != began:
+  if source and source != began and not (tunes and _lasting(source) == began):
     raise UserError(
       f"--init_from is {source}, but the run in {workdir} began from {began}: leave --init_from "
       "out to continue that run, or use another --workdir."
     )
-  return Weights(**recorded) if recorded else None
+  start = Weights(**recorded) if recorded else None
+  if tunes and start is not None:
+    check_base(Adapters(epath.Path(workdir), settings.adapter, start), settings)
+  return start
+
+
+def _lasting(source: str) -> str:
+  """Returns the name of an installed bundle unchanged, and the absolute path of other sources.
+
+  A run needs the base of its adapters also when a command starts in another folder.
+  """
+  is_name = source in bundles.INSTALLED and bundles.folder_of(source) != epath.Path(source)
+  return source if is_name else os.fspath(absolute(source))
 
 
 def _imported(workdir: epath.Path) -> str:
@@ -197,10 +207,97 @@ def load(weights: Weights, settings: Settings) -> dict:
       f"the parameters in {weights.source} have changed since this run began, and the run has no "
       "checkpoint yet: delete train/ in the --workdir of this run to begin again."
     )
+  return _load(weights, settings.model)
+
+
+def _load(weights: Weights, model: ModelConfig) -> dict:
   folder = bundles.folder_of(weights.source)
   if weights.step is not None:
-    return reading.load_params(folder / "train", settings.model, weights.step)[0]
-  return exported.load_params(folder, settings.model)
+    return load_run(folder, model, weights.step)[0]
+  return exported.load_params(folder, model)
+
+
+def load_run(
+  workdir: epath.PathLike, model: ModelConfig, step: int | None = None, average: bool = True
+) -> tuple[dict, int]:
+  """Loads the parameters of a run onto the current mesh; adapters are added to their base.
+
+  The arguments and the result are those of `reading.load_params`.
+
+  Raises:
+    UserError: see `reading.load_params` and `load_base`.
+  """
+  if (found := adapters.of_run(workdir)) is None:
+    return reading.load_params(epath.Path(workdir) / "train", model, step, average)
+  return merged(found, load_base(found), step, average)
+
+
+def merged(
+  found: Adapters, base: dict, step: int | None = None, average: bool = True
+) -> tuple[dict, int]:
+  """Loads adapters, adds them to `base`, which is donated, and returns the sum and their step.
+
+  `step` and `average` are those of `reading.load_params`.
+  """
+  trained, step = found.load(step, average)
+  add = jax.jit(functools.partial(merge, alpha=found.config.alpha), donate_argnums=0)
+  return add(base, trained), step
+
+
+def load_base(found: Adapters) -> dict:
+  """Loads the parameters that adapters were trained on, onto the current mesh.
+
+  Raises:
+    UserError: see `check_base`, or the parameters are damaged.
+  """
+  check_base(found, found.settings)
+  return _load(found.base, found.settings.model)
+
+
+def check_base(found: Adapters, settings: Settings) -> None:
+  """Checks that the base of adapters is the one that they were trained on.
+
+  `settings` are those of the run that trained the adapters. All processes must call this function.
+
+  Raises:
+    UserError: the base is absent, has another model or vocab, or has changed.
+  """
+  source, what = found.base.source, f"the adapters in {found.folder} need their base"
+  if not bundles.folder_of(source).exists():
+    raise UserError(
+      f"{what}, {source}, which does not exist: put it back, or, if it has moved, enter its "
+      f"path as run.init_from.source in {found.folder / 'train' / 'config.json'}."
+    )
+  try:
+    same = find(settings, source, found.base.step) == found.base
+  except UserError as error:
+    raise UserError(f"{what}: {error}") from error
+  if not same:
+    raise UserError(
+      f"{what}, but the parameters in {source} have changed since: restore the parameters of "
+      f"SHA-256 {str(found.base.digest)[:12]}."
+    )
+
+
+def over(source: str, adapter: str | os.PathLike[str]) -> Adapters:
+  """Opens adapters to add them to the parameters of `source`, see `bundles.folder_of`.
+
+  `adapter` is described in `adapters.open_at`.
+
+  Raises:
+    UserError: `adapter` contains no adapters, or they were trained on other parameters.
+  """
+  found = adapters.open_at(adapter)
+  try:
+    given = find(found.settings, source, found.base.step)
+  except UserError as error:
+    raise UserError(f"the adapters in {found.folder} do not fit {source}: {error}") from error
+  if (given.step, given.digest) != (found.base.step, found.base.digest):
+    raise UserError(
+      f"the adapters in {found.folder} were trained on other parameters than those of {source}: "
+      f"their base is {found.base.source}."
+    )
+  return dataclasses.replace(found, base=given)
 
 
 def start_of(workdir: epath.PathLike) -> Weights | None:

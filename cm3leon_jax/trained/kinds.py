@@ -8,12 +8,14 @@ ABOUT = "export.json"  # Marks a folder as an export and describes the exported 
 IMAGES = "image_tokenizer"  # Folder of the image tokenizer in an export.
 # File that an orbax export writes last. An export without this file is incomplete.
 DIGESTS = "digests.json"
+ADAPTER = "adapter_config.json"  # Describes the adapters of an export in the format peft.
 
 # Result of `kind_of` -> description for messages.
 KINDS = {
   "stablehlo": "in the format stablehlo",
   "orbax": "in the format orbax",
   "gpt2": "in the format gpt2 of an earlier version",
+  "peft": "of adapters alone, in the format peft",
   "int8": "with int8 weights",
 }
 
@@ -21,7 +23,7 @@ KINDS = {
 def kind_of(folder: epath.PathLike) -> str:
   """Returns the key of `KINDS` for an export, or "" for the format hf and for other folders."""
   folder = epath.Path(folder)
-  for kind, name in (("stablehlo", "manifest.json"), ("orbax", DIGESTS)):
+  for kind, name in (("stablehlo", "manifest.json"), ("orbax", DIGESTS), ("peft", ADAPTER)):
     if (folder / name).exists():
       return kind
   path = folder / "config.json"

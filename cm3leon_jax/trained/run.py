@@ -21,7 +21,7 @@ from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained import bundles, exported, kinds
+from cm3leon_jax.trained import adapters, bundles, exported, initial, kinds
 from cm3leon_jax.trained.rows import open_rows
 from cm3leon_jax.weights.stored import StoredParams, of_tree
 
@@ -113,16 +113,18 @@ class Run:
   def params(self, step: int | None = None, average: bool = True) -> tuple[dict, int]:
     """Loads parameters onto the current mesh, and returns them with their step.
 
+    The adapters of a run are added to their base.
+
     Args:
       step: step of a checkpoint in a workdir; None: the newest. Ignored for bundles and exports.
       average: whether to load the moving average, if the workdir has one.
 
     Raises:
-      UserError: see `reading.load_params` and `exported.load_params`.
+      UserError: see `initial.load_run`, `initial.load_base` and `exported.load_params`.
     """
     if self.step is not None:
       return exported.load_params(self.folder, self.settings.model), self.step
-    return reading.load_params(self.folder / "train", self.settings.model, step, average)
+    return initial.load_run(self.folder, self.settings.model, step, average)
 
 
 def ids(run: Run, names: Collection[str]) -> dict[str, str]:
@@ -142,14 +144,17 @@ def _id(run: Run, name: str) -> str:
 def open_params(run: Run, average: bool | None) -> StoredParams:
   """Opens the parameters of a run for `cm3leon export`.
 
-  The parameters of a bundle are loaded into memory, which needs a current mesh. For `average`, see
-  `stored.choose`.
+  The parameters of a bundle, and the sums of adapters and their base, are loaded into memory, which
+  needs a current mesh. For `average`, see `stored.choose`.
 
   Raises:
     UserError: `average` is not None, but the run keeps no average or is a bundle.
   """
   if run.kind == "workdir":
-    return reading.open_params(run.folder / "train", average=average)
+    found = reading.open_params(run.folder / "train", average=average)
+    if adapters.of_run(run.folder) is None:
+      return found
+    return of_tree(*run.params(found.step, average is not False), found.averaged)
   if average is not None:
     raise UserError(
       f"--merge_ema is given, but {run.folder} is a bundle, which has only one set of parameters: "

@@ -31,6 +31,7 @@ MAY_CHANGE = {
 MAY_NOT = {
   "optimizer": "the optimizer's state in the checkpoint has another structure",
   "optimizer.ema_decay": "an average can be neither added to the checkpoint nor removed from it",
+  "adapter": "the checkpoint's adapters have other shapes or another scale",
   "model": "the checkpoint's parameters belong to another decoder",
   "vocab": "the same ids would mean other tokens",
   "data": "the rows of the run are planned from it, so some would occur twice or never",

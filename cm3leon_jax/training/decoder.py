@@ -17,8 +17,8 @@ from cm3leon_jax.checkpoints import recovery
 from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.mesh import batch_shards, spec
-from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.models import adapters, transformer
+from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.config import OptimizerConfig, TrainConfig, on_mesh
 from cm3leon_jax.training.faults import skipped_rows
@@ -55,6 +55,8 @@ class DecoderTraining:
     initial_params: returns the parameters from which a run without a checkpoint starts; None: the
       run starts from random parameters.
     evaluate_start: whether to compute the held-out loss also before the first step, as step 0.
+    adapter: the adapters to train; None, or rank 0: all parameters are trained.
+    base_params: returns the frozen parameters to which the adapters are added.
   """
 
   folder: epath.Path
@@ -69,6 +71,8 @@ class DecoderTraining:
   profile_steps: range = range(0)
   initial_params: Callable[[], dict] | None = None
   evaluate_start: bool = False
+  adapter: AdapterConfig | None = None
+  base_params: Callable[[], dict] | None = None
 
   @classmethod
   def of(cls, settings: Settings, **fields: Any) -> "DecoderTraining":
@@ -79,6 +83,7 @@ class DecoderTraining:
       config=settings.train,
       vocab=settings.vocab,
       seed=settings.seed,
+      adapter=settings.adapter,
       **fields,
     )
 
@@ -141,7 +146,7 @@ def open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatch
   kind = devices.flat[0].device_kind
   tokens = config.global_batch_size * objective.length
   rates = flops.Rates(
-    flops.model_flops(training.model, tokens, objective.length),
+    flops.model_flops(training.model, tokens, objective.length, training.adapter),
     devices.size,
     config.peak_flops or flops.device_peak(kind),
   )
@@ -165,11 +170,37 @@ def open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatch
   return Monitor(log, watch, rates, schedule, config, profiler, boards, objective.names, skipped)
 
 
-def _summary(state: TrainState, next_row: int, losses: dict, hook: heldout.HeldoutLosses) -> dict:
+def _compile(training: DecoderTraining) -> tuple[DecoderTraining, Steps]:
+  """Builds the steps. Loads the base of adapters for them, and for the grids of samples."""
+  steps = compile_steps(
+    training.model, training.optimizer, training.config, training.vocab, training.seed,
+    training.adapter,
+  )  # fmt: skip
+  if training.base_params is None or training.adapter is None:
+    return training, steps
+  dtype = jnp.dtype(training.model.dtype)
+  base = jax.tree.map(lambda x: x.astype(dtype), training.base_params())
+  if (draw := training.sample_grid) is None:
+    return training, steps.over(base)
+  merge = jax.jit(functools.partial(adapters.merge, alpha=training.adapter.alpha))
+
+  def sample_grid(params: dict, step: int) -> Image.Image | None:
+    return draw(merge(base, params), step)
+
+  return dataclasses.replace(training, sample_grid=sample_grid), steps.over(base)
+
+
+def _summary(
+  state: TrainState, base: dict | None, next_row: int, losses: dict, hook: heldout.HeldoutLosses
+) -> dict:
   """Builds the result of `train` from the held-out losses of the last step, and their hook."""
+  trained = transformer.count_params(state.params)
+  counts = {"parameters": trained}
+  if base is not None:
+    counts = {"parameters": transformer.count_params(base), "adapter_parameters": trained}
   return {
     "steps": int(state.step),
-    "parameters": transformer.count_params(state.params),
+    **counts,
     "next_row": next_row,
     **losses,
     **({"heldout_before": hook.at_start} if hook.at_start else {}),
@@ -200,8 +231,8 @@ def train(
   training = dataclasses.replace(training, config=config)
   folder, objective = training.folder, training.objective
   sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch", "length"))
-  steps = compile_steps(training.model, training.optimizer, config, training.vocab, training.seed)
   with _opened(folder, config, lease, go_back) as (checkpoints, watch, hang, held):
+    training, steps = _compile(training)
     newest, state, next_row = restore_or_init(
       folder, checkpoints, steps, config, training.initial_params
     )
@@ -236,4 +267,4 @@ def train(
   check_end(int(state.step), config.steps, folder, stop.code, saves.saved)
   # If no step was left to train, the hook has not computed the losses.
   found = losses.losses or evaluate(state.eval_params)
-  return _summary(state, saves.next_row, found, losses)
+  return _summary(state, steps.base, saves.next_row, found, losses)

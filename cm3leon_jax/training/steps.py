@@ -7,7 +7,7 @@ import functools
 import jax
 import optax
 
-from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.faults.fingerprint import Fingerprint, fingerprint
 from cm3leon_jax.training.step.optimizer import create_optimizer
@@ -34,12 +34,20 @@ class Steps:
     evaluate: (params, batch) -> sums, see `state.eval_step`. If rows name their sources, `evaluate`
       and `train` take the number of sources as the static argument `num_sources`.
     checked: like `train`, but also returns fingerprints, see `checked_step`.
+    base: the frozen parameters, if only adapters are trained. `train` and `evaluate` use them.
+      `checked`, which also runs on other meshes, takes them as the argument `base`.
   """
 
   init: Callable
   train: Callable
   evaluate: Callable
   checked: Callable
+  base: dict | None = None
+
+  def over(self, base: dict) -> "Steps":
+    """Returns these functions for adapters of the parameters `base`, in the compute dtype."""
+    train, evaluate = (functools.partial(step, base=base) for step in (self.train, self.evaluate))
+    return dataclasses.replace(self, train=train, evaluate=evaluate, base=base)
 
 
 def compile_steps(
@@ -48,9 +56,14 @@ def compile_steps(
   config: TrainConfig,
   vocab: VocabLayout,
   seed: int,
+  adapter: AdapterConfig | None = None,
 ) -> Steps:
-  """Builds the functions for the current mesh. JAX compiles each function at its first call."""
+  """Builds the functions for the current mesh. JAX compiles each function at its first call.
+
+  If `adapter` has a rank, only adapters are trained, and the functions need a base (`Steps.over`).
+  """
   optimizer = create_optimizer(optimizer_config, config.steps)
+  adapter = adapter or AdapterConfig()
 
   def make_step(optimizer: optax.GradientTransformation) -> Callable:
     return functools.partial(
@@ -61,6 +74,7 @@ def compile_steps(
       config.gradient_accumulation_steps,
       z_loss=optimizer_config.z_loss,
       ema_decay=optimizer_config.ema_decay,
+      alpha=adapter.alpha,
     )
 
   compile_step = functools.partial(
@@ -71,10 +85,11 @@ def compile_steps(
   )
   averaged = optimizer_config.ema_decay > 0
   return Steps(
-    init=jax.jit(lambda: init_state(model, optimizer, jax.random.key(seed), averaged)),
+    init=jax.jit(lambda: init_state(model, optimizer, jax.random.key(seed), averaged, adapter)),
     train=compile_step(make_step(optimizer)),
     evaluate=jax.jit(
-      functools.partial(eval_step, model, vocab.text_size), static_argnames="num_sources"
+      functools.partial(eval_step, model, vocab.text_size, alpha=adapter.alpha),
+      static_argnames="num_sources",
     ),
     checked=compile_step(checked_step(make_step, optimizer)),
   )
@@ -86,12 +101,12 @@ def checked_step(
 ) -> Callable:
   """Builds a train step that also returns the fingerprints of `PARTS`.
 
-  `make_step` takes an optimizer and returns a step, (state, batch, num_sources) -> (state,
-  metrics). The result is (state, batch, num_sources) -> (state, metrics, fingerprints).
+  `make_step` takes an optimizer and returns a step, (state, batch, num_sources, base) -> (state,
+  metrics). The result takes the same arguments and returns (state, metrics, fingerprints).
   """
 
   def step(
-    state: TrainState, batch: dict, num_sources: int = 0
+    state: TrainState, batch: dict, num_sources: int = 0, base: dict | None = None
   ) -> tuple[TrainState, dict, dict[str, Fingerprint]]:
     found = {"read": fingerprint(state)}
 
@@ -105,7 +120,7 @@ def checked_step(
       return updates, opt_state
 
     watched = optax.GradientTransformation(optimizer.init, update)
-    state, metrics = make_step(watched)(state, batch, num_sources=num_sources)
+    state, metrics = make_step(watched)(state, batch, num_sources=num_sources, base=base)
     return state, metrics, {**found, "left": fingerprint(state)}
 
   return step

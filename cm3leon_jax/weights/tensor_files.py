@@ -82,12 +82,12 @@ def write(
   folder = epath.Path(folder)
   shards = _split(tensors, shard_bytes)
   if len(shards) == 1:
-    _write_file(folder / WEIGHTS, tensors)
+    write_file(folder / WEIGHTS, tensors)
     return [WEIGHTS]
   places: dict[str, str] = {}
   for i, shard in enumerate(shards, 1):
     name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-    _write_file(folder / name, shard)
+    write_file(folder / name, shard)
     places |= {tensor.name: name for tensor in shard}
   total = {"total_size": sum(tensor.bytes for tensor in tensors)}
   write_json(folder / INDEX, {"metadata": total, "weight_map": places})
@@ -121,7 +121,8 @@ def header(tensors: Iterable[Tensor]) -> bytes:
   return len(text).to_bytes(8, "little") + text
 
 
-def _write_file(path: epath.Path, tensors: Sequence[Tensor]) -> None:
+def write_file(path: epath.Path, tensors: Sequence[Tensor]) -> None:
+  """Writes tensors to one file, atomically."""
   with replacing(path) as file:
     file.write(header(tensors))
     for tensor in tensors:

@@ -37,8 +37,8 @@ MODELS = mutants_of(
   ),
   (
     "attention_replaces_the_stream",
-    'x = x + product("BLNh,NhD->BLD"',
-    'x = product("BLNh,NhD->BLD"',
+    'x = x + product("out", "BLNh,NhD->BLD"',
+    'x = product("out", "BLNh,NhD->BLD"',
   ),
   "tests/models/look_up_test.py",
   (

@@ -48,7 +48,7 @@ TRAINING = mutants_of(
   ),
   "cm3leon_jax/planning/programs.py",
   "tests/planning/programs_test.py::test_the_steps_of_a_tuning_are_those_of_its_run",
-  ("planned_without_sources", 'num_sources=num_sources(settings, "train")', "num_sources=0"),
+  ("planned_without_sources", 'num_sources(settings, "train"), _base', "0, _base"),
   "cm3leon_jax/training/watch/heldout.py",
   f"{SOURCES_TEST}::test_a_killed_run_has_step_0_once",
   ("step_0_is_lost", "self.monitor.logged_heldout(0)", "{}"),

@@ -17,6 +17,7 @@ from cm3leon_jax.commands import train as train_command
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.mesh import MeshConfig, abstract
+from cm3leon_jax.models.config import AdapterConfig
 from cm3leon_jax.planning import memory
 from cm3leon_jax.planning.topology import CHIPS
 from cm3leon_jax.settings import settings_from_config
@@ -108,6 +109,42 @@ def test_the_state_has_the_bytes_of_its_arrays(family, head_size, optimizer):
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)
   )
   assert memory.estimate(settings, mesh.shape).state == pytest.approx(sum(shares), rel=0.03)
+
+
+def test_the_state_of_adapters_has_the_bytes_of_its_arrays_and_of_the_frozen_base():
+  adapter = AdapterConfig(rank=4)
+  model = dataclasses.replace(SETTINGS.model, dtype="bfloat16")
+  train = dataclasses.replace(SETTINGS.train, global_batch_size=8)
+  settings = dataclasses.replace(SETTINGS, model=model, train=train, adapter=adapter)
+  mesh = mesh_of(1, 2, 2, 2)
+  with jax.set_mesh(mesh):
+    steps = compile_steps(model, settings.optimizer, train, settings.vocab, 0, adapter)
+    state = abstract(jax.eval_shape(steps.init), mesh)
+  shares = (
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)
+  )
+  full = memory.estimate(dataclasses.replace(settings, adapter=AdapterConfig()), mesh.shape)
+  base = full.state / 12 * 2  # Full training holds the parameters and two moments in fp32.
+  assert memory.estimate(settings, mesh.shape).state == pytest.approx(sum(shares) + base, rel=0.03)
+
+
+@pytest.mark.parametrize(
+  ("family", "mesh", "rows", "gib"),
+  [
+    ("opt", (1, 4, 1, 4), 1, 3.28),
+    ("opt", (1, 4, 1, 4), 4, 8.38),
+    ("opt", (1, 4, 1, 1), 1, 5.57),
+    ("opt", (1, 2, 1, 2), 8, 17.28),
+    ("modern", (1, 4, 1, 4), 4, 10.05),
+  ],
+)
+def test_the_estimate_for_adapters_is_near_the_compilers_numbers(family, mesh, rows, gib):
+  """The compiler's numbers are those of the 7B with rank 16 on v5e-16 or v5p-8."""
+  batch = rows * math.prod(mesh)
+  settings = settings_of("cm3leon_7b", mesh, rows, "full", batch)
+  model = dataclasses.replace(settings.model, family=family)
+  settings = dataclasses.replace(settings, model=model, adapter=AdapterConfig(rank=16))
+  assert -0.01 < estimated(settings).total / GIB / gib - 1 < 0.12
 
 
 def test_more_rows_kept_values_and_passes_take_more():

@@ -26,7 +26,7 @@ STEPS, LENGTH = 12, 64  # Number of steps of a run, and length of a row.
 
 
 @functools.cache
-def shared_steps(model, optimizer, accumulation, vocab, seed, mesh):
+def shared_steps(model, optimizer, accumulation, vocab, seed, mesh, adapter=None):
   """Compiles the steps once for all runs, because compiling takes most of the time.
 
   The learning rate schedule is that of `STEPS` steps.
@@ -34,7 +34,7 @@ def shared_steps(model, optimizer, accumulation, vocab, seed, mesh):
   config = TrainConfig(
     steps=STEPS, gradient_accumulation_steps=accumulation, global_batch_size=accumulation
   )
-  return compile_steps(model, optimizer, config, vocab, seed)
+  return compile_steps(model, optimizer, config, vocab, seed, adapter)
 
 
 def run(
@@ -50,6 +50,8 @@ def run(
   skip_above=0.0,
   skipped=(),
   go_back=None,
+  adapter=None,
+  base_params=None,
   **fields,
 ):
   """Trains a tiny decoder. `fresh` compiles the steps again, as in a new process."""
@@ -59,9 +61,9 @@ def run(
     learning_rate=learning_rate, ema_decay=ema_decay, skip_above=skip_above
   )
 
-  def steps(model, optimizer, config, vocab, seed):
-    mesh = jax.sharding.get_mesh()
-    return shared_steps(model, optimizer, config.gradient_accumulation_steps, vocab, seed, mesh)
+  def steps(model, optimizer, config, vocab, seed, adapter):
+    mesh, accumulation = jax.sharding.get_mesh(), config.gradient_accumulation_steps
+    return shared_steps(model, optimizer, accumulation, vocab, seed, mesh, adapter)
 
   with (
     jax.set_mesh(mesh_of(*shape)),
@@ -79,6 +81,8 @@ def run(
       sample_grid=sample_grid,
       profile_steps=profile_steps,
       initial_params=initial_params,
+      adapter=adapter,
+      base_params=base_params,
     )
     return train(training, go_back=go_back)
 

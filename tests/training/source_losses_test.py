@@ -147,10 +147,10 @@ def tune(folder, loader, shape=(1, 1, 1), sample_grid=None, evaluate_start=True,
     }
   )  # fmt: skip
 
-  def steps(model, optimizer, config, vocab, seed):
+  def steps(model, optimizer, config, vocab, seed, adapter):
     mesh = jax.sharding.get_mesh()
     accumulation = config.gradient_accumulation_steps
-    return shared_steps(model, optimizer, accumulation, vocab, seed, mesh)
+    return shared_steps(model, optimizer, accumulation, vocab, seed, mesh, adapter)
 
   optimizer = OptimizerConfig(learning_rate=1e-2)
   arguments = (MODEL, optimizer, config, VOCAB, RowObjective(loader), loader, 0, sample_grid)

@@ -41,11 +41,12 @@ PAGE = {
 
 
 class Server:
-  """Answers the requests to one model."""
+  """Answers the requests to one model, and to its adapters by their names."""
 
   def __init__(self, engine: Engine, name: str, limits: Limits):
     self.engine, self.name, self.limits = engine, name, limits
     self.metrics = Metrics(engine)
+    self.names = (name, *engine.pipeline.adapted)
     self._layout = engine.pipeline.layout
     self._started = int(time.time())
     self._decoders = futures.ThreadPoolExecutor(DECODERS, "decoder")
@@ -106,7 +107,7 @@ class Server:
       del sent  # Free the memory of the upload before the answer is computed.
       task = await asyncio.to_thread(tasks.chat, self.engine.pipeline, body, text, image)
       usage = body.stream_options.include_usage
-      answer = ChatAnswer(task, self._layout.vocab, self.name, body.n, usage)
+      answer = ChatAnswer(task, self._layout.vocab, body.model or self.name, body.n, usage)
       return await self._answer(request, body, task, answer)
 
   @contextlib.contextmanager
@@ -139,13 +140,11 @@ class Server:
 
   def _check(self, body: schemas.Body) -> None:
     """Raises ApiError for an unknown model or size, or for too many samples or documents."""
-    if body.model not in (None, "", self.name):
-      raise ApiError(
-        404,
-        f"this server has only the model '{self.name}': name it, or leave model out.",
-        "model",
-        "model_not_found",
+    if body.model not in (None, "", *self.names):
+      message = (
+        f"{self._listed}: name {'it' if len(self.names) == 1 else 'one'}, or leave model out."
       )
+      raise ApiError(404, message, "model", "model_not_found")
     if body.n > self.limits.most_samples:
       raise refusal(f"n is {short(body.n)}; it must be at most {self.limits.most_samples}.", "n")
     if (body.retrieve or 0) > self._most_retrieve:
@@ -156,6 +155,13 @@ class Server:
     side = self._layout.resolution
     if isinstance(body, schemas.ImageBody) and body.size not in ("auto", f"{side}x{side}"):
       raise refusal(f"size must be auto or {side}x{side}, which this model generates.", "size")
+
+  @property
+  def _listed(self) -> str:
+    """Start of a sentence that lists the models."""
+    if len(self.names) == 1:
+      return f"this server has only the model '{self.name}'"
+    return f"this server has only the models {', '.join(self.names)}"
 
   @property
   def _most_retrieve(self) -> int:
@@ -197,7 +203,8 @@ class Server:
       with contextlib.suppress(RuntimeError):  # Raised if the event loop has ended.
         loop.call_soon_threadsafe(queue.put_nowait, event)
 
-    job = Job(task, body.n, deliver, body.stream, body.words)
+    adapter = "" if body.model in (None, self.name) else body.model
+    job = Job(task, body.n, deliver, body.stream, adapter, body.words)
     self.engine.submit(job, request.state.place)
     try:
       remaining = body.n
@@ -248,20 +255,19 @@ class Server:
     return fields, files
 
   async def _models(self, _: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [self._described()]})
+    return JSONResponse({"object": "list", "data": [*map(self._described, self.names)]})
 
   async def _model(self, request: Request) -> Response:
-    if request.path_params["name"] != self.name:
-      message = f"this server has only the model '{self.name}'."
-      raise ApiError(404, message, "model", "model_not_found")
-    return JSONResponse(self._described())
+    if (name := request.path_params["name"]) not in self.names:
+      raise ApiError(404, f"{self._listed}.", "model", "model_not_found")
+    return JSONResponse(self._described(name))
 
-  def _described(self) -> dict[str, Any]:
+  def _described(self, name: str) -> dict[str, Any]:
     pipeline = self.engine.pipeline
     sampling, layout = pipeline.settings.sampling, self._layout
     names = ("guidance", "temperature", "top_p", "top_k", "image_guidance", "edit_guidance")
     return {
-      "id": self.name,
+      "id": name,
       "object": "model",
       "created": self._started,
       "owned_by": "cm3leon_jax",

@@ -114,6 +114,7 @@ class Replay:
   def __init__(self, steps: Steps, config: TrainConfig, step: int, mesh: Mesh):
     """Creates the step function. All processes must call this."""
     self._usual, self._checked, self._config, self._step = steps.train, steps.checked, config, step
+    self._base = steps.base
     self._assignments = assignments(mesh)
     self._meshes = (mesh, *(a.mesh(mesh) for a in self._assignments))
     self._hosts = distributed.gather(socket.gethostname())
@@ -172,8 +173,12 @@ class Replay:
 
   def _compute(self, number: int, state: TrainState, batch: dict, num_sources: int) -> Computed:
     """Computes a checked step, which donates `state`, and waits for its fingerprints."""
+    more = {} if self._base is None else {"base": self._base}
+    if number:
+      place = self._assignments[number - 1]
+      more = moved(more, self._meshes[0], self._meshes[number], place)
     with jax.set_mesh(self._meshes[number]):
-      state, metrics, prints = self._checked(state, batch, num_sources=num_sources)
+      state, metrics, prints = self._checked(state, batch, num_sources=num_sources, **more)
       return state, metrics, jax.device_get(prints)
 
   def _decide(

@@ -24,13 +24,16 @@ SOURCE_SUMS = ("source_nll", "source_weight")
 
 
 class Gradients(NamedTuple):
-  """Gradients of the weighted sum, with respect to the final hidden states and the output table."""
+  """Gradients of the weighted sum, with respect to the final hidden states and the output table.
+
+  The gradient of a frozen table is None.
+  """
 
   hidden: Float[Array, "B L D"]
-  table: Float[Array, "V D"]
+  table: Float[Array, "V D"] | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def weighted_nll(
   hidden: Float[Array, "B L D"],
   table: Float[Array, "V D"],
@@ -38,6 +41,7 @@ def weighted_nll(
   weights: Values,
   chunk: int,
   z_loss: float = 0.0,
+  frozen: bool = False,
 ) -> tuple[Scalar, Values]:
   """Sums weight x (nll + z_loss x log(Z)^2) over tokens; nll is the cross-entropy of the targets.
 
@@ -54,17 +58,22 @@ def weighted_nll(
     chunk: upper bound of C, which is the largest divisor of L up to this bound.
     z_loss: weight of the squared log of the softmax normalizer (PaLM, section 5), which keeps
       logits from drifting.
+    frozen: whether the table has no gradient, which saves its matrix products and its memory.
 
   Returns:
     The sum, and nll in nats. Only the sum has a gradient.
   """
-  return _over_mesh(False, hidden, table, targets, weights, chunk, z_loss)[0]
+  return _over_mesh(False, hidden, table, targets, weights, chunk, z_loss, frozen)[0]
 
 
 def _backward(
-  chunk: int, z_loss: float, gradients: Gradients, cotangents: tuple[Scalar, Values]
-) -> tuple[Float[Array, "B L D"], Float[Array, "V D"], None, None]:
-  by_hidden, by_table = ((x * cotangents[0]).astype(x.dtype) for x in gradients)
+  chunk: int,
+  z_loss: float,
+  frozen: bool,
+  gradients: Gradients,
+  cotangents: tuple[Scalar, Values],
+) -> tuple[Float[Array, "B L D"], Float[Array, "V D"] | None, None, None]:
+  by_hidden, by_table = jax.tree.map(lambda x: (x * cotangents[0]).astype(x.dtype), gradients)
   return by_hidden, by_table, None, None
 
 
@@ -75,7 +84,7 @@ def _divisor(n: int, most: int) -> int:
 
 def _over_mesh(
   gradients: bool, hidden: Float[Array, "B L D"], table: Float[Array, "V D"], targets: Ids,
-  weights: Values, chunk: int, z_loss: float,
+  weights: Values, chunk: int, z_loss: float, frozen: bool,
 ) -> tuple[tuple[Scalar, Values], Gradients | None]:  # fmt: skip
   """Runs `_on_device` on every device's shard of the tokens and of the table.
 
@@ -84,10 +93,11 @@ def _over_mesh(
   C = _divisor(hidden.shape[1], chunk)
   tokens, rows = spec("batch", "length"), spec("vocab_stored", None)
   states = spec("batch", "length", "act")
+  found_specs = Gradients(states, None if frozen else rows) if gradients else None
   (nll, log_z), found = jax.shard_map(
-    functools.partial(_on_device, C, z_loss, gradients),
+    functools.partial(_on_device, C, z_loss, gradients, frozen),
     in_specs=(states, rows, tokens, tokens),
-    out_specs=((tokens, tokens), Gradients(states, rows) if gradients else None),
+    out_specs=((tokens, tokens), found_specs),
     check_vma=False,
   )(hidden, table, targets, weights)
   return (jnp.sum(weights * (nll + z_loss * log_z**2)), nll), found
@@ -97,7 +107,7 @@ weighted_nll.defvjp(functools.partial(_over_mesh, True), _backward)
 
 
 def _on_device(
-  C: int, z_loss: float, gradients: bool, hidden: Float[Array, "b L D"],
+  C: int, z_loss: float, gradients: bool, frozen: bool, hidden: Float[Array, "b L D"],
   table: Float[Array, "rows D"], targets: Int32[Array, "b L"], weights: Float32[Array, "b L"],
 ) -> tuple[tuple[Float32[Array, "b L"], Float32[Array, "b L"]], Gradients | None]:  # fmt: skip
   tensor = RULES["vocab"]
@@ -124,12 +134,13 @@ def _on_device(
     share = weight * (1 + 2 * z_loss * log_z) / total
     by_logits = powers * share[..., None] - jnp.where(hit, weight[..., None], 0.0)
     by_logits = by_logits.astype(h.dtype)
-    # On CPU, XLA computes [d, tokens] x [tokens, v] 1.5 times as fast as its transpose, if the left
-    # matrix is materialized.
-    transposed = jax.lax.optimization_barrier(h.reshape(-1, h.shape[-1]).T)
-    table_gradient += jnp.matmul(
-      transposed, by_logits.reshape(-1, by_logits.shape[-1]), preferred_element_type=jnp.float32
-    )
+    if table_gradient is not None:
+      # On CPU, XLA computes [d, tokens] x [tokens, v] 1.5 times as fast as its transpose, if the
+      # left matrix is materialized.
+      transposed = jax.lax.optimization_barrier(h.reshape(-1, h.shape[-1]).T)
+      table_gradient += jnp.matmul(
+        transposed, by_logits.reshape(-1, by_logits.shape[-1]), preferred_element_type=jnp.float32
+      )
     by_hidden = jax.lax.psum(jnp.einsum("bCv,vd->bCd", by_logits, rows), tensor)
     return table_gradient, (nll, log_z, by_hidden)
 
@@ -141,13 +152,15 @@ def _on_device(
   def whole(x: Array) -> Array:
     return x.swapaxes(0, 1).reshape(b, L, *x.shape[3:])
 
-  first = jnp.broadcast_to(zero, rows.shape[::-1]) if gradients else None
+  first = jnp.broadcast_to(zero, rows.shape[::-1]) if gradients and not frozen else None
   by_rows, (nll, log_z, by_hidden) = jax.lax.scan(
     chunk_nll, first, (split(hidden), split(targets), split(weights))
   )
   values = whole(nll), whole(log_z)
   if not gradients:
     return values, None
+  if frozen:
+    return values, Gradients(whole(by_hidden), None)
   by_rows = jax.lax.psum(_scattered(by_rows), "data").astype(table.dtype)
   # Without this barrier XLA keeps the whole gradient, [v, D] fp32, in memory through the layers'
   # backward pass.
@@ -174,16 +187,21 @@ def _scattered(gradient: Float32[Array, "D v"]) -> Float32[Array, "rows D"]:
 
 
 def batch_nll(
-  model: Transformer, batch: dict[str, Ids | Values], z_loss: float = 0.0
+  model: Transformer,
+  batch: dict[str, Ids | Values],
+  z_loss: float = 0.0,
+  adapters: dict | None = None,
 ) -> tuple[Scalar, Values]:
   """Runs the model on a batch and computes `weighted_nll`.
 
-  `batch` has inputs, targets, loss_weights, segment_ids and positions. Returns the weighted sum,
-  and nll in nats. nll also has values at padding, whose weight is 0.
+  `batch` has inputs, targets, loss_weights, segment_ids and positions. With `adapters`, the model
+  is frozen. Returns the weighted sum, and nll in nats. nll also has values at padding, whose weight
+  is 0.
   """
-  hidden = model(batch["inputs"], batch["positions"], batch["segment_ids"])
-  table, chunk = model.stored_table(), model.config.loss_chunk
-  return weighted_nll(hidden, table, batch["targets"], batch["loss_weights"], chunk, z_loss)
+  hidden = model(batch["inputs"], batch["positions"], batch["segment_ids"], adapters)
+  table, chunk, frozen = model.stored_table(), model.config.loss_chunk, adapters is not None
+  targets, weights = batch["targets"], batch["loss_weights"]
+  return weighted_nll(hidden, table, targets, weights, chunk, z_loss, frozen)
 
 
 def modality_sums(nll: Values, targets: Ids, weights: Values, text_size: int) -> dict[str, Scalar]:

@@ -1,16 +1,19 @@
 """Creates AdamW or Muon with clipping, warm-up and decay; updates the average of the parameters."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from cm3leon_jax.models.adapters import AXES
 from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.numerics import watch_norm
 
 # Parameters that Muon updates, with the input and output axes of their matrices. The other axes
-# stack matrices.
+# stack matrices. `_factors` has those of adapters.
 MATRICES = {
   "qkv": MuonDimensionNumbers((-3,), (-2, -1)),
   "out": MuonDimensionNumbers((-3, -2), (-1,)),
@@ -78,8 +81,22 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
 
 
 def _matrices(params: dict) -> dict:
-  """Returns, for each parameter, its entry of `MATRICES`; None: AdamW updates the parameter."""
-  return jax.tree.map_with_path(lambda path, _: MATRICES.get(path[-1].key), params)
+  """Returns the axes of each parameter for Muon; None: AdamW updates the parameter."""
+
+  def axes(path: tuple, _: Any) -> MuonDimensionNumbers | None:
+    name = path[-1].key
+    return _factors(path[-2].key)[name] if name in ("a", "b") else MATRICES.get(name)
+
+  return jax.tree.map_with_path(axes, params)
+
+
+def _factors(name: str) -> dict[str, MuonDimensionNumbers]:
+  """Returns the axes of the two factors of the adapter of a matrix, see `adapters.init`."""
+  ins, outs = (tuple(range(-len(axes), 0)) for axes in AXES[name])
+  return {
+    "a": MuonDimensionNumbers(tuple(i - 1 for i in ins), (-1,)),
+    "b": MuonDimensionNumbers((-len(outs) - 1,), outs),
+  }
 
 
 def _on_any_layout(inner: optax.GradientTransformation) -> optax.GradientTransformation:

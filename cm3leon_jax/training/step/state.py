@@ -13,8 +13,8 @@ from jaxtyping import Array, Key, Num, PyTree
 import optax
 
 from cm3leon_jax.mesh import spec
-from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.models import adapters, transformer
+from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.training.step import loss, numerics
 from cm3leon_jax.training.step.optimizer import update_average
 
@@ -26,6 +26,7 @@ class TrainState:
 
   Attributes:
     step: number of steps so far, an int32 scalar.
+    params: the trained parameters: those of the decoder, or only its adapters.
     ema: exponential moving average of the parameters, sharded like `params`, or None.
   """
 
@@ -45,9 +46,16 @@ def init_state(
   optimizer: optax.GradientTransformation,
   key: Key[Array, ""],
   averaged: bool = False,
+  adapter: AdapterConfig | None = None,
 ) -> TrainState:
-  """Initializes a state on the current mesh. Under `jax.eval_shape` it returns sharded types."""
-  params = transformer.init_params(config, key)
+  """Initializes a state on the current mesh. Under `jax.eval_shape` it returns sharded types.
+
+  If `adapter` has a rank, only adapters are trained.
+  """
+  if adapter is not None and adapter.rank:
+    params = adapters.init(config, adapter, key)
+  else:
+    params = transformer.init_params(config, key)
   ema = jax.tree.map(jnp.copy, params) if averaged else None
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
@@ -62,6 +70,8 @@ def train_step(
   z_loss: float = 0.0,
   ema_decay: float = 0.0,
   num_sources: int = 0,
+  base: dict | None = None,
+  alpha: float = 1.0,
 ) -> tuple[TrainState, dict[str, loss.Scalar | loss.BySource]]:
   """Updates the state on a global batch.
 
@@ -75,6 +85,8 @@ def train_step(
     z_loss: static; see `loss.weighted_nll`.
     ema_decay: static; see `optimizer.update_average`. Used only if the state has an average.
     num_sources: static; S, or 0 if rows do not name their sources.
+    base: the decoder's parameters in the compute dtype, if the state contains only adapters.
+    alpha: static; see `adapters.scaled`.
 
   Returns:
     The new state, and metrics: loss, image_loss, text_loss (nats per target), weight (sum of the
@@ -85,13 +97,16 @@ def train_step(
   # The layers' parameters are cast here, outside of the gradient, so that their gradients are
   # summed and kept in the compute dtype. Tables are cast where their rows are looked up, so that
   # their gradients are summed and kept in fp32.
-  layers = {name: x for name, x in state.params.items() if name not in transformer.LOOKED_UP}
-  params = {**state.params, **jax.tree.map(lambda x: x.astype(config.dtype), layers)}
+  params = state.params
+  if base is None:
+    layers = {name: x for name, x in params.items() if name not in transformer.LOOKED_UP}
+    params = {**params, **jax.tree.map(lambda x: x.astype(config.dtype), layers)}
 
   def loss_fn(
     params: dict, part: dict[str, loss.Ids | loss.Values]
   ) -> tuple[loss.Scalar, dict[str, loss.Scalar | loss.BySource]]:
-    value, nll = loss.batch_nll(transformer.bind(config, params), part, z_loss)
+    model, added = _bound(config, params, base, alpha)
+    value, nll = loss.batch_nll(model, part, z_loss, added)
     return value / total, loss.batch_sums(nll, part, text_size, num_sources)
 
   grad_fn = functools.partial(jax.grad(loss_fn, has_aux=True), params)
@@ -159,6 +174,15 @@ def _accumulated(
   return grads, jax.tree.map(lambda x: jnp.sum(x, 0), sums)
 
 
+def _bound(
+  config: ModelConfig, params: dict, base: dict | None, alpha: float
+) -> tuple[transformer.Transformer, dict | None]:
+  """Returns the model with parameters and, if they are adapters of `base`, the adapters to add."""
+  if base is None:
+    return transformer.bind(config, params), None
+  return transformer.bind(config, base), adapters.scaled(params, alpha)
+
+
 def _fp32(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
@@ -169,7 +193,13 @@ def eval_step(
   params: dict,
   batch: dict[str, loss.Ids | loss.Values],
   num_sources: int = 0,
+  base: dict | None = None,
+  alpha: float = 1.0,
 ) -> dict[str, loss.Scalar | loss.BySource]:
-  """Computes the `loss.batch_sums` of a batch; sums of several batches can be added."""
-  _, nll = loss.batch_nll(transformer.bind(config, params), batch)
+  """Computes the `loss.batch_sums` of a batch; sums of several batches can be added.
+
+  For `base` and `alpha`, see `train_step`.
+  """
+  model, added = _bound(config, params, base, alpha)
+  _, nll = loss.batch_nll(model, batch, adapters=added)
   return loss.batch_sums(nll, batch, text_size, num_sources)

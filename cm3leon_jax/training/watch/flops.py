@@ -4,7 +4,8 @@
 
 import dataclasses
 
-from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.models import adapters
+from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 
 # JAX's name of a device kind -> peak of dense bfloat16 matmuls of one device, in FLOP/s.
 # A kind matches the first entry that is equal to it or to its first words, so longer names precede
@@ -42,7 +43,9 @@ def matmul_params(config: ModelConfig) -> int:
   return K * (4 * D * A + mlp * D * F) + config.vocab_size * D
 
 
-def model_flops(config: ModelConfig, tokens: int, sequence_length: int) -> float:
+def model_flops(
+  config: ModelConfig, tokens: int, sequence_length: int, adapter: AdapterConfig | None = None
+) -> float:
   """Computes the model FLOPs of the forward and backward pass over `tokens` tokens.
 
   The definition is PaLM's (Chowdhery et al. 2022, appendix B), except that attention is counted as
@@ -56,10 +59,16 @@ def model_flops(config: ModelConfig, tokens: int, sequence_length: int) -> float
   query in a row of length L sees L / 2 keys on average (PaLM counts all L). Boundaries between
   samples in a packed row are ignored, and recomputation (`remat_policy`) does not count. `tokens`
   is rows x L, including padding, and `sequence_length` is L. Returns FLOPs over all devices.
+
+  If `adapter` has a rank, the matrices are frozen. They take 2 FLOPs in the backward pass, because
+  they have no gradients, and the parameters of the adapters take 6.
   """
   A = config.num_heads * config.head_dim
   attention = 12 * config.num_layers * A * sequence_length / 2
-  return float(tokens * (6 * matmul_params(config) + attention))
+  products = 6 * matmul_params(config)
+  if adapter is not None and adapter.rank:
+    products = 4 * matmul_params(config) + 6 * adapters.count(config, adapter)
+  return float(tokens * (products + attention))
 
 
 def device_peak(device_kind: str) -> float | None:

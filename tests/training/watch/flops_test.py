@@ -4,9 +4,9 @@ import pytest
 
 from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.mesh import shard
-from cm3leon_jax.models import transformer
+from cm3leon_jax.models import adapters, transformer
 from cm3leon_jax.models.attention import BLOCK
-from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.step import loss
 from cm3leon_jax.training.watch import flops
@@ -54,6 +54,29 @@ def test_model_flops_are_those_of_the_traced_products(family, length, head_size)
   tokens = 2 * length
   beyond = 12 * 3 * 4 * config.head_dim * min(BLOCK, length) / 2 * tokens
   assert traced_flops(config, 2, length) == flops.model_flops(config, tokens, length) + beyond
+
+
+@pytest.mark.parametrize("targets", [(), ("q", "down")])
+def test_model_flops_of_adapters_are_those_of_the_traced_products(targets):
+  config = ModelConfig(
+    family="modern", vocab_size=96, num_layers=3, width=32, num_heads=4, mlp_width=64,
+    max_positions=64, dtype="float32", remat_policy="none", loss_chunk=32,
+  )  # fmt: skip
+  adapter = AdapterConfig(rank=2, targets=targets)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    ints = shard(jnp.ones((2, 64), jnp.int32), "batch", "length")
+    data = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), ints)
+    data["loss_weights"] = shard(jnp.ones((2, 64), jnp.float32), "batch", "length")
+    base = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+    factors = jax.eval_shape(lambda: adapters.init(config, adapter, jax.random.key(0)))
+
+    def value(factors, base):
+      return loss.batch_nll(transformer.bind(config, base), data, adapters=factors)[0]
+
+    found = product_flops(jax.make_jaxpr(jax.grad(value))(factors, base).jaxpr)
+  beyond = 12 * 3 * 4 * config.head_dim * 64 / 2 * 128
+  assert found == flops.model_flops(config, 128, 64, adapter) + beyond
+  assert found < flops.model_flops(config, 128, 64)
 
 
 def test_recomputed_layers_do_not_count():

@@ -1,0 +1,242 @@
+"""Trains, loads and exports adapters by the commands, on the run of `generation.run`."""
+
+import dataclasses
+import pathlib
+import shutil
+
+from etils import epath
+import jax
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+
+from cm3leon_jax import loading
+from cm3leon_jax.api import CM3Leon
+from cm3leon_jax.checkpoints import reading
+from cm3leon_jax.commands import common, export, reinforce, train
+from cm3leon_jax.config import UserError
+from cm3leon_jax.export import formats
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.generation import heldout
+from cm3leon_jax.models import adapters
+from cm3leon_jax.runs import stages
+from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.trained import initial
+from cm3leon_jax.trained.run import Run
+from tests.generation.run import make_config, one_device, save_run
+from tests.messages import refused
+from tests.retrieval.stores import write_neighbors
+
+
+def settings_with(steps=3, rank=4, **fields):
+  config = make_config()
+  config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 8})
+  config.train.update({"global_batch_size": 1, "steps": steps, "tensorboard": False})
+  config.train.update({"eval_batches": 1, "checkpoint_every": 2})
+  config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 0})
+  config.adapter.update({"rank": rank, **fields})
+  return settings_from_config(config)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+  save_run(root := epath.Path(tmp_path_factory.mktemp("base")))
+  write_neighbors(root / "neighbors" / "train_pairs", ids=np.full((12, 4), -1, np.int32))
+  return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_one_device():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(common, "use_mesh", lambda settings: one_device())
+    patch.setattr(heldout, "sample_grids", lambda *_: None)
+    yield
+
+
+@pytest.fixture(scope="module")
+def make(base, tmp_path_factory):
+  """Returns a function that trains adapters of `base`, and returns the workdir."""
+
+  def trained(**fields):
+    folder = epath.Path(tmp_path_factory.mktemp("adapted")) / "run"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("train"))
+    train.main(settings_with(**fields), folder, init_from=str(base))
+    return folder
+
+  return trained
+
+
+@pytest.fixture(scope="module")
+def adapted(make):
+  return make()
+
+
+def files(folder):
+  paths = (path for path in pathlib.Path(folder).rglob("*") if path.is_file())
+  return {path: path.read_bytes() for path in paths}
+
+
+def size_of(folder):
+  return sum(map(len, files(folder).values()))
+
+
+def test_step_0_has_the_losses_of_the_base_and_only_adapters_are_saved(base, adapted, make):
+  settings = settings_with()
+  done = read_json(adapted / "train" / stages.DONE)["summary"]
+  whole = make(rank=0, steps=1) / "train"
+  full = read_json(whole / stages.DONE)["summary"]
+  assert done["heldout_before"] == full["heldout_before"]
+  assert done["heldout_loss"] < done["heldout_before"]["heldout_loss"]
+  assert full.keys() == done.keys() - {"adapter_parameters"}
+  assert done["adapter_parameters"] == adapters.count(settings.model, settings.adapter)
+  with one_device():
+    params, _ = reading.load_params(base / "train", settings.model)
+    factors, step = reading.load_params(adapted / "train", settings.model, adapter=settings.adapter)
+  assert step == 3
+  assert done["parameters"] == sum(x.size for x in jax.tree.leaves(params))
+  assert all(np.abs(x["b"]).max() > 0 for x in jax.device_get(factors).values())
+  described = read_json(adapted / "train" / "checkpoints" / "3" / "state" / "_METADATA")
+  names = " ".join(described["tree_metadata"])
+  assert "'q'" in names
+  assert "embed" not in names
+  run = read_json(adapted / "train" / "config.json")["run"]
+  assert run["init_from"] == dataclasses.asdict(initial.find(settings, str(base)))
+  assert run.keys() - read_json(whole / "config.json")["run"].keys() == {"adapter"}
+  sizes = [size_of(folder / "checkpoints") for folder in (adapted / "train", whole)]
+  # The first folder has two checkpoints, and half of their bytes describe the arrays.
+  assert 3 * sizes[0] < 2 * sizes[1]
+
+
+def test_several_adapters_share_a_base_that_never_changes(base, adapted, make):
+  """One of the runs continues. A run can also start from the sum of a base and its adapters."""
+  before = files(base)
+  other = make(rank=2, targets=("v", "down"))
+  with one_device():
+    (a, _), (b, _), (plain, _) = (Run.open(folder).params() for folder in (adapted, other, base))
+    found = initial.find(settings_with(rank=0), str(adapted))
+    jax.tree.map(np.testing.assert_array_equal, initial.load(found, settings_with(rank=0)), a)
+  jax.tree.map(np.testing.assert_array_equal, b["blocks"]["up"], plain["blocks"]["up"])
+  np.testing.assert_array_equal(b["blocks"]["qkv"][:, :2], plain["blocks"]["qkv"][:, :2])
+  for changed in (a["blocks"]["down"], plain["blocks"]["down"]):
+    assert np.abs(b["blocks"]["down"] - changed).max() > 1e-4
+  train.main(settings_with(rank=2, targets=("v", "down"), steps=4), other)
+  assert read_json(other / "train" / stages.DONE)["summary"]["steps"] == 4
+  assert files(base) == before
+
+
+def test_a_run_that_began_before_there_were_adapters_continues(make, capsys):
+  folder = make(rank=0, steps=1)
+  path = folder / "train" / "config.json"
+  stored = read_json(path)
+  del stored["settings"]["adapter"]
+  write_json(path, stored)
+  assert Run.open(folder).settings == settings_with(rank=0, steps=1)
+  train.main(settings_with(rank=0, steps=2), folder)
+  assert "train: 2 steps" in capsys.readouterr().out
+  assert "changes" not in read_json(path)
+
+
+@pytest.mark.parametrize("name", ["orbax", pytest.param("hf", marks=pytest.mark.slow)])
+def test_the_loaded_sum_is_that_of_the_merged_export_to_the_bit(base, adapted, tmp_path, name):
+  folder = tmp_path / name
+  export.main(settings_with(), adapted, choice=formats.Choice(format=name), output=str(folder))
+  with one_device():
+    merged, step = Run.open(adapted).params()
+    exported, at = Run.open(folder, exports=True).params()
+    assert at == step == 3
+    jax.tree.map(np.testing.assert_array_equal, exported, merged)
+    plain, _ = Run.open(base).params()
+  differ = jax.tree.map(lambda a, b: bool((a != b).any()), merged, plain)
+  assert differ == {
+    "embed": False,
+    "positions": False,
+    "blocks": dict.fromkeys(("qkv", "out", "up", "down"), True),
+  }
+
+
+def test_adapters_are_added_to_their_base_and_to_no_other(base, adapted, tmp_path):
+  """From the workdir of the run and from an export in the format peft."""
+  folder = tmp_path / "peft"
+  export.main(settings_with(), adapted, choice=formats.Choice(format="peft"), output=str(folder))
+  tensors = safetensors.load_file(str(folder / "adapter_model.safetensors"))
+  name = "base_model.model.model.decoder.layers.0.self_attn.q_proj.lora"
+  assert [tensors[f"{name}_{x}.weight"].shape for x in "AB"] == [(4, 32), (32, 4)]
+  assert size_of(folder) < 40_000
+  with one_device() as mesh:
+    merged, _ = Run.open(adapted).params()
+    for source in (adapted, folder):
+      found = initial.over(str(base), source)
+      sums, step = initial.merged(found, initial.load_base(found))
+      assert step == 3
+      jax.tree.map(np.testing.assert_array_equal, sums, merged)
+    model = CM3Leon.load(base, adapter=folder, mesh=mesh)
+    whole = CM3Leon.load(adapted, mesh=mesh)
+  [sample], [same] = (one.generate("a red apple", seed=1, retrieve=0) for one in (model, whole))
+  assert model.step == 3
+  np.testing.assert_array_equal(sample.tokens, same.tokens)
+  with refused(UserError):
+    model.save(tmp_path / "bundle")
+  other = tmp_path / "other"
+  save_run(epath.Path(other))
+  with refused(UserError):
+    initial.over(str(other), folder)
+  with refused(UserError):
+    initial.over(str(base), base)
+  with refused(UserError):
+    loading.load(str(folder), *[None] * 5, {})
+
+
+def test_bad_starts_are_refused_before_a_step_is_compiled(
+  base, adapted, make, tmp_path, monkeypatch
+):
+  monkeypatch.setattr("cm3leon_jax.training.decoder.train", None)  # Training would fail.
+  new = tmp_path / "new"
+  shutil.copytree(base, new, ignore=shutil.ignore_patterns("train"))
+  with refused(UserError):
+    train.main(settings_with(), new)
+  with refused(UserError):
+    settings_with(rank=33)
+  with refused(UserError):
+    settings_with(targets=("q", "gate"))
+  with refused(UserError):
+    settings_with(targets=("q", "w"))
+  with refused(UserError):
+    settings_with(targets=("q", "q"))
+  with refused(UserError):
+    train.main(settings_with(steps=9, rank=2), adapted)
+  with refused(UserError):
+    reinforce._check(settings_with(), adapted, "")
+  with refused(UserError):
+    export.main(settings_with(), base, choice=formats.Choice(format="peft"), output=str(tmp_path))
+
+
+def test_a_base_that_is_absent_or_has_changed_is_refused(base, adapted, tmp_path, monkeypatch):
+  folder = tmp_path / "copy"
+  shutil.copytree(adapted, folder)
+  moved = tmp_path / "base"
+  config = read_json(folder / "train" / "config.json")
+  config["run"]["init_from"]["source"] = str(moved)
+  write_json(folder / "train" / "config.json", config)
+  monkeypatch.setattr("cm3leon_jax.training.decoder.train", None)
+  for change in ("another", "gone", None):
+    with refused(UserError), one_device():
+      Run.open(folder).params()
+    with refused(UserError):
+      train.main(settings_with(steps=9), folder)
+    if change == "another":
+      save_run(epath.Path(moved))  # The digest of its checkpoint differs.
+    elif change == "gone":
+      shutil.move(moved / "train" / "checkpoints" / "7", tmp_path / "7")
+
+
+@pytest.mark.slow
+def test_a_bundle_has_the_rounded_sum_and_needs_no_base(adapted, tmp_path):
+  with one_device():
+    merged, _ = Run.open(adapted).params()
+    loading.write_bundle(Run.open(adapted), tmp_path / "bundle")
+    found, step = Run.open(tmp_path / "bundle").params()
+  assert step == 3
+  rounded = jax.tree.map(lambda x: x.astype("float16").astype("float32"), merged)
+  jax.tree.map(np.testing.assert_array_equal, found, rounded)
+  with refused(UserError):
+    initial.over(str(tmp_path / "bundle"), adapted)
