@@ -40,7 +40,7 @@ class VQGANConfig:
   (`cm3leon import_vqgan`) needs no training.
   """
 
-  published: Family | Literal[""] = ""
+  published: Literal["", Family] = ""
   """Network of a published tokenizer that `cm3leon import_vqgan` imports. Of this section, only
   `resolution` and `downsample` then matter. Empty: the stage `vqgan` trains a tokenizer, unless one
   was imported before."""

@@ -81,5 +81,5 @@ def test_mistakes_of_a_run_are_one_sentence(folders, tmp_path):
   check_refused(no_tokenizer)
   (tmp_path / "photos").mkdir()
   (tmp_path / "photos" / "0.png").write_bytes((tokenizer / "config.json").read_bytes())
-  no_captions = ["--config.raw.source=photos", flags[0], "--workdir=other"]
+  no_captions = [flags[0], "--workdir=other", "--config.raw.source=photos"]
   check_refused(launch("prepare_data", *no_captions, cwd=tmp_path))
