@@ -23,11 +23,16 @@ from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
-  from cm3leon_jax.tokenizers.published import Family
+  from cm3leon_jax.tokenizers.config import Family
 
 FAMILIES = ("amused", "taming_gumbel_f8", "chameleon")
 _SOURCE = flags.DEFINE_string("source", "", "File or folder with the weights, as safetensors.")
-_FAMILY = flags.DEFINE_enum("family", None, FAMILIES, "Network that the weights belong to.")
+_FAMILY = flags.DEFINE_enum(
+  "family",
+  None,
+  FAMILIES,
+  "Network that the weights belong to (default: config.vqgan.published).",
+)
 
 
 def _check_folder(folder: epath.Path) -> None:
@@ -48,6 +53,14 @@ def main(settings: Settings, workdir: epath.Path, source: str, family: Family | 
 
   if not source:
     raise UserError("name the file or folder with the weights: --source=amused-256")
+  named = settings.vqgan.published
+  if named and family not in (None, named):
+    raise UserError(
+      f"--family is {family}, but config.vqgan.published is {named}: leave out --family, or give "
+      f"--config.vqgan.published={family}."
+    )
+  if named and not published_files.is_own(source):
+    family = named
   if family is None and not published_files.is_own(source):
     raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
   folder = workdir / "vqgan"

@@ -124,7 +124,8 @@ def batch_warnings(settings: Settings, pairs: int) -> list[str]:
   The stage would reject this batch size. It is not an error yet, because a published tokenizer or
   CLIP may replace the stage.
   """
-  names = ["vqgan"] if settings.retrieval.clip else ["vqgan", "clip"]
+  replaced = {"vqgan": settings.vqgan.published, "clip": settings.retrieval.clip}
+  names = [name for name, published in replaced.items() if not published]
   return [
     f"config.{name}.batch_size is {size:,}, but there are only {pairs:,} training pairs: give "
     f"--config.{name}.batch_size={pairs}, or less, to all commands of the run, unless a published "

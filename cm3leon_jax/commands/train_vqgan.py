@@ -16,7 +16,7 @@ import functools
 import importlib.util
 from typing import TYPE_CHECKING
 
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, published_check
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
@@ -47,11 +47,15 @@ def _judge(settings: Settings, workdir: epath.Path, tokenizer: ImageTokenizer) -
   }
 
 
-def _check_import(folder: epath.Path) -> None:
-  """Raises UserError if the folder has a published tokenizer whose import did not finish."""
+def _check_import(settings: Settings, folder: epath.Path) -> None:
+  """Raises UserError if the config names a published tokenizer that is not completely imported."""
   from cm3leon_jax.tokenizers import vqgan
 
-  if vqgan.is_published(folder) and not (folder / stages.DONE).exists():
+  if (folder / stages.DONE).exists():
+    return
+  if settings.vqgan.published and not vqgan.is_published(folder):
+    raise UserError(published_check.not_imported(settings, folder))
+  if vqgan.is_published(folder):
     raise UserError(
       f"{folder} has an image tokenizer whose import did not finish: run "
       "`cm3leon import_vqgan` again, or delete that folder to train a tokenizer."
@@ -88,7 +92,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.tokenizers import vqgan
   from cm3leon_jax.training.small import trainer, vqgan_training
 
-  _check_import(workdir / "vqgan")
+  _check_import(settings, workdir / "vqgan")
   if stages.is_given(workdir, "vqgan"):
     return
   features, digests = _features(settings.vqgan.perceptual)

@@ -4,16 +4,19 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import math
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from cm3leon_jax import parameters
+from cm3leon_jax.clip import checkpoint
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.planning.hardware import Hardware, peak_of
 from cm3leon_jax.planning.plan import Plan
 from cm3leon_jax.runs.table import STAGES
 from cm3leon_jax.settings import Settings
-from cm3leon_jax.tokenizers import vqgan
+from cm3leon_jax.tokenizers import published, vqgan
 
 # Rates measured in docs/benchmarks.md (two cores of an AMD EPYC machine) and docs/large_data.md.
 INGESTED = 108  # Images ingested per core and second.
@@ -26,6 +29,9 @@ SQRT_UNTIL = 144_000_000  # Up to this block size, query time grows with sqrt(ve
 PRUNED = 6_900  # Documents pruned per core and second.
 MERGED, MERGED_SECONDS = 100_000_000, 91  # BPE: characters, core-seconds.
 CAPTION_TOKENS = 24
+# Published image tokenizers compute in fp32: platform -> how many times slower its products are. A
+# TPU computes them as six products in bfloat16; an H100 has 67 TFLOP/s, in bfloat16 989.
+FP32_SLOWER = {"tpu": 6, "gpu": 15}
 SOURCE = "two cores of an AMD EPYC machine, docs/benchmarks.md"
 
 
@@ -51,14 +57,17 @@ def pairs_of_a_pass(settings: Settings) -> int:
 
 
 def estimate(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
-  """Estimates the costs of all stages up to training, in the order in which they run."""
+  """Estimates the costs of all stages up to training, in the order in which they run.
+
+  Published models replace the stages that train an image tokenizer and CLIP.
+  """
   hw, share = plan.hardware, f"{plan.mfu:.0%} of the peak"
   train = Cost("train", 0.0, plan.chip_hours, f"the plan above, at {share}")
   if settings.instructions.any:
     yield train
     return
-  encode, decode = (image_tokenizer_flops(settings, x) for x in (vqgan.encode, vqgan.decode))
-  image, text = clip_flops(settings)
+  encode = image_tokenizer_flops(settings, vqgan.encode)
+  image, text, model = embedding_flops(settings)
 
   def chips(flops: float) -> float:
     return flops / (peak_of(hw.device_kind) * hw.devices_per_chip * plan.mfu) / 3600
@@ -69,18 +78,21 @@ def estimate(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
   yield Cost("prepare_data", cores(pairs, INGESTED), 0.0, f"{INGESTED} images/s a core")
   basis = f"a subset of {MERGED / 1e6:g} million characters, on one host (docs/large_data.md)"
   yield Cost("train_text_tokenizer", MERGED_SECONDS / 3600, 0.0, basis)
-  images = settings.vqgan.steps * settings.vqgan.batch_size
-  flops = 3 * (encode + decode)
-  basis = f"{images:,} images, 3 x {(encode + decode) / 1e9:.0f} GFLOP, at {share}"
-  hours = chips(images * flops)
-  yield Cost("train_vqgan", 0.0, hours, basis + _on_one_host(hw, "vqgan", hours))
+  if not settings.vqgan.published:
+    images = settings.vqgan.steps * settings.vqgan.batch_size
+    flops = encode + image_tokenizer_flops(settings, vqgan.decode)
+    basis = f"{images:,} images, 3 x {flops / 1e9:.0f} GFLOP, at {share}"
+    hours = chips(3 * images * flops)
+    yield Cost("train_vqgan", 0.0, hours, basis + _on_one_host(hw, "vqgan", hours))
+  slower = FP32_SLOWER.get(hw.platform, 1) if settings.vqgan.published else 1
+  remark = f", {slower} times slower in fp32" if slower > 1 else ""
   texts = settings.data.text_share * plan.tokens
   yield Cost(
     "encode_documents",
     cores(pairs, READ) + cores(texts, ENCODED),
-    chips(pairs * encode),
+    chips(slower * pairs * encode),
     f"{READ} images/s and {ENCODED / 1e6:g} million tokens of text/s a core; "
-    f"{encode / 1e9:.0f} GFLOP an image, at {share}",
+    f"{encode / 1e9:.0f} GFLOP an image, at {share}{remark}",
   )
   if not settings.retrieval.clip:
     seen = settings.clip.steps * settings.clip.batch_size
@@ -92,7 +104,8 @@ def estimate(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
     cores(pairs, READ) + search_hours(pairs, settings.retrieval.index_rows),
     chips(pairs * (image + 2 * text)),
     f"ScaNN, {SEARCHED:,} queries/s a core at {SEARCHED_OF / 1e6:g} million vectors, two a pair in "
-    f"each block of {settings.retrieval.index_rows:,}; {(image + 2 * text) / 1e9:.0f} GFLOP a pair",
+    f"each block of {settings.retrieval.index_rows:,}; {(image + 2 * text) / 1e9:.0f} GFLOP a pair"
+    f"{model}",
   )
   yield train
 
@@ -116,13 +129,45 @@ def search_hours(pairs: int, block: int) -> float:
 
 def image_tokenizer_flops(settings: Settings, function: jax.stages.Wrapped) -> float:
   """Returns the FLOPs of `vqgan.encode` or `vqgan.decode` for one image, as counted by XLA."""
-  config, codes = settings.vqgan, settings.vocab.image_size
-  params = jax.eval_shape(lambda key: vqgan.init_params(config, codes, key), jax.random.key(0))
+  own, codes = settings.vqgan, settings.vocab.image_size
+  config: vqgan.Config = own
+  if own.published:
+    sizes = published.FAMILIES[own.published]
+    config = dataclasses.replace(sizes, resolution=own.resolution)
+    params = parameters.to_dict(published.structure(config, codes)[1])
+  else:
+    params = jax.eval_shape(lambda key: vqgan.init_params(own, codes, key), jax.random.key(0))
   side = config.resolution
   argument = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
   if function is vqgan.decode:
     argument = jax.ShapeDtypeStruct((1, config.image_tokens), jnp.int32)
   return _flops(function.lower(config, codes, params, argument))
+
+
+def embedding_flops(settings: Settings) -> tuple[float, float, str]:
+  """Returns the FLOPs to embed (one image, one caption), and a remark for `Cost.basis`.
+
+  The sizes of a published CLIP are read from its folder. If the folder is not on this machine, the
+  sizes are those of the section `clip`.
+  """
+  folder = settings.retrieval.clip
+  if folder and (epath.Path(folder) / checkpoint.CONFIG).exists():
+    return *published_clip_flops(checkpoint.read_config(folder)), f" with the CLIP of {folder}"
+  remark = f", by the sizes of config.clip, because {folder} is not on this machine"
+  return *clip_flops(settings), remark if folder else ""
+
+
+def published_clip_flops(config: checkpoint.HFCLIPConfig) -> tuple[float, float]:
+  """Returns the FLOPs to embed (one image, one caption) with a published CLIP."""
+
+  def encoder(sizes: checkpoint.EncoderSizes, length: int) -> float:
+    width, mlp = sizes.width, sizes.mlp_width
+    products = 4 * width**2 + 2 * width * mlp + 2 * length * width
+    return 2.0 * sizes.layers * length * products
+
+  patches = (config.resolution // config.patch) ** 2
+  folded = 2 * patches * 3 * config.patch**2 * config.image.width
+  return folded + encoder(config.image, patches + 1), encoder(config.text, config.text_length)
 
 
 def clip_flops(settings: Settings) -> tuple[float, float]:

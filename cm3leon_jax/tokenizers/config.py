@@ -13,6 +13,7 @@ from cm3leon_jax.config import STRICT
 SMALLEST_PERCEPTUAL = 16  # Pixels. The network of `perceptual` halves the side four times.
 LEVELS = range(3, 9)  # Allowed numbers of levels of an FSQ channel.
 Quantizer = Literal["", "fsq"]
+Family = Literal["amused", "taming_gumbel_f8", "chameleon"]  # Published networks.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -39,6 +40,10 @@ class VQGANConfig:
   (`cm3leon import_vqgan`) needs no training.
   """
 
+  published: Literal["", Family] = ""
+  """Network of a published tokenizer that `cm3leon import_vqgan` imports. Of this section, only
+  `resolution` and `downsample` then matter. Empty: the stage `vqgan` trains a tokenizer, unless one
+  was imported before."""
   resolution: PositiveInt = 256
   """Side length of the images in pixels; a multiple of `downsample`."""
   downsample: PositiveInt = 8

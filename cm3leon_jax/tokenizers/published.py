@@ -10,7 +10,7 @@ Modules and parameters have the names of taming's state dict.
 
 import functools
 import itertools
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, TypeAlias
 
 from flax import nnx
 import jax
@@ -22,9 +22,9 @@ import pydantic.dataclasses
 
 from cm3leon_jax import parameters
 from cm3leon_jax.config import STRICT
+from cm3leon_jax.tokenizers.config import Family
 
 SECTION = "published"  # Section of config.json that has the fields of PublishedConfig.
-Family = Literal["amused", "taming_gumbel_f8", "chameleon"]
 Images: TypeAlias = UInt8[Array | np.ndarray, "B H W 3"]
 Codes: TypeAlias = Int32[Array | np.ndarray, "B h w"]
 

@@ -17,8 +17,8 @@ from cm3leon_jax.config import UserError, build, short
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_foreign_json, write_json
 from cm3leon_jax.tokenizers import published, published_source
-from cm3leon_jax.tokenizers.config import VQGANConfig
-from cm3leon_jax.tokenizers.published import FAMILIES, Family, PublishedConfig
+from cm3leon_jax.tokenizers.config import Family, VQGANConfig
+from cm3leon_jax.tokenizers.published import FAMILIES, PublishedConfig
 from cm3leon_jax.tokenizers.published_source import DIFFUSERS, TRANSFORMERS
 from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
 

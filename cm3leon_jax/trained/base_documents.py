@@ -76,8 +76,9 @@ def fields(source: str, own_images: bool) -> dict[str, Any]:
   base = find(source)
   documents = not own_images and (base.is_complete or base.is_drawn)
   found = from_data.base_fields(dataclasses.asdict(base.settings), documents)
-  if own_images:  # The batch must not be larger than the data.
+  if own_images:  # The batch must not be larger than the data, and nothing is imported.
     del found["vqgan.batch_size"]
+    found["vqgan.published"] = ""
   return found
 
 

@@ -38,12 +38,10 @@ from tests.generation.run import make_config
 from tests.launched import launch
 from tests.messages import check_refused, refused
 from tests.retrieval.stores import write_neighbors
+from tests.tokenizers.published_random import FAMILY, save_random
 from tests.tokenizers.tiny import tiny_config
 
 NAME = published_source.DIFFUSERS
-FAMILY = dataclasses.replace(
-  published.FAMILIES["amused"], widths=(8,) * 5, latent_channels=4, code_dim=4, groups=4, blocks=1
-)
 
 
 def make_settings(**vqgan):
@@ -66,15 +64,7 @@ SETTINGS = make_settings()
 def source(tmp_path_factory):
   """Saves random weights with diffusers; returns the folder and the diffusers tokenizer."""
   folder = tmp_path_factory.mktemp("source")
-  rng, tensors = np.random.default_rng(0), {}
-  for name, shape in published_files.tensor_shapes(FAMILY, VOCAB.image_size).items():
-    scale = np.prod(shape[1:]) ** -0.5 if len(shape) == 4 else 1 if len(shape) == 2 else 0.3
-    around = float("norm" in name and name.endswith("weight"))
-    tensors[name] = rng.normal(around, scale, shape).astype(np.float32)
-  params = published_files.from_tensors(tensors, FAMILY, VOCAB.image_size)
-  tokenizer = ImageTokenizer(FAMILY, VOCAB.image_size, params, 4)
-  published_files.save_diffusers(folder, tokenizer)
-  return folder, tokenizer
+  return folder, save_random(folder, VOCAB.image_size)
 
 
 def test_a_tokenizer_is_imported_once(source, tmp_path, capsys):

@@ -10,6 +10,7 @@ from cm3leon_jax.configs import (
   cm3leon_350m,
   cm3leon_760m,
   own,
+  published_350m,
   scenes,
   scenes_instruct,
   sft_7b,
@@ -161,3 +162,21 @@ def test_the_config_for_own_images_leaves_to_the_data_what_follows_from_it():
   assert (own.get_config("30").train.minutes, config.train.minutes) == (30.0, 15.0)
   with refused(UserError):
     own.get_config("soon")
+
+
+def test_published_models_leave_the_decoder_of_350m_and_the_variant_counts_images():
+  plain_size, ten, one = (
+    settings_from_config(config)
+    for config in (
+      cm3leon_350m.get_config(), published_350m.get_config(), published_350m.get_config("1"),
+    )
+  )  # fmt: skip
+  assert (ten.model, ten.vocab) == (plain_size.model, plain_size.vocab)
+  assert (ten.vqgan.published, ten.vqgan.image_tokens) == ("amused", 256)
+  assert ten.raw.resolution == ten.vqgan.resolution == 256
+  assert ten.train.steps == pytest.approx(10 * one.train.steps, rel=1e-3)
+  tokens = ten.train.steps * ten.train.global_batch_size * ten.data.sequence_length
+  assert tokens == pytest.approx(1e7 * 3 * (256 + 26), rel=1e-3)
+  for variant in ("", "0", "many", "inf", "nan"):
+    with refused(UserError):
+      published_350m.get_config(variant)

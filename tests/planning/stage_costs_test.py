@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from cm3leon_jax.clip import checkpoint
 from cm3leon_jax.planning import hardware, plan, stage_costs
 from cm3leon_jax.tokenizers import vqgan
 from tests.planning.plan_test import settings
@@ -129,3 +130,29 @@ def test_a_tuning_costs_its_training_alone():
   made = plan.make(config, hardware.load("v5p-256"), 0.4, 0.25)
   [cost] = stage_costs.estimate(config, made, 1)
   assert (cost.stage, cost.chip_hours) == ("train", made.chip_hours)
+
+
+def test_published_models_have_their_own_costs_and_no_training(small):
+  """A published tokenizer computes in fp32: on a TPU, as six products in bfloat16."""
+  config, made = settings("published_350m"), small[1]
+  costs = {cost.stage: cost for cost in stage_costs.estimate(config, made, PAIRS)}
+  assert list(costs) == [
+    "prepare_data", "train_text_tokenizer", "encode_documents", "build_neighbors", "train",
+  ]  # fmt: skip
+  flops = stage_costs.image_tokenizer_flops(config, vqgan.encode)
+  expected = 6 * PAIRS * flops / (197e12 * 0.4) / 3600
+  assert costs["encode_documents"].chip_hours == pytest.approx(expected)
+  assert "6 times slower in fp32" in costs["encode_documents"].basis
+  assert "because clip-vit-base-patch32 is not on this machine" in costs["build_neighbors"].basis
+
+
+def test_the_flops_of_a_published_clip_follow_from_its_sizes():
+  """The sizes are those of ViT-B/32, for which docs/large_data.md has the FLOPs."""
+  text, image = (
+    checkpoint.EncoderSizes(width, 12, width // 64, 4 * width, "quick_gelu", 1e-5)
+    for width in (512, 768)
+  )
+  base = checkpoint.HFCLIPConfig(text, image, 512, 49_408, 77, 49_407, 224, 32)
+  of_image, of_text = stage_costs.published_clip_flops(base)
+  assert of_text == pytest.approx(6.0e9, rel=0.02)
+  assert of_image == pytest.approx(8.8e9, rel=0.02)
