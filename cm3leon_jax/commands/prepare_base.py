@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cm3leon_jax.commands import build_neighbors, common, encode_documents, prepare_data
+from cm3leon_jax.commands import common
 
 if TYPE_CHECKING:
   from etils import epath
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
+  # Imported here, so that the flags of these commands are not flags of this one.
+  from cm3leon_jax.commands import build_neighbors, encode_documents, prepare_data
   from cm3leon_jax.export import copies
   from cm3leon_jax.trained import base_documents
   from cm3leon_jax.trained.run import Run
