@@ -108,7 +108,15 @@ class Card:
     return [*command, f"--program={self.program}"]
 
 
-CARDS = [Card(size, where, program) for where in SLICES for size in SIZES for program in PROGRAMS]
+# The compiler compiles this program, but cannot print it (libtpu 0.0.52, jax 0.10.2).
+NOT_PRINTED = {("350m", "tpu7x-256", "decode")}
+CARDS = [
+  Card(size, where, program)
+  for where in SLICES
+  for size in SIZES
+  for program in PROGRAMS
+  if (size, where, program) not in NOT_PRINTED
+]
 
 
 def compiler() -> str:

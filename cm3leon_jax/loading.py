@@ -214,3 +214,20 @@ def save(workdir: str, mesh: jax.sharding.Mesh, step: int, folder: str | os.Path
     return
   with jax.set_mesh(mesh):
     write_bundle(trained, folder, "", step)
+
+
+def adapters_of(values: Sequence[str], model: str) -> dict[str, str]:
+  """Returns the folders of adapters by name, from the values of --adapter.
+
+  Raises:
+    UserError: a value is wrong, or a name is given twice or is the name of the model.
+  """
+  found: dict[str, str] = {}
+  for given in values:
+    name, _, folder = given.partition("=")
+    if not (name and folder and name.isprintable() and "/" not in name):
+      raise UserError(f"--adapter is {given}; it must be NAME=FOLDER, and NAME must have no slash.")
+    if name in (model, *found):
+      raise UserError(f"--adapter names {name} twice, or like the model: choose another name.")
+    found[name] = folder
+  return found

@@ -10,7 +10,6 @@ request. It keeps compiled programs for the next start (--cache_dir). docs/servi
 requests.
 """
 
-from collections.abc import Sequence
 import importlib.util
 import ipaddress
 import os
@@ -127,23 +126,6 @@ def _buckets() -> int:
   return _LANES.value
 
 
-def adapters_of(values: Sequence[str], model: str) -> dict[str, str]:
-  """Returns the folders of adapters by name, from the values of --adapter.
-
-  Raises:
-    UserError: a value is wrong, or a name is given twice or is the name of the model.
-  """
-  found: dict[str, str] = {}
-  for given in values:
-    name, _, folder = given.partition("=")
-    if not (name and folder and name.isprintable() and "/" not in name):
-      raise UserError(f"--adapter is {given}; it must be NAME=FOLDER, and NAME must have no slash.")
-    if name in (model, *found):
-      raise UserError(f"--adapter names {name} twice, or like the model: choose another name.")
-    found[name] = folder
-  return found
-
-
 def main(workdir: epath.Path) -> None:
   for package in NEEDED:
     if importlib.util.find_spec(package) is None:
@@ -151,8 +133,9 @@ def main(workdir: epath.Path) -> None:
   _check_host(_HOST.value)
   token, buckets = _token(), _buckets()
   name = os.path.basename(os.path.normpath(os.fspath(workdir))) or "model"
-  adapters = adapters_of(_ADAPTERS.value, name)
   from cm3leon_jax import loading
+
+  adapters = loading.adapters_of(_ADAPTERS.value, name)
   from cm3leon_jax.api import CM3Leon
   from cm3leon_jax.serving import program_cache
   from cm3leon_jax.serving.engine import Engine

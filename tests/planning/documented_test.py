@@ -60,7 +60,7 @@ class Launch:
     )
     name, _, variant = file.removeprefix("=").partition(":")
     module = importlib.import_module(f"cm3leon_jax.configs.{pathlib.Path(name).stem}")
-    config = module.get_config(variant)
+    config = module.get_config(*filter(None, [variant]))
     for field in fields:
       path, _, value = field.removeprefix(".").partition("=")
       section, _, leaf = path.partition(".")

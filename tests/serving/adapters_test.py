@@ -6,7 +6,7 @@ import copy
 import jax
 import pytest
 
-from cm3leon_jax.commands import serve
+from cm3leon_jax import loading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.generator import Generator
 from cm3leon_jax.serving.engine import Engine
@@ -44,4 +44,4 @@ def test_requests_select_adapters_by_model(model, run):
 @pytest.mark.parametrize("given", [["name"], ["=f"], ["a/b=f"], ["a=f", "a=g"], ["model=f"]])
 def test_wrong_names_of_adapters_are_refused(given):
   with refused(UserError):
-    serve.adapters_of(given, "model")
+    loading.adapters_of(given, "model")
