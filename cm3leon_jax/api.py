@@ -107,7 +107,7 @@ class CM3Leon:
 
     shown = loading.shows_progress(show_progress)
     loaded = loading.load(workdir, adapter, clip, dtype, devices, mesh, options)
-    return cls(*loaded, shown, adapter and os.fspath(adapter))
+    return cls(*loaded, shown, os.fspath(adapter) if adapter else None)
 
   @classmethod
   def finetune(
