@@ -33,7 +33,7 @@ SHEET = "reconstructions.png"
 
 
 def of_pairs(settings: Settings, workdir: epath.Path) -> None:
-  """Checks 16 evenly spaced training images of the run's pairs. See `check`."""
+  """Checks 16 evenly spaced training images of the run's pairs, see `_check`."""
   from cm3leon_jax.data.raw import reader
 
   source = _copied_from(workdir)
@@ -45,7 +45,7 @@ def of_pairs(settings: Settings, workdir: epath.Path) -> None:
 
 
 def of_records(settings: Settings, workdir: epath.Path, tasks: Sequence[Any]) -> None:
-  """Checks the first images of the tasks that are read from files. See `check`."""
+  """Checks the first images of the tasks that are read from files, see `_check`."""
   from cm3leon_jax.data.instructions import sources
   from cm3leon_jax.data.instructions.edges import ImageMap
 

@@ -57,7 +57,7 @@ def tar_samples(
     # "r:" rejects compressed tars, because a small file could become a thousand times as large.
     with (
       fs.open(file, "rb") as stream,
-      # tarfile calls no methods other than `seek`, `tell` and `read`.
+      # tarfile calls only `seek`, `tell` and `read`.
       tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar,  # type: ignore[call-overload]
     ):
       stem = ""
