@@ -158,7 +158,13 @@ def print_more(folder: epath.Path, command: str = "train") -> None:
   """Prints how to continue a finished run with more steps."""
   from cm3leon_jax import distributed
 
-  steps = read_json(folder / stages.DONE, {"summary": dict})["summary"].get("steps", 0)
+  summary = read_json(folder / stages.DONE, {"summary": dict})["summary"]
+  steps = summary.get("steps", 0)
+  if "forgetting" in summary:
+    distributed.print_once(
+      f"{command}: config.train.max_forgetting ended the run at step {steps}; it does not continue."
+    )
+    return
   distributed.print_once(
     f"{command}: the run has its {steps} steps; --config.train.steps={2 * steps or 'N'}, with the "
     "same flags, would continue it."
