@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import experiment
 from benchmarks import scene_card_table as table
-from cm3leon_jax import CM3Leon, loading
+from cm3leon_jax import CM3Leon
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.rows import loader
@@ -34,6 +34,7 @@ from cm3leon_jax.scenes.judge import judge as judging
 from cm3leon_jax.scenes.judge.baselines import TrainingScenes
 from cm3leon_jax.scenes.judge.facts import check
 from cm3leon_jax.scenes.world import PLACES, Placed, Scene
+from cm3leon_jax.trained.run import Run
 
 # Name of a set of captions -> number of captions in the set.
 COUNTS = {
@@ -225,7 +226,7 @@ def neighbor_bits(model: CM3Leon, asked: Sequence[Asked]) -> dict[str, np.ndarra
     masks.append([of["image"] for of in targets])
   config = model.pipeline.settings.model
   with jax.set_mesh(model.mesh):
-    params = loading.params_of(model.workdir, config, model.step)
+    params, _ = Run.open(model.workdir, exports=True).params(model.step)
     scored = {
       condition: bits.score_samples(params, config, of, layout.vocab, BATCH)
       for condition, of in samples.items()

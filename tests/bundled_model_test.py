@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import scene_card
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.configs import scenes_instruct
 from cm3leon_jax.scenes import instructions, source, world
@@ -161,3 +162,11 @@ def test_the_tuned_one_edits_new_scenes(tuned):
   drawn = list(tokenizer.decode(tokenizer.encode(np.stack(before))))
   edited = tuned.edit(drawn, [record.texts["instruction"] for record in records])
   assert share_of_right(edited) >= 0.5
+
+
+@pytest.mark.slow
+def test_the_card_measures_that_only_its_own_document_at_the_same_place_helps(model):
+  asked = list(scene_card.rare(model.pipeline.settings.scenes))[:12]
+  bits = {name: of.mean() for name, of in scene_card.neighbor_bits(model, asked).items()}
+  assert bits["own"] < 0.8 * bits["none"]
+  assert min(bits["own elsewhere"], bits["another's"]) > 1.3 * bits["none"]
