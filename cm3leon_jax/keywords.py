@@ -12,6 +12,7 @@ class FinetuneOptions(TypedDict, total=False):
   minutes: float
   tokenizer: Literal["base", "own"]
   max_forgetting: float
+  min_psnr: float | None
   fields: Mapping[str, Any]
   show_progress: bool | None
 

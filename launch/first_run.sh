@@ -6,16 +6,18 @@ set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
-CUDA13_DRIVER=580 # The first driver for CUDA 13; the first for CUDA 12 is 525.
+CUDA12_DRIVER=525 CUDA13_DRIVER=580 # The first drivers for CUDA 12 and 13.
 
-# Prints the extra that installs JAX for this machine.
+# Prints the extra that installs JAX for this machine. Looks for NVIDIA's driver first, because files in /dev/vfio are not
+# always TPUs: a host that passes devices to virtual machines also has some.
 device() {
   local driver
-  if compgen -G "/dev/accel*" >/dev/null || compgen -G "/dev/vfio/[0-9]*" >/dev/null; then
-    echo tpu
-  elif driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null)" && [ -n "$driver" ]; then
+  if driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null)" && [ -n "$driver" ]; then
     driver="${driver%%.*}"
+    [ "$driver" -ge "$CUDA12_DRIVER" ] || fail "the NVIDIA driver is $driver; JAX needs $CUDA12_DRIVER or newer: update the driver."
     if [ "$driver" -ge "$CUDA13_DRIVER" ]; then echo cuda13; else echo cuda12; fi
+  elif compgen -G "/dev/accel*" >/dev/null || compgen -G "/dev/vfio/[0-9]*" >/dev/null; then
+    echo tpu
   else
     echo cpu
   fi

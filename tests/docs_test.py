@@ -12,8 +12,9 @@ import tomllib
 import pytest
 import yaml
 
-from cm3leon_jax.commands import COMMANDS
-from cm3leon_jax.settings import SECTIONS
+from cm3leon_jax.commands import COMMANDS, config_file
+from cm3leon_jax.runs import table
+from cm3leon_jax.settings import SECTIONS, settings_from_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
@@ -134,6 +135,38 @@ python -m benchmarks.nothing"""
     "--no_such_flag", "--config.train.no_field", "data/nothing.py", "stages.NOTHING",
     "train.no_field",
   ]  # fmt: skip
+
+
+def stages_left_out(block: str) -> list[str]:
+  """Returns the commands that a block with single stages of a tuning lacks before `train`."""
+  commands = re.findall(r"cm3leon ([a-z_]+)", block)
+  if not {"copy_tokenizers", "train"} <= {*commands}:
+    return []
+  name = re.search(r"--config=([\w/.]+)", block)[1]
+  if name not in config_file.SHIPPED:
+    return []
+  config = config_file.load(name)
+  if share := re.search(r"--config\.instructions\.replay_share=(\S+)", block):
+    config.instructions.replay_share = float(share[1])
+  reads = table.reads_of(settings_from_config(config), "train")
+  before = commands[: commands.index("train")]
+  needed = [table.STAGES[name].command for name in reads]
+  return [command for command in needed if command not in before]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_an_example_of_single_stages_has_all_that_its_training_reads(page):
+  for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+    assert stages_left_out(block) == [], block
+
+
+def test_stages_that_an_example_leaves_out_are_found():
+  block = """C="--config=scenes_instruct --workdir=w"
+cm3leon copy_tokenizers $C --init_from=scenes
+cm3leon encode_instructions $C
+cm3leon train $C --init_from=scenes"""
+  assert stages_left_out(block) == ["encode_documents", "build_neighbors"]
+  assert stages_left_out(f"{block} --config.instructions.replay_share=0") == []
 
 
 def test_the_citation_names_the_version():

@@ -45,6 +45,7 @@ def page(docstring: str, workdir: bool, several_processes: bool, config: bool = 
   groups = {
     "Flags of this command": modules.get(sys.argv[0], []),
     "Start": flags_of("init_from_flag") + flags_of("run_start"),
+    "Reconstructions": flags_of("tokenizer_check"),
     "Grades": flags_of("grade_instructions"),
     "Prompts": flags_of("prompt_flags"),
     "Protocols": flags_of("protocol_flags"),

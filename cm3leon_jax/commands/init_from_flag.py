@@ -5,10 +5,11 @@ from absl import flags
 INIT_FROM = flags.DEFINE_string(
   "init_from",
   "",
-  "Trained run that a new run starts from: the workdir of another run, a folder that `cm3leon "
-  "export` wrote, or an installed model (scenes, scenes-instruct). train and reinforce start from "
-  "its parameters (the moving average, if there is one) with a new optimizer state. "
-  "copy_tokenizers copies its tokenizers and CLIP.",
+  "Trained run that a new run starts from: the workdir of another run, a bundle that `cm3leon "
+  "export --bundle` wrote, or an installed model (scenes, scenes-instruct). train and reinforce "
+  "start from its parameters (the moving average, if there is one) with a new optimizer state; "
+  "they also accept an export in the format hf or orbax. copy_tokenizers copies its tokenizers and "
+  "CLIP.",
 )
 OWN_IMAGE_TOKENIZER = flags.DEFINE_bool(
   "own_image_tokenizer",

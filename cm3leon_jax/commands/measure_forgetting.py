@@ -36,11 +36,15 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   inputs = base_documents.ids(settings, workdir)
   config = stages.run_config(settings, workdir, "forgetting", inputs)
   with stages.once(workdir / "forgetting", config) as summary, common.use_mesh(settings):
-    if summary is None:
+    if summary is None:  # Forgetting is already measured.
       return
     bits.check_batch(settings.evaluation)
     if (start := initial.start_of(workdir)) is None:
-      raise UserError(f"the run in {workdir} began from random parameters, so it has no base.")
+      raise UserError(
+        f"the run in {workdir} has documents of a base, but began from random parameters, so there "
+        "is no base to compare it with: use another --workdir, and give --init_from also to "
+        "`cm3leon train`."
+      )
     run = Run(workdir, settings)
     before = forgetting.measure(run, initial.load(start, settings), base)
     params, step = run.params()

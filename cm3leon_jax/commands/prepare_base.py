@@ -1,11 +1,11 @@
-"""Draws the documents of a base again, for replay and to measure what a tuning forgets.
+"""Provides documents of the base, which a tuning replays, and on which it measures forgetting.
 
   cm3leon prepare_base --config=own --workdir=W
 
 The base is the run whose tokenizers `cm3leon copy_tokenizers --init_from=BASE` copied. If the base
-is a workdir, its own documents are read, and this command writes nothing. If it is a bundle that
-was trained on a world, such as scenes, the world draws `data.base_documents` training documents
-and some held-out documents in W/base.
+is a workdir with documents, they are read from there, and this command writes nothing. A bundle
+contains no training documents. If it was trained on a world, such as scenes, the world draws
+`data.base_documents` training documents and 400 held-out documents in W/base.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     print("prepare_base: config.data.base_documents is 0; nothing is drawn.")
     return
   source = base_documents.source_of(workdir)
-  base = base_documents.find(source)
-  if base.is_drawn:
-    drawn = base_documents.to_draw(base, settings, workdir)
+  of_base, folder = base_documents.find(source)
+  if folder is None and base_documents.can_draw(of_base):
+    drawn = base_documents.to_draw(of_base, settings, workdir)
     copies.copy_tokenizers(Run(drawn.folder, drawn.settings), source)
     for command in (prepare_data, encode_documents, build_neighbors):
       command.main(drawn.settings, drawn.folder)

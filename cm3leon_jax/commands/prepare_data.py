@@ -118,6 +118,23 @@ def check_enough(settings: Settings, summary: dict) -> None:
         )
 
 
+def check_batch(settings: Settings, summary: dict) -> None:
+  """Raises UserError if all training data is smaller than one batch, which `train` would reject."""
+  data, batch = settings.data, settings.train.global_batch_size
+  if settings.instructions.any or data.base_documents or data.interleaved_share:
+    return
+  pairs, texts = (summary.get(f"train_{kind}", 0) for kind in ("pairs", "texts"))
+  characters = (summary.get(f"train_{kind}_characters", 0) for kind in ("caption", "text"))
+  # A character has at most 4 tokens, and a document at most 8 special tokens.
+  most = pairs * settings.vqgan.image_tokens + 4 * sum(characters) + 8 * (pairs + texts)
+  if most < batch * data.sequence_length:
+    raise UserError(
+      f"the source has at most {most:,} training tokens, but one batch of config.train takes "
+      f"{batch * data.sequence_length:,} (global_batch_size = {batch:,} x data.sequence_length): "
+      "add data, or give a lower --config.train.global_batch_size. The data is prepared."
+    )
+
+
 def batch_warnings(settings: Settings, pairs: int) -> list[str]:
   """Returns a warning for each of the stages vqgan and clip whose batch is larger than the data.
 
@@ -222,8 +239,12 @@ def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
       print(f"prepare_data: warning: {warning}")
 
 
+def _main(settings: Settings, workdir: epath.Path) -> None:
+  main(settings, workdir, bool(from_data.missing(flags.FLAGS.config)))
+  if not _CHECK_LEAKS.value:  # `prepare_base` calls `main` for data that fills no batch alone.
+    summary = stages.require(workdir, "raw", summary=dict)["summary"]
+    check_batch(common.completed(workdir), summary)
+
+
 if __name__ == "__main__":
-  common.run(
-    lambda settings, workdir: main(settings, workdir, bool(from_data.missing(flags.FLAGS.config))),
-    prepares=True,
-  )
+  common.run(_main, prepares=True)

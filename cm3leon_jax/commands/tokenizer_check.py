@@ -26,7 +26,7 @@ MIN_PSNR = flags.DEFINE_float(
   "min_psnr",
   20.0,
   "Least mean PSNR, in dB, with which a copied image tokenizer must reconstruct 16 images of this "
-  "run.",
+  "run; 0: any.",
 )
 IMAGES, COLUMNS = 16, 8
 SHEET = "reconstructions.png"
@@ -110,7 +110,8 @@ def _check(
     raise UserError(
       f"the image tokenizer of {source} reconstructs your images with {decibels:.1f} dB, below "
       f"--min_psnr = {MIN_PSNR.value:g} ({folder / SHEET} shows them): train one on your images, "
-      "with --own_image_tokenizer and another --workdir."
+      "with --own_image_tokenizer and another --workdir. If the reconstructions are good enough, "
+      f"lower the limit, e.g. --min_psnr={int(decibels)}."
     )
 
 

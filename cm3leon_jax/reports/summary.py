@@ -274,9 +274,16 @@ def judged(workdir: epath.Path) -> dict[str, dict]:
 def expected_stages(workdir: epath.Path) -> list[str]:
   """Returns the stages of a run. Some stages only belong to runs that tune a base."""
   absent = [] if (workdir / "instructions").exists() else ["instructions", "grades"]
-  if not (workdir / "base").exists():
+  if not _has_base_documents(workdir):
     absent.append("forgetting")
   return [name for name in table.STAGES if name not in absent]
+
+
+def _has_base_documents(workdir: epath.Path) -> bool:
+  """Returns whether the training of a run reads documents of its base, see `base_documents`."""
+  path = workdir / "train" / "config.json"
+  settings = read_json(path, {"settings": dict})["settings"] if path.exists() else {}
+  return bool(settings.get("data", {}).get("base_documents"))
 
 
 def cost(summary: dict) -> dict | None:

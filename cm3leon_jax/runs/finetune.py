@@ -9,34 +9,47 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from PIL import Image
+from scipy import sparse
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
 
 GIVEN = "given"  # Folder in the workdir with the pairs or records that were given.
-HELDOUT = 15  # One of this many images is held out.
+HELDOUT = 15  # One of this many groups of records is held out, see `_groups`.
 QUESTION = "Question: {question} Answer: {answer}. <break> {image}"
 EDIT = (
   "Edit first image following the instruction <break> {before} <break> {instruction} "
   "<break> {after}"
 )
-# Names of the images and texts of a record, the template, and the field that the model predicts.
-KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str, str]] = {
-  "questions": (("image",), ("question", "answer"), QUESTION, "answer"),
-  "edits": (("before", "after"), ("instruction",), EDIT, "after"),
+
+
+class Kind(NamedTuple):
+  """A kind of records: names of their images and texts, their template, and what is predicted."""
+
+  images: tuple[str, ...]
+  texts: tuple[str, ...]
+  template: str
+  target: str
+
+
+KINDS = {
+  "questions": Kind(("image",), ("question", "answer"), QUESTION, "answer"),
+  "edits": Kind(("before", "after"), ("instruction",), EDIT, "after"),
 }
 SHAPES = (
   "a folder, a list of pairs (image, caption), or a list of records, which are dicts with the keys "
-  + " or ".join("/".join((*images, *texts)) for images, texts, _, _ in KINDS.values())
+  + " or ".join("/".join((*kind.images, *kind.texts)) for kind in KINDS.values())
 )
 
 
@@ -48,6 +61,7 @@ def run(
   minutes: float = 10.0,
   tokenizer: Literal["base", "own"] = "base",
   max_forgetting: float = 0.0,
+  min_psnr: float | None = None,
   fields: Mapping[str, Any] | None = None,
   show_progress: bool | None = None,
 ) -> None:
@@ -58,9 +72,10 @@ def run(
     base: workdir of a run, folder of a bundle, or name of an installed bundle.
     minutes: time that all stages may take on two CPU cores.
     tokenizer: "base" keeps the image tokenizer of the base, and stops if it reconstructs the images
-      with less than 20 dB. "own" trains one; the decoder then forgets the images of the base.
+      with less than `min_psnr`. "own" trains one; the decoder then forgets the images of the base.
     max_forgetting: ends the training when the loss of held-out documents of the base has risen by
       more than this share; 0: no limit.
+    min_psnr: the least mean PSNR in dB; None: 20 dB.
     fields: config fields and their values, such as {"train.steps": 500}.
     show_progress: whether to print a line for each stage that ends; None: yes.
 
@@ -76,6 +91,7 @@ def run(
   flags = [f"--config=own:{minutes:g}", f"--workdir={folder}", f"--init_from={os.fspath(base)}"]
   flags += [f"--config.{name}={value}" for name, value in values.items()]
   flags += ["--own_image_tokenizer"] if tokenizer == "own" else []
+  flags += [] if min_psnr is None else [f"--min_psnr={min_psnr}"]
   _start(flags, show_progress is not False)
 
 
@@ -87,10 +103,11 @@ def _source(data: Any, workdir: pathlib.Path) -> dict[str, str]:
     return {"raw.source": os.fspath(data)}
   items = list(data) if isinstance(data, Sequence) else []
   if items and all(isinstance(item, Mapping) for item in items):
-    kind = next((k for k, v in KINDS.items() if {*v[0], *v[1]} <= {*items[0]}), "")
+    kinds = KINDS.items()
+    kind = next((k for k, of in kinds if {*of.images, *of.texts} <= {*items[0]}), "")
     if kind:
       return _write_records(items, kind, workdir / GIVEN)
-  elif items and all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
+  elif items and all(isinstance(item, tuple | list) and len(item) in (2, 3) for item in items):
     return _write_pairs(items, workdir / GIVEN)
   found = f"of type {type(data).__name__}"
   if isinstance(data, Sequence):
@@ -114,23 +131,39 @@ def _png(image: Any, where: str) -> bytes:
 
 
 def _write_pairs(pairs: Sequence[Any], folder: pathlib.Path) -> dict[str, str]:
+  """Writes pairs (image, caption), or (image, caption, concept)."""
   lines, images = [], {}
-  for number, (image, caption) in enumerate(pairs):
-    if not isinstance(caption, str):
-      kind = type(caption).__name__
-      raise UserError(f"data[{number}]: the caption is of type {kind}; it must be a text.")
+  for number, (image, *texts) in enumerate(pairs):
+    for title, text in zip(("caption", "concept"), texts):
+      if not isinstance(text, str):
+        kind = type(text).__name__
+        raise UserError(f"data[{number}]: the {title} is of type {kind}; it must be a text.")
     name = f"{number:06}.png"
     images[name] = _png(image, f"data[{number}]")
-    lines.append(json.dumps({"key": f"{number:06}", "image": name, "caption": caption}))
-  _write(folder, {"pairs.jsonl": lines}, images)
+    given = dict(zip(("caption", "concept"), texts))
+    lines.append(json.dumps({"key": f"{number:06}", "image": name, **given}))
+  _write_folder(folder, {"pairs.jsonl": lines}, images)
   return {"raw.source": str(folder)}
 
 
+def _groups(records: Sequence[Sequence[str]]) -> list[int]:
+  """Numbers groups of records that share an image, also through other records.
+
+  _groups([["a", "b"], ["c", "d"], ["b", "e"]]) = [0, 1, 0]
+  """
+  places = {name: i for i, name in enumerate(dict.fromkeys(itertools.chain(*records)))}
+  edges = np.array([(places[names[0]], places[name]) for names in records for name in names])
+  shared = sparse.coo_array((np.ones(len(edges)), edges.T), (len(places),) * 2)
+  groups = sparse.csgraph.connected_components(shared, directed=False)[1]
+  return [int(groups[places[names[0]]]) for names in records]
+
+
 def _write_records(records: Sequence[Any], kind: str, folder: pathlib.Path) -> dict[str, str]:
-  """Writes records and their task. All records with the same first image are in one split."""
+  """Writes records and their task. All records of a group are in one split."""
   image_names, text_names, template, target = KINDS[kind]
   splits: dict[str, list[str]] = {"train": [], "heldout": []}
   images: dict[str, bytes] = {}
+  lines: list[dict[str, Any]] = []
   for number, record in enumerate(records):
     if missing := [name for name in (*image_names, *text_names) if name not in record]:
       raise UserError(f"data[{number}] has no {missing[0]!r}, but data[0] has it.")
@@ -142,23 +175,27 @@ def _write_records(records: Sequence[Any], kind: str, folder: pathlib.Path) -> d
       png = _png(record[name], f"data[{number}]")
       names[name] = f"{hashlib.sha256(png).hexdigest()[:16]}.png"
       images[names[name]] = png
-    first = list(images).index(names[image_names[0]])
-    split = "heldout" if first % HELDOUT == HELDOUT - 1 else "train"
-    line = {"key": f"{number:06}", "group": names[image_names[0]], "texts": texts, "images": names}
-    splits[split].append(json.dumps(line))
-  if not splits["heldout"]:
+    lines.append({"key": f"{number:06}", "texts": texts, "images": names})
+  groups = _groups([[line["images"][name] for name in image_names] for line in lines])
+  if (count := len(set(groups))) < HELDOUT:
     raise UserError(
-      f"data has {len(images)} images; it must have at least {HELDOUT}, because one of {HELDOUT} "
-      "is held out."
+      f"data has {count} group{'s' * (count > 1)} of records; it must have at least {HELDOUT}, "
+      f"because one of {HELDOUT} is held out. Records that share an image are in one group: add "
+      "records with other images."
     )
+  for line, group in zip(lines, groups):
+    split = "heldout" if group % HELDOUT == HELDOUT - 1 else "train"
+    splits[split].append(json.dumps({**line, "group": f"{group:06}"}))
   task = {"name": kind, "format": "jsonl", "templates": [template], "target": target}
   task["heldout"] = "heldout"
   files = {f"{split}.jsonl": lines for split, lines in splits.items()}
-  _write(folder, {**files, "tasks.yaml": [json.dumps([task])]}, images)  # JSON is also YAML.
+  _write_folder(folder, {**files, "tasks.yaml": [json.dumps([task])]}, images)  # JSON is also YAML.
   return {"instructions.tasks": str(folder / "tasks.yaml"), "instructions.root": str(folder)}
 
 
-def _write(folder: pathlib.Path, files: dict[str, list[str]], images: dict[str, bytes]) -> None:
+def _write_folder(
+  folder: pathlib.Path, files: dict[str, list[str]], images: dict[str, bytes]
+) -> None:
   """Writes files of lines and images. Does nothing if `folder` already has the same content."""
   digest = hashlib.sha256(json.dumps(files).encode())
   for name in sorted(images):
@@ -176,7 +213,7 @@ def _write(folder: pathlib.Path, files: dict[str, list[str]], images: dict[str, 
   write_json(about, {"sha256": found})  # The folder is complete when it has this file.
 
 
-def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
+def _output_lines(process: subprocess.Popen[str]) -> Iterator[str]:
   """Yields the output lines of a process. At Ctrl-C, lets the process save and stop first."""
   try:
     for line in process.stdout or ():
@@ -197,9 +234,14 @@ def _start(flags: list[str], show_progress: bool) -> None:
   )  # fmt: skip
   last = ""
   with process:
-    for line in _lines(process):
+    for line in _output_lines(process):
       last = line or last
       if show_progress and not line.startswith("error: "):
         print(line, flush=True)
-  if process.returncode:
+  if process.returncode and last.startswith("error: "):
     raise UserError(last.removeprefix("error: "))
+  if process.returncode:
+    raise UserError(
+      f"`cm3leon run` ended with exit code {process.returncode} without an error message; logs/ in "
+      f"the workdir has the output of each stage. Its last line: {last or '(none)'}"
+    )

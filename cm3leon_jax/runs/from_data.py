@@ -186,6 +186,8 @@ def complete(
   counted = not (of_base and tuned)
   counts = _counts(workdir, names, prepares) if counted else UNKNOWN
   found = values(counts, config.train.minutes, _cost(of_base) if of_base else 1.0)
+  if steps := config.train.steps:  # The user has set them.
+    found |= {f"train.{name}": every for name, every in intervals(steps).items()}
   if wrong := [name for name in names if name not in found]:
     raise UserError(
       f"config.{wrong[0]} is None; only {', '.join(found)} are computed from the data."

@@ -21,7 +21,7 @@ from cm3leon_jax.trained import bundles
 FOLDER = "base"  # Folder of a workdir with the documents that were drawn again.
 NAME = "base"  # Name of the source of these documents in rows and logs.
 READ = ("documents", "neighbors")
-HELDOUT = 400  # Number of held-out documents that a world draws.
+NUM_HELDOUT = 400  # Number of held-out documents that a world draws.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Base:
   settings: Settings
   folder: epath.Path
 
-  @property
-  def is_complete(self) -> bool:
-    """Whether the folder has finished documents and neighbors."""
-    return all((self.folder / name / stages.DONE).exists() for name in READ)
 
-  @property
-  def is_drawn(self) -> bool:
-    """Whether the documents must be drawn again, and can be."""
-    return not self.is_complete and self.settings.raw.source in worlds.MODULES
+def is_complete(folder: epath.Path) -> bool:
+  """Returns whether a folder has finished documents and neighbors."""
+  return all((folder / name / stages.DONE).exists() for name in READ)
+
+
+def can_draw(settings: Settings) -> bool:
+  """Returns whether a world can draw the documents of a base with these settings again."""
+  return settings.raw.source in worlds.MODULES
 
 
 def source_of(workdir: epath.PathLike) -> str:
@@ -58,13 +58,16 @@ def source_of(workdir: epath.PathLike) -> str:
   return str(source)
 
 
-def find(source: str) -> Base:
-  """Finds the settings and the folder of a workdir or bundle."""
+def find(source: str) -> tuple[Settings, epath.Path | None]:
+  """Returns the settings of a workdir or bundle, and the folder with its documents.
+
+  The folder is None for a bundle, which has no held-out documents, and for a workdir without
+  finished documents.
+  """
   folder = bundles.folder_of(source)
   if bundles.is_bundle(folder):
-    # A bundle has no held-out documents, so its folder counts as incomplete.
-    return Base(bundles.read(folder)[0], folder / "train")
-  return Base(settings_of_run(folder), folder)
+    return bundles.read(folder)[0], None
+  return settings_of_run(folder), folder if is_complete(folder) else None
 
 
 def fields(source: str, own_images: bool) -> dict[str, Any]:
@@ -73,21 +76,24 @@ def fields(source: str, own_images: bool) -> dict[str, Any]:
   If the run trains its own image tokenizer (`own_images`), the codes of the base's documents have
   no meaning for it, so it does not use them.
   """
-  base = find(source)
-  documents = not own_images and (base.is_complete or base.is_drawn)
-  found = from_data.base_fields(dataclasses.asdict(base.settings), documents)
+  settings, folder = find(source)
+  documents = not own_images and (folder is not None or can_draw(settings))
+  found = from_data.base_fields(dataclasses.asdict(settings), documents)
   if own_images:  # The batch must not be larger than the data, and nothing is imported.
     del found["vqgan.batch_size"]
     found["vqgan.published"] = ""
   return found
 
 
-def to_draw(base: Base, settings: Settings, workdir: epath.PathLike) -> Base:
-  """Returns the folder and settings with which a world draws documents for the run in `workdir`."""
-  world = base.settings.raw.source
-  numbers = {"train": settings.data.base_documents, "heldout": HELDOUT}
-  few = dataclasses.replace(getattr(base.settings, world), **numbers)
-  return Base(dataclasses.replace(base.settings, **{world: few}), epath.Path(workdir) / FOLDER)
+def to_draw(of_base: Settings, settings: Settings, workdir: epath.PathLike) -> Base:
+  """Returns the folder and settings with which a world draws documents for the run in `workdir`.
+
+  `of_base` are the settings of the base, and `settings` are those of the run.
+  """
+  world = of_base.raw.source
+  numbers = {"train": settings.data.base_documents, "heldout": NUM_HELDOUT}
+  few = dataclasses.replace(getattr(of_base, world), **numbers)
+  return Base(dataclasses.replace(of_base, **{world: few}), epath.Path(workdir) / FOLDER)
 
 
 def open_base(settings: Settings, workdir: epath.PathLike) -> Base:
@@ -97,15 +103,17 @@ def open_base(settings: Settings, workdir: epath.PathLike) -> Base:
     UserError: the base has no documents, they were not drawn yet, or their vocab differs.
   """
   source = source_of(workdir)
-  base = find(source)
-  if base.is_drawn:
-    base = to_draw(base, settings, workdir)
-    if not base.is_complete:
+  of_base, folder = find(source)
+  if folder is not None:
+    base = Base(of_base, folder)
+  elif can_draw(of_base):
+    base = to_draw(of_base, settings, workdir)
+    if not is_complete(base.folder):
       raise UserError(
         f"{base.folder} does not have the documents of {source} yet: run `cm3leon prepare_base` "
         "with the same --config and --workdir first."
       )
-  elif not base.is_complete:
+  else:
     raise UserError(
       f"config.data.base_documents is {settings.data.base_documents}, but {source} has no "
       "documents: set it to 0, or give a workdir with documents/ and neighbors/ as --init_from."

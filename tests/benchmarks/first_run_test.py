@@ -1,6 +1,10 @@
 """Tests the runner and the page of a first run on an accelerator, with parts that take no time."""
 
 import json
+import os
+import pathlib
+import re
+import subprocess
 import time
 import zipfile
 
@@ -9,6 +13,7 @@ import pytest
 from benchmarks import first_run, first_run_machine
 from benchmarks.first_run import Part
 
+ROOT = pathlib.Path(__file__).parents[2]
 MACHINE = {"platform": "gpu", "devices": "1 x NVIDIA T4", "jax": "0.10.2"}
 PARTS = [
   Part("good", "Does it run?", ("-c", "print(53)"), 60),
@@ -93,9 +98,52 @@ def test_all_parts_fit_into_30_minutes(platform, tmp_path):
   assert small == (platform == "cpu")
 
 
+def test_the_page_has_the_limits_of_the_parts(tmp_path):
+  page = (ROOT / "docs" / "first_run.md").read_text()
+  limits = re.findall(r"^\| `(\w+)` \|.*\| ([\d.]+) min \|$", page, re.MULTILINE)
+  parts = first_run.parts_of("gpu", tmp_path)
+  assert [(name, 60 * float(limit)) for name, limit in limits] == [
+    (part.name, part.seconds) for part in parts
+  ]
+
+
 def test_the_machine_is_described():
   found = first_run_machine.describe()
   assert found["devices"] == "8 x cpu"
   assert found["platform"] == "cpu"
   assert {"date", "processor", "system", "python", "jax", "jaxlib", "flax"} <= set(found)
   assert "" not in found.values()
+
+
+@pytest.mark.parametrize(
+  ("drivers", "files", "device"),
+  [
+    ("", "", "cpu"), ("", "accel", "tpu"), ("", "vfio", "tpu"), ("580.65", "vfio", "cuda13"),
+    ("525.60\n525.60", "", "cuda12"),
+  ],
+)  # fmt: skip
+def test_a_gpu_is_found_before_device_files_that_tpus_also_have(drivers, files, device, tmp_path):
+  found = device_of(tmp_path, drivers, files)
+  assert (found.returncode, found.stdout) == (0, f"{device}\n")
+
+
+def test_a_driver_that_is_too_old_is_refused(tmp_path):
+  found = device_of(tmp_path, "470.82", "")
+  assert (found.returncode, found.stdout) == (2, "")
+  assert "the NVIDIA driver is 470; JAX needs 525 or newer" in found.stderr
+
+
+def device_of(folder, drivers, files):
+  """Runs `device` of the script on a machine with these drivers and device files."""
+  script = (ROOT / "launch" / "first_run.sh").read_text().partition("found=")[0]
+  (folder / "venv.sh").write_bytes((ROOT / "launch" / "venv.sh").read_bytes())
+  exists = f"compgen() {{ [[ -n '{files}' && $2 == *'{files}'* ]]; }}\n"
+  (folder / "script.sh").write_text(f"{script}{exists}found=$(device)\necho $found\n")
+  (folder / "bin").mkdir()
+  smi = folder / "bin" / "nvidia-smi"
+  smi.write_text(f"#!/bin/sh\n[ -n '{drivers}' ] && echo '{drivers}'\n")
+  smi.chmod(0o755)
+  return subprocess.run(
+    ["bash", str(folder / "script.sh")], capture_output=True, text=True, check=False,
+    env={**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"},
+  )  # fmt: skip

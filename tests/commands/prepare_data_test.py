@@ -14,8 +14,9 @@ from tests.messages import check_refused, refused
 
 
 def command(*flags, config="ml_configs/base.py"):
+  small = ("--config.train.global_batch_size=1", "--config.data.sequence_length=512")
   pairs_only = "--config.data.text_share=0.0"
-  return launch("prepare_data", f"--config={config}", pairs_only, *flags)
+  return launch("prepare_data", f"--config={config}", pairs_only, *small, *flags)
 
 
 def check_enough(summary, tasks="", **data):
@@ -25,7 +26,15 @@ def check_enough(summary, tasks="", **data):
   prepare_data.check_enough(settings_from_config(config), summary)
 
 
-PAIRS = {"train_pairs": 9, "heldout_pairs": 2}
+def check_batch(summary, batch, tasks="", **data):
+  config = default_config()
+  config.data.update({"sequence_length": 2, **data})
+  config.train.global_batch_size = batch
+  config.instructions.tasks = tasks
+  prepare_data.check_batch(settings_from_config(config), summary)
+
+
+PAIRS = {"train_pairs": 9, "heldout_pairs": 2, "train_caption_characters": 180}
 TEXTS = {"train_texts": 5, "heldout_texts": 1}
 
 
@@ -48,6 +57,15 @@ def test_data_that_the_config_needs_is_enough():
 def test_data_that_a_later_stage_would_refuse_is_refused(summary, data):
   with refused(UserError):
     check_enough(summary, **data)
+
+
+def test_data_that_cannot_fill_a_batch_is_refused():
+  batch = (9 * 1_024 + 4 * 180 + 8 * 9) // 2  # Half the largest number of tokens of `PAIRS`.
+  check_batch(PAIRS, batch)
+  with refused(UserError):
+    check_batch(PAIRS, batch + 1)
+  check_batch(PAIRS, batch + 1, base_documents=5)
+  check_batch(PAIRS, batch + 1, tasks="scenes")
 
 
 def test_a_batch_larger_than_the_data_is_said_before_its_stage():
@@ -119,6 +137,9 @@ def test_check_leaks_passes_where_nothing_leaks(tmp_path):
   checked = command(*flags, "--check_leaks")
   assert checked.returncode == 0
   assert "near_pairs 0, leaked_heldout_images 0" in checked.stdout
+  large = command(*flags, "--config.train.global_batch_size=99")
+  assert large.returncode == 2
+  assert "but one batch of config.train takes 50,688 (" in large.stderr
 
 
 def test_scenes_are_checked_by_their_facts(tmp_path):

@@ -210,7 +210,8 @@ def test_raw_data_from_and_in_a_bucket_are_those_of_a_disk(server, tmp_path):
     command = [
       sys.executable, "-m", "cm3leon_jax.commands.prepare_data", f"--config={BASE}",
       f"--config.raw.source={source}", "--config.raw.resolution=64", f"--workdir={workdir}",
-      "--config.data.text_share=0.0",
+      "--config.data.text_share=0.0", "--config.train.global_batch_size=1",
+      "--config.data.sequence_length=512",
     ]  # fmt: skip
     environment = environment_of(server)
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300)

@@ -51,3 +51,13 @@ def test_a_damaged_figure_of_another_judge_is_named(tmp_path):
   write_json(tmp_path / "judged.json", {"figures": [{"title": "Colors shown", "value": "half"}]})
   with refused(UserError):
     summary.judged(epath.Path(tmp_path))
+
+
+def test_forgetting_is_expected_if_the_training_reads_documents_of_a_base(tmp_path):
+  folder = epath.Path(tmp_path)
+  assert "forgetting" not in summary.expected_stages(folder)
+  (folder / "train").mkdir()
+  for number in (0, 9):  # The documents of a workdir are not in base/.
+    settings = {"data": {"base_documents": number}}
+    write_json(folder / "train" / "config.json", {"run": {}, "settings": settings})
+    assert ("forgetting" in summary.expected_stages(folder)) == bool(number)

@@ -1,6 +1,8 @@
 import json
 import pathlib
 
+from hypothesis import given
+from hypothesis import strategies as st
 import numpy as np
 from PIL import Image
 import pytest
@@ -32,6 +34,8 @@ def test_a_folder_is_named_to_the_command(started, tmp_path):
   assert shown
   finetune.run(tmp_path, "W", "scenes", tokenizer="own", show_progress=False)
   assert (started[1][0][-1], started[1][1]) == ("--own_image_tokenizer", False)
+  finetune.run(tmp_path, "W", "scenes", min_psnr=17.5)
+  assert started[2][0][-1] == "--min_psnr=17.5"
 
 
 def test_pairs_are_written_once_as_a_folder(started, tmp_path):
@@ -74,8 +78,44 @@ def test_records_become_a_task_and_images_stay_in_one_split(started, tmp_path):
   assert f"--config.instructions.tasks={folder / 'tasks.yaml'}" in started[0][0]
 
 
-def edit(number=0):
-  return {"before": image(number), "after": image(99), "instruction": "make it bright"}
+def test_a_pair_may_name_its_concept(started, tmp_path):
+  data = [(image(3), "a cup", "cup"), (image(4), "a red cup", "cup"), (image(5), "a key")]
+  finetune.run(data, tmp_path, "scenes")
+  lines = (tmp_path / finetune.GIVEN / "pairs.jsonl").read_text().splitlines()
+  assert [json.loads(line).get("concept") for line in lines] == ["cup", "cup", None]
+
+
+def edit(number=0, after=99):
+  return {"before": image(number), "after": image(after), "instruction": "make it bright"}
+
+
+def test_records_that_share_an_image_directly_or_through_others_are_in_one_split(started, tmp_path):
+  chains = [edit(3 * i + j, 3 * i + j + 1) for i in range(30) for j in range(2)]
+  finetune.run(chains, tmp_path, "scenes")
+  images = {}
+  for split in ("train", "heldout"):
+    lines = (tmp_path / finetune.GIVEN / f"{split}.jsonl").read_text().splitlines()
+    images[split] = {name for line in lines for name in json.loads(line)["images"].values()}
+  assert not images["train"] & images["heldout"]
+  assert [len(images[split]) for split in images] == [84, 6]
+
+
+@given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=3), min_size=1, max_size=20))
+def test_groups_are_the_components_of_shared_images(records):
+  names = [[f"{i}.png" for i in record] for record in records]
+  groups = finetune._groups(names)
+  graph = components(records)
+  assert [[a == b for b in groups] for a in groups] == [[a == b for b in graph] for a in graph]
+  assert set(groups) == set(range(len(set(groups))))
+
+
+def components(records):
+  """Returns the smallest image of each record's component, which spreads over shared images."""
+  least = {image: image for record in records for image in record}
+  for _ in records:
+    for record in records:
+      least |= dict.fromkeys(record, min(least[image] for image in record))
+  return [least[record[0]] for record in records]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +124,7 @@ def edit(number=0):
     "absent_folder", 7, [], [image(3)], [("a.png",)], [{"image": image(3)}],
     [(image(3), 5)], [("absent.png", "a caption")], [edit(), {"before": image(3)}],
     [edit(), {**edit(), "instruction": 3}], [edit(i) for i in range(9)],
+    [edit(0, i) for i in range(1, 30)], [(image(3), "a cup", 7)],
   ],
 )  # fmt: skip
 def test_other_data_is_refused_before_anything_starts(started, tmp_path, data, monkeypatch):
@@ -104,3 +145,12 @@ def test_other_options_are_refused(started, tmp_path, options):
 def test_the_error_of_a_command_is_raised(tmp_path):
   with refused(UserError):
     finetune.run(pathlib.Path(tmp_path), tmp_path / "W", "no_such_base", show_progress=False)
+
+
+def test_a_command_that_ends_without_an_error_is_reported_with_its_code(tmp_path, monkeypatch):
+  program = tmp_path / "python"
+  program.write_text("#!/bin/sh\necho '[5/11] prepare_base: 34 s'\nexit 9\n")
+  program.chmod(0o755)
+  monkeypatch.setattr(finetune.sys, "executable", str(program))
+  with refused(UserError):
+    finetune.run(pathlib.Path(tmp_path), tmp_path / "W", "scenes", show_progress=False)

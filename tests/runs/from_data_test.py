@@ -181,6 +181,16 @@ def test_a_field_that_the_user_sets_does_not_follow_the_base(tmp_path):
   assert found.model.width == 192
 
 
+def test_the_run_evaluates_and_saves_as_often_with_other_steps(tmp_path):
+  prepared(tmp_path)
+  config = config_file.load("own")
+  config.train.steps = 8_000
+  config.train.sample_every = 7
+  train = from_data.complete(config, tmp_path).train
+  assert (train.steps, train.eval_every, train.checkpoint_every) == (8_000, 1_000, 400)
+  assert train.sample_every == 7
+
+
 def test_a_larger_base_takes_fewer_steps_in_the_same_time(tmp_path):
   prepared(tmp_path)
 

@@ -122,8 +122,13 @@ class NearDuplicates:
       verb = "images have" if self.leaked > 1 else "image has"
       said += (
         f"; {self.leaked} held-out {verb} a near duplicate in training: give both images the same "
-        "`concept` in a list (pairs.jsonl), or remove one (cm3leon prepare_data --check_leaks "
-        "lists them)"
+        "`concept` (a field of pairs.jsonl; in Python, a pair's third element), or remove one "
+        "(cm3leon prepare_data --check_leaks lists them)"
+      )
+    if 2 * self.near > self.compared:
+      said += (
+        ". Most images look alike in this comparison, as drawings on a plain background do: if "
+        "they show different things, ignore it"
       )
     return said
 

@@ -100,14 +100,15 @@ def _line(folder: epath.Path, task: str, title: str, i: int, answer: Answer, sho
 def describe(result: dict) -> str:
   """Formats the shares of correct answers of all tasks as text."""
   titles = [t for t in TITLES if any(t in table for table in result["tasks"].values())]
-  lines = [f"{'':<16}" + "".join(f"{title:<24}" for title in titles).rstrip()]
+  rows = [("", titles)]
   for task, table in result["tasks"].items():
     for measure in ("right", "kept"):
       cells = [describe_share(table.get(title, {}).get(measure)) for title in titles]
       if any(cell != "-" for cell in cells):
-        name = task if measure == "right" else "  kept"
-        lines.append(f"{name:<16}" + "".join(f"{cell:<24}" for cell in cells).rstrip())
+        rows.append((task if measure == "right" else "  kept", cells))
   for kind, shares in result["means"].items():
     cells = [f"{shares[title]:.1%}" if title in shares else "-" for title in titles]
-    lines.append(f"mean {kind:<11}" + "".join(f"{cell:<24}" for cell in cells).rstrip())
-  return "\n".join(lines)
+    rows.append((f"mean {kind}", cells))
+  width = max(len(label) for label, _ in rows) + 2
+  lines = (f"{label:<{width}}" + "".join(f"{cell:<24}" for cell in cells) for label, cells in rows)
+  return "\n".join(line.rstrip() for line in lines)

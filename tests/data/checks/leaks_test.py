@@ -89,6 +89,14 @@ def test_near_duplicates_are_named_those_of_both_splits_first(tmp_path):
   assert "; 1 held-out image has a near duplicate in training: give both images" in str(found)
 
 
+def test_near_duplicates_may_be_ignored_if_most_images_are_alike():
+  few, most = (leaks.NearDuplicates(8, near, 1, [("a", "b")]) for near in (4, 5))
+  assert "ignore it" not in str(few)
+  assert str(most).endswith(
+    "as drawings on a plain background do: if they show different things, ignore it"
+  )
+
+
 def test_images_of_one_concept_are_no_near_duplicates(tmp_path):
   source = write_source(tmp_path / "in", photos("train", [1, 2]) | photos("heldout", [9]))
   lines = [json.loads(line) for line in (source / "pairs.jsonl").read_text().splitlines()]
