@@ -55,7 +55,8 @@ def parts_of(platform: str, out: pathlib.Path) -> list[Part]:
   step = ("-m", "benchmarks.train_step")
   of_350m = (*MODEL_350M, "--length=4096", "--dtype=bfloat16", "--remat_policy=full")
   marker = "gpu or tpu" if cpu else platform
-  tests = ("-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "--confcutdir=tests/device")
+  tests = ("-m", "pytest", "-q", "-rf", "--color=no", "-p", "no:cacheprovider")
+  tests += ("--confcutdir=tests/device",)
   demo = ("launch/demo.sh", "--workdir", str(out / "demo"), "--minutes", "2" if cpu else "5")
   return [
     Part(
