@@ -186,3 +186,16 @@ def test_workflows_run_what_the_repository_has():
   assert commands["test"] == ["bash .ci/run", "bash .ci/wheel.sh python${{ matrix.python }}"]
   assert "bash .ci/wheel.sh python" in commands["release"]
   assert commands["docs"][-1] == "mkdocs build --strict"
+
+
+def test_the_page_of_adapters_has_a_command_for_each_stage_that_the_training_reads():
+  page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+  block = page.split("```")[1]
+  given = dict(re.findall(r"--config\.([\w.]+)=(\d+)", block))
+  config = config_file.load(re.findall(r"--config=(\w+)", block)[0])
+  config.update_from_flattened_dict({name: int(value) for name, value in given.items()})
+  settings = settings_from_config(config)
+  before = re.findall(r"^cm3leon (\w+)", block.partition("cm3leon train")[0], re.MULTILINE)
+  assert settings.adapter.rank
+  assert before[0] == "copy_tokenizers"
+  assert {table.STAGES[name].command for name in table.reads_of(settings, "train")} <= {*before}

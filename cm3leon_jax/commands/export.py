@@ -172,15 +172,17 @@ def _check(
   from cm3leon_jax.weights import int8
 
   trained, settings, choice = run.trained, run.settings, run.choice
-  if trained.kind == "bundle":
-    return {}, ["its logits were not compared: a bundle has no held-out documents"] * transformers
+  documents = trained.stages / "documents" / "heldout_pairs"
+  if trained.kind == "bundle" or not documents.exists():
+    kind = "bundle" if trained.kind == "bundle" else "run without documents"
+    return {}, [f"its logits were not compared: a {kind} has no held-out documents"] * transformers
   rounds = bool(choice.quantize) or choice.dtype != DEFAULT.dtype
   if not (transformers or rounds):
     return {}, []
   compares = transformers and huggingface.can_compare(choice.quantize)
   if run.params.count > COMPARED:
     return {}, [f"logits are compared up to {COMPARED:,} parameters only"] * transformers
-  heldout = DocumentStore(trained.stages / "documents" / "heldout_pairs", settings.vocab)
+  heldout = DocumentStore(documents, settings.vocab)
   params, _ = trained.params(run.params.step, choice.average is not False)
   written = params
   if rounds:

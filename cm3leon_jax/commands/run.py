@@ -140,8 +140,11 @@ def main(
   `own_images` is the value of --own_image_tokenizer. `more` has the flags that only one command
   takes.
   """
+  from cm3leon_jax.trained import base_documents
+
   if own_images and not init_from:
     raise UserError("--own_image_tokenizer is given without --init_from, which it belongs to.")
+  base_documents.check_limit(settings)
   published_check.check(settings, workdir, copied=bool(init_from) and not own_images)
   names = commands(settings, bool(init_from), own_images)
   order, given = list(names), passed_on(sys.argv[1:])

@@ -6,7 +6,7 @@ badly. An icon tokenizer turns photos into blobs, for example.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ MIN_PSNR = flags.DEFINE_float(
   "run; 0: any.",
 )
 IMAGES, COLUMNS = 16, 8
+RECORDS = 2_000  # The check looks at this many records of a task.
 SHEET = "reconstructions.png"
 
 
@@ -40,26 +41,48 @@ def of_pairs(settings: Settings, workdir: epath.Path) -> None:
   if settings.raw.source in worlds.MODULES or not source:
     return
   pairs = [pair for pair in reader.read_pairs(workdir / "raw", "train") if not pair.added_crop]
-  chosen = pairs[:: max(1, len(pairs) // IMAGES)][:IMAGES]
-  _check(settings, workdir, source, [pair.image for pair in chosen], "documents")
+  images = [pair.image for pair in evenly(pairs, IMAGES)]
+  _check(settings, workdir, source, images, "documents")
 
 
 def of_records(settings: Settings, workdir: epath.Path, tasks: Sequence[Any]) -> None:
-  """Checks the first images of the tasks that are read from files, see `_check`."""
+  """Checks 16 images of the tasks that are read from files, see `_check`.
+
+  They are evenly spaced over the first `RECORDS` records of each task: a file may be sorted.
+  """
   from cm3leon_jax.data.instructions import sources
   from cm3leon_jax.data.instructions.edges import ImageMap
 
   own = [task for task in tasks if not worlds.world_of_format(task.format)]
   if not own or not (source := _copied_from(workdir)):
     return
-  records = itertools.chain.from_iterable(
-    itertools.islice(sources.open_task(task, "train", settings.instructions, {}), IMAGES)
-    for task in own
-  )
-  images = (image for record in records for image in record.images.values())
+  images = []
+  for task in own:
+    records = sources.open_task(task, "train", settings.instructions, {})
+    chosen = spread(itertools.islice(records, RECORDS), IMAGES)
+    images += [image for record in chosen for image in record.images.values()]
   given = [image for image in images if not isinstance(image, ImageMap)]
-  chosen = given[:: max(1, len(given) // IMAGES)][:IMAGES]
-  _check(settings, workdir, source, chosen, "instructions")
+  # Several records may have the same file.
+  distinct = {image if isinstance(image, str) else id(image): image for image in given}
+  _check(settings, workdir, source, evenly(list(distinct.values()), IMAGES), "instructions")
+
+
+def evenly(items: Sequence[Any], count: int) -> list[Any]:
+  """Returns `count` evenly spaced items, or all: evenly("abcdefg", 3) = ["a", "c", "e"]."""
+  number = min(count, len(items))
+  return [items[i * len(items) // number] for i in range(number)]
+
+
+def spread(items: Iterable[Any], count: int) -> list[Any]:
+  """Returns at least `count` items, or all, evenly spaced; keeps fewer than 2 `count` at a time."""
+  kept: list[Any] = []
+  every = 1
+  for number, item in enumerate(items):
+    if number % every == 0:
+      kept.append(item)
+    if len(kept) == 2 * count:
+      kept, every = kept[::2], 2 * every
+  return kept
 
 
 def _copied_from(workdir: epath.Path) -> str:

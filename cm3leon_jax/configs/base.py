@@ -112,7 +112,7 @@ def scale_of(variant: str, name: str, named: Sequence[str] = ("long",)) -> float
     scale = 1.0 if variant in named else float(variant) / 15
   except ValueError:
     scale = 0.0
-  if scale <= 0:
+  if not 0 < scale < float("inf"):
     other = f", or {' or '.join(repr(x) for x in named)}" if named else ""
     raise UserError(
       f"config variant '{variant}' of {name}.py must be a positive number of minutes{other}."

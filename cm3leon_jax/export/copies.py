@@ -79,6 +79,7 @@ def _open(source: str) -> tuple[Settings, epath.Path]:
       "were trained: give the workdir that it was exported from, or a folder that `cm3leon export "
       "--bundle` wrote."
     )
+  bundles.check_is_base(source)
   trained = bundles.read(folder)[0] if is_bundle else settings_of_run(folder)
   return trained, bundles.stages_folder(folder)
 

@@ -6,7 +6,7 @@ import math
 import re
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.planning.topology import CHIPS, SLICES, own_name, suggestion
+from cm3leon_jax.planning.topology import CHIPS, SLICES, check_supported, own_name, suggestion
 from cm3leon_jax.training.watch.flops import device_peak
 
 GPUS_PER_HOST = 8
@@ -58,7 +58,6 @@ TPUS = {
   ),
   "tpu7x": Tpu("TPU7x", "tpu7x", "tpu7x", 2, "", {4: (224, 960)}),
 }
-OLD = ("v2", "v3", "v4")  # Generations that are not supported.
 # Maps a GPU model to (its name in JAX, its memory in GiB according to nvidia-smi). The memory of
 # b200 is what others report.
 GPUS = {
@@ -168,11 +167,7 @@ def load(name: str, slices: int = 1) -> Hardware:
   chip, _, size = name.replace("-", ":", 1).partition(":")
   if chip in GPUS:
     return _gpus(name, chip, size, slices)
-  if chip in OLD:
-    raise UserError(
-      f"--topology is '{given}', but TPU {chip} is not supported; supported chips: "
-      f"{', '.join([*TPUS, *GPUS])}."
-    )
+  check_supported(given, [*TPUS, *GPUS])
   shape = SLICES.get(name, size)
   if chip not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
     raise UserError(

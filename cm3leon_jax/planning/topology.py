@@ -68,6 +68,7 @@ _TORI = {"v5e": _TORUS_2D, "v6e": _TORUS_2D, "v5p": _TORUS_3D, "tpu7x": _TORUS_3
 SLICES = {f"{chip}-{n}": shape for chip, tori in _TORI.items() for n, shape in tori.items()}
 # Chip names in Cloud TPU's accelerator types and in JAX -> this project's chip names.
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "7x": "tpu7x"}
+OLD = ("v2", "v3", "v4")  # Generations that are not supported.
 
 
 def own_name(name: str) -> str:
@@ -78,6 +79,19 @@ def own_name(name: str) -> str:
   """
   chip = re.split("[-:]", name, maxsplit=1)[0]
   return ALIASES.get(chip, chip) + name[len(chip) :]
+
+
+def check_supported(given: str, chips: Iterable[str]) -> None:
+  """Raises UserError if --topology, `given`, names a TPU generation that is not supported.
+
+  `chips` are the supported chips.
+  """
+  chip = re.split("[-:]", given, maxsplit=1)[0]
+  if chip in OLD:
+    raise UserError(
+      f"--topology is '{given}', but TPU {chip} is not supported; supported chips: "
+      f"{', '.join(chips)}."
+    )
 
 
 def suggestion(name: str, others: Iterable[str] = ()) -> str:
@@ -139,6 +153,7 @@ def load(name: str, slices: int = 1) -> Topology:
   Raises:
     UserError: the chip or shape does not exist, or libtpu is not installed.
   """
+  check_supported(name, CHIPS)
   given, name = name, own_name(name)
   generation, _, shape = name.replace("-", ":", 1).partition(":")
   shape = SLICES.get(name, shape)

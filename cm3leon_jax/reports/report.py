@@ -31,7 +31,6 @@ MAX_RECONSTRUCTIONS = 16
 MAX_GRIDS = 8
 # Command -> required flags other than --config and --workdir.
 MORE_FLAGS = {
-  "copy_tokenizers": " --init_from=RUN",
   "import_vqgan": " --source=WEIGHTS --family=FAMILY",
   "import_weights": " --source=WEIGHTS",
 }
@@ -157,6 +156,13 @@ def reconstructions(workdir: epath.Path) -> list[tuple[str, str]]:
   with path.open("rb") as f, np.load(f) as arrays:
     pairs = list(zip(arrays["originals"], arrays["reconstructions"]))[:MAX_RECONSTRUCTIONS]
   return [(png_uri(a), png_uri(b)) for a, b in pairs]
+
+
+def reconstruction_sheet(workdir: epath.Path) -> str | None:
+  """Returns a data URI: images of the run, as the image tokenizer of its base reconstructs them."""
+  folders = ("documents", "instructions")
+  uris = (file_uri(workdir / folder / "reconstructions.png") for folder in folders)
+  return next(filter(None, uris), None)
 
 
 def prompts(workdir: epath.Path) -> list[dict]:
@@ -295,6 +301,8 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
     summary=summary,
     cost=summary_lib.cost(summary),
     stages=stage_table.STAGES,
+    shown=summary_lib.expected_stages(workdir),
+    is_tuned=stages.command_of(workdir / "text_tokenizer") == "copy_tokenizers",
     commands={folder: stages.command_of(workdir / folder) for folder in stage_table.STAGES},
     more_flags=MORE_FLAGS,
     config_name=config_name,
@@ -304,7 +312,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
     judged=judged_samples(workdir, summary),
     instructions=instruction_section.read(workdir, file_uri),
     reconstructions=reconstructions(workdir),
-    reconstruction_sheet=file_uri(workdir / "documents" / "reconstructions.png"),
+    reconstruction_sheet=reconstruction_sheet(workdir),
     prompts=prompts(workdir),
     num_prompts=len({(r["key"], r["prompt"]) for r in summary_lib.read_results(workdir)}),
     grids=grids(workdir),

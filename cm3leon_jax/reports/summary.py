@@ -9,11 +9,14 @@ import numpy as np
 
 from cm3leon_jax import worlds
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.evaluation import world as world_lib
 from cm3leon_jax.evaluation.headlines import NEIGHBORS, RETRIEVAL, Headline
 from cm3leon_jax.evaluation.intervals import describe_groups, mean_interval
 from cm3leon_jax.files.json_files import lacks, plain, read_json, read_json_lines
-from cm3leon_jax.runs import stages, table
+from cm3leon_jax.runs import table
+from cm3leon_jax.runs.stages import DONE
+from cm3leon_jax.settings import settings_from_stored
 
 JUDGED = "judged"  # Name of a JSON file of the workdir and of a section of the summary.
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -232,8 +235,8 @@ def collect(workdir: epath.PathLike) -> dict:
   summary: dict[str, Any] = {}
   seconds: dict[str, float] = {}
   for folder in table.STAGES:
-    if (workdir / folder / stages.DONE).exists():
-      done = read_json(workdir / folder / stages.DONE, {"summary": dict, "seconds": float})
+    if (workdir / folder / DONE).exists():
+      done = read_json(workdir / folder / DONE, {"summary": dict, "seconds": float})
       seconds[folder] = done["seconds"]
       summary[folder] = {**done["summary"], "seconds": done["seconds"]}
   log = training(read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int}))
@@ -250,8 +253,13 @@ def collect(workdir: epath.PathLike) -> dict:
   if found := judged(workdir):
     summary[JUDGED] = found
   summary["total_seconds"] = round(sum(seconds.values()), 1)
-  summary["unfinished"] = [folder for folder in expected_stages(workdir) if folder not in seconds]
-  summary["headlines"] = [compare(summary, headline) for headline in headlines(summary)]
+  expected = expected_stages(workdir)
+  summary["unfinished"] = [folder for folder in expected if folder not in seconds]
+  summary["headlines"] = [
+    compare(summary, headline)
+    for headline in headlines(summary)
+    if headline.path.partition(".")[0] in (*expected, *summary)
+  ]
   return plain(summary)
 
 
@@ -272,11 +280,30 @@ def judged(workdir: epath.Path) -> dict[str, dict]:
 
 
 def expected_stages(workdir: epath.Path) -> list[str]:
-  """Returns the stages of a run. Some stages only belong to runs that tune a base."""
-  absent = [] if (workdir / "instructions").exists() else ["instructions", "grades"]
-  if not _has_base_documents(workdir):
-    absent.append("forgetting")
-  return [name for name in table.STAGES if name not in absent]
+  """Returns the stages of a run that it must finish, and the stages that it has finished.
+
+  Some stages only belong to runs that tune a base. A run that tunes on instructions has the stages
+  that its config needs.
+  """
+  if not (needed := _stages_of_tuning(workdir)):
+    tunes = {"instructions", "grades"} if (workdir / "instructions").exists() else set()
+    tunes |= {"forgetting"} if _has_base_documents(workdir) else set()
+    needed = table.STAGES.keys() - {"instructions", "grades", "forgetting"} | tunes
+  return [name for name in table.STAGES if name in needed or (workdir / name / DONE).exists()]
+
+
+def _stages_of_tuning(workdir: epath.Path) -> set[str]:
+  """Returns the stages that a run which tunes on instructions needs; empty for other runs."""
+  path = workdir / "train" / "config.json"
+  stored = read_json(path, {}).get("settings") if path.exists() else None
+  settings = settings_from_stored(stored) if stored else None
+  if settings is None or not settings.instructions.any:
+    return set()
+  try:
+    judged = any(map(world_lib.of_answers, load_tasks(settings.instructions)))
+  except UserError:  # The file of the tasks no longer exists.
+    judged = False
+  return {name for name in table.order(settings, given=True) if name != "grades" or judged}
 
 
 def _has_base_documents(workdir: epath.Path) -> bool:

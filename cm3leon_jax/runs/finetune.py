@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import json
+from math import inf
 import os
 import pathlib
 import signal
@@ -84,9 +85,13 @@ def run(
   """
   if tokenizer not in ("base", "own"):
     raise UserError(f"tokenizer is {tokenizer!r}; it must be 'base' or 'own'.")
-  if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0:
+  if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < inf:
     raise UserError(f"minutes is {minutes!r}; it must be a positive number.")
+  if not isinstance(fields or {}, Mapping):
+    raise UserError('fields is not a dict; it must be one, such as {"train.steps": 500}.')
   folder = pathlib.Path(workdir)
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"workdir is {folder}, which is a file; it must be a folder.")
   values = {**_source(data, folder), "train.max_forgetting": max_forgetting, **(fields or {})}
   flags = [f"--config=own:{minutes:g}", f"--workdir={folder}", f"--init_from={os.fspath(base)}"]
   flags += [f"--config.{name}={value}" for name, value in values.items()]
@@ -103,15 +108,15 @@ def _source(data: Any, workdir: pathlib.Path) -> dict[str, str]:
     return {"raw.source": os.fspath(data)}
   items = list(data) if isinstance(data, Sequence) else []
   if items and all(isinstance(item, Mapping) for item in items):
-    kinds = KINDS.items()
-    kind = next((k for k, of in kinds if {*of.images, *of.texts} <= {*items[0]}), "")
+    kind = next((k for k, of in KINDS.items() if {*of.images, *of.texts} <= {*items[0]}), "")
     if kind:
       return _write_records(items, kind, workdir / GIVEN)
   elif items and all(isinstance(item, tuple | list) and len(item) in (2, 3) for item in items):
     return _write_pairs(items, workdir / GIVEN)
+  types = dict.fromkeys(type(item).__name__ for item in items)
   found = f"of type {type(data).__name__}"
   if isinstance(data, Sequence):
-    found = f"a list of {type(items[0]).__name__}" if items else "an empty list"
+    found = f"a list of {' and '.join(types)}" if types else "an empty list"
   raise UserError(f"data is {found}; it must be {SHAPES}.")
 
 
@@ -126,7 +131,10 @@ def _png(image: Any, where: str) -> bytes:
       given = image if isinstance(image, Image.Image) else Image.fromarray(image)
       given.convert("RGB").save(buffer, "PNG")
   except Exception as error:  # Pillow raises errors of many types for damaged files.
-    raise UserError(f"{where}: the image cannot be read ({error}).") from error
+    raise UserError(
+      f"{where}: the image cannot be read ({error}); it must be the path of an image file, a PIL "
+      "image or an array uint8 [H, W, 3]."
+    ) from error
   return buffer.getvalue()
 
 

@@ -63,7 +63,11 @@ def find(source: str) -> tuple[Settings, epath.Path | None]:
 
   The folder is None for a bundle, which has no held-out documents, and for a workdir without
   finished documents.
+
+  Raises:
+    UserError: `source` is neither of them.
   """
+  bundles.check_is_base(source)
   folder = bundles.folder_of(source)
   if bundles.is_bundle(folder):
     return bundles.read(folder)[0], None
@@ -123,8 +127,23 @@ def open_base(settings: Settings, workdir: epath.PathLike) -> Base:
   return base
 
 
+def check_limit(settings: Settings) -> None:
+  """Raises UserError if `train.max_forgetting` is set, but the run has no documents of its base."""
+  if settings.train.max_forgetting and not settings.data.base_documents:
+    raise UserError(
+      f"config.train.max_forgetting is {settings.train.max_forgetting:g}, but the run has no "
+      "documents of its base whose loss it could measure (config.data.base_documents is 0): set it "
+      "to 0, or start from a base with documents (docs/finetune.md)."
+    )
+
+
 def ids(settings: Settings, workdir: epath.PathLike) -> dict[str, str]:
-  """Returns the ids of the base's documents, on which a training depends; {} if it uses none."""
+  """Returns the ids of the base's documents, on which a training depends; {} if it uses none.
+
+  Raises:
+    UserError: see `check_limit` and `open_base`.
+  """
+  check_limit(settings)
   if not settings.data.base_documents:
     return {}
   base = open_base(settings, workdir)

@@ -46,6 +46,21 @@ def is_bundle(folder: epath.PathLike) -> bool:
   return (epath.Path(folder) / FILE).exists()
 
 
+def check_is_base(source: str) -> None:
+  """Checks that --init_from, `source`, is a bundle or a run whose training has begun.
+
+  Raises:
+    UserError: it is neither.
+  """
+  folder = folder_of(source)
+  if not is_bundle(folder) and not (folder / "train" / "config.json").exists():
+    raise UserError(
+      f"--init_from is {source}; it must be the workdir of a run, with train/config.json, a bundle "
+      "that `cm3leon export --bundle` wrote, or the name of an installed model: "
+      f"{', '.join(INSTALLED)}."
+    )
+
+
 def stages_folder(folder: epath.PathLike) -> epath.Path:
   """Returns the folder that contains the tokenizers, CLIP model and bank of a run or bundle.
 

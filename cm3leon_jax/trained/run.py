@@ -102,9 +102,8 @@ class Run:
 
   @property
   def bank(self) -> epath.Path | None:
-    """Folder with the bank. None for an export and for a bundle without a bank."""
-    has_bank = self.kind == "workdir" or (self.stages / "documents").exists()
-    return self.stages if has_bank else None
+    """Folder with the bank. None for an export, and for a bundle or run without documents."""
+    return self.stages if (self.stages / "documents").exists() else None
 
   def rows(self, split: str, write_starts: bool = False) -> RowLoader:
     """Opens the rows of a split, "train" or "heldout", see `rows.open_rows`."""

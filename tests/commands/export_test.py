@@ -139,6 +139,15 @@ def test_int8_prints_its_effect_on_heldout_bits(gelu, tmp_path, capsys):
   assert float(re.search(r"differ by at most (\S+)", message)[1]) < 1e-4
 
 
+def test_a_run_without_documents_is_exported_without_a_comparison(gelu, tmp_path, capsys):
+  settings, root = gelu
+  run = epath.Path(tmp_path / "run")
+  shutil.copytree(root, run, ignore=shutil.ignore_patterns("documents"))
+  export.main(settings, run)
+  assert "not compared: a run without documents has no held-out" in capsys.readouterr().out
+  assert stages.require(run, "export")
+
+
 def test_the_stage_is_made_again_in_another_format_and_skipped_in_the_same(gelu, capsys):
   settings, root = gelu
   orbax = formats.Choice("orbax")

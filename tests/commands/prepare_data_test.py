@@ -49,6 +49,7 @@ def test_data_that_the_config_needs_is_enough():
   ("summary", "data"),
   [
     ({"train_pairs": 20, "train_crops": 15, "heldout_pairs": 0}, {"text_share": 0.0}),
+    ({"train_pairs": 20, "train_crops": 15, "heldout_pairs": 1}, {"text_share": 0.0}),
     (PAIRS, {"text_share": 0.3}),
     (PAIRS | {"train_texts": 5, "heldout_texts": 0}, {"text_share": 0.3}),
     (PAIRS, {"text_share": 0.0, "interleaved_share": 0.2}),
@@ -131,7 +132,7 @@ def test_check_leaks_names_the_pairs_and_fails(tmp_path):
 
 
 def test_check_leaks_passes_where_nothing_leaks(tmp_path):
-  source = write_source(tmp_path / "in", photos("train", range(4)) | photos("heldout", [9]))
+  source = write_source(tmp_path / "in", photos("train", range(4)) | photos("heldout", [8, 9]))
   flags = [f"--config.raw.source={source}", "--config.raw.resolution=64", f"--workdir={tmp_path}"]
   assert command(*flags).returncode == 0
   checked = command(*flags, "--check_leaks")

@@ -138,3 +138,16 @@ def test_an_own_image_tokenizer_belongs_to_a_base(tmp_path):
   assert run.passed_on(["--noown_image_tokenizer", "--min_psnr=3"]) == []
   with refused(UserError):
     run.main(settings_of("scenes"), epath.Path(tmp_path), "", True, {})
+
+
+def test_a_limit_of_forgetting_needs_documents_of_the_base(started, tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["run"])
+  fields = {"train.max_forgetting": 0.03}
+  folder = epath.Path(tmp_path)
+  with refused(UserError):
+    run.main(settings_of("scenes_instruct", **fields), folder, "scenes", False, {})
+  assert started == []
+  assert not list(folder.iterdir())
+  with_documents = settings_of("scenes_instruct", **fields, **{"data.base_documents": 9})
+  run.main(with_documents, folder, "scenes", False, {})
+  assert started

@@ -3,6 +3,8 @@ import dataclasses
 from absl import flags
 from absl.testing import flagsaver
 from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
 import numpy as np
 from PIL import Image
 import pytest
@@ -74,3 +76,31 @@ def test_a_tokenizer_that_was_trained_here_is_not_checked(workdir, capsys):
   with flagsaver.flagsaver(min_psnr=50.0):
     tokenizer_check.of_records(settings_of(workdir), workdir, [TASK])
   assert capsys.readouterr().out == ""
+
+
+def test_the_images_are_spread_over_a_sorted_file_and_each_counts_once(workdir, monkeypatch):
+  lines = [
+    f'{{"texts": {{"answer": "red"}}, "images": {{"image": "{i % 20}.png"}}}}' for i in range(60)
+  ]
+  (workdir.parent / "given" / "train.jsonl").write_text("\n".join(sorted(lines)))
+  checked = []
+  monkeypatch.setattr(tokenizer_check, "_check", lambda *values: checked.append(values[3]))
+  tokenizer_check.of_records(settings_of(workdir), workdir, [TASK])
+  [images] = checked
+  names = [epath.Path(image).name for image in images]
+  assert len(names) == len(set(names)) >= 8
+  every = sorted(f"{i}.png" for i in range(20))
+  places = [every.index(name) for name in names]
+  assert np.diff([-1, *places, 20]).max() <= 3
+
+
+@given(st.integers(0, 200), st.integers(1, 20))
+def test_chosen_items_are_evenly_spaced(number, count):
+  items = list(range(number))
+  kept = tokenizer_check.spread(iter(items), count)
+  chosen = tokenizer_check.evenly(items, count)
+  assert len(chosen) == min(count, number) <= len(kept) < 2 * count + 1
+  for found in (kept, chosen):
+    gaps = np.diff([*found, number])  # The last gap is that to the end.
+    assert found[:1] == items[:1]
+    assert not found or 1 <= gaps.min() <= gaps.max() <= 2 * -(-number // count)

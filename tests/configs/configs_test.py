@@ -148,7 +148,7 @@ def test_the_world_that_needs_its_bank_shows_each_rare_object_where_training_and
   assert collections.Counter(counts.values()) == {1: len(names) - heldout, 4: common + heldout}
 
 
-@pytest.mark.parametrize("variant", ["", "0", "-3", "soon"])
+@pytest.mark.parametrize("variant", ["", "0", "-3", "inf", "nan", "soon"])
 def test_an_unknown_variant_is_refused(variant):
   for module in (openmoji, scenes, cm3leon_7b) if variant else (openmoji,):
     with refused(UserError):

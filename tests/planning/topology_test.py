@@ -32,3 +32,9 @@ def test_the_nearest_name_is_suggested(name, nearest):
 def test_a_slice_that_does_not_exist_is_refused_with_the_nearest():
   with refused(UserError):
     topology.load("v5litepod-250")
+
+
+@pytest.mark.parametrize("name", ["v4-8", "v3:2x2"])
+def test_a_generation_that_is_not_supported_is_named(name):
+  with refused(UserError):
+    topology.load(name)

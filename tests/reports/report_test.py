@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 from hypothesis import given
@@ -6,10 +7,14 @@ import numpy as np
 import pytest
 
 from cm3leon_jax import config
+from cm3leon_jax.data.instructions.config import InstructionsConfig, InstructionTask
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.reports import report, summary
+from cm3leon_jax.runs import stages
 from cm3leon_jax.training.watch.metrics import MetricsLog
+from tests.generation.run import SETTINGS
 from tests.messages import refused
-from tests.reports.run_files import NUMBERS, Page, headings, make_run
+from tests.reports.run_files import NUMBERS, Page, headings, make_image, make_run
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +82,37 @@ def test_page_lists_stages_that_have_not_run(tmp_path, only):
   assert "<code>cm3leon evaluate</code> has not finished in this workdir" in html
   assert ("cm3leon train_vqgan</code> has not finished" in html) == ("vqgan" not in only)
   assert "not run" in html
+
+
+@pytest.mark.parametrize(("form", "missing"), [("jsonl", []), ("scenes/count", ["grades"])])
+def test_a_run_that_tunes_on_instructions_has_only_its_stages(tmp_path, form, missing):
+  task = InstructionTask(
+    "count",
+    templates=("{answer} <break> {image}",),
+    target="answer",
+    format=form,
+    heldout="heldout",
+    records=9,
+    heldout_records=9,
+  )
+  settings = dataclasses.replace(SETTINGS, instructions=InstructionsConfig(own_tasks=(task,)))
+  write_json(tmp_path / "train" / "config.json", {"settings": dataclasses.asdict(settings)})
+  copied = {"config": {"command": "copy_tokenizers"}, "summary": {"copied_from": "scenes"}}
+  of_stages = dict.fromkeys(("text_tokenizer", "vqgan", "clip"), copied)
+  finished = {"config": {}, "summary": {}}
+  of_stages |= dict.fromkeys(("instructions", "train"), finished)
+  for name, done in of_stages.items():
+    write_json(tmp_path / name / stages.DONE, {**done, "id": name, "seconds": 1.0})
+  sheet = tmp_path / "instructions" / "reconstructions.png"
+  make_image(sheet, 1)
+  found = report.write(tmp_path, "own:1 --config.instructions.tasks=t.yaml")
+  assert (found["unfinished"], found["headlines"]) == (missing, [])
+  html = (tmp_path / "report.html").read_text()
+  assert headings(html) == ["Training", "Image tokenizer", "Stages", "All numbers"]
+  assert html.count("not run") == len(missing)
+  assert report.file_uri(sheet) == report.reconstruction_sheet(tmp_path)
+  command = "cm3leon run --config=own:1 --config.instructions.tasks=t.yaml --workdir=DIR"
+  assert f"<pre><code>{command} --init_from=RUN</code></pre>" in html
 
 
 def test_a_workdir_that_does_not_exist_is_refused(tmp_path):

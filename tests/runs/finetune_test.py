@@ -123,8 +123,9 @@ def components(records):
   [
     "absent_folder", 7, [], [image(3)], [("a.png",)], [{"image": image(3)}],
     [(image(3), 5)], [("absent.png", "a caption")], [edit(), {"before": image(3)}],
-    [edit(), {**edit(), "instruction": 3}], [edit(i) for i in range(9)],
+    [edit(), {**edit(), "instruction": 3}], [edit(i) for i in range(9)], [(image(3), "a"), edit()],
     [edit(0, i) for i in range(1, 30)], [(image(3), "a cup", 7)],
+    [(np.zeros((6, 6, 3)), "a caption")],
   ],
 )  # fmt: skip
 def test_other_data_is_refused_before_anything_starts(started, tmp_path, data, monkeypatch):
@@ -135,11 +136,25 @@ def test_other_data_is_refused_before_anything_starts(started, tmp_path, data, m
   assert not (tmp_path / "W").exists()
 
 
-@pytest.mark.parametrize("options", [{"minutes": 0}, {"minutes": "ten"}, {"tokenizer": "other"}])
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"minutes": 0}, {"minutes": "ten"}, {"minutes": float("inf")}, {"minutes": float("nan")},
+    {"tokenizer": "other"}, {"fields": ["train.steps=3"]},
+  ],
+)  # fmt: skip
 def test_other_options_are_refused(started, tmp_path, options):
   with refused(UserError):
     finetune.run(tmp_path, tmp_path / "W", "scenes", **options)
   assert started == []
+
+
+def test_a_file_is_no_workdir(started, tmp_path):
+  (tmp_path / "W").write_text("mine")
+  with refused(UserError):
+    finetune.run([(image(3), "three")], tmp_path / "W", "scenes")
+  assert started == []
+  assert (tmp_path / "W").read_text() == "mine"
 
 
 def test_the_error_of_a_command_is_raised(tmp_path):

@@ -10,6 +10,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import default_config, settings_from_config
+from cm3leon_jax.trained import base_documents
 from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB, make_sources
 from tests.messages import refused
@@ -150,6 +151,9 @@ def test_a_base_without_documents_and_a_run_without_a_base_are_refused(workdir, 
   (workdir / "neighbors" / stages.DONE).unlink()
   with refused(UserError):
     Run(run, with_base(base, base_share=0.1)).rows("train")
+  limited = dataclasses.replace(base.train, max_forgetting=0.03)
+  with refused(UserError):
+    base_documents.ids(dataclasses.replace(base, train=limited), run)
   stored = dataclasses.replace(base, raw=dataclasses.replace(base.raw, source="scenes"))
   write_json(workdir / "train" / "config.json", {"settings": dataclasses.asdict(stored)})
   with refused(UserError):

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -24,6 +25,11 @@ def test_a_run_has_its_own_folders_and_the_ids_of_its_stages(run):
   assert (trained.settings, trained.kind, trained.step) == (SETTINGS, "workdir", None)
   assert trained.stages == trained.bank == trained.folder == run
   assert ids(trained, READ) == stages.ids(SETTINGS, run, READ)
+
+
+def test_a_run_without_documents_has_no_bank(run, tmp_path):
+  shutil.copytree(run, tmp_path / "tuned", ignore=shutil.ignore_patterns("documents"))
+  assert Run.open(tmp_path / "tuned").bank is None
 
 
 def store_raw(run, folder, **fields):
