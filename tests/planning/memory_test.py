@@ -111,8 +111,9 @@ def test_the_state_has_the_bytes_of_its_arrays(family, head_size, optimizer):
   assert memory.estimate(settings, mesh.shape).state == pytest.approx(sum(shares), rel=0.03)
 
 
-def test_the_state_of_adapters_has_the_bytes_of_its_arrays_and_of_the_frozen_base():
-  adapter = AdapterConfig(rank=4)
+@pytest.mark.parametrize("tokens", [(), ("5:105",)])
+def test_the_state_of_adapters_has_the_bytes_of_its_arrays_and_of_the_frozen_base(tokens):
+  adapter = AdapterConfig(rank=4, tokens=tokens)
   model = dataclasses.replace(SETTINGS.model, dtype="bfloat16")
   train = dataclasses.replace(SETTINGS.train, global_batch_size=8)
   settings = dataclasses.replace(SETTINGS, model=model, train=train, adapter=adapter)
