@@ -97,9 +97,11 @@ def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
   copy, gradients = (matrices * b if b < 4 else 0), matrices * b
   table = (4 + b) * model.vocab_size / tensor * D  # Gradient of the input table.
   frozen = 0.0
-  rows = bool(settings.adapter.tokens)  # With trained rows, tables have gradients.
+  rows = len(settings.adapter.ids(model.vocab_size))
   if settings.adapter.rank:  # Only adapters have gradients, in fp32.
-    frozen, copy, tables, table = params * b, 0, rows * tables, rows * table
+    frozen, copy = params * b, 4 * (tables + rows * D)  # Tables and trained rows in fp32.
+    if not rows:
+      copy, tables, table = 0, 0, 0
     params = matrices = adapters.count(model, settings.adapter, shape)
     gradients = 4 * params
   phases = (
