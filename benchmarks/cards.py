@@ -58,13 +58,14 @@ class Slice:
     topology: value of --topology for `cm3leon aot_compile`.
     slices: number of slices.
     fsdp: sizes of the axes fsdp and fsdp_inner on a slice, which follow the shape of its torus.
-    tensor: size of the tensor axis for decoding; the decoder is replicated over other devices.
+    tensor: size of the tensor axis for decoding; the decoder is replicated over other devices. 0:
+      there is no card of decoding.
   """
 
   topology: str
   slices: int
   fsdp: tuple[int, int]
-  tensor: int
+  tensor: int = 0
 
 
 SLICES = {
@@ -74,6 +75,9 @@ SLICES = {
   "v6e-256": Slice("v6e-256", 1, (16, 16), 4),
   "tpu7x-256": Slice("tpu7x-256", 1, (16, 16), 4),
 }
+# Slices of the program "adapters" of the 7B.
+ADAPTED = {"v5e-16": Slice("v5e-16", 1, (4, 4)), "v5p-8": Slice("v5p-8", 1, (4, 1))}
+RANK = 16
 PROMPTS = 64  # Prompts per decoder replica; each has two guidance streams.
 
 
@@ -93,7 +97,7 @@ class Card:
   @property
   def command(self) -> list[str]:
     """Arguments of `cm3leon aot_compile`."""
-    place = SLICES[self.where]
+    place = {**SLICES, **ADAPTED}[self.where]
     command = [f"--config=cm3leon_{self.size}", f"--topology={place.topology}"]
     if place.slices > 1:
       command.append(f"--slices={place.slices}")
@@ -105,7 +109,14 @@ class Card:
     else:
       axes = {"data": place.slices, "fsdp": place.fsdp[0], "fsdp_inner": place.fsdp[1]}
     command += [f"--config.mesh.{axis}={n}" for axis, n in axes.items()]
-    return [*command, f"--program={self.program}"]
+    if self.program == "adapters":
+      command += [f"--config.adapter.rank={RANK}", "--batch_per_device=1"]
+    return [*command, f"--program={self.compiled}"]
+
+  @property
+  def compiled(self) -> str:
+    """Program of `cm3leon aot_compile`."""
+    return "train" if self.program == "adapters" else self.program
 
 
 # The compiler compiles this program, but cannot print it (libtpu 0.0.52, jax 0.10.2).
@@ -116,7 +127,7 @@ CARDS = [
   for size in SIZES
   for program in PROGRAMS
   if (size, where, program) not in NOT_PRINTED
-]
+] + [Card("7b", where, "adapters") for where in ADAPTED]
 
 
 def compiler() -> str:
@@ -133,7 +144,8 @@ def measure(card: Card) -> dict:
     if result.returncode:
       sys.exit(f"{' '.join(command)}:\n{result.stderr[-1_000:]}")
     reports = json.loads(path.read_text())
-  numbers = {key: reports[card.program][key] for key in KEPT if key in reports[card.program]}
+  report = reports[card.compiled]
+  numbers = {key: report[key] for key in KEPT if key in report}
   if card.program == "decode":
     numbers["prefill_peak_gib"] = reports["prefill"]["peak_gib"]
   date = datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -173,6 +185,10 @@ must fit, too: evaluation with the rest of the state in memory, or the prefill b
 - **decode**: one token for each of {prompts} prompts per replica, with two guidance streams each
   and a full cache of 1,152 positions.
 """
+ADAPTERS = """- **adapters**: a train step of [adapters](../adapters.md) of rank {rank}, one row per
+  device. Memory is arguments (frozen parameters, adapters, moments, rows) + temporaries. v5e-16 has
+  16 chips, v5p-8 has 4.
+"""
 TABLE = """
 | slice | program | GiB per device | FLOPs per device | collectives: number, GiB | compiled |
 |---|---|---|---|---|---|
@@ -188,6 +204,8 @@ The commands in this order, to be written after `cm3leon aot_compile`:
 def page(size: str, cards: dict[str, dict]) -> str:
   """Returns the page of a model size as Markdown."""
   parts = [HEADER.format(size=size, prompts=PROMPTS)]
+  if any(card.size == size and card.program == "adapters" for card in CARDS):
+    parts.append(ADAPTERS.format(rank=RANK))
   if cards:
     parts += [TABLE, *(_row(name, card) for name, card in cards.items())]
     parts.append(COMMANDS.format(commands="\n".join(c["command"] for c in cards.values())))
@@ -290,8 +308,9 @@ def chosen() -> list[Card]:
   names = [f"{card.size}/{card.name}" for card in CARDS]
   if _CARD.value not in (None, *names):
     raise app.UsageError(f"--card is '{_CARD.value}'; it must be one of {', '.join(names)}.")
-  if _SLICE.value not in (None, *SLICES):
-    raise app.UsageError(f"--slice is '{_SLICE.value}'; it must be one of {', '.join(SLICES)}.")
+  slices = [*SLICES, *ADAPTED]
+  if _SLICE.value not in (None, *slices):
+    raise app.UsageError(f"--slice is '{_SLICE.value}'; it must be one of {', '.join(slices)}.")
   return [
     card
     for card, name in zip(CARDS, names)

@@ -69,6 +69,7 @@ class Settings:
       )
     if self.adapter.rank:
       self.adapter.matrices(self.model)
+    self.adapter.ids(self.model.vocab_size)
     if self.vqgan.quantizer == "fsq":
       check_levels(self.vocab.image_size, self.vqgan.code_dim)
     for field in ("num_heads", "mlp_width"):
@@ -133,6 +134,7 @@ def settings_from_config(config: Mapping[str, Any] | ml_collections.ConfigDict) 
     model["vocab_size"] = vocab.size
   values = {**dict(config), "model": model}
   sections = {name: build(cls, values[name], name) for name, cls in SECTIONS.items()}
+  sections["adapter"] = sections["adapter"].over(vocab)
   return build(Settings, {"seed": config["seed"], **sections})
 
 

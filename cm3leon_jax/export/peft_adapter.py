@@ -9,14 +9,18 @@ the adapters to the run, bundle or export that they were trained on.
 import dataclasses
 
 from etils import epath
+import jax
+import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.trained import adapters, kinds
+from cm3leon_jax.models.adapters import TABLES, add_rows, count
+from cm3leon_jax.models.config import AdapterConfig
+from cm3leon_jax.trained import adapters, initial, kinds
 from cm3leon_jax.trained.run import Run
-from cm3leon_jax.weights import adapter_tensors, stored, tensor_files
+from cm3leon_jax.weights import adapter_tensors, layouts, stored, tensor_files
 
 _CARD = """# Adapters of a CM3Leon decoder
 
@@ -44,11 +48,23 @@ def adapters_of(run: Run) -> adapters.Adapters:
 
 
 def open_params(run: Run, average: bool | None) -> stored.StoredParams:
-  """Opens the adapters of a run, which needs a current mesh. For `average`, see `stored.choose`."""
+  """Opens the adapters of a run, which needs a current mesh. For `average`, see `stored.choose`.
+
+  If rows of token tables are trained, loads the base to add them to it.
+  """
   found = adapters_of(run)
   chosen = adapters.choose(found, average)
   params, step = found.load(chosen.step, average is not False)
+  if found.config.tokens:
+    params |= {adapter_tensors.SUMS: sums(initial.load_base(found), params, found.config)}
   return stored.of_tree(params, step, chosen.averaged)
+
+
+def sums(base: dict, params: dict, config: AdapterConfig) -> dict[str, np.ndarray]:
+  """Returns the rows of the token tables that are trained, after the training."""
+  tables = {name: x for name, x in add_rows(base, params, config).items() if name in TABLES}
+  ids = list(config.ids(len(base["embed"])))
+  return {name: jax.device_get(x)[ids] for name, x in tables.items() if name in params}
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
@@ -72,6 +88,12 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
     "fan_in_fan_out": False,
     "inference_mode": True,
   }
+  if config.tokens:
+    tables = [layouts.layout_of(model).tables[name] for name in TABLES if name in run.params.shapes]
+    ids = config.ids(model.vocab_size)
+    described["trainable_token_indices"] = {path.rpartition(".")[2]: ids for path in tables}
+    rows = adapter_tensors.rows_of(run.params, run.choice.dtype)
+    tensor_files.write_file(folder / adapter_tensors.ROWS, rows)
   write_json(folder / kinds.ADAPTER, described)
   about = {"base": dataclasses.asdict(found.base)}
   write_json(folder / kinds.ABOUT, {**run.about, **about})
@@ -81,4 +103,4 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   tensors = adapter_tensors.tensors_of(model, run.params, run.choice.dtype)
   tensor_files.write_file(folder / adapter_tensors.FILE, tensors)
   size = (folder / adapter_tensors.FILE).stat().length
-  return {"parameters": run.params.count, "bytes": size}
+  return {"parameters": count(model, config), "bytes": size}

@@ -240,7 +240,7 @@ def merged(
   `step` and `average` are those of `reading.load_params`.
   """
   trained, step = found.load(step, average)
-  add = jax.jit(functools.partial(merge, alpha=found.config.alpha), donate_argnums=0)
+  add = jax.jit(functools.partial(merge, config=found.config), donate_argnums=0)
   return add(base, trained), step
 
 

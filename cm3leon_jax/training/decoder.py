@@ -182,7 +182,7 @@ def _compile(training: DecoderTraining) -> tuple[DecoderTraining, Steps]:
   base = jax.tree.map(lambda x: x.astype(dtype), training.base_params())
   if (draw := training.sample_grid) is None:
     return training, steps.over(base)
-  merge = jax.jit(functools.partial(adapters.merge, alpha=training.adapter.alpha))
+  merge = jax.jit(functools.partial(adapters.merge, config=training.adapter))
 
   def sample_grid(params: dict, step: int) -> Image.Image | None:
     return draw(merge(base, params), step)

@@ -74,7 +74,7 @@ def compile_steps(
       config.gradient_accumulation_steps,
       z_loss=optimizer_config.z_loss,
       ema_decay=optimizer_config.ema_decay,
-      alpha=adapter.alpha,
+      adapter=adapter,
     )
 
   compile_step = functools.partial(
@@ -88,7 +88,7 @@ def compile_steps(
     init=jax.jit(lambda: init_state(model, optimizer, jax.random.key(seed), averaged, adapter)),
     train=compile_step(make_step(optimizer)),
     evaluate=jax.jit(
-      functools.partial(eval_step, model, vocab.text_size, alpha=adapter.alpha),
+      functools.partial(eval_step, model, vocab.text_size, adapter=adapter),
       static_argnames="num_sources",
     ),
     checked=compile_step(checked_step(make_step, optimizer)),

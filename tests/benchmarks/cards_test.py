@@ -23,8 +23,19 @@ def test_the_page_shows_every_card_that_is_stored(size):
 
 def test_there_is_a_card_of_each_size_slice_and_program():
   number = len(cards.SIZES) * len(cards.SLICES) * len(cards.PROGRAMS) - len(cards.NOT_PRINTED)
-  assert len(cards.CARDS) == len({(c.size, c.name) for c in cards.CARDS}) == number == 44
+  number += len(cards.ADAPTED)
+  assert len(cards.CARDS) == len({(c.size, c.name) for c in cards.CARDS}) == number == 46
   assert STORED == cards.CARDS
+
+
+def test_only_the_7b_has_cards_of_adapters():
+  """Their program is a train step, and only these cards have a rank."""
+  adapted = [card for card in cards.CARDS if card.program == "adapters"]
+  assert [(card.size, card.where) for card in adapted] == [("7b", "v5e-16"), ("7b", "v5p-8")]
+  ranked = [c for c in cards.CARDS if any("adapter.rank" in flag for flag in c.command)]
+  assert ranked == adapted
+  assert all("--program=train" in card.command for card in adapted)
+  assert ["- **adapters**" in cards.page(size, {}) for size in cards.SIZES] == [True, False, False]
 
 
 def test_drift_is_the_relative_change_of_each_number():

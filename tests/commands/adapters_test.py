@@ -186,6 +186,35 @@ def test_adapters_are_added_to_their_base_and_to_no_other(base, adapted, tmp_pat
     loading.load(str(folder), *[None] * 5, {})
 
 
+def test_rows_of_tokens_are_trained_saved_merged_and_exported(base, adapted, make, tmp_path):
+  """The sum of a run that continued is bitwise that of its exports."""
+  fields = {"rank": 2, "targets": ("v",), "tokens": ("special", "300:302")}
+  folder = make(**fields)
+  done, other = (read_json(run / "train" / stages.DONE)["summary"] for run in (folder, adapted))
+  assert done["heldout_before"] == other["heldout_before"]
+  train.main(settings_with(**fields, steps=4), folder)
+  settings = settings_with(**fields, steps=4)
+  ids = list(settings.adapter.ids(settings.vocab.size))
+  assert ids == [*range(settings.vocab.num_special), 300, 301]
+  with refused(UserError):
+    train.main(settings_with(**{**fields, "tokens": ("special",)}, steps=5), folder)
+  for name in ("orbax", "peft"):
+    choice = formats.Choice(format=name)
+    export.main(settings, folder, choice=choice, output=str(tmp_path / name))
+  with one_device():
+    (sums, step), (plain, _) = Run.open(folder).params(), Run.open(base).params()
+    loaded = [Run.open(tmp_path / "orbax", exports=True).params()]
+    for source in (folder, tmp_path / "peft"):
+      over = initial.over(str(base), source)
+      loaded.append(initial.merged(over, initial.load_base(over)))
+  for found, at in loaded:
+    assert at == step == 4
+    jax.tree.map(np.testing.assert_array_equal, found, sums)
+  changed = np.flatnonzero((np.asarray(sums["embed"]) != np.asarray(plain["embed"])).any(1))
+  assert set(changed) <= set(ids)
+  assert len(changed) > 5
+
+
 def test_bad_starts_are_refused_before_a_step_is_compiled(
   base, adapted, make, tmp_path, monkeypatch
 ):
@@ -202,6 +231,11 @@ def test_bad_starts_are_refused_before_a_step_is_compiled(
     settings_with(targets=("q", "w"))
   with refused(UserError):
     settings_with(targets=("q", "q"))
+  for tokens in (("words",), ("7",), ("7:7",), ("0:100000",), ("image", "300:302", "301:302")):
+    with refused(UserError):
+      settings_with(tokens=tokens)
+  with refused(UserError):
+    settings_with(rank=0, tokens=("image",))
   with refused(UserError):
     train.main(settings_with(steps=9, rank=2), adapted)
   with refused(UserError):

@@ -26,6 +26,8 @@ CHOICES = {
   "opt-all": ("opt", AdapterConfig(rank=3, alpha=6.0)),
   "modern-all": ("modern", AdapterConfig(rank=3, alpha=6.0)),
   "modern-two": ("modern", AdapterConfig(rank=2, alpha=8.0, targets=("v", "down"))),
+  "opt-rows": ("opt", AdapterConfig(rank=2, targets=("v",), tokens=("300:310", "5:7"))),
+  "modern-rows": ("modern", AdapterConfig(rank=2, targets=("v",), tokens=("300:310", "5:7"))),
 }
 
 
@@ -42,10 +44,11 @@ def exported(request, tmp_path):
     run / "train" / "config.json", {"run": identity, "settings": dataclasses.asdict(settings)}
   )
   with one_device():
-    base = jax.device_get(random_params(model))
-    factors = jax.device_get(random_factors(model, adapter))
+    base, factors = random_params(model), random_factors(model, adapter)
+    sums = {"sums": peft_adapter.sums(base, factors, adapter)} if adapter.tokens else {}
+  base, factors = jax.device_get((base, factors))
   choice = formats.Choice(format="peft")
-  of_run = formats.TrainedRun(Run(run, settings), stored.of_tree(factors, 3), choice)
+  of_run = formats.TrainedRun(Run(run, settings), stored.of_tree(factors | sums, 3), choice)
   numbers = formats.write(folder, of_run)
   assert numbers["parameters"] == adapters.count(model, adapter)
   return settings, base, factors, folder
@@ -65,8 +68,25 @@ def test_the_adapters_are_read_as_they_were_written(exported):
     "adapter_config.json",
     "adapter_model.safetensors",
     "export.json",
+    *["token_rows.safetensors"] * bool(found.config.tokens),
     "training_data.json",
   ]
+
+
+@pytest.mark.parametrize("exported", ["opt-rows", "modern-rows"], indirect=True)
+def test_peft_reads_the_sums_of_rows(exported):
+  """PEFT replaces the rows of the base."""
+  settings, base, factors, folder = exported
+  places = {"embed": "model.embed_tokens", "head": "lm_head"}
+  if settings.model.family == "opt":
+    places = {"embed": "model.decoder.embed_tokens"}
+  tensors = safetensors.load_file(str(folder / adapter_tensors.FILE))
+  ids = [*range(300, 310), 5, 6]
+  for name, module in places.items():
+    found = tensors[f"base_model.model.{module}.token_adapter.trainable_tokens_delta"]
+    np.testing.assert_array_equal(found, base[name][ids] + factors[name])
+  indices = read_json(folder / "adapter_config.json")["trainable_token_indices"]
+  assert indices == {module.rpartition(".")[2]: ids for module in places.values()}
 
 
 @pytest.mark.parametrize("exported", ["opt-all"], indirect=True)
@@ -87,6 +107,22 @@ def test_damaged_adapters_are_refused(exported):
     path.write_bytes(path.read_bytes()[:-3])
     with refused(UserError):
       found.load()
+    path.unlink()
+    with refused(UserError):
+      found.load()
+
+
+@pytest.mark.parametrize("exported", ["modern-rows"], indirect=True)
+def test_damaged_rows_are_refused(exported):
+  folder = exported[-1]
+  path, found = folder / adapter_tensors.ROWS, open_at(folder)
+  rows = safetensors.load_file(str(path))
+  assert {name: x.shape for name, x in rows.items()} == dict.fromkeys(("embed", "head"), (12, 32))
+  with one_device():
+    for changed in ({"embed": rows["embed"]}, {**rows, "head": rows["head"][:3]}):
+      safetensors.save_file(changed, str(path))
+      with refused(UserError):
+        found.load()
     path.unlink()
     with refused(UserError):
       found.load()
@@ -120,9 +156,15 @@ def test_peft_gives_the_logits_of_the_sum(exported, tmp_path):
     found = tuned(torch.as_tensor(ids).long()).logits.numpy()
   positions = np.tile(np.arange(16, dtype=np.int32), (8, 1))
   with one_device():
-    merged = adapters.merge(*jax.device_put((base, factors)), adapter.alpha)
+    merged = adapters.merge(*jax.device_put((base, factors)), adapter)
     expected = np.asarray(model_logits(model, merged, ids, positions, np.ones_like(ids)))
   np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
   assert np.abs(found - before).max() > 0.1
+  if adapter.tokens:  # Negative control: without the rows, other tokens' logits are the same.
+    matrices = {name: x for name, x in factors.items() if isinstance(x, dict)}
+    with one_device():
+      merged = adapters.merge(*jax.device_put((base, matrices)), adapter)
+      without = np.asarray(model_logits(model, merged, ids, positions, np.ones_like(ids)))
+    assert np.abs(found - without).max() > 0.1
   described = read_json(folder / "adapter_config.json")
   assert set(described["target_modules"]) == set(tuned.peft_config["default"].target_modules)

@@ -13,7 +13,7 @@ from tests.models.tiny import mesh_of, random_params
 from tests.training.runs import MODEL, STEPS, Crash, assert_equal, crash_at, losses
 from tests.training.runs import run as run_of
 
-ADAPTER = AdapterConfig(rank=3)
+ADAPTER = AdapterConfig(rank=3, tokens=("1:5",))
 
 
 def base_params():
@@ -59,7 +59,7 @@ def test_grids_of_samples_get_the_sum_of_the_base_and_the_averaged_adapters(load
   run(tmp_path, loader, sample_grid=sample_grid, sample_every=4, steps=4)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     factors = jax.device_put(trained(tmp_path))
-    expected = adapters.merge(base_params(), factors, ADAPTER.alpha)
+    expected = adapters.merge(base_params(), factors, ADAPTER)
   for a, b in zip(jax.tree.leaves(seen[4]), jax.tree.leaves(expected)):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
@@ -103,4 +103,6 @@ def test_a_checkpoint_has_no_array_of_the_base(adapted):
   newest = adapted[0] / "checkpoints" / str(STEPS) / "state"
   names = read_json(newest / "_METADATA")["tree_metadata"]
   assert any("'q'" in name and "'a'" in name for name in names)
-  assert not any("embed" in name or "qkv" in name for name in names)
+  assert not any("positions" in name or "qkv" in name for name in names)
+  shapes = {tuple(x["value_metadata"]["write_shape"]) for n, x in names.items() if "'embed'" in n}
+  assert shapes == {(4, MODEL.width)}

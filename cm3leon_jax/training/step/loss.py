@@ -191,15 +191,17 @@ def batch_nll(
   batch: dict[str, Ids | Values],
   z_loss: float = 0.0,
   adapters: dict | None = None,
+  rows: bool = False,
 ) -> tuple[Scalar, Values]:
   """Runs the model on a batch and computes `weighted_nll`.
 
   `batch` has inputs, targets, loss_weights, segment_ids and positions. With `adapters`, the model
-  is frozen. Returns the weighted sum, and nll in nats. nll also has values at padding, whose weight
-  is 0.
+  is frozen, or with `rows` all of it but the output table. Returns the weighted sum, and nll in
+  nats. nll also has values at padding, whose weight is 0.
   """
   hidden = model(batch["inputs"], batch["positions"], batch["segment_ids"], adapters)
-  table, chunk, frozen = model.stored_table(), model.config.loss_chunk, adapters is not None
+  table, chunk = model.stored_table(), model.config.loss_chunk
+  frozen = adapters is not None and not rows
   targets, weights = batch["targets"], batch["loss_weights"]
   return weighted_nll(hidden, table, targets, weights, chunk, z_loss, frozen)
 

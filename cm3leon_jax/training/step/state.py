@@ -18,6 +18,8 @@ from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.training.step import loss, numerics
 from cm3leon_jax.training.step.optimizer import update_average
 
+NO_ADAPTER = AdapterConfig()  # All parameters are trained.
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -71,7 +73,7 @@ def train_step(
   ema_decay: float = 0.0,
   num_sources: int = 0,
   base: dict | None = None,
-  alpha: float = 1.0,
+  adapter: AdapterConfig = NO_ADAPTER,
 ) -> tuple[TrainState, dict[str, loss.Scalar | loss.BySource]]:
   """Updates the state on a global batch.
 
@@ -86,7 +88,7 @@ def train_step(
     ema_decay: static; see `optimizer.update_average`. Used only if the state has an average.
     num_sources: static; S, or 0 if rows do not name their sources.
     base: the decoder's parameters in the compute dtype, if the state contains only adapters.
-    alpha: static; see `adapters.scaled`.
+    adapter: static; config of these adapters.
 
   Returns:
     The new state, and metrics: loss, image_loss, text_loss (nats per target), weight (sum of the
@@ -105,8 +107,8 @@ def train_step(
   def loss_fn(
     params: dict, part: dict[str, loss.Ids | loss.Values]
   ) -> tuple[loss.Scalar, dict[str, loss.Scalar | loss.BySource]]:
-    model, added = _bound(config, params, base, alpha)
-    value, nll = loss.batch_nll(model, part, z_loss, added)
+    model, added = _bound(config, params, base, adapter)
+    value, nll = loss.batch_nll(model, part, z_loss, added, bool(adapter.tokens))
     return value / total, loss.batch_sums(nll, part, text_size, num_sources)
 
   grad_fn = functools.partial(jax.grad(loss_fn, has_aux=True), params)
@@ -175,12 +177,13 @@ def _accumulated(
 
 
 def _bound(
-  config: ModelConfig, params: dict, base: dict | None, alpha: float
+  config: ModelConfig, params: dict, base: dict | None, adapter: AdapterConfig
 ) -> tuple[transformer.Transformer, dict | None]:
   """Returns the model with parameters and, if they are adapters of `base`, the adapters to add."""
   if base is None:
     return transformer.bind(config, params), None
-  return transformer.bind(config, base), adapters.scaled(params, alpha)
+  base = adapters.add_rows(base, params, adapter)
+  return transformer.bind(config, base), adapters.scaled(params, adapter.alpha)
 
 
 def _fp32(tree: PyTree) -> PyTree:
@@ -194,12 +197,12 @@ def eval_step(
   batch: dict[str, loss.Ids | loss.Values],
   num_sources: int = 0,
   base: dict | None = None,
-  alpha: float = 1.0,
+  adapter: AdapterConfig = NO_ADAPTER,
 ) -> dict[str, loss.Scalar | loss.BySource]:
   """Computes the `loss.batch_sums` of a batch; sums of several batches can be added.
 
-  For `base` and `alpha`, see `train_step`.
+  For `base` and `adapter`, see `train_step`.
   """
-  model, added = _bound(config, params, base, alpha)
+  model, added = _bound(config, params, base, adapter)
   _, nll = loss.batch_nll(model, batch, adapters=added)
   return loss.batch_sums(nll, batch, text_size, num_sources)

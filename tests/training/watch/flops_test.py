@@ -56,13 +56,16 @@ def test_model_flops_are_those_of_the_traced_products(family, length, head_size)
   assert traced_flops(config, 2, length) == flops.model_flops(config, tokens, length) + beyond
 
 
-@pytest.mark.parametrize("targets", [(), ("q", "down")])
-def test_model_flops_of_adapters_are_those_of_the_traced_products(targets):
+@pytest.mark.parametrize(
+  ("targets", "tokens"), [((), ()), (("q", "down"), ()), (("q", "down"), ("0:96",))]
+)
+def test_model_flops_of_adapters_are_those_of_the_traced_products(targets, tokens):
+  """The step computes the gradient of the whole output table, so here all its rows are trained."""
   config = ModelConfig(
     family="modern", vocab_size=96, num_layers=3, width=32, num_heads=4, mlp_width=64,
     max_positions=64, dtype="float32", remat_policy="none", loss_chunk=32,
   )  # fmt: skip
-  adapter = AdapterConfig(rank=2, targets=targets)
+  adapter = AdapterConfig(rank=2, targets=targets, tokens=tokens)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     ints = shard(jnp.ones((2, 64), jnp.int32), "batch", "length")
     data = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), ints)
@@ -71,7 +74,9 @@ def test_model_flops_of_adapters_are_those_of_the_traced_products(targets):
     factors = jax.eval_shape(lambda: adapters.init(config, adapter, jax.random.key(0)))
 
     def value(factors, base):
-      return loss.batch_nll(transformer.bind(config, base), data, adapters=factors)[0]
+      model = transformer.bind(config, adapters.add_rows(base, factors, adapter))
+      matrices = adapters.scaled(factors, adapter.alpha)
+      return loss.batch_nll(model, data, adapters=matrices, rows=bool(tokens))[0]
 
     found = product_flops(jax.make_jaxpr(jax.grad(value))(factors, base).jaxpr)
   beyond = 12 * 3 * 4 * config.head_dim * 64 / 2 * 128
