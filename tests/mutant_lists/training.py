@@ -172,7 +172,7 @@ TRAINING = mutants_of(
     "rollout.guidance[..., ::-1].swapaxes(1, 2)",
   ),
   ("policy_codes_one_late", "ids[:-1], at[:-1], 1", "ids[1:], at[1:], 1"),
-  f"{POLICY_TEST}::test_advantages_are_standard_deviations_of_a_group",
+  f"{POLICY_TEST}::test_advantages_are_rewards_minus_the_mean_of_their_group",
   ("advantages_not_centered", "rewards - rewards.mean(1, keepdims=True)", "rewards"),
   "cm3leon_jax/reinforcement/rollouts.py",
   "tests/reinforcement/rollouts_test.py::test_a_step_depends_on_its_number_alone_and_groups_share_their_prompt",

@@ -1,9 +1,11 @@
 """Optimizes a policy over image codes with group-relative rewards (GRPO, Shao et al. 2024).
 
 The samples of one prompt form a group (arXiv:2402.03300). A sample's advantage is its reward minus
-the group mean, divided by the group's standard deviation. The policy is the distribution that codes
-are sampled from: the combined guidance streams, restricted to image codes. Each batch of samples is
-used for one step only, so the probability ratio to the sampling policy is 1 and needs no clipping.
+the group mean. It is not divided by the group's standard deviation, which would give more weight to
+prompts that are almost always right or wrong (Dr. GRPO, arXiv:2503.20783). The policy is the
+distribution that codes are sampled from: the combined guidance streams, restricted to image codes.
+Each batch of samples is used for one step only, so the probability ratio to the sampling policy is
+1 and needs no clipping.
 """
 
 # B samples, S guidance streams, R = B x S rows, P positions of padded prompts, I codes of an image,
@@ -29,7 +31,6 @@ from cm3leon_jax.training.step.state import TrainState, apply_gradients
 from cm3leon_jax.xla_options import compiler_options
 
 BUCKET = 32  # Prompts are padded to multiples of this length, so that few shapes are compiled.
-SMALL = 1e-6  # A group whose rewards have a smaller standard deviation gets advantages of 0.
 
 
 class Rollout(NamedTuple):
@@ -55,11 +56,10 @@ class Rollout(NamedTuple):
 def advantages(rewards: Float[np.ndarray, "N G"]) -> Float32[np.ndarray, "N G"]:
   """Computes the advantages of the G samples of each of N prompts.
 
-  rewards [[0 1] [1 1]] -> [[-1 1] [0 0]]
+  rewards [[0 1] [1 1]] -> [[-0.5 0.5] [0 0]]
   """
   rewards = np.asarray(rewards, np.float64)
-  centered, std = rewards - rewards.mean(1, keepdims=True), rewards.std(1, keepdims=True)
-  return np.where(std > SMALL, centered / np.maximum(std, SMALL), 0).astype(np.float32)
+  return (rewards - rewards.mean(1, keepdims=True)).astype(np.float32)
 
 
 def pad_rows(
@@ -117,6 +117,30 @@ def guided_log_probs(
   return jax.nn.log_softmax(logits / temperature, axis=-1)
 
 
+def policy_loss(
+  config: ModelConfig,
+  text_size: int,
+  kl_weight: float,
+  temperature: float,
+  params: dict,
+  reference: Float32[Array, "B I C"],
+  rollout: Rollout,
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
+  """Computes -mean(advantage x log-probability) + kl_weight x KL(reference || policy).
+
+  Both terms are means over codes. The KL is exact: it sums over all image codes of the vocabulary.
+  `reference` has the log-probabilities of the reference; for the other arguments, see
+  `policy_step`. Returns the loss, and its metrics.
+  """
+  log_probs = guided_log_probs(config, text_size, temperature, params, rollout)
+  ids = jnp.arange(log_probs.shape[-1], dtype=rollout.codes.dtype)
+  sampled = rollout.codes[..., None] == ids[None, None]
+  chosen = jnp.sum(jnp.where(sampled, log_probs, 0), -1)
+  kl = jnp.mean(jnp.sum(jnp.exp(reference) * (reference - log_probs), -1))
+  value = -jnp.mean(rollout.advantages[:, None] * chosen) + kl_weight * kl
+  return value, {"loss": value, "image_loss": -jnp.mean(chosen), "kl": kl}
+
+
 def policy_step(
   config: ModelConfig,
   optimizer: optax.GradientTransformation,
@@ -129,9 +153,6 @@ def policy_step(
   ema_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
   """Updates a state by training it on samples that were drawn with its parameters.
-
-  The loss is -mean(advantage x log-probability) + kl_weight x KL(reference || policy). Both terms
-  are means over codes. The KL is exact: it sums over all image codes of the vocabulary.
 
   Args:
     config: static, as all arguments before `state`.
@@ -148,16 +169,8 @@ def policy_step(
   layers = {name: x for name, x in state.params.items() if name not in transformer.LOOKED_UP}
   params = {**state.params, **jax.tree.map(lambda x: x.astype(config.dtype), layers)}
   of_reference = guided_log_probs(config, text_size, temperature, reference, rollout)
-
-  def loss_fn(params: dict) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
-    log_probs = guided_log_probs(config, text_size, temperature, params, rollout)
-    ids = jnp.arange(log_probs.shape[-1], dtype=rollout.codes.dtype)
-    sampled = rollout.codes[..., None] == ids[None, None]
-    chosen = jnp.sum(jnp.where(sampled, log_probs, 0), -1)
-    kl = jnp.mean(jnp.sum(jnp.exp(of_reference) * (of_reference - log_probs), -1))
-    value = -jnp.mean(rollout.advantages[:, None] * chosen) + kl_weight * kl
-    return value, {"loss": value, "image_loss": -jnp.mean(chosen), "kl": kl}
-
+  fixed = (config, text_size, kl_weight, temperature)
+  loss_fn = functools.partial(policy_loss, *fixed, reference=of_reference, rollout=rollout)
   grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
   grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
   metrics |= {"text_loss": jnp.zeros(()), "weight": jnp.float32(rollout.codes.size)}

@@ -104,10 +104,11 @@ def test_a_stream_of_weight_0_changes_nothing():
   )
 
 
-def test_advantages_are_standard_deviations_of_a_group():
-  rewards = np.array([[0, 1], [1, 1], [0.1, 0.1 + 1e-9]])
-  np.testing.assert_allclose(grpo.advantages(rewards), [[-1, 1], [0, 0], [0, 0]])
-  np.testing.assert_allclose(grpo.advantages(np.array([[1.0, 2, 3]])), [[-1.2247, 0, 1.2247]], 1e-4)
+def test_advantages_are_rewards_minus_the_mean_of_their_group():
+  rewards = np.array([[0, 1], [1, 1], [0.1, 0.1]])
+  np.testing.assert_allclose(grpo.advantages(rewards), [[-0.5, 0.5], [0, 0], [0, 0]])
+  # A rare success has the same scale as rewards of equal frequency: no deviation divides.
+  np.testing.assert_allclose(grpo.advantages(np.array([[0.0, 0, 0, 1]])), [[-0.25] * 3 + [0.75]])
 
 
 def test_rows_are_padded_on_the_left():
