@@ -204,6 +204,13 @@ class ReinforceConfig:
   """Reward of a sample. `judge` is for tasks over `scenes`: 1 if the judge finds the sample
   entirely correct, else 0. `clip` is the cosine similarity of the CLIP embeddings of image and
   caption."""
+  retrieve: NonNegativeInt = 0
+  """Number of documents that are retrieved for each prompt that is only a caption. They come from
+  the bank of the run, or of the run that it starts from."""
+  rounds: PositiveInt = 4
+  """Maximum number of rounds of sampling in a step. A round samples images for
+  `train.global_batch_size` / `samples` prompts. Prompts whose samples all have the same reward are
+  dropped, and the next round replaces them. 1: a step keeps the prompts of its only round."""
   temperature: PositiveFloat = 1.0
   """Divisor of the guided logits when samples are drawn for training; top-k and top-p are off."""
   kl_weight: NonNegativeFloat = 0.05
