@@ -5,7 +5,7 @@
 
 First run cm3leon copy_tokenizers and cm3leon encode_instructions with the same flags. The prompts
 are training records of the tasks of config.reinforce; the model never sees their target images. A
-judge of scenes or CLIP scores the images, and the method is GRPO
+judge of scenes, CLIP or a function of yours scores the images, and the method is GRPO
 (https://arxiv.org/abs/2402.03300). The result is a run like a run of cm3leon train, and the same
 command continues it. At the end the command prints the reward of held-out prompts, the diversity of
 their samples and the held-out loss, for the first and the final parameters.
@@ -99,7 +99,11 @@ def _begin(
   settings: Settings, workdir: epath.Path, init_from: str, allowed: Sequence[str]
 ) -> tuple[dict, Weights]:
   """Calls `run_start.begin`. Raises UserError also if the run started from random parameters."""
-  more = {"reinforce": dataclasses.asdict(settings.reinforce)}
+  from cm3leon_jax.files.digests import digest
+
+  more: dict = {"reinforce": dataclasses.asdict(settings.reinforce)}
+  if file := settings.reinforce.reward.rpartition(":")[0]:
+    more["reinforce"]["reward_sha256"] = digest(file)
   config, start = run_start.begin(settings, workdir, init_from, more, allowed)
   if start is None:
     raise UserError(

@@ -21,6 +21,7 @@ from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.record_prompts import prompt_of
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.positions import positions_of
+from cm3leon_jax.reinforcement.own_rewards import OwnReward
 from cm3leon_jax.reinforcement.prompts import Prompt, image_tasks, read_heldout, read_prompts
 from cm3leon_jax.reinforcement.rewards import Reward, reward_of
 from cm3leon_jax.settings import Settings
@@ -279,6 +280,9 @@ def open_rollouts(
   drawn = settings.train.steps * settings.train.global_batch_size // config.samples
   prompts = read_prompts(settings, layout, drawn * config.rounds)
   heldout = read_heldout(settings, layout, config.heldout_prompts, prompts)
+  if isinstance(reward, OwnReward):
+    asked = [prompt_of(*prompt).prompt for prompt in heldout]
+    reward.try_on(asked, [prompt.record for prompt in heldout], settings.vqgan.resolution)
   pipeline_of = functools.partial(
     Pipeline,
     settings=settings,

@@ -200,10 +200,11 @@ class ReinforceConfig:
   samples: Annotated[int, Field(ge=2)] = 8
   """Number of samples per prompt in a step; must divide `train.global_batch_size`, which counts
   samples."""
-  reward: Literal["judge", "clip"] = "judge"
+  reward: str = "judge"
   """Reward of a sample. `judge` is for tasks over `scenes`: 1 if the judge finds the sample
   entirely correct, else 0. `clip` is the cosine similarity of the CLIP embeddings of image and
-  caption."""
+  caption. `path/to/module.py:function` is a function (prompts, images, records) -> array of one
+  score per image."""
   retrieve: NonNegativeInt = 0
   """Number of documents that are retrieved for each prompt that is only a caption. They come from
   the bank of the run, or of the run that it starts from."""
@@ -219,3 +220,12 @@ class ReinforceConfig:
   heldout_prompts: Annotated[int, Field(ge=2)] = 64
   """Number of held-out prompts whose samples are scored before the first and after the last
   step."""
+
+  def __post_init__(self) -> None:
+    file, _, function = self.reward.rpartition(":")
+    is_own = file.endswith(".py") and function.isidentifier()
+    if self.reward not in ("judge", "clip") and not is_own:
+      raise ValueError(
+        f"reward is '{self.reward}'; it must be judge, clip, or a function of yours, "
+        "path/to/module.py:function."
+      )
