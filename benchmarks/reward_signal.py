@@ -88,12 +88,12 @@ def measure(objective: Rollouts, params: dict, steps: int, only_mixed: bool) -> 
   settings, pipeline = objective.settings, objective.pipeline_of(params)
   each = settings.train.global_batch_size // settings.reinforce.samples
   groups: list[Group] = []
-  start = time.time()
+  times = [time.process_time()]
   for step in range(steps):
     numbers = range(step * each, (step + 1) * each)
     prompts = [objective.prompts[number] for number in numbers]
     groups += objective.groups(pipeline, prompts, numbers, objective.sampling)
-  sampled = time.time()
+    times.append(time.process_time())
   by_task = {"all": groups}
   for group in groups:
     by_task.setdefault(group.prompt.task.name, []).append(group)
@@ -101,19 +101,19 @@ def measure(objective: Rollouts, params: dict, steps: int, only_mixed: bool) -> 
     rewards = [group.rewards for group in of_task]
     found = ", ".join(f"{kind} {share:.3f}" for kind, share in shares(rewards).items())
     print(f"{name}: {len(of_task)} groups, reward {np.mean(rewards):.3f}, {found}", flush=True)
+  print(f"processor seconds to sample a batch: {np.median(np.diff(times)):.1f}")
   used = [group for group in groups if not (only_mixed and group.is_dead)]
-  compute = gradient_of(objective)
-  size = each // 2
-  halves = [used[i : i + size] for i in range(0, len(used) - size + 1, size)]
-  halves = [half for half in halves if not all(group.is_dead for group in half)]
-  gradients = [compute(params, objective.rollout(pipeline, half)) for half in halves]
+  size, compute, gradients = each // 2, gradient_of(objective), []
+  times = [time.process_time()]
+  for i in range(0, len(used) - size + 1, size):
+    half = used[i : i + size]
+    if not all(group.is_dead for group in half):
+      gradients.append(compute(params, objective.rollout(pipeline, half)))
+      times.append(time.process_time())
   if len(gradients) > 2:
     mean, error = cosines(gradients)
-    print(f"cosine of two halves of {size} groups: {mean:.3f} +- {error:.3f}")
-  print(
-    f"{len(gradients)} halves; seconds per step: samples {(sampled - start) / steps:.1f}, "
-    f"gradients {2 * (time.time() - sampled) / max(len(gradients), 1):.1f}"
-  )
+    print(f"cosine of {len(gradients)} halves of {size} groups: {mean:.3f} +- {error:.3f}")
+    print(f"processor seconds of a half's gradient: {np.median(np.diff(times)):.1f}")
 
 
 def main(argv: Sequence[str]) -> None:

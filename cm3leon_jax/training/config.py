@@ -203,8 +203,8 @@ class ReinforceConfig:
   reward: str = "judge"
   """Reward of a sample. `judge` is for tasks over `scenes`: 1 if the judge finds the sample
   entirely correct, else 0. `clip` is the cosine similarity of the CLIP embeddings of image and
-  caption. `path/to/module.py:function` is a function (prompts, images, records) -> array of one
-  score per image."""
+  caption. `path/own.py:blue` names a function of yours, (prompts, images, records) -> array of one
+  score per image; see docs/reinforcement.md."""
   retrieve: NonNegativeInt = 0
   """Number of documents that are retrieved for each prompt that is only a caption. They come from
   the bank of the run, or of the run that it starts from."""
@@ -227,5 +227,5 @@ class ReinforceConfig:
     if self.reward not in ("judge", "clip") and not is_own:
       raise ValueError(
         f"reward is '{self.reward}'; it must be judge, clip, or a function of yours, "
-        "path/to/module.py:function."
+        "as in path/own.py:blue."
       )

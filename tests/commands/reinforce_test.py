@@ -132,29 +132,29 @@ def test_clip_scores_captions(source, prepared, tmp_path):
 def test_a_changed_reward_is_another_run(source, prepared, tmp_path):
   own = tmp_path / "own.py"
   own.write_text(REWARD)
-  settings, workdir = settings_to_learn(f"{own}:bright"), epath.Path(tmp_path / "run")
+  settings, workdir = settings_to_learn(f"{own}:bright"), tmp_path / "run"
   workdir.mkdir()
   for stage in ("text_tokenizer", "vqgan", "clip", "instructions"):
     (workdir / stage).symlink_to(prepared / stage)
   with one_mesh():
-    reinforce.main(settings, workdir, str(source))
+    reinforce.main(settings, epath.Path(workdir), str(source))
     own.write_text(REWARD.replace("129", "130"))
     with pytest.raises(UserError, match=r"reinforce\.reward_sha256"):
-      reinforce.main(settings, workdir)
+      reinforce.main(settings, epath.Path(workdir))
 
 
 def test_neighbors_without_a_bank_are_refused(source, prepared, tmp_path):
   """Neither the run nor its start, an empty copy of a run, has documents."""
-  start, workdir = tmp_path / "start", epath.Path(tmp_path / "run")
+  start, workdir = tmp_path / "start", tmp_path / "run"
   for folder, of, stages_of in (
     (start, source, ("train", "text_tokenizer", "vqgan", "clip")),
     (workdir, prepared, ("text_tokenizer", "vqgan", "clip", "instructions")),
   ):
     folder.mkdir()
     for stage in stages_of:
-      (folder / stage).symlink_to(of / stage)
+      (folder / stage).symlink_to(str(of / stage))
   with one_mesh(), refused(UserError):
-    reinforce.main(settings_to_learn(retrieve=1), workdir, str(start))
+    reinforce.main(settings_to_learn(retrieve=1), epath.Path(workdir), str(start))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.task_files import read_tasks
 from cm3leon_jax.generation.pipeline import Pipeline
@@ -16,7 +17,7 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState
-from tests.generation.run import one_device
+from tests.generation.run import clip_params, one_device
 from tests.messages import refused
 from tests.models.tiny import random_params
 from tests.reinforcement.conftest import BATCH, GROUP, NAMES, SETTINGS, settings_of
@@ -203,20 +204,26 @@ def test_a_run_ends_after_20_steps_of_equal_rewards():
     dead.add(1.0)
 
 
-@pytest.mark.slow
-def test_learning_raises_the_reward_and_measures_it(objective, layout):
+def learn(objective):
+  """Returns the parameters after the steps of the config, and the reward of each step."""
   settings = objective.settings
   optimizer = create_optimizer(settings.optimizer, settings.train.steps)
+  params = jax.tree.map(jnp.copy, objective.reference)
+  state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+  take_step, data = objective.begin(None, 0, BATCH, None)
+  found = []
+  for _ in range(settings.train.steps):
+    state, metrics = take_step(state, next(data))
+    found.append(float(metrics["reward"]))
+  return state.params, found
+
+
+@pytest.mark.slow
+def test_learning_raises_the_reward_and_measures_it(objective, layout):
   with one_device():
-    params = jax.tree.map(jnp.copy, objective.reference)
-    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-    take_step, data = objective.begin(None, 0, BATCH, None)
-    found = []
-    for _ in range(settings.train.steps):
-      state, metrics = take_step(state, next(data))
-      found.append(float(metrics["reward"]))
-    heldout = read_heldout(settings, layout, 4)
-    before, after = (objective.measure(p, heldout) for p in (objective.reference, state.params))
+    params, found = learn(objective)
+    heldout = read_heldout(objective.settings, layout, 4)
+    before, after = (objective.measure(p, heldout) for p in (objective.reference, params))
   assert np.mean(found[-3:]) > np.mean(found[:3]) + 0.1
   assert list(after) == ["all", *NAMES]
   assert after["all"]["reward"] > before["all"]["reward"] + 0.1
@@ -228,30 +235,70 @@ def test_learning_raises_the_reward_and_measures_it(objective, layout):
 
 
 @pytest.mark.slow
+def test_shuffled_rewards_teach_nothing(objective):
+  """Negative control: the same rewards, given to other samples of the round."""
+  rng = np.random.default_rng(0)
+
+  def shuffled(records, samples):
+    return rng.permutation(low_codes(records, samples))
+
+  with one_device():
+    _, found = learn(dataclasses.replace(objective, reward=shuffled))
+  assert abs(np.mean(found[-3:]) - np.mean(found[:3])) < 0.05
+
+
+def trained_on(objective, prompts, sampling):
+  """Draws groups, and returns their samples, requests and rollout.
+
+  Checks that the rollout has the log-probabilities of the samples.
+  """
+  samples = []
+
+  def kept(records, found):
+    samples.extend(found)
+    return np.zeros(len(found), np.float32)
+
+  with one_device():
+    pipeline = objective.pipeline_of(objective.reference)
+    groups = dataclasses.replace(objective, reward=kept).groups(
+      pipeline, prompts, range(len(prompts)), sampling
+    )
+    requests, codes = [group.request for group in groups], rollouts._stacked(groups)[0]
+    values = np.zeros((len(prompts), GROUP), np.float32)
+    made = rollouts._rollout(pipeline, requests, codes, values, sampling)
+    fixed = SETTINGS.model, SETTINGS.vocab.text_size, sampling.temperature
+    compute = jax.jit(functools.partial(grpo.guided_log_probs, *fixed))
+    found = np.asarray(compute(objective.reference, grpo.place(made)))
+  expected = [sample.log_probs[:16] for sample in samples]
+  sampled = np.take_along_axis(found, made.codes[..., None], -1)[..., 0]
+  np.testing.assert_allclose(sampled, expected, atol=2e-5)
+  return samples, requests, made
+
+
+@pytest.mark.slow
 def test_streams_without_weight_are_left_out(objective):
   """At image_guidance 1, an edit needs only two streams: the whole prompt, and the image alone."""
   sampling = dataclasses.replace(
     objective.sampling, image_guidance=1.0, edit_guidance=1.25, guidance=1.0
   )
-  with one_device():
-    samples = []
-
-    def kept(records, found):
-      samples.extend(found)
-      return np.zeros(len(found), np.float32)
-
-    pipeline = objective.pipeline_of(objective.reference)
-    groups = dataclasses.replace(objective, reward=kept).groups(
-      pipeline, objective.prompts[:2], range(2), sampling
-    )
-    requests, codes = [group.request for group in groups], rollouts._stacked(groups)[0]
-    made = rollouts._rollout(pipeline, requests, codes, np.zeros((2, GROUP)), sampling)
-    fixed = SETTINGS.model, SETTINGS.vocab.text_size, sampling.temperature
-    compute = jax.jit(functools.partial(grpo.guided_log_probs, *fixed))
-    found = np.asarray(compute(objective.reference, grpo.place(made)))
+  _, _, made = trained_on(objective, objective.prompts[:2], sampling)
   assert made.guidance.shape == (2 * GROUP, 16, 2)
   assert made.guidance[0, 0].tolist() == [1, 0]
   assert made.guidance[-1, 0].tolist() == [1.25, -0.25]
-  expected = [sample.log_probs[:16] for sample in samples]
-  sampled = np.take_along_axis(found, made.codes[..., None], -1)[..., 0]
-  np.testing.assert_allclose(sampled, expected, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_retrieved_neighbors_are_in_the_prompts_that_a_step_trains_on(objective, workdir, layout):
+  """Captions get the neighbors that the samples were drawn with; edits get none."""
+  clip = CLIP(SETTINGS.clip, SETTINGS.vocab.text_size, clip_params(SETTINGS), layout.encode)
+  reinforce = dataclasses.replace(objective.settings.reinforce, retrieve=1)
+  searching = dataclasses.replace(
+    objective,
+    settings=dataclasses.replace(objective.settings, reinforce=reinforce),
+    pipeline_of=functools.partial(objective.pipeline_of, clip=clip, bank=workdir),
+  )
+  samples, requests, _ = trained_on(searching, objective.prompts[:2], objective.sampling)
+  [neighbor], none = samples[0].neighbors, samples[-1].neighbors
+  assert none == ()
+  caption = neighbor.segments[0].tokens
+  assert requests[0].streams[0][1 : 1 + len(caption)].tolist() == caption.tolist()
