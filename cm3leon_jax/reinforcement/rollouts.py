@@ -5,7 +5,6 @@
 import collections
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
-import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -283,16 +282,17 @@ def open_rollouts(
   if isinstance(reward, OwnReward):
     asked = [prompt_of(*prompt).prompt for prompt in heldout]
     reward.try_on(asked, [prompt.record for prompt in heldout], settings.vqgan.resolution)
-  pipeline_of = functools.partial(
-    Pipeline,
-    settings=settings,
-    layout=layout,
-    image_tokenizer=run.images,
+  pipeline = Pipeline(
+    reference,
+    settings,
+    layout,
+    run.images,
     clip=run.clip if config.retrieve or config.reward == "clip" else None,
     bank=bank if config.retrieve else None,
     batch_size=settings.train.global_batch_size,
   )
-  return Rollouts(settings, prompts, pipeline_of, reward, reference), heldout
+  pipeline.generator.params = {}  # Only the pipelines of the steps generate.
+  return Rollouts(settings, prompts, pipeline.with_params, reward, reference), heldout
 
 
 def _rollout(
