@@ -11,7 +11,7 @@ import ml_collections
 
 from cm3leon_jax.configs import base, scenes_instruct
 
-STEPS = 125  # Steps that fit in 15 minutes.
+STEPS = 80  # Steps that fit in 15 minutes.
 
 
 def get_config(variant: str = "30") -> ml_collections.ConfigDict:
