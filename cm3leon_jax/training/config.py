@@ -217,6 +217,10 @@ class ReinforceConfig:
   kl_weight: NonNegativeFloat = 0.05
   """Weight in the loss of KL(initial policy || policy), in nats per code. This term
   keeps the policy close to the initial model, so that samples stay diverse."""
+  credit: Literal["uniform", "contrast"] = "uniform"
+  """How the advantage of a sample is distributed over its codes. `uniform`: equally. `contrast`:
+  proportionally to how much the prompt changes the log-probability of a code, so that codes which
+  the prompt decides get more (https://arxiv.org/abs/2605.29198)."""
   heldout_prompts: Annotated[int, Field(ge=2)] = 64
   """Number of held-out prompts whose samples are scored before the first and after the last
   step."""
