@@ -5,7 +5,7 @@
 
 First run cm3leon copy_tokenizers and cm3leon encode_instructions with the same flags. The prompts
 are training records of the tasks of config.reinforce; the model never sees their target images. A
-judge of scenes or CLIP scores the images, and the method is GRPO
+judge of scenes, CLIP or a function of yours scores the images, and the method is GRPO
 (https://arxiv.org/abs/2402.03300). The result is a run like a run of cm3leon train, and the same
 command continues it. At the end the command prints the reward of held-out prompts, the diversity of
 their samples and the held-out loss, for the first and the final parameters.
@@ -32,29 +32,15 @@ if TYPE_CHECKING:
   from cm3leon_jax.trained.run import Run
 
 
-def _objective(run: Run, reference: dict) -> tuple[Rollouts, list]:
+def _objective(run: Run, start: Weights, reference: dict) -> tuple[Rollouts, list]:
   """Returns the objective and the held-out prompts."""
-  from cm3leon_jax.generation.pipeline import Pipeline
-  from cm3leon_jax.generation.tasks import PromptLayout
-  from cm3leon_jax.reinforcement import rewards, rollouts
+  from cm3leon_jax.reinforcement import rollouts
+  from cm3leon_jax.trained import bundles
 
-  settings = run.settings
-  tasks = rollouts.image_tasks(settings)
-  reward = rewards.reward_of(settings, tasks)
-  needed = settings.train.steps * settings.train.global_batch_size // settings.reinforce.samples
-  layout = PromptLayout.of(run)
-  prompts = rollouts.read_prompts(settings, layout, "train", needed)
-  pipeline_of = functools.partial(
-    Pipeline,
-    settings=settings,
-    layout=layout,
-    image_tokenizer=run.images,
-    clip=run.clip if settings.reinforce.reward == "clip" else None,
-    batch_size=settings.train.global_batch_size,
-  )
-  count = settings.reinforce.heldout_prompts
-  heldout = rollouts.read_prompts(settings, layout, "heldout", count)
-  return rollouts.Rollouts(settings, prompts, pipeline_of, reward, reference), heldout
+  # A run of prompts usually has no bank of its own.
+  folders = (run.folder, bundles.stages_folder(bundles.folder_of(start.source)))
+  banks = (folder for folder in folders if (folder / "neighbors").exists())
+  return rollouts.open_rollouts(run, reference, next(banks, None))
 
 
 def _scores(run: Run, objective: Rollouts, reference: dict, prompts: list) -> dict[str, dict]:
@@ -113,7 +99,11 @@ def _begin(
   settings: Settings, workdir: epath.Path, init_from: str, allowed: Sequence[str]
 ) -> tuple[dict, Weights]:
   """Calls `run_start.begin`. Raises UserError also if the run started from random parameters."""
-  more = {"reinforce": dataclasses.asdict(settings.reinforce)}
+  from cm3leon_jax.files.digests import digest
+
+  more: dict = {"reinforce": dataclasses.asdict(settings.reinforce)}
+  if file := settings.reinforce.reward.rpartition(":")[0]:
+    more["reinforce"]["reward_sha256"] = digest(file)
   config, start = run_start.begin(settings, workdir, init_from, more, allowed)
   if start is None:
     raise UserError(
@@ -162,7 +152,7 @@ def main(
     reference = jax.tree.map(
       lambda x: x.astype(settings.model.dtype), initial.load(start, settings)
     )
-    objective, prompts = _objective(run, reference)
+    objective, prompts = _objective(run, start, reference)
     run_start.write_config(settings, workdir, config)
     training = DecoderTraining.of(
       settings,

@@ -11,12 +11,13 @@ import ml_collections
 
 from cm3leon_jax.configs import base, scenes_instruct
 
-STEPS = 125  # Steps that fit in 15 minutes.
+STEPS = 80  # Steps that fit in 15 minutes.
 
 
 def get_config(variant: str = "30") -> ml_collections.ConfigDict:
   steps = max(4, round(STEPS * base.scale_of(variant, "scenes_reinforce", named=())))
   config = scenes_instruct.get_config()
+  config.scenes.update(seed=2)  # Draws prompts that no scenes model was trained on.
   # Only the held-out records of the run's tasks are read as rows.
   config.instructions.update(max_records=50, replay_share=0.0)
   config.optimizer.update(name="adamw", learning_rate=3e-4, warmup_steps=10)
@@ -29,4 +30,5 @@ def get_config(variant: str = "30") -> ml_collections.ConfigDict:
   temperature = config.sampling.temperature
   config.reinforce.update(tasks=("draw",), samples=8, temperature=temperature)
   config.reinforce.update(heldout_prompts=100, kl_weight=0.1)
+  config.reinforce.update(retrieve=config.data.num_neighbors, rounds=4)
   return config

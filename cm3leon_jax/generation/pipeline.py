@@ -3,6 +3,7 @@
 # I tokens per image, G generated tokens, H height, W width.
 
 from collections.abc import Callable, Sequence
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -121,6 +122,14 @@ class Pipeline:
     if bank is None and (run.stages / "documents").exists():
       bank = run.stages
     return cls(params, run.settings, PromptLayout.of(run), run.images, clip, bank, **options)
+
+  def with_params(self, params: dict) -> "Pipeline":
+    """Returns a pipeline with other parameters, which shares the tokenizers, CLIP and the bank."""
+    if self.bank is not None:  # Opened once, so that the copies share them.
+      _ = self.retriever, self.documents
+    other = copy.copy(self)
+    other.generator = Generator(params, self.generator.config)
+    return other
 
   @functools.cached_property
   def retriever(self) -> Retriever:

@@ -13,6 +13,7 @@ from cm3leon_jax.data.instructions.config import InstructionTask
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.evaluation.world import World, of_answers
 from cm3leon_jax.generation.sample import Sample
+from cm3leon_jax.reinforcement.own_rewards import OwnReward
 from cm3leon_jax.settings import Settings
 
 # (records, samples) -> scores. Higher is better.
@@ -51,16 +52,19 @@ def reward_of(settings: Settings, tasks: Sequence[InstructionTask]) -> Reward:
   """Returns the function that computes `ReinforceConfig.reward`. All tasks must be of one world.
 
   Raises:
-    UserError: the reward cannot score a task.
+    UserError: the reward cannot score a task, or `OwnReward.load` raises the error.
   """
   if settings.reinforce.reward == "clip":
     return clip_scores
+  if settings.reinforce.reward != "judge":
+    return OwnReward.load(settings.reinforce.reward)
   judges = []
   for task in tasks:
     if (world := of_answers(task)) is None:
       raise UserError(
         f"config.reinforce.reward is 'judge', but task {task.name} has the format {task.format}: "
-        "only tasks over scenes can be judged; 'clip' scores images for captions."
+        "only tasks over scenes can be judged; 'clip' scores images for captions, and "
+        "FILE.py:FUNCTION names a function of yours."
       )
     judges.append(world)
   return functools.partial(judged, world=judges[0], settings=settings)

@@ -2,88 +2,47 @@
 
 # N prompts, G samples per prompt, B = N x G samples, I codes per image.
 
+import collections
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import itertools
-import sys
 from typing import Any, NamedTuple
 
-from jaxtyping import Int32
+from etils import epath
+from jaxtyping import Float32, Int32
 import numpy as np
 
+from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions import sources
-from cm3leon_jax.data.instructions.config import InstructionTask
-from cm3leon_jax.data.instructions.records import Record
-from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.evaluation.world import drawn_tasks
-from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
+from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.record_prompts import prompt_of
-from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.positions import positions_of
-from cm3leon_jax.reinforcement.rewards import Reward
+from cm3leon_jax.reinforcement.own_rewards import OwnReward
+from cm3leon_jax.reinforcement.prompts import Prompt, image_tasks, read_heldout, read_prompts
+from cm3leon_jax.reinforcement.rewards import Reward, reward_of
 from cm3leon_jax.settings import Settings
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.state import TrainState
 
-
-class Prompt(NamedTuple):
-  """Task and record for which the policy draws images."""
-
-  task: InstructionTask
-  record: Record
+WATCHED = 20  # Steps after which groups without spread cause a warning, or end the run.
 
 
-def image_tasks(settings: Settings) -> list[InstructionTask]:
-  """Returns the tasks of `config.reinforce`. Raises UserError if one is unknown."""
-  tasks = {task.name: task for task in load_tasks(settings.instructions)}
-  for name in settings.reinforce.tasks:
-    if name not in tasks:
-      raise UserError(
-        f"config.reinforce.tasks names '{name}'; config.instructions has {', '.join(tasks)}."
-      )
-  return [tasks[name] for name in settings.reinforce.tasks]
+class Group(NamedTuple):
+  """The samples of one prompt."""
 
+  prompt: Prompt
+  request: Request
+  codes: Int32[np.ndarray, "G I"]
+  rewards: Float32[np.ndarray, " G"]
 
-def read_prompts(settings: Settings, layout: PromptLayout, split: str, count: int) -> list[Prompt]:
-  """Reads the first records of the tasks of `config.reinforce`, alternating between them.
-
-  Skips records that are too long for the model. `split` is "train" or "heldout". Returns at most
-  `count` prompts.
-
-  Raises:
-    UserError: a task has no records that fit, or its target is not an image; see also
-      `image_tasks`.
-  """
-  tasks = image_tasks(settings)
-  each = -(-count // len(tasks))
-  # `max_records` limits how many records are encoded. The records here are only read.
-  config, columns = dataclasses.replace(settings.instructions, max_records=0), []
-  for task in tasks:
-    if split == "heldout":
-      task = dataclasses.replace(task, heldout_records=each)
-    opened = sources.open_task(task, split, config, drawn_tasks(settings))
-    records = list(itertools.islice(opened, each))
-    if not records or task.target not in records[0].images:
-      reason = "its target is not an image" if records else f"it has no records of split {split}"
-      raise UserError(f"config.reinforce.tasks names '{task.name}', but {reason}.")
-    prompts = [Prompt(task, record) for record in records]
-    columns.append([prompt for prompt in prompts if _fits(prompt, layout)])
-    if not columns[-1]:
-      raise UserError(
-        f"config.reinforce.tasks names '{task.name}', whose {len(records)} records are all longer "
-        f"than the {layout.positions} positions of the model."
-      )
-  turns = itertools.chain.from_iterable(itertools.zip_longest(*columns))
-  return [prompt for prompt in turns if prompt is not None][:count]
-
-
-def _fits(prompt: Prompt, layout: PromptLayout) -> bool:
-  unlimited = dataclasses.replace(layout, positions=sys.maxsize)
-  return prompt_of(prompt.task, prompt.record).to_request(unlimited).positions <= layout.positions
+  @property
+  def is_dead(self) -> bool:
+    """Whether all rewards are equal, so that all advantages are 0."""
+    return bool(np.ptp(self.rewards) == 0)
 
 
 def spread(codes: Int32[np.ndarray, "N G I"]) -> float:
@@ -95,13 +54,47 @@ def spread(codes: Int32[np.ndarray, "N G I"]) -> float:
   return float(np.mean([codes[:, a] != codes[:, b] for a, b in pairs]))
 
 
+class DeadGroups:
+  """Warns of steps whose groups are mostly dead, and ends a run whose groups are all dead."""
+
+  def __init__(self) -> None:
+    self._shares: collections.deque[float] = collections.deque(maxlen=WATCHED)
+    self._warned = False
+
+  def add(self, share: float) -> None:
+    """Adds the share of dead groups in a step. A start of the run counts only its own steps.
+
+    Raises:
+      UserError: all groups of the last WATCHED steps were dead.
+    """
+    self._shares.append(share)
+    if len(self._shares) < WATCHED:
+      return
+    if min(self._shares) == 1:
+      raise UserError(
+        f"in {WATCHED} steps in a row, all samples of each prompt had equal rewards, so the run "
+        "learned nothing: choose prompts that the model sometimes gets right "
+        "(config.reinforce.tasks), another config.reinforce.reward, or a higher "
+        "config.reinforce.temperature."
+      )
+    mean = float(np.mean(self._shares))
+    if mean > 0.5 and not self._warned:
+      self._warned = True
+      distributed.print_once(
+        f"reinforce: warning: in the last {WATCHED} steps, {mean:.0%} of the prompts had samples "
+        "with equal rewards, which teach nothing: choose prompts that are neither too easy nor too "
+        "hard for the model."
+      )
+
+
 @dataclasses.dataclass
 class Rollouts:
   """`training.objective.Objective` of a run that trains on samples of the current policy.
 
   A step samples images for its prompts with the current parameters, scores the samples, and takes
-  one `grpo.policy_step`. Its prompts and seeds depend only on the number of the step, so a resumed
-  run uses the same prompts and seeds.
+  one `grpo.policy_step`. Each step has its own `reinforce.rounds` x N prompts, of which it uses as
+  many as it needs, see `draw`. Prompts and seeds depend only on the number of the step, so a
+  resumed run uses the same prompts and seeds.
 
   Attributes:
     prompts: the steps use them in this order; after the last prompt, the first follows again.
@@ -153,36 +146,55 @@ class Rollouts:
       settings.vocab.text_size,
     )
 
+    dead = DeadGroups()
+
     def take_step(state: TrainState, numbers: range) -> tuple[TrainState, dict[str, Any]]:
       rollout, scores = self.draw(state.params, numbers)
+      dead.add(scores["dead_groups"])
       state, metrics = update(state, self.reference, grpo.place(rollout))
       return state, {**metrics, **scores}
 
-    group = settings.reinforce.samples
-    first, each = next_row // group, rows // group
+    rounds, group = settings.reinforce.rounds, settings.reinforce.samples
+    first, each = next_row // group * rounds, rows // group * rounds
     return take_step, (range(n, n + each) for n in itertools.count(first, each))
 
   def explain(self, rows: range) -> str:
     """Names the prompts of the skipped steps; see `training.objective.Objective`."""
-    group = self.settings.reinforce.samples
-    return f"their samples are of the prompts {rows[0] // group} to {rows[-1] // group} of the run"
+    rounds, group = self.settings.reinforce.rounds, self.settings.reinforce.samples
+    first, last = rows[0] // group * rounds, (rows[-1] // group + 1) * rounds - 1
+    return f"their samples are of the prompts {first} to {last} of the run"
 
   def draw(self, params: dict, numbers: Sequence[int]) -> tuple[grpo.Rollout, dict[str, float]]:
-    """Draws and scores samples for a training step.
+    """Draws and scores samples for a training step, in rounds of N prompts.
 
-    `numbers` are the numbers of the prompts, counted from 0 over the whole run. Returns the
-    rollout, and {"reward", "reward_std", "spread"}. `reward_std` is the standard deviation of a
-    prompt's rewards, averaged over the prompts.
+    After each round, groups whose rewards are all equal are dropped, and another round refills the
+    batch, until N groups have spread or all prompts of the step are used (dynamic sampling of DAPO,
+    arXiv:2503.14476). The N groups with the largest variance of their rewards are used: if a reward
+    is 0 or 1, those whose share of right images is closest to 1/2. Missing groups are filled up
+    with dead groups, whose advantages are 0.
+
+    `numbers` are the numbers of the step's prompts, counted from 0 over the whole run. Returns the
+    rollout, and measures over all groups that were drawn: "reward"; "reward_std", the standard
+    deviation of a prompt's rewards; "spread"; "dead_groups", the share of groups without spread;
+    and "prompts", the number of groups.
     """
-    prompts = [self.prompts[number % len(self.prompts)] for number in numbers]
-    samples, requests, pipeline = self._sample(params, prompts, numbers, self.sampling)
-    codes, rewards = self._score(prompts, samples)
-    values = grpo.advantages(rewards)
-    rollout = _rollout(pipeline, requests, codes, values, self.sampling)
-    return rollout, {
+    pipeline = self.pipeline_of(params)
+    wanted = len(numbers) // self.settings.reinforce.rounds
+    drawn: list[Group] = []
+    for start in range(0, len(numbers), wanted):
+      chosen = numbers[start : start + wanted]
+      prompts = [self.prompts[number % len(self.prompts)] for number in chosen]
+      drawn += self.groups(pipeline, prompts, chosen, self.sampling)
+      if sum(not group.is_dead for group in drawn) >= wanted:
+        break
+    used = sorted(drawn, key=lambda group: -group.rewards.var())[:wanted]
+    codes, rewards = _stacked(drawn)
+    return self.rollout(pipeline, used), {
       "reward": float(rewards.mean()),
       "reward_std": float(rewards.std(1).mean()),
       "spread": spread(codes),
+      "dead_groups": float(np.mean([group.is_dead for group in drawn])),
+      "prompts": float(len(drawn)),
     }
 
   def measure(self, params: dict, prompts: Sequence[Prompt]) -> dict[str, dict]:
@@ -191,8 +203,9 @@ class Rollouts:
     Returns {"all": measures over all prompts, task: measures over its prompts}. The measures are
     the mean reward, `spread`, and `by_prompt`, the mean reward of each prompt.
     """
-    samples, _, _ = self._sample(params, prompts, range(len(prompts)), self.settings.sampling)
-    codes, rewards = self._score(prompts, samples)
+    numbers, sampling = range(len(prompts)), self.settings.sampling
+    groups = self.groups(self.pipeline_of(params), prompts, numbers, sampling)
+    codes, rewards = _stacked(groups)
     of_task = np.array([prompt.task.name for prompt in prompts])
     result = {}
     for name in ("all", *dict.fromkeys(of_task.tolist())):
@@ -204,28 +217,84 @@ class Rollouts:
       }
     return result
 
-  def _sample(
-    self, params: dict, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: SamplingConfig
-  ) -> tuple[list[list[Sample]], list[Request], Pipeline]:
-    """Draws `reinforce.samples` samples per prompt. The prompt's number determines their seed."""
-    pipeline, base = self.pipeline_of(params), self.settings.seed * 1_000_003
+  def groups(
+    self,
+    pipeline: Pipeline,
+    prompts: Sequence[Prompt],
+    numbers: Sequence[int],
+    sampling: SamplingConfig,
+  ) -> list[Group]:
+    """Draws and scores `reinforce.samples` samples per prompt, whose number determines the seed."""
+    base, config = self.settings.seed * 1_000_003, self.settings.reinforce
     tasks = [
-      prompt_of(prompt.task, prompt.record, seed=(base + number) % 2**32, sampling=sampling)
+      prompt_of(
+        prompt.task,
+        prompt.record,
+        seed=(base + number) % 2**32,
+        sampling=sampling,
+        retrieve=config.retrieve,
+      )
       for prompt, number in zip(prompts, numbers, strict=True)
     ]
-    given = check_tasks(pipeline.layout, tasks, None)
-    requests = pipeline.requests(tasks, given, [()] * len(tasks))
-    samples = pipeline.generate(tasks, self.settings.reinforce.samples, given=given)
-    return samples, requests, pipeline
+    given = pipeline.check(tasks)
+    samples = pipeline.generate(tasks, config.samples, given=given)
+    requests = pipeline.requests(tasks, given, [group[0].neighbors for group in samples])
+    records = [prompt.record for prompt in prompts for _ in range(config.samples)]
+    rewards = self.reward(records, list(itertools.chain(*samples))).reshape(len(tasks), -1)
+    codes = [np.stack([sample.codes[0] for sample in group]) for group in samples]
+    return [Group(*parts) for parts in zip(prompts, requests, codes, rewards)]
 
-  def _score(
-    self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the codes of samples, int32 [N, G, I], and their rewards, fp32 [N, G]."""
-    codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
-    records = [prompt.record for prompt, group in zip(prompts, samples) for _ in group]
-    rewards = self.reward(records, list(itertools.chain(*samples)))
-    return codes, rewards.reshape(len(samples), -1)
+  def rollout(self, pipeline: Pipeline, groups: Sequence[Group]) -> grpo.Rollout:
+    """Builds the arrays that a step trains on from groups that were drawn with `sampling`."""
+    codes, rewards = _stacked(groups)
+    requests = [group.request for group in groups]
+    values = grpo.advantages(rewards)
+    least = 2 if self.settings.reinforce.credit == "contrast" else 1
+    return _rollout(pipeline, requests, codes, values, self.sampling, least)
+
+
+def _stacked(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the codes, int32 [N, G, I], and the rewards, fp32 [N, G], of groups."""
+  return np.stack([group.codes for group in groups]), np.stack([group.rewards for group in groups])
+
+
+def open_rollouts(
+  run: Run, reference: dict, bank: epath.Path | None
+) -> tuple[Rollouts, list[Prompt]]:
+  """Opens the prompts and the reward of a run. Returns the objective and the held-out prompts.
+
+  Args:
+    run: the run, with its tokenizers.
+    reference: see `Rollouts`.
+    bank: folder with the documents that `reinforce.retrieve` retrieves; None: there is no bank.
+
+  Raises:
+    UserError: there is no bank; see also `read_prompts`, `read_heldout` and `reward_of`.
+  """
+  settings, config = run.settings, run.settings.reinforce
+  if config.retrieve and bank is None:
+    raise UserError(
+      f"config.reinforce.retrieve is {config.retrieve}, but neither the run nor the run that it "
+      "starts from has documents to retrieve: set it to 0."
+    )
+  reward, layout = reward_of(settings, image_tasks(settings)), PromptLayout.of(run)
+  drawn = settings.train.steps * settings.train.global_batch_size // config.samples
+  prompts = read_prompts(settings, layout, drawn * config.rounds)
+  heldout = read_heldout(settings, layout, config.heldout_prompts, prompts)
+  if isinstance(reward, OwnReward):
+    asked = [prompt_of(*prompt).prompt for prompt in heldout]
+    reward.try_on(asked, [prompt.record for prompt in heldout], settings.vqgan.resolution)
+  pipeline = Pipeline(
+    reference,
+    settings,
+    layout,
+    run.images,
+    clip=run.clip if config.retrieve or config.reward == "clip" else None,
+    bank=bank if config.retrieve else None,
+    batch_size=settings.train.global_batch_size,
+  )
+  pipeline.generator.params = {}  # Only the pipelines of the steps generate.
+  return Rollouts(settings, prompts, pipeline.with_params, reward, reference), heldout
 
 
 def _rollout(
@@ -234,17 +303,19 @@ def _rollout(
   codes: Int32[np.ndarray, "N G I"],
   values: np.ndarray,
   sampling: SamplingConfig,
+  least_streams: int = 1,
 ) -> grpo.Rollout:
   """Builds the arrays that a step trains on.
 
-  Guidance streams whose weight is always 0 are left out. If a request has fewer streams than
-  another, some of its streams are repeated with weight 0. `values` are the advantages, [N, G].
+  Guidance streams whose weight is always 0 are left out, unless fewer than `least_streams` would
+  remain. If a request has fewer streams than another, some of its streams are repeated with weight
+  0. `values` are the advantages, [N, G].
   `sampling` has the settings with which the samples were drawn.
   """
   vocab, align = pipeline.layout.vocab, pipeline.settings.model.align_images
   image_tokens, rows, guidance = codes.shape[-1], [], []
   weights = [r.guidance_weights(sampling, image_tokens)[:-1] for r in requests]
-  streams = max(int(w.any(0).sum()) for w in weights)
+  streams = max(least_streams, *(int(w.any(0).sum()) for w in weights))
   for request, group, weight in zip(requests, codes, weights):
     order = np.argsort(~weight.any(0), kind="stable")  # Puts streams with a nonzero weight first.
     order = np.resize(order, streams)

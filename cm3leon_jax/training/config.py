@@ -200,15 +200,36 @@ class ReinforceConfig:
   samples: Annotated[int, Field(ge=2)] = 8
   """Number of samples per prompt in a step; must divide `train.global_batch_size`, which counts
   samples."""
-  reward: Literal["judge", "clip"] = "judge"
+  reward: str = "judge"
   """Reward of a sample. `judge` is for tasks over `scenes`: 1 if the judge finds the sample
   entirely correct, else 0. `clip` is the cosine similarity of the CLIP embeddings of image and
-  caption."""
+  caption. `path/own.py:blue` names a function of yours, (prompts, images, records) -> array of one
+  score per image; see docs/reinforcement.md."""
+  retrieve: NonNegativeInt = 0
+  """Number of documents that are retrieved for each prompt that is only a caption. They come from
+  the bank of the run, or of the run that it starts from."""
+  rounds: PositiveInt = 4
+  """Maximum number of rounds of sampling in a step. A round samples images for
+  `train.global_batch_size` / `samples` prompts. Prompts whose samples all have the same reward are
+  dropped, and the next round replaces them. 1: a step keeps the prompts of its only round."""
   temperature: PositiveFloat = 1.0
   """Divisor of the guided logits when samples are drawn for training; top-k and top-p are off."""
   kl_weight: NonNegativeFloat = 0.05
   """Weight in the loss of KL(initial policy || policy), in nats per code. This term
   keeps the policy close to the initial model, so that samples stay diverse."""
+  credit: Literal["uniform", "contrast"] = "uniform"
+  """How the advantage of a sample is distributed over its codes. `uniform`: equally. `contrast`:
+  proportionally to how much the prompt changes the log-probability of a code, so that codes which
+  the prompt decides get more (https://arxiv.org/abs/2605.29198)."""
   heldout_prompts: Annotated[int, Field(ge=2)] = 64
   """Number of held-out prompts whose samples are scored before the first and after the last
   step."""
+
+  def __post_init__(self) -> None:
+    file, _, function = self.reward.rpartition(":")
+    is_own = file.endswith(".py") and function.isidentifier()
+    if self.reward not in ("judge", "clip") and not is_own:
+      raise ValueError(
+        f"reward is '{self.reward}'; it must be judge, clip, or a function of yours, "
+        "as in path/own.py:blue."
+      )

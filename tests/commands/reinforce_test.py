@@ -11,7 +11,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.data.instructions.task_files import read_tasks
 from cm3leon_jax.files.json_files import read_json, read_json_lines
-from cm3leon_jax.reinforcement import rewards
+from cm3leon_jax.reinforcement import rollouts
 from cm3leon_jax.runs import stages
 from cm3leon_jax.trained import initial
 from cm3leon_jax.training.config import ReinforceConfig, TrainConfig
@@ -26,7 +26,14 @@ TASKS = tuple(
 )
 
 
-def settings_to_learn(reward="judge"):
+# The tiny model never draws a correct image. This reward is sometimes equal for a whole group.
+REWARD = """
+def bright(prompts, images, records):
+  return images.mean((1, 2, 3)) > 129
+"""
+
+
+def settings_to_learn(reward="judge", **fields):
   settings = settings_of()
   train = dataclasses.replace(settings.train, global_batch_size=8)
   return dataclasses.replace(
@@ -34,7 +41,7 @@ def settings_to_learn(reward="judge"):
     instructions=InstructionsConfig(own_tasks=TASKS),
     train=train,
     optimizer=dataclasses.replace(settings.optimizer, learning_rate=1e-2, ema_decay=0.5),
-    reinforce=ReinforceConfig(samples=4, reward=reward, heldout_prompts=2),
+    reinforce=ReinforceConfig(samples=4, reward=reward, heldout_prompts=2, **fields),
   )
 
 
@@ -56,13 +63,16 @@ def prepared(source, tmp_path_factory):
 
 def steps_of(workdir):
   lines = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
-  names = ("step", "reward", "spread", "kl", "grad_norm", "heldout_loss")
+  names = ("step", "reward", "spread", "dead_groups", "kl", "grad_norm", "heldout_loss")
   return [{name: line[name] for name in names if name in line} for line in lines]
 
 
 @pytest.mark.slow
 def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, capsys, monkeypatch):
-  settings, workdirs = settings_to_learn(), [tmp_path / "whole", tmp_path / "stopped"]
+  """Refilled batches, neighbors and a reward of the user are the same in a run that continues."""
+  (tmp_path / "own.py").write_text(REWARD)
+  settings = settings_to_learn(f"{tmp_path / 'own.py'}:bright", retrieve=1)
+  workdirs = [tmp_path / "whole", tmp_path / "stopped"]
   for workdir in workdirs:
     for stage in ("text_tokenizer", "vqgan", "clip", "instructions"):
       workdir.mkdir(exist_ok=True)
@@ -71,26 +81,29 @@ def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, cap
   with one_mesh():
     reinforce.main(settings, whole, str(source))
     printed = capsys.readouterr().out
-    calls, judged = [], rewards.judged
+    steps, draw = [], rollouts.Rollouts.draw
 
-    def fails_at_the_second_step(records, samples, **world):
-      calls.append(len(records))
-      if len(calls) == 2:
+    def fails_at_the_second_step(self, params, numbers):
+      steps.append(numbers)
+      if len(steps) == 2:
         raise KeyboardInterrupt
-      return judged(records, samples, **world)
+      return draw(self, params, numbers)
 
     with monkeypatch.context() as patch:
-      patch.setattr(rewards, "judged", fails_at_the_second_step)
+      patch.setattr(rollouts.Rollouts, "draw", fails_at_the_second_step)
       with pytest.raises(KeyboardInterrupt):
         reinforce.main(settings, stopped, str(source))
-    assert calls == [8, 8]
+    assert steps == [range(8), range(8, 16)]
     reinforce.main(settings, stopped)
     grade_instructions.main(settings, whole, 4)
   assert "reinforce: held-out prompts, draw, before -> after: reward " in printed
   assert "train: held-out loss before -> after: draw " in printed
   found, expected = steps_of(stopped), steps_of(whole)
   assert [line for line in found if "reward" in line] == [x for x in expected if "reward" in x]
-  assert len([line for line in expected if "reward" in line]) == 2
+  lines = [line for line in expected if "reward" in line]
+  assert len(lines) == 2
+  assert all(line["grad_norm"] > 0 for line in lines)  # Otherwise any two runs would be equal.
+  assert any(line["dead_groups"] > 0 for line in lines)
   summary = read_json(whole / "train" / stages.DONE)["summary"]
   assert summary["scores"]["draw"].keys() == {"reward", "spread"}
   change = summary["scores"]["draw"]["reward"] - summary["scores_before"]["draw"]["reward"]
@@ -113,6 +126,35 @@ def test_clip_scores_captions(source, prepared, tmp_path):
   other = dataclasses.replace(settings, reinforce=ReinforceConfig(samples=4, reward="judge"))
   with one_mesh(), pytest.raises(UserError, match=r"reinforce\.reward: clip -> judge"):
     reinforce.main(other, workdir)
+
+
+@pytest.mark.slow
+def test_a_changed_reward_is_another_run(source, prepared, tmp_path):
+  own = tmp_path / "own.py"
+  own.write_text(REWARD)
+  settings, workdir = settings_to_learn(f"{own}:bright"), tmp_path / "run"
+  workdir.mkdir()
+  for stage in ("text_tokenizer", "vqgan", "clip", "instructions"):
+    (workdir / stage).symlink_to(prepared / stage)
+  with one_mesh():
+    reinforce.main(settings, epath.Path(workdir), str(source))
+    own.write_text(REWARD.replace("129", "130"))
+    with pytest.raises(UserError, match=r"reinforce\.reward_sha256"):
+      reinforce.main(settings, epath.Path(workdir))
+
+
+def test_neighbors_without_a_bank_are_refused(source, prepared, tmp_path):
+  """Neither the run nor its start, an empty copy of a run, has documents."""
+  start, workdir = tmp_path / "start", tmp_path / "run"
+  for folder, of, stages_of in (
+    (start, source, ("train", "text_tokenizer", "vqgan", "clip")),
+    (workdir, prepared, ("text_tokenizer", "vqgan", "clip", "instructions")),
+  ):
+    folder.mkdir()
+    for stage in stages_of:
+      (folder / stage).symlink_to(str(of / stage))
+  with one_mesh(), refused(UserError):
+    reinforce.main(settings_to_learn(retrieve=1), epath.Path(workdir), str(start))
 
 
 @pytest.mark.parametrize(

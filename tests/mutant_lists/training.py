@@ -15,6 +15,8 @@ CHECKPOINT_TEST = "tests/checkpoints/checkpoint_test.py"
 SAVING = "cm3leon_jax/training/saves/saving.py"
 UNREADABLE_TEST = "tests/training/unreadable_test.py"
 POLICY, POLICY_TEST = "cm3leon_jax/training/step/grpo.py", "tests/training/step/grpo_test.py"
+ROLLOUTS_TEST = "tests/reinforcement/rollouts_test.py"
+PROMPTS_TEST = "tests/reinforcement/prompts_test.py"
 
 TRAINING = mutants_of(
   LOSS,
@@ -161,10 +163,15 @@ TRAINING = mutants_of(
   ("small_state_replicated", "< SPLIT_FROM or not divisible", ">= 0"),
   POLICY,
   f"{POLICY_TEST}::test_a_step_follows_the_gradient_of_its_definition",
-  ("policy_sign", "-jnp.mean(rollout.advantages", "jnp.mean(rollout.advantages"),
+  ("policy_sign", "-jnp.mean(values)", "jnp.mean(values)"),
   ("kl_not_weighted", "+ kl_weight * kl", "+ kl"),
-  ("kl_of_the_policy", "(of_reference - log_probs)", "(log_probs - of_reference)"),
+  ("kl_of_the_policy", "(reference - log_probs)", "(log_probs - reference)"),
   ("policy_without_temperature", "logits / temperature", "logits"),
+  f"{POLICY_TEST}::test_credit_is_the_contrast_of_the_prompt_and_has_mean_1",
+  ("credit_with_a_sign", "jnp.abs(first - second)", "(first - second)"),
+  ("credit_not_normalized", "contrast / jnp.mean(contrast, axis=1, keepdims=True)", "contrast"),
+  "tests/training/step/grpo_torch_test.py::test_an_update_equals_that_of_torch",
+  ("credit_has_a_gradient", "jax.lax.stop_gradient(contrast_credit", "(contrast_credit"),
   f"{POLICY_TEST}::test_log_probs_are_those_of_the_decoder",
   (
     "policy_streams_swapped",
@@ -172,11 +179,37 @@ TRAINING = mutants_of(
     "rollout.guidance[..., ::-1].swapaxes(1, 2)",
   ),
   ("policy_codes_one_late", "ids[:-1], at[:-1], 1", "ids[1:], at[1:], 1"),
-  f"{POLICY_TEST}::test_advantages_are_standard_deviations_of_a_group",
+  f"{POLICY_TEST}::test_advantages_are_rewards_minus_the_mean_of_their_group",
   ("advantages_not_centered", "rewards - rewards.mean(1, keepdims=True)", "rewards"),
   "cm3leon_jax/reinforcement/rollouts.py",
-  "tests/reinforcement/rollouts_test.py::test_a_step_depends_on_its_number_alone_and_groups_share_their_prompt",
+  f"{ROLLOUTS_TEST}::test_a_step_depends_on_its_number_alone_and_groups_share_their_prompt",
   ("every_step_draws_alike", "itertools.count(first, each)", "itertools.repeat(first)"),
+  f"{ROLLOUTS_TEST}::test_groups_without_spread_are_refilled_and_the_rest_is_closest_to_a_half",
+  (
+    "batch_not_refilled",
+    "if sum(not group.is_dead for group in drawn) >= wanted:",
+    "if len(drawn) >= wanted:",
+  ),
+  ("groups_in_the_order_drawn", "lambda group: -group.rewards.var()", "lambda group: 0"),
+  f"{ROLLOUTS_TEST}::test_mostly_dead_groups_cause_one_warning",
+  ("warning_in_each_step", "self._warned = True", "self._warned = False"),
+  f"{ROLLOUTS_TEST}::test_a_run_ends_after_20_steps_of_equal_rewards",
+  ("one_dead_step_ends_the_run", "min(self._shares) == 1", "max(self._shares) == 1"),
+  f"{ROLLOUTS_TEST}::test_retrieved_neighbors_are_in_the_prompts_that_a_step_trains_on",
+  (
+    "trained_without_neighbors",
+    "[group[0].neighbors for group in samples]",
+    "[() for group in samples]",
+  ),
+  "cm3leon_jax/reinforcement/prompts.py",
+  f"{PROMPTS_TEST}::test_no_heldout_prompt_equals_another_or_a_known_prompt",
+  ("known_prompts_held_out", "not in seen:", "not in ():"),
+  f"{PROMPTS_TEST}::test_another_input_image_makes_another_prompt",
+  ("prompts_without_images", "if has_image(task):", "if False:"),
+  "cm3leon_jax/reinforcement/own_rewards.py",
+  "tests/reinforcement/own_rewards_test.py::test_a_wrong_result_is_refused",
+  ("scores_of_any_shape", "if found.shape != (len(images),):", "if found.ndim > 1:"),
+  ("scores_not_finite", "if not np.isfinite(scores).all():", "if np.isinf(scores).any():"),
   "cm3leon_jax/training/config.py",
   "tests/training/config_test.py::test_the_mesh_sets_the_passes_of_a_batch",
   ("rows_count_as_passes", "steps = config.global_batch_size // parts", "steps = rows"),

@@ -2,56 +2,31 @@ import dataclasses
 import functools
 import itertools
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.data.instructions.task_files import read_tasks
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.reinforcement import rewards, rollouts
-from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.reinforcement.prompts import image_tasks, read_heldout, read_prompts
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained.run import Run
-from cm3leon_jax.training.config import ReinforceConfig
 from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState
-from tests.generation.run import make_config, make_run, one_device
+from tests.generation.run import clip_params, one_device
 from tests.messages import refused
 from tests.models.tiny import random_params
-
-SETTINGS = settings_from_config(make_config(positions=192))
-NAMES = ("draw", "recolor")
-GROUP, BATCH = 4, 16
-
-
-def settings_of(**fields):
-  tasks = tuple(
-    dataclasses.replace(task, heldout_records=8)
-    for task in read_tasks("scenes")
-    if task.name in (*NAMES, "count")
-  )
-  optimizer = dataclasses.replace(SETTINGS.optimizer, learning_rate=0.01, warmup_steps=0)
-  train = dataclasses.replace(SETTINGS.train, steps=12, global_batch_size=BATCH)
-  reinforce = ReinforceConfig(tasks=NAMES, samples=GROUP, kl_weight=0.0)
-  return dataclasses.replace(
-    SETTINGS,
-    instructions=InstructionsConfig(own_tasks=tasks, max_records=1),
-    optimizer=optimizer,
-    train=train,
-    reinforce=dataclasses.replace(reinforce, **fields),
-  )
+from tests.reinforcement.conftest import BATCH, GROUP, NAMES, SETTINGS, settings_of
 
 
 def judged(records, samples):
   """Scores samples with the judge, for the tasks in `settings_of`."""
   settings = settings_of()
-  return rewards.reward_of(settings, rollouts.image_tasks(settings))(records, samples)
+  return rewards.reward_of(settings, image_tasks(settings))(records, samples)
 
 
 def low_codes(records, samples):
@@ -61,51 +36,14 @@ def low_codes(records, samples):
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-  run = epath.Path(tmp_path_factory.mktemp("run"))
-  make_run(run)
-  return run
-
-
-@pytest.fixture(scope="module")
-def layout(workdir):
-  return PromptLayout.of(Run(workdir, SETTINGS))
-
-
-@pytest.fixture(scope="module")
 def objective(workdir, layout):
   settings, run = settings_of(), workdir
   with one_device():
     parts = {"layout": layout, "image_tokenizer": ImageTokenizer.load(run / "vqgan")}
     pipeline_of = functools.partial(Pipeline, settings=settings, batch_size=BATCH, **parts)
-    prompts = rollouts.read_prompts(settings, layout, "train", 8)
+    prompts = read_prompts(settings, layout, 16)
     reference = random_params(settings.model)
     yield rollouts.Rollouts(settings, prompts, pipeline_of, low_codes, reference)
-
-
-def test_prompts_are_training_records_of_the_tasks_in_turns(layout):
-  prompts = rollouts.read_prompts(settings_of(), layout, "train", 5)
-  assert [prompt.task.name for prompt in prompts] == ["draw", "recolor", "draw", "recolor", "draw"]
-  assert len({prompt.record.key for prompt in prompts}) == 5
-  heldout = rollouts.read_prompts(settings_of(), layout, "heldout", 5)
-  assert not {p.record.key for p in prompts} & {p.record.key for p in heldout}
-
-
-def test_records_that_are_too_long_are_left_out(layout):
-  short = dataclasses.replace(layout, positions=60)
-  prompts = rollouts.read_prompts(settings_of(tasks=("draw",)), short, "train", 20)
-  assert (
-    0 < len(prompts) < len(rollouts.read_prompts(settings_of(tasks=("draw",)), layout, "train", 20))
-  )
-  none = dataclasses.replace(layout, positions=20)
-  with refused(UserError):
-    rollouts.read_prompts(settings_of(tasks=("draw",)), none, "train", 20)
-
-
-@pytest.mark.parametrize("tasks", [("drow",), ("count",)])
-def test_a_task_without_images_is_refused(layout, tasks):
-  with refused(UserError):
-    rollouts.read_prompts(settings_of(tasks=tasks), layout, "train", 4)
 
 
 def test_only_scenes_are_judged():
@@ -117,7 +55,7 @@ def test_only_scenes_are_judged():
 
 def test_clip_scores_captions_alone(layout):
   """An edit has no caption, so its samples have no CLIP score."""
-  records = [p.record for p in rollouts.read_prompts(settings_of(), layout, "train", 2)]
+  records = [p.record for p in read_prompts(settings_of(), layout, 2)]
   samples = [Scored(0.25), Scored(None)]
   assert rewards.clip_scores(records[:1], samples[:1]).tolist() == [0.25]
   with refused(UserError):
@@ -139,7 +77,7 @@ def test_spread_is_the_share_of_codes_in_which_samples_differ():
 
 
 def test_true_images_have_the_whole_reward_and_other_images_less(layout):
-  prompts = rollouts.read_prompts(settings_of(), layout, "train", 12)
+  prompts = read_prompts(settings_of(), layout, 12)
   records = [prompt.record for prompt in prompts]
   images = [p.record.images["after" if p.task.name == "recolor" else "image"] for p in prompts]
   samples = [SampleOf((np.asarray(image),)) for image in images]
@@ -150,7 +88,7 @@ def test_true_images_have_the_whole_reward_and_other_images_less(layout):
 
 def test_an_object_in_the_old_color_has_no_reward(layout):
   """An edit that changes nothing leaves the object in its old color."""
-  prompts = rollouts.read_prompts(settings_of(), layout, "train", 12)
+  prompts = read_prompts(settings_of(), layout, 12)
   records = [prompt.record for prompt in prompts if prompt.task.name == "recolor"]
   unchanged = [SampleOf((np.asarray(record.images["before"]),)) for record in records]
   assert records
@@ -178,44 +116,114 @@ class SampleOf:
   segments: tuple
 
 
+def rewarded(objective, scores):
+  """Returns an objective whose group of prompt i has the rewards `scores[i % len(scores)]`."""
+  seen = itertools.count()
+
+  def reward(records, samples):
+    return np.concatenate([scores[next(seen) % len(scores)] for _ in samples[::GROUP]])
+
+  return dataclasses.replace(objective, reward=reward)
+
+
 def test_a_step_depends_on_its_number_alone_and_groups_share_their_prompt(objective):
   with one_device():
     _, data = objective.begin(None, 0, BATCH, None)
     first, second = itertools.islice(data, 2)
     _, later = objective.begin(None, BATCH, BATCH, None)
-    assert (first, second, next(later)) == (range(4), range(4, 8), range(4, 8))
+    assert (first, second, next(later)) == (range(8), range(8, 16), range(8, 16))
     one, numbers = objective.draw(objective.reference, second)
     again, _ = objective.draw(objective.reference, second)
     other, _ = objective.draw(objective.reference, first)
   jax.tree.map(np.testing.assert_array_equal, one, again)
   assert not np.array_equal(one.codes, other.codes)
-  assert numbers.keys() == {"reward", "reward_std", "spread"}
+  assert numbers.keys() == {"reward", "reward_std", "spread", "dead_groups", "prompts"}
   assert 0 < numbers["spread"] <= 1
-  # Edits have three streams. Images for captions have two, so the weight of their third is 0.
-  guidance = one.guidance.reshape(4, GROUP, -1, 3)
-  assert (guidance[::2, ..., 2] == 0).all()
-  assert (guidance[1::2, ..., 2] != 0).all()
-  assert (guidance[..., :2] != 0).all()
-  np.testing.assert_allclose(guidance.sum(-1), 1, rtol=1e-6)
+  assert (numbers["dead_groups"], numbers["prompts"]) == (0, 4)
   np.testing.assert_allclose(one.advantages.reshape(4, GROUP).mean(1), 0, atol=1e-6)
   prompts = one.inputs.reshape(4, GROUP, 3, -1)[..., : -objective.length]
   assert (prompts == prompts[:, :1]).all()
 
 
-@pytest.mark.slow
-def test_learning_raises_the_reward_and_measures_it(objective, layout):
+def test_edits_have_three_streams_and_images_for_captions_two(objective):
+  """The weight of the missing stream is 0."""
+  with one_device():
+    one, _ = objective.draw(objective.reference, range(8))
+  guidance = one.guidance.reshape(4, GROUP, -1, 3)
+  streams = sorted((guidance != 0).all((1, 2)).sum(-1).tolist())
+  assert streams == [2, 2, 3, 3]
+  assert (guidance[..., :2] != 0).all()
+  np.testing.assert_allclose(guidance.sum(-1), 1, rtol=1e-6)
+
+
+WRONG, RIGHT = np.zeros(GROUP, np.float32), np.ones(GROUP, np.float32)
+ONE, HALF = np.float32([0, 0, 0, 1]), np.float32([0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+  ("scores", "prompts", "used"),
+  [
+    ([ONE] * 8, 4, [ONE] * 4),  # One round is enough.
+    ([ONE, HALF, WRONG, RIGHT, HALF, ONE, ONE, ONE], 8, [HALF, HALF, ONE, ONE]),
+    ([WRONG, RIGHT, WRONG, RIGHT, WRONG, HALF, WRONG, WRONG], 8, [HALF, WRONG, RIGHT, WRONG]),
+    ([WRONG] * 8, 8, [WRONG] * 4),
+  ],
+)
+def test_groups_without_spread_are_refilled_and_the_rest_is_closest_to_a_half(
+  objective, scores, prompts, used
+):
+  with one_device():
+    rollout, numbers = rewarded(objective, scores).draw(objective.reference, range(8))
+  assert numbers["prompts"] == prompts
+  drawn = np.stack(scores[:prompts])
+  assert numbers["dead_groups"] == np.mean(np.ptp(drawn, 1) == 0)
+  assert numbers["reward"] == pytest.approx(drawn.mean())
+  found = rollout.advantages.reshape(4, GROUP)
+  np.testing.assert_allclose(found, [x - x.mean() for x in used], atol=1e-6)
+
+
+def test_mostly_dead_groups_cause_one_warning(capsys):
+  """Shares above a half count only as a mean over `WATCHED` steps."""
+  dead = rollouts.DeadGroups()
+  for share in (*[0.5] * 19, 0.5, 0.4, 0.8):
+    dead.add(share)
+  assert "warning" in capsys.readouterr().out
+  dead.add(0.8)
+  assert not capsys.readouterr().out
+  dead = rollouts.DeadGroups()
+  for _ in range(30):
+    dead.add(0.5)
+  assert not capsys.readouterr().out
+
+
+def test_a_run_ends_after_20_steps_of_equal_rewards():
+  dead = rollouts.DeadGroups()
+  for share in (*[1.0] * 19, 0.99, *[1.0] * 19):
+    dead.add(share)
+  with refused(UserError):
+    dead.add(1.0)
+
+
+def learn(objective):
+  """Returns the parameters after the steps of the config, and the reward of each step."""
   settings = objective.settings
   optimizer = create_optimizer(settings.optimizer, settings.train.steps)
+  params = jax.tree.map(jnp.copy, objective.reference)
+  state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+  take_step, data = objective.begin(None, 0, BATCH, None)
+  found = []
+  for _ in range(settings.train.steps):
+    state, metrics = take_step(state, next(data))
+    found.append(float(metrics["reward"]))
+  return state.params, found
+
+
+@pytest.mark.slow
+def test_learning_raises_the_reward_and_measures_it(objective, layout):
   with one_device():
-    params = jax.tree.map(jnp.copy, objective.reference)
-    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-    take_step, data = objective.begin(None, 0, BATCH, None)
-    found = []
-    for _ in range(settings.train.steps):
-      state, metrics = take_step(state, next(data))
-      found.append(float(metrics["reward"]))
-    heldout = rollouts.read_prompts(settings, layout, "heldout", 4)
-    before, after = (objective.measure(p, heldout) for p in (objective.reference, state.params))
+    params, found = learn(objective)
+    heldout = read_heldout(objective.settings, layout, 4)
+    before, after = (objective.measure(p, heldout) for p in (objective.reference, params))
   assert np.mean(found[-3:]) > np.mean(found[:3]) + 0.1
   assert list(after) == ["all", *NAMES]
   assert after["all"]["reward"] > before["all"]["reward"] + 0.1
@@ -227,23 +235,70 @@ def test_learning_raises_the_reward_and_measures_it(objective, layout):
 
 
 @pytest.mark.slow
+def test_shuffled_rewards_teach_nothing(objective):
+  """Negative control: the same rewards, given to other samples of the round."""
+  rng = np.random.default_rng(0)
+
+  def shuffled(records, samples):
+    return rng.permutation(low_codes(records, samples))
+
+  with one_device():
+    _, found = learn(dataclasses.replace(objective, reward=shuffled))
+  assert abs(np.mean(found[-3:]) - np.mean(found[:3])) < 0.05
+
+
+def trained_on(objective, prompts, sampling):
+  """Draws groups, and returns their samples, requests and rollout.
+
+  Checks that the rollout has the log-probabilities of the samples.
+  """
+  samples = []
+
+  def kept(records, found):
+    samples.extend(found)
+    return np.zeros(len(found), np.float32)
+
+  with one_device():
+    pipeline = objective.pipeline_of(objective.reference)
+    groups = dataclasses.replace(objective, reward=kept).groups(
+      pipeline, prompts, range(len(prompts)), sampling
+    )
+    requests, codes = [group.request for group in groups], rollouts._stacked(groups)[0]
+    values = np.zeros((len(prompts), GROUP), np.float32)
+    made = rollouts._rollout(pipeline, requests, codes, values, sampling)
+    fixed = SETTINGS.model, SETTINGS.vocab.text_size, sampling.temperature
+    compute = jax.jit(functools.partial(grpo.guided_log_probs, *fixed))
+    found = np.asarray(compute(objective.reference, grpo.place(made)))
+  expected = [sample.log_probs[:16] for sample in samples]
+  sampled = np.take_along_axis(found, made.codes[..., None], -1)[..., 0]
+  np.testing.assert_allclose(sampled, expected, atol=2e-5)
+  return samples, requests, made
+
+
+@pytest.mark.slow
 def test_streams_without_weight_are_left_out(objective):
   """At image_guidance 1, an edit needs only two streams: the whole prompt, and the image alone."""
   sampling = dataclasses.replace(
     objective.sampling, image_guidance=1.0, edit_guidance=1.25, guidance=1.0
   )
-  with one_device():
-    samples, requests, pipeline = objective._sample(
-      objective.reference, objective.prompts[:2], range(2), sampling
-    )
-    codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
-    made = rollouts._rollout(pipeline, requests, codes, np.zeros((2, GROUP)), sampling)
-    fixed = SETTINGS.model, SETTINGS.vocab.text_size, sampling.temperature
-    compute = jax.jit(functools.partial(grpo.guided_log_probs, *fixed))
-    found = np.asarray(compute(objective.reference, grpo.place(made)))
+  _, _, made = trained_on(objective, objective.prompts[:2], sampling)
   assert made.guidance.shape == (2 * GROUP, 16, 2)
   assert made.guidance[0, 0].tolist() == [1, 0]
   assert made.guidance[-1, 0].tolist() == [1.25, -0.25]
-  expected = [sample.log_probs[:16] for group in samples for sample in group]
-  sampled = np.take_along_axis(found, made.codes[..., None], -1)[..., 0]
-  np.testing.assert_allclose(sampled, expected, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_retrieved_neighbors_are_in_the_prompts_that_a_step_trains_on(objective, workdir, layout):
+  """Captions get the neighbors that the samples were drawn with; edits get none."""
+  clip = CLIP(SETTINGS.clip, SETTINGS.vocab.text_size, clip_params(SETTINGS), layout.encode)
+  reinforce = dataclasses.replace(objective.settings.reinforce, retrieve=1)
+  searching = dataclasses.replace(
+    objective,
+    settings=dataclasses.replace(objective.settings, reinforce=reinforce),
+    pipeline_of=functools.partial(objective.pipeline_of, clip=clip, bank=workdir),
+  )
+  samples, requests, _ = trained_on(searching, objective.prompts[:2], objective.sampling)
+  [neighbor], none = samples[0].neighbors, samples[-1].neighbors
+  assert none == ()
+  caption = neighbor.segments[0].tokens
+  assert requests[0].streams[0][1 : 1 + len(caption)].tolist() == caption.tolist()

@@ -1,9 +1,11 @@
 """Optimizes a policy over image codes with group-relative rewards (GRPO, Shao et al. 2024).
 
 The samples of one prompt form a group (arXiv:2402.03300). A sample's advantage is its reward minus
-the group mean, divided by the group's standard deviation. The policy is the distribution that codes
-are sampled from: the combined guidance streams, restricted to image codes. Each batch of samples is
-used for one step only, so the probability ratio to the sampling policy is 1 and needs no clipping.
+the group mean. It is not divided by the group's standard deviation, which would give more weight to
+prompts that are almost always right or wrong (Dr. GRPO, arXiv:2503.20783). The policy is the
+distribution that codes are sampled from: the combined guidance streams, restricted to image codes.
+Each batch of samples is used for one step only, so the probability ratio to the sampling policy is
+1 and needs no clipping.
 """
 
 # B samples, S guidance streams, R = B x S rows, P positions of padded prompts, I codes of an image,
@@ -29,7 +31,7 @@ from cm3leon_jax.training.step.state import TrainState, apply_gradients
 from cm3leon_jax.xla_options import compiler_options
 
 BUCKET = 32  # Prompts are padded to multiples of this length, so that few shapes are compiled.
-SMALL = 1e-6  # A group whose rewards have a smaller standard deviation gets advantages of 0.
+SMALL = 1e-6  # Nats that are added to each contrast, so that their mean is not 0.
 
 
 class Rollout(NamedTuple):
@@ -55,11 +57,10 @@ class Rollout(NamedTuple):
 def advantages(rewards: Float[np.ndarray, "N G"]) -> Float32[np.ndarray, "N G"]:
   """Computes the advantages of the G samples of each of N prompts.
 
-  rewards [[0 1] [1 1]] -> [[-1 1] [0 0]]
+  rewards [[0 1] [1 1]] -> [[-0.5 0.5] [0 0]]
   """
   rewards = np.asarray(rewards, np.float64)
-  centered, std = rewards - rewards.mean(1, keepdims=True), rewards.std(1, keepdims=True)
-  return np.where(std > SMALL, centered / np.maximum(std, SMALL), 0).astype(np.float32)
+  return (rewards - rewards.mean(1, keepdims=True)).astype(np.float32)
 
 
 def pad_rows(
@@ -98,23 +99,95 @@ def guided_log_probs(
 ) -> Float32[Array, "B I C"]:
   """Computes the log-probability of every image code at each code position of the samples.
 
-  Logits are linear in the hidden states. So the hidden states of the streams are combined first,
-  which is cheaper than combining logits. `config`, `text_size` and `temperature` are static.
-  `text_size` is the first id of an image code, and the guided logits are divided by `temperature`.
+  `config`, `text_size` and `temperature` are static. `text_size` is the first id of an image code,
+  and the guided logits are divided by `temperature`.
   """
+  model, states = stream_states(config, params, rollout)
+  return _log_probs(model, guided(states, rollout), text_size, temperature)
+
+
+def stream_states(
+  config: ModelConfig, params: dict, rollout: Rollout
+) -> tuple[transformer.Transformer, Float[Array, "B S I D"]]:
+  """Returns the bound model, and the hidden states from which it predicts the codes."""
   B, image_tokens, S = rollout.guidance.shape
   model = transformer.bind(config, params)
   hidden = model(rollout.inputs, rollout.positions, rollout.segment_ids)
   states = hidden[:, -image_tokens:].astype(wide(hidden.dtype))
-  states = states.reshape(B, S, image_tokens, -1, out_sharding=spec("batch", None, None, "act"))
-  guided = jnp.sum(states * rollout.guidance.swapaxes(1, 2)[..., None], axis=1)
-  table = shard(model.output_table(), None, None)[text_size:].astype(guided.dtype)
+  shape = (B, S, image_tokens, states.shape[-1])
+  return model, states.reshape(shape, out_sharding=spec("batch", None, None, "act"))
+
+
+def guided(states: Float[Array, "B S I D"], rollout: Rollout) -> Float[Array, "B I D"]:
+  """Combines the streams. Logits are linear in the hidden states, which are smaller than logits."""
+  return jnp.sum(states * rollout.guidance.swapaxes(1, 2)[..., None], axis=1)
+
+
+def _log_probs(
+  model: transformer.Transformer,
+  states: Float[Array, "B I D"],
+  text_size: int,
+  temperature: float = 1.0,
+) -> Float32[Array, "B I C"]:
+  table = shard(model.output_table(), None, None)[text_size:].astype(states.dtype)
   devices = jax.sharding.get_abstract_mesh().shape[RULES["vocab"]]
   axis = None if len(table) % devices else "vocab"
   logits = jnp.einsum(
-    "BID,CD->BIC", guided, shard(table, axis, None), out_sharding=spec("batch", None, axis)
+    "BID,CD->BIC", states, shard(table, axis, None), out_sharding=spec("batch", None, axis)
   )
   return jax.nn.log_softmax(logits / temperature, axis=-1)
+
+
+def _chosen(log_probs: Float32[Array, "B I C"], rollout: Rollout) -> Float32[Array, "B I"]:
+  ids = jnp.arange(log_probs.shape[-1], dtype=rollout.codes.dtype)
+  return jnp.sum(jnp.where(rollout.codes[..., None] == ids[None, None], log_probs, 0), -1)
+
+
+def contrast_credit(
+  model: transformer.Transformer,
+  states: Float[Array, "B S I D"],
+  text_size: int,
+  rollout: Rollout,
+) -> Float32[Array, "B I"]:
+  """Computes |log p(c | prompt) - log p(c)|, divided by its mean over the codes of the image.
+
+  It is large where the prompt decides the code (arXiv:2605.29198). The first stream has the whole
+  prompt; the second lacks it, or lacks the instruction of an edit. If both streams are equal, each
+  code has the credit 1.
+  """
+  first, second = (
+    _chosen(_log_probs(model, states[:, stream], text_size), rollout) for stream in (0, 1)
+  )
+  contrast = jnp.abs(first - second) + SMALL
+  return contrast / jnp.mean(contrast, axis=1, keepdims=True)
+
+
+def policy_loss(
+  config: ModelConfig,
+  text_size: int,
+  kl_weight: float,
+  temperature: float,
+  params: dict,
+  reference: Float32[Array, "B I C"],
+  rollout: Rollout,
+  credit: str = "uniform",
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
+  """Computes -mean(advantage x credit x log-probability) + kl_weight x KL(reference || policy).
+
+  Both terms are means over codes. The credit is 1 if `credit` is "uniform", and that of
+  `contrast_credit` if it is "contrast". The KL is exact: it sums over all image codes of the
+  vocabulary. `reference` has the log-probabilities of the reference; for the other arguments, see
+  `policy_step`. Returns the loss, and its metrics.
+  """
+  model, states = stream_states(config, params, rollout)
+  log_probs = _log_probs(model, guided(states, rollout), text_size, temperature)
+  chosen = _chosen(log_probs, rollout)
+  kl = jnp.mean(jnp.sum(jnp.exp(reference) * (reference - log_probs), -1))
+  values = rollout.advantages[:, None] * chosen
+  if credit == "contrast":
+    values *= jax.lax.stop_gradient(contrast_credit(model, states, text_size, rollout))
+  value = -jnp.mean(values) + kl_weight * kl
+  return value, {"loss": value, "image_loss": -jnp.mean(chosen), "kl": kl}
 
 
 def policy_step(
@@ -127,11 +200,9 @@ def policy_step(
   reference: dict,
   rollout: Rollout,
   ema_decay: float = 0.0,
+  credit: str = "uniform",
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
   """Updates a state by training it on samples that were drawn with its parameters.
-
-  The loss is -mean(advantage x log-probability) + kl_weight x KL(reference || policy). Both terms
-  are means over codes. The KL is exact: it sums over all image codes of the vocabulary.
 
   Args:
     config: static, as all arguments before `state`.
@@ -140,6 +211,7 @@ def policy_step(
     temperature: temperature at which the samples were drawn.
     state: donated by the caller's jit.
     ema_decay: static; see `optimizer.update_average`.
+    credit: static; see `policy_loss`.
 
   Returns:
     The new state, and metrics: loss, image_loss (nats per sampled code), text_loss (0), kl, weight
@@ -148,16 +220,13 @@ def policy_step(
   layers = {name: x for name, x in state.params.items() if name not in transformer.LOOKED_UP}
   params = {**state.params, **jax.tree.map(lambda x: x.astype(config.dtype), layers)}
   of_reference = guided_log_probs(config, text_size, temperature, reference, rollout)
-
-  def loss_fn(params: dict) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
-    log_probs = guided_log_probs(config, text_size, temperature, params, rollout)
-    ids = jnp.arange(log_probs.shape[-1], dtype=rollout.codes.dtype)
-    sampled = rollout.codes[..., None] == ids[None, None]
-    chosen = jnp.sum(jnp.where(sampled, log_probs, 0), -1)
-    kl = jnp.mean(jnp.sum(jnp.exp(of_reference) * (of_reference - log_probs), -1))
-    value = -jnp.mean(rollout.advantages[:, None] * chosen) + kl_weight * kl
-    return value, {"loss": value, "image_loss": -jnp.mean(chosen), "kl": kl}
-
+  loss_fn = functools.partial(
+    policy_loss,
+    *(config, text_size, kl_weight, temperature),
+    reference=of_reference,
+    rollout=rollout,
+    credit=credit,
+  )
   grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
   grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
   metrics |= {"text_loss": jnp.zeros(()), "weight": jnp.float32(rollout.codes.size)}
@@ -184,5 +253,6 @@ def compile_step(
     config.kl_weight,
     config.temperature,
     ema_decay=optimizer_config.ema_decay,
+    credit=config.credit,
   )
   return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.sharding.get_mesh()))

@@ -33,9 +33,10 @@ def step_line(step: int, steps: int, values: dict, devices: int, left: float | N
     step 120/1,100 | loss 3.412 image 3.301 text 4.127 | grad 0.871 | lr 4.90e-03 |
     2,310 tokens/s/device | MFU - | 0:05:12 left
 
-  In reinforcement learning, `reward 0.812 spread 0.241 kl 0.013` replaces the loss. The line of a
-  skipped step ends with `| skipped`. `values` come from the step's line in metrics.jsonl, but its
-  rates cover all steps since the previous printed line. `left` is the remaining time in seconds.
+  In reinforcement learning, `reward 0.812 spread 0.241 dead_groups 0.375 kl 0.013` replaces the
+  loss. The line of a skipped step ends with `| skipped`. `values` come from the step's line in
+  metrics.jsonl, but its rates cover all steps since the previous printed line. `left` is the
+  remaining time in seconds.
   """
   rate = f"{values['tokens_per_second'] / devices:,.0f}" if "tokens_per_second" in values else "-"
   mfu = f"{100 * values['mfu']:.1f}%" if "mfu" in values else "-"
@@ -44,7 +45,8 @@ def step_line(step: int, steps: int, values: dict, devices: int, left: float | N
     f"loss {values['loss']:.3f} image {values['image_loss']:.3f} text {values['text_loss']:.3f}"
   )
   if "reward" in values:
-    learned = " ".join(f"{name} {values[name]:.3f}" for name in ("reward", "spread", "kl"))
+    names = ("reward", "spread", "dead_groups", "kl")
+    learned = " ".join(f"{name} {values[name]:.3f}" for name in names)
   return (
     f"step {step:,}/{steps:,} | {learned} | grad {values['grad_norm']:.3f} | "
     f"lr {values['learning_rate']:.2e} | {rate} tokens/s/device | MFU {mfu} | {time_left} left"

@@ -104,10 +104,37 @@ def test_a_stream_of_weight_0_changes_nothing():
   )
 
 
-def test_advantages_are_standard_deviations_of_a_group():
-  rewards = np.array([[0, 1], [1, 1], [0.1, 0.1 + 1e-9]])
-  np.testing.assert_allclose(grpo.advantages(rewards), [[-1, 1], [0, 0], [0, 0]])
-  np.testing.assert_allclose(grpo.advantages(np.array([[1.0, 2, 3]])), [[-1.2247, 0, 1.2247]], 1e-4)
+def test_advantages_are_rewards_minus_the_mean_of_their_group():
+  rewards = np.array([[0, 1], [1, 1], [0.1, 0.1]])
+  np.testing.assert_allclose(grpo.advantages(rewards), [[-0.5, 0.5], [0, 0], [0, 0]])
+  # A rare success has the same scale as rewards of equal frequency: no deviation divides.
+  np.testing.assert_allclose(grpo.advantages(np.array([[0.0, 0, 0, 1]])), [[-0.25] * 3 + [0.75]])
+
+
+def credit_of(rollout):
+  model = model_config("opt")
+
+  def compute(params, rollout):
+    bound, states = grpo.stream_states(model, params, rollout)
+    return grpo.contrast_credit(bound, states, VOCAB.text_size, rollout)
+
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    return np.asarray(jax.jit(compute)(random_params(model), grpo.place(rollout)))
+
+
+def test_credit_is_the_contrast_of_the_prompt_and_has_mean_1():
+  rollout = rollout_of("opt")
+  found = credit_of(rollout)
+  np.testing.assert_allclose(found.mean(1), 1, rtol=1e-5)
+  one, other = (
+    chosen(log_probs("opt", (1, 1, 1), rollout._replace(guidance=weights)), rollout.codes)
+    for weights in (np.tile(np.float32(w), (8, IMAGE, 1)) for w in ([1, 0], [0, 1]))
+  )
+  contrast = np.abs(one - other)
+  np.testing.assert_allclose(found, contrast / contrast.mean(1, keepdims=True), atol=1e-3)
+  # If both streams are equal, the prompt decides nothing, and each code has the same credit.
+  same = [np.repeat(x.reshape(8, 2, -1)[:, :1], 2, 1).reshape(16, -1) for x in rollout[:3]]
+  np.testing.assert_allclose(credit_of(grpo.Rollout(*same, *rollout[3:])), 1, atol=1e-5)
 
 
 def test_rows_are_padded_on_the_left():

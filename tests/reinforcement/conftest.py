@@ -1,0 +1,47 @@
+import dataclasses
+
+from etils import epath
+import pytest
+
+from cm3leon_jax.data.instructions.config import InstructionsConfig
+from cm3leon_jax.data.instructions.task_files import read_tasks
+from cm3leon_jax.generation.tasks import PromptLayout
+from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.trained.run import Run
+from cm3leon_jax.training.config import ReinforceConfig
+from tests.generation.run import make_config, make_run
+
+SETTINGS = settings_from_config(make_config(positions=192))
+NAMES = ("draw", "recolor")
+GROUP, BATCH = 4, 16
+
+
+def settings_of(**fields):
+  """Returns settings of a tiny run; `fields` are those of `ReinforceConfig`."""
+  tasks = tuple(
+    dataclasses.replace(task, heldout_records=8)
+    for task in read_tasks("scenes")
+    if task.name in (*NAMES, "count")
+  )
+  optimizer = dataclasses.replace(SETTINGS.optimizer, learning_rate=0.01, warmup_steps=0)
+  train = dataclasses.replace(SETTINGS.train, steps=12, global_batch_size=BATCH)
+  reinforce = ReinforceConfig(tasks=NAMES, samples=GROUP, kl_weight=0.0, rounds=2)
+  return dataclasses.replace(
+    SETTINGS,
+    instructions=InstructionsConfig(own_tasks=tasks, max_records=1),
+    optimizer=optimizer,
+    train=train,
+    reinforce=dataclasses.replace(reinforce, **fields),
+  )
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+  run = epath.Path(tmp_path_factory.mktemp("run"))
+  make_run(run)
+  return run
+
+
+@pytest.fixture(scope="session")
+def layout(workdir):
+  return PromptLayout.of(Run(workdir, SETTINGS))
