@@ -44,7 +44,8 @@ def init(model: ModelConfig, config: AdapterConfig, key: Key[Array, ""]) -> dict
   A is normally distributed with variance 1 / in, so that x A has the size of x. B is 0, and so are
   the rows of tables, "embed" and "head", which exist only if `config` has tokens.
   """
-  sizes, adapters = _sizes(model), {}
+  sizes = _sizes(model)
+  adapters: dict = {}
   for name in config.matrices(model):
     ins, outs = AXES[name]
     key, own = jax.random.split(key)

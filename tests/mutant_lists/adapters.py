@@ -76,8 +76,8 @@ ADAPTERS = mutants_of(
   f"{PEFT_TEST}::test_the_adapters_are_read_as_they_were_written",
   (
     "loaded_factors_are_not_transposed",
-    "found[theirs].T.reshape(shape)",
-    "found[theirs].reshape(shape)",
+    "tensor(theirs, shape).T.reshape(shape)",
+    "tensor(theirs, shape).reshape(shape)",
   ),
   f"{PEFT_TEST}::test_peft_reads_the_sums_of_rows",
   ("peft_gets_differences", 'source = f"{SUMS}.{name}"', "source = name"),
