@@ -70,6 +70,11 @@ class Settings:
     if self.adapter.rank:
       self.adapter.matrices(self.model)
     self.adapter.ids(self.model.vocab_size)
+    if self.vocab.image_size % self.vqgan.num_colors and self.vqgan.code_colors:
+      raise ValueError(
+        f"vqgan.num_colors is {self.vqgan.num_colors}; it must divide vocab.image_size = "
+        f"{self.vocab.image_size}."
+      )
     if self.vqgan.quantizer == "fsq":
       check_levels(self.vocab.image_size, self.vqgan.code_dim)
     for field in ("num_heads", "mlp_width"):
@@ -101,13 +106,15 @@ SECTIONS: dict[str, Any] = {
 def default_config() -> ml_collections.ConfigDict:
   """Returns a config with the defaults of all fields, so that a flag can override each of them.
 
-  `model.vocab_size` is None, because `settings_from_config` computes it from `vocab`.
+  `model.vocab_size` and `model.code_colors` are None, because `settings_from_config` computes them
+  from `vocab` and `vqgan`.
   """
   sections = {
     name: {f.name: f.default for f in dataclasses.fields(cls)} for name, cls in SECTIONS.items()
   }
   config = ml_collections.ConfigDict({"seed": 0, **sections})
-  config.model.vocab_size = ml_collections.config_dict.placeholder(int)
+  for field in ("vocab_size", "code_colors"):
+    config.model[field] = ml_collections.config_dict.placeholder(int)
   return config
 
 
@@ -132,6 +139,8 @@ def settings_from_config(config: Mapping[str, Any] | ml_collections.ConfigDict) 
   model = dict(config["model"])
   if model.get("vocab_size") is None:
     model["vocab_size"] = vocab.size
+  if model.get("code_colors") is None:
+    model["code_colors"] = build(VQGANConfig, config["vqgan"], "vqgan").code_colors
   values = {**dict(config), "model": model}
   sections = {name: build(cls, values[name], name) for name, cls in SECTIONS.items()}
   sections["adapter"] = sections["adapter"].over(vocab)

@@ -10,7 +10,7 @@ import optax
 from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.faults.fingerprint import Fingerprint, fingerprint
-from cm3leon_jax.training.step.optimizer import create_optimizer
+from cm3leon_jax.training.step.optimizer import create_optimizer, on_pairs
 from cm3leon_jax.training.step.state import TrainState, eval_step, init_state, train_step
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.xla_options import compiler_options
@@ -62,8 +62,10 @@ def compile_steps(
 
   If `adapter` has a rank, only adapters are trained, and the functions need a base (`Steps.over`).
   """
-  optimizer = create_optimizer(optimizer_config, config.steps)
   adapter = adapter or AdapterConfig()
+  optimizer = create_optimizer(optimizer_config, config.steps)
+  if model.code_colors and not adapter.rank:
+    optimizer = on_pairs(optimizer, vocab.text_size, model.code_colors)
 
   def make_step(optimizer: optax.GradientTransformation) -> Callable:
     return functools.partial(

@@ -42,10 +42,11 @@ VARIANTS = {
   "blocks of the encoder": PLAIN | {"encoder_blocks": (1, 2)},
 }  # fmt: skip
 VARIANTS |= {
-  f"quantizer {name}": PLAIN | {"quantizer": name, "code_dim": 2 if name == "fsq" else 4}
-  for name in get_args(Quantizer)
-  if name
+  "quantizer fsq": PLAIN | {"quantizer": "fsq", "code_dim": 2},
+  "quantizer shape_color": VARIANTS["local codes"]
+  | {"quantizer": "shape_color", "code_dim": 9, "num_colors": 2},
 }
+assert {f"quantizer {name}" for name in get_args(Quantizer) if name} <= {*VARIANTS}
 
 
 def random_tokenizer(fields: dict) -> ImageTokenizer:

@@ -16,15 +16,23 @@ from tests.tokenizers.tiny import random_images, tiny_config
 
 CONFIG = tiny_config(code_dim=2, steps=10)
 NUM_CODES = 24
-KINDS = ("", "fsq")
+KINDS = ("", "fsq", "shape_color")
+NUM_COLORS = 4  # Of `shape_color`, whose codes have 6 channels.
 
 
 def config_of(kind, **fields):
+  if kind == "shape_color":
+    fields |= {"code_dim": dim_of(kind), "num_colors": NUM_COLORS, "local_codes": True}
   return dataclasses.replace(CONFIG, quantizer=kind, **fields)
 
 
-def make(kind, num_codes=NUM_CODES, code_dim=2):
-  return quantizers.make(kind, num_codes, code_dim, nnx.Rngs(params=0))
+def dim_of(kind):
+  return 6 if kind == "shape_color" else 2
+
+
+def make(kind, num_codes=NUM_CODES, code_dim=None):
+  code_dim = code_dim or dim_of(kind)
+  return quantizers.make(kind, num_codes, code_dim, nnx.Rngs(params=0), NUM_COLORS)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,7 @@ def images():
 def test_every_code_is_its_own_nearest_code(kind):
   codebook, indices = make(kind), np.arange(NUM_CODES).reshape(4, 6)
   q = codebook(indices)
-  assert q.shape == (4, 6, 2)
+  assert q.shape == (4, 6, dim_of(kind))
   np.testing.assert_array_equal(codebook.nearest(q), indices)
   assert codebook.nearest(q).dtype == jnp.int32
 
@@ -44,10 +52,28 @@ def test_every_code_is_its_own_nearest_code(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_decoder_receives_the_codes(kind):
   codebook = make(kind)
-  z = codebook.prepare(jax.random.normal(jax.random.key(1), (50, 2)))
+  z = codebook.prepare(jax.random.normal(jax.random.key(1), (50, dim_of(kind))))
   q = codebook(codebook.nearest(z))
   assert jnp.abs(z - q).max() > 1e-2
   np.testing.assert_allclose(quantizers.straight_through(z, q), q, atol=1e-6)
+
+
+def test_the_nearest_pair_is_the_nearest_shape_and_the_nearest_color():
+  codebook = quantizers.make("shape_color", 6 * 8, 7, nnx.Rngs(params=0), 8)
+  z = codebook.prepare(jax.random.normal(jax.random.key(1), (200, 7)))
+  shapes, colors = (quantizers.l2_normalize(x[...]) for x in (codebook.shapes, codebook.colors))
+  nearest = jnp.argmax(z[:, :3] @ shapes.T, -1) * 8 + jnp.argmax(z[:, 3:] @ colors.T, -1)
+  np.testing.assert_array_equal(codebook.nearest(z), nearest)
+  np.testing.assert_allclose(np.linalg.norm(codebook.vectors(), axis=1), 1, atol=1e-5)
+  np.testing.assert_array_equal(codebook.nearest(codebook(np.arange(48))), np.arange(48))
+
+
+def test_only_shapes_and_colors_of_no_used_code_restart():
+  tables = {"shapes": jnp.zeros((3, 2)), "colors": jnp.zeros((2, 4))}
+  usage = jnp.array([[5, 0], [0, 0], [1, 0]]).ravel()
+  found = quantizers.restarted(tables, usage, jnp.ones((6, 6)))
+  np.testing.assert_array_equal(found["shapes"].sum(1), [0, 2, 0])
+  np.testing.assert_array_equal(found["colors"].sum(1), [0, 4])
 
 
 @pytest.mark.parametrize("num_codes", [24, 105, 1_000, 8_192])

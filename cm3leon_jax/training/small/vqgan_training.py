@@ -18,7 +18,7 @@ import optax
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers import discriminator as discriminator_lib
-from cm3leon_jax.tokenizers import losses, vqgan
+from cm3leon_jax.tokenizers import losses, quantizers, vqgan
 from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import trainer, vqgan_watch
@@ -152,16 +152,15 @@ def restart_dead_codes(
   The new codes are drawn at random from the encodings of `images`, uint8 [B, H, W, 3]. `state` is
   described in `init_state`, and is donated.
   """
-  table, usage = state["params"]["codebook"]["table"], state["usage"]
+  tables, usage = state["params"]["codebook"], state["usage"]
   model = vqgan.bind(config, len(usage), state["params"])
   z = model.codebook.prepare(model.encoder(vqgan.to_float(images))).reshape(-1, config.code_dim)
   chosen = z[jax.random.randint(key, (len(usage),), 0, len(z))]
-  dead = (usage == 0)[:, None]
-  params = {**state["params"], "codebook": {"table": jnp.where(dead, chosen, table)}}
+  params = {**state["params"], "codebook": quantizers.restarted(tables, usage, chosen)}
   state = {**state, "params": params, "usage": jnp.zeros_like(usage)}
   if "ema" in state:  # The average would otherwise retain the dead codes for many steps.
-    table = jnp.where(dead, chosen, state["ema"]["codebook"]["table"])
-    state["ema"] = {**state["ema"], "codebook": {"table": table}}
+    tables = quantizers.restarted(state["ema"]["codebook"], usage, chosen)
+    state["ema"] = {**state["ema"], "codebook": tables}
   return trainer.keep_layout(state)
 
 

@@ -1,5 +1,6 @@
 """Creates AdamW or Muon with clipping, warm-up and decay; updates the average of the parameters."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +9,8 @@ from jaxtyping import Array, Int32
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from cm3leon_jax.models.adapters import AXES
+from cm3leon_jax.models import pairs
+from cm3leon_jax.models.adapters import AXES, TABLES
 from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.numerics import watch_norm
 
@@ -42,6 +44,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   """Creates the optimizer of a run of `steps` steps. Its state is sharded like the parameters."""
   without_decay = {"scale"} if config.decay_embeddings else {"scale", "embed", "positions"}
+  if "embed" in without_decay:
+    without_decay |= {f"embed_{name}" for name in pairs.Parts._fields}
 
   def decayed(params: dict) -> dict:
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in without_decay, params)
@@ -78,6 +82,34 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
   # state has the same structure as in older checkpoints.
   watch = [watch_norm(config.skip_above)] if config.skip_above else []
   return optax.chain(*watch, optax.clip_by_global_norm(config.clip_norm), *transforms)
+
+
+def on_pairs(
+  inner: optax.GradientTransformation, start: int, colors: int
+) -> optax.GradientTransformation:
+  """Updates the vectors of shapes and colors of the token tables instead of rows, see `pairs`.
+
+  `start` is the id of the first image code, and `colors` the number of colors.
+  """
+
+  def parts(tree: dict, split: Callable) -> dict:
+    found = {name: x for name, x in tree.items() if name not in TABLES}
+    for name in tree.keys() & set(TABLES):
+      of_table = split(tree[name], start, colors)._asdict()
+      found |= {f"{name}_{part}": x for part, x in of_table.items()}
+    return found
+
+  def update(updates: dict, state: optax.OptState, params: dict) -> tuple[dict, optax.OptState]:
+    before = parts(params, pairs.split)
+    changes, state = inner.update(parts(updates, pairs.split_gradient), state, before)
+    after = optax.apply_updates(before, changes)
+    result = {name: changes[name] for name in params if name not in TABLES}
+    for name in params.keys() & set(TABLES):
+      table = pairs.join(pairs.Parts(*(after[f"{name}_{part}"] for part in pairs.Parts._fields)))
+      result[name] = table - params[name]
+    return result, state
+
+  return optax.GradientTransformation(lambda params: inner.init(parts(params, pairs.split)), update)
 
 
 def _matrices(params: dict) -> dict:

@@ -1,0 +1,72 @@
+"""Splits token tables whose image codes are pairs of a shape and a color (`shape_color`).
+
+The row of the code (shape, color) is the sum of a vector of the shape and a vector of the color. So
+what is learned of a color holds for all shapes. Tables are stored with one row per code, like all
+other tables; only the optimizer sees the vectors.
+"""
+
+# V vocabulary, D width, T text tokens, K image codes, S shapes, C colors, K = S x C.
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cm3leon_jax.mesh import spec
+
+Rows = Float[Array, "_ D"]
+
+
+class Parts(NamedTuple):
+  """A token table: the rows of text tokens, and the vectors of shapes and colors."""
+
+  text: Float[Array, "T D"]
+  shapes: Float[Array, "S D"]
+  colors: Float[Array, "C D"]
+
+
+def split(table: Float[Array, "V D"], start: int, colors: int) -> Parts:
+  """Finds the vectors whose sums are nearest to the rows of a table. The colors have mean 0.
+
+  `start` (T) is the id of the first image code, and `colors` is C.
+  """
+
+  def parts(table: Float[Array, "V D"]) -> Parts:
+    codes = _codes(table, start, colors)
+    colored = codes.mean(0)
+    return Parts(table[:start], codes.mean(1), colored - colored.mean(0, keepdims=True))
+
+  return _on_any_layout(parts, Parts(*[spec(None, "embed")] * 3))(table)
+
+
+def split_gradient(gradient: Float[Array, "V D"], start: int, colors: int) -> Parts:
+  """Computes the gradients of the vectors from the gradient of a table."""
+
+  def parts(gradient: Float[Array, "V D"]) -> Parts:
+    codes = _codes(gradient, start, colors)
+    return Parts(gradient[:start], codes.sum(1), codes.sum(0))
+
+  return _on_any_layout(parts, Parts(*[spec(None, "embed")] * 3))(gradient)
+
+
+def join(parts: Parts) -> Float[Array, "V D"]:
+  """Computes a table from its parts."""
+
+  def table(parts: Parts) -> Float[Array, "V D"]:
+    codes = parts.shapes[:, None] + parts.colors[None]
+    return jnp.concatenate([parts.text, codes.reshape(-1, codes.shape[-1])])
+
+  return _on_any_layout(table, spec("vocab_stored", None))(parts)
+
+
+def _codes(table: Float[Array, "V D"], start: int, colors: int) -> Float[Array, "S C D"]:
+  return table[start:].reshape(-1, colors, table.shape[-1])
+
+
+def _on_any_layout(function: Callable, specs: jax.sharding.PartitionSpec | Parts) -> Callable:
+  """Lets the compiler choose the shardings inside a function. `specs` are those of its result."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return function
+  return jax.sharding.auto_axes(function, out_sharding=specs)

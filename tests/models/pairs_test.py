@@ -1,0 +1,122 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cm3leon_jax.models import pairs
+from cm3leon_jax.models.transformer import params_from_codebook
+from cm3leon_jax.training.config import OptimizerConfig
+from cm3leon_jax.training.step.optimizer import create_optimizer, on_pairs
+from tests.models.tiny import CONFIG, mesh_of
+
+# T text tokens, S shapes, C colors, D width.
+T, S, C, D = 8, 4, 6, 32
+START, COLORS = T, C
+
+
+def random_parts(seed):
+  rng = np.random.default_rng(seed)
+  parts = pairs.Parts(*(jnp.asarray(rng.normal(size=(n, D)), jnp.float32) for n in (T, S, C)))
+  return parts._replace(colors=parts.colors - parts.colors.mean(0, keepdims=True))
+
+
+def parts_of(tree):
+  return pairs.Parts(*(tree[f"embed_{name}"] for name in pairs.Parts._fields))
+
+
+def residual(table):
+  """Returns how far the rows of image codes are from sums of a shape and a color."""
+  codes = np.asarray(table)[T:].reshape(S, C, D)
+  sums = codes.mean(1, keepdims=True) + codes.mean(0) - codes.mean((0, 1))
+  return np.abs(codes - sums).max()
+
+
+def test_a_table_in_literals():
+  parts = pairs.Parts(
+    jnp.ones((1, 1)), jnp.array([[10.0], [20.0]]), jnp.array([[-1.0], [0], [1.0]])
+  )
+  table = jnp.array([[1.0], [9.0], [10.0], [11.0], [19.0], [20.0], [21.0]])
+  np.testing.assert_array_equal(pairs.join(parts), table)
+  for found, part in zip(pairs.split(table, 1, 3), parts):
+    np.testing.assert_array_equal(found, part)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 2)])
+def test_join_inverts_split_on_any_mesh(shape):
+  parts = random_parts(0)
+  with jax.set_mesh(mesh_of(*shape)):
+    table = jax.jit(pairs.join)(parts)
+    found = jax.jit(lambda x: pairs.split(x, START, COLORS))(table)
+  for a, b in zip(found, parts):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 2)])
+def test_updates_are_those_of_a_model_whose_parameters_are_the_vectors(name, shape):
+  """The oracle trains the vectors with the plain optimizer; its gradients come from autodiff."""
+  config = OptimizerConfig(name=name, learning_rate=1e-2, warmup_steps=0, weight_decay=0.1)
+  plain = create_optimizer(config, 10)
+  parts, target = random_parts(1), np.random.default_rng(2).normal(size=(T + S * C, D))
+
+  def loss(table):
+    return jnp.sum(jnp.tanh(table - target) ** 2)
+
+  @jax.jit
+  def oracle_step(parts, state):
+    tree = {f"embed_{k}": x for k, x in parts._asdict().items()}
+    grads = jax.grad(lambda p: loss(pairs.join(parts_of(p))))(tree)
+    updates, state = plain.update(grads, state, tree)
+    new = parts_of(optax.apply_updates(tree, updates))
+    # Sums do not change if a vector moves from all colors to all shapes.
+    shift = new.colors.mean(0, keepdims=True)
+    return new._replace(colors=new.colors - shift, shapes=new.shapes + shift), state
+
+  with jax.set_mesh(mesh_of(*shape)):
+    tied = on_pairs(plain, START, COLORS)
+    params = {"embed": jax.jit(pairs.join)(parts)}
+    oracle = pairs.Parts(*map(jnp.asarray, parts))
+    states = tied.init(params), plain.init({f"embed_{k}": x for k, x in oracle._asdict().items()})
+
+    @jax.jit
+    def step(params, state):
+      updates, state = tied.update(jax.grad(lambda p: loss(p["embed"]))(params), state, params)
+      return optax.apply_updates(params, updates), state
+
+    for _ in range(4):
+      params, state = step(params, states[0])
+      oracle, other = oracle_step(oracle, states[1])
+      states = state, other
+    np.testing.assert_allclose(params["embed"], pairs.join(oracle), atol=2e-5)
+    assert residual(params["embed"]) < 1e-5
+    # Negative control: rows that are updated one by one are no sums after a step.
+    free, _ = plain.update(jax.grad(lambda p: loss(p["embed"]))(params), plain.init(params), params)
+    assert residual(optax.apply_updates(params, free)["embed"]) > 1e-3
+
+
+def test_the_start_is_a_sum_with_the_variance_of_other_codes():
+  rng, key = np.random.default_rng(0), jax.random.key(0)
+  size = dataclasses.replace(CONFIG, vocab_size=T + 40 * C, width=64, family="modern")
+  start = dataclasses.replace(
+    size, codebook_start=0.5, tied_start=True, embed_std=0.1, init_std=0.02
+  )
+  shapes, colors = rng.normal(size=(40, 5)), rng.normal(size=(C, 3))
+  codebook = np.concatenate([np.repeat(shapes, C, 0), np.tile(colors, (40, 1))], 1)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    tables = [
+      jax.device_get(
+        params_from_codebook(dataclasses.replace(start, code_colors=n), T, codebook, key)
+      )
+      for n in (0, C)
+    ]
+  for name, std in (("embed", 0.1), ("head", 0.02)):
+    free, tied = (np.asarray(table[name])[T:].reshape(40, C, 64) for table in tables)
+    sums = tied.mean(1, keepdims=True) + tied.mean(0) - tied.mean((0, 1))
+    np.testing.assert_allclose(tied, sums, atol=1e-6)
+    assert (
+      np.abs(free - free.mean(1, keepdims=True) - free.mean(0) + free.mean((0, 1))).max() > 0.01
+    )
+    assert tied.std() == pytest.approx(std, rel=0.2)
