@@ -10,7 +10,7 @@ import optax
 from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.faults.fingerprint import Fingerprint, fingerprint
-from cm3leon_jax.training.step.optimizer import create_optimizer, on_pairs
+from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, eval_step, init_state, train_step
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.xla_options import compiler_options
@@ -63,9 +63,8 @@ def compile_steps(
   If `adapter` has a rank, only adapters are trained, and the functions need a base (`Steps.over`).
   """
   adapter = adapter or AdapterConfig()
-  optimizer = create_optimizer(optimizer_config, config.steps)
-  if model.code_colors and not adapter.rank:
-    optimizer = on_pairs(optimizer, vocab.text_size, model.code_colors)
+  colors = 0 if adapter.rank else model.code_colors
+  optimizer = create_optimizer(optimizer_config, config.steps, vocab.text_size, colors)
 
   def make_step(optimizer: optax.GradientTransformation) -> Callable:
     return functools.partial(

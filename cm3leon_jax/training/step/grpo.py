@@ -12,6 +12,7 @@ Each batch of samples is used for one step only, so the probability ratio to the
 # L = P + I - 1 tokens of a row, C image codes, D width.
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -204,6 +205,8 @@ def policy_step(
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
   """Updates a state by training it on samples that were drawn with its parameters.
 
+  Only `state.step` changes if all advantages are 0.
+
   Args:
     config: static, as all arguments before `state`.
     text_size: first id of an image code.
@@ -230,7 +233,10 @@ def policy_step(
   grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
   grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
   metrics |= {"text_loss": jnp.zeros(()), "weight": jnp.float32(rollout.codes.size)}
-  state, applied = apply_gradients(optimizer, state, grads, metrics["loss"], ema_decay)
+  new, applied = apply_gradients(optimizer, state, grads, metrics["loss"], ema_decay)
+  # If all advantages are 0, the gradient is rounding noise, of which Adam would make whole updates.
+  teaches, same = jnp.any(rollout.advantages != 0), dataclasses.replace(state, step=new.step)
+  state = jax.tree.map(functools.partial(jax.lax.select, teaches), new, same)
   return state, metrics | applied
 
 
@@ -248,7 +254,7 @@ def compile_step(
   step = functools.partial(
     policy_step,
     model,
-    create_optimizer(optimizer_config, steps),
+    create_optimizer(optimizer_config, steps, text_size, model.code_colors),
     text_size,
     config.kl_weight,
     config.temperature,

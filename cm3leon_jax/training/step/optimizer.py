@@ -41,8 +41,13 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
   )
 
 
-def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """Creates the optimizer of a run of `steps` steps. Its state is sharded like the parameters."""
+def create_optimizer(
+  config: OptimizerConfig, steps: int, start: int = 0, colors: int = 0
+) -> optax.GradientTransformation:
+  """Creates the optimizer of a run of `steps` steps. Its state is sharded like the parameters.
+
+  If `colors` is positive, it is `on_pairs`, where `start` is the id of the first image code.
+  """
   without_decay = {"scale"} if config.decay_embeddings else {"scale", "embed", "positions"}
   if "embed" in without_decay:
     without_decay |= {f"embed_{name}" for name in pairs.Parts._fields}
@@ -81,7 +86,8 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
   # `watch_norm` must see the norm before clipping. It is omitted if `skip_above` is 0, so that the
   # state has the same structure as in older checkpoints.
   watch = [watch_norm(config.skip_above)] if config.skip_above else []
-  return optax.chain(*watch, optax.clip_by_global_norm(config.clip_norm), *transforms)
+  chain = optax.chain(*watch, optax.clip_by_global_norm(config.clip_norm), *transforms)
+  return on_pairs(chain, start, colors) if colors else chain
 
 
 def on_pairs(

@@ -227,3 +227,19 @@ def test_steps_make_better_samples_more_likely_and_kl_holds_them_back():
     divergences[kl_weight] = float(metrics["kl"])
   assert gains[0.0] > 0.01
   assert divergences[10.0] < 0.5 * divergences[0.0]
+
+
+@pytest.mark.parametrize("teaches", [False, True])
+def test_a_step_whose_groups_teach_nothing_leaves_the_parameters_unchanged(teaches):
+  """The gradient is rounding noise then, but an update of Adam does not depend on its size."""
+  model = model_config("modern")
+  values = np.float32([1, -1, 0, 0, 0, 0, 0, 0]) * teaches
+  optimizer = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), 10)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params, reference = random_params(model), random_params(model, seed=1)
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    step = functools.partial(grpo.policy_step, model, optimizer, VOCAB.text_size, 0.3, 0.7)
+    new, _ = jax.jit(step)(state, reference, grpo.place(rollout_of("modern", values)))
+  changed = [bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (new.params, params)))]
+  assert any(changed) == teaches
+  assert int(new.step) == 1
