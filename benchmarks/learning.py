@@ -1,6 +1,6 @@
 """Compares changes of the demo's data and decoder: bound colors, copying, bits.
 
-  python -m benchmarks.learning --conditions="today,free rows,one codebook" --seeds=0,1
+  python -m benchmarks.learning --conditions=today,shape_color --seeds=0,1
 
 A condition changes one thing in the config `scenes`. All conditions have the text tokenizer and the
 CLIP of `today`, and each image tokenizer is trained once. The program trains a decoder for each
@@ -10,6 +10,7 @@ parts are skipped. Writes results.json and table.md, and for each run the images
 """
 
 from collections.abc import Sequence
+import dataclasses
 import pathlib
 
 from absl import app, flags
@@ -18,18 +19,24 @@ import numpy as np
 from benchmarks import experiment, learning_table, scene_card
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.configs import scenes as config_scenes
+from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.sources import splits
+from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.runs import table as stage_table
+from cm3leon_jax.scenes.judge import judge
 from cm3leon_jax.scenes.judge.baselines import TrainingScenes
+from cm3leon_jax.scenes.world import PLACES, Scene
 
 CONFIG = "ml_configs/scenes.py"
 STAGES = ("raw", "text_tokenizer", "vqgan", "documents", "clip", "neighbors")
+PAIRS = {"vqgan.quantizer": "shape_color", "vqgan.code_dim": 12}
 # Condition -> fields that differ from the config `scenes`: those of the data and tokenizers, and
 # those of the decoder.
 CONDITIONS: dict[str, tuple[dict, dict]] = {
   "today": ({}, {}),
-  "free rows": ({}, {"model.code_colors": 0}),
-  "one codebook": ({"vqgan.quantizer": "", "vqgan.code_dim": 8}, {}),
+  "shape_color": (PAIRS, {}),
+  "free_rows": (PAIRS, {"model.code_colors": 0}),
+  "four_places": ({**PAIRS, "scenes.rare_places": 4}, {}),
 }
 COUNTS = {
   "new claims": 300,
@@ -38,7 +45,6 @@ COUNTS = {
   "color named": 600,
   "no color named": 300,
   "rare": 321,
-  "rare elsewhere": 300,
 }
 SEEDS = {"rare": (1, 2)}  # Seeds of the samples of a set; (1,) for all others.
 NEVER = 1_000_000
@@ -84,8 +90,29 @@ def asked_of(model: CM3Leon) -> list[scene_card.Asked]:
   config = model.pipeline.settings.scenes
   trained = TrainingScenes.of_config(config)
   asked = scene_card.common(config, trained, COUNTS)
-  asked += scene_card.spaced(list(scene_card.rare(config)), COUNTS["rare"])
-  return asked + scene_card.spaced(list(scene_card.elsewhere(config)), COUNTS["rare elsewhere"])
+  return asked + scene_card.spaced(list(scene_card.rare(config)), COUNTS["rare"])
+
+
+@dataclasses.dataclass(frozen=True)
+class AfterDocument(TextToImage):
+  """Generates an image for a caption after given documents instead of retrieved ones."""
+
+  neighbors: tuple[Document, ...] = ()
+
+
+def moved(model: CM3Leon, asked: Sequence[scene_card.Asked], seed: int) -> np.ndarray:
+  """Draws each rare object after the bank's document that shows it at the next place."""
+  pipeline = model.pipeline
+  bank = {pipeline.documents[i].concept: i for i in range(len(pipeline.documents))}
+  shown = {Scene.parse(concept).objects[0]: i for concept, i in bank.items()}
+  at = {(one.object, one.place): i for one, i in shown.items()}
+  tasks = []
+  for row, one in enumerate(asked):
+    place = PLACES[(PLACES.index(one.placed.place) + 1) % len(PLACES)]
+    document = pipeline.documents[at[one.placed.object, place]]
+    settings = {"sampling": pipeline.settings.sampling, "seed": seed + row, "row": row}
+    tasks.append(AfterDocument(one.caption, neighbors=(document,), **settings))
+  return np.stack([np.asarray(sample.image) for [sample] in model.sample(tasks)])
 
 
 def measure(run: pathlib.Path) -> dict:
@@ -105,8 +132,16 @@ def measure(run: pathlib.Path) -> dict:
       }
       for one, verdict in zip(chosen, verdicts)
     ]  # fmt: skip
-  np.savez_compressed(run / "samples.npz", images=np.concatenate(images))
   of_rare = [one for one in asked if one.group == "rare"]
+  images.append(moved(model, of_rare, 1))
+  rows += [
+    {
+      "group": "rare moved", "concept": one.concept, "half": half_of(one.concept), "seed": 1,
+      "caption": one.caption, "lookup": False, "right": verdict.correct,
+    }
+    for one, verdict in zip(of_rare, judge.judge_all(images[-1], [one.facts for one in of_rare]))
+  ]  # fmt: skip
+  np.savez_compressed(run / "samples.npz", images=np.concatenate(images))
   scored = scene_card.neighbor_bits(model, of_rare)
   concepts = [one.concept for one in of_rare]
   return {

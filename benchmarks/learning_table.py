@@ -14,7 +14,7 @@ TITLES = {
   "new claims": "claims never made",
   "claims of training": "claims made",
   "rare": "rare",
-  "rare elsewhere": "rare, elsewhere",
+  "rare moved": "rare, document at another place",
 }
 BITS = {"own": "own", "own elsewhere": "own, elsewhere", "none": "none"}
 

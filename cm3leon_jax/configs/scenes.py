@@ -38,8 +38,6 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config.retrieval.min_similarity = 0.58
   # Each of the four places covers 4 x 4 codes, so an icon has the same codes at every place.
   config.vqgan.update(resolution=48, batch_size=16, learning_rate=0.012)
-  # A code is a pair of a shape and a color, so what is learned of a color holds for all shapes.
-  config.vqgan.update(quantizer="shape_color", num_colors=8, code_dim=12)
   config.clip.update(resolution=48, batch_size=128, shift=0.0)
   config.data.text_share = 0.0
   config.optimizer.learning_rate = 3e-3
@@ -56,8 +54,7 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
 
 def _lengthen(config: ml_collections.ConfigDict) -> None:
   config.scenes.update(train=80_000)
-  # The values of the bundled model.
-  config.vqgan.update(learning_rate=5e-3, l1_weight=0.5, quantizer="", code_dim=8)
+  config.vqgan.update(learning_rate=5e-3, l1_weight=0.5)  # The values of the bundled model.
   config.model.update(width=192, num_heads=3, mlp_width=448)
   config.optimizer.update(learning_rate=2e-3, warmup_steps=100, ema_decay=0.998)
   config.evaluation.update(scenes=600, scene_guidance=(1.0, 1.25, 1.5, 2.0))

@@ -111,6 +111,10 @@ class ScenesConfig:
   """Relative share of each category in the training scenes. Empty means equal shares."""
   rare_objects: Annotated[int, Field(ge=0, le=len(RARE))] = 1_000
   """Number of rare objects for the category `rare`. A fifth of them never occurs in training."""
+  rare_places: Annotated[int, Field(ge=1, le=4)] = 1
+  """Number of places at which training shows each rare object that is not held out. The bank shows
+  these objects first at one place. With 4, training documents therefore often have a neighbor that
+  shows their object at another place, and the decoder learns to move it."""
   style: Style = "filled"
   """Style in which objects are drawn. `filled` draws the icons unchanged; `outlined` draws only
   the edges of their ink. Captions do not name the style."""

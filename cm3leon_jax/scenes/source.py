@@ -68,7 +68,7 @@ def _train_scene(config: ScenesConfig, rng: random.Random) -> tuple[str, Scene]:
   total = world.number_of_scenes_of(config, category)
   while True:  # `ScenesSource.parts` checks that each category has a training scene.
     scene = world.scene_at(config, category, rng.randrange(total))
-    if world.split_of_scene(scene) == "train":
+    if world.split_of_scene(scene, config.rare_places) == "train":
       return category, scene
 
 
@@ -98,7 +98,7 @@ def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str,
   found: dict[str, list[Scene]] = {kind: [] for kind in (*_kinds(category), "train")}
   for i in np.random.default_rng((config.seed, number)).permutation(total):
     scene = world.scene_at(config, category, int(i))
-    scenes = found.get(world.split_of_scene(scene))
+    scenes = found.get(world.split_of_scene(scene, config.rare_places))
     if scenes is not None and len(scenes) < most:
       scenes.append(scene)
       if all(len(scenes) == most for scenes in found.values()):

@@ -31,7 +31,7 @@ HELDOUT_COLOR = dict(zip(_ordered, itertools.cycle(COLORS)))
 def rare_color(name: str) -> str:
   """Returns the color in which training and evaluation show a rare object.
 
-  Training shows the object only in this color, at `rare_place`. If the object is held out,
+  Training shows the object only in this color, at `rare_places`. If the object is held out,
   evaluation shows it in this color at all places. The bank shows it in the other colors.
   """
   return min(COLORS, key=lambda color: fraction(f"scenes/color/{name}/{color}"))
@@ -46,8 +46,14 @@ def bank_color(name: str) -> str:
 
 @functools.cache
 def rare_place(name: str) -> str:
-  """Returns the only place at which training shows a rare object that is not held out."""
+  """Returns the first place at which training and the bank show a rare object."""
   return min(PLACES, key=lambda place: fraction(f"scenes/place/{name}/{place}"))
+
+
+def rare_places(name: str, count: int) -> tuple[str, ...]:
+  """Returns the places at which training shows a rare object: `rare_place`, and those after it."""
+  first = PLACES.index(rare_place(name))
+  return tuple(PLACES[(first + i) % len(PLACES)] for i in range(count))
 
 
 @functools.cache
@@ -109,7 +115,7 @@ class Scene:
     return cls(tuple(sorted(objects, key=lambda placed: PLACES.index(placed.place))))
 
 
-def split_of_scene(scene: Scene) -> str:
+def split_of_scene(scene: Scene, places: int = 1) -> str:
   """Returns "train", "bank", or the first of these reasons why a scene is held out.
 
   - "rare": it shows a rare object that training never shows, in a color that the bank never shows.
@@ -119,7 +125,7 @@ def split_of_scene(scene: Scene) -> str:
 
   "bank" means that only the bank, which is never trained on, may show the scene: a rare object in a
   color or at a place in which training does not show it, or a single common object in its
-  `bank_color`.
+  `bank_color`. `places` is `ScenesConfig.rare_places`.
   """
   names = [placed.object for placed in scene.objects]
   rare = [placed for placed in scene.objects if placed.object not in COMMON]
@@ -128,7 +134,8 @@ def split_of_scene(scene: Scene) -> str:
   if any(is_heldout_rare(placed.object) for placed in rare):
     return "rare"
   if rare:
-    return "train" if all(placed.place == rare_place(placed.object) for placed in rare) else "bank"
+    known = all(placed.place in rare_places(placed.object, places) for placed in rare)
+    return "train" if known else "bank"
   if any(HELDOUT_COLOR.get(placed.object) == placed.color for placed in scene.objects):
     return "pair"
   if len(scene.objects) == 1 and scene.objects[0].color == bank_color(scene.objects[0].object):

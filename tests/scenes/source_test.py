@@ -258,6 +258,19 @@ def test_the_bank_alone_shows_the_rare_objects_that_are_held_out(folder):
     assert len(set(places)) == (4 if name in objects["heldout"] else 1)
 
 
+def test_more_places_of_rare_objects_change_neither_the_bank_nor_held_out_scenes():
+  few = dataclasses.replace(FEW, rare_places=4)
+  for split, count in (("heldout", few.heldout), ("bank", few.bank)):
+    made = [[scenes.pair(config, split, i) for i in range(count)] for config in (few, FEW)]
+    assert made[0] == made[1]
+  places: dict = {name: set() for name in rare_objects(few)}
+  for i in range(3_000):
+    [*shown] = Scene.parse(scenes.pair(few, "train", i).concept).objects
+    if shown[0].object in places:
+      places[shown[0].object].add(shown[0].place)
+  assert max(map(len, places.values())) == 4
+
+
 def test_a_held_out_scene_in_the_bank_is_a_leak(folder, tmp_path):
   pairs = reader.read_pairs(folder[0], "heldout")
   for kind in ("scene", "pair", "objects"):

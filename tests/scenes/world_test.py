@@ -107,6 +107,22 @@ def test_a_scene_is_held_out_for_the_first_reason():
     assert alone <= ({"bank"} if color == world.bank_color(name) else {"train", "scene"})
 
 
+def test_training_may_show_rare_objects_at_more_places():
+  never = next(name for name in RARE if world.is_heldout_rare(name))
+  seen = next(name for name in RARE if not world.is_heldout_rare(name))
+  for count in (1, 2, 4):
+    splits = {
+      name: [
+        world.split_of_scene(Scene((Placed(name, world.rare_color(name), place),)), count)
+        for place in PLACES
+      ]
+      for name in (never, seen)
+    }
+    assert splits[never] == ["rare"] * 4
+    assert splits[seen].count("train") == count
+    assert splits[seen][PLACES.index(world.rare_place(seen))] == "train"
+
+
 def test_shares_of_the_splits():
   """10% of the scenes that contain no held-out pair or objects are held out as whole scenes."""
   splits = [world.split_of_scene(scene) for scene in some_scenes("two_object", 4_000)]
