@@ -138,7 +138,8 @@ def test_another_tokenizer_is_not_overwritten(source, tmp_path):
 def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monkeypatch, capsys):
   """The tuned run's config may set other VQGAN sizes, which are unused, but not another grid."""
   run, tuned = tmp_path / "run", tmp_path / "tuned"
-  run.mkdir()
+  (run / "train").mkdir(parents=True)
+  (run / "train" / "config.json").touch()  # `settings_of_run` is replaced below.
   write_data(run)
   import_vqgan.main(SETTINGS, run, str(source[0]), "amused")
   monkeypatch.setattr(copies, "settings_of_run", lambda folder: SETTINGS)
