@@ -9,6 +9,7 @@ from cm3leon_jax.evaluation.intervals import mean_interval
 HALVES = ("choose", "report")
 TITLES = {
   "color named": "unseen color named",
+  "one object": "of these, one object",
   "no color named": "unseen color, not named",
   "objects never together": "objects never together",
   "new claims": "claims never made",
@@ -31,6 +32,9 @@ def table(runs: Sequence[dict]) -> dict:
 
 def _columns(runs: Sequence[dict], half: str) -> dict:
   rows = [row for run in runs for row in run["rows"] if row["half"] == half]
+  for row in list(rows):
+    if row["group"] == "color named" and ", " not in row["concept"]:
+      rows.append({**row, "group": "one object"})
   found = {}
   for group in TITLES:
     for measure in ("right", "lookup"):

@@ -28,15 +28,15 @@ from cm3leon_jax.trained.run import Run
 from cm3leon_jax.training.step import grpo
 
 
-def shares(rewards: Sequence[np.ndarray]) -> dict[str, float]:
+def shares(rewards: Sequence[np.ndarray], best: float = 1.0) -> dict[str, float]:
   """Returns the shares of groups without spread, by their reward, and of the mixed groups.
 
     rewards [[1 1] [0 0] [0 1] [0 0]] -> {"right": 0.25, "wrong": 0.5, "mixed": 0.25}
 
   Args:
-    rewards: [G] rewards of each group. The largest reward of all groups counts as right.
+    rewards: [G] rewards of each group.
+    best: reward of a sample that is right.
   """
-  best = max(map(np.max, rewards))
   dead = [np.ptp(group) == 0 for group in rewards]
   right = [equal and group[0] == best for equal, group in zip(dead, rewards)]
   count = len(rewards)
@@ -74,7 +74,8 @@ def gradient_of(objective: Rollouts) -> Callable[[dict, grpo.Rollout], np.ndarra
     log_probs = functools.partial(grpo.guided_log_probs, *fixed, temperature)
     reference = jax.lax.stop_gradient(log_probs(params, rollout))
     loss = functools.partial(grpo.policy_loss, *fixed, 0.0, temperature)
-    return jax.grad(loss, has_aux=True)(params, reference=reference, rollout=rollout)[0]
+    arrays = {"reference": reference, "rollout": rollout, "credit": settings.reinforce.credit}
+    return jax.grad(loss, has_aux=True)(params, **arrays)[0]
 
   def flattened(params: dict, rollout: grpo.Rollout) -> np.ndarray:
     grads = jax.device_get(compute(params, grpo.place(rollout)))
@@ -91,7 +92,7 @@ def measure(objective: Rollouts, params: dict, steps: int, only_mixed: bool) -> 
   times = [time.process_time()]
   for step in range(steps):
     numbers = range(step * each, (step + 1) * each)
-    prompts = [objective.prompts[number] for number in numbers]
+    prompts = [objective.prompts[number % len(objective.prompts)] for number in numbers]
     groups += objective.groups(pipeline, prompts, numbers, objective.sampling)
     times.append(time.process_time())
   by_task = {"all": groups}
@@ -99,7 +100,10 @@ def measure(objective: Rollouts, params: dict, steps: int, only_mixed: bool) -> 
     by_task.setdefault(group.prompt.task.name, []).append(group)
   for name, of_task in by_task.items():
     rewards = [group.rewards for group in of_task]
-    found = ", ".join(f"{kind} {share:.3f}" for kind, share in shares(rewards).items())
+    kinds = shares(rewards)
+    if settings.reinforce.reward != "judge":  # No reward of other kinds is that of a right sample.
+      kinds = {"mixed": kinds["mixed"]}
+    found = ", ".join(f"{kind} {share:.3f}" for kind, share in kinds.items())
     print(f"{name}: {len(of_task)} groups, reward {np.mean(rewards):.3f}, {found}", flush=True)
   print(f"processor seconds to sample a batch: {np.median(np.diff(times)):.1f}")
   used = [group for group in groups if not (only_mixed and group.is_dead)]

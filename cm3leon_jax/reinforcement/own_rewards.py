@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import importlib.util
 import pathlib
+import sys
 from typing import Any
 
 from jaxtyping import Float32, UInt8
@@ -45,10 +46,10 @@ class OwnReward:
     path = pathlib.Path(file)
     if not path.is_file():
       raise UserError(f"config.reinforce.reward is '{name}', but there is no file {path}.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"own_reward_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
       spec.loader.exec_module(module)
     except Exception as error:

@@ -9,6 +9,7 @@ def test_shares_of_groups_in_literals():
   found = reward_signal.shares(list(rewards))
   assert found == {"right": 0.25, "wrong": 0.5, "mixed": 0.25}
   assert reward_signal.shares(list(rewards[2:3])) == {"right": 0, "wrong": 0, "mixed": 1}
+  assert reward_signal.shares([np.zeros(2)]) == {"right": 0, "wrong": 1, "mixed": 0}
 
 
 def test_the_cosine_is_that_of_equal_opposite_and_independent_gradients():
