@@ -29,14 +29,14 @@ from cm3leon_jax.scenes.world import PLACES, Scene
 
 CONFIG = "ml_configs/scenes.py"
 STAGES = ("raw", "text_tokenizer", "vqgan", "documents", "clip", "neighbors")
-PAIRS = {"vqgan.quantizer": "shape_color", "vqgan.code_dim": 12}
+CODES = {"vqgan.quantizer": "shape_color", "vqgan.code_dim": 12}
 # Condition -> fields that differ from the config `scenes`: those of the data and tokenizers, and
 # those of the decoder.
 CONDITIONS: dict[str, tuple[dict, dict]] = {
   "today": ({}, {}),
-  "shape_color": (PAIRS, {}),
-  "free_rows": (PAIRS, {"model.code_colors": 0}),
-  "four_places": ({**PAIRS, "scenes.rare_places": 4}, {}),
+  "shape_color": (CODES, {}),
+  "free_rows": (CODES, {"model.code_colors": 0}),
+  "four_places": ({**CODES, "scenes.rare_places": 4}, {}),
 }
 COUNTS = {
   "new claims": 300,

@@ -17,7 +17,7 @@ import numpy as np
 
 from cm3leon_jax import parameters
 from cm3leon_jax.mesh import gathered, spec
-from cm3leon_jax.models import attention, pairs
+from cm3leon_jax.models import attention, shape_color
 from cm3leon_jax.models.config import ROPE_BASE, ModelConfig
 
 # Standard deviation of the initial learned positions, divided by init_std: 0.0002 / 0.006 (CM3Leon,
@@ -351,9 +351,11 @@ def params_from_codebook(
   def start(table: Float[Array, "V D"], std: float) -> Float[Array, "V D"]:
     if colors := config.code_colors:
       # Sums of two random vectors with half of the variance each.
-      text, shapes, ink = pairs.split(table, text_size, colors)
+      text, shapes, ink = shape_color.split(table, text_size, colors)
       scales = (math.sqrt(n / 2) for n in (colors, len(shapes)))
-      table = pairs.join(pairs.Parts(text, *(s * x for s, x in zip(scales, (shapes, ink)))))
+      table = shape_color.join(
+        shape_color.Parts(text, *(s * x for s, x in zip(scales, (shapes, ink))))
+      )
     layout = jax.typeof(table).sharding.spec
     near = jax.sharding.reshard(math.sqrt(share) * std * rows, layout)
     return jnp.where(is_code, math.sqrt(1 - share), 1) * table + near

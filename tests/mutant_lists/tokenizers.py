@@ -55,7 +55,7 @@ TOKENIZERS = mutants_of(
     "jnp.tile(shapes, (len(colors), 1)), jnp.tile(",
   ),
   ("used_shapes_restart", "(used.sum(1), new", "(used.min(1), new"),
-  "cm3leon_jax/models/pairs.py",
+  "cm3leon_jax/models/shape_color.py",
   ("colors_with_the_mean_of_the_codes", "colored - colored.mean(0, keepdims=True)", "colored"),
   (
     "gradient_of_a_mean",
@@ -63,7 +63,7 @@ TOKENIZERS = mutants_of(
     "codes.mean(1), codes.mean(0))",
   ),
   "cm3leon_jax/models/transformer.py",
-  "tests/models/pairs_test.py::test_the_start_is_a_sum_with_the_variance_of_other_codes",
+  "tests/models/shape_color_test.py::test_the_start_is_a_sum_with_the_variance_of_other_codes",
   ("start_without_sums", "if colors := config.code_colors:", "if colors := 0:"),
   "cm3leon_jax/training/steps.py",
   "tests/training/shape_color_run_test.py",

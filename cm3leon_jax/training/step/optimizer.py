@@ -9,7 +9,7 @@ from jaxtyping import Array, Int32
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from cm3leon_jax.models import pairs
+from cm3leon_jax.models import shape_color
 from cm3leon_jax.models.adapters import AXES, TABLES
 from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.numerics import watch_norm
@@ -46,11 +46,11 @@ def create_optimizer(
 ) -> optax.GradientTransformation:
   """Creates the optimizer of a run of `steps` steps. Its state is sharded like the parameters.
 
-  If `colors` is positive, it is `on_pairs`, where `start` is the id of the first image code.
+  If `colors` is positive, it is `on_vectors`, where `start` is the id of the first image code.
   """
   without_decay = {"scale"} if config.decay_embeddings else {"scale", "embed", "positions"}
   if "embed" in without_decay:
-    without_decay |= {f"embed_{name}" for name in pairs.Parts._fields}
+    without_decay |= {f"embed_{name}" for name in shape_color.Parts._fields}
 
   def decayed(params: dict) -> dict:
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in without_decay, params)
@@ -87,13 +87,13 @@ def create_optimizer(
   # state has the same structure as in older checkpoints.
   watch = [watch_norm(config.skip_above)] if config.skip_above else []
   chain = optax.chain(*watch, optax.clip_by_global_norm(config.clip_norm), *transforms)
-  return on_pairs(chain, start, colors) if colors else chain
+  return on_vectors(chain, start, colors) if colors else chain
 
 
-def on_pairs(
+def on_vectors(
   inner: optax.GradientTransformation, start: int, colors: int
 ) -> optax.GradientTransformation:
-  """Updates the vectors of shapes and colors of the token tables instead of rows, see `pairs`.
+  """Updates the vectors of shapes and colors of token tables instead of rows, see `shape_color`.
 
   `start` is the id of the first image code, and `colors` the number of colors.
   """
@@ -106,16 +106,20 @@ def on_pairs(
     return found
 
   def update(updates: dict, state: optax.OptState, params: dict) -> tuple[dict, optax.OptState]:
-    before = parts(params, pairs.split)
-    changes, state = inner.update(parts(updates, pairs.split_gradient), state, before)
+    before = parts(params, shape_color.split)
+    changes, state = inner.update(parts(updates, shape_color.split_gradient), state, before)
     after = optax.apply_updates(before, changes)
     result = {name: changes[name] for name in params if name not in TABLES}
     for name in params.keys() & set(TABLES):
-      table = pairs.join(pairs.Parts(*(after[f"{name}_{part}"] for part in pairs.Parts._fields)))
+      table = shape_color.join(
+        shape_color.Parts(*(after[f"{name}_{part}"] for part in shape_color.Parts._fields))
+      )
       result[name] = table - params[name]
     return result, state
 
-  return optax.GradientTransformation(lambda params: inner.init(parts(params, pairs.split)), update)
+  return optax.GradientTransformation(
+    lambda params: inner.init(parts(params, shape_color.split)), update
+  )
 
 
 def _matrices(params: dict) -> dict:

@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from cm3leon_jax.models import pairs
+from cm3leon_jax.models import shape_color
 from cm3leon_jax.models.transformer import params_from_codebook
 from cm3leon_jax.training.config import OptimizerConfig
-from cm3leon_jax.training.step.optimizer import create_optimizer, on_pairs
+from cm3leon_jax.training.step.optimizer import create_optimizer, on_vectors
 from tests.models.tiny import CONFIG, mesh_of
 
 # T text tokens, S shapes, C colors, D width.
@@ -19,12 +19,12 @@ START, COLORS = T, C
 
 def random_parts(seed):
   rng = np.random.default_rng(seed)
-  parts = pairs.Parts(*(jnp.asarray(rng.normal(size=(n, D)), jnp.float32) for n in (T, S, C)))
+  parts = shape_color.Parts(*(jnp.asarray(rng.normal(size=(n, D)), jnp.float32) for n in (T, S, C)))
   return parts._replace(colors=parts.colors - parts.colors.mean(0, keepdims=True))
 
 
 def parts_of(tree):
-  return pairs.Parts(*(tree[f"embed_{name}"] for name in pairs.Parts._fields))
+  return shape_color.Parts(*(tree[f"embed_{name}"] for name in shape_color.Parts._fields))
 
 
 def residual(table):
@@ -35,12 +35,12 @@ def residual(table):
 
 
 def test_a_table_in_literals():
-  parts = pairs.Parts(
+  parts = shape_color.Parts(
     jnp.ones((1, 1)), jnp.array([[10.0], [20.0]]), jnp.array([[-1.0], [0], [1.0]])
   )
   table = jnp.array([[1.0], [9.0], [10.0], [11.0], [19.0], [20.0], [21.0]])
-  np.testing.assert_array_equal(pairs.join(parts), table)
-  for found, part in zip(pairs.split(table, 1, 3), parts):
+  np.testing.assert_array_equal(shape_color.join(parts), table)
+  for found, part in zip(shape_color.split(table, 1, 3), parts):
     np.testing.assert_array_equal(found, part)
 
 
@@ -48,8 +48,8 @@ def test_a_table_in_literals():
 def test_join_inverts_split_on_any_mesh(shape):
   parts = random_parts(0)
   with jax.set_mesh(mesh_of(*shape)):
-    table = jax.jit(pairs.join)(parts)
-    found = jax.jit(lambda x: pairs.split(x, START, COLORS))(table)
+    table = jax.jit(shape_color.join)(parts)
+    found = jax.jit(lambda x: shape_color.split(x, START, COLORS))(table)
   for a, b in zip(found, parts):
     np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -68,7 +68,7 @@ def test_updates_are_those_of_a_model_whose_parameters_are_the_vectors(name, sha
   @jax.jit
   def oracle_step(parts, state):
     tree = {f"embed_{k}": x for k, x in parts._asdict().items()}
-    grads = jax.grad(lambda p: loss(pairs.join(parts_of(p))))(tree)
+    grads = jax.grad(lambda p: loss(shape_color.join(parts_of(p))))(tree)
     updates, state = plain.update(grads, state, tree)
     new = parts_of(optax.apply_updates(tree, updates))
     # Sums do not change if a vector moves from all colors to all shapes.
@@ -76,9 +76,9 @@ def test_updates_are_those_of_a_model_whose_parameters_are_the_vectors(name, sha
     return new._replace(colors=new.colors - shift, shapes=new.shapes + shift), state
 
   with jax.set_mesh(mesh_of(*shape)):
-    tied = on_pairs(plain, START, COLORS)
-    params = {"embed": jax.jit(pairs.join)(parts)}
-    oracle = pairs.Parts(*map(jnp.asarray, parts))
+    tied = on_vectors(plain, START, COLORS)
+    params = {"embed": jax.jit(shape_color.join)(parts)}
+    oracle = shape_color.Parts(*map(jnp.asarray, parts))
     states = tied.init(params), plain.init({f"embed_{k}": x for k, x in oracle._asdict().items()})
 
     @jax.jit
@@ -90,7 +90,7 @@ def test_updates_are_those_of_a_model_whose_parameters_are_the_vectors(name, sha
       params, state = step(params, states[0])
       oracle, other = oracle_step(oracle, states[1])
       states = state, other
-    np.testing.assert_allclose(params["embed"], pairs.join(oracle), atol=2e-5)
+    np.testing.assert_allclose(params["embed"], shape_color.join(oracle), atol=2e-5)
     assert residual(params["embed"]) < 1e-5
     # Negative control: rows that are updated one by one are no sums after a step.
     free, _ = plain.update(jax.grad(lambda p: loss(p["embed"]))(params), plain.init(params), params)

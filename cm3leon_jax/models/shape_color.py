@@ -16,8 +16,6 @@ from jaxtyping import Array, Float
 
 from cm3leon_jax.mesh import spec
 
-Rows = Float[Array, "_ D"]
-
 
 class Parts(NamedTuple):
   """A token table: the rows of text tokens, and the vectors of shapes and colors."""
