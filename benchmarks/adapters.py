@@ -3,11 +3,11 @@
   python -m benchmarks.adapters --conditions=full,rank_4,rank_16 --rates=1,2,4
 
 All runs start from the bundled model `scenes`, with the config `scenes_instruct`, the same rows in
-the same order, and without replay. The program trains each condition with several learning rates
-and goes on with the rate of the lowest held-out loss. It grades the answers to the same held-out
-records, compares them with those of the full training record by record, and measures what was
-forgotten of `scenes`. The intervals cover the choice of the records, not the seed of the training.
-A stopped command continues where it stopped. results.json and table.md contain the results.
+the same order, and without replay. The program trains each condition with several learning rates.
+It grades and measures only the run with the lowest held-out loss: its answers to held-out records,
+which are compared with those of the full training record by record, and what it forgot of `scenes`.
+The intervals cover the choice of the records, not the seed of the training. A stopped command
+continues where it stopped. results.json and table.md contain the results.
 """
 
 from collections import Counter

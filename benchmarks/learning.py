@@ -25,7 +25,7 @@ from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.scenes.judge import judge
 from cm3leon_jax.scenes.judge.baselines import TrainingScenes
-from cm3leon_jax.scenes.world import PLACES, Scene
+from cm3leon_jax.scenes.world import PLACES
 
 CONFIG = "ml_configs/scenes.py"
 STAGES = ("raw", "text_tokenizer", "vqgan", "documents", "clip", "neighbors")
@@ -103,9 +103,8 @@ class AfterDocument(TextToImage):
 def moved(model: CM3Leon, asked: Sequence[scene_card.Asked], seed: int) -> np.ndarray:
   """Draws each rare object after the bank's document that shows it at the next place."""
   pipeline = model.pipeline
-  bank = {pipeline.documents[i].concept: i for i in range(len(pipeline.documents))}
-  shown = {Scene.parse(concept).objects[0]: i for concept, i in bank.items()}
-  at = {(one.object, one.place): i for one, i in shown.items()}
+  placed = scene_card.placed_in(pipeline.documents)
+  at = {(one.object, one.place): i for one, i in placed.items()}
   tasks = []
   for row, one in enumerate(asked):
     place = PLACES[(PLACES.index(one.placed.place) + 1) % len(PLACES)]

@@ -21,7 +21,7 @@ from benchmarks import experiment
 from benchmarks import scene_card_table as table
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents.store import Document, Segment
+from cm3leon_jax.data.documents.store import Bank, Document, Segment
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.sources import splits
 from cm3leon_jax.evaluation.likelihood import bits
@@ -185,6 +185,11 @@ def ranking(model: CM3Leon, asked: Sequence[Asked], count: int, seed: int) -> li
   return [{"object": one.concept, "caption": one.caption, "share": float(s)} for s, one in ordered]
 
 
+def placed_in(bank: Bank) -> dict[Placed, int]:
+  """Returns the object that each document of the bank shows -> number of the document."""
+  return {Scene.parse(bank[i].concept).objects[0]: i for i in range(len(bank))}
+
+
 def neighbor_bits(model: CM3Leon, asked: Sequence[Asked]) -> dict[str, np.ndarray]:
   """Returns condition -> [n] bits per code of images of rare objects, after different neighbors.
 
@@ -192,7 +197,7 @@ def neighbor_bits(model: CM3Leon, asked: Sequence[Asked]) -> dict[str, np.ndarra
   another color. The condition "none" has no neighbor.
   """
   layout, bank = model.pipeline.layout, model.pipeline.documents
-  placed = {Scene.parse(bank[i].concept).objects[0]: i for i in range(len(bank))}
+  placed = placed_in(bank)
   at = {(one.object, one.place): i for one, i in placed.items()}
   colors = {(one.object, one.place): one.color for one in placed}
 

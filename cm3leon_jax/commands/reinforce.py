@@ -37,7 +37,7 @@ def _objective(run: Run, start: Weights, reference: dict) -> tuple[Rollouts, lis
   from cm3leon_jax.reinforcement import rollouts
   from cm3leon_jax.trained import bundles
 
-  # A run of prompts usually has no bank of its own.
+  # The run can have its own bank; otherwise it uses that of its start.
   folders = (run.folder, bundles.stages_folder(bundles.folder_of(start.source)))
   banks = (folder for folder in folders if (folder / "neighbors").exists())
   return rollouts.open_rollouts(run, reference, next(banks, None))

@@ -52,7 +52,7 @@ class OwnReward:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
       spec.loader.exec_module(module)
-    except Exception as error:
+    except Exception as error:  # Code of the user can raise any error.
       raise UserError(
         f"config.reinforce.reward is '{name}', but {path} cannot be imported: "
         f"{type(error).__name__}: {error}"
@@ -85,7 +85,7 @@ class OwnReward:
     try:
       found = np.asarray(self.function(list(prompts), images, list(records)))
       scores = found.astype(np.float32)
-    except Exception as error:
+    except Exception as error:  # Code of the user can raise any error.
       raise UserError(
         f"config.reinforce.reward: {self.name} raised {type(error).__name__}: {error}"
       ) from error
