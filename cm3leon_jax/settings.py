@@ -69,12 +69,7 @@ class Settings:
       )
     if self.adapter.rank:
       self.adapter.matrices(self.model)
-    ids = self.adapter.ids(self.model.vocab_size)
-    if self.model.code_colors and max(ids, default=0) >= self.vocab.text_size:
-      raise ValueError(
-        "adapter.tokens names image codes, whose rows are sums of a shape and a color "
-        "(vqgan.quantizer=shape_color) and cannot be trained one by one: leave them out."
-      )
+    self.adapter.ids(self.model.vocab_size)  # Raises if one does not exist.
     if self.vocab.image_size % self.vqgan.num_colors and self.vqgan.code_colors:
       raise ValueError(
         f"vqgan.num_colors is {self.vqgan.num_colors}; it must divide vocab.image_size = "

@@ -31,11 +31,6 @@ from tests.settings_test import settings_with
       "vqgan__local_codes": True,
       "vqgan__num_colors": 7,
     },
-    {
-      "model__code_colors": 8,
-      "adapter__rank": 2,
-      "adapter__tokens": ("image",),
-    },
     {"clip__patch": 48},
     {"retrieval__max_candidates": 1},
     {"data__interleaved_share": 0.5},

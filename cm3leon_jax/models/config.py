@@ -67,8 +67,8 @@ class ModelConfig:
   `vocab`."""
   code_colors: NonNegativeInt = 0
   """Number of colors, if image codes are pairs of a shape and a color, else 0. Omit it in a config,
-  because it is computed from `vqgan`. The row of such a code in the token tables is the sum of a
-  vector of its shape and a vector of its color, so what is learned of a color holds for all
+  because it is computed from `vqgan`. The row of such a code in the token tables is the sum of
+  vectors of its shape, its color and the pair, so what is learned of a color holds for all
   shapes."""
   num_layers: PositiveInt = 32
   """Number of layers."""

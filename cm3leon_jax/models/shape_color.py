@@ -1,8 +1,9 @@
 """Splits token tables whose image codes are pairs of a shape and a color (`shape_color`).
 
-The row of the code (shape, color) is the sum of a vector of the shape and a vector of the color. So
-what is learned of a color holds for all shapes. Tables are stored with one row per code, like all
-other tables; only the optimizer sees the vectors.
+The row of the code (shape, color) is the sum of a vector of the shape, a vector of the color, and a
+vector of the pair. What is learned of a color through the first two holds for all shapes. The third
+lets a decoder prefer two pairs without preferring the shape of one in the color of the other. The
+tables are stored with one row per code, like all other tables; only the optimizer sees the vectors.
 """
 
 # V vocabulary, D width, T text tokens, K image codes, S shapes, C colors, K = S x C.
@@ -18,25 +19,28 @@ from cm3leon_jax.mesh import spec
 
 
 class Parts(NamedTuple):
-  """A token table: the rows of text tokens, and the vectors of shapes and colors."""
+  """A token table: the rows of text tokens, and the vectors of shapes, colors and pairs."""
 
   text: Float[Array, "T D"]
   shapes: Float[Array, "S D"]
   colors: Float[Array, "C D"]
+  pairs: Float[Array, "S C D"]
 
 
 def split(table: Float[Array, "V D"], start: int, colors: int) -> Parts:
-  """Finds the vectors whose sums are nearest to the rows of a table. The colors have mean 0.
+  """Splits a table into vectors whose sums are its rows.
 
-  `start` (T) is the id of the first image code, and `colors` is C.
+  The vectors of colors have mean 0, and those of pairs have mean 0 over the shapes and over the
+  colors. `start` (T) is the id of the first image code, and `colors` is C.
   """
 
   def parts(table: Float[Array, "V D"]) -> Parts:
     codes = _codes(table, start, colors)
-    colored = codes.mean(0)
-    return Parts(table[:start], codes.mean(1), colored - colored.mean(0, keepdims=True))
+    shapes, colored = codes.mean(1), codes.mean(0)
+    colored = colored - colored.mean(0, keepdims=True)
+    return Parts(table[:start], shapes, colored, codes - shapes[:, None] - colored[None])
 
-  return _on_any_layout(parts, Parts(*[spec(None, "embed")] * 3))(table)
+  return _on_any_layout(parts, _specs())(table)
 
 
 def split_gradient(gradient: Float[Array, "V D"], start: int, colors: int) -> Parts:
@@ -44,19 +48,23 @@ def split_gradient(gradient: Float[Array, "V D"], start: int, colors: int) -> Pa
 
   def parts(gradient: Float[Array, "V D"]) -> Parts:
     codes = _codes(gradient, start, colors)
-    return Parts(gradient[:start], codes.sum(1), codes.sum(0))
+    return Parts(gradient[:start], codes.sum(1), codes.sum(0), codes)
 
-  return _on_any_layout(parts, Parts(*[spec(None, "embed")] * 3))(gradient)
+  return _on_any_layout(parts, _specs())(gradient)
 
 
 def join(parts: Parts) -> Float[Array, "V D"]:
   """Computes a table from its parts."""
 
   def table(parts: Parts) -> Float[Array, "V D"]:
-    codes = parts.shapes[:, None] + parts.colors[None]
+    codes = parts.shapes[:, None] + parts.colors[None] + parts.pairs
     return jnp.concatenate([parts.text, codes.reshape(-1, codes.shape[-1])])
 
   return _on_any_layout(table, spec("vocab_stored", None))(parts)
+
+
+def _specs() -> Parts:
+  return Parts(*[spec(None, "embed")] * 3, spec(None, None, "embed"))
 
 
 def _codes(table: Float[Array, "V D"], start: int, colors: int) -> Float[Array, "S C D"]:

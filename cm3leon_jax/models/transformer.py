@@ -351,11 +351,10 @@ def params_from_codebook(
   def start(table: Float[Array, "V D"], std: float) -> Float[Array, "V D"]:
     if colors := config.code_colors:
       # Sums of two random vectors with half of the variance each.
-      text, shapes, ink = shape_color.split(table, text_size, colors)
+      text, shapes, ink, pairs = shape_color.split(table, text_size, colors)
       scales = (math.sqrt(n / 2) for n in (colors, len(shapes)))
-      table = shape_color.join(
-        shape_color.Parts(text, *(s * x for s, x in zip(scales, (shapes, ink))))
-      )
+      shapes, ink = (s * x for s, x in zip(scales, (shapes, ink)))
+      table = shape_color.join(shape_color.Parts(text, shapes, ink, 0 * pairs))
     layout = jax.typeof(table).sharding.spec
     near = jax.sharding.reshard(math.sqrt(share) * std * rows, layout)
     return jnp.where(is_code, math.sqrt(1 - share), 1) * table + near

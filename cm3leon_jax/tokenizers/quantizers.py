@@ -141,20 +141,15 @@ def restarted(
 ) -> dict[str, Float[Array, "_ _"]]:
   """Replaces codes that were not used by those of `new`.
 
-  `tables` are the parameters of a quantizer with a codebook. Of `shape_color`, shapes and colors
-  that were in no used code are replaced.
+  `tables` are the parameters of a quantizer with a codebook. Of `shape_color`, shapes that were in
+  no used code are replaced. Most encodings are of white squares, so their colors would not help.
   """
   if "table" in tables:
     return {"table": jnp.where((usage == 0)[:, None], new, tables["table"])}
-  used = usage.reshape(len(tables["shapes"]), len(tables["colors"]))
-  parts = {
-    "shapes": (used.sum(1), new[:, :-COLOR_DIM]),
-    "colors": (used.sum(0), new[:, -COLOR_DIM:]),
-  }
-  return {
-    name: jnp.where((count == 0)[:, None], part[: len(count)], tables[name])
-    for name, (count, part) in parts.items()
-  }
+  shapes = tables["shapes"]
+  used = usage.reshape(len(shapes), -1).sum(1)
+  new = new[: len(shapes), :-COLOR_DIM]
+  return {**tables, "shapes": jnp.where((used == 0)[:, None], new, shapes)}
 
 
 def loss(

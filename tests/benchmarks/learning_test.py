@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks import learning, learning_table
+from benchmarks import copying, learning, learning_table
 
 
 def row(group, concept, half, right):
@@ -43,3 +43,24 @@ def test_a_concept_belongs_to_one_half():
   halves = [learning.half_of(f"object {i}") for i in range(400)]
   assert halves == [learning.half_of(f"object {i}") for i in range(400)]
   assert 150 < halves.count("choose") < 250
+
+
+def test_a_decoder_copies_if_the_document_saves_a_quarter_of_the_bits():
+  def run(seed, after, without):
+    bits = {"own": after, "none": without, "own elsewhere": 9.0}
+    return {"condition": "shape_color", "width": 56, "seed": seed, "bits": bits}
+
+  lines = copying.markdown([run(0, 0.75, 1.0), run(1, 0.76, 1.0), run(2, 0.2, 2.0)]).splitlines()
+  [line] = lines[2:]
+  assert (
+    line == "| shape_color | 56 | 0.75, 0.76, 0.20 | 1.00, 1.00, 2.00 | 0.75, 0.76, 0.10 | 2 of 3 |"
+  )
+
+
+def test_widths_change_the_decoder_and_nothing_of_its_data():
+  plain = learning.fields("shape_color", 3, 1_500)
+  narrow = copying.fields("shape_color", 56, 3, 1_500)
+  assert {f: v for f, v in narrow.items() if f not in plain} == {
+    "model.width": 56, "model.mlp_width": 154,
+  }  # fmt: skip
+  assert plain.items() <= narrow.items()

@@ -32,3 +32,26 @@ def test_the_color_is_that_of_the_ink_even_where_it_is_mixed_with_white():
     np.testing.assert_array_equal(found[amount == 0][:, :3], -1)
     np.testing.assert_array_equal(found[..., 3], 1)
   assert SIDE == 2 * CELL == 48
+
+
+def test_the_common_colors_are_those_of_the_drawings():
+  pixels = np.concatenate([np.asarray(drawn(color)) for color in COLORS])
+  found = ink.common_colors(pixels, 6, len(COLORS), 0)
+  np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+  squares = np.array(list(COLORS.values()), np.uint8)[:, None, None].repeat(6, 1).repeat(6, 2)
+  expected = np.asarray(ink.color_of(vqgan.to_float(jnp.asarray(squares)), 6))[:, 0, 0]
+  expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+  best = (expected @ found.T).argmax(1)
+  assert sorted(best) == list(range(len(COLORS)))  # Each color has its own center.
+  np.testing.assert_allclose(found[best], expected, atol=0.05)
+  # Negative control: at random, two colors share a center.
+  random = np.random.default_rng(0).normal(size=expected.shape)
+  assert len(set((expected @ random.T).argmax(1))) < len(COLORS)
+
+
+def test_colors_that_no_drawing_has_are_random_and_finite():
+  found = ink.common_colors(np.ones((2, 12, 12, 3), np.float32), 6, 3, 0)
+  assert np.isfinite(found).all()
+  assert len(np.unique(found, axis=0)) == 3
+  one = ink.common_colors(np.asarray(drawn("red")), 6, 40, 0)
+  assert np.isfinite(one).all()

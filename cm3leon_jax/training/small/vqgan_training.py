@@ -18,7 +18,7 @@ import optax
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers import discriminator as discriminator_lib
-from cm3leon_jax.tokenizers import losses, quantizers, vqgan
+from cm3leon_jax.tokenizers import ink, losses, quantizers, vqgan
 from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import trainer, vqgan_watch
@@ -143,6 +143,17 @@ def _update(
   return optax.apply_updates(params, updates), opt_state
 
 
+def with_colors(state: dict, config: VQGANConfig, images: ImageRows, seed: int) -> dict:
+  """Returns a new state of `shape_color` whose colors are the most common ones of the images."""
+  some = images[_evenly_spaced(len(images), NUM_TRAIN_MEASURED)]
+  found = ink.common_colors(vqgan.to_float(some), config.downsample, config.num_colors, seed)
+
+  def changed(params: dict) -> dict:
+    return {**params, "codebook": {**params["codebook"], "colors": jnp.asarray(found)}}
+
+  return {**state, **{name: changed(state[name]) for name in ("params", "ema") if name in state}}
+
+
 @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
 def restart_dead_codes(
   state: dict, images: Images, config: VQGANConfig, key: Key[Array, ""]
@@ -212,7 +223,10 @@ def train(
     tokenizer = trained(config, num_codes, state)
     return tokenizer.decode(tokenizer.encode(some))
 
-  init = functools.partial(init_state, config, num_codes, seed)
+  def init() -> dict:
+    state = init_state(config, num_codes, seed)
+    return with_colors(state, config, images, seed) if config.code_colors else state
+
   about = {"num_codes": num_codes, "inputs": inputs}
   remedy = f"delete {epath.Path(folder) / trainer.FOLDER} to start again."
   alarm = vqgan_watch.Alarm(config, num_codes, remedy)
