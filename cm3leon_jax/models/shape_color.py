@@ -64,7 +64,8 @@ def join(parts: Parts) -> Float[Array, "V D"]:
 
 
 def _specs() -> Parts:
-  return Parts(*[spec(None, "embed")] * 3, spec(None, None, "embed"))
+  vectors = spec(None, "embed")
+  return Parts(vectors, vectors, vectors, spec(None, None, "embed"))
 
 
 def _codes(table: Float[Array, "V D"], start: int, colors: int) -> Float[Array, "S C D"]:
