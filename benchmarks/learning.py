@@ -12,6 +12,7 @@ parts are skipped. Writes results.json and table.md, and for each run the images
 from collections.abc import Sequence
 import dataclasses
 import pathlib
+import re
 
 from absl import app, flags
 import numpy as np
@@ -30,6 +31,7 @@ from cm3leon_jax.scenes.world import PLACES
 CONFIG = "ml_configs/scenes.py"
 STAGES = ("raw", "text_tokenizer", "vqgan", "documents", "clip", "neighbors")
 CODES = {"vqgan.quantizer": "shape_color", "vqgan.code_dim": 12}
+SEVERAL = (1.0, 2.0, 2.0, 2.0, 3.0, 4.0, 1.0)  # More scenes of several objects, fewer rare ones.
 # Condition -> fields that differ from the config `scenes`: those of the data and tokenizers, and
 # those of the decoder.
 CONDITIONS: dict[str, tuple[dict, dict]] = {
@@ -37,6 +39,7 @@ CONDITIONS: dict[str, tuple[dict, dict]] = {
   "shape_color": (CODES, {}),
   "free_rows": (CODES, {"model.code_colors": 0}),
   "four_places": ({**CODES, "scenes.rare_places": 4}, {}),
+  "several_objects": ({**CODES, "scenes.shares": SEVERAL}, {}),
 }
 COUNTS = {
   "new claims": 300,
@@ -59,7 +62,7 @@ def fields(condition: str, seed: int, steps: int) -> dict:
 
 def folder_of(workdir: pathlib.Path, data: dict) -> pathlib.Path:
   name = "_".join(f"{field.split('.')[1]}_{value}" for field, value in data.items()) or "today"
-  return workdir / "data" / name
+  return workdir / "data" / re.sub(r"[^\w.]+", "_", name)
 
 
 def prepare(workdir: pathlib.Path, data: dict) -> pathlib.Path:
