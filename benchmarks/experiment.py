@@ -10,6 +10,7 @@ import sys
 import numpy as np
 from scipy import stats
 
+from cm3leon_jax.commands.stage_process import HUGE_PAGES
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
@@ -53,7 +54,7 @@ def run_stage(name: str, config: str, workdir: pathlib.Path, overrides: dict) ->
   """
   command = [sys.executable, "-m", f"launch.{name}", f"--config={config}", f"--workdir={workdir}"]
   command += [f"--config.{field}={value}" for field, value in overrides.items()]
-  with subprocess.Popen(command, cwd=ROOT) as process:
+  with subprocess.Popen(command, cwd=ROOT, env={**HUGE_PAGES, **os.environ}) as process:
     previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     code = process.wait()
     signal.signal(signal.SIGTERM, previous)

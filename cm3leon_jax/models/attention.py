@@ -15,7 +15,7 @@ import numpy as np
 
 from cm3leon_jax.mesh import spec
 
-BLOCK = 256  # Number of queries in one block of `causal_attention`.
+BLOCK = 128  # Number of queries in one block of `causal_attention`.
 Heads: TypeAlias = Float[Array, "B L N H"]
 PerHead: TypeAlias = Float[Array, "B N L H"]
 Ids: TypeAlias = Int32[Array, "B L"]

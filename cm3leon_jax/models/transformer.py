@@ -17,7 +17,7 @@ import numpy as np
 
 from cm3leon_jax import parameters
 from cm3leon_jax.mesh import gathered, spec
-from cm3leon_jax.models import attention, shape_color
+from cm3leon_jax.models import attention, products, shape_color
 from cm3leon_jax.models.config import ROPE_BASE, ModelConfig
 
 # Standard deviation of the initial learned positions, divided by init_std: 0.0002 / 0.006 (CM3Leon,
@@ -128,8 +128,11 @@ def apply_block(
   heads, mlp, act = (*rows, "heads", "head_dim"), (*rows, "mlp"), (*rows, "act")
 
   def product(name: str, equation: str, x: Array, w: Array, axes: tuple[str, ...]) -> Array:
-    y = jnp.einsum(equation, x, gathered(w.astype(x.dtype)), out_sharding=spec(*axes))
-    if adapters is None or name not in adapters:
+    w = gathered(w.astype(x.dtype))
+    if adapters is None:
+      return products.product(equation, x, w, axes)
+    y = jnp.einsum(equation, x, w, out_sharding=spec(*axes))  # The matrix has no gradient.
+    if name not in adapters:
       return y
     # The factors are small, so devices exchange them, and sum their gradients, in fp32.
     a, b = (gathered(adapters[name][factor]).astype(x.dtype) for factor in "ab")

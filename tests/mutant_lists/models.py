@@ -70,4 +70,8 @@ MODELS = mutants_of(
   ("texts_look_like_codes", "((text_size, 0), (0, 0))", "((0, text_size), (0, 0))"),
   "tests/models/start_test.py::test_a_direction_of_rounding_errors_stays_0",
   ("noise_of_a_codebook_is_whitened", "(values > 1e-6 * values[0])", "(values > 0)"),
+  "cm3leon_jax/models/products.py",
+  ("gradients_are_not_summed_over_devices", ", unreduced=stored.reduced", ""),
+  ("accelerators_get_the_gradient_of_cpus", 'platform == "cpu"', 'platform != "gpu"'),
+  ("cpus_get_the_gradient_of_accelerators", 'platform == "cpu"', 'platform == ""'),
 )

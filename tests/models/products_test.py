@@ -1,0 +1,86 @@
+"""Tests that the gradients of products equal those of einsum, on any mesh."""
+
+import re
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+import numpy as np
+import pytest
+
+from cm3leon_jax.mesh import AXES, gathered, shard
+from cm3leon_jax.models.products import product
+from tests.models.tiny import mesh_of
+
+SIZES = {"B": 8, "L": 16, "D": 24, "N": 4, "H": 6, "h": 6, "F": 40}
+ROWS = ("batch", "length")
+# Equation, and the axes of the matrix and of the result.
+PRODUCTS = [
+  ("BLD,DNH->BLNH", ("embed", "heads", "head_dim"), (*ROWS, "heads", "head_dim")),
+  ("BLNh,NhD->BLD", ("heads", "head_dim", "embed"), (*ROWS, "act")),
+  ("BLD,DF->BLF", ("embed", "mlp"), (*ROWS, "mlp")),
+  ("BLF,FD->BLD", ("mlp", "embed"), (*ROWS, "act")),
+]
+
+
+def arrays(equation, dtype=np.float32):
+  """Returns random activations, a matrix, and a cotangent of their product."""
+  x, w, y = re.split(",|->", equation)
+  rng = np.random.default_rng(0)
+  return [rng.normal(size=[SIZES[a] for a in axes]).astype(dtype) for axes in (x, w, y)]
+
+
+def gradients(equation, of_w, of_y):
+  """Returns a function (x, w, cotangent) -> (y, gradients of x and w), and its arguments."""
+
+  def pulled(x, w, cotangent):
+    y, pull = jax.vjp(lambda x, w: product(equation, x, gathered(w), of_y), x, w)
+    return y, *pull(cotangent)
+
+  x, w, y = arrays(equation)
+  of_x = ("act",) if of_w[0] == "embed" else of_w[:-1]
+  return jax.jit(pulled), (shard(x, *ROWS, *of_x), shard(w, *of_w), shard(y, *of_y))
+
+
+@pytest.mark.parametrize(("equation", "of_w", "of_y"), PRODUCTS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_products_and_their_gradients_equal_those_of_fp64(equation, of_w, of_y, shape):
+  x, w, y = arrays(equation, np.float64)
+  of_x, and_w, and_y = re.split(",|->", equation)
+  expected = (
+    np.einsum(equation, x, w),
+    np.einsum(f"{and_y},{and_w}->{of_x}", y, w),
+    np.einsum(f"{of_x},{and_y}->{and_w}", x, y),
+  )
+  with jax.set_mesh(mesh_of(*shape)):
+    run, arguments = gradients(equation, of_w, of_y)
+    found = run(*arguments)
+    for argument, gradient in zip(arguments, found[1:]):
+      assert gradient.sharding.spec == argument.sharding.spec
+  for values, correct in zip(found, expected):
+    np.testing.assert_allclose(values, correct, atol=3e-5)
+
+
+def test_the_gradient_of_a_matrix_multiplies_rows_by_columns_on_cpus():
+  """Its left matrix is [in, tokens] and its right one [tokens, out]; other layouts are slow."""
+  equation, of_w, of_y = PRODUCTS[2]
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    run, arguments = gradients(equation, of_w, of_y)
+    program = run.lower(*arguments).compile().as_text()
+  products = [line for line in program.splitlines() if re.search(r"f32\[24,40\]\S* dot\(", line)]
+  assert len(products) == 1
+  assert "lhs_contracting_dims={1}, rhs_contracting_dims={0}" in products[0]
+
+
+@pytest.mark.parametrize(("platform", "own"), [("cpu", True), ("tpu", False), ("gpu", False)])
+def test_only_programs_for_cpus_multiply_rows_by_the_cotangent(platform, own):
+  equation, _, of_y = PRODUCTS[2]
+  types = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays(equation)[:2]]
+  mesh = AbstractMesh(
+    (1,) * len(AXES),
+    AXES,
+    axis_types=(AxisType.Explicit,) * len(AXES),
+    abstract_device=AbstractDevice(platform, 1, platform),
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    gradient = jax.grad(lambda x, w: product(equation, x, w, of_y).sum(), argnums=1)
+    assert ("transpose" not in str(jax.make_jaxpr(gradient)(*types))) == own
