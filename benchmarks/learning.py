@@ -49,6 +49,7 @@ COUNTS = {
   "no color named": 300,
   "rare": 321,
 }
+_prepared: set[pathlib.Path] = set()  # Folders whose stages this process has checked.
 SEEDS = {"rare": (1, 2)}  # Seeds of the samples of a set; (1,) for all others.
 NEVER = 1_000_000
 
@@ -68,6 +69,8 @@ def folder_of(workdir: pathlib.Path, data: dict) -> pathlib.Path:
 def prepare(workdir: pathlib.Path, data: dict) -> pathlib.Path:
   """Makes the data of a condition; each tokenizer is trained once. Returns their folder."""
   folder = folder_of(workdir, data)
+  if folder in _prepared:
+    return folder
   codes = {field: value for field, value in data.items() if field.startswith("vqgan.")}
   world = {field: value for field, value in data.items() if field not in codes}
   sources: dict[str, dict] = {name: {} for name in ("text_tokenizer", "clip")}
@@ -80,6 +83,7 @@ def prepare(workdir: pathlib.Path, data: dict) -> pathlib.Path:
       experiment.run_stage(stage_table.STAGES[stage].command, CONFIG, folder, data)
     else:
       experiment.link_stages(prepare(workdir, sources[stage]), folder, (stage,))
+  _prepared.add(folder)
   return folder
 
 
