@@ -1,9 +1,10 @@
 """Splits token tables whose image codes are pairs of a shape and a color (`shape_color`).
 
-The row of the code (shape, color) is the sum of a vector of the shape, a vector of the color, and a
-vector of the pair. What is learned of a color through the first two holds for all shapes. The third
-lets a decoder prefer two pairs without preferring the shape of one in the color of the other. The
-tables are stored with one row per code, like all other tables; only the optimizer sees the vectors.
+The row of the code (shape, color) is the sum of a vector of the shape, a vector of the color, and
+0.3 times a vector of the pair. What is learned of a color through the first two holds for all
+shapes. The third lets a decoder prefer two pairs without preferring the shape of one in the color
+of the other. The tables are stored with one row per code, like all other tables; only the optimizer
+sees the vectors.
 """
 
 # V vocabulary, D width, T text tokens, K image codes, S shapes, C colors, K = S x C.
@@ -17,6 +18,10 @@ from jaxtyping import Array, Float
 
 from cm3leon_jax.mesh import spec
 
+# With the Adam of the tables, this is a factor of the learning rate. With 1, a decoder remembers
+# which object has which color, and fewer objects are correct in colors that they never had.
+PAIR_SCALE = 0.3
+
 
 class Parts(NamedTuple):
   """A token table: the rows of text tokens, and the vectors of shapes, colors and pairs."""
@@ -28,7 +33,7 @@ class Parts(NamedTuple):
 
 
 def split(table: Float[Array, "V D"], start: int, colors: int) -> Parts:
-  """Splits a table into vectors whose sums are its rows.
+  """Splits a table into the vectors of its rows.
 
   The vectors of colors have mean 0, and those of pairs have mean 0 over the shapes and over the
   colors. `start` (T) is the id of the first image code, and `colors` is C.
@@ -38,7 +43,8 @@ def split(table: Float[Array, "V D"], start: int, colors: int) -> Parts:
     codes = _codes(table, start, colors)
     shapes, colored = codes.mean(1), codes.mean(0)
     colored = colored - colored.mean(0, keepdims=True)
-    return Parts(table[:start], shapes, colored, codes - shapes[:, None] - colored[None])
+    pairs = (codes - shapes[:, None] - colored[None]) / PAIR_SCALE
+    return Parts(table[:start], shapes, colored, pairs)
 
   return _on_any_layout(parts, _specs())(table)
 
@@ -48,7 +54,7 @@ def split_gradient(gradient: Float[Array, "V D"], start: int, colors: int) -> Pa
 
   def parts(gradient: Float[Array, "V D"]) -> Parts:
     codes = _codes(gradient, start, colors)
-    return Parts(gradient[:start], codes.sum(1), codes.sum(0), codes)
+    return Parts(gradient[:start], codes.sum(1), codes.sum(0), PAIR_SCALE * codes)
 
   return _on_any_layout(parts, _specs())(gradient)
 
@@ -57,7 +63,7 @@ def join(parts: Parts) -> Float[Array, "V D"]:
   """Computes a table from its parts."""
 
   def table(parts: Parts) -> Float[Array, "V D"]:
-    codes = parts.shapes[:, None] + parts.colors[None] + parts.pairs
+    codes = parts.shapes[:, None] + parts.colors[None] + PAIR_SCALE * parts.pairs
     return jnp.concatenate([parts.text, codes.reshape(-1, codes.shape[-1])])
 
   return _on_any_layout(table, spec("vocab_stored", None))(parts)

@@ -60,10 +60,10 @@ TOKENIZERS = mutants_of(
   ("colors_with_the_mean_of_the_codes", "colored - colored.mean(0, keepdims=True)", "colored"),
   (
     "gradient_of_a_mean",
-    "codes.sum(1), codes.sum(0), codes)",
-    "codes.mean(1), codes.mean(0), codes)",
+    "codes.sum(1), codes.sum(0), PAIR_SCALE",
+    "codes.mean(1), codes.mean(0), PAIR_SCALE",
   ),
-  ("pairs_without_vectors", " + parts.colors[None] + parts.pairs", " + parts.colors[None]"),
+  ("pairs_without_vectors", " + PAIR_SCALE * parts.pairs", ""),
   "cm3leon_jax/models/transformer.py",
   "tests/models/shape_color_test.py::test_the_start_is_a_sum_with_the_variance_of_other_codes",
   ("start_without_sums", "if colors := config.code_colors:", "if colors := 0:"),
