@@ -27,7 +27,7 @@ import functools
 import pathlib
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 import jax
 from ml_collections import config_flags
@@ -199,30 +199,39 @@ def table(names: Sequence[str], shares: dict, models: dict) -> str:
   return "\n".join(lines) + "\n"
 
 
+def without_nan(values: Any) -> Any:
+  """Converts arrays to lists, and nan to None, which JSON can store."""
+  if isinstance(values, np.ndarray):
+    return [without_nan(value) for value in values]
+  return None if np.isnan(values) else float(values)
+
+
 def main(argv: Sequence[str]) -> None:
   del argv
   args = flags.FLAGS
+  logging.set_verbosity(logging.WARNING)
   settings = settings_from_config(args.config)
   loader = Run(epath.Path(args.data), settings).rows("train")
   names = [source.name for source in loader.plan.sources]
   shares = {**plan_statistics(loader.plan), **loss_statistics(loader.plan)}
   print(describe_loss(shares, names), flush=True)
   weight = shares["weight_per_row"] * settings.train.global_batch_size
-  models = {}
+  result = {"sources": names, "rows": args.rows, "shares": shares, "models": {}}
+  workdir, models = pathlib.Path(args.workdir), {}
+  workdir.mkdir(parents=True, exist_ok=True)
   for model in args.models:
     gradients = measure(loader, model, settings, args.rows)
-    models[model] = contributions(gradients, np.array(shares["loss_shares"]), weight)
-    about = (
-      "norm {total:.3g}, estimated with a standard deviation of {error:.2g}; a step's gradient "
+    found = contributions(gradients, np.array(shares["loss_shares"]), weight)
+    print(
+      f"{model}: the gradient of the whole loss has the norm {found['total']:.3g}, with a standard "
+      f"deviation of {found['error']:.2g} by the choice of rows. A step's gradient has a standard "
+      f"deviation of {found['step_deviation']:.2g}.",
+      flush=True,
     )
-    about += "has a standard deviation of {step_deviation:.2g}."
-    print(f"{model}: gradient of the whole loss: {about.format(**models[model])}", flush=True)
-  text = table(names, shares, models)
-  result = {"sources": names, "rows": args.rows, "shares": shares, "models": models}
-  workdir = pathlib.Path(args.workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
-  write_results(workdir, result, text)
-  print(text)
+    models[model] = found
+    result["models"][model] = {name: without_nan(values) for name, values in found.items()}
+    write_results(workdir, result, table(names, shares, models))
+  print(table(names, shares, models))
 
 
 if __name__ == "__main__":  # Tests import this module without flags.

@@ -104,6 +104,7 @@ def test_norms_that_the_rows_do_not_resolve_are_nan():
   found = tuning_shares.contributions(gradients, np.array([0.5, 0.5]), 1.0)
   np.testing.assert_array_equal(found["norm"], [np.nan, 1])
   assert np.isnan(found["cosine"]).all()
+  assert tuning_shares.without_nan(found["cosines"]) == [[None, None], [None, 1.0]]
 
 
 def test_the_table_in_literals():
