@@ -14,9 +14,9 @@ loss weight. For each model it also prints, from `--rows` rows of each source al
 - noise: share of the variance of a training step's gradient.
 - cosine: cosine between the source's gradient and the sum of the gradients of all other sources.
 
-Gradients are weighted as in the training, and norms are estimated without the bias of few rows. A
-value is nan if the rows are too few for its norms. results.json also has the cosine of each pair of
-sources.
+Gradients are weighted as in the training, and norms are estimated without the bias of few rows. The
+table has "-", and results.json null, where the rows are too few to estimate a norm. results.json
+also has the cosine of each pair of sources.
 """
 
 # S sources of rows, P parts of a source's rows, n parameters.
@@ -193,10 +193,14 @@ def table(names: Sequence[str], shares: dict, models: dict) -> str:
   for i, name in enumerate(names):
     cells = [name, *(f"{column[i]:.1%}" for column in columns)]
     for values in models.values():
-      cells += [f"{values[column][i]:.1%}" for column in COLUMNS[:-1]]
-      cells.append(f"{values['cosine'][i]:.2f}")
+      cells += [_cell(values[column][i], ".1%") for column in COLUMNS[:-1]]
+      cells.append(_cell(values["cosine"][i], ".2f"))
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
+
+
+def _cell(value: float, form: str) -> str:
+  return "-" if np.isnan(value) else format(value, form)
 
 
 def without_nan(values: Any) -> Any:

@@ -110,9 +110,9 @@ def test_norms_that_the_rows_do_not_resolve_are_nan():
 def test_the_table_in_literals():
   shares = {"source_shares": [0.4, 0.6], "target_shares": [0.02, 1], "loss_shares": [0.1, 0.9]}
   values = {"norm": [0.25, 0.75], "gradient": [-0.1, 1.1], "noise": [0.5, 0.5]}
-  models = {"a": {**values, "cosine": [-0.125, -0.125]}}
+  models = {"a": {**values, "cosine": [np.nan, -0.125]}}
   assert tuning_shares.table(["count", "draw"], shares, models).split("\n")[2:] == [
-    "| count | 40.0% | 2.0% | 10.0% | 25.0% | -10.0% | 50.0% | -0.12 |",
+    "| count | 40.0% | 2.0% | 10.0% | 25.0% | -10.0% | 50.0% | - |",
     "| draw | 60.0% | 100.0% | 90.0% | 75.0% | 110.0% | 50.0% | -0.12 |",
     "",
   ]
