@@ -15,8 +15,8 @@ loss weight. For each model it also prints, from `--rows` rows of each source al
 - cosine: cosine between the source's gradient and the sum of the gradients of all other sources.
 
 Gradients are weighted as in the training, and norms are estimated without the bias of few rows. The
-table has "-", and results.json null, where the rows are too few to estimate a norm. results.json
-also has the cosine of each pair of sources.
+table has "-" for a norm that is smaller than its error, and for its cosine. results.json has the
+norms, their errors (null: an estimate below 0) and the cosine of each pair of sources.
 """
 
 # S sources of rows, P parts of a source's rows, n parameters.
@@ -100,29 +100,33 @@ def contributions(
   """Computes what each source contributes to the gradient of the whole loss.
 
     products [[4 0] [0 1]], loss_shares [.5 .5]: the sources have the gradients (1 0) and (0 .5)
-    norm = [2/3 1/3], gradient = [.8 .2], cosine = [0 0], total = sqrt(1.25)
+    norm = [2/3 1/3], norms = [1 .5], gradient = [.8 .2], cosine = [0 0], total = sqrt(1.25)
 
   Args:
     loss_shares: share of each source in the loss weight, [S].
     step_weight: sum of the loss weights of a training step.
 
   Returns:
-    `norm`, `gradient`, `noise` and `cosine`, each [S], see the module; `cosines`, [S, S]; `total`,
-    the norm of the gradient of the whole loss; `error`, the standard deviation of the estimated
-    gradient of the whole loss; `step_deviation`, that of a training step's gradient.
+    `norm`, `gradient`, `noise` and `cosine`, each [S], see the module; `norms` and `errors`, each
+    [S]: the norm of each source's gradient and the standard deviation of the estimated gradient;
+    `cosines`, [S, S]; `total` and `error`, the same values for the gradient of the whole loss;
+    `step_deviation`, the standard deviation of a training step's gradient.
   """
   weighted = gradients.products * np.outer(loss_shares, loss_shares)
   diagonal, sums = np.diag(weighted), weighted.sum(1)
   norms, others = _root(diagonal), _root(sums.sum() - 2 * sums + diagonal)
   total, noise = _root(sums.sum()), loss_shares * gradients.variances
+  errors = np.sqrt(loss_shares * noise / gradients.weights)
   return {
     "norm": norms / np.nansum(norms),
     "gradient": sums / total**2,
     "noise": noise / noise.sum(),
     "cosine": (sums - diagonal) / (norms * others),
     "cosines": weighted / np.outer(norms, norms),
+    "norms": norms,
+    "errors": errors,
     "total": float(total),
-    "error": float(np.sqrt(np.sum(loss_shares**2 * gradients.variances / gradients.weights))),
+    "error": float(np.linalg.norm(errors)),
     "step_deviation": float(np.sqrt(noise.sum() / step_weight)),
   }
 
@@ -193,14 +197,12 @@ def table(names: Sequence[str], shares: dict, models: dict) -> str:
   for i, name in enumerate(names):
     cells = [name, *(f"{column[i]:.1%}" for column in columns)]
     for values in models.values():
-      cells += [_cell(values[column][i], ".1%") for column in COLUMNS[:-1]]
-      cells.append(_cell(values["cosine"][i], ".2f"))
+      known = values["norms"][i] > values["errors"][i]
+      cells.append(f"{values['norm'][i]:.1%}" if known else "-")
+      cells += [f"{values[column][i]:.1%}" for column in ("gradient", "noise")]
+      cells.append(f"{values['cosine'][i]:.2f}" if known else "-")
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
-
-
-def _cell(value: float, form: str) -> str:
-  return "-" if np.isnan(value) else format(value, form)
 
 
 def without_nan(values: Any) -> Any:

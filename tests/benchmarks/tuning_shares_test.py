@@ -79,6 +79,8 @@ def test_contributions_in_literals():
   assert found["noise"] == pytest.approx([0.25, 0.75])
   assert found["cosine"].tolist() == [0, 0]
   assert found["total"] ** 2 == pytest.approx(1.25)
+  assert found["norms"] == pytest.approx([1, 0.5])
+  assert found["errors"] ** 2 == pytest.approx([0.25 / 2, 0.25 * 3 / 2])
   assert found["error"] ** 2 == pytest.approx(0.25 * (1 + 3) / 2)
   assert found["step_deviation"] ** 2 == pytest.approx(0.5 * (1 + 3) / 8)
 
@@ -110,9 +112,9 @@ def test_norms_that_the_rows_do_not_resolve_are_nan():
 def test_the_table_in_literals():
   shares = {"source_shares": [0.4, 0.6], "target_shares": [0.02, 1], "loss_shares": [0.1, 0.9]}
   values = {"norm": [0.25, 0.75], "gradient": [-0.1, 1.1], "noise": [0.5, 0.5]}
-  models = {"a": {**values, "cosine": [np.nan, -0.125]}}
-  assert tuning_shares.table(["count", "draw"], shares, models).split("\n")[2:] == [
-    "| count | 40.0% | 2.0% | 10.0% | 25.0% | -10.0% | 50.0% | - |",
+  values |= {"cosine": [-0.125, -0.125], "norms": [0.1, 0.3], "errors": [0.2, 0.2]}
+  assert tuning_shares.table(["count", "draw"], shares, {"a": values}).split("\n")[2:] == [
+    "| count | 40.0% | 2.0% | 10.0% | - | -10.0% | 50.0% | - |",
     "| draw | 60.0% | 100.0% | 90.0% | 75.0% | 110.0% | 50.0% | -0.12 |",
     "",
   ]
