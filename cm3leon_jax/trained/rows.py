@@ -11,7 +11,13 @@ from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.instructions.rows import instruction_sources
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource
-from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, space_for_neighbors
+from cm3leon_jax.data.rows.plan_statistics import (
+  describe,
+  describe_loss,
+  loss_statistics,
+  plan_statistics,
+  space_for_neighbors,
+)
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.trained import base_documents
@@ -140,7 +146,10 @@ def document_sources(
 
 
 def look_at_rows(plan: RowPlan) -> dict[str, Any]:
-  """Prints and returns statistics of the plan's first window. Warns if no neighbor ever fits."""
+  """Prints and returns statistics of the plan's first window. Warns if no neighbor ever fits.
+
+  If the plan has instructions, the statistics contain the `loss_statistics`.
+  """
   for source in plan.sources:
     has_neighbors = source.share > 0 and source.bank is not None
     if has_neighbors and (sentence := space_for_neighbors(source, plan.config)):
@@ -149,4 +158,7 @@ def look_at_rows(plan: RowPlan) -> dict[str, Any]:
   tuned = any(source.instructions is not None for source in plan.sources)
   names = [source.name for source in plan.sources] if tuned else []
   distributed.print_once(f"rows: {describe(statistics, names)}")
+  if tuned:
+    statistics |= loss_statistics(plan)
+    distributed.print_once(describe_loss(statistics, names))
   return statistics

@@ -138,6 +138,25 @@ def plan_instruction(
   return InstructionPlan(0, -1, False, (target,), target, total + cm3.OVERHEAD)
 
 
+def instruction_weights(
+  plan: InstructionPlan, loss_on: LossOn, loss_weight: float = 1.0
+) -> np.ndarray:
+  """Computes the loss weight of predicting each token of a sample, [T] float32.
+
+  With `loss_on` = "all", every token except the first has the weight `loss_weight`, as in the
+  paper. With "target", only the target and the token after it have this weight.
+  """
+  weights = np.zeros(plan.length, np.float32)
+  if loss_on == "all":
+    weights[3 if plan.masked else 1 :] = loss_weight
+    return weights
+  start, stop = plan.target
+  if plan.spans:  # The target is at the end, and <eoss> follows it.
+    start, stop = plan.length - 1 - (stop - start), plan.length - 1
+  weights[start : stop + 1] = loss_weight
+  return weights
+
+
 def build_instruction(
   document: Document,
   plan: InstructionPlan,
@@ -147,9 +166,7 @@ def build_instruction(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Builds the sample that `plan` describes.
 
-  With `loss_on` = "all", every token except the first has the weight `loss_weight`, as in the
-  paper. With "target", only the target and the token after it have this weight. Returns the tokens,
-  [T] int32, and the loss weight of predicting each token, [T] float32.
+  Returns the tokens, [T] int32, and their `instruction_weights`, [T] float32.
 
   Raises:
     ValueError: the length differs from the plan, because the store changed after planning.
@@ -167,14 +184,4 @@ def build_instruction(
       f"document '{document.key}' gives a sample of {len(tokens)} tokens, but the plan has "
       f"{plan.length}: the store changed after planning; start the run again."
     )
-  weights = np.full(len(tokens), loss_weight, np.float32)
-  weights[0] = 0
-  if plan.masked:
-    weights[:3] = 0
-  if loss_on == "target":
-    start, stop = plan.target
-    if plan.spans:  # The target is at the end, and <eoss> follows it.
-      start, stop = len(tokens) - 1 - (stop - start), len(tokens) - 1
-    weights[:] = 0
-    weights[start : stop + 1] = loss_weight
-  return tokens, weights
+  return tokens, instruction_weights(plan, loss_on, loss_weight)

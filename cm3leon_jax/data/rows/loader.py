@@ -16,7 +16,7 @@ from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.instructions.samples import InstructionPlan, build_instruction
 from cm3leon_jax.data.rows import cm3
 from cm3leon_jax.data.rows.plan import RowPlan
-from cm3leon_jax.data.rows.sample_plan import SamplePlan
+from cm3leon_jax.data.rows.sample_plan import SamplePlan, document_weights
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
@@ -81,25 +81,22 @@ def build_sample(
   if plan.dropped:
     image = document.segments[-1].tokens
     tokens = np.r_[vocab.eos, vocab.mask(0), vocab.brk, image, vocab.eos].astype(np.int32)
-    weights = np.ones(len(tokens), np.float32)
-    weights[:3] = 0
-    tokens, weights = tokens[: plan.length], weights[: plan.length]
+    tokens = tokens[: plan.length]
     own = vocab.is_image(tokens)
   else:
     joined = join([*neighbors, document], vocab)
     before = sum(len(s.tokens) + 1 for d in neighbors for s in d.segments)
-    joined_weights = np.ones(len(joined) + len(plan.spans) + 1, np.float32)
-    joined_weights[1 : 1 + before] = neighbor_weight
-    joined_weights[0] = 0
     layout = cm3.cm3_layout(len(joined), plan.spans)[: plan.length]
     tokens = cm3.apply_cm3_mask(joined, plan.spans, vocab)[: plan.length]
-    weights = joined_weights[layout]
     own = (layout > before) & vocab.is_image(tokens)
   if len(tokens) != plan.length:
     raise ValueError(
       f"document '{document.key}' gives a sample of {len(tokens)} tokens, but the plan has "
       f"{plan.length}: the store changed after planning; start the run again."
     )
+  lengths = [len(s.tokens) for s in document.segments]
+  of_neighbors = [[len(s.tokens) for s in d.segments] for d in neighbors]
+  weights = document_weights(plan, lengths, of_neighbors, neighbor_weight)
   return SampleTokens(tokens, weights, own, bool(plan.neighbors))
 
 

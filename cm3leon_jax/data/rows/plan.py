@@ -20,10 +20,15 @@ import grain
 import numpy as np
 
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
-from cm3leon_jax.data.instructions.samples import InstructionPlan, Instructions, plan_instruction
+from cm3leon_jax.data.instructions.samples import (
+  InstructionPlan,
+  Instructions,
+  instruction_weights,
+  plan_instruction,
+)
 from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts, fingerprint
-from cm3leon_jax.data.rows.sample_plan import SamplePlan, plan_sample
+from cm3leon_jax.data.rows.sample_plan import SamplePlan, document_weights, plan_sample
 
 SCAN = 2**22  # Number of segment lengths that are read at a time.
 
@@ -250,6 +255,21 @@ class RowPlan:
       candidates = [spec.bank.segment_lengths(j)[0].tolist() for j in ids]
     rng = self._generators.at(self._pass_seeds(source, pass_)[0], unit)
     return plan_sample(lengths, is_image, candidates, rng, self.config, self.max_spans)
+
+  def loss_weights(self, source: int, pass_: int, unit: int) -> np.ndarray:
+    """Returns the loss weight of predicting each token of a sample, [T] float32."""
+    spec, units = self.sources[source], self.units[source]
+    plan = self.plan(source, pass_, unit)
+    if isinstance(plan, InstructionPlan):
+      assert spec.instructions is not None
+      return instruction_weights(plan, spec.instructions.loss_on, spec.instructions.loss_weight)
+    neighbors = []
+    if plan.neighbors:
+      assert spec.bank is not None
+      ids = spec.candidates(units.locate(unit)[0])[list(plan.neighbors)].tolist()
+      neighbors = [spec.bank.segment_lengths(j)[0].tolist() for j in ids]
+    lengths, _ = units.lengths(spec.store, unit)
+    return document_weights(plan, lengths, neighbors, self.config.neighbor_loss_weight)
 
   def code_generator(self, source: int, pass_: int, unit: int) -> np.random.Generator:
     """Returns the generator that chooses the hidden codes of a unit, see `SampleGenerators.at`."""

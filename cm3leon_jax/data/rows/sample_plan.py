@@ -1,6 +1,6 @@
 """Plans the neighbors, CM3 spans and length of a sample from segment lengths and random numbers."""
 
-# K neighbors of a document.
+# K neighbors of a document, T tokens of a sample.
 
 from collections.abc import Sequence
 import typing
@@ -99,3 +99,31 @@ def plan_sample(
   spans = cm3.sample_spans(joined, num_spans, whole_segments, rng) if num_spans else ()
   length = min(total + cm3.OVERHEAD * len(spans), limit)
   return SamplePlan(tuple(neighbors), False, spans, length, missing, picked - len(neighbors))
+
+
+def document_weights(
+  plan: SamplePlan,
+  lengths: Sequence[int],
+  neighbors: Sequence[Sequence[int]],
+  neighbor_weight: float,
+) -> np.ndarray:
+  """Computes the loss weight of predicting each token of a sample, [T] float32.
+
+    </s> 50 <break> 519 520 <break> <mask:0> <break> 517 518 </s> <mask:0> 40 41 <eoss>
+    lengths = [2, 2], neighbors = [[1, 2]], plan.spans = [(6, 8)], neighbor_weight = 0.1
+    result = [0 .1 .1 .1 .1 .1 1 1 1 1 1 1 1 1 1]
+
+  Args:
+    lengths: segment lengths of the document.
+    neighbors: segment lengths of each neighbor of the plan.
+  """
+  if plan.dropped:  # Only the image has a loss, not `</s> <mask:0> <break>`.
+    weights = np.ones(plan.length, np.float32)
+    weights[:3] = 0
+    return weights
+  before = sum(joined_length(segments) - 1 for segments in neighbors)
+  total = joined_length(lengths) + before
+  joined = np.ones(total + len(plan.spans) + 1, np.float32)
+  joined[1 : 1 + before] = neighbor_weight
+  joined[0] = 0
+  return joined[cm3.cm3_layout(total, plan.spans)[: plan.length]]
