@@ -95,19 +95,20 @@ def check_enough(settings: Settings, summary: dict) -> None:
   """Checks the data early for errors that a later stage would raise.
 
   Raises:
-    UserError: fewer than two pairs are held out, or `config.data` gives a share to a kind of
-      document that the source lacks.
+    UserError: the held-out pairs have fewer than two concepts, or `config.data` gives a share to a
+      kind of document that the source lacks.
   """
   data = settings.data
   if settings.instructions.any:
     return
   pairs = summary.get("train_pairs", 0) - summary.get("train_crops", 0)
-  heldout = summary.get("heldout_pairs", 0)
-  if heldout < 2 and data.text_share + data.interleaved_share < 1:
+  heldout, concepts = summary.get("heldout_pairs", 0), summary.get("heldout_concepts", 0)
+  if concepts < 2 and data.text_share + data.interleaved_share < 1:
+    of = ", all of the same concept" if heldout > 1 else ""
     raise UserError(
-      f"the source has {pairs + heldout} pairs, {heldout} of them held out, but the evaluation "
-      "needs at least 2 held-out pairs: add pairs, or delete raw/ in the --workdir and raise "
-      f"config.raw.heldout_fraction = {settings.raw.heldout_fraction}."
+      f"the source has {pairs + heldout} pairs, {heldout} of them held out{of}, but the evaluation "
+      "needs held-out pairs of at least 2 concepts: add pairs, or delete raw/ in the --workdir and "
+      f"raise config.raw.heldout_fraction = {settings.raw.heldout_fraction}."
     )
   for kind, share in (("text", data.text_share), ("interleaved", data.interleaved_share)):
     counted, records = ("texts",) * 2 if kind == "text" else (kind, f"{kind} documents")

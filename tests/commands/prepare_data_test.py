@@ -34,7 +34,9 @@ def check_batch(summary, batch, tasks="", **data):
   prepare_data.check_batch(settings_from_config(config), summary)
 
 
-PAIRS = {"train_pairs": 9, "heldout_pairs": 2, "train_caption_characters": 180}
+PAIRS = {
+  "train_pairs": 9, "heldout_pairs": 2, "heldout_concepts": 2, "train_caption_characters": 180,
+}  # fmt: skip
 TEXTS = {"train_texts": 5, "heldout_texts": 1}
 
 
@@ -50,6 +52,7 @@ def test_data_that_the_config_needs_is_enough():
   [
     ({"train_pairs": 20, "train_crops": 15, "heldout_pairs": 0}, {"text_share": 0.0}),
     ({"train_pairs": 20, "train_crops": 15, "heldout_pairs": 1}, {"text_share": 0.0}),
+    (PAIRS | {"heldout_concepts": 1}, {"text_share": 0.0}),
     (PAIRS, {"text_share": 0.3}),
     (PAIRS | {"train_texts": 5, "heldout_texts": 0}, {"text_share": 0.3}),
     (PAIRS, {"text_share": 0.0, "interleaved_share": 0.2}),

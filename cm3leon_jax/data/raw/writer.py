@@ -179,7 +179,7 @@ class _Writer:
     self._counts[f"{item.split}_{kind}"] += 1
     self._origins[kind, item.source, item.license, item.attribution] += 1
     if isinstance(item, RawPair):
-      self._concepts[item.split].add(item.concept)
+      self._concepts[item.split].add(item.concept or item.key)
     added = raw_statistics.of_record(item, sizes)
     self._statistics = raw_statistics.merged([self._statistics, added])
     self._files[f"{kind}.jsonl"].write(line)
