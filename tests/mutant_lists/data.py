@@ -37,6 +37,10 @@ DATA = mutants_of(
   ("neighbors_never_dropped", ">= config.neighbor_dropout", ">= 0"),
   "tests/data/rows/sample_plan_test.py::test_the_number_of_spans_is_poisson",
   ("always_two_spans", "int(rng.poisson(config.mean_spans))", "2 if config.mean_spans else 0"),
+  "tests/data/rows/loader_test.py",
+  ("opening_tokens_weigh_1", "weights[:3] = 0", "weights[:1] = 0"),
+  "tests/training/watch/heldout_test.py",
+  ("neighbor_weights_shifted", "joined[1 : 1 + before]", "joined[:before]"),
   "cm3leon_jax/data/rows/config.py",
   "tests/training/watch/heldout_test.py",
   ("heldout_loss_counts_neighbors", "neighbor_loss_weight=0.0", "neighbor_loss_weight=1.0"),
@@ -52,7 +56,6 @@ DATA = mutants_of(
     'row["inputs"][:] = row["targets"][:] = vocab.pad; row["loss_weights"][:] = 1',
   ),
   ("skipped_without_limit", "if count > config.max_skipped:", "if False:"),
-  ("opening_tokens_weigh_1", "weights[:3] = 0", "weights[:1] = 0"),
   ("positions_run_on", "= positions_of(tokens,", "= at + positions_of(tokens,"),
   ("neighbors_hidden", "(layout > before) & vocab", "(layout > 0) & vocab"),
   ("targets_hidden", 'row["inputs"][at : at', 'row["targets"][at : at'),
@@ -69,8 +72,6 @@ DATA = mutants_of(
     "join([*neighbors, document], vocab)",
     "join([document, *neighbors], vocab)",
   ),
-  "tests/training/watch/heldout_test.py",
-  ("neighbor_weights_shifted", "joined_weights[1 : 1 + before]", "joined_weights[:before]"),
   "cm3leon_jax/data/checks/duplicates.py",
   (
     "near_by_both_measures",
@@ -106,8 +107,8 @@ DATA = mutants_of(
   "cm3leon_jax/data/instructions/samples.py",
   (
     "sentinels_count_as_targets",
-    "len(tokens) - 1 - (stop - start)",
-    "len(tokens) - 2 - (stop - start)",
+    "plan.length - 1 - (stop - start)",
+    "plan.length - 2 - (stop - start)",
   ),
   ("ends_of_targets_do_not_count", "weights[start : stop + 1] =", "weights[start:stop] ="),
   (
