@@ -2,11 +2,11 @@
 
   python -m benchmarks.copying --widths=56,84,128 --seeds=0,1,2,3,4 --workdir=workdir/learning
 
-Trains decoders of the demo of several widths for 1,500 steps, and computes the bits of images of
-rare objects that training never shows, after the document of the object at the same place, and
-without a document. A decoder copies if the document saves a quarter of the bits. The tokenizers are
-those of `benchmarks.learning` in the same workdir. Finished parts are skipped. Writes copying.json
-and copying.md.
+Trains decoders of several widths on conditions of `benchmarks.learning`, by default `shape_color`,
+for 1,500 steps, and computes the bits of images of rare objects that training never shows, after
+the document of the object at the same place, and without a document. A decoder copies if the
+document saves at least a quarter of the bits. The tokenizers are those of `benchmarks.learning` in
+the same workdir. Finished parts are skipped. Writes copying.json and copying.md.
 """
 
 from collections.abc import Sequence

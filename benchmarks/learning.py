@@ -2,7 +2,8 @@
 
   python -m benchmarks.learning --conditions=today,shape_color --seeds=0,1
 
-A condition changes one thing in the config `scenes`. All conditions have the text tokenizer and the
+Each condition except `today` has pair codes, and at most one other change of the config `scenes`.
+All conditions have the text tokenizer and the
 CLIP of `today`, and each image tokenizer is trained once. The program trains a decoder for each
 condition and seed, draws images for held-out captions and judges them. Half of the captions, chosen
 by a hash of what they show, serve to choose between conditions; the other half to report. Finished

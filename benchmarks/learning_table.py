@@ -8,16 +8,16 @@ from cm3leon_jax.evaluation.intervals import mean_interval
 
 HALVES = ("choose", "report")
 TITLES = {
-  "color named": "unseen color named",
-  "one object": "of these, one object",
+  "color named": "unseen color",
+  "one object": "one object",
   "no color named": "unseen color, not named",
-  "objects never together": "objects never together",
+  "objects never together": "never together",
   "new claims": "claims never made",
   "claims of training": "claims made",
   "rare": "rare",
-  "rare moved": "rare, document at another place",
+  "rare moved": "moved",
 }
-BITS = {"own": "own", "own elsewhere": "own, elsewhere", "none": "none"}
+BITS = {"own": "same place", "own elsewhere": "another place", "none": "no document"}
 
 
 def table(runs: Sequence[dict]) -> dict:
@@ -62,7 +62,7 @@ def markdown(result: dict) -> str:
   """Formats the table of each half."""
   lines = []
   for half in HALVES:
-    titles = [f"half: {half}", *TITLES.values(), *(f"bits after {name}" for name in BITS.values())]
+    titles = [f"half: {half}", *TITLES.values(), *(f"bits: {name}" for name in BITS.values())]
     lines += [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for condition, found in result[half].items():
       cells = [f"{condition} ({len(found['seeds'])} seeds)"]

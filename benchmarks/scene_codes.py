@@ -2,10 +2,11 @@
 
   python -m benchmarks.scene_codes --runs=workdir/scenes,workdir/other --workdir=workdir/scene_codes
 
-A sample of a decoder cannot be better than a reconstruction of the true image, so this is the limit
-of what the decoder of a run can reach. `--runs` are workdirs whose stage `vqgan` is finished. For
-the held-out rare objects and for 600 held-out scenes, the table has the share of reconstructions
-that the judge calls correct, and their mean PSNR. Takes seconds. Writes results.json and table.md.
+A decoder that predicts the codes of the true image draws this reconstruction, so the share of
+correct ones is about the highest that the decoder of the run can reach. `--runs` are workdirs whose
+stage `vqgan` is finished. For the held-out rare objects and for 600 held-out scenes, the table has
+the share of reconstructions that the judge calls correct, and their mean PSNR. Takes seconds.
+Writes results.json and table.md.
 """
 
 from collections.abc import Sequence

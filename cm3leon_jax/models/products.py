@@ -1,6 +1,6 @@
 """Multiplies activations by the matrices of a layer, with a backward pass that is fast on CPUs."""
 
-# B batch, L length, D width, F feed-forward.
+# B batch, L length, D width, N heads, H head size, F feed-forward.
 
 from collections.abc import Sequence
 import functools
@@ -14,11 +14,11 @@ from cm3leon_jax.mesh import spec
 
 
 def product(equation: str, x: Array, w: Array, axes: Sequence[str | None]) -> Array:
-  """Computes `einsum(equation, x, w)`, sharded by the logical `axes`.
+  """Computes `einsum(equation, x, w)`. `axes` are the logical axes of the result.
 
   The equation multiplies the last axes of the activations `x` by the first axes of the matrix `w`,
-  for example "BLD,DF->BLF". On CPUs, the gradient of `w` has other rounding errors than that of
-  `einsum`.
+  for example "BLD,DF->BLF" or "BLNh,NhD->BLD". On CPUs, the gradient of `w` has other rounding
+  errors than that of `einsum`.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is not None and device.platform == "cpu":

@@ -50,7 +50,11 @@ def split(table: Float[Array, "V D"], start: int, colors: int) -> Parts:
 
 
 def split_gradient(gradient: Float[Array, "V D"], start: int, colors: int) -> Parts:
-  """Computes the gradients of the vectors from the gradient of a table."""
+  """Computes the gradients of the vectors from the gradient of a table.
+
+  The gradient of a shape or color is the sum over its codes, and that of a pair is `PAIR_SCALE`
+  times that of its row.
+  """
 
   def parts(gradient: Float[Array, "V D"]) -> Parts:
     codes = _codes(gradient, start, colors)

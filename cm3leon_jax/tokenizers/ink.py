@@ -17,7 +17,7 @@ def ink_of(x: Pixels) -> Float[Array, "B H W 1"]:
   """Computes how much ink each pixel in [-1, 1] has: from -1, white, to 1.
 
   The ink is the distance of the darkest channel from white. Pure colors and black have full ink,
-  and a pixel at an edge, which is a mixture with white, has the share of its ink.
+  and a pixel at an edge, half covered by ink, has half of the ink.
   """
   return -x.min(-1, keepdims=True)
 
@@ -39,8 +39,9 @@ def color_of(x: Pixels, side: int) -> Float[Array, "B h w 4"]:
 def common_colors(x: Pixels, side: int, count: int, seed: int) -> Float[np.ndarray, "count 4"]:
   """Finds the most common colors of ink in pixels in [-1, 1]: the centers of k-means.
 
-  Colors that start at random would often share the ink: one stays black, and two real colors become
-  one. If the squares have fewer colors than `count`, the others are random.
+  Squares with less mean ink than `MIN_INK` are ignored. If the entries of a codebook start at
+  random, two real colors often end at the same entry, because another entry stays at black. If
+  the squares have fewer colors than `count`, the others are random.
   """
   rng = np.random.default_rng(seed)
   x = jnp.asarray(x)

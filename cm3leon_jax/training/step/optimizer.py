@@ -93,7 +93,7 @@ def create_optimizer(
 def on_vectors(
   inner: optax.GradientTransformation, start: int, colors: int
 ) -> optax.GradientTransformation:
-  """Updates the vectors of shapes and colors of token tables instead of rows, see `shape_color`.
+  """Updates the vectors of shapes, colors and pairs of token tables, see `models.shape_color`.
 
   `start` is the id of the first image code, and `colors` the number of colors.
   """
