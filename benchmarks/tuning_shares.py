@@ -62,7 +62,7 @@ class Sums(NamedTuple):
 
 
 class Gradients(NamedTuple):
-  """Gradients of the sources of rows, each relative to the loss weight of its own targets.
+  """Gradients of the sources of rows. Each is divided by the loss weight of its source's targets.
 
   Attributes:
     products: inner products of the sources' mean gradients, without bias, [S, S].
