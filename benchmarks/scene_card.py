@@ -5,11 +5,12 @@
 The model is the name of a bundle, its folder, or the workdir of a run. Writes results.json and
 table.md, whose numbers are in the card of the bundled model. rare.png shows images of rare objects
 that the judge called correct, next to the true icons. examples.png shows samples of the object
-whose share of correct images is the median. All samples use the settings that the model stores.
-Takes about 10 minutes on two cores.
+whose share of correct images is the median. samples.npz has all images of the table, and
+verdicts.json what the judge says about them, so `benchmarks.scene_recount` can count again. All
+samples use the settings that the model stores. Takes about 10 minutes on two cores.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import pathlib
 
@@ -23,8 +24,9 @@ from cm3leon_jax import CM3Leon
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Bank, Document, Segment
 from cm3leon_jax.data.rows import loader
-from cm3leon_jax.data.sources import splits
 from cm3leon_jax.evaluation.likelihood import bits
+from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.writer import contact_sheet, save_png
 from cm3leon_jax.scenes import source, world
 from cm3leon_jax.scenes.captions import describe_plainly
@@ -44,7 +46,7 @@ COUNTS = {
   "color named": 150,
   "no color named": 150,
   "rare": 1_000_000,  # All rare objects.
-  "rare elsewhere": 150,
+  "rare moved": 1_000_000,
 }
 STRICT = 0.90  # Minimum score of a clear shape, above the judge's `MIN_SCORE`.
 SHOWN = 48  # Number of images in rare.png.
@@ -111,33 +113,6 @@ def rare(config: ScenesConfig) -> Iterator[Asked]:
       yield _one("rare", Placed(name, world.rare_color(name), world.rare_place(name)))
 
 
-def elsewhere(config: ScenesConfig) -> Iterator[Asked]:
-  """Yields a caption of each rare object that one training scene shows at another place.
-
-  Neither that scene nor the bank shows the object at the requested place or in that color.
-  """
-  bank = _bank_of(config)
-  for name in world.rare_objects(config):
-    if not world.is_heldout_rare(name):
-      known = {world.rare_color(name), *(placed.color for placed in bank.get(name, ()))}
-      colors = [color for color in config.colors if color not in known]
-      places = [place for place in PLACES if place != world.rare_place(name)]
-      chosen = (min(words, key=_order(name)) for words in (colors, places))
-      yield _one("rare elsewhere", Placed(name, *chosen))
-
-
-def _order(name: str) -> Callable[[str], float]:
-  return lambda word: splits.fraction(f"scenes/elsewhere/{name}/{word}")
-
-
-def _bank_of(config: ScenesConfig) -> dict[str, list[Placed]]:
-  """Returns object -> its appearances in the bank, with color and place."""
-  found: dict[str, list[Placed]] = {}
-  for scene in world.bank_scenes(config)[: config.bank]:
-    found.setdefault(scene.objects[0].object, []).append(scene.objects[0])
-  return found
-
-
 def spaced(asked: Sequence[Asked], count: int) -> list[Asked]:
   """Returns up to `count` captions, at evenly spaced positions in the list."""
   chosen = np.unique(np.linspace(0, len(asked) - 1, min(count, len(asked))).astype(int))
@@ -149,6 +124,31 @@ def draw(model: CM3Leon, asked: Sequence[Asked], seed: int) -> tuple[np.ndarray,
   samples = [sample for [sample] in model.generate([one.caption for one in asked], seed=seed)]
   neighbors = [s.neighbors[0].concept if s.neighbors else "" for s in samples]
   return np.stack([np.asarray(sample.image) for sample in samples]), neighbors
+
+
+@dataclasses.dataclass(frozen=True)
+class AfterDocument(TextToImage):
+  """Generates an image for a caption after given documents instead of retrieved ones."""
+
+  neighbors: tuple[Document, ...] = ()
+
+
+def draw_moved(model: CM3Leon, asked: Sequence[Asked], seed: int) -> tuple[np.ndarray, list[str]]:
+  """Draws each rare object after the bank's document that shows it at the next place.
+
+  Returns images and the documents' concepts, as `draw` does.
+  """
+  pipeline = model.pipeline
+  at = {(one.object, one.place): i for one, i in placed_in(pipeline.documents).items()}
+  tasks = []
+  for row, one in enumerate(asked):
+    place = PLACES[(PLACES.index(one.placed.place) + 1) % len(PLACES)]
+    document = pipeline.documents[at[one.placed.object, place]]
+    settings = {"sampling": pipeline.settings.sampling, "seed": seed + row, "row": row}
+    tasks.append(AfterDocument(one.caption, neighbors=(document,), **settings))
+  samples = [sample for [sample] in model.sample(tasks)]
+  concepts = [task.neighbors[0].concept for task in tasks]
+  return np.stack([np.asarray(sample.image) for sample in samples]), concepts
 
 
 def judged(asked: Sequence[Asked], images, neighbors: Sequence[str]) -> list[dict]:
@@ -277,10 +277,22 @@ def main(argv):
   counts["rare"] = max(2, int(len(list(rare(config))) * given.scale))
   trained = TrainingScenes.of_config(config)
   asked = common(config, trained, counts)
-  asked += spaced(list(rare(config)), counts["rare"])
-  asked += spaced(list(elsewhere(config)), counts["rare elsewhere"])
+  of_rare = spaced(list(rare(config)), counts["rare"])
+  asked += of_rare
   images, neighbors = draw(model, asked, seed)
+  of_moved = spaced(of_rare, counts["rare moved"])
+  moved, documents = draw_moved(model, of_moved, seed)
+  asked += [dataclasses.replace(one, group="rare moved") for one in of_moved]
+  images, neighbors = np.concatenate([images, moved]), neighbors + documents
   verdicts = judged(asked, images, neighbors)
+  np.savez_compressed(workdir / "samples.npz", images=images)
+  write_json(
+    workdir / "verdicts.json",
+    [
+      {"group": one.group, "caption": one.caption, "facts": one.facts, **verdict}
+      for one, verdict in zip(asked, verdicts)
+    ],
+  )
   known = [trained.known(one.caption, one.facts) for one in asked]
   groups = {}
   for group in counts:
@@ -290,7 +302,6 @@ def main(argv):
     ]
     groups[group] = table.row(results, [asked[i].concept for i in chosen])
     print(f"{group}: {groups[group]['captions']} captions, {groups[group]['right']}", flush=True)
-  of_rare = [one for one in asked if one.group == "rare"]
   drawn = [(a, i, v["right"]) for a, i, v in zip(asked, images, verdicts) if a.group == "rare"]
   scored = neighbor_bits(model, of_rare)
   result = {

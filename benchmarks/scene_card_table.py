@@ -23,7 +23,7 @@ TITLES = {
   "color named": "an object in a color it never had, the color named",
   "no color named": "an object in a color it never had, no color named",
   "rare": "objects never seen, after the bank's document",
-  "rare elsewhere": "objects at another place than their only document",
+  "rare moved": "objects never seen, after the bank's document at another place",
 }
 
 
@@ -86,7 +86,7 @@ def markdown(result: dict) -> str:
     "copied": "the neighbor itself would be correct",
   }
   lines += ["", f"| rare objects | {' | '.join(columns.values())} |", "|---" * 7 + "|"]
-  for group in ("rare", "rare elsewhere"):
+  for group in ("rare", "rare moved"):
     cells = [percent(groups[group][name]) for name in columns]
     lines.append(f"| {TITLES[group]} | {' | '.join(cells)} |")
   lines += ["", "| document before a rare object | bits a code | minus none |", "|---|---|---|"]

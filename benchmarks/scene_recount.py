@@ -1,0 +1,134 @@
+"""Counts correct images of scenes a second time, without the judge.
+
+  python -m benchmarks.scene_recount --card=workdir/scene_card
+  python -m benchmarks.scene_recount --run=workdir/scenes
+
+`--card` reads the images of `benchmarks.scene_card`, `--run` those of the stage `evaluate`. Each
+quarter of an image is compared with the true drawings of all objects in all colors and with a blank
+quarter; the nearest one, by the squared differences of pixels, says what the quarter shows. The
+image is correct if these objects can be assigned to the clauses of its caption. Prints, for each
+set of captions, the share that the judge called correct, the share of this count, and the number of
+images on which both differ.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+import functools
+import itertools
+import json
+import pathlib
+
+from absl import app, flags
+import numpy as np
+from PIL import Image
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.files.json_files import read_json, read_json_lines
+from cm3leon_jax.scenes import world
+from cm3leon_jax.scenes.config import ScenesConfig
+from cm3leon_jax.scenes.drawings import render
+from cm3leon_jax.scenes.world import Placed, Scene
+
+CELL = 24  # Pixels per side of a quarter.
+CORNERS = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
+RELATIONS = {
+  "left of": lambda a, b: a[1] < b[1],
+  "right of": lambda a, b: a[1] > b[1],
+  "above": lambda a, b: a[0] < b[0],
+  "below": lambda a, b: a[0] > b[0],
+}
+Shown = tuple[str, str, str]  # Name, color and place of an object.
+
+
+@functools.cache
+def _drawings() -> tuple[list[tuple[str, str] | None], np.ndarray, np.ndarray]:
+  """Returns the names of all drawings, their pixels, [n, values], and the squares' sums, [n]."""
+  config = ScenesConfig(rare_objects=1_550)
+  objects = (*config.objects, *world.rare_objects(config))
+  names = [(name, color) for name in objects for color in config.colors]
+  cells = [render(Scene((Placed(*name, "top left"),)))[:CELL, :CELL] for name in names]
+  pixels = np.stack([*cells, np.full_like(cells[0], 255)]).reshape(len(names) + 1, -1)
+  pixels = pixels.astype(np.float32) / 255
+  return [*names, None], pixels, (pixels**2).sum(1)
+
+
+def objects_of(image: np.ndarray) -> list[Shown]:
+  """Returns what the four quarters of an image, [48, 48, 3] uint8, show."""
+  names, pixels, squares = _drawings()
+  shown = []
+  for place, (row, column) in CORNERS.items():
+    cell = image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+    distances = squares - 2 * pixels @ (cell.reshape(-1).astype(np.float32) / 255)
+    if (name := names[int(distances.argmin())]) is not None:
+      shown.append((*name, place))
+  return shown
+
+
+def is_correct(shown: Sequence[Shown], clauses: Sequence[dict]) -> bool:
+  """Says whether the objects can be assigned to the clauses of a caption, with none left over."""
+  ends = np.cumsum([clause["count"] for clause in clauses])
+  if len(shown) != ends[-1]:
+    return False
+  groups = (
+    [order[end - clause["count"] : end] for clause, end in zip(clauses, ends)]
+    for order in itertools.permutations(shown)
+  )
+  return any(_fits(of, clauses) for of in groups)
+
+
+def _fits(groups: Sequence[Sequence[Shown]], clauses: Sequence[dict]) -> bool:
+  for group, clause in zip(groups, clauses):
+    for name, color, place in group:
+      facts = {"class": name, "color": color, "place": place}
+      if any(clause.get(key, value) != value for key, value in facts.items()):
+        return False
+      if "position" in clause:
+        relation, other = clause["position"]
+        holds = RELATIONS[relation]
+        if not all(holds(CORNERS[place], CORNERS[there]) for _, _, there in groups[other]):
+          return False
+  return True
+
+
+def _of_card(folder: pathlib.Path) -> list[tuple[str, list[dict], bool, np.ndarray]]:
+  """Returns set, clauses, verdict and image of each sample of `benchmarks.scene_card`."""
+  rows = read_json(folder / "verdicts.json")
+  images = np.load(folder / "samples.npz")["images"]
+  if len(rows) != len(images):
+    raise UserError(f"{folder} has {len(rows)} verdicts and {len(images)} images; measure again.")
+  return [(row["group"], row["facts"]["include"], row["right"], x) for row, x in zip(rows, images)]
+
+
+def _of_run(folder: pathlib.Path) -> list[tuple[str, list[dict], bool, np.ndarray]]:
+  """Returns guidance weight, clauses, verdict and image of each judged sample of a run."""
+  folder = folder / "evaluation"
+  return [
+    (
+      f"guidance {row['guidance']:g}",
+      json.loads(row["metadata"])["include"],
+      row["correct"],
+      np.asarray(Image.open(folder / row["filename"]).convert("RGB")),
+    )
+    for row in read_json_lines(folder / "scenes_results.jsonl")
+  ]
+
+
+def main(argv: Sequence[str]) -> None:
+  given = flags.FLAGS
+  if len(argv) > 1 or bool(given.card) == bool(given.run):
+    raise UserError("give --card, the workdir of benchmarks.scene_card, or --run, that of a run.")
+  samples = _of_card(pathlib.Path(given.card)) if given.card else _of_run(pathlib.Path(given.run))
+  counts = defaultdict(list)
+  for name, clauses, right, image in samples:
+    counts[name].append((right, is_correct(objects_of(image), clauses)))
+  print("| captions | judge | nearest drawings | differ |\n|---|---|---|---|")
+  for name, pairs in counts.items():
+    judge, nearest = np.array(pairs, float).T
+    differ = int(np.sum(judge != nearest))
+    print(f"| {name} ({len(pairs)}) | {judge.mean():.1%} | {nearest.mean():.1%} | {differ} |")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("card", "", "Workdir of benchmarks.scene_card.")
+  flags.DEFINE_string("run", "", "Workdir of a run whose stage `evaluate` is finished.")
+  app.run(main)

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+
+from benchmarks import scene_recount
+from cm3leon_jax.scenes import source, world
+from cm3leon_jax.scenes.config import ScenesConfig
+from cm3leon_jax.scenes.drawings import render
+from cm3leon_jax.scenes.world import Placed, Scene
+
+CONFIG = ScenesConfig(rare_objects=1_550)
+
+
+def test_true_images_are_correct_for_their_own_caption_only():
+  pairs = [source.pair(CONFIG, "heldout", i) for i in range(24)]
+  shown = [scene_recount.objects_of(render(Scene.parse(pair.image))) for pair in pairs]
+  clauses = [pair.facts["include"] for pair in pairs]
+  assert all(map(scene_recount.is_correct, shown, clauses))
+  others = map(scene_recount.is_correct, shown, clauses[1:] + clauses[:1])
+  assert sum(others) < 3
+
+
+@pytest.mark.parametrize(
+  ("clauses", "objects", "right"),
+  [
+    ([{"class": "bell", "count": 2}], ["red bell top left", "blue bell top right"], True),
+    ([{"class": "bell", "count": 2}], ["red bell top left"], False),
+    ([{"class": "bell", "count": 1, "color": "red"}], ["blue bell top left"], False),
+    ([{"class": "bell", "count": 1, "place": "top left"}], ["red bell top right"], False),
+    ([{"class": "bell", "count": 1}], ["red bell top left", "red key top right"], False),
+    (
+      [{"class": "bell", "count": 1, "position": ["left of", 1]}, {"class": "key", "count": 1}],
+      ["red key bottom right", "red bell top left"],
+      True,
+    ),
+    (
+      [{"class": "bell", "count": 1, "position": ["left of", 1]}, {"class": "key", "count": 1}],
+      ["red key bottom left", "red bell top left"],
+      False,
+    ),
+    (
+      [{"class": "bell", "count": 1, "position": ["above", 1]}, {"class": "bell", "count": 1}],
+      ["red bell bottom left", "blue bell top left"],
+      True,
+    ),
+  ],
+)
+def test_objects_are_assigned_to_the_clauses(clauses, objects, right):
+  image = render(Scene.parse(", ".join(objects)))
+  assert scene_recount.is_correct(scene_recount.objects_of(image), clauses) == right
+
+
+def test_rare_objects_and_blank_quarters_are_told_apart():
+  name = world.rare_objects(CONFIG)[-1]
+  image = render(Scene((Placed(name, "cyan", "bottom left"),)))
+  noisy = np.clip(image + np.random.default_rng(0).normal(0, 20, image.shape), 0, 255)
+  assert scene_recount.objects_of(noisy.astype(np.uint8)) == [(name, "cyan", "bottom left")]
