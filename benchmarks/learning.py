@@ -1,17 +1,18 @@
 """Compares changes of the demo's data and decoder: bound colors, copying, bits.
 
-  python -m benchmarks.learning --conditions=today,shape_color --seeds=0,1
+  python -m benchmarks.learning --conditions=one_codebook,shape_color --seeds=0,1
 
-Each condition except `today` has pair codes, and at most one other change of the config `scenes`.
-All conditions have the text tokenizer and the
-CLIP of `today`, and each image tokenizer is trained once. The program trains a decoder for each
+`several_objects` has the data and the decoder of the config `scenes`. The other conditions have
+more scenes of rare objects: `one_codebook` has no pair codes, and the others differ from
+`shape_color` by one change. All conditions have the same text tokenizer and CLIP, and each image
+tokenizer is trained once. The program trains a decoder for each
 condition and seed, draws images for held-out captions and judges them. Half of the captions, chosen
 by a hash of what they show, serve to choose between conditions; the other half to report. Finished
-parts are skipped. Writes results.json and table.md, and for each run the images in samples.npz.
+parts are skipped. Writes results.json, table.md and learning.png, and for each run the images in
+samples.npz.
 """
 
 from collections.abc import Sequence
-import dataclasses
 import pathlib
 import re
 
@@ -20,27 +21,23 @@ import numpy as np
 
 from benchmarks import experiment, learning_table, scene_card
 from cm3leon_jax import CM3Leon
-from cm3leon_jax.configs import scenes as config_scenes
-from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.sources import splits
-from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.scenes.judge import judge
 from cm3leon_jax.scenes.judge.baselines import TrainingScenes
-from cm3leon_jax.scenes.world import PLACES
 
 CONFIG = "ml_configs/scenes.py"
 STAGES = ("raw", "text_tokenizer", "vqgan", "documents", "clip", "neighbors")
-CODES = {"vqgan.quantizer": "shape_color", "vqgan.code_dim": 12}
-SEVERAL = (1.0, 2.0, 2.0, 2.0, 3.0, 4.0, 1.0)  # More scenes of several objects, fewer rare ones.
+RARE = experiment.OLDER_SCENES
+CODES = experiment.OLDER_TRAINING  # The image tokenizer is trained for fewer steps.
 # Condition -> fields that differ from the config `scenes`: those of the data and tokenizers, and
 # those of the decoder.
 CONDITIONS: dict[str, tuple[dict, dict]] = {
-  "today": ({}, {}),
-  "shape_color": (CODES, {}),
-  "free_rows": (CODES, {"model.code_colors": 0}),
-  "four_places": ({**CODES, "scenes.rare_places": 4}, {}),
-  "several_objects": ({**CODES, "scenes.shares": SEVERAL}, {}),
+  "one_codebook": (experiment.OLDER, {}),
+  "shape_color": ({**RARE, **CODES}, {}),
+  "free_rows": ({**RARE, **CODES}, {"model.code_colors": 0}),
+  "four_places": ({**RARE, **CODES, "scenes.rare_places": 4}, {}),
+  "several_objects": (CODES, {}),
 }
 COUNTS = {
   "new claims": 300,
@@ -63,7 +60,7 @@ def fields(condition: str, seed: int, steps: int) -> dict:
 
 
 def folder_of(workdir: pathlib.Path, data: dict) -> pathlib.Path:
-  name = "_".join(f"{field.split('.')[1]}_{value}" for field, value in data.items()) or "today"
+  name = "_".join(f"{field.split('.')[1]}_{value}" for field, value in data.items()) or "demo"
   return workdir / "data" / re.sub(r"[^\w.]+", "_", name)
 
 
@@ -101,27 +98,6 @@ def asked_of(model: CM3Leon) -> list[scene_card.Asked]:
   return asked + scene_card.spaced(list(scene_card.rare(config)), COUNTS["rare"])
 
 
-@dataclasses.dataclass(frozen=True)
-class AfterDocument(TextToImage):
-  """Generates an image for a caption after given documents instead of retrieved ones."""
-
-  neighbors: tuple[Document, ...] = ()
-
-
-def moved(model: CM3Leon, asked: Sequence[scene_card.Asked], seed: int) -> np.ndarray:
-  """Draws each rare object after the bank's document that shows it at the next place."""
-  pipeline = model.pipeline
-  placed = scene_card.placed_in(pipeline.documents)
-  at = {(one.object, one.place): i for one, i in placed.items()}
-  tasks = []
-  for row, one in enumerate(asked):
-    place = PLACES[(PLACES.index(one.placed.place) + 1) % len(PLACES)]
-    document = pipeline.documents[at[one.placed.object, place]]
-    settings = {"sampling": pipeline.settings.sampling, "seed": seed + row, "row": row}
-    tasks.append(AfterDocument(one.caption, neighbors=(document,), **settings))
-  return np.stack([np.asarray(sample.image) for [sample] in model.sample(tasks)])
-
-
 def measure(run: pathlib.Path) -> dict:
   """Draws and judges an image per caption and seed; measures the bits of rare objects."""
   model = CM3Leon.load(run, batch_size=scene_card.BATCH)
@@ -140,7 +116,7 @@ def measure(run: pathlib.Path) -> dict:
       for one, verdict in zip(chosen, verdicts)
     ]  # fmt: skip
   of_rare = [one for one in asked if one.group == "rare"]
-  images.append(moved(model, of_rare, 1))
+  images.append(scene_card.draw_moved(model, of_rare, 1)[0])
   rows += [
     {
       "group": "rare moved", "concept": one.concept, "half": half_of(one.concept), "seed": 1,
@@ -179,12 +155,13 @@ def main(argv: Sequence[str]) -> None:
       runs.append(run_one(workdir, name, seed, given.steps))
       table = learning_table.table(runs)
       experiment.write_results(workdir, {"table": table}, learning_table.markdown(table))
+      learning_table.plot(runs, workdir / "learning.png")
       print(learning_table.markdown(table), flush=True)
 
 
 if __name__ == "__main__":
   flags.DEFINE_list("conditions", list(CONDITIONS), "Conditions to run.")
   flags.DEFINE_list("seeds", ["0", "1"], "Seeds of each condition.")
-  flags.DEFINE_integer("steps", config_scenes.STEPS["train"], "Training steps.", lower_bound=1)
+  flags.DEFINE_integer("steps", 3_200, "Training steps.", lower_bound=1)
   flags.DEFINE_string("workdir", "workdir/learning", "Folder of all runs.")
   app.run(main)

@@ -1,7 +1,9 @@
-"""Summarizes the runs of `benchmarks.learning` as a table."""
+"""Summarizes the runs of `benchmarks.learning` as a table and a figure."""
 
 from collections.abc import Sequence
+import os
 
+from matplotlib.figure import Figure
 import numpy as np
 
 from cm3leon_jax.evaluation.intervals import mean_interval
@@ -17,6 +19,8 @@ TITLES = {
   "rare": "rare",
   "rare moved": "moved",
 }
+SHOWN = ("color named", "one object", "objects never together", "new claims", "rare")
+ENDS = ("low", "high")
 BITS = {"own": "same place", "own elsewhere": "another place", "none": "no document"}
 
 
@@ -78,3 +82,36 @@ def _percent(right: dict, lookup: dict) -> str:
   if right["low"] is not None:
     text += f" [{100 * right['low']:.0f}, {100 * right['high']:.0f}]"
   return f"{text}, lookup {lookup['mean']:.0%}"
+
+
+def plot(runs: Sequence[dict], path: str | os.PathLike[str]) -> None:
+  """Draws a bar per condition and set of captions of the half "report".
+
+  A bar is the mean over seeds, with its interval over concepts; a dot is one seed. A line across a
+  bar is the lookup.
+  """
+  means = table(runs)["report"]
+  figure = Figure(figsize=(9, 3.2), layout="constrained")
+  axes = figure.subplots()
+  width = 0.8 / len(means)
+  for i, (condition, found) in enumerate(means.items()):
+    own = [run for run in runs if run["condition"] == condition]
+    at = np.arange(len(SHOWN)) + (i - (len(means) - 1) / 2) * width
+    right, lookup = (
+      [found[f"{group}/{measure}"] for group in SHOWN] for measure in ("right", "lookup")
+    )
+    middle = np.array([100 * one["mean"] for one in right])
+    ends = [[one["mean"] if one[end] is None else one[end] for one in right] for end in ENDS]
+    errors = np.abs(100 * np.array(ends) - middle)
+    axes.bar(at, middle, width, label=condition, yerr=errors, error_kw={"linewidth": 0.8})
+    for run in own:
+      shares = _columns([run], "report")
+      dots = [100 * shares[f"{group}/right"]["mean"] for group in SHOWN]
+      axes.plot(at, dots, ".", color="black", markersize=4)
+    lines = [100 * one["mean"] for one in lookup]
+    axes.hlines(lines, at - width / 2, at + width / 2, color="tab:red", linewidth=1.5)
+  axes.set_xticks(range(len(SHOWN)), [TITLES[group] for group in SHOWN])
+  axes.set_ylabel("correct images (%)")
+  axes.set_ylim(0, 100)
+  figure.legend(loc="outside upper center", ncols=len(means))
+  figure.savefig(path, dpi=110)

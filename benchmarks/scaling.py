@@ -321,7 +321,7 @@ def scaling_from_flags(argv: Sequence[str], args) -> Scaling:
     tokens_power=args.tokens_power,
     learning_rate_power=args.learning_rate_power,
     judged=args.judged,
-    given={"scenes.heldout": args.heldout, **parse_fields(args.set)},
+    given={**experiment_lib.OLDER, "scenes.heldout": args.heldout, **parse_fields(args.set)},
   )
 
 

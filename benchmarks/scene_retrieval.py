@@ -69,6 +69,7 @@ class Experiment:
     """Returns the config fields that differ from the config `scenes`."""
     never = 1_000_000
     return {
+      **experiment_lib.OLDER,
       "scenes.heldout": self.heldout,
       "train.steps": self.steps,
       "train.eval_every": never,
@@ -340,9 +341,7 @@ if __name__ == "__main__":  # Tests import this module without flags.
   flags.DEFINE_string(
     "workdir", "workdir/scene_retrieval", "Folder of all runs; finished parts are skipped."
   )
-  flags.DEFINE_integer(
-    "steps", config_scenes.STEPS["train"], "Training steps with neighbors.", lower_bound=1
-  )
+  flags.DEFINE_integer("steps", 3_200, "Training steps with neighbors.", lower_bound=1)
   flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of every condition.")
   flags.DEFINE_list("conditions", list(CONDITIONS), "Conditions to run.")
   flags.DEFINE_integer("heldout", 2_100, "Held-out scenes.", lower_bound=7)

@@ -111,6 +111,7 @@ class Experiment:
       "train.eval_every": never,
       "train.sample_every": never,
       "train.checkpoint_every": 100,
+      **experiment_lib.OLDER,
       **LONGER,
       **self.given,
       "seed": seed,

@@ -11,7 +11,7 @@ def row(group, concept, half, right):
 def run_of(seed, rows):
   bits = {key: [1.0, 3.0] for key in learning_table.BITS}
   return {
-    "condition": "today", "seed": seed, "rows": rows, "bits": bits, "concepts": ["a", "b"],
+    "condition": "one_codebook", "seed": seed, "rows": rows, "bits": bits, "concepts": ["a", "b"],
     "halves": ["choose", "report"],
   }  # fmt: skip
 
@@ -28,15 +28,23 @@ def test_halves_are_not_mixed_and_captions_of_one_object_are_counted_apart():
     rows.append(row("color named", "blue key top left, red bell top right", half, second))
   table = learning_table.table([run_of(0, rows), run_of(1, rows)])
   means = {
-    half: {n: v["mean"] for n, v in of["today"].items() if n != "seeds"}
+    half: {n: v["mean"] for n, v in of["one_codebook"].items() if n != "seeds"}
     for half, of in table.items()
   }
   assert (means["choose"]["rare/right"], means["report"]["rare/right"]) == (1, 0)
   assert (means["choose"]["bits/own"], means["report"]["bits/own"]) == (1, 3)
   assert means["report"]["color named/right"] == pytest.approx(0.5)
   assert means["report"]["one object/right"] == 1
-  assert table["report"]["today"]["one object/right"]["count"] == 2
-  assert "today (2 seeds)" in learning_table.markdown(table)
+  assert table["report"]["one_codebook"]["one object/right"]["count"] == 2
+  assert "one_codebook (2 seeds)" in learning_table.markdown(table)
+
+
+def test_the_figure_is_drawn(tmp_path):
+  rows = [*every_group("choose", True), *every_group("report", False)]
+  for half, concept in (("choose", "red bell top left"), ("report", "blue key top left")):
+    rows.append(row("color named", concept, half, True))
+  learning_table.plot([run_of(0, rows), run_of(1, rows)], tmp_path / "learning.png")
+  assert (tmp_path / "learning.png").stat().st_size > 1_000
 
 
 def test_a_concept_belongs_to_one_half():
