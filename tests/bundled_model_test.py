@@ -37,8 +37,9 @@ def right(samples, facts):
   return np.mean([verdict.correct for verdict in judge_all(images, facts)])
 
 
-def test_it_is_small_and_every_file_is_the_one_that_was_trained():
-  folder = bundles.folder_of("scenes")
+@pytest.mark.parametrize("name", ["scenes", "scenes-instruct"])
+def test_bundles_are_small_and_every_file_is_the_one_that_was_trained(name):
+  folder = bundles.folder_of(name)
   bundles.read(folder)
   paths = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
   sizes = {path: path.stat().st_size for path in paths}
@@ -61,8 +62,9 @@ def test_a_tuning_starts_from_it_by_its_name_on_any_mesh():
   assert loaded[0]["embed"].std() > 0.01
 
 
-def test_it_says_what_it_cost():
-  about = bundles.about(bundles.folder_of("scenes"))
+@pytest.mark.parametrize("name", ["scenes", "scenes-instruct"])
+def test_bundles_say_what_they_cost(name):
+  about = bundles.about(bundles.folder_of(name))
   assert about["bytes"] <= MOST_BYTES
   assert about["cost"].keys() == {"train_seconds", "other_seconds", "machine"}
   assert about["cost"]["train_seconds"] > 600
@@ -99,8 +101,17 @@ def test_it_draws_objects_that_it_never_saw_from_its_bank_alone(model):
     sample.neighbors[0].facts["objects"][0]["class"] in fact["counts"]
     for [sample], fact in zip(samples, facts)
   )
-  assert right(samples, facts) >= 0.55
+  assert right(samples, facts) >= 0.6
   assert right(model.generate(captions, seed=0, retrieve=0), facts) <= 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+def test_it_draws_objects_in_colors_that_it_never_saw_them_in(model):
+  pairs = [pair for pair in heldout("pair") if scene_card.group_of(pair, None) == "color named"]
+  facts = [pair.facts for pair in pairs]
+  samples = model.generate([pair.caption for pair in pairs], seed=0)
+  assert right(samples, facts) >= 0.6
 
 
 TUNED = "scenes-instruct"
@@ -116,17 +127,6 @@ def records_of(tasks):
   config = ScenesConfig(rare_objects=1_550)
   drawn = instructions.ScenesTasks(config)
   return [x for task in tasks for x in drawn.records(task, "heldout", EACH)]
-
-
-def test_the_tuned_one_is_a_decoder_on_the_files_of_the_other():
-  folder = pathlib.Path(bundles.folder_of(TUNED))
-  bundles.read(folder)
-  assert pathlib.Path(bundles.stages_folder(folder)) == pathlib.Path(bundles.folder_of("scenes"))
-  sizes = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-  assert max(sizes.values()) < MOST_OF_A_FILE
-  assert sum(sizes.values()) < 6_000_000
-  assert [name for name in sizes if name.endswith(".safetensors")] == ["model.safetensors"]
-  assert bundles.about(folder)["cost"]["train_seconds"] > 600
 
 
 @pytest.mark.slow
@@ -165,8 +165,8 @@ def test_the_tuned_one_edits_new_scenes(tuned):
 
 
 @pytest.mark.slow
-def test_the_card_measures_that_only_its_own_document_at_the_same_place_helps(model):
+def test_the_card_measures_that_its_own_document_helps_at_every_place(model):
   asked = list(scene_card.rare(model.pipeline.settings.scenes))[:12]
   bits = {name: of.mean() for name, of in scene_card.neighbor_bits(model, asked).items()}
-  assert bits["own"] < 0.8 * bits["none"]
-  assert min(bits["own elsewhere"], bits["another's"]) > 1.3 * bits["none"]
+  assert max(bits["own"], bits["own elsewhere"]) < 0.5 * bits["none"]
+  assert min(bits["another's"], bits["another's elsewhere"]) > 1.3 * bits["none"]
