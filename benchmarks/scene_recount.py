@@ -30,6 +30,7 @@ from cm3leon_jax.scenes.drawings import render
 from cm3leon_jax.scenes.world import Placed, Scene
 
 CELL = 24  # Pixels per side of a quarter.
+CHUNK = 256  # Number of images that are compared at a time.
 CORNERS = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
 RELATIONS = {
   "left of": lambda a, b: a[1] < b[1],
@@ -52,15 +53,17 @@ def _drawings() -> tuple[list[tuple[str, str] | None], np.ndarray, np.ndarray]:
   return [*names, None], pixels, (pixels**2).sum(1)
 
 
-def objects_of(image: np.ndarray) -> list[Shown]:
-  """Returns what the four quarters of an image, [48, 48, 3] uint8, show."""
+def objects_of(images: np.ndarray) -> list[list[Shown]]:
+  """Returns what the four quarters of each image, [n, 48, 48, 3] uint8, show."""
   names, pixels, squares = _drawings()
-  shown = []
+  shown: list[list[Shown]] = [[] for _ in images]
   for place, (row, column) in CORNERS.items():
-    cell = image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
-    distances = squares - 2 * pixels @ (cell.reshape(-1).astype(np.float32) / 255)
-    if (name := names[int(distances.argmin())]) is not None:
-      shown.append((*name, place))
+    cells = images[:, row * CELL :, column * CELL :][:, :CELL, :CELL].reshape(len(images), -1)
+    for start in range(0, len(images), CHUNK):
+      distances = squares - 2 * (cells[start : start + CHUNK].astype(np.float32) / 255) @ pixels.T
+      for i, nearest in enumerate(distances.argmin(1), start):
+        if (name := names[int(nearest)]) is not None:
+          shown[i].append((*name, place))
   return shown
 
 
@@ -118,9 +121,12 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1 or bool(given.card) == bool(given.run):
     raise UserError("give --card, the workdir of benchmarks.scene_card, or --run, that of a run.")
   samples = _of_card(pathlib.Path(given.card)) if given.card else _of_run(pathlib.Path(given.run))
+  if not samples:
+    raise UserError(f"{given.card or given.run} has no judged samples: run the stage evaluate.")
   counts = defaultdict(list)
-  for name, clauses, right, image in samples:
-    counts[name].append((right, is_correct(objects_of(image), clauses)))
+  shown = objects_of(np.stack([image for *_, image in samples]))
+  for (name, clauses, right, _), objects in zip(samples, shown):
+    counts[name].append((right, is_correct(objects, clauses)))
   print("| captions | judge | nearest drawings | differ |\n|---|---|---|---|")
   for name, pairs in counts.items():
     judge, nearest = np.array(pairs, float).T

@@ -12,7 +12,7 @@ CONFIG = ScenesConfig(rare_objects=1_550)
 
 def test_true_images_are_correct_for_their_own_caption_only():
   pairs = [source.pair(CONFIG, "heldout", i) for i in range(24)]
-  shown = [scene_recount.objects_of(render(Scene.parse(pair.image))) for pair in pairs]
+  shown = scene_recount.objects_of(np.stack([render(Scene.parse(pair.image)) for pair in pairs]))
   clauses = [pair.facts["include"] for pair in pairs]
   assert all(map(scene_recount.is_correct, shown, clauses))
   others = map(scene_recount.is_correct, shown, clauses[1:] + clauses[:1])
@@ -46,11 +46,12 @@ def test_true_images_are_correct_for_their_own_caption_only():
 )
 def test_objects_are_assigned_to_the_clauses(clauses, objects, right):
   image = render(Scene.parse(", ".join(objects)))
-  assert scene_recount.is_correct(scene_recount.objects_of(image), clauses) == right
+  [shown] = scene_recount.objects_of(image[None])
+  assert scene_recount.is_correct(shown, clauses) == right
 
 
 def test_rare_objects_and_blank_quarters_are_told_apart():
   name = world.rare_objects(CONFIG)[-1]
   image = render(Scene((Placed(name, "cyan", "bottom left"),)))
   noisy = np.clip(image + np.random.default_rng(0).normal(0, 20, image.shape), 0, 255)
-  assert scene_recount.objects_of(noisy.astype(np.uint8)) == [(name, "cyan", "bottom left")]
+  assert scene_recount.objects_of(noisy.astype(np.uint8)[None]) == [[(name, "cyan", "bottom left")]]

@@ -1,6 +1,7 @@
 import dataclasses
 import shutil
 
+from etils import epath
 import jax
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from cm3leon_jax.commands import export
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes
 from cm3leon_jax.export import formats
+from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
@@ -55,8 +57,16 @@ def test_a_field_that_earlier_versions_stored_changes_nothing(run, tmp_path):
   assert stages.differences({"raw": raw}, {"raw": {"source": "b"}}) == ["raw.source: a -> b"]
 
 
-def test_a_bundle_on_a_base_reads_what_the_base_has():
-  base, tuned = Run.open("scenes"), Run.open("scenes-instruct")
+def test_a_bundle_on_a_base_reads_what_the_base_has(tmp_path):
+  base = Run.open("scenes")
+  for path in base.folder.iterdir():
+    if not path.is_dir():
+      path.copy(epath.Path(tmp_path) / path.name)
+  stored = read_json(base.folder / bundles.FILE)
+  own = {name: value for name, value in stored["digests"].items() if "/" not in name}
+  named = {"name": "scenes", "digest": digest(base.folder / bundles.FILE)}
+  write_json(tmp_path / bundles.FILE, {**stored, "digests": own, "base": named})
+  tuned = Run.open(tmp_path)
   assert tuned.kind == base.kind == "bundle"
   assert tuned.stages == base.stages == base.bank == tuned.bank == bundles.folder_of("scenes")
   first, second = (ids(one, [*READ, "neighbors"]) for one in (base, tuned))
