@@ -12,7 +12,7 @@ SCENE_HEADLINES = (
     "New combinations of known parts, wholly correct",
     "evaluation.scenes.best.scene.share",
     ">=",
-    0.25,
+    0.75,
   ),
   Headline(
     "New combinations whose claims no training caption makes, wholly correct",
@@ -26,7 +26,7 @@ SCENE_HEADLINES = (
   ),
   Headline("Color correct", "evaluation.scenes.best.color.share", ">=", 0.8),
   Headline("Number of objects correct", "evaluation.scenes.best.count.share", ">=", 0.8),
-  Headline("Place correct", "evaluation.scenes.best.place.share", ">=", 0.8),
+  Headline("Place correct", "evaluation.scenes.best.place.share", ">=", 0.85),
   Headline(
     "Best guidance minus guidance 1, wholly correct", "evaluation.scenes.gain.share", ">=", 0.05
   ),
