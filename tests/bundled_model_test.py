@@ -117,6 +117,16 @@ def test_it_draws_objects_in_colors_that_it_never_saw_them_in(model):
   assert right(samples, facts) >= 0.6
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+def test_it_draws_an_object_at_another_place_than_its_document_shows(model):
+  asked = scene_card.spaced(list(scene_card.rare(model.pipeline.settings.scenes)), 32)
+  images, documents = scene_card.draw_moved(model, asked, seed=0)
+  verdicts = scene_card.judged(asked, images, documents)
+  assert np.mean([verdict["right"] for verdict in verdicts]) >= 0.5
+  assert not any(verdict["at_neighbor"] or verdict["copied"] for verdict in verdicts)
+
+
 TUNED = "scenes-instruct"
 EACH = 8  # Number of held-out records per task.
 
