@@ -17,7 +17,7 @@ from cm3leon_jax.runs import stages
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Fields in which data and image tokenizer of older measurements differ from the config `scenes`:
-# they have more scenes of rare objects, and one codebook.
+# they have more scenes of rare objects, and one codebook, trained in another way.
 OLDER_SCENES = {"scenes.shares": (1.0, 2.0, 1.0, 1.0, 2.0, 3.0, 3.0)}
 OLDER_TRAINING = {"vqgan.steps": 2_000, "vqgan.learning_rate": 0.012, "vqgan.l1_weight": 0.1}
 ONE_CODEBOOK = {**OLDER_TRAINING, "vqgan.quantizer": "", "vqgan.code_dim": 8}

@@ -29,15 +29,15 @@ from cm3leon_jax.scenes.judge.baselines import TrainingScenes
 CONFIG = "ml_configs/scenes.py"
 STAGES = ("raw", "text_tokenizer", "vqgan", "documents", "clip", "neighbors")
 RARE = experiment.OLDER_SCENES
-CODES = experiment.OLDER_TRAINING  # The image tokenizer is trained for fewer steps.
+TRAINING = experiment.OLDER_TRAINING  # Of the image tokenizer.
 # Condition -> fields that differ from the config `scenes`: those of the data and tokenizers, and
 # those of the decoder.
 CONDITIONS: dict[str, tuple[dict, dict]] = {
   "one_codebook": (experiment.OLDER, {}),
-  "shape_color": ({**RARE, **CODES}, {}),
-  "free_rows": ({**RARE, **CODES}, {"model.code_colors": 0}),
-  "four_places": ({**RARE, **CODES, "scenes.rare_places": 4}, {}),
-  "several_objects": (CODES, {}),
+  "shape_color": ({**RARE, **TRAINING}, {}),
+  "free_rows": ({**RARE, **TRAINING}, {"model.code_colors": 0}),
+  "four_places": ({**RARE, **TRAINING, "scenes.rare_places": 4}, {}),
+  "several_objects": (TRAINING, {}),
 }
 COUNTS = {
   "new claims": 300,
@@ -65,15 +65,19 @@ def folder_of(workdir: pathlib.Path, data: dict) -> pathlib.Path:
 
 
 def prepare(workdir: pathlib.Path, data: dict) -> pathlib.Path:
-  """Makes the data of a condition; each tokenizer is trained once. Returns their folder."""
+  """Makes the data of a condition; each tokenizer is trained once. Returns their folder.
+
+  All tokenizers and CLIP are trained on the scenes `RARE`.
+  """
   folder = folder_of(workdir, data)
   if folder in _prepared:
     return folder
   codes = {field: value for field, value in data.items() if field.startswith("vqgan.")}
   world = {field: value for field, value in data.items() if field not in codes}
-  sources: dict[str, dict] = {name: {} for name in ("text_tokenizer", "clip")}
+  sources: dict[str, dict] = dict.fromkeys(("text_tokenizer", "clip"), RARE)
   sources |= dict.fromkeys(("raw", "neighbors"), world)
-  sources |= {"vqgan": codes, "documents": data}
+  if codes:
+    sources |= {"vqgan": {**RARE, **codes}, "documents": data}
   for stage in stage_table.STAGES:
     if stage not in sources:
       continue

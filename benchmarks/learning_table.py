@@ -112,6 +112,6 @@ def plot(runs: Sequence[dict], path: str | os.PathLike[str]) -> None:
     axes.hlines(lines, at - width / 2, at + width / 2, color="tab:red", linewidth=1.5)
   axes.set_xticks(range(len(SHOWN)), [TITLES[group] for group in SHOWN])
   axes.set_ylabel("correct images (%)")
-  axes.set_ylim(0, 100)
+  axes.set_ylim(0, 105)
   figure.legend(loc="outside upper center", ncols=len(means))
   figure.savefig(path, dpi=110)

@@ -44,8 +44,8 @@ ARMS = {
   "restarts": "nearest code, dead codes restart",
   "fsq": "FSQ",
 }
-# Fields whose values are from the config variant `scenes:long`, because these trainings are ten
-# times as long as the demo's.
+# Fields of `OLDER` that are replaced by the values of the config variant `scenes:long`, because
+# these trainings are ten times as long.
 TUNED = ("learning_rate", "l1_weight")
 LONGER = {f"vqgan.{name}": scenes.get_config("long").vqgan[name] for name in TUNED}
 SHARED = ("raw", "text_tokenizer", "clip", "neighbors")  # Stages that all runs share.

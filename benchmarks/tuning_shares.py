@@ -1,7 +1,7 @@
 """Measures how much each task of instruction tuning contributes to the loss and its gradient.
 
   python -m benchmarks.tuning_shares --config=ml_configs/scenes_instruct.py \
-    --data=workdir/scenes_instruct --models=scenes,scenes-instruct --workdir=workdir/tuning_shares
+    --data=workdir/scenes_instruct --models=scenes,workdir/scenes_instruct
 
 `--data` is a workdir of the config whose stages before the training are finished. `--models` are
 runs or bundles with the same model. For each source of rows (a task, or documents), the program
@@ -243,7 +243,7 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":  # Tests import this module without flags.
   config_flags.DEFINE_config_file("config", "ml_configs/scenes_instruct.py", "Config file.")
   flags.DEFINE_string("data", "workdir/scenes_instruct", "Workdir with the stores of the rows.")
-  flags.DEFINE_list("models", ["scenes", "scenes-instruct"], "Runs or bundles.")
+  flags.DEFINE_list("models", ["scenes"], "Runs or bundles with the tokenizers of --data.")
   flags.DEFINE_integer("rows", 64, "Rows of each source.", lower_bound=4)
   flags.DEFINE_string("workdir", "workdir/tuning_shares", "Folder of the results.")
   app.run(main)

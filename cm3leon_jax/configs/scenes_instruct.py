@@ -5,11 +5,11 @@
     --workdir=workdir/scenes_instruct --init_from=scenes
 
 The variant is the time in minutes that all stages may take on two cores (default 15). It scales
-only the training steps. The bundled model was trained in two runs. The variant `long` trains 12,000
-steps from `scenes` on more records, which takes 80 minutes on two idle cores. The variant `redrawn`
-then trains 3,000 steps from `long` on other records, which takes 20 minutes. In half of these
-records, the input image was encoded and decoded by the image tokenizer, so it looks like a
-generated image.
+only the training steps. The bundled model was trained in two runs from an earlier `scenes`. The
+variant `long` trains 12,000 steps from `scenes` on more records, which takes 80 minutes on two idle
+cores. The variant `redrawn` then trains 3,000 steps from `long` on other records, which takes 20
+minutes. In half of these records, the input image was encoded and decoded by the image tokenizer,
+so it looks like a generated image.
 """
 
 import ml_collections

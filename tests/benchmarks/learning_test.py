@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks import copying, learning, learning_table
+from benchmarks import copying, experiment, learning, learning_table
 
 
 def row(group, concept, half, right):
@@ -72,3 +72,21 @@ def test_widths_change_the_decoder_and_nothing_of_its_data():
     "model.width": 56, "model.mlp_width": 154,
   }  # fmt: skip
   assert plain.items() <= narrow.items()
+
+
+def test_all_conditions_share_tokenizers_of_one_world(tmp_path, monkeypatch):
+  ran, linked = [], []
+  monkeypatch.setattr(
+    experiment, "run_stage", lambda name, _, folder, data: ran.append((name, data))
+  )
+  monkeypatch.setattr(experiment, "link_stages", lambda *arguments: linked.append(arguments))
+  for data, _ in learning.CONDITIONS.values():
+    learning.prepare(tmp_path, data)
+  names = [name for name, _ in ran]
+  assert names.count("train_text_tokenizer") == names.count("train_clip") == 1
+  assert names.count("train_vqgan") == 2  # With one codebook, and with pairs.
+  for name, data in ran:
+    if name.startswith("train_"):
+      assert data["scenes.shares"] == learning.RARE["scenes.shares"]
+  made = {tuple(data.items()) for name, data in ran if name == "encode_documents"}
+  assert made == {tuple(data.items()) for data, _ in learning.CONDITIONS.values()}
