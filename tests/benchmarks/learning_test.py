@@ -1,6 +1,13 @@
 import pytest
 
-from benchmarks import copying, experiment, learning, learning_table
+from benchmarks import (
+  copying,
+  experiment,
+  learning,
+  learning_table,
+  scene_retrieval,
+  tokenizers,
+)
 
 
 def row(group, concept, half, right):
@@ -90,3 +97,16 @@ def test_all_conditions_share_tokenizers_of_one_world(tmp_path, monkeypatch):
       assert data["scenes.shares"] == learning.RARE["scenes.shares"]
   made = {tuple(data.items()) for name, data in ran if name == "encode_documents"}
   assert made == {tuple(data.items()) for data, _ in learning.CONDITIONS.values()}
+
+
+def test_older_measurements_keep_their_codes_and_scenes(tmp_path):
+  retrieval = scene_retrieval.Experiment(tmp_path, steps=10, heldout=70, judged=2)
+  compared = tokenizers.Experiment(tmp_path, codes=0, minutes=1, decoder_minutes=1, given={})
+  of = [
+    retrieval.settings(retrieval.overrides()), compared.settings(compared.overrides("restarts")),
+  ]  # fmt: skip
+  for settings in of:
+    assert (settings.vqgan.quantizer, settings.vqgan.code_dim) == ("", 8)
+    assert settings.model.code_colors == 0
+    assert settings.scenes.shares == learning.RARE["scenes.shares"]
+  assert [settings.vqgan.learning_rate for settings in of] == [0.012, 0.005]
