@@ -7,8 +7,8 @@
 quarter of an image is compared with the true drawings of all objects in all colors and with a blank
 quarter; the nearest one, by the squared differences of pixels, says what the quarter shows. The
 image is correct if these objects can be assigned to the clauses of its caption. Prints, for each
-set of captions, the share that the judge called correct, the share of this count, and the number of
-images on which both differ.
+set of captions, the share that the judge called correct, the share of this count, and the
+numbers of images that only one of both accepts.
 """
 
 from collections import defaultdict
@@ -28,6 +28,7 @@ from cm3leon_jax.scenes import world
 from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.scenes.drawings import render
 from cm3leon_jax.scenes.world import Placed, Scene
+from cm3leon_jax.trained.run import Run
 
 CELL = 24  # Pixels per side of a quarter.
 CHUNK = 256  # Number of images that are compared at a time.
@@ -104,6 +105,9 @@ def _of_card(folder: pathlib.Path) -> list[tuple[str, list[dict], bool, np.ndarr
 
 def _of_run(folder: pathlib.Path) -> list[tuple[str, list[dict], bool, np.ndarray]]:
   """Returns guidance weight, clauses, verdict and image of each judged sample of a run."""
+  scenes, own = Run.open(folder).settings.scenes, ScenesConfig()
+  if (scenes.style, scenes.colors) != (own.style, own.colors):
+    raise UserError(f"{folder} has scenes of another style or other colors than the drawings here.")
   folder = folder / "evaluation"
   return [
     (
@@ -116,22 +120,31 @@ def _of_run(folder: pathlib.Path) -> list[tuple[str, list[dict], bool, np.ndarra
   ]
 
 
-def main(argv: Sequence[str]) -> None:
-  given = flags.FLAGS
-  if len(argv) > 1 or bool(given.card) == bool(given.run):
-    raise UserError("give --card, the workdir of benchmarks.scene_card, or --run, that of a run.")
-  samples = _of_card(pathlib.Path(given.card)) if given.card else _of_run(pathlib.Path(given.run))
+def count(card: str = "", run: str = "") -> str:
+  """Returns the table of both counts for `card` or `run`, see the flags."""
+  samples = _of_card(pathlib.Path(card)) if card else _of_run(pathlib.Path(run))
   if not samples:
-    raise UserError(f"{given.card or given.run} has no judged samples: run the stage evaluate.")
+    raise UserError(f"{card or run} has no judged samples: run the stage evaluate.")
   counts = defaultdict(list)
   shown = objects_of(np.stack([image for *_, image in samples]))
   for (name, clauses, right, _), objects in zip(samples, shown):
     counts[name].append((right, is_correct(objects, clauses)))
-  print("| captions | judge | nearest drawings | differ |\n|---|---|---|---|")
+  lines = [
+    "| captions | judge | nearest drawings | judge alone | nearest alone |",
+    f"|{'---|' * 5}",
+  ]
   for name, pairs in counts.items():
-    judge, nearest = np.array(pairs, float).T
-    differ = int(np.sum(judge != nearest))
-    print(f"| {name} ({len(pairs)}) | {judge.mean():.1%} | {nearest.mean():.1%} | {differ} |")
+    judge, nearest = np.array(pairs, bool).T
+    alone = f"{np.sum(judge & ~nearest)} | {np.sum(nearest & ~judge)}"
+    lines.append(f"| {name} ({len(pairs)}) | {judge.mean():.1%} | {nearest.mean():.1%} | {alone} |")
+  return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+  given = flags.FLAGS
+  if len(argv) > 1 or bool(given.card) == bool(given.run):
+    raise UserError("give --card, the workdir of benchmarks.scene_card, or --run, that of a run.")
+  print(count(given.card, given.run))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 
 from benchmarks import scene_recount
+from cm3leon_jax.config import UserError
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.scenes import source, world
 from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.scenes.drawings import render
@@ -55,3 +57,19 @@ def test_rare_objects_and_blank_quarters_are_told_apart():
   image = render(Scene((Placed(name, "cyan", "bottom left"),)))
   noisy = np.clip(image + np.random.default_rng(0).normal(0, 20, image.shape), 0, 255)
   assert scene_recount.objects_of(noisy.astype(np.uint8)[None]) == [[(name, "cyan", "bottom left")]]
+
+
+def test_both_counts_of_a_card_are_compared(tmp_path):
+  pairs = [source.pair(CONFIG, "heldout", i) for i in range(4)]
+  images = np.stack([render(Scene.parse(pair.image)) for pair in pairs])
+  rows = [
+    {"group": group, "facts": pair.facts, "right": right}
+    for pair, group, right in zip(pairs, "aabb", (True, False, True, True))
+  ]
+  write_json(tmp_path / "verdicts.json", rows)
+  np.savez_compressed(tmp_path / "samples.npz", images=images)
+  lines = scene_recount.count(card=str(tmp_path)).splitlines()[2:]
+  assert lines == ["| a (2) | 50.0% | 100.0% | 0 | 1 |", "| b (2) | 100.0% | 100.0% | 0 | 0 |"]
+  np.savez_compressed(tmp_path / "samples.npz", images=images[:3])
+  with pytest.raises(UserError, match="has 4 verdicts and 3 images; measure again"):
+    scene_recount.count(card=str(tmp_path))
