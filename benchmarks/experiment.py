@@ -20,8 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # they have more scenes of rare objects, and one codebook, trained in another way.
 OLDER_SCENES = {"scenes.shares": (1.0, 2.0, 1.0, 1.0, 2.0, 3.0, 3.0)}
 OLDER_TRAINING = {"vqgan.steps": 2_000, "vqgan.learning_rate": 0.012, "vqgan.l1_weight": 0.1}
-ONE_CODEBOOK = {**OLDER_TRAINING, "vqgan.quantizer": "", "vqgan.code_dim": 8}
-OLDER = {**OLDER_SCENES, **ONE_CODEBOOK}
+OLDER = {**OLDER_SCENES, **OLDER_TRAINING, "vqgan.quantizer": "", "vqgan.code_dim": 8}
 
 
 def chosen_conditions(

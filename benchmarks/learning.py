@@ -159,7 +159,7 @@ def main(argv: Sequence[str]) -> None:
       runs.append(run_one(workdir, name, seed, given.steps))
       table = learning_table.table(runs)
       experiment.write_results(workdir, {"table": table}, learning_table.markdown(table))
-      learning_table.plot(runs, workdir / "learning.png")
+      learning_table.figure_of(runs).savefig(workdir / "learning.png", dpi=110)
       print(learning_table.markdown(table), flush=True)
 
 

@@ -1,7 +1,6 @@
 """Summarizes the runs of `benchmarks.learning` as a table and a figure."""
 
 from collections.abc import Sequence
-import os
 
 from matplotlib.figure import Figure
 import numpy as np
@@ -84,7 +83,7 @@ def _percent(right: dict, lookup: dict) -> str:
   return f"{text}, lookup {lookup['mean']:.0%}"
 
 
-def plot(runs: Sequence[dict], path: str | os.PathLike[str]) -> None:
+def figure_of(runs: Sequence[dict]) -> Figure:
   """Draws a bar per condition and set of captions of the half "report".
 
   A bar is the mean over seeds, with its interval over concepts; a dot is one seed. A line across a
@@ -114,4 +113,4 @@ def plot(runs: Sequence[dict], path: str | os.PathLike[str]) -> None:
   axes.set_ylabel("correct images (%)")
   axes.set_ylim(0, 105)
   figure.legend(loc="outside upper center", ncols=len(means))
-  figure.savefig(path, dpi=110)
+  return figure

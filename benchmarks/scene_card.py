@@ -136,7 +136,7 @@ class AfterDocument(TextToImage):
 def draw_moved(model: CM3Leon, asked: Sequence[Asked], seed: int) -> tuple[np.ndarray, list[str]]:
   """Draws each rare object after the bank's document that shows it at the next place.
 
-  Returns images and the documents' concepts, as `draw` does.
+  Returns images, [n, H, W, 3] uint8, and the documents' concepts, [n].
   """
   pipeline = model.pipeline
   at = {(one.object, one.place): i for one, i in placed_in(pipeline.documents).items()}

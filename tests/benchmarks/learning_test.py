@@ -46,12 +46,17 @@ def test_halves_are_not_mixed_and_captions_of_one_object_are_counted_apart():
   assert "one_codebook (2 seeds)" in learning_table.markdown(table)
 
 
-def test_the_figure_is_drawn(tmp_path):
+def test_bars_are_means_of_the_reporting_half_and_dots_are_seeds():
   rows = [*every_group("choose", True), *every_group("report", False)]
   for half, concept in (("choose", "red bell top left"), ("report", "blue key top left")):
     rows.append(row("color named", concept, half, True))
-  learning_table.plot([run_of(0, rows), run_of(1, rows)], tmp_path / "learning.png")
-  assert (tmp_path / "learning.png").stat().st_size > 1_000
+  other = [{**one, "right": True} for one in rows]
+  [axes] = learning_table.figure_of([run_of(0, rows), run_of(1, other)]).axes
+  named = ("color named", "one object")  # The two rows of one object, correct with both seeds.
+  expected = [100 if group in named else 50 for group in learning_table.SHOWN]
+  assert [bar.get_height() for bar in axes.patches] == expected
+  dots = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "."]
+  assert dots == [[100 if group in named else 0 for group in learning_table.SHOWN], [100] * 5]
 
 
 def test_a_concept_belongs_to_one_half():
