@@ -38,7 +38,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
         "with the same --config and --workdir first; RUN is the trained run that you tune."
       )
   tasks = load_tasks(settings.instructions)
-  more = {"tasks": sources.digest_of(tasks)}
+  more = {"tasks": sources.digest_of(tasks, settings.instructions)}
   with sharded.stage(workdir, "instructions", settings, more) as (summary, runner):
     if summary is None:
       return

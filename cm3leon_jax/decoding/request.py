@@ -108,12 +108,19 @@ def unconditional(vocab: VocabLayout, image_tokens: int) -> Request:
 
 
 def edit(
-  vocab: VocabLayout, image_tokens: int, before: Ids, image: Ids, instruction: Ids
+  vocab: VocabLayout,
+  image_tokens: int,
+  before: Ids,
+  image: Ids,
+  instruction: Ids,
+  instruction_first: bool = False,
 ) -> Request:
   """Requests an edit of an image by InstructPix2Pix's template (CM3Leon, sections 4.1 and E).
 
     before = [5], image = [91 92], instruction = [7]. The three streams are:
     </s> 5 <break> 91 92 <break> 7 <break>, </s> 5 <break> 91 92 <break> and </s> <mask:0> <break>
+
+  With `instruction_first`, the first stream is </s> 5 <break> 7 <break> 91 92 <break>.
 
   Raises:
     UserError: the instruction is empty, or the image does not have I codes.
@@ -121,7 +128,8 @@ def edit(
   if not len(instruction):
     raise UserError("the instruction is empty: say what to change.")
   _check_image(len(image), image_tokens)
-  full, without = _join(vocab, [before, image, instruction]), _join(vocab, [before, image])
+  asked = (instruction, image) if instruction_first else (image, instruction)
+  full, without = _join(vocab, [before, *asked]), _join(vocab, [before, image])
   return Request((full, without, unconditional_prompt(vocab)), _image_plan(image_tokens))
 
 

@@ -148,7 +148,8 @@ class Edit(ImageTask):
 
   def _request(self, layout: PromptLayout, image: np.ndarray, neighbors: list) -> Request:
     before, instruction = layout.encode(EDIT), layout.encode(self.prompt)
-    return request.edit(layout.vocab, layout.image_tokens, before, image, instruction)
+    first = layout.instruction_first
+    return request.edit(layout.vocab, layout.image_tokens, before, image, instruction, first)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,5 +38,6 @@ def prompt_of(task: InstructionTask, record: Record, **common: Any) -> Task:
   if IMAGE not in segments and len(segments) == 1:
     return TextToImage(prompt=prompt, retrieve=retrieve, **common)
   if task.drop_instruction:
-    return Edit(prompt=segments[-1], image=given, **common)
+    [*_, instruction] = [segment for segment in segments if segment != IMAGE]
+    return Edit(prompt=instruction, image=given, **common)
   return Instruct(prompt=prompt, image=given, **common)

@@ -54,6 +54,7 @@ class PromptLayout:
     encode: maps a text to token ids, int32 [T].
     decode: maps token ids to a text.
     longest_token: number of characters of the longest text token; 0 if unknown.
+    instruction_first: whether the instruction of an edit comes before the input image.
   """
 
   vocab: VocabLayout
@@ -63,6 +64,7 @@ class PromptLayout:
   encode: Callable[[str], np.ndarray]
   decode: Callable[[Sequence[int] | np.ndarray], str]
   longest_token: int = 0
+  instruction_first: bool = False
 
   @classmethod
   def of(cls, run: Run) -> "PromptLayout":
@@ -77,6 +79,7 @@ class PromptLayout:
       tokenizer.encode,
       tokenizer.decode,
       tokenizer.longest_token,
+      settings.instructions.instruction_first,
     )
 
   @property

@@ -19,6 +19,7 @@ from cm3leon_jax.commands import (
   train,
 )
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.data.instructions.task_files import read_tasks
 from cm3leon_jax.evaluation.protocols import compare
@@ -151,6 +152,21 @@ def test_one_more_task_leaves_the_stores_of_the_others(source, tmp_path):
   assert (workdir / "instructions" / "train_recolor" / "targets.npy").exists()
   done = read_json(workdir / "instructions" / stages.DONE)
   assert list(done["summary"]) == [f"{s}_{n}" for n in NAMES for s in ("train", "heldout")]
+
+
+def test_only_edits_are_encoded_again_with_their_instruction_first(source, tmp_path):
+  workdir, folder = epath.Path(tmp_path), tmp_path / "instructions"
+  copy(settings_of(), workdir, source)
+
+  def encode(**fields):
+    encode_instructions.main(settings_of(**fields), workdir)
+    document = DocumentStore(folder / "train_recolor", SETTINGS.vocab)[0]
+    written = (folder / "train_count" / "targets.npy").stat().st_mtime
+    return [segment.is_image for segment in document.segments], written
+
+  order, written = encode()
+  assert order == [False, True, False, True]
+  assert encode(instruction_first=True) == ([False, False, True, True], written)
 
 
 def test_tokenizers_of_another_config_or_run_are_refused(source, tmp_path):

@@ -57,6 +57,9 @@ def test_edit():
   start = [EOS, 15, BRK, *PICTURE, BRK]
   assert streams(request) == [[*start, 17, BRK], start, [EOS, M0, BRK]]
   assert request.plan == DRAWN
+  first = request_lib.edit(VOCAB, IMAGE, [15], PICTURE, [17], instruction_first=True)
+  asked = [EOS, 15, BRK, 17, BRK, *PICTURE, BRK]
+  assert streams(first) == [asked, start, [EOS, M0, BRK]]
 
 
 def test_infill():

@@ -25,17 +25,18 @@ SCENES = {task.name: task for task in read_tasks("scenes")}
 CODES = np.arange(16, dtype=np.int32)
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "instructions.md").read_text()
 CASES = [
-  pytest.param(task, template, id=f"{name}-{task.name}-{i}")
+  pytest.param(task, template, first, id=f"{name}-{task.name}-{i}{'-first' * first}")
   for name in shipped()
   for task in read_tasks(name)
   for i, template in enumerate(task.templates)
+  for first in ((False, True) if task.drop_instruction else (False,))
 ]
 
 
-def sample_of(task, record, encode):
+def sample_of(task, record, encode, first):
   """Returns the training sample of a record, with the codes CODES for each image."""
   codes = dict.fromkeys(record.images, VOCAB.image_ids(CODES))
-  one = join_record(task, record, encode, codes)
+  one = join_record(task, record, encode, codes, first)
   lengths = [len(segment.tokens) for segment in one.segments]
   is_image = [segment.is_image for segment in one.segments]
   rng, target = np.random.default_rng(0), (one.start, one.stop)
@@ -44,15 +45,15 @@ def sample_of(task, record, encode):
   return samples.build_instruction(document, plan, VOCAB, "all")[0]
 
 
-@pytest.mark.parametrize(("task", "template"), CASES)
+@pytest.mark.parametrize(("task", "template", "first"), CASES)
 def test_the_prompt_of_every_shipped_template_is_the_beginning_of_its_sample(
-  layout, task, template
+  layout, task, template, first
 ):
   record = example(task)
   task = dataclasses.replace(task, templates=(template,))
   assert choose_template(task, record.key) == template
-  sample = sample_of(task, record, layout.encode)
-  layout = dataclasses.replace(layout, positions=4_096)
+  sample = sample_of(task, record, layout.encode, first)
+  layout = dataclasses.replace(layout, positions=4_096, instruction_first=first)
   # Users include a line with an optional text, or omit the line.
   asked = dataclasses.replace(task, templates=(template.replace("?}", "}"),))
   request = prompt_of(asked, record).to_request(layout, CODES)

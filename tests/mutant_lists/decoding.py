@@ -40,6 +40,8 @@ DECODING = mutants_of(
     "for text, segment in zip(is_text, marked) if not text]",
     "for text, segment in zip(is_text, marked)]",
   ),
+  "tests/generation/record_prompts_test.py",
+  ("edits_asked_in_one_order", "if instruction_first else", "if False else"),
   "cm3leon_jax/decoding/grammar.py",
   ("image_in_too_little_space", "left > self.image_tokens", "left >= self.image_tokens"),
   ("empty_text_allowed", "(kind == TEXT) & (left < _entry(plan, state.part, 1))", "kind == TEXT"),

@@ -135,8 +135,8 @@ class InstructionTask:
   loss_weight: Annotated[float, Field(gt=0)] = 1.0
   """Weight of each target token in the loss. An answer has few tokens, an image has many."""
   drop_instruction: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Share of samples without the instruction, which is the text segment before the target. These
-  samples train the guidance stream that has only the input image. Requires an image as the
+  """Share of samples without the instruction, which is the last text segment before the target.
+  These samples train the guidance stream that has only the input image. Requires an image as the
   target."""
   drop_all: Annotated[float, Field(ge=0, le=1)] = 0.0
   """Share of samples in which `<mask:0>` replaces everything before the target. Requires an image
@@ -293,6 +293,10 @@ class InstructionsConfig:
   loss_on: LossOn = "all"
   """Tokens that count in the loss. `all`: every token, including the instruction, as in the paper.
   `target`: only the answer."""
+  instruction_first: bool = False
+  """Whether the instruction of an edit comes before the input image, not after it as in the paper.
+  It moves in samples of tasks with `drop_instruction` and in requests of the task `edit`; the
+  templates stay as they are. A small decoder then learns earlier which object is meant."""
   replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
   """Share of positions for the run's documents, with rows as in pretraining. Reduces forgetting."""
   least_ratio: Annotated[float, Field(gt=0)] = 0.3

@@ -113,7 +113,7 @@ def plan_instruction(
 
   A target image that is the last segment is predicted in its place, like the image of a caption.
   Any other target becomes a CM3 span that the model infills. Samples omit segments only before such
-  an image, because a span would have no context left. The instruction is the segment before the
+  an image, because a span would have no context left. The instruction is the last text before the
   image.
 
   Args:
@@ -129,9 +129,10 @@ def plan_instruction(
     size = int(lengths[-1])
     return InstructionPlan(last, -1, True, (), (3, 3 + size), size + 4)
   if is_last and last and draw < drops.all + drops.instruction:
-    gone = int(lengths[last - 1]) + 1
+    instruction = max(i for i in range(last) if not is_image[i])
+    gone = int(lengths[instruction]) + 1
     moved = (target[0] - gone, target[1] - gone)
-    return InstructionPlan(0, last - 1, False, (), moved, total - gone)
+    return InstructionPlan(0, instruction, False, (), moved, total - gone)
   target = (int(target[0]), int(target[1]))
   if is_last:
     return InstructionPlan(0, -1, False, (), target, total)

@@ -134,7 +134,12 @@ class InstructionJob:
     """Loads the tokenizers. Returns a function that encodes one store, see `shards.ShardJob`."""
     text_tokenizer, image_tokenizer = load_tokenizers(self.workdir, self.vocab)
     encoder = RecordEncoder(
-      text_tokenizer.encode, image_tokenizer, self.vocab, self.positions, self.num_threads
+      text_tokenizer.encode,
+      image_tokenizer,
+      self.vocab,
+      self.positions,
+      self.num_threads,
+      instruction_first=self.config.instruction_first,
     )
     training = dataclasses.replace(encoder, redrawn=self.config.redrawn)
     folder = epath.Path(self.workdir) / "instructions"
@@ -181,11 +186,19 @@ def identity(task: InstructionTask, job: InstructionJob) -> dict:
     del fields[name]
   world = worlds.world_of_format(task.format)
   drawn = {name: of.identity() if name == world else {} for name, of in job.drawn.items()}
-  of_config = {name: getattr(job.config, name) for name in ("root", "max_records", "redrawn")}
+  of_config = {"root": job.config.root, **_choices(job.config)}
+  if not task.drop_instruction:
+    of_config.pop("instruction_first", None)
   return {"task": fields, **drawn, **of_config, "positions": job.positions}
 
 
-def digest_of(tasks: tuple[InstructionTask, ...]) -> str:
-  """Returns the SHA-256 digest of the fields of all tasks."""
-  values = [plain(dataclasses.asdict(task)) for task in tasks]
+def _choices(config: InstructionsConfig) -> dict:
+  """Returns the fields, other than tasks and folders, on which the stores of all tasks depend."""
+  first = {"instruction_first": True} if config.instruction_first else {}
+  return {"max_records": config.max_records, "redrawn": config.redrawn, **first}
+
+
+def digest_of(tasks: tuple[InstructionTask, ...], config: InstructionsConfig) -> str:
+  """Returns the SHA-256 digest of the fields of all tasks and of their common choices."""
+  values = [_choices(config), *(plain(dataclasses.asdict(task)) for task in tasks)]
   return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

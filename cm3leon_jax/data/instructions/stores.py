@@ -38,6 +38,7 @@ class RecordEncoder:
     encode: text -> [T] int32 ids.
     positions: maximum number of predicted tokens per sample, which is the length of a row.
     redrawn: share of records whose input images are encoded twice, see `InstructionsConfig`.
+    instruction_first: order of the segments of an edit, see `InstructionsConfig`.
   """
 
   encode: Callable[[str], np.ndarray]
@@ -46,6 +47,7 @@ class RecordEncoder:
   positions: int
   num_threads: int = 8
   redrawn: float = 0.0
+  instruction_first: bool = False
 
 
 def write_store(
@@ -114,7 +116,8 @@ def _encode(
     if i in wrong:
       continue
     try:
-      one = join_record(task, record, encoder.encode, of_record.get(i, {}))
+      own, first = of_record.get(i, {}), encoder.instruction_first
+      one = join_record(task, record, encoder.encode, own, first)
     except RecordError as error:
       wrong[i] = str(error)
       continue

@@ -72,6 +72,7 @@ def join_record(
   record: Record,
   encode: Callable[[str], np.ndarray],
   codes: Mapping[str, np.ndarray],
+  instruction_first: bool = False,
 ) -> Instruction:
   """Joins the fields of a record into a document, by a template of its task.
 
@@ -86,6 +87,8 @@ def join_record(
   Args:
     encode: text -> [T] int32 ids.
     codes: field name -> ids of the image in the shared vocabulary, [I] int32.
+    instruction_first: whether the instruction of an edit comes before the input image, see
+      `InstructionsConfig`.
 
   Raises:
     RecordError: a required text is empty, so the record is rejected.
@@ -103,6 +106,14 @@ def join_record(
       found = (at + inside[0], at + inside[1])
     at += len(tokens) + 1
   _check_place(task, segments, found, at - 1)
+  if task.drop_instruction:
+    if instruction_first:
+      segments[-3:-1] = sorted(segments[-3:-1], key=lambda segment: segment.is_image)
+    asked = segments[-3 if instruction_first else -2 : -1]
+    if all(segment.is_image for segment in asked):
+      raise UserError(
+        f"task {task.name} has drop_instruction, but no text precedes {{{task.target}}}."
+      )
   return Instruction(tuple(segments), *found)
 
 
@@ -126,10 +137,6 @@ def _check_place(
     raise UserError(
       f"task {task.name} predicts a text, but segments can be dropped only before an image: remove "
       "drop_instruction and drop_all."
-    )
-  if task.drop_instruction and (len(segments) < 2 or segments[-2].is_image):
-    raise UserError(
-      f"task {task.name} has drop_instruction, but no text precedes {{{task.target}}}."
     )
 
 

@@ -113,13 +113,21 @@ def test_a_record_with_an_empty_text_is_no_sample(field):
     join_record(task(), record(**{field: " \n"}), encode, {"image": CODES})
 
 
-def test_what_an_edit_may_lack():
-  edit = task(templates=["Edit <break> {image} <break> {question} <break> {after}"], target="after")
+@pytest.mark.parametrize(
+  ("first", "whole"),
+  [(False, "@ @ @ @ <break> how many ?"), (True, "how many ? <break> @ @ @ @")],
+)
+def test_what_an_edit_may_lack(first, whole):
+  edit = task(
+    templates=["Edit <break> {image} <break> {question} <break> {after}"],
+    target="after",
+    drop_instruction=0.3,
+  )
   images = {"image": "i", "after": "j"}
   after = VOCAB.image_ids(np.arange(4, 8))
   one = join_record(
     edit, Record("r", "g", {"question": "how many?"}, images), encode,
-    {"image": CODES, "after": after},
+    {"image": CODES, "after": after}, first,
   )  # fmt: skip
   found = {}
   for seed in range(200):
@@ -128,7 +136,7 @@ def test_what_an_edit_may_lack():
     found[words_of(tokens)] += 1
     np.testing.assert_array_equal(tokens[weights > 0][:-1], after)
   assert set(found) == {
-    "</s> Edit <break> @ @ @ @ <break> how many ? <break> @ @ @ @ </s>",
+    f"</s> Edit <break> {whole} <break> @ @ @ @ </s>",
     "</s> Edit <break> @ @ @ @ <break> @ @ @ @ </s>",
     "</s> <mask:0> <break> @ @ @ @ </s>",
   }
