@@ -39,7 +39,7 @@ OTHERS = (
 # Sections and fields that a run has in common with its base.
 FOLLOWED = {
   *("vocab", "model", "vqgan", "clip", "text_tokenizer", "data", "sampling"),
-  *("optimizer.name", "retrieval.clip"),
+  *("optimizer.name", "retrieval.clip", "instructions.instruction_first"),
   *("train.global_batch_size", "train.gradient_accumulation_steps"),
 }
 # Fields of these sections that describe the documents, the machine or the training, not the model.

@@ -7,6 +7,7 @@ import pytest
 from cm3leon_jax.commands import config_file
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import own
+from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import from_data, table
 from cm3leon_jax.runs.from_data import Counts
@@ -149,7 +150,7 @@ def copied(workdir, fields):
 
 
 def test_a_run_has_the_model_and_tokenizers_of_its_base_and_its_own_documents(tmp_path):
-  base = base_of(data={"text_share": 0.6})
+  base = base_of(data={"text_share": 0.6}, instructions={"instruction_first": True})
   fields = from_data.base_fields(base, documents=True)
   prepared(tmp_path)
   copied(tmp_path, fields)
@@ -162,6 +163,7 @@ def test_a_run_has_the_model_and_tokenizers_of_its_base_and_its_own_documents(tm
   assert found.optimizer.learning_rate == pytest.approx(1e-3 / 3)
   assert found.raw.resolution == 48
   assert found.raw.source != "scenes"
+  assert found.instructions == InstructionsConfig(instruction_first=True)
   data = dataclasses.replace(expected.data, text_share=0.0, base_documents=4_000, base_share=0.1)
   assert found.data == data
   without = from_data.base_fields(base, documents=False)
