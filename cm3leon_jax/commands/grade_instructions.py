@@ -5,8 +5,9 @@
 
 "Before" is the model that the training started from; it answers the same instructions. Both are
 compared with baselines that need no model: the most frequent answer, the given image unchanged, and
-the tokenizer's reconstruction of the true image. For tasks in other formats, use protocols
-(cm3leon evaluate --protocol).
+the tokenizer's reconstruction of the true image. With `--redrawn`, the model also answers the same
+instructions about input images that the image tokenizer has reconstructed, as if it had drawn them.
+For tasks in other formats, use protocols (cm3leon evaluate --protocol).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
   from cm3leon_jax.trained.run import Run
 
 RECORDS = flags.DEFINE_integer("records", 100, "Held-out records per task.", lower_bound=2)
+REDRAWN = flags.DEFINE_bool("redrawn", False, "Also answer about reconstructed input images.")
 
 
 def _models(run: Run) -> dict[str, Callable[[], dict]]:
@@ -58,7 +60,7 @@ def _judged_tasks(settings: Settings) -> list[tuple[InstructionTask, World]]:
 
 
 def _grade(
-  run: Run, judged: list[tuple[InstructionTask, World]], count: int
+  run: Run, judged: list[tuple[InstructionTask, World]], count: int, redrawn: bool
 ) -> dict[str, dict[str, list[Answer]]]:
   """Returns the graded answers by task name and column title."""
   from cm3leon_jax.evaluation.grades import answers as grades
@@ -76,6 +78,10 @@ def _grade(
       answers[task.name][title] = found
       right = sum(answer.right for answer in found)
       print(f"{title}: {task.name} {right} of {len(found)} correct", flush=True)
+  for task, world in judged if redrawn else ():  # By the last parameters, those after tuning.
+    if again := grades.redrawn(task, records[task.name], pipeline.image_tokenizer):
+      found = grades.answer_all(world, pipeline, task, again, retrieve)
+      answers[task.name]["redrawn"] = found
   for task, world in judged:
     answers[task.name] |= grades.without_model(
       world, task, records[task.name], pipeline.image_tokenizer, settings
@@ -83,16 +89,16 @@ def _grade(
   return answers
 
 
-def main(settings: Settings, workdir: epath.Path, count: int) -> None:
+def main(settings: Settings, workdir: epath.Path, count: int, redrawn: bool = False) -> None:
   from cm3leon_jax.evaluation.grades import files
   from cm3leon_jax.trained.run import Run
 
-  more = {"records": str(count)}
+  more = {"records": str(count), **({"redrawn": "yes"} if redrawn else {})}
   with stages.stage(workdir, "grades", settings, more) as summary, common.use_mesh(settings):
     if summary is None:
       return
     judged = _judged_tasks(settings)
-    answers = _grade(Run(workdir, settings), judged, count)
+    answers = _grade(Run(workdir, settings), judged, count, redrawn)
     kinds = {kind: of for _, world in judged for kind, of in world.kinds.items()}
     result = files.write(workdir / "grades", answers, settings, kinds)
     summary.update(result)
@@ -100,4 +106,4 @@ def main(settings: Settings, workdir: epath.Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-  common.run(lambda settings, workdir: main(settings, workdir, RECORDS.value))
+  common.run(lambda settings, workdir: main(settings, workdir, RECORDS.value, REDRAWN.value))

@@ -102,14 +102,15 @@ def test_a_run_is_tuned(tuned):
 def test_its_answers_are_graded_and_reported(tuned, capsys):
   workdir, settings, _ = tuned
   with one_mesh():
-    grade_instructions.main(settings, workdir, 6)
+    grade_instructions.main(settings, workdir, 6, redrawn=True)
     result = stages.require(workdir, "grades")["summary"]
     assert list(result["tasks"]) == list(NAMES)
-    assert set(result["tasks"]["count"]) == {"before", "after", "majority", "any object"}
-    assert set(result["tasks"]["recolor"]) == {"before", "after", "copy", "tokenizer"}
+    models = {"before", "after", "redrawn"}
+    assert set(result["tasks"]["count"]) == {*models, "majority", "any object"}
+    assert set(result["tasks"]["recolor"]) == {*models, "copy", "tokenizer"}
     assert result["tasks"]["recolor"]["copy"]["right"]["share"] == 0
     capsys.readouterr()
-    grade_instructions.main(settings, workdir, 6)
+    grade_instructions.main(settings, workdir, 6, redrawn=True)
   assert "finished already" in capsys.readouterr().out
   summary = report.write(workdir, "scenes_instruct")
   assert "grades" not in summary["unfinished"]

@@ -25,6 +25,24 @@ def heldout_records(task: InstructionTask, settings: Settings, count: int) -> li
   return list(sources.open_task(task, "heldout", settings.instructions, drawn))
 
 
+def redrawn(
+  task: InstructionTask, records: Sequence[Record], image_tokenizer: ImageTokenizer
+) -> list[Record]:
+  """Returns the records with input images as the image tokenizer reconstructs them.
+
+  Returns [] if the task has no input images.
+  """
+  fields = [field for field in records[0].images if field != task.target]
+  side, images = image_tokenizer.config.resolution, {}
+  for field in fields:
+    pixels = np.stack([square_pixels(record.images[field], side) for record in records])
+    images[field] = image_tokenizer.decode(image_tokenizer.encode(pixels))
+  return [
+    dataclasses.replace(record, images={**record.images, **{f: images[f][i] for f in fields}})
+    for i, record in enumerate(records if fields else ())
+  ]
+
+
 def answer_all(
   world: World,
   pipeline: Pipeline,

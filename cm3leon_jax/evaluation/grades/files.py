@@ -17,7 +17,7 @@ from cm3leon_jax.settings import Settings
 
 GRADES, ANSWERS = "grades.json", "answers.jsonl"
 # Titles of columns, in the order in which tables show them.
-TITLES = ("before", "after", "majority", "any object", "copy", "tokenizer")
+TITLES = ("before", "after", "redrawn", "majority", "any object", "copy", "tokenizer")
 EXAMPLES = 4  # Number of random examples, and of wrong examples, per task.
 
 

@@ -1,5 +1,7 @@
+import dataclasses
 import types
 
+import numpy as np
 import pytest
 
 from cm3leon_jax.data.instructions.task_files import read_tasks
@@ -48,6 +50,25 @@ def test_what_needs_no_model(records):
   assert answers.summarize(found["majority"], 50, 0)["right"]["share"] == 0.25
   assert without_model(TASKS["describe"], records["describe"]) == {}
   assert list(without_model(TASKS["draw"], records["draw"])) == ["tokenizer"]
+
+
+class Negative(TrueTokenizer):
+  def decode(self, codes):
+    return 255 - codes
+
+
+def test_only_input_images_are_redrawn(records):
+  for name in ("count", "recolor"):
+    found = answers.redrawn(TASKS[name], records[name], Negative())
+    assert len(found) == COUNT
+    for one, other in zip(found, records[name]):
+      for field, image in one.images.items():
+        changed = field != TASKS[name].target
+        np.testing.assert_array_equal(
+          image, 255 - other.images[field] if changed else other.images[field]
+        )
+      assert one == dataclasses.replace(other, images=one.images)
+  assert answers.redrawn(TASKS["draw"], records["draw"], Negative()) == []
 
 
 def test_means_are_over_all_questions_and_all_edits():
