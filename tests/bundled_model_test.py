@@ -37,9 +37,8 @@ def right(samples, facts):
   return np.mean([verdict.correct for verdict in judge_all(images, facts)])
 
 
-@pytest.mark.parametrize("name", ["scenes", "scenes-instruct"])
-def test_bundles_are_small_and_every_file_is_the_one_that_was_trained(name):
-  folder = bundles.folder_of(name)
+def test_it_is_small_and_every_file_is_the_one_that_was_trained():
+  folder = bundles.folder_of("scenes")
   bundles.read(folder)
   paths = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
   sizes = {path: path.stat().st_size for path in paths}
@@ -62,9 +61,8 @@ def test_a_tuning_starts_from_it_by_its_name_on_any_mesh():
   assert loaded[0]["embed"].std() > 0.01
 
 
-@pytest.mark.parametrize("name", ["scenes", "scenes-instruct"])
-def test_bundles_say_what_they_cost(name):
-  about = bundles.about(bundles.folder_of(name))
+def test_it_says_what_it_cost():
+  about = bundles.about(bundles.folder_of("scenes"))
   assert about["bytes"] <= MOST_BYTES
   assert about["cost"].keys() == {"train_seconds", "other_seconds", "machine"}
   assert about["cost"]["train_seconds"] > 600
@@ -140,6 +138,17 @@ def records_of(tasks):
   config = ScenesConfig(rare_objects=1_550)
   drawn = instructions.ScenesTasks(config)
   return [x for task in tasks for x in drawn.records(task, "heldout", EACH)]
+
+
+def test_the_tuned_one_is_a_decoder_on_the_files_of_the_other():
+  folder = pathlib.Path(bundles.folder_of(TUNED))
+  bundles.read(folder)
+  assert pathlib.Path(bundles.stages_folder(folder)) == pathlib.Path(bundles.folder_of("scenes"))
+  sizes = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+  assert max(sizes.values()) < MOST_OF_A_FILE
+  assert sum(sizes.values()) < 6_000_000
+  assert [name for name in sizes if name.endswith(".safetensors")] == ["model.safetensors"]
+  assert bundles.about(folder)["cost"]["train_seconds"] > 600
 
 
 @pytest.mark.slow
