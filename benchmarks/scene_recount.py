@@ -2,8 +2,10 @@
 
   python -m benchmarks.scene_recount --card=workdir/scene_card
   python -m benchmarks.scene_recount --run=workdir/scenes
+  python -m benchmarks.scene_recount --edits=scenes-instruct
 
-`--card` reads the images of `benchmarks.scene_card`, `--run` those of the stage `evaluate`. Each
+`--card` reads the images of `benchmarks.scene_card`, `--run` those of the stage `evaluate`.
+`--edits` names a tuned run or bundle, which edits 200 held-out scenes for each kind of edit. Each
 quarter of an image is compared with the true drawings of all objects in all colors and with a blank
 quarter; the nearest one, by the squared differences of pixels, says what the quarter shows. The
 image is correct if these objects can be assigned to the clauses of its caption. Prints, for each
@@ -22,8 +24,13 @@ from absl import app, flags
 import numpy as np
 from PIL import Image
 
+from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instructions.task_files import load_tasks
+from cm3leon_jax.evaluation.grades import answers
+from cm3leon_jax.evaluation.world import of_answers
 from cm3leon_jax.files.json_files import read_json, read_json_lines
+from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.scenes import world
 from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.scenes.drawings import render
@@ -31,6 +38,7 @@ from cm3leon_jax.scenes.world import Placed, Scene
 from cm3leon_jax.trained.run import Run
 
 CELL = 24  # Pixels per side of a quarter.
+EDITS = 200  # Number of held-out records per kind of edit.
 CHUNK = 256  # Number of images that are compared at a time.
 CORNERS = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
 RELATIONS = {
@@ -94,8 +102,9 @@ def _fits(groups: Sequence[Sequence[Shown]], clauses: Sequence[dict]) -> bool:
   return True
 
 
-def _of_card(folder: pathlib.Path) -> list[tuple[str, list[dict], bool, np.ndarray]]:
+def _of_card(name: str) -> list[tuple[str, list[dict], bool, np.ndarray]]:
   """Returns set, clauses, verdict and image of each sample of `benchmarks.scene_card`."""
+  folder = pathlib.Path(name)
   rows = read_json(folder / "verdicts.json")
   images = np.load(folder / "samples.npz")["images"]
   if len(rows) != len(images):
@@ -103,12 +112,12 @@ def _of_card(folder: pathlib.Path) -> list[tuple[str, list[dict], bool, np.ndarr
   return [(row["group"], row["facts"]["include"], row["right"], x) for row, x in zip(rows, images)]
 
 
-def _of_run(folder: pathlib.Path) -> list[tuple[str, list[dict], bool, np.ndarray]]:
+def _of_run(name: str) -> list[tuple[str, list[dict], bool, np.ndarray]]:
   """Returns guidance weight, clauses, verdict and image of each judged sample of a run."""
-  scenes, own = Run.open(folder).settings.scenes, ScenesConfig()
+  scenes, own = Run.open(name).settings.scenes, ScenesConfig()
   if (scenes.style, scenes.colors) != (own.style, own.colors):
-    raise UserError(f"{folder} has scenes of another style or other colors than the drawings here.")
-  folder = folder / "evaluation"
+    raise UserError(f"{name} has scenes of another style or other colors than the drawings here.")
+  folder = pathlib.Path(name) / "evaluation"
   return [
     (
       f"guidance {row['guidance']:g}",
@@ -120,11 +129,29 @@ def _of_run(folder: pathlib.Path) -> list[tuple[str, list[dict], bool, np.ndarra
   ]
 
 
-def count(card: str = "", run: str = "") -> str:
-  """Returns the table of both counts for `card` or `run`, see the flags."""
-  samples = _of_card(pathlib.Path(card)) if card else _of_run(pathlib.Path(run))
+def _of_edits(name: str) -> list[tuple[str, list[dict], bool, np.ndarray]]:
+  """Returns kind, clauses, verdict and image of edits, made as in `cm3leon grade_instructions`."""
+  run = Run.open(name)
+  samples = []
+  with common.use_mesh(run.settings):
+    pipeline = Pipeline.load(run, run.params()[0], None, batch_size=EDITS)
+    for task in load_tasks(run.settings.instructions):
+      if (world_of := of_answers(task)) and task.drop_instruction:
+        records = answers.heldout_records(task, run.settings, EDITS)
+        for answer in answers.answer_all(world_of, pipeline, task, records):
+          clauses = answer.record.facts["include"]
+          samples.append((task.name, clauses, answer.right, np.asarray(answer.answer)))
+  return samples
+
+
+READERS = {"card": _of_card, "run": _of_run, "edits": _of_edits}
+
+
+def count(kind: str, name: str) -> str:
+  """Returns the table of both counts. `kind` and `name` are a flag and its value."""
+  samples = READERS[kind](name)
   if not samples:
-    raise UserError(f"{card or run} has no judged samples: run the stage evaluate.")
+    raise UserError(f"{name} has no judged samples, see --help.")
   counts = defaultdict(list)
   shown = objects_of(np.stack([image for *_, image in samples]))
   for (name, clauses, right, _), objects in zip(samples, shown):
@@ -141,13 +168,14 @@ def count(card: str = "", run: str = "") -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-  given = flags.FLAGS
-  if len(argv) > 1 or bool(given.card) == bool(given.run):
-    raise UserError("give --card, the workdir of benchmarks.scene_card, or --run, that of a run.")
-  print(count(given.card, given.run))
+  given = {kind: flags.FLAGS[kind].value for kind in READERS if flags.FLAGS[kind].value}
+  if len(argv) > 1 or len(given) != 1:
+    raise UserError("give one of --card, --run and --edits, see --help.")
+  print(count(*given.popitem()))
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("card", "", "Workdir of benchmarks.scene_card.")
   flags.DEFINE_string("run", "", "Workdir of a run whose stage `evaluate` is finished.")
+  flags.DEFINE_string("edits", "", "Run or bundle that is tuned on edits of scenes.")
   app.run(main)

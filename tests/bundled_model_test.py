@@ -144,10 +144,10 @@ def test_the_tuned_one_is_a_decoder_on_the_files_of_the_other():
   folder = pathlib.Path(bundles.folder_of(TUNED))
   bundles.read(folder)
   assert pathlib.Path(bundles.stages_folder(folder)) == pathlib.Path(bundles.folder_of("scenes"))
-  sizes = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+  sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
   assert max(sizes.values()) < MOST_OF_A_FILE
   assert sum(sizes.values()) < 6_000_000
-  assert [name for name in sizes if name.endswith(".safetensors")] == ["model.safetensors"]
+  assert [path.name for path in sizes if path.suffix == ".safetensors"] == ["model.safetensors"]
   assert bundles.about(folder)["cost"]["train_seconds"] > 600
 
 
@@ -161,7 +161,7 @@ def test_the_tuned_one_answers_questions_about_new_scenes(tuned):
   def share_of_right(records):
     return np.mean([scene_answers.is_right(*pair) for pair in zip(records, answers)])
 
-  assert share_of_right(records) >= 0.8
+  assert share_of_right(records) >= 0.9
   # Negative control: each answer is checked against a question of another task.
   assert share_of_right(records[EACH:] + records[:EACH]) <= 0.1
 
@@ -177,13 +177,13 @@ def test_the_tuned_one_edits_new_scenes(tuned):
     verdicts = scene_answers.judge_images(records, np.stack([np.asarray(x) for x in images]))
     return np.mean([verdict.correct for verdict in verdicts])
 
-  assert share_of_right(after) >= 0.5
+  assert share_of_right(after) >= 0.8
   assert share_of_right(before) == 0
   # Replaces the input images by tokenizer reconstructions, because generated images come from it.
   tokenizer = tuned.pipeline.image_tokenizer
   drawn = list(tokenizer.decode(tokenizer.encode(np.stack(before))))
   edited = tuned.edit(drawn, [record.texts["instruction"] for record in records])
-  assert share_of_right(edited) >= 0.5
+  assert share_of_right(edited) >= 0.8
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
+  from cm3leon_jax.data.instructions.records import Record
   from cm3leon_jax.data.instructions.tasks import InstructionTask
   from cm3leon_jax.evaluation.world import Answer, World
   from cm3leon_jax.settings import Settings
@@ -62,7 +63,10 @@ def _judged_tasks(settings: Settings) -> list[tuple[InstructionTask, World]]:
 def _grade(
   run: Run, judged: list[tuple[InstructionTask, World]], count: int, redrawn: bool
 ) -> dict[str, dict[str, list[Answer]]]:
-  """Returns the graded answers by task name and column title."""
+  """Returns the graded answers by task name and column title.
+
+  With `redrawn`, the model after tuning also answers about reconstructed input images.
+  """
   from cm3leon_jax.evaluation.grades import answers as grades
   from cm3leon_jax.generation.pipeline import Pipeline
 
@@ -71,17 +75,20 @@ def _grade(
   retrieve = settings.evaluation.scene_neighbors if (run.folder / "neighbors").exists() else 0
   clip = run.clip if retrieve else None
   answers: dict[str, dict[str, list[Answer]]] = {name: {} for name in records}
+
+  def ask(title: str, task: InstructionTask, world: World, asked: list[Record]) -> None:
+    found = grades.answer_all(world, pipeline, task, asked, retrieve)
+    answers[task.name][title] = found
+    right = sum(answer.right for answer in found)
+    print(f"{title}: {task.name} {right} of {len(found)} correct", flush=True)
+
   for title, load in _models(run).items():
     pipeline = Pipeline.load(run, load(), clip, batch_size=settings.evaluation.batch_size)
     for task, world in judged:
-      found = grades.answer_all(world, pipeline, task, records[task.name], retrieve)
-      answers[task.name][title] = found
-      right = sum(answer.right for answer in found)
-      print(f"{title}: {task.name} {right} of {len(found)} correct", flush=True)
-  for task, world in judged if redrawn else ():  # By the last parameters, those after tuning.
+      ask(title, task, world, records[task.name])
+  for task, world in judged if redrawn else ():  # By the last model, the one after tuning.
     if again := grades.redrawn(task, records[task.name], pipeline.image_tokenizer):
-      found = grades.answer_all(world, pipeline, task, again, retrieve)
-      answers[task.name]["redrawn"] = found
+      ask("redrawn", task, world, again)
   for task, world in judged:
     answers[task.name] |= grades.without_model(
       world, task, records[task.name], pipeline.image_tokenizer, settings

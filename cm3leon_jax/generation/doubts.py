@@ -4,9 +4,9 @@ from collections.abc import Sequence
 import re
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.data.instructions.config import InstructionsConfig
+from cm3leon_jax.data.instructions.config import InstructionsConfig, is_edit
 from cm3leon_jax.data.instructions.task_files import load_tasks
-from cm3leon_jax.generation.image_tasks import EDIT, Edit, Instruct, TextToImage
+from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage
 from cm3leon_jax.generation.tasks import PromptLayout, Task
 from cm3leon_jax.generation.text_tasks import InfillText, Question
 from cm3leon_jax.settings import Settings
@@ -70,4 +70,4 @@ def _learned_edits(config: InstructionsConfig) -> bool:
     tasks = load_tasks(config)
   except UserError:
     return True
-  return any(template.startswith(EDIT) for task in tasks for template in task.templates)
+  return any(is_edit(template) for task in tasks for template in task.templates)

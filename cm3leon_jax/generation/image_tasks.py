@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 
 from cm3leon_jax.config import UserError, short
+from cm3leon_jax.data.instructions.config import EDIT
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.request import Hole, Request
 from cm3leon_jax.generation.tasks import (
@@ -25,8 +26,6 @@ from cm3leon_jax.generation.tasks import (
   has_image,
   split_prompt,
 )
-
-EDIT = "Edit first image following the instruction"  # CM3Leon, table 5.
 
 
 @dataclasses.dataclass(frozen=True)

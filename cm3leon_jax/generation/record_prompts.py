@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cm3leon_jax.data.instructions.config import InstructionTask, split_template
+from cm3leon_jax.data.instructions.config import InstructionTask, is_edit, split_template
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.tasks import choose_template
 from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage
@@ -23,7 +23,8 @@ def prompt_of(task: InstructionTask, record: Record, **common: Any) -> Task:
   retrieve = common.pop("retrieve", 0)
   segments: list[str] = []
   given: Any = ""
-  for segment in split_template(choose_template(task, record.key)):
+  template = choose_template(task, record.key)
+  for segment in split_template(template):
     if segment == f"{{{task.target}}}" and task.target in record.images:
       break
     for field, text in record.texts.items():
@@ -37,7 +38,7 @@ def prompt_of(task: InstructionTask, record: Record, **common: Any) -> Task:
     return InfillText(prompt=prompt, image=given, length=LONGEST_TEXT, **common)
   if IMAGE not in segments and len(segments) == 1:
     return TextToImage(prompt=prompt, retrieve=retrieve, **common)
-  if task.drop_instruction:
+  if is_edit(template):
     [*_, instruction] = [segment for segment in segments if segment != IMAGE]
     return Edit(prompt=instruction, image=given, **common)
   return Instruct(prompt=prompt, image=given, **common)

@@ -153,7 +153,8 @@ def _grades(workdir: epath.Path) -> Table:
     rows.append((f"mean of {kind}", "", *cells))
   how = (
     f"`cm3leon grade_instructions`, seed {config.get('seed')}: answers to held-out instructions "
-    "are judged exactly. Before: the parameters before tuning. Majority: always the most frequent "
+    "are judged exactly. Before: the parameters before tuning. Redrawn: after tuning, about input "
+    "images that the image tokenizer has reconstructed. Majority: always the most frequent "
     "answer. Any object: an answer from the objects of the image that ignores which object the "
     "question asks for. Copy: the input image. Tokenizer: the true image, encoded and decoded. "
     "Kept: everything that the instruction does not touch is unchanged."

@@ -39,7 +39,7 @@ TUNED_HEADLINES = (
     "Answers correct, mean of four kinds of questions", "grades.means.questions.after", ">=", 0.8
   ),
   Headline("Is it there, yes or no: correct", "grades.tasks.exists.after.right.share", ">=", 0.85),
-  Headline("Captions wholly correct", "grades.tasks.describe.after.right.share", ">=", 0.6),
+  Headline("Captions wholly correct", "grades.tasks.describe.after.right.share", ">=", 0.65),
   Headline("Edits wholly correct, mean of four kinds", "grades.means.edits.after", ">=", 0.5),
   Headline("Edits that leave all else as it was", "grades.means.edits, kept.after", ">=", 0.8),
   Headline(

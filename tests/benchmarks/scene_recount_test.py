@@ -68,8 +68,21 @@ def test_both_counts_of_a_card_are_compared(tmp_path):
   ]
   write_json(tmp_path / "verdicts.json", rows)
   np.savez_compressed(tmp_path / "samples.npz", images=images)
-  lines = scene_recount.count(card=str(tmp_path)).splitlines()[2:]
+  lines = scene_recount.count("card", str(tmp_path)).splitlines()[2:]
   assert lines == ["| a (2) | 50.0% | 100.0% | 0 | 1 |", "| b (2) | 100.0% | 100.0% | 0 | 0 |"]
   np.savez_compressed(tmp_path / "samples.npz", images=images[:3])
   with pytest.raises(UserError, match="has 4 verdicts and 3 images; measure again"):
-    scene_recount.count(card=str(tmp_path))
+    scene_recount.count("card", str(tmp_path))
+
+
+@pytest.mark.slow
+def test_edits_of_the_bundled_model_are_counted(monkeypatch):
+  monkeypatch.setattr(scene_recount, "EDITS", 8)
+  table = [
+    line.strip("| ").split(" | ")
+    for line in scene_recount.count("edits", "scenes-instruct").splitlines()[2:]
+  ]
+  assert [name for name, *_ in table] == ["recolor (8)", "remove (8)", "mirror (8)", "add (8)"]
+  for _, judge, nearest, *_ in table:
+    assert float(judge.rstrip("%")) >= 50
+    assert abs(float(judge.rstrip("%")) - float(nearest.rstrip("%"))) <= 12.5

@@ -23,6 +23,7 @@ from cm3leon_jax.runs import from_data
 from cm3leon_jax.scenes import world as scene_world
 from cm3leon_jax.scenes.config import COMMON, RARE
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
+from cm3leon_jax.trained import bundles
 from examples.openmoji import config as openmoji
 from tests.messages import refused
 
@@ -127,6 +128,11 @@ def test_the_bundled_tuned_model_saw_more_records_half_of_them_redrawn():
   assert fifteen.instructions.max_records < long.instructions.max_records
   assert (fifteen.instructions.redrawn, long.instructions.redrawn) == (0, 0.5)
   assert fifteen.train.steps < long.train.steps
+  stored, step = bundles.read(bundles.folder_of("scenes-instruct"))
+  settings = settings_from_config(long)
+  assert (stored.instructions, stored.optimizer) == (settings.instructions, settings.optimizer)
+  assert stored.instructions.instruction_first
+  assert step == settings.train.steps
   with refused(UserError):
     scenes_instruct.get_config("other")
 

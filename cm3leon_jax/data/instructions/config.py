@@ -19,6 +19,7 @@ from cm3leon_jax import worlds
 from cm3leon_jax.config import STRICT, FieldError, build
 
 BREAK = "<break>"  # Separates the segments of a template.
+EDIT = "Edit first image following the instruction"  # First segment of an edit (CM3Leon, table 5).
 FIELD = re.compile(r"\{(\w+)(\??)\}")  # A field of a template: name, "?" if optional.
 LossOn = Literal["all", "target"]
 
@@ -90,6 +91,11 @@ FORMATS = {
 def fields_of(template: str) -> list[str]:
   """Returns the field names in a template or a part of a template."""
   return [name for name, _ in FIELD.findall(template)]
+
+
+def is_edit(template: str) -> bool:
+  """Returns whether a template is that of an edit: its first segment is `EDIT`."""
+  return split_template(template)[0] == EDIT
 
 
 def split_template(template: str) -> list[str]:
@@ -295,8 +301,9 @@ class InstructionsConfig:
   `target`: only the answer."""
   instruction_first: bool = False
   """Whether the instruction of an edit comes before the input image, not after it as in the paper.
-  It moves in samples of tasks with `drop_instruction` and in requests of the task `edit`; the
-  templates stay as they are. A small decoder then learns earlier which object is meant."""
+  It decides the order in samples whose template begins with "Edit first image following the
+  instruction", and in requests of the task `edit`. A small decoder then learns earlier which object
+  is meant."""
   replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
   """Share of positions for the run's documents, with rows as in pretraining. Reduces forgetting."""
   least_ratio: Annotated[float, Field(gt=0)] = 0.3

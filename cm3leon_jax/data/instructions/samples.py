@@ -128,8 +128,9 @@ def plan_instruction(
   if is_last and last and draw < drops.all:
     size = int(lengths[-1])
     return InstructionPlan(last, -1, True, (), (3, 3 + size), size + 4)
-  if is_last and last and draw < drops.all + drops.instruction:
-    instruction = max(i for i in range(last) if not is_image[i])
+  texts = [i for i in range(last) if not is_image[i]]
+  if is_last and texts and draw < drops.all + drops.instruction:
+    instruction = texts[-1]
     gone = int(lengths[instruction]) + 1
     moved = (target[0] - gone, target[1] - gone)
     return InstructionPlan(0, instruction, False, (), moved, total - gone)

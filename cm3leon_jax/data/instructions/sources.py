@@ -15,7 +15,7 @@ from cm3leon_jax.data.documents.encode import load_tokenizers
 from cm3leon_jax.data.documents.shard_files import shards_with_files
 from cm3leon_jax.data.documents.store import INDEX
 from cm3leon_jax.data.instructions import files
-from cm3leon_jax.data.instructions.config import InstructionsConfig, InstructionTask
+from cm3leon_jax.data.instructions.config import InstructionsConfig, InstructionTask, is_edit
 from cm3leon_jax.data.instructions.edges import MAPS, ImageMap, load_opencv
 from cm3leon_jax.data.instructions.records import DrawnTasks, Record
 from cm3leon_jax.data.instructions.stores import RecordEncoder, write_store
@@ -186,19 +186,20 @@ def identity(task: InstructionTask, job: InstructionJob) -> dict:
     del fields[name]
   world = worlds.world_of_format(task.format)
   drawn = {name: of.identity() if name == world else {} for name, of in job.drawn.items()}
-  of_config = {"root": job.config.root, **_choices(job.config)}
-  if not task.drop_instruction:
-    of_config.pop("instruction_first", None)
+  of_config = {"root": job.config.root, **_counts(job.config)}
+  if job.config.instruction_first and any(map(is_edit, task.templates)):
+    # Absent otherwise, so stores from before keep their identity.
+    of_config["instruction_first"] = True
   return {"task": fields, **drawn, **of_config, "positions": job.positions}
 
 
-def _choices(config: InstructionsConfig) -> dict:
-  """Returns the fields, other than tasks and folders, on which the stores of all tasks depend."""
-  first = {"instruction_first": True} if config.instruction_first else {}
-  return {"max_records": config.max_records, "redrawn": config.redrawn, **first}
+def _counts(config: InstructionsConfig) -> dict:
+  """Returns the fields on which all stores depend, except the folder of the files."""
+  return {"max_records": config.max_records, "redrawn": config.redrawn}
 
 
 def digest_of(tasks: tuple[InstructionTask, ...], config: InstructionsConfig) -> str:
-  """Returns the SHA-256 digest of the fields of all tasks and of their common choices."""
-  values = [_choices(config), *(plain(dataclasses.asdict(task)) for task in tasks)]
+  """Returns the SHA-256 digest of everything but the folder on which the stores depend."""
+  common = {**_counts(config), "instruction_first": config.instruction_first}
+  values = [common, *(plain(dataclasses.asdict(task)) for task in tasks)]
   return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

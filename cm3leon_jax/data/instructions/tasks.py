@@ -20,6 +20,7 @@ from cm3leon_jax.data.instructions.config import (
   FIELD,
   InstructionTask,
   fields_of,
+  is_edit,
   split_template,
 )
 from cm3leon_jax.data.instructions.records import Record
@@ -97,7 +98,8 @@ def join_record(
   """
   segments: list[Segment] = []
   at, found = 1, (0, 0)
-  for text in split_template(choose_template(task, record.key)):
+  template = choose_template(task, record.key)
+  for text in split_template(template):
     tokens, is_image, inside = _segment(task, record, text, encode, codes)
     if not len(tokens):
       continue
@@ -105,24 +107,19 @@ def join_record(
     if inside is not None:
       found = (at + inside[0], at + inside[1])
     at += len(tokens) + 1
-  _check_place(task, segments, found, at - 1)
-  if task.drop_instruction:
-    if instruction_first:
-      segments[-3:-1] = sorted(segments[-3:-1], key=lambda segment: segment.is_image)
-    asked = segments[-3 if instruction_first else -2 : -1]
-    if all(segment.is_image for segment in asked):
-      raise UserError(
-        f"task {task.name} has drop_instruction, but no text precedes {{{task.target}}}."
-      )
+  is_last = _check_place(task, segments, found, at - 1)
+  if is_last and is_edit(template):  # The texts and images between EDIT and the target.
+    segments[1:-1] = sorted(segments[1:-1], key=lambda part: part.is_image == instruction_first)
   return Instruction(tuple(segments), *found)
 
 
 def _check_place(
   task: InstructionTask, segments: list[Segment], target: tuple[int, int], end: int
-) -> None:
+) -> bool:
   """Checks that a target image is the last segment and that dropping segments is possible.
 
   `target` is a half-open range, and `end` is the index after the last token of the last segment.
+  Returns whether the target is such an image.
   """
   is_last = segments[-1].is_image and target == (end - len(segments[-1].tokens), end)
   if not is_last:
@@ -138,6 +135,11 @@ def _check_place(
       f"task {task.name} predicts a text, but segments can be dropped only before an image: remove "
       "drop_instruction and drop_all."
     )
+  if task.drop_instruction and all(segment.is_image for segment in segments):
+    raise UserError(
+      f"task {task.name} has drop_instruction, but no text precedes {{{task.target}}}."
+    )
+  return is_last
 
 
 def _segment(

@@ -30,7 +30,8 @@ def redrawn(
 ) -> list[Record]:
   """Returns the records with input images as the image tokenizer reconstructs them.
 
-  Returns [] if the task has no input images.
+  These images are [H, W, 3] uint8, with the sides of the tokenizer. Returns [] if the task has no
+  input images. `records` must not be empty.
   """
   fields = [field for field in records[0].images if field != task.target]
   side, images = image_tokenizer.config.resolution, {}

@@ -30,7 +30,8 @@ def write(
   """Writes grades.json, answers.jsonl, and the images of the examples to `folder`.
 
   `answers` maps the name of each task to {title of a column: answers}. All columns of a task answer
-  the same records. For `kinds`, see `answers.means`.
+  the same records; in the column "redrawn", their input images are reconstructed. For `kinds`, see
+  `answers.means`.
 
   Returns {"tasks": {task: {title: result of `summarize`}}, "gains": {task: result of `gain` from
   "before" to "after"}, "means": result of `answers.means`}.

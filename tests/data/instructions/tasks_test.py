@@ -4,7 +4,7 @@ import pytest
 from cm3leon_jax.config import FieldError, UserError, build
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.instructions import samples
-from cm3leon_jax.data.instructions.config import InstructionTask
+from cm3leon_jax.data.instructions.config import EDIT, InstructionTask
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.tasks import choose_template, join_record
 from cm3leon_jax.data.sources.records import RecordError
@@ -119,9 +119,8 @@ def test_a_record_with_an_empty_text_is_no_sample(field):
 )
 def test_what_an_edit_may_lack(first, whole):
   edit = task(
-    templates=["Edit <break> {image} <break> {question} <break> {after}"],
+    templates=[f"{EDIT} <break> {{image}} <break> {{question}} <break> {{after}}"],
     target="after",
-    drop_instruction=0.3,
   )
   images = {"image": "i", "after": "j"}
   after = VOCAB.image_ids(np.arange(4, 8))
@@ -136,11 +135,11 @@ def test_what_an_edit_may_lack(first, whole):
     found[words_of(tokens)] += 1
     np.testing.assert_array_equal(tokens[weights > 0][:-1], after)
   assert set(found) == {
-    f"</s> Edit <break> {whole} <break> @ @ @ @ </s>",
-    "</s> Edit <break> @ @ @ @ <break> @ @ @ @ </s>",
+    f"</s> {EDIT} <break> {whole} <break> @ @ @ @ </s>",
+    f"</s> {EDIT} <break> @ @ @ @ <break> @ @ @ @ </s>",
     "</s> <mask:0> <break> @ @ @ @ </s>",
   }
-  assert found["</s> Edit <break> @ @ @ @ <break> @ @ @ @ </s>"] == pytest.approx(60, abs=20)
+  assert found[f"</s> {EDIT} <break> @ @ @ @ <break> @ @ @ @ </s>"] == pytest.approx(60, abs=20)
   assert found["</s> <mask:0> <break> @ @ @ @ </s>"] == pytest.approx(40, abs=17)
 
 
@@ -191,7 +190,7 @@ def test_a_record_that_does_not_fit_is_named(template, texts):
     {"templates": ["{image} <break> {answer}"], "target": "image"},
     {"drop_all": 0.5},
     {
-      "templates": ["{question} <break> {image} <break> {after}"],
+      "templates": ["{image} <break> {after}"],
       "target": "after",
       "drop_instruction": 0.1,
     },
