@@ -24,13 +24,15 @@ from PIL import Image
 from scipy import sparse
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.config import EDIT
 from cm3leon_jax.files.json_files import read_json, write_json
 
 GIVEN = "given"  # Folder in the workdir with the pairs or records that were given.
 HELDOUT = 15  # One of this many groups of records is held out, see `_groups`.
 QUESTION = "Question: {question} Answer: {answer}. <break> {image}"
-EDIT_TEMPLATE = f"{EDIT} <break> {{before}} <break> {{instruction}} <break> {{after}}"
+EDIT = (
+  "Edit first image following the instruction <break> {before} <break> {instruction} "
+  "<break> {after}"
+)
 
 
 class Kind(NamedTuple):
@@ -44,7 +46,7 @@ class Kind(NamedTuple):
 
 KINDS = {
   "questions": Kind(("image",), ("question", "answer"), QUESTION, "answer"),
-  "edits": Kind(("before", "after"), ("instruction",), EDIT_TEMPLATE, "after"),
+  "edits": Kind(("before", "after"), ("instruction",), EDIT, "after"),
 }
 SHAPES = (
   "a folder, a list of pairs (image, caption), or a list of records, which are dicts with the keys "

@@ -168,7 +168,7 @@ def test_only_edits_are_encoded_again_with_their_instruction_first(source, tmp_p
   order, written = encode()
   assert order == [False, True, False, True]
   assert encode(instruction_first=True) == ([False, False, True, True], written)
-  encode(max_records=7)
+  encode(instruction_first=True, max_records=7)
   assert len(DocumentStore(folder / "train_count", SETTINGS.vocab)) == 7
 
 

@@ -126,7 +126,7 @@ DATA = mutants_of(
   "tests/commands/instructions_test.py",
   (
     "other_numbers_of_records_not_encoded",
-    "common = {**_counts(config)",
+    "common = {**_counts(config), ",
     "common = {",
   ),
   (
