@@ -26,6 +26,7 @@ from PIL import Image
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instructions.config import is_edit
 from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.evaluation.grades import answers
 from cm3leon_jax.evaluation.world import of_answers
@@ -136,7 +137,7 @@ def _of_edits(name: str) -> list[tuple[str, list[dict], bool, np.ndarray]]:
   with common.use_mesh(run.settings):
     pipeline = Pipeline.load(run, run.params()[0], None, batch_size=EDITS)
     for task in load_tasks(run.settings.instructions):
-      if (world_of := of_answers(task)) and task.drop_instruction:
+      if (world_of := of_answers(task)) and is_edit(task.templates[0]):
         records = answers.heldout_records(task, run.settings, EDITS)
         for answer in answers.answer_all(world_of, pipeline, task, records):
           clauses = answer.record.facts["include"]

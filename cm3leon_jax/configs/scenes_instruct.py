@@ -23,7 +23,7 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config = scenes.get_config("long")  # The config of the bundled model.
   config.scenes.update(train=8_000)  # Only replay reads these scenes.
   config.instructions.update(tasks="scenes", loss_on="target", replay_share=0.1)
-  # A small decoder that reads the instruction after the image often edits all objects.
+  # A small decoder that reads the instruction after the image often changes other objects, too.
   config.instructions.update(instruction_first=True)
   steps = LONG_STEPS if variant == "long" else round(STEPS * scale)
   config.optimizer.update(learning_rate=2.5e-3, warmup_steps=50, ema_decay=0.99)

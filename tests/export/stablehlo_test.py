@@ -200,7 +200,7 @@ def test_a_dtype_that_no_decoder_computes_in_is_refused(run, tmp_path):
 
 @pytest.mark.parametrize("source", ["", "scenes-instruct"])
 def test_a_workdir_or_a_bundle_is_exported_by_name(run, tmp_path, monkeypatch, source):
-  """Given scenes-instruct, reads the tokenizers of the bundle."""
+  """Given scenes-instruct, reads the tokenizers of the bundle on which it is based."""
   monkeypatch.setattr(stablehlo, "export", lambda *arguments: arguments)
   written = stablehlo.write_model(tmp_path, source or run, "bfloat16", "int8")
   folder, params, changed, image_tokenizer, texts, weight_dtype = written
