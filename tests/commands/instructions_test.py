@@ -117,6 +117,7 @@ def test_its_answers_are_graded_and_reported(tuned, capsys):
   page = (workdir / "report.html").read_text()
   assert "Does the model do what it is told?" in page
   assert "Wrong, and surest" in page
+  assert "<em>Redrawn</em> is the model after tuning" in page
   assert page.count("<figcaption>given</figcaption>") == 12
 
 
