@@ -35,7 +35,7 @@ TRAINING = experiment.OLDER_TRAINING  # Of the image tokenizer.
 CONDITIONS: dict[str, tuple[dict, dict]] = {
   "one_codebook": (experiment.OLDER, {}),
   "shape_color": ({**RARE, **TRAINING}, {}),
-  "free_rows": ({**RARE, **TRAINING}, {"model.code_colors": 0}),
+  "free_embeddings": ({**RARE, **TRAINING}, {"model.code_colors": 0}),
   "two_places": ({**RARE, **TRAINING, "scenes.rare_places": 2}, {}),
   "four_places": ({**RARE, **TRAINING, "scenes.rare_places": 4}, {}),
   "several_objects": (TRAINING, {}),
