@@ -21,10 +21,10 @@ import json
 import pathlib
 
 from absl import app, flags
+import jax
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import is_edit
 from cm3leon_jax.data.instructions.task_files import load_tasks
@@ -32,6 +32,7 @@ from cm3leon_jax.evaluation.grades import answers
 from cm3leon_jax.evaluation.world import of_answers
 from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.scenes import world
 from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.scenes.drawings import render
@@ -134,7 +135,7 @@ def _of_edits(name: str) -> list[tuple[str, list[dict], bool, np.ndarray]]:
   """Returns kind, clauses, verdict and image of edits, made as in `cm3leon grade_instructions`."""
   run = Run.open(name)
   samples = []
-  with common.use_mesh(run.settings):
+  with jax.set_mesh(create_mesh(run.settings.mesh)):
     pipeline = Pipeline.load(run, run.params()[0], None, batch_size=EDITS)
     for task in load_tasks(run.settings.instructions):
       if (world_of := of_answers(task)) and is_edit(task.templates[0]):

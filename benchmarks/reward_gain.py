@@ -1,0 +1,106 @@
+"""Measures what trainings with rewards gained on held-out prompts, and counts it a second time.
+
+  python -m benchmarks.reward_gain --start=workdir/scenes_instruct --runs=workdir/reinforced
+
+The start and each run draw images for the same held-out prompts, which no step of the config had,
+with the settings of `sampling` and the same seeds. The images are judged, and counted again by the
+nearest true drawings (`benchmarks.scene_recount`). Prints, for each run and for the mean of the
+runs, the share of correct images, the gain with its 95% interval over prompts, the share of the
+start's failures that is gone, and the share of the start's spread that is left.
+"""
+
+# N prompts, G samples per prompt.
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from absl import app, flags, logging
+import jax
+from jaxtyping import Float
+from ml_collections import config_flags
+import numpy as np
+
+from benchmarks import scene_recount
+from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation.intervals import mean_interval
+from cm3leon_jax.mesh import create_mesh
+from cm3leon_jax.reinforcement.prompts import Prompt
+from cm3leon_jax.reinforcement.rollouts import Rollouts, open_rollouts, spread
+from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained.run import Run
+
+HEADER = (
+  "| run | correct | gain, points | failures gone | counted again | gain | failures gone | spread |"
+)
+
+
+class Drawn(NamedTuple):
+  """Shares of correct samples of each prompt, by the judge and counted again, and the spread."""
+
+  judged: Float[np.ndarray, " N"]
+  counted: Float[np.ndarray, " N"]
+  spread: float
+
+
+def draw(
+  objective: Rollouts, params: dict, prompts: Sequence[Prompt], tokenizer: ImageTokenizer
+) -> Drawn:
+  """Draws the samples of all prompts with `config.sampling`, and counts the correct ones twice."""
+  numbers, sampling = range(len(prompts)), objective.settings.sampling
+  groups = objective.groups(objective.pipeline_of(params), prompts, numbers, sampling)
+  codes = np.stack([group.codes for group in groups])
+  shown = scene_recount.objects_of(tokenizer.decode(codes.reshape(-1, codes.shape[-1])))
+  asked = [prompt.record.facts["include"] for prompt in prompts for _ in range(codes.shape[1])]
+  counted = np.reshape([*map(scene_recount.is_correct, shown, asked)], codes.shape[:2])
+  judged = np.stack([group.rewards for group in groups])
+  return Drawn(judged.mean(1), counted.mean(1), spread(codes))
+
+
+def line(name: str, start: Drawn, drawn: Drawn) -> str:
+  """Formats the line of a run in the table."""
+  cells = [name]
+  for before, after in ((start.judged, drawn.judged), (start.counted, drawn.counted)):
+    gain = mean_interval(after - before, np.ones(len(before)), [*range(len(before))])
+    low, high = (100 * gain[bound] for bound in ("low", "high"))
+    cells.append(f"{before.mean():.1%} -> {after.mean():.1%}")
+    cells.append(f"{100 * gain['mean']:+.1f} [{low:+.1f}, {high:+.1f}]")
+    cells.append(f"{gain['mean'] / max(1 - before.mean(), 1e-9):.0%}")
+  cells.append(f"{drawn.spread / start.spread:.1%}")
+  return f"| {' | '.join(cells)} |"
+
+
+def mean(drawn: Sequence[Drawn]) -> Drawn:
+  """Returns the means over runs."""
+  judged, counted, spreads = zip(*drawn)
+  return Drawn(np.mean(judged, 0), np.mean(counted, 0), float(np.mean(spreads)))
+
+
+def main(argv: Sequence[str]) -> None:
+  args = flags.FLAGS
+  logging.set_verbosity(logging.WARNING)
+  if len(argv) > 1 or not args.runs:
+    raise UserError("name the start and the runs: --start=RUN --runs=RUN,RUN")
+  settings = settings_from_config(args.config)
+  if settings.reinforce.reward != "judge":
+    raise UserError("config.reinforce.reward must be 'judge': only judged images are counted.")
+  first = Run.open(args.start, settings)
+  with jax.set_mesh(create_mesh(first.settings.mesh)):
+    params, _ = first.params()
+    objective, prompts = open_rollouts(first, params, first.bank)
+    start = draw(objective, params, prompts, first.images)
+    print(f"{len(prompts)} prompts with {settings.reinforce.samples} samples each\n")
+    print(f"{HEADER}\n|{'---|' * 8}", flush=True)
+    drawn = []
+    for name in args.runs:
+      drawn.append(draw(objective, Run.open(name, settings).params()[0], prompts, first.images))
+      print(line(name, start, drawn[-1]), flush=True)
+  if len(drawn) > 1:
+    print(line("mean", start, mean(drawn)))
+
+
+if __name__ == "__main__":  # Tests import this module without flags.
+  config_flags.DEFINE_config_file("config", "ml_configs/scenes_reinforce.py", "Config file.")
+  flags.DEFINE_string("start", "", "Run or bundle from which the runs started.")
+  flags.DEFINE_list("runs", [], "Runs of `cm3leon reinforce`.")
+  app.run(main)

@@ -1,0 +1,48 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import reward_gain
+from benchmarks.reward_gain import Drawn
+
+START = Drawn(np.array([0.5, 0.5, 1.0, 1.0]), np.array([0.5, 0.5, 0.5, 0.5]), 0.2)
+
+
+def cells_of(line):
+  return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_line_has_gains_per_prompt_and_the_share_of_failures_that_is_gone():
+  after = Drawn(START.judged + [0.25, 0, 0, 0], START.counted + 0.25, 0.19)
+  name, judged, gain, gone, counted, again, gone_again, spread = cells_of(
+    reward_gain.line("a", START, after)
+  )
+  assert (name, judged, counted) == ("a", "75.0% -> 81.2%", "50.0% -> 75.0%")
+  assert (gone, gone_again, spread) == ("25%", "50%", "95.0%")
+  assert gain.startswith("+6.2 [+0.0, +")
+  assert again == "+25.0 [+25.0, +25.0]"
+  assert len(cells_of(reward_gain.HEADER)) == 8
+
+
+def test_the_mean_of_runs_is_that_of_each_prompt():
+  other = Drawn(START.judged + [0.5, 0.5, 0, 0], START.counted, 0.1)
+  mean = reward_gain.mean([START, other])
+  assert mean.judged == pytest.approx([0.75, 0.75, 1, 1])
+  assert mean.spread == pytest.approx(0.15)
+  assert mean.counted == pytest.approx(START.counted)
+
+
+@pytest.mark.slow
+def test_a_model_gains_nothing_over_itself():
+  flags = ("--start=scenes-instruct", "--runs=scenes-instruct", "--config.reinforce.samples=4")
+  command = [sys.executable, "-m", "benchmarks.reward_gain", *flags]
+  command += ["--config.reinforce.heldout_prompts=16"]
+  *_, line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+  name, judged, gain, gone, counted, again, gone_again, spread = cells_of(line)
+  assert (name, gone, gone_again, spread) == ("scenes-instruct", "0%", "0%", "100.0%")
+  assert gain == again == "+0.0 [+0.0, +0.0]"
+  before, after = (float(share.rstrip("%")) for share in judged.split(" -> "))
+  assert 60 < before == after < 100
+  assert abs(float(counted.split("%")[0]) - before) < 5
