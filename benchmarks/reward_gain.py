@@ -2,11 +2,13 @@
 
   python -m benchmarks.reward_gain --start=workdir/scenes_instruct --runs=workdir/reinforced
 
-The start and each run draw images for the same held-out prompts, which no step of the config had,
-with the settings of `sampling` and the same seeds. The images are judged, and counted again by the
-nearest true drawings (`benchmarks.scene_recount`). Prints, for each run and for the mean of the
-runs, the share of correct images, the gain with its 95% interval over prompts, the share of the
-start's failures that is gone, and the share of the start's spread that is left.
+The start and each run (folders or bundles) draw images for the same held-out prompts, with the
+same seeds and the settings `sampling` of the config. The config must be that of the runs: no step
+of such a run had one of these prompts. The images are judged, and counted again by the nearest true
+drawings (`benchmarks.scene_recount`). Prints, for each run and for the mean of the runs, the share
+of correct images, the gain with its 95% interval over prompts, the share of the start's failures
+that is gone, and the share of the start's spread that is left. The interval does not cover the seed
+of a training, and the mean is useful only for runs that differ in their seed.
 """
 
 # N prompts, G samples per prompt.
@@ -31,7 +33,8 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
 
 HEADER = (
-  "| run | correct | gain, points | failures gone | counted again | gain | failures gone | spread |"
+  "| run | correct | gain, points | failures gone "
+  "| correct, counted again | gain, points | failures gone | spread, share of the start's |"
 )
 
 
@@ -52,21 +55,22 @@ def draw(
   codes = np.stack([group.codes for group in groups])
   shown = scene_recount.objects_of(tokenizer.decode(codes.reshape(-1, codes.shape[-1])))
   asked = [prompt.record.facts["include"] for prompt in prompts for _ in range(codes.shape[1])]
-  counted = np.reshape([*map(scene_recount.is_correct, shown, asked)], codes.shape[:2])
+  counted = [scene_recount.is_correct(*pair) for pair in zip(shown, asked, strict=True)]
   judged = np.stack([group.rewards for group in groups])
-  return Drawn(judged.mean(1), counted.mean(1), spread(codes))
+  return Drawn(judged.mean(1), np.reshape(counted, judged.shape).mean(1), spread(codes))
 
 
 def line(name: str, start: Drawn, drawn: Drawn) -> str:
   """Formats the line of a run in the table."""
   cells = [name]
   for before, after in ((start.judged, drawn.judged), (start.counted, drawn.counted)):
-    gain = mean_interval(after - before, np.ones(len(before)), [*range(len(before))])
+    gain = mean_interval(after - before, np.ones(len(before)), np.arange(len(before)))
     low, high = (100 * gain[bound] for bound in ("low", "high"))
+    failures = 1 - before.mean()
     cells.append(f"{before.mean():.1%} -> {after.mean():.1%}")
     cells.append(f"{100 * gain['mean']:+.1f} [{low:+.1f}, {high:+.1f}]")
-    cells.append(f"{gain['mean'] / max(1 - before.mean(), 1e-9):.0%}")
-  cells.append(f"{drawn.spread / start.spread:.1%}")
+    cells.append(f"{gain['mean'] / failures:.0%}" if failures else "-")
+  cells.append(f"{drawn.spread / start.spread:.1%}" if start.spread else "-")
   return f"| {' | '.join(cells)} |"
 
 

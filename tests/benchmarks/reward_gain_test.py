@@ -26,6 +26,12 @@ def test_a_line_has_gains_per_prompt_and_the_share_of_failures_that_is_gone():
   assert len(cells_of(reward_gain.HEADER)) == 8
 
 
+def test_a_start_without_failures_or_spread_has_no_shares_of_them():
+  perfect = Drawn(np.ones(4), np.ones(4), 0.0)
+  cells = cells_of(reward_gain.line("a", perfect, START))
+  assert [cells[3], cells[6], cells[7]] == ["-", "-", "-"]
+
+
 def test_the_mean_of_runs_is_that_of_each_prompt():
   other = Drawn(START.judged + [0.5, 0.5, 0, 0], START.counted, 0.1)
   mean = reward_gain.mean([START, other])
@@ -35,11 +41,14 @@ def test_the_mean_of_runs_is_that_of_each_prompt():
 
 
 @pytest.mark.slow
-def test_a_model_gains_nothing_over_itself():
-  flags = ("--start=scenes-instruct", "--runs=scenes-instruct", "--config.reinforce.samples=4")
+def test_a_model_gains_nothing_over_itself_but_another_model_differs():
+  flags = ("--start=scenes-instruct", "--runs=scenes-instruct,scenes")
   command = [sys.executable, "-m", "benchmarks.reward_gain", *flags]
-  command += ["--config.reinforce.heldout_prompts=16"]
-  *_, line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+  command += ["--config.reinforce.samples=4", "--config.reinforce.heldout_prompts=16"]
+  result = subprocess.run(command, capture_output=True, text=True, check=True)
+  *_, line, other, _ = result.stdout.splitlines()
+  assert cells_of(other)[0] == "scenes"
+  assert cells_of(other)[-1] != "100.0%"
   name, judged, gain, gone, counted, again, gone_again, spread = cells_of(line)
   assert (name, gone, gone_again, spread) == ("scenes-instruct", "0%", "0%", "100.0%")
   assert gain == again == "+0.0 [+0.0, +0.0]"
