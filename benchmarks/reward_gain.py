@@ -83,7 +83,7 @@ def mean(drawn: Sequence[Drawn]) -> Drawn:
 def main(argv: Sequence[str]) -> None:
   args = flags.FLAGS
   logging.set_verbosity(logging.WARNING)
-  if len(argv) > 1 or not args.runs:
+  if len(argv) > 1 or not (args.start and args.runs):
     raise UserError("name the start and the runs: --start=RUN --runs=RUN,RUN")
   settings = settings_from_config(args.config)
   if settings.reinforce.reward != "judge":
