@@ -1,6 +1,6 @@
 """Measures how much `cm3leon reinforce` can learn from the prompts of a config, without training.
 
-  python -m benchmarks.reward_signal --config=scenes_reinforce --model=scenes-instruct
+  python -m benchmarks.reward_signal --model=scenes-instruct
 
 Draws the samples of some training steps with the parameters of the model. Prints, for each task,
 the share of groups (the samples of one prompt) whose samples are all right, all wrong, or mixed:
