@@ -2,14 +2,16 @@
 
   python -m benchmarks.copying --widths=56,84,128 --seeds=0,1,2,3,4 --workdir=workdir/learning
 
-Trains decoders of several widths on conditions of `benchmarks.learning`, by default `shape_color`,
-for 1,500 steps, and computes the bits of images of rare objects that training never shows, after
-the document of the object at the same place, and without a document. A decoder copies if the
-document saves at least a quarter of the bits. The tokenizers are those of `benchmarks.learning` in
-the same workdir. Finished parts are skipped. Writes copying.json and copying.md.
+Trains decoders of several widths on a condition of `benchmarks.learning`, by default
+`several_objects`, for 1,500 steps, and computes the bits of images of rare objects that training
+never shows, after the document of the object at the same place, and without a document. A decoder
+copies if the document saves at least a quarter of the bits. The tokenizers are those of
+`benchmarks.learning` in the same workdir. Finished parts are skipped. Writes copying.json and
+copying.md.
 """
 
 from collections.abc import Sequence
+import operator
 import pathlib
 
 from absl import app, flags
@@ -22,12 +24,18 @@ from cm3leon_jax.files.json_files import write_json
 STEPS = 1_500
 COPIES = 0.75  # Highest share of the bits without a document, for a decoder that copies.
 MLP_RATIO = 352 / 128  # Feed-forward width of the demo, divided by its width.
+HEAD_WIDTH = 64  # Least width of a head, if the decoder is that wide. Narrow heads learn later.
 
 
-def fields(condition: str, width: int, seed: int, steps: int) -> dict:
+def heads_of(width: int) -> int:
+  """Returns the largest number of heads that are at least HEAD_WIDTH wide, at least 1."""
+  return max(1, width // HEAD_WIDTH)
+
+
+def fields(condition: str, width: int, heads: int, seed: int, steps: int) -> dict:
   """Returns the config fields of a run that differ from the config `scenes`."""
-  mlp = round(MLP_RATIO * width)
-  size = {"model.width": width, "model.mlp_width": mlp}
+  size = {"width": width, "num_heads": heads, "mlp_width": round(MLP_RATIO * width)}
+  size = {f"model.{name}": value for name, value in size.items()}
   return {**learning.fields(condition, seed, steps), **size}
 
 
@@ -39,24 +47,28 @@ def measure(run: pathlib.Path) -> dict:
   return {"bits": {name: float(np.mean(values)) for name, values in scored.items()}}
 
 
-def run_one(workdir: pathlib.Path, condition: str, width: int, seed: int, steps: int) -> dict:
+def run_one(
+  workdir: pathlib.Path, condition: str, width: int, heads: int, seed: int, steps: int
+) -> dict:
   """Trains and measures a decoder, unless it is done."""
-  run = workdir / f"copying_{steps}" / f"{condition}_width_{width}_seed_{seed}"
+  run = workdir / f"copying_{steps}" / f"{condition}_width_{width}_heads_{heads}_seed_{seed}"
   data = learning.prepare(workdir, learning.CONDITIONS[condition][0])
   experiment.link_stages(data, run, learning.STAGES)
-  experiment.run_stage("train", learning.CONFIG, run, fields(condition, width, seed, steps))
+  experiment.run_stage("train", learning.CONFIG, run, fields(condition, width, heads, seed, steps))
   bits = experiment.measured_once(run, {}, lambda: measure(run))["bits"]
-  return {"condition": condition, "width": width, "seed": seed, "bits": bits}
+  return {"condition": condition, "width": width, "heads": heads, "seed": seed, "bits": bits}
 
 
 def markdown(runs: Sequence[dict]) -> str:
-  """Formats one line per condition and width, with the values of all seeds."""
-  lines = ["| codes | width | bits: same place | no document | ratio | copy |", f"|{'---|' * 6}"]
-  for condition, width in dict.fromkeys((run["condition"], run["width"]) for run in runs):
-    own = [run for run in runs if (run["condition"], run["width"]) == (condition, width)]
+  """Formats one line per condition, width and number of heads, with the values of all seeds."""
+  titles = ("condition", "width", "heads", "bits: same place", "no document", "ratio", "copy")
+  lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+  size = operator.itemgetter("condition", "width", "heads")
+  for chosen in dict.fromkeys(map(size, runs)):
+    own = [run for run in runs if size(run) == chosen]
     after, without = ([run["bits"][name] for run in own] for name in ("own", "none"))
     ratios = np.divide(after, without)
-    cells = [condition, str(width), *map(_values, (after, without, ratios))]
+    cells = [*map(str, chosen), *map(_values, (after, without, ratios))]
     cells.append(f"{np.sum(ratios <= COPIES)} of {len(own)}")
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
@@ -74,15 +86,17 @@ def main(argv: Sequence[str]) -> None:
   for seed in map(int, given.seeds):
     for name in names:
       for width in map(int, given.widths):
-        runs.append(run_one(workdir, name, width, seed, given.steps))
+        heads = given.heads or heads_of(width)
+        runs.append(run_one(workdir, name, width, heads, seed, given.steps))
         write_json(workdir / "copying.json", {"runs": runs})
         (workdir / "copying.md").write_text(markdown(runs), encoding="utf-8")
         print(markdown(runs), flush=True)
 
 
 if __name__ == "__main__":
-  flags.DEFINE_list("conditions", ["shape_color"], "Conditions of `benchmarks.learning`.")
+  flags.DEFINE_list("conditions", ["several_objects"], "Conditions of `benchmarks.learning`.")
   flags.DEFINE_list("widths", ["56", "84", "128"], "Widths of the decoder; multiples of 4.")
+  flags.DEFINE_integer("heads", 0, "Heads of all widths; 0: as many as are 64 wide, at least 1.")
   flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "Seeds of each width.")
   flags.DEFINE_integer("steps", STEPS, "Training steps.", lower_bound=1)
   flags.DEFINE_string("workdir", "workdir/learning", "Folder of all runs.")
