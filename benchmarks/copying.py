@@ -24,17 +24,14 @@ from cm3leon_jax.files.json_files import write_json
 STEPS = 1_500
 COPIES = 0.75  # Highest share of the bits without a document, for a decoder that copies.
 MLP_RATIO = 352 / 128  # Feed-forward width of the demo, divided by its width.
-HEAD_WIDTH = 64  # Least width of a head, if the decoder is that wide. Narrow heads learn later.
+HEADS = 2  # As in the demo.
 
 
-def heads_of(width: int) -> int:
-  """Returns the largest number of heads that are at least HEAD_WIDTH wide, at least 1."""
-  return max(1, width // HEAD_WIDTH)
-
-
-def fields(condition: str, width: int, heads: int, seed: int, steps: int) -> dict:
+def fields(condition: str, width: int, head_size: int, seed: int, steps: int) -> dict:
   """Returns the config fields of a run that differ from the config `scenes`."""
-  size = {"width": width, "num_heads": heads, "mlp_width": round(MLP_RATIO * width)}
+  size = {"width": width, "mlp_width": round(MLP_RATIO * width)}
+  if head_size != width // HEADS:  # The default of the model.
+    size["head_size"] = head_size
   size = {f"model.{name}": value for name, value in size.items()}
   return {**learning.fields(condition, seed, steps), **size}
 
@@ -48,22 +45,25 @@ def measure(run: pathlib.Path) -> dict:
 
 
 def run_one(
-  workdir: pathlib.Path, condition: str, width: int, heads: int, seed: int, steps: int
+  workdir: pathlib.Path, condition: str, width: int, head_size: int, seed: int, steps: int
 ) -> dict:
   """Trains and measures a decoder, unless it is done."""
-  run = workdir / f"copying_{steps}" / f"{condition}_width_{width}_heads_{heads}_seed_{seed}"
+  run = workdir / f"copying_{steps}" / f"{condition}_width_{width}_head_{head_size}_seed_{seed}"
   data = learning.prepare(workdir, learning.CONDITIONS[condition][0])
   experiment.link_stages(data, run, learning.STAGES)
-  experiment.run_stage("train", learning.CONFIG, run, fields(condition, width, heads, seed, steps))
+  changes = fields(condition, width, head_size, seed, steps)
+  experiment.run_stage("train", learning.CONFIG, run, changes)
   bits = experiment.measured_once(run, {}, lambda: measure(run))["bits"]
-  return {"condition": condition, "width": width, "heads": heads, "seed": seed, "bits": bits}
+  return {
+    "condition": condition, "width": width, "head_size": head_size, "seed": seed, "bits": bits,
+  }  # fmt: skip
 
 
 def markdown(runs: Sequence[dict]) -> str:
-  """Formats one line per condition, width and number of heads, with the values of all seeds."""
-  titles = ("condition", "width", "heads", "bits: same place", "no document", "ratio", "copy")
+  """Formats one line per condition, width and size of heads, with the values of all seeds."""
+  titles = ("condition", "width", "head size", "bits: same place", "no document", "ratio", "copy")
   lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-  size = operator.itemgetter("condition", "width", "heads")
+  size = operator.itemgetter("condition", "width", "head_size")
   for chosen in dict.fromkeys(map(size, runs)):
     own = [run for run in runs if size(run) == chosen]
     after, without = ([run["bits"][name] for run in own] for name in ("own", "none"))
@@ -86,8 +86,8 @@ def main(argv: Sequence[str]) -> None:
   for seed in map(int, given.seeds):
     for name in names:
       for width in map(int, given.widths):
-        heads = given.heads or heads_of(width)
-        runs.append(run_one(workdir, name, width, heads, seed, given.steps))
+        head_size = given.head_size or width // HEADS
+        runs.append(run_one(workdir, name, width, head_size, seed, given.steps))
         write_json(workdir / "copying.json", {"runs": runs})
         (workdir / "copying.md").write_text(markdown(runs), encoding="utf-8")
         print(markdown(runs), flush=True)
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
   flags.DEFINE_list("conditions", ["several_objects"], "Conditions of `benchmarks.learning`.")
   flags.DEFINE_list("widths", ["56", "84", "128"], "Widths of the decoder; multiples of 4.")
-  flags.DEFINE_integer("heads", 0, "Heads of all widths; 0: as many as are 64 wide, at least 1.")
+  flags.DEFINE_integer("head_size", 64, "Size of the two attention heads; 0: half of the width.")
   flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "Seeds of each width.")
   flags.DEFINE_integer("steps", STEPS, "Training steps.", lower_bound=1)
   flags.DEFINE_string("workdir", "workdir/learning", "Folder of all runs.")

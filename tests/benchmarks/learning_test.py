@@ -68,27 +68,23 @@ def test_a_concept_belongs_to_one_half():
 def test_a_decoder_copies_if_the_document_saves_a_quarter_of_the_bits():
   def run(seed, after, without):
     bits = {"own": after, "none": without, "own elsewhere": 9.0}
-    return {"condition": "shape_color", "width": 56, "heads": 1, "seed": seed, "bits": bits}
+    return {"condition": "shape_color", "width": 56, "head_size": 64, "seed": seed, "bits": bits}
 
-  narrow = {**run(0, 0.9, 1.0), "heads": 2}
+  narrow = {**run(0, 0.9, 1.0), "head_size": 28}
   runs = [run(0, 0.75, 1.0), run(1, 0.76, 1.0), run(2, 0.2, 2.0), narrow]
   assert copying.markdown(runs).splitlines()[2:] == [
-    "| shape_color | 56 | 1 | 0.75, 0.76, 0.20 | 1.00, 1.00, 2.00 | 0.75, 0.76, 0.10 | 2 of 3 |",
-    "| shape_color | 56 | 2 | 0.90 | 1.00 | 0.90 | 0 of 1 |",
+    "| shape_color | 56 | 64 | 0.75, 0.76, 0.20 | 1.00, 1.00, 2.00 | 0.75, 0.76, 0.10 | 2 of 3 |",
+    "| shape_color | 56 | 28 | 0.90 | 1.00 | 0.90 | 0 of 1 |",
   ]
 
 
 def test_widths_change_the_decoder_and_nothing_of_its_data():
   plain = learning.fields("shape_color", 3, 1_500)
-  narrow = copying.fields("shape_color", 56, 1, 3, 1_500)
+  narrow = copying.fields("shape_color", 56, 64, 3, 1_500)
   assert {f: v for f, v in narrow.items() if f not in plain} == {
-    "model.width": 56, "model.num_heads": 1, "model.mlp_width": 154,
+    "model.width": 56, "model.head_size": 64, "model.mlp_width": 154,
   }  # fmt: skip
   assert plain.items() <= narrow.items()
-
-
-def test_heads_are_as_wide_as_those_of_the_demo_if_the_decoder_is():
-  assert list(map(copying.heads_of, (56, 84, 127, 128, 192))) == [1, 1, 1, 2, 3]
 
 
 def test_all_conditions_share_tokenizers_of_one_world(tmp_path, monkeypatch):
