@@ -145,7 +145,8 @@ def _own_tasks(trained: Run, seed: int) -> list[Task]:
   if path is None and not given and name == "text_to_image":
     return []
   cls = prompt_file.task_class(name)
-  neighbors = settings.data.num_neighbors if trained.bank else 0
+  has_bank = trained.bank or _BANK.value
+  neighbors = settings.data.num_neighbors if has_bank else 0
   retrieve = min(cls.retrieve, neighbors)
   columns = _columns(settings, [settings.sampling.guidance], [retrieve])
   if len(columns) > 1 and (path is not None or name != "text_to_image"):
@@ -241,12 +242,12 @@ def _identity(
 
   settings = trained.settings
   retrieves = not tasks or any(task.retrieve for task in tasks)
-  read = [*table.TOKENIZERS, "train", *(["documents"] if retrieves else [])]
+  read = [*table.TOKENIZERS, "train"]
   read += table.own_clip(settings) if _needs_clip(tasks) else ()
   inputs = ids(trained, read)
   if retrieves:
-    own, neighbors = bank == trained.bank, ["neighbors"]
-    inputs |= ids(trained, neighbors) if own else stages.ids(settings, bank, neighbors)
+    own, read = bank == trained.bank, ["documents", "neighbors"]
+    inputs |= ids(trained, read) if own else stages.ids(settings, bank, read)
   same = ("samples", "rank", "keep_neighbors", "weight_dtype", "cache_dtype", "draft_window")
   config = {"inputs": inputs, **table.identity(settings, "samples")}
   config |= {name: flags.FLAGS[name].value for name in same}

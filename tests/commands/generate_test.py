@@ -1,6 +1,7 @@
 import json
 import pathlib
 import re
+import shutil
 from unittest import mock
 
 from absl import flags
@@ -95,6 +96,23 @@ def test_a_prompt_has_a_folder_for_every_set_of_settings(run, workdir, capsys):
   assert len(folders) == 2
   assert {read_lines(folder)[0]["guidance"] for folder in folders} == {1.0, 3.0}
   assert {p.suffix for folder in folders for p in folder.iterdir()} == {".png", ".json", ".jsonl"}
+
+
+def test_a_run_without_documents_retrieves_from_the_given_bank(run, workdir, tmp_path):
+  other = tmp_path / "other"
+  shutil.copytree(workdir, other)
+  inputs = {name: name for name in ("text_tokenizer", "vqgan", "clip")}
+  built = {"inputs": inputs, "retrieval": {"clip": SETTINGS.retrieval.clip}}
+  for name in ("documents", "neighbors"):
+    about = {"id": name, "config": built, "summary": {}, "seconds": 1.0}
+    write_json(other / name / stages.DONE, about)
+  (workdir / "documents").rename(workdir / "hidden")
+  try:
+    run(prompt=["red house"], bank=str(other))
+  finally:
+    (workdir / "hidden").rename(workdir / "documents")
+  [folder] = (workdir / "prompts").glob("red-house-*")
+  assert read_lines(folder)[0]["retrieve"] == SETTINGS.data.num_neighbors > 0
 
 
 def test_a_file_of_prompts(run, workdir, image_file, tmp_path, capsys):
