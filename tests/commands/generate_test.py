@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import re
@@ -36,7 +37,8 @@ def workdir(tmp_path_factory):
   clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params).save(root / "clip")
   for name in ("text_tokenizer", "vqgan", "documents", "neighbors", "clip", "train"):
     write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
-  write_json(root / "train" / "config.json", {"run": table.identity(SETTINGS, "train")})
+  stored = {"run": table.identity(SETTINGS, "train"), "settings": dataclasses.asdict(SETTINGS)}
+  write_json(root / "train" / "config.json", stored)
   return root
 
 
