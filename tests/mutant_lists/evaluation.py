@@ -46,6 +46,8 @@ EVALUATION = mutants_of(
   ),
   "cm3leon_jax/scenes/judge/judge.py",
   ("weak_matches_are_objects", "name if score >= min_score else UNKNOWN", "name"),
+  "tests/scenes/judge/judge_test.py::test_equal_images_and_cells_are_judged_once",
+  ("equal_cells_at_one_place", "divmod(cell, len(", "divmod(number, len("),
   "cm3leon_jax/scenes/judge/facts.py",
   (
     "more_objects_than_named_are_correct",

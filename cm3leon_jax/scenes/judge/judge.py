@@ -11,6 +11,7 @@ with the ink. Ink without a clear color or shape is an unknown object, which mak
 from collections.abc import Sequence
 import functools
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,7 @@ SOLID = 0.5  # The color of a pixel is compared only if its opacity is higher.
 MAX_SHIFT = 2  # Largest shift of an object from its place, in pixels per axis.
 BLURS = (0.0, 0.7)  # Standard deviations, in pixels, of the blurs applied to silhouettes.
 PALETTE = 1 - np.array(list(COLORS.values()), np.float32) / 255  # [C, 3], differences from white.
-CHUNK = 32  # Number of images that are judged together.
+CHUNK = 128  # Number of cells that are judged together.
 
 
 def find_objects(
@@ -49,34 +50,48 @@ def find_objects(
   `images` are [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled. An object is unknown if its
   correlation with each silhouette is below `min_score`.
   """
-  chunks = (images[start : start + CHUNK] for start in range(0, len(images), CHUNK))
-  return [objects for chunk in chunks for objects in _find_in_chunk(chunk, style, min_score)]
+  cells = _cells(images)
+  # Most cells are blank, and samples of a prompt often equal each other.
+  numbers: dict[bytes, int] = {}
+  which = [numbers.setdefault(cell.tobytes(), len(numbers)) for cell in cells]
+  distinct = cells[np.unique(which, return_index=True)[1]]
+  seen: list[_Seen | None] = []
+  for start in range(0, len(distinct), CHUNK):
+    seen += _find_in_cells(distinct[start : start + CHUNK], style, min_score)
+  found: list[list[Found]] = [[] for _ in images]
+  for cell, number in enumerate(which):
+    image, place = divmod(cell, len(world.PLACES))
+    if (one := seen[number]) is not None:
+      box = _box(one.visible, place)
+      found[image].append(Found(one.name, one.color, world.PLACES[place], one.score, box))
+  return [tuple(objects) for objects in found]
 
 
 def opacities(images: np.ndarray) -> np.ndarray:
   """Returns the opacities of the color that fits each place best, [B, 4, CELL, CELL] fp32."""
-  return _find_colors(_cells(images))[0].reshape(len(images), -1, CELL, CELL)
+  return _find_colors(_ink(_cells(images)))[0].reshape(len(images), -1, CELL, CELL)
 
 
-def _find_in_chunk(images: np.ndarray, style: Style, min_score: float) -> list[tuple[Found, ...]]:
-  cells = _cells(images)
-  opacity, colors = _find_colors(cells)
+class _Seen(NamedTuple):
+  """Object of a cell, its color, its correlation, and its ink, [24, 24]."""
+
+  name: str
+  color: str
+  score: float
+  visible: np.ndarray
+
+
+def _find_in_cells(cells: np.ndarray, style: Style, min_score: float) -> list[_Seen | None]:
+  """Finds the objects of cells, [N, 24, 24, 3] uint8. Returns None for a cell without ink."""
+  opacity, colors = _find_colors(_ink(cells))
   visible = np.where(opacity > FAINT, opacity, 0)
   occupied = np.flatnonzero(visible.sum((1, 2)) >= MIN_INK)
   names, scores = _match(opacity[occupied], style)
-  found: list[list[Found]] = [[] for _ in images]
+  found: list[_Seen | None] = [None] * len(cells)
   for cell, name, score in zip(occupied, names, scores):
-    image, place = divmod(int(cell), len(world.PLACES))
-    found[image].append(
-      Found(
-        name if score >= min_score else UNKNOWN,
-        colors[cell],
-        world.PLACES[place],
-        float(score),
-        _box(visible[cell], place),
-      )
-    )
-  return [tuple(objects) for objects in found]
+    name = name if score >= min_score else UNKNOWN
+    found[cell] = _Seen(name, colors[cell], float(score), visible[cell])
+  return found
 
 
 def judge_all(
@@ -97,14 +112,18 @@ def judge(image: npt.ArrayLike, facts: dict) -> SceneVerdict:
 
 
 def _cells(images: npt.ArrayLike) -> np.ndarray:
-  """Cuts images into cells: [B, H, W, 3] uint8 -> [B * 4, 24, 24, 3] fp32, 0 = white, 1 = black."""
+  """Cuts images into cells: [B, H, W, 3] uint8 -> [B * 4, 24, 24, 3] uint8."""
   images = np.asarray(images)
   if images.shape[1:3] != (SIDE, SIDE):
     scaled = [Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX) for image in images]
     images = np.stack([np.asarray(image) for image in scaled])
-  ink = 1 - images.astype(np.float32) / 255
-  cells = ink.reshape(-1, 2, CELL, 2, CELL, 3).swapaxes(2, 3)
+  cells = images.reshape(-1, 2, CELL, 2, CELL, 3).swapaxes(2, 3)
   return cells.reshape(-1, CELL, CELL, 3)
+
+
+def _ink(cells: np.ndarray) -> np.ndarray:
+  """Returns how far each channel of a pixel is from white, fp32: 0 = white, 1 = black."""
+  return 1 - cells.astype(np.float32) / 255
 
 
 def _find_colors(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:

@@ -35,6 +35,25 @@ def test_all_objects_of_a_scene_are_found_with_their_colors_places_and_boxes():
     assert np.abs(np.array(thing.box) - drawings.box(placed)).max() <= 1  # The edges are faint.
 
 
+def test_equal_images_and_cells_are_judged_once(monkeypatch):
+  moved = Scene.parse("blue key bottom left")  # A cell of SCENE at another place.
+  images = np.stack([drawings.render(scene) for scene in (SCENE, moved, SCENE)])
+  each = [judge.find_objects(image[None])[0] for image in images]
+  looked_at, find = [], judge._find_in_cells
+
+  def counted(cells, *args):
+    looked_at.append(len(cells))
+    return find(cells, *args)
+
+  monkeypatch.setattr(judge, "_find_in_cells", counted)
+  together = judge.find_objects(images)
+  assert [[(x.name, x.color, x.place, x.box) for x in found] for found in together] == [
+    [(x.name, x.color, x.place, x.box) for x in found] for found in each
+  ]
+  assert [x.place for x in together[1]] == ["bottom left"]
+  assert looked_at == [3]  # The key, the bell, and a blank cell.
+
+
 @pytest.mark.parametrize("style", ["filled", pytest.param("outlined", marks=pytest.mark.slow)])
 def test_every_object_of_the_world_is_found_as_itself_in_every_color(style):
   names, colors = list(world.ICONS), list(COLORS)
