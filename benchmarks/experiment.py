@@ -10,7 +10,7 @@ import sys
 import numpy as np
 from scipy import stats
 
-from cm3leon_jax.commands.stage_process import HUGE_PAGES
+from cm3leon_jax.commands.malloc import HUGE_PAGES
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
-from cm3leon_jax.commands import common, run_start
+from cm3leon_jax.commands import common, malloc, run_start
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.commands.run_start import ALLOW_CHANGED, SKIP_MEMORY_CHECK
 from cm3leon_jax.config import UserError
@@ -142,6 +142,8 @@ def main(
   folder = workdir / "train"
   redo = run_start.goes_on(folder, config, settings.train.steps, allow_changed)
   stage = distributed.once(folder, config, redo)
+  if jax.default_backend() == "cpu":
+    malloc.keep_freed()
   with jax.set_mesh(mesh), Lease(folder) as lease, stage as summary:
     if summary is None:
       run_start.print_more(folder, "reinforce")
