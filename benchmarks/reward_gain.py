@@ -7,18 +7,20 @@ same seeds and the settings `sampling` of the config. The config must be that of
 of such a run had one of these prompts. The images are judged, and counted again by the nearest true
 drawings (`benchmarks.scene_recount`). Prints, for each run and for the mean of the runs, the share
 of correct images, the gain with its 95% interval over prompts, the share of the start's failures
-that is gone, and the share of the start's spread that is left. The interval does not cover the seed
-of a training, and the mean is useful only for runs that differ in their seed.
+that is gone, and the share of the start's spread that is left: of codes, as `cm3leon reinforce`
+prints it, and of pixels. The interval does not cover the seed of a training, and the mean is useful
+only for runs that differ in their seed.
 """
 
-# N prompts, G samples per prompt.
+# N prompts, G samples per prompt, P pixel values of an image.
 
 from collections.abc import Sequence
+import itertools
 from typing import NamedTuple
 
 from absl import app, flags, logging
 import jax
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from ml_collections import config_flags
 import numpy as np
 
@@ -34,16 +36,21 @@ from cm3leon_jax.trained.run import Run
 
 HEADER = (
   "| run | correct | gain, points | failures gone "
-  "| correct, counted again | gain, points | failures gone | spread, share of the start's |"
+  "| correct, counted again | gain, points | failures gone | spread, share of the start's "
+  "| of pixels |"
 )
 
 
 class Drawn(NamedTuple):
-  """Shares of correct samples of each prompt, by the judge and counted again, and the spread."""
+  """Shares of correct samples of each prompt, by the judge and counted again, and the spread.
+
+  `pixels` is the mean absolute difference of two images of a prompt, in pixel values.
+  """
 
   judged: Float[np.ndarray, " N"]
   counted: Float[np.ndarray, " N"]
   spread: float
+  pixels: float
 
 
 def draw(
@@ -53,11 +60,19 @@ def draw(
   numbers, sampling = range(len(prompts)), objective.settings.sampling
   groups = objective.groups(objective.pipeline_of(params), prompts, numbers, sampling)
   codes = np.stack([group.codes for group in groups])
-  shown = scene_recount.objects_of(tokenizer.decode(codes.reshape(-1, codes.shape[-1])))
+  images = tokenizer.decode(codes.reshape(-1, codes.shape[-1]))
+  shown = scene_recount.objects_of(images)
   asked = [prompt.record.facts["include"] for prompt in prompts for _ in range(codes.shape[1])]
   counted = [scene_recount.is_correct(*pair) for pair in zip(shown, asked, strict=True)]
   judged = np.stack([group.rewards for group in groups])
-  return Drawn(judged.mean(1), np.reshape(counted, judged.shape).mean(1), spread(codes))
+  shares = judged.mean(1), np.reshape(counted, judged.shape).mean(1)
+  return Drawn(*shares, spread(codes), pixel_spread(images.reshape(*judged.shape, -1)))
+
+
+def pixel_spread(images: UInt8[np.ndarray, "N G P"]) -> float:
+  """Returns the mean absolute difference of two images of a prompt, averaged over all pairs."""
+  pairs = itertools.combinations(np.moveaxis(images.astype(np.float32), 1, 0), 2)
+  return float(np.mean([np.abs(a - b).mean() for a, b in pairs]))
 
 
 def line(name: str, start: Drawn, drawn: Drawn) -> str:
@@ -70,14 +85,15 @@ def line(name: str, start: Drawn, drawn: Drawn) -> str:
     cells.append(f"{before.mean():.1%} -> {after.mean():.1%}")
     cells.append(f"{100 * gain['mean']:+.1f} [{low:+.1f}, {high:+.1f}]")
     cells.append(f"{gain['mean'] / failures:.0%}" if failures else "-")
-  cells.append(f"{drawn.spread / start.spread:.1%}" if start.spread else "-")
+  for left, before in ((drawn.spread, start.spread), (drawn.pixels, start.pixels)):
+    cells.append(f"{left / before:.1%}" if before else "-")
   return f"| {' | '.join(cells)} |"
 
 
 def mean(drawn: Sequence[Drawn]) -> Drawn:
   """Returns the means over runs."""
-  judged, counted, spreads = zip(*drawn)
-  return Drawn(np.mean(judged, 0), np.mean(counted, 0), float(np.mean(spreads)))
+  judged, counted, *spreads = zip(*drawn)
+  return Drawn(np.mean(judged, 0), np.mean(counted, 0), *(float(np.mean(x)) for x in spreads))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -94,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
     objective, prompts = open_rollouts(first, params, first.bank)
     start = draw(objective, params, prompts, first.images)
     print(f"{len(prompts)} prompts with {settings.reinforce.samples} samples each\n")
-    print(f"{HEADER}\n|{'---|' * 8}", flush=True)
+    print(f"{HEADER}\n|{'---|' * 9}", flush=True)
     drawn = []
     for name in args.runs:
       drawn.append(draw(objective, Run.open(name, settings).params()[0], prompts, first.images))

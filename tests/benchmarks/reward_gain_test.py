@@ -7,7 +7,7 @@ import pytest
 from benchmarks import reward_gain
 from benchmarks.reward_gain import Drawn
 
-START = Drawn(np.array([0.5, 0.5, 1.0, 1.0]), np.array([0.5, 0.5, 0.5, 0.5]), 0.2)
+START = Drawn(np.array([0.5, 0.5, 1.0, 1.0]), np.array([0.5, 0.5, 0.5, 0.5]), 0.2, 8.0)
 
 
 def cells_of(line):
@@ -15,29 +15,34 @@ def cells_of(line):
 
 
 def test_a_line_has_gains_per_prompt_and_the_share_of_failures_that_is_gone():
-  after = Drawn(START.judged + [0.25, 0, 0, 0], START.counted + 0.25, 0.19)
-  name, judged, gain, gone, counted, again, gone_again, spread = cells_of(
+  after = Drawn(START.judged + [0.25, 0, 0, 0], START.counted + 0.25, 0.19, 7.2)
+  name, judged, gain, gone, counted, again, gone_again, *spreads = cells_of(
     reward_gain.line("a", START, after)
   )
   assert (name, judged, counted) == ("a", "75.0% -> 81.2%", "50.0% -> 75.0%")
-  assert (gone, gone_again, spread) == ("25%", "50%", "95.0%")
+  assert (gone, gone_again, *spreads) == ("25%", "50%", "95.0%", "90.0%")
   assert gain.startswith("+6.2 [+0.0, +")
   assert again == "+25.0 [+25.0, +25.0]"
-  assert len(cells_of(reward_gain.HEADER)) == 8
+  assert len(cells_of(reward_gain.HEADER)) == 9
 
 
 def test_a_start_without_failures_or_spread_has_no_shares_of_them():
-  perfect = Drawn(np.ones(4), np.ones(4), 0.0)
+  perfect = Drawn(np.ones(4), np.ones(4), 0.0, 0.0)
   cells = cells_of(reward_gain.line("a", perfect, START))
-  assert [cells[3], cells[6], cells[7]] == ["-", "-", "-"]
+  assert [cells[3], cells[6], *cells[7:]] == ["-"] * 4
 
 
 def test_the_mean_of_runs_is_that_of_each_prompt():
-  other = Drawn(START.judged + [0.5, 0.5, 0, 0], START.counted, 0.1)
+  other = Drawn(START.judged + [0.5, 0.5, 0, 0], START.counted, 0.1, 6.0)
   mean = reward_gain.mean([START, other])
   assert mean.judged == pytest.approx([0.75, 0.75, 1, 1])
-  assert mean.spread == pytest.approx(0.15)
+  assert (mean.spread, mean.pixels) == (pytest.approx(0.15), 7.0)
   assert mean.counted == pytest.approx(START.counted)
+
+
+def test_the_spread_of_pixels_is_the_mean_difference_over_pairs():
+  images = np.array([[[0, 0], [0, 200], [0, 200]]], np.uint8)
+  assert reward_gain.pixel_spread(images) == pytest.approx((100 + 100 + 0) / 3)
 
 
 @pytest.mark.slow
@@ -49,8 +54,9 @@ def test_a_model_gains_nothing_over_itself_but_another_model_differs():
   *_, line, other, _ = result.stdout.splitlines()
   assert cells_of(other)[0] == "scenes"
   assert cells_of(other)[-1] != "100.0%"
-  name, judged, gain, gone, counted, again, gone_again, spread = cells_of(line)
-  assert (name, gone, gone_again, spread) == ("scenes-instruct", "0%", "0%", "100.0%")
+  name, judged, gain, gone, counted, again, gone_again, *spreads = cells_of(line)
+  assert (name, gone, gone_again) == ("scenes-instruct", "0%", "0%")
+  assert spreads == ["100.0%"] * 2
   assert gain == again == "+0.0 [+0.0, +0.0]"
   before, after = (float(share.rstrip("%")) for share in judged.split(" -> "))
   assert 60 < before == after < 100
