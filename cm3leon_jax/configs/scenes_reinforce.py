@@ -29,6 +29,6 @@ def get_config(variant: str = "30") -> ml_collections.ConfigDict:
   # in ways that users never see.
   temperature = config.sampling.temperature
   config.reinforce.update(tasks=("draw",), samples=8, temperature=temperature)
-  config.reinforce.update(heldout_prompts=100, kl_weight=0.1)
+  config.reinforce.update(heldout_prompts=100, kl_weight=0.03, diversity_weight=1.0)
   config.reinforce.update(retrieve=config.data.num_neighbors, rounds=4)
   return config

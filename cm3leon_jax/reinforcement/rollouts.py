@@ -9,7 +9,7 @@ import itertools
 from typing import Any, NamedTuple
 
 from etils import epath
-from jaxtyping import Float32, Int32
+from jaxtyping import Float, Float32, Int32
 import numpy as np
 
 from cm3leon_jax import distributed
@@ -45,13 +45,37 @@ class Group(NamedTuple):
     return bool(np.ptp(self.rewards) == 0)
 
 
-def spread(codes: Int32[np.ndarray, "N G I"]) -> float:
-  """Returns the share of codes in which two samples of a prompt differ, averaged over all pairs.
+def differences(codes: Int32[np.ndarray, "N G I"]) -> Float[np.ndarray, "N G"]:
+  """Returns, for each sample, the mean share of codes in which the others of its prompt differ.
 
-  codes [[[1 2] [1 3] [1 2]]]: pairs differ in 1/2, 0 and 1/2 of the codes, so the mean is 1/3
+  codes [[[1 2] [1 3] [1 2]]] -> [[1/4 1/2 1/4]]
   """
-  pairs = list(itertools.combinations(range(codes.shape[1]), 2))
-  return float(np.mean([codes[:, a] != codes[:, b] for a, b in pairs]))
+  differ = (codes[:, :, None] != codes[:, None]).mean(-1)
+  return differ.sum(2) / (codes.shape[1] - 1)
+
+
+def spread(codes: Int32[np.ndarray, "N G I"]) -> float:
+  """Returns the share of codes in which two samples of a prompt differ, averaged over all pairs."""
+  return float(differences(codes).mean())
+
+
+def diverse(
+  rewards: Float[np.ndarray, "N G"], codes: Int32[np.ndarray, "N G I"], weight: float
+) -> Float[np.ndarray, "N G"]:
+  """Multiplies rewards by 1 + weight x (difference - its mean over the samples of the prompt).
+
+  The difference is that of `differences`. See `ReinforceConfig.diversity_weight`.
+
+  Raises:
+    UserError: the weight is not 0, and a reward is negative.
+  """
+  if weight and rewards.min() < 0:
+    raise UserError(
+      f"config.reinforce.diversity_weight is {weight}, but the reward of a sample is "
+      f"{rewards.min():.3g}: use rewards that are not negative, or the weight 0."
+    )
+  found = differences(codes)
+  return rewards * (1 + weight * (found - found.mean(1, keepdims=True)))
 
 
 class DeadGroups:
@@ -248,7 +272,7 @@ class Rollouts:
     """Builds the arrays that a step trains on from groups that were drawn with `sampling`."""
     codes, rewards = _stacked(groups)
     requests = [group.request for group in groups]
-    values = grpo.advantages(rewards)
+    values = grpo.advantages(diverse(rewards, codes, self.settings.reinforce.diversity_weight))
     least = 2 if self.settings.reinforce.credit == "contrast" else 1
     return _rollout(pipeline, requests, codes, values, self.sampling, least)
 

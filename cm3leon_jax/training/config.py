@@ -221,6 +221,11 @@ class ReinforceConfig:
   """How the advantage of a sample is distributed over its codes. `uniform`: equally. `contrast`:
   proportionally to how much the prompt changes the log-probability of a code, so that codes which
   the prompt decides get more (https://arxiv.org/abs/2605.29198)."""
+  diversity_weight: NonNegativeFloat = 0.0
+  """Weight of diversity in a reward, which is multiplied by 1 + this weight x (D - mean of D over
+  the samples of the prompt). D is the mean share of codes in which a sample differs from the other
+  samples of its prompt. So of two correct samples, the more unusual one gets the higher reward
+  (as in https://arxiv.org/abs/2509.02534). Rewards must not be negative."""
   heldout_prompts: Annotated[int, Field(ge=2)] = 64
   """Number of held-out prompts whose samples are scored before the first and after the last
   step."""

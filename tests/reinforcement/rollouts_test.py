@@ -72,8 +72,18 @@ def test_a_batch_of_parts_of_groups_is_refused(objective, fields):
 
 def test_spread_is_the_share_of_codes_in_which_samples_differ():
   codes = np.array([[[1, 2], [1, 3], [1, 2]]])
+  np.testing.assert_allclose(rollouts.differences(codes), [[1 / 4, 1 / 2, 1 / 4]])
   assert rollouts.spread(codes) == pytest.approx(1 / 3)
   assert rollouts.spread(codes[:, [0, 2]]) == 0
+
+
+def test_of_two_correct_samples_the_more_unusual_one_has_the_higher_reward():
+  codes = np.array([[[1, 2], [1, 3], [1, 2]]])  # Differences 1/4, 1/2, 1/4; their mean is 1/3.
+  found = rollouts.diverse(np.array([[1.0, 1.0, 0.0]]), codes, weight=3.0)
+  np.testing.assert_allclose(found, [[0.75, 1.5, 0.0]])
+  assert rollouts.diverse(np.array([[1.0, -1.0, 0.0]]), codes, weight=0.0).tolist() == [[1, -1, 0]]
+  with refused(UserError):
+    rollouts.diverse(np.array([[1.0, -1.0, 0.0]]), codes, weight=3.0)
 
 
 def test_true_images_have_the_whole_reward_and_other_images_less(layout):
@@ -180,6 +190,24 @@ def test_groups_without_spread_are_refilled_and_the_rest_is_closest_to_a_half(
   assert numbers["reward"] == pytest.approx(drawn.mean())
   found = rollout.advantages.reshape(4, GROUP)
   np.testing.assert_allclose(found, [x - x.mean() for x in used], atol=1e-6)
+
+
+def test_with_a_diversity_weight_groups_of_correct_samples_teach(objective):
+  """The rewards alone decide which groups are used, and what is logged."""
+  reinforce = dataclasses.replace(objective.settings.reinforce, diversity_weight=2.0)
+  diverse = dataclasses.replace(
+    objective, settings=dataclasses.replace(objective.settings, reinforce=reinforce)
+  )
+  scores = [RIGHT, WRONG, RIGHT, WRONG, RIGHT, HALF, WRONG, WRONG]
+  with one_device():
+    rollout, numbers = rewarded(diverse, scores).draw(objective.reference, range(8))
+  assert (numbers["dead_groups"], numbers["reward"]) == (7 / 8, 3.5 / 8)
+  differences = rollouts.differences(rollout.codes.reshape(4, GROUP, -1))
+  unusual = 2 * (differences - differences.mean(1, keepdims=True))
+  half = HALF * (1 + unusual[0])
+  expected = [half - half.mean(), unusual[1], WRONG, unusual[3]]
+  np.testing.assert_allclose(rollout.advantages.reshape(4, GROUP), expected, atol=1e-6)
+  assert np.ptp(unusual[1]) > 0
 
 
 def test_mostly_dead_groups_cause_one_warning(capsys):
