@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import functools
+import os
 from typing import TYPE_CHECKING
 
 from cm3leon_jax.commands import common, malloc, run_start
@@ -119,6 +120,8 @@ def main(
   allow_changed: Sequence[str] = (),
   skip_memory_check: bool = False,
 ) -> None:
+  if os.environ.get("JAX_PLATFORMS") == "cpu":
+    malloc.keep_freed()  # Before JAX starts its threads.
   import jax
 
   from cm3leon_jax import distributed
@@ -142,8 +145,6 @@ def main(
   folder = workdir / "train"
   redo = run_start.goes_on(folder, config, settings.train.steps, allow_changed)
   stage = distributed.once(folder, config, redo)
-  if jax.default_backend() == "cpu":
-    malloc.keep_freed()
   with jax.set_mesh(mesh), Lease(folder) as lease, stage as summary:
     if summary is None:
       run_start.print_more(folder, "reinforce")
