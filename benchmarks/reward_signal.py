@@ -127,6 +127,7 @@ def main(argv: Sequence[str]) -> None:
   config = args.config
   config.train.steps = args.steps
   config.reinforce.rounds = 1
+  config.reinforce.diversity_weight = 0.0  # Measures the signal of the rewards alone.
   run = Run.open(args.model, settings_from_config(config))
   with jax.set_mesh(create_mesh(run.settings.mesh)):
     params, _ = run.params()

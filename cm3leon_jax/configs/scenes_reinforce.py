@@ -3,8 +3,8 @@
   cm3leon reinforce --config=scenes_reinforce \\
     --workdir=workdir/reinforced --init_from=workdir/scenes_instruct
 
-The variant is the time in minutes that `cm3leon reinforce` may take on two cores (default 30). It
-scales only the steps.
+The variant is about the time in minutes that `cm3leon reinforce` takes on two cores (default 30).
+It scales only the steps.
 """
 
 import ml_collections

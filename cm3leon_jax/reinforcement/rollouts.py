@@ -41,7 +41,7 @@ class Group(NamedTuple):
 
   @property
   def is_dead(self) -> bool:
-    """Whether all rewards are equal, so that all advantages are 0."""
+    """Whether all rewards are equal, before their diversity counts."""
     return bool(np.ptp(self.rewards) == 0)
 
 
@@ -195,7 +195,7 @@ class Rollouts:
     batch, until N groups have spread or all prompts of the step are used (dynamic sampling of DAPO,
     arXiv:2503.14476). The N groups with the largest variance of their rewards are used: if a reward
     is 0 or 1, those whose share of right images is closest to 1/2. Missing groups are filled up
-    with dead groups, whose advantages are 0.
+    with dead groups, whose advantages are 0 if `reinforce.diversity_weight` is 0.
 
     `numbers` are the numbers of the step's prompts, counted from 0 over the whole run. Returns the
     rollout, and measures over all groups that were drawn: "reward"; "reward_std", the standard
