@@ -108,6 +108,8 @@ def main(argv: Sequence[str]) -> None:
   with jax.set_mesh(create_mesh(first.settings.mesh)):
     params, _ = first.params()
     objective, prompts = open_rollouts(first, params, first.bank)
+    if not (prompts := prompts[args.skip :]):
+      raise UserError(f"--skip is {args.skip}; it must be below config.reinforce.heldout_prompts.")
     start = draw(objective, params, prompts, first.images)
     print(f"{len(prompts)} prompts with {settings.reinforce.samples} samples each\n")
     print(f"{HEADER}\n|{'---|' * 9}", flush=True)
@@ -123,4 +125,7 @@ if __name__ == "__main__":  # Tests import this module without flags.
   config_flags.DEFINE_config_file("config", "ml_configs/scenes_reinforce.py", "Config file.")
   flags.DEFINE_string("start", "", "Run or bundle from which the runs started.")
   flags.DEFINE_list("runs", [], "Runs of `cm3leon reinforce`.")
+  flags.DEFINE_integer(
+    "skip", 0, "First held-out prompts to leave out, on which a setting was chosen.", lower_bound=0
+  )
   app.run(main)
