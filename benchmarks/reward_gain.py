@@ -2,14 +2,14 @@
 
   python -m benchmarks.reward_gain --start=workdir/scenes_instruct --runs=workdir/reinforced
 
-The start and each run (folders or bundles) draw images for the same held-out prompts, with the
-same seeds and the settings `sampling` of the config. The config must be that of the runs: no step
-of such a run had one of these prompts. The images are judged, and counted again by the nearest true
-drawings (`benchmarks.scene_recount`). Prints, for each run and for the mean of the runs, the share
-of correct images, the gain with its 95% interval over prompts, the share of the start's failures
-that is gone, and the share of the start's spread that is left: of codes, as `cm3leon reinforce`
-prints it, and of pixels. The interval does not cover the seed of a training, and the mean is useful
-only for runs that differ in their seed.
+The start and each run (folders or bundles) draw images for the same held-out prompts, with the same
+seeds and the settings `sampling` of the config. The config must be that of the runs: no step of
+such a run had one of these prompts. `--skip` leaves out the first of them. The images are judged,
+and counted again by the nearest true drawings (`benchmarks.scene_recount`). Prints, for each run
+and for the mean of the runs, the share of correct images, the gain with its 95% interval over
+prompts, the share of the start's failures that is gone, and the share of the start's spread that is
+left: of codes, as `cm3leon reinforce` prints it, and of pixels. The interval does not cover the
+seed of a training, and the mean is useful only for runs that differ in their seed.
 """
 
 # N prompts, G samples per prompt, P pixel values of an image.

@@ -6,12 +6,13 @@ import pytest
 from cm3leon_jax.commands import malloc
 
 MEASURE = """
+import resource
 import numpy as np
 from cm3leon_jax.commands import malloc
 
 def resident():  # MB
   with open("/proc/self/statm") as file:
-    return int(file.read().split()[1]) * 4096 >> 20
+    return int(file.read().split()[1]) * resource.getpagesize() >> 20
 
 {before}
 first = resident()
