@@ -110,17 +110,23 @@ def _evaluate_report(topology: Topology, settings: Settings, mesh: jax.sharding.
 
 
 def _reinforce_report(
-  topology: Topology, settings: Settings, mesh: jax.sharding.Mesh, prompt: int
+  topology: Topology, settings: Settings, mesh: jax.sharding.Mesh, positions: int
 ) -> dict:
-  """Reports the costs of one update of `cm3leon reinforce`, without the costs of sampling."""
+  """Reports the costs of one update of `cm3leon reinforce`, without the costs of sampling.
+
+  `positions` is the number of positions of the stream with the prompt. The other has no prompt.
+  """
+  from cm3leon_jax.decoding.request import unconditional_prompt
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import compile_report
+  from cm3leon_jax.training.step.grpo import row_length
 
-  length = prompt + settings.vqgan.image_tokens - 1
-  rows = 2 * settings.train.global_batch_size
+  codes = settings.vqgan.image_tokens
+  prompts = positions - codes + len(unconditional_prompt(settings.vocab))
+  rows, length = settings.train.global_batch_size, row_length(prompts, 2, codes)
   numbers = _model_numbers(settings, mesh, rows, length)
   numbers["model_flops"] *= 4 / 3  # Includes the forward pass of the reference parameters.
-  return {**numbers, **compile_report(programs.policy_step(settings, mesh, prompt), topology)}
+  return {**numbers, **compile_report(programs.policy_step(settings, mesh, prompts), topology)}
 
 
 def _model_numbers(settings: Settings, mesh: jax.sharding.Mesh, rows: int, length: int = 0) -> dict:
@@ -220,9 +226,9 @@ def main(settings: Settings) -> None:
       print(table(title, reports["evaluate"]), flush=True)
     if _PROGRAM.value == "reinforce":  # `reinforce` does not accumulate gradients.
       settings = dataclasses.replace(settings, train=dataclasses.replace(train, rows_per_device=0))
-      prompt = _DECODE_POSITIONS.value - settings.vqgan.image_tokens
+      positions = _DECODE_POSITIONS.value
       title = f"reinforce step on {where}; {train.global_batch_size} images of two streams"
-      reports["reinforce"] = _reinforce_report(topology, settings, mesh, prompt)
+      reports["reinforce"] = _reinforce_report(topology, settings, mesh, positions)
       print(table(title, reports["reinforce"]), flush=True)
     if _PROGRAM.value in ("decode", "all"):
       prompts = _DECODE_BATCH.value or max(64, batch_shards(mesh))

@@ -23,7 +23,7 @@ from cm3leon_jax.models.transformer import KEPT
 from cm3leon_jax.planning.topology import CHIPS
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.config import OptimizerConfig, on_mesh
-from cm3leon_jax.training.step.grpo import BUCKET
+from cm3leon_jax.training.step.grpo import LONG_BUCKET, row_length
 
 GIB = 2**30
 LANES = 128  # Lanes of a TPU register. The last dimension of an array is padded to a multiple.
@@ -125,28 +125,31 @@ def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
   )
 
 
-def estimate_update(settings: Settings, shape: Mapping[str, int], prompt: int = BUCKET) -> Memory:
+def estimate_update(
+  settings: Settings, shape: Mapping[str, int], prompts: int = 0, platform: str = "tpu"
+) -> Memory:
   """Estimates the memory of an update of `cm3leon reinforce` on one device.
 
   The memory of the programs that generate the samples is not estimated. `train.global_batch_size`
-  counts samples, each with two streams. `prompt` is the length to which prompts are
-  padded, by default the minimum.
+  counts samples, each with two streams in one row. `prompts` is the number of tokens in both
+  prompts of a sample, by default that of the shortest rows.
   """
   model, tensor, codes = settings.model, shape["tensor"], settings.vqgan.image_tokens
   batch_shards = math.prod(shape[axis] for axis in BATCH)
-  samples = -(-settings.train.global_batch_size // batch_shards)
-  R, L = 2 * samples, prompt + codes - 1
+  R = -(-settings.train.global_batch_size // batch_shards)
+  L = row_length(prompts, 2, codes)
   params, matrices, tables = _shares(model, shape)
   b, D = ITEMSIZE[model.dtype], model.width
-  # L is odd, which no attention kernel supports. Without a kernel, heads are not padded, and the
-  # backward pass of a layer needs the attention weights of all queries.
-  widths = kept_widths(model, tensor, "plain")
+  # Without a kernel, heads are not padded, and the backward pass of a layer needs the attention
+  # weights of all queries.
+  kernel = platform if L % LONG_BUCKET == 0 else "plain"
+  widths = kept_widths(model, tensor, kernel)
   kept = R * L * D * model.num_layers * b * widths
-  weights = R * model.num_heads / tensor * L * L / 2 * (4 + b)
+  weights = R * model.num_heads / tensor * L * L / 2 * (4 + b) if kernel == "plain" else 0
   copy, gradients = (matrices * b if b < 4 else 0), matrices * b
-  log_probs = 4 * samples * codes * settings.vocab.image_size / tensor
+  log_probs = 4 * R * codes * settings.vocab.image_size / tensor
   table = (model.vocab_size * b + 8 * settings.vocab.image_size) * D
-  layer = max(0, _layer(model, R, L, tensor, "plain") - R * L * D * b * (widths - 1)) + weights
+  layer = max(0, _layer(model, R, L, tensor, kernel) - R * L * D * b * (widths - 1)) + weights
   phases = (
     kept + copy + table + 3 * log_probs,
     kept + copy + gradients + 4 * tables + layer,
@@ -156,7 +159,7 @@ def estimate_update(settings: Settings, shape: Mapping[str, int], prompt: int = 
   return Memory(
     rows=R,
     state=params * (4 + b) + _optimizer_bytes(settings.optimizer, params, matrices),
-    batch=4 * (3 * R * L + 3 * samples * codes),
+    batch=4 * (3 * R * L + 3 * R * codes),
     accumulation=0,
     kept=kept,
     working=max(phases) - kept,
@@ -341,19 +344,18 @@ def check_update(
   settings: Settings, shape: Mapping[str, int], limit: int, platform: str = "tpu"
 ) -> Memory:
   """Checks that an update fits into memory, and returns its `estimate_update`. See `check`."""
-  del platform  # Updates use no attention kernel on any platform.
-  memory = estimate_update(settings, shape)
+  memory = estimate_update(settings, shape, platform=platform)
   if memory.total <= limit:
     return memory
   fits = (
     flags
     for other, flags in _smaller_updates(settings, shape)
-    if estimate_update(other, shape).total <= limit
+    if estimate_update(other, shape, platform=platform).total <= limit
   )
   remedy = next(fits, "")
   advice = f"this fits: {remedy}" if remedy else "no fewer images fit: take more devices"
   raise UserError(
-    f"an update on {memory.rows // 2} images of two streams takes at least {memory} of a device, "
+    f"an update on {memory.rows} images of two streams takes at least {memory} of a device, "
     f"which has {limit / GIB:.2f}; {advice}. --skip_memory_check starts it anyway."
   )
 

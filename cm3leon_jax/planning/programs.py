@@ -49,10 +49,11 @@ def train_step(settings: Settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowere
     return train.lower(state, batch, num_sources=count, **more)
 
 
-def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax.stages.Lowered:
+def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompts: int) -> jax.stages.Lowered:
   """Lowers the update of `cm3leon reinforce` on `mesh`, for images with two streams each.
 
-  `train.global_batch_size` counts samples. `prompt` is the number of tokens per prompt.
+  `train.global_batch_size` counts samples. `prompts` is the number of tokens in both prompts of a
+  sample.
 
   Raises:
     UserError: the batch is not evenly divisible among the devices of the mesh.
@@ -65,7 +66,7 @@ def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax
       state.params,
     )
     samples, codes = settings.train.global_batch_size, settings.vqgan.image_tokens
-    rows = (2 * samples, prompt + codes - 1)
+    rows = (samples, grpo.row_length(prompts, 2, codes))
 
     def array(shape: tuple[int, ...], dtype: npt.DTypeLike = np.int32) -> jax.ShapeDtypeStruct:
       sharding = NamedSharding(mesh, spec("batch", *[None] * (len(shape) - 1)))

@@ -346,9 +346,9 @@ def _rollout(
     repeated = np.arange(streams) >= weight.shape[1]
     for sampled in group:
       guidance.append(np.where(repeated, 0, weight[:, order]))
-      for stream in order:
-        ids = np.concatenate([request.streams[stream], vocab.image_ids(sampled)])
-        rows.append((ids, positions_of(ids, vocab, align)))
-  arrays = grpo.pad_rows(rows, image_tokens, vocab.pad)
+      image = vocab.image_ids(sampled)
+      row = [np.concatenate([request.streams[stream], image]) for stream in order]
+      rows.append([(ids, positions_of(ids, vocab, align)) for ids in row])
+  arrays = grpo.pack_rows(rows, image_tokens, vocab.pad)
   flat = codes.reshape(-1, image_tokens).astype(np.int32)
   return grpo.Rollout(*arrays, flat, np.stack(guidance), values.reshape(-1))

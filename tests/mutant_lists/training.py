@@ -178,7 +178,17 @@ TRAINING = mutants_of(
     "rollout.guidance.swapaxes(1, 2)",
     "rollout.guidance[..., ::-1].swapaxes(1, 2)",
   ),
-  ("policy_codes_one_late", "ids[:-1], at[:-1], 1", "ids[1:], at[1:], 1"),
+  (
+    "policy_codes_one_late",
+    "split = len(ids) - 1 - image_tokens",
+    "split = len(ids) - image_tokens",
+  ),
+  ("streams_see_each_other", "ids[part], at[part], segment", "ids[part], at[part], 1"),
+  (
+    "blocks_of_the_first_stream",
+    "start, block = start + split, block + image_tokens",
+    "start = start + split",
+  ),
   f"{POLICY_TEST}::test_advantages_are_rewards_minus_the_mean_of_their_group",
   ("advantages_not_centered", "rewards - rewards.mean(1, keepdims=True)", "rewards"),
   "cm3leon_jax/reinforcement/rollouts.py",

@@ -240,13 +240,13 @@ def update_of(config: str, mesh: tuple, images: int, policy: str, family: str = 
 
 
 def test_the_estimate_of_an_update_is_near_the_compilers_numbers():
-  """Prompts have 896 tokens, as in the programs that were compiled."""
+  """Prompts have 896 and 3 tokens, as in the programs that were compiled."""
   errors = []
   for config, sizes, images, policy, gib in UPDATE.findall(PAGE.read_text()):
     mesh = tuple(map(int, sizes.split(" x ")))
     family = "modern" if config.endswith("_modern") else "opt"
     case = update_of(config.removesuffix("_modern"), mesh, int(images), policy, family)
-    found = memory.estimate_update(*case, prompt=896).total / GIB
+    found = memory.estimate_update(*case, prompts=899).total / GIB
     errors.append((abs(found / float(gib) - 1), config, mesh, found, gib))
   assert len(errors) == 5
   assert max(errors)[0] < 0.05, max(errors)
@@ -274,7 +274,7 @@ def test_an_update_that_does_not_fit_names_the_flags_that_fit():
 
   assert fits(size)
   assert not fits(size + settings.reinforce.samples)
-  assert memory.check_update(*update_of("sft_350m", (1, 2, 1, 2), 4, "minimal"), limit).rows == 8
+  assert memory.check_update(*update_of("sft_350m", (1, 2, 1, 2), 4, "minimal"), limit).rows == 4
   with refused(UserError):
     memory.check_update(*update_of("sft_7b", (1, 2, 1, 2), 1, "full"), limit)
 

@@ -139,10 +139,10 @@ def test_the_steps_of_a_tuning_are_those_of_its_run(tmp_path, replay_share):
 def test_the_update_of_reinforce_is_that_of_its_run():
   train = dataclasses.replace(SETTINGS.train, global_batch_size=8)
   settings, mesh, codes = dataclasses.replace(SETTINGS, train=train), mesh_of(2, 2, 2), 16
-  planned = programs.policy_step(settings, mesh, 32)
+  planned = programs.policy_step(settings, mesh, 40)
   with jax.set_mesh(mesh):
     row = (np.arange(20 + codes), np.arange(20 + codes))
-    arrays = grpo.pad_rows([row] * 16, codes, 0)
+    arrays = grpo.pack_rows([[row] * 2] * 8, codes, 0)
     numbers = (np.zeros((8, codes), np.int32), np.zeros((8, codes, 2), np.float32))
     rollout = grpo.place(grpo.Rollout(*arrays, *numbers, np.zeros(8, np.float32)))
     params = random_params(settings.model)

@@ -151,7 +151,7 @@ def test_a_step_depends_on_its_number_alone_and_groups_share_their_prompt(object
   assert 0 < numbers["spread"] <= 1
   assert (numbers["dead_groups"], numbers["prompts"]) == (0, 4)
   np.testing.assert_allclose(one.advantages.reshape(4, GROUP).mean(1), 0, atol=1e-6)
-  prompts = one.inputs.reshape(4, GROUP, 3, -1)[..., : -objective.length]
+  prompts = one.inputs.reshape(4, GROUP, -1)[..., : -3 * objective.length]
   assert (prompts == prompts[:, :1]).all()
 
 

@@ -8,8 +8,8 @@ Each batch of samples is used for one step only, so the probability ratio to the
 1 and needs no clipping.
 """
 
-# B samples, S guidance streams, R = B x S rows, P positions of padded prompts, I codes of an image,
-# L = P + I - 1 tokens of a row, C image codes, D width.
+# B samples, S guidance streams, P positions of the padded prompts, I codes of an image,
+# L = P + S x I tokens of a row, C image codes, D width.
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -31,25 +31,30 @@ from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, apply_gradients
 from cm3leon_jax.xla_options import compiler_options
 
-BUCKET = 32  # Prompts are padded to multiples of this length, so that few shapes are compiled.
+BUCKET = 32  # Rows are padded to multiples of this length, so that few shapes are compiled.
+LONG, LONG_BUCKET = 1024, 128  # The same for rows of more tokens: attention kernels need it.
 SMALL = 1e-6  # Nats that are added to each contrast, so that their mean is not 0.
 
 
 class Rollout(NamedTuple):
-  """The samples of a step.
+  """The samples of a step. A row has all guidance streams of a sample.
+
+  A row begins with padding, and with the prompt of each stream without its last token. S blocks of
+  I tokens follow: the last token of a stream's prompt, and all codes except the last. So the last
+  S x I tokens of a row predict the codes.
 
   Attributes:
-    inputs: ids of the left-padded prompt and of all codes except the last.
-    positions: index of each token in its sample; 0 at padding.
-    segment_ids: 1 at tokens, 0 at padding.
+    inputs: ids of these tokens.
+    positions: index of each token in its stream; 0 at padding.
+    segment_ids: s at the tokens of the s-th stream, 0 at padding.
     codes: the sampled codes, counted from 0.
     guidance: weights of the S guidance streams at each code.
     advantages: see `advantages`.
   """
 
-  inputs: Int32[Array, "R L"] | np.ndarray
-  positions: Int32[Array, "R L"] | np.ndarray
-  segment_ids: Int32[Array, "R L"] | np.ndarray
+  inputs: Int32[Array, "B L"] | np.ndarray
+  positions: Int32[Array, "B L"] | np.ndarray
+  segment_ids: Int32[Array, "B L"] | np.ndarray
   codes: Int32[Array, "B I"] | np.ndarray
   guidance: Float32[Array, "B I S"] | np.ndarray
   advantages: Float32[Array, " B"] | np.ndarray
@@ -64,22 +69,37 @@ def advantages(rewards: Float[np.ndarray, "N G"]) -> Float32[np.ndarray, "N G"]:
   return (rewards - rewards.mean(1, keepdims=True)).astype(np.float32)
 
 
-def pad_rows(
-  rows: Sequence[tuple[np.ndarray, np.ndarray]], image_tokens: int, pad: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Pads prompts on the left, so that the image codes of all rows start in the same column.
+def row_length(prompts: int, streams: int, image_tokens: int) -> int:
+  """Returns the padded length of a row whose prompts have this number of tokens in all."""
+  length = prompts + streams * (image_tokens - 1)
+  bucket = LONG_BUCKET if length > LONG else BUCKET
+  return -(-length // bucket) * bucket
 
-  Each row is (ids, positions), for a prompt and all codes of its image. Returns the inputs,
-  positions and segment_ids of a `Rollout`.
+
+def pack_rows(
+  rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], image_tokens: int, pad: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Packs the streams of each sample into a row, see `Rollout`.
+
+  A stream is (ids, positions), for a prompt and all codes of its image. Each row must have the same
+  number of streams. Returns the inputs, positions and segment_ids of a `Rollout`.
   """
-  longest = max(len(ids) for ids, _ in rows) - image_tokens
-  prompt_length = -(-longest // BUCKET) * BUCKET
-  shape = (len(rows), prompt_length + image_tokens - 1)
+  streams = len(rows[0])
+  prompts = max(sum(len(ids) - image_tokens for ids, _ in row) for row in rows)
+  shape = (len(rows), row_length(prompts, streams, image_tokens))
   inputs, positions = np.full(shape, pad, np.int32), np.zeros(shape, np.int32)
   segment_ids = np.zeros(shape, np.int32)
-  for row, (ids, at) in enumerate(rows):
-    place = np.s_[row, shape[1] - len(ids) + 1 :]
-    inputs[place], positions[place], segment_ids[place] = ids[:-1], at[:-1], 1
+  for row, parts in enumerate(rows):
+    start = shape[1] - sum(len(ids) - 1 for ids, _ in parts)
+    block = shape[1] - streams * image_tokens
+    for segment, (ids, at) in enumerate(parts, 1):
+      split = len(ids) - 1 - image_tokens
+      for place, part in (
+        (np.s_[row, start : start + split], slice(split)),
+        (np.s_[row, block : block + image_tokens], slice(split, -1)),
+      ):
+        inputs[place], positions[place], segment_ids[place] = ids[part], at[part], segment
+      start, block = start + split, block + image_tokens
   return inputs, positions, segment_ids
 
 
@@ -114,7 +134,7 @@ def stream_states(
   B, image_tokens, S = rollout.guidance.shape
   model = transformer.bind(config, params)
   hidden = model(rollout.inputs, rollout.positions, rollout.segment_ids)
-  states = hidden[:, -image_tokens:].astype(wide(hidden.dtype))
+  states = hidden[:, -S * image_tokens :].astype(wide(hidden.dtype))
   shape = (B, S, image_tokens, states.shape[-1])
   return model, states.reshape(shape, out_sharding=spec("batch", None, None, "act"))
 
@@ -153,8 +173,7 @@ def contrast_credit(
   """Computes |log p(c | prompt) - log p(c)|, divided by its mean over the codes of the image.
 
   It is large where the prompt decides the code (arXiv:2605.29198). The first stream has the whole
-  prompt; the second lacks it, or lacks the instruction of an edit. If both streams are equal, each
-  code has the credit 1.
+  prompt; the second lacks it, or lacks the instruction of an edit.
   """
   first, second = (
     _chosen(_log_probs(model, states[:, stream], text_size), rollout) for stream in (0, 1)

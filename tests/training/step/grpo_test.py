@@ -47,18 +47,26 @@ def requests_of_prompts():
   return [request_lib.text_to_image(VOCAB, IMAGE, caption) for caption in PROMPTS]
 
 
-def rollout_of(family, values=None, codes=None):
-  """Returns a rollout with two images per prompt, whose codes are random by default."""
+def streams_of(family, codes):
+  """Returns (ids, positions) of both streams of the samples [8, I], two per prompt."""
   model, requests, rows = model_config(family), requests_of_prompts(), []
+  for i, sample in enumerate(codes):
+    ids = [np.concatenate([p, VOCAB.image_ids(sample)]) for p in requests[i // 2].streams]
+    rows.append([(x, positions_of(x, VOCAB, model.align_images)) for x in ids])
+  return rows
+
+
+def rollout_of(family, values=None, codes=None, order=(0, 1), weights=WEIGHTS):
+  """Returns a rollout of two images per prompt, whose codes are random by default.
+
+  `order` are the streams of a row, and `weights` their guidance weights.
+  """
   if codes is None:
     codes = np.random.default_rng(0).integers(0, VOCAB.image_size, (8, IMAGE), np.int32)
-  for i, sample in enumerate(codes):
-    for prompt in requests[i // 2].streams:
-      ids = np.concatenate([prompt, VOCAB.image_ids(sample)])
-      rows.append((ids, positions_of(ids, VOCAB, model.align_images)))
-  arrays = grpo.pad_rows(rows, IMAGE, VOCAB.pad)
+  rows = [[row[stream] for stream in order] for row in streams_of(family, codes)]
   values = np.ones(8, np.float32) if values is None else values
-  return grpo.Rollout(*arrays, codes, np.tile(WEIGHTS, (8, IMAGE, 1)), values)
+  guidance = np.tile(np.float32(weights), (8, IMAGE, 1))
+  return grpo.Rollout(*grpo.pack_rows(rows, IMAGE, VOCAB.pad), codes, guidance, values)
 
 
 def log_probs(family, shape, rollout, temperature=1.0):
@@ -92,15 +100,9 @@ def test_log_probs_are_those_of_the_decoder(family, shape):
 
 
 def test_a_stream_of_weight_0_changes_nothing():
-  rollout = rollout_of("opt")
-  padded = []
-  for x in rollout[:3]:
-    pairs = x.reshape(8, 2, -1)
-    padded.append(np.concatenate([pairs, pairs[:, :1]], 1).reshape(24, -1))
-  guidance = np.concatenate([rollout.guidance, np.zeros((8, IMAGE, 1), np.float32)], -1)
-  more = grpo.Rollout(*padded, rollout.codes, guidance, rollout.advantages)
+  more = rollout_of("opt", order=(0, 1, 0), weights=(*WEIGHTS, 0))
   np.testing.assert_allclose(
-    log_probs("opt", (1, 1, 1), more), log_probs("opt", (1, 1, 1), rollout), atol=1e-5
+    log_probs("opt", (1, 1, 1), more), log_probs("opt", (1, 1, 1), rollout_of("opt")), atol=1e-5
   )
 
 
@@ -127,32 +129,51 @@ def test_credit_is_the_contrast_of_the_prompt_and_has_mean_1():
   found = credit_of(rollout)
   np.testing.assert_allclose(found.mean(1), 1, rtol=1e-5)
   one, other = (
-    chosen(log_probs("opt", (1, 1, 1), rollout._replace(guidance=weights)), rollout.codes)
-    for weights in (np.tile(np.float32(w), (8, IMAGE, 1)) for w in ([1, 0], [0, 1]))
+    chosen(log_probs("opt", (1, 1, 1), rollout_of("opt", weights=weights)), rollout.codes)
+    for weights in ([1, 0], [0, 1])
   )
   contrast = np.abs(one - other)
   np.testing.assert_allclose(found, contrast / contrast.mean(1, keepdims=True), atol=1e-3)
-  # If both streams are equal, the prompt decides nothing, and each code has the same credit.
-  same = [np.repeat(x.reshape(8, 2, -1)[:, :1], 2, 1).reshape(16, -1) for x in rollout[:3]]
-  np.testing.assert_allclose(credit_of(grpo.Rollout(*same, *rollout[3:])), 1, atol=1e-5)
+  # If both streams are equal, the contrast is rounding noise, but the mean is 1 all the same.
+  same = credit_of(rollout_of("opt", order=(0, 0)))
+  np.testing.assert_allclose(same.mean(1), 1, rtol=1e-5)
 
 
-def test_rows_are_padded_on_the_left():
-  rows = [(np.array([1, 2, 91, 92]), np.array([-2, -1, 0, 1])), (np.arange(36), np.arange(36))]
-  inputs, positions, segment_ids = grpo.pad_rows(rows, 2, 7)
-  assert inputs.shape == (2, 64 + 1)
-  assert inputs[0, -4:].tolist() == [7, 1, 2, 91]
-  assert positions[0, -4:].tolist() == [0, -2, -1, 0]
-  assert segment_ids[0].sum() == 3
-  assert inputs[1, -35:].tolist() == list(range(35))
-  assert segment_ids[1].sum() == 35
+def test_a_row_has_the_prompts_of_its_streams_and_then_their_codes():
+  first = [(np.array([1, 2, 3, 91, 92]), np.arange(-3, 2)), (np.array([4, 91, 92]), np.arange(3))]
+  second = [(np.arange(36), np.arange(36)), (np.arange(50, 53), np.arange(3))]
+  inputs, positions, segment_ids = grpo.pack_rows([first, second], 2, 7)
+  assert inputs.shape == (2, 64)
+  assert inputs[0, -7:].tolist() == [7, 1, 2, 3, 91, 4, 91]
+  assert positions[0, -7:].tolist() == [0, -3, -2, -1, 0, 0, 1]
+  assert segment_ids[0, -7:].tolist() == [0, 1, 1, 1, 1, 2, 2]
+  assert inputs[1, -37:].tolist() == [*range(35), 50, 51]
+  assert [(segment_ids[1] == segment).sum() for segment in (0, 1, 2)] == [27, 35, 2]
+
+
+@pytest.mark.parametrize(
+  ("prompts", "codes", "length"),
+  [(130, 64, 256), (131, 64, 288), (514, 256, 1024), (515, 256, 1152), (1000, 1024, 3072)],
+)
+def test_long_rows_fit_the_attention_kernels(prompts, codes, length):
+  assert grpo.row_length(prompts, 2, codes) == length
+
+
+def padded(rows):
+  """Returns inputs, positions and segment IDs of streams that each have a row of their own."""
+  arrays = np.full((3, 16, 64), VOCAB.pad, np.int32)
+  arrays[1:] = 0
+  for i, (ids, at) in enumerate(stream for row in rows for stream in row):
+    arrays[:, i, 1 - len(ids) :] = ids[:-1], at[:-1], np.ones(len(ids) - 1)
+  return arrays
 
 
 def naive_loss(params, model, rollout, reference, kl_weight, temperature):
   """Computes the loss by definition: combines all logits of the streams, then keeps image codes."""
+  rows = padded(streams_of(model.family, np.asarray(rollout.codes)))
 
   def policy_of(params):
-    logits = model_logits(model, params, *rollout[:3])[:, -IMAGE:]
+    logits = model_logits(model, params, *rows)[:, -IMAGE:]
     pairs = logits.reshape(8, 2, IMAGE, -1)
     guided = WEIGHTS[0] * pairs[:, 0] + WEIGHTS[1] * pairs[:, 1]
     return jax.nn.log_softmax(guided[..., VOCAB.text_size :] / temperature)

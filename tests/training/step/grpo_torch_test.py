@@ -1,6 +1,7 @@
 """Compares an update of `grpo.policy_step` with one that torch computes from its definition."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,8 @@ def exported(params, folder):
 def stream_logits(model, rollout):
   """Returns the logits of image codes, [8, 2, I, C], computed without padding."""
   found = []
-  for row in range(16):
-    used = rollout.segment_ids[row] == 1
+  for row, segment in itertools.product(range(8), (1, 2)):
+    used = rollout.segment_ids[row] == segment
     ids = torch.from_numpy(rollout.inputs[row][used]).long()[None]
     found.append(model(ids).logits[0, -IMAGE:, VOCAB.text_size :])
   return torch.stack(found).reshape(8, 2, IMAGE, -1)
