@@ -148,12 +148,13 @@ def estimate_update(
   weights = R * model.num_heads / tensor * L * L / 2 * (4 + b) if kernel == "plain" else 0
   copy, gradients = (matrices * b if b < 4 else 0), matrices * b
   log_probs = 4 * R * codes * settings.vocab.image_size / tensor
-  table = (model.vocab_size * b + 8 * settings.vocab.image_size) * D
+  table = model.vocab_size / tensor * D
+  image_table = 8 * settings.vocab.image_size * D  # Rows of image codes, and their gradient.
   layer = max(0, _layer(model, R, L, tensor, kernel) - R * L * D * b * (widths - 1)) + weights
   phases = (
-    kept + copy + table + 3 * log_probs,
-    kept + copy + gradients + 4 * tables + layer,
-    gradients + (4 + b) * model.vocab_size / tensor * D,
+    kept + copy + model.vocab_size * D * b + image_table + 3 * log_probs,
+    kept + copy + gradients + 4 * tables + image_table + layer,
+    gradients + (4 + b) * table + image_table,
     4 * params,  # Gradients in fp32.
   )
   return Memory(
@@ -196,12 +197,9 @@ def _optimizer_bytes(config: OptimizerConfig, params: float, matrices: float) ->
 def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> float:
   """Counts the values that a layer keeps per token for the backward pass, divided by the width.
 
-  `tensor` is the number of devices that share the heads and the feed-forward dimension. If
-  `platform` is "tpu", kernels pad each head to a multiple of `LANES`.
+  `tensor` is the number of devices that share the heads and the feed-forward dimension.
   """
-  H = model.head_dim
-  held = -(-H // LANES) * LANES if platform == "tpu" else H
-  heads = model.num_heads * held / model.width / tensor
+  heads = model.num_heads * _held_head(model, platform) / model.width / tensor
   mlp = (2 if model.traits.gated else 1) * model.mlp_width / model.width / tensor
   widths = {"qkv": 3 * heads, "attention": heads, "middle": 1, "mlp": mlp}
   policy = model.remat_policy
@@ -209,6 +207,11 @@ def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> f
     return 8 + sum(widths.values()) + mlp
   # XLA:TPU still keeps half of the values that are offloaded to host memory on the device.
   return 1 + sum(widths[name] for name in KEPT.get(policy, ("middle",)))
+
+
+def _held_head(model: ModelConfig, platform: str) -> int:
+  """Returns the size of a head in memory. On TPUs, kernels pad it to a multiple of `LANES`."""
+  return -(-model.head_dim // LANES) * LANES if platform == "tpu" else model.head_dim
 
 
 def _loss(model: ModelConfig, R: int, L: int, tensor: int, frozen: bool = False) -> float:
@@ -236,7 +239,7 @@ def _layer(
   if platform == "gpu" and model.head_dim & (model.head_dim - 1):
     # No kernel supports heads of this size, so all attention weights are in memory.
     scores = R * model.num_heads / tensor * L * L / 2 * (8 + b)
-  widths = 2 * model.width + 4 * model.num_heads * model.head_dim + products * F
+  widths = 2 * model.width + 4 * model.num_heads * _held_head(model, platform) + products * F
   if frozen:
     widths += 2 * model.width + (products - 1) * F
     return params * b + R * L * widths * b + scores + model.vocab_size / tensor * model.width * b

@@ -84,23 +84,15 @@ def pack_rows(
   A stream is (ids, positions), for a prompt and all codes of its image. Each row must have the same
   number of streams. Returns the inputs, positions and segment_ids of a `Rollout`.
   """
-  streams = len(rows[0])
   prompts = max(sum(len(ids) - image_tokens for ids, _ in row) for row in rows)
-  shape = (len(rows), row_length(prompts, streams, image_tokens))
-  inputs, positions = np.full(shape, pad, np.int32), np.zeros(shape, np.int32)
-  segment_ids = np.zeros(shape, np.int32)
-  for row, parts in enumerate(rows):
-    start = shape[1] - sum(len(ids) - 1 for ids, _ in parts)
-    block = shape[1] - streams * image_tokens
-    for segment, (ids, at) in enumerate(parts, 1):
-      split = len(ids) - 1 - image_tokens
-      for place, part in (
-        (np.s_[row, start : start + split], slice(split)),
-        (np.s_[row, block : block + image_tokens], slice(split, -1)),
-      ):
-        inputs[place], positions[place], segment_ids[place] = ids[part], at[part], segment
-      start, block = start + split, block + image_tokens
-  return inputs, positions, segment_ids
+  length, split = row_length(prompts, len(rows[0]), image_tokens), -image_tokens - 1
+  packed = np.zeros((3, len(rows), length), np.int32)
+  packed[0] = pad
+  for row, streams in zip(packed.swapaxes(0, 1), rows):
+    parts = [np.stack([ids, at, np.full_like(ids, s)]) for s, (ids, at) in enumerate(streams, 1)]
+    tokens = np.concatenate([x[:, :split] for x in parts] + [x[:, split:-1] for x in parts], axis=1)
+    row[:, length - tokens.shape[1] :] = tokens
+  return packed[0], packed[1], packed[2]
 
 
 def place(rollout: Rollout) -> Rollout:
