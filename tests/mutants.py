@@ -198,6 +198,8 @@ def main() -> None:
   parser.add_argument("--only", default="", help="only mutants whose name contains this")
   options = parser.parse_args()
   chosen = [m for m in part(MUTANTS, options.part) if options.only in m.name]
+  if not chosen:
+    parser.error(f"no mutant of part {options.part} has a name that contains '{options.only}'.")
   with copied() as root:
     all_killed = report(root, chosen)
   sys.exit(not all_killed)
