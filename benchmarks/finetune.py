@@ -111,17 +111,18 @@ def generated(model: CM3Leon, retrieve: int) -> list[bool]:
 
 def share(right: list[bool]) -> str:
   mean = mean_interval(right, np.ones(len(right)), range(len(right)))
-  return f"{mean['mean']:.0%} ({mean['low']:.0%} to {mean['high']:.0%})"
+  return f"{mean['mean']:.0%} [{100 * mean['low']:.0f}, {100 * mean['high']:.0f}]"
 
 
 def row(name: str, found: dict) -> str:
   """Formats a row of the table."""
-  image, judged = found["image"], found["correct"]
+  judged = found["correct"]
+  image, text = (f"{x['before']:.3f} -> {x['after']:.3f}" for x in (found["image"], found["text"]))
+  change, low, high = (round(100 * judged[name]) for name in ("change", "low", "high"))
   return (
     f"| {name} | {found['steps']} | {share(found['right_0'])} | {share(found['right_1'])} | "
-    f"{image['before']:.3f} -> {image['after']:.3f}, {image['rise']:+.1%} ({image['low']:+.1%} to "
-    f"{image['high']:+.1%}) | {judged['before']:.0%} -> {judged['after']:.0%} "
-    f"({100 * judged['low']:+.0f} to {100 * judged['high']:+.0f} points) |"
+    f"{image} | {text} | {judged['before']:.0%} -> {judged['after']:.0%}: {change:+} points "
+    f"[{low:+}, {high:+}] |"
   )
 
 
@@ -136,7 +137,8 @@ def compare(folder: pathlib.Path, workdir: pathlib.Path) -> None:
   print(f"new captions: {len(asked)}; correct by lookup {np.mean(correct(looked_up, asked)):.0%}, "
         f"by the base {np.mean(before):.0%}")  # fmt: skip
   titles = ("replay, rate", "steps", "new captions correct, no neighbor", "one neighbor")
-  titles += ("bits per image code of the base", "correct of the base's captions")
+  titles += ("bits per image code of the base", "bits per text token")
+  titles += ("correct images for the base's captions",)
   print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
   for replay, rate in itertools.product(flags.FLAGS.shares, flags.FLAGS.rates):
     name = f"share_{replay}_rate_{rate}_minutes_{flags.FLAGS.minutes:g}"
@@ -160,7 +162,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   flags.DEFINE_string("folder", "drawings", "Folder of the drawings.")
   flags.DEFINE_string("workdir", "workdir/finetune", "Folder of the workdirs.")
-  flags.DEFINE_list("shares", ["0", "0.01", "0.1"], "Shares of replay.")
-  flags.DEFINE_list("rates", ["5e-4"], "Learning rates.")
+  flags.DEFINE_list("shares", ["0.1", "0.01", "0"], "Shares of replay.")
+  flags.DEFINE_list("rates", ["6.67e-4"], "Learning rates; a tuning of `scenes` has 6.67e-4.")
   flags.DEFINE_float("minutes", 10.0, "Minutes on two cores per tuning.")
   app.run(main)

@@ -8,8 +8,8 @@ Each batch of samples is used for one step only, so the probability ratio to the
 1 and needs no clipping.
 """
 
-# B samples, S guidance streams, P positions of the padded prompts, I codes of an image,
-# L = P + S x I tokens of a row, C image codes, D width.
+# B samples, S guidance streams, I codes of an image, C image codes, D width, L tokens of a row:
+# padding, the prompts without their last tokens, and S x I tokens that predict codes.
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -32,7 +32,9 @@ from cm3leon_jax.training.step.state import TrainState, apply_gradients
 from cm3leon_jax.xla_options import compiler_options
 
 BUCKET = 32  # Rows are padded to multiples of this length, so that few shapes are compiled.
-LONG, LONG_BUCKET = 1024, 128  # The same for rows of more tokens: attention kernels need it.
+# Attention kernels need multiples of LONG_BUCKET. Rows of at most LONG tokens would be mostly
+# padding then, and are fast enough without kernels.
+LONG, LONG_BUCKET = 1024, 128
 SMALL = 1e-6  # Nats that are added to each contrast, so that their mean is not 0.
 
 
@@ -69,9 +71,9 @@ def advantages(rewards: Float[np.ndarray, "N G"]) -> Float32[np.ndarray, "N G"]:
   return (rewards - rewards.mean(1, keepdims=True)).astype(np.float32)
 
 
-def row_length(prompts: int, streams: int, image_tokens: int) -> int:
-  """Returns the padded length of a row whose prompts have this number of tokens in all."""
-  length = prompts + streams * (image_tokens - 1)
+def row_length(prompt_tokens: int, streams: int, image_tokens: int) -> int:
+  """Returns the padded length of a row. `prompt_tokens` is the sum over the prompts of a row."""
+  length = prompt_tokens + streams * (image_tokens - 1)
   bucket = LONG_BUCKET if length > LONG else BUCKET
   return -(-length // bucket) * bucket
 
@@ -88,10 +90,10 @@ def pack_rows(
   length, split = row_length(prompts, len(rows[0]), image_tokens), -image_tokens - 1
   packed = np.zeros((3, len(rows), length), np.int32)
   packed[0] = pad
-  for row, streams in zip(packed.swapaxes(0, 1), rows):
+  for packed_row, streams in zip(packed.swapaxes(0, 1), rows):
     parts = [np.stack([ids, at, np.full_like(ids, s)]) for s, (ids, at) in enumerate(streams, 1)]
     tokens = np.concatenate([x[:, :split] for x in parts] + [x[:, split:-1] for x in parts], axis=1)
-    row[:, length - tokens.shape[1] :] = tokens
+    packed_row[:, length - tokens.shape[1] :] = tokens
   return packed[0], packed[1], packed[2]
 
 
@@ -122,7 +124,10 @@ def guided_log_probs(
 def stream_states(
   config: ModelConfig, params: dict, rollout: Rollout
 ) -> tuple[transformer.Transformer, Float[Array, "B S I D"]]:
-  """Returns the bound model, and the hidden states from which it predicts the codes."""
+  """Returns the bound model, and the hidden states from which it predicts the codes.
+
+  The last S x I tokens of a row predict the codes, see `Rollout`.
+  """
   B, image_tokens, S = rollout.guidance.shape
   model = transformer.bind(config, params)
   hidden = model(rollout.inputs, rollout.positions, rollout.segment_ids)
