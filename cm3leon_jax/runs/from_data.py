@@ -49,8 +49,8 @@ NOT_FOLLOWED = {
   *("model.vocab_size", "model.code_colors", "vqgan.steps", "clip.steps"),
 }
 BASE_DOCUMENTS, BASE_SHARE = 4_000, 0.1
-# Share of the base's learning rate. With the whole rate, the bundled model learned equally much of
-# 240 drawings and forgot three times as much (docs/finetune.md).
+# Share of the base's learning rate. With the whole rate, the bundled model learned no more of 240
+# drawings and forgot three times as many images (docs/finetune.md).
 BASE_RATE = 1 / 3
 # Layers x (4 width^2 + 3 width x mlp_width) x tokens per step of the config `own`, whose step takes
 # the seconds in `TRAININGS`.
