@@ -83,7 +83,8 @@ _KEEP = flags.DEFINE_bool(
 _BANK = flags.DEFINE_string(
   "bank",
   None,
-  "Another workdir with the same tokenizers and CLIP, from which a --prompt retrieves documents.",
+  "Another workdir, or a bundle, with the same tokenizers and CLIP, from which a --prompt "
+  "retrieves documents.",
 )
 _SEED = flags.DEFINE_integer(
   "seed", None, "Seed of the first prompt; each further prompt adds 1.", 0, 2**31
@@ -196,32 +197,42 @@ def _check_rank(tasks: Sequence[Task]) -> None:
       )
 
 
-def _bank(trained: Run, heldout: bool) -> epath.Path | None:
-  """Returns the folder of the bank, or None. Checks the tokenizers and the CLIP of --bank."""
-  from cm3leon_jax.trained.run import ids
+def _bank(trained: Run, heldout: bool) -> Run | None:
+  """Returns the run that has the bank, or None. Checks the tokenizers and the CLIP of --bank."""
+  from cm3leon_jax.trained import bundles
+  from cm3leon_jax.trained.run import Run, ids
 
   settings = trained.settings
   if _BANK.value is None:
-    return trained.bank
+    return trained if trained.bank else None
   if heldout:
     raise UserError(
       "--bank is given without --prompt, but held-out captions use the neighbors of their run: "
       "leave --bank out."
     )
-  bank = epath.Path(_BANK.value)
-  if not bank.exists():
-    raise UserError(f"--bank is {bank}, which does not exist: give the workdir of a run.")
-  documents, neighbors = (
-    stages.require(bank, name, config=dict)["config"] for name in ("documents", "neighbors")
-  )
-  found = {"clip": neighbors["retrieval"]["clip"], **documents["inputs"], **neighbors["inputs"]}
+  if not (folder := bundles.folder_of(_BANK.value)).exists():
+    raise UserError(
+      f"--bank is {folder}, which does not exist: give the workdir of a run or a bundle."
+    )
   read = (*table.TOKENIZERS, *table.own_clip(settings))
+  if bundles.is_bundle(folder):
+    bank = Run.open(folder)
+    if bank.bank is None:
+      raise UserError(f"--bank is {folder}, a bundle without documents: give one with documents.")
+    found = {"clip": bank.settings.retrieval.clip, **ids(bank, read)}
+    remedy = "give the bundle whose tokenizers and CLIP this run has, or a workdir"
+  else:
+    bank = Run(folder, settings)
+    documents, neighbors = (
+      stages.require(folder, name, config=dict)["config"] for name in ("documents", "neighbors")
+    )
+    found = {"clip": neighbors["retrieval"]["clip"], **documents["inputs"], **neighbors["inputs"]}
+    remedy = f"copy its folder from {trained.folder} to {folder}, and build the bank again"
   expected = {"clip": settings.retrieval.clip, **ids(trained, read)}
   for name, value in expected.items():
     if found[name] != value:
       raise UserError(
-        f"--bank {bank} was built with a different {name} than {trained.folder}: copy the folder "
-        f"{name} from {trained.folder} to {bank}, and build the bank again."
+        f"--bank {folder} was built with a different {name} than {trained.folder}: {remedy}."
       )
   return bank
 
@@ -232,7 +243,7 @@ def _needs_clip(tasks: Sequence[Task]) -> bool:
 
 def _identity(
   trained: Run,
-  bank: epath.Path | None,
+  bank: Run | None,
   tasks: Sequence[Task],
   columns: Sequence[tuple[int, SamplingConfig]],
   seed: int,
@@ -246,8 +257,7 @@ def _identity(
   read += table.own_clip(settings) if _needs_clip(tasks) else ()
   inputs = ids(trained, read)
   if retrieves:
-    own, read = bank == trained.bank, ["documents", "neighbors"]
-    inputs |= ids(trained, read) if own else stages.ids(settings, bank, read)
+    inputs |= ids(bank or trained, ["documents", "neighbors"])
   same = ("samples", "rank", "keep_neighbors", "weight_dtype", "cache_dtype", "draft_window")
   config = {"inputs": inputs, **table.identity(settings, "samples")}
   config |= {name: flags.FLAGS[name].value for name in same}
@@ -341,8 +351,9 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   usual = [1.0, settings.sampling.guidance], [0, settings.data.num_neighbors]
   columns = [] if tasks else _columns(settings, *usual)
   _check_rank(tasks)
-  bank = _bank(trained, heldout=not tasks)
-  config = _identity(trained, bank, tasks, columns, seed)
+  has_bank = _bank(trained, heldout=not tasks)
+  config = _identity(trained, has_bank, tasks, columns, seed)
+  bank = has_bank.bank if has_bank else None
   layout = PromptLayout.of(trained)
   given = check_tasks(layout, tasks, bank)
   if given:

@@ -17,12 +17,15 @@ from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.commands import common, generate
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents.store import DocumentStore, write_documents
 from cm3leon_jax.decoding import cache, params
+from cm3leon_jax.export import bundle
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.reports import summary
 from cm3leon_jax.runs import stages, table
+from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, make_run, one_device
 from tests.messages import refused
@@ -49,9 +52,9 @@ def run(workdir, monkeypatch):
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
 
-  def call(**values):
+  def call(folder=workdir, **values):
     with flagsaver.flagsaver(**values):
-      generate.main(SETTINGS, workdir)
+      generate.main(SETTINGS, folder)
 
   return call
 
@@ -115,6 +118,48 @@ def test_a_run_without_documents_retrieves_from_the_given_bank(run, workdir, tmp
     (workdir / "hidden").rename(workdir / "documents")
   [folder] = (workdir / "prompts").glob("red-house-*")
   assert read_lines(folder)[0]["retrieve"] == SETTINGS.data.num_neighbors > 0
+
+
+@pytest.fixture
+def bundled(run, workdir, tmp_path):
+  """Returns a bundle of a run that retrieves from the split `bank`, with five documents."""
+  copied, folder = epath.Path(tmp_path / "copied"), epath.Path(tmp_path / "bundle")
+  shutil.copytree(workdir, copied)
+  store = DocumentStore(copied / "documents" / "train_pairs", VOCAB)
+  documents = [store[i] for i in range(len(store) - 5, len(store))]
+  write_documents(copied / "documents" / "bank_pairs", documents, VOCAB)
+  write_json(copied / "neighbors" / "train" / "rows.json", {"first_bank": len(store) - 5})
+  retrieval = dataclasses.replace(SETTINGS.retrieval, train_documents=False)
+  settings = dataclasses.replace(SETTINGS, retrieval=retrieval)
+  with one_device():
+    bundle.write(folder, Run(copied, settings), random_params(SETTINGS.model), 7)
+  return folder
+
+
+def test_a_run_that_started_from_a_bundle_retrieves_from_it(run, workdir, bundled, tmp_path):
+  started = epath.Path(tmp_path / "started")
+  shutil.copytree(workdir, started, ignore=lambda *_: ["documents", "neighbors", "prompts"])
+  for name in ("text_tokenizer", "vqgan", "clip"):
+    shutil.copytree(bundled / name, started / name, dirs_exist_ok=True)
+    id_ = stages.id_of(stages.describe_files(started / name, table.STAGES[name].files))
+    write_json(started / name / stages.DONE, {"id": id_, "config": {}, "summary": {}})
+  run(started, prompt=["red house"], bank=str(bundled))
+  [folder] = (started / "prompts").glob("red-house-*")
+  [first] = read_lines(folder)
+  assert first["retrieve"] == len(first["neighbors"]) == SETTINGS.data.num_neighbors > 0
+
+
+def test_the_bank_of_a_bundle_with_other_tokenizers_is_refused(run, bundled):
+  with refused(UserError):
+    run(prompt=["red house"], bank=str(bundled))
+
+
+def test_a_bundle_without_documents_is_no_bank(run, workdir, tmp_path):
+  folder = tmp_path / "bundle"
+  with one_device():
+    bundle.write(epath.Path(folder), Run(workdir, SETTINGS), random_params(SETTINGS.model), 7)
+  with refused(UserError):
+    run(prompt=["red house"], bank=str(folder))
 
 
 def test_a_file_of_prompts(run, workdir, image_file, tmp_path, capsys):
