@@ -199,7 +199,7 @@ def test_a_bucket_that_is_gone_ends_the_run_and_leaves_the_last_checkpoint(
 @pytest.mark.slow
 def test_raw_data_from_and_in_a_bucket_are_those_of_a_disk(server, tmp_path):
   """One of five requests gets an error."""
-  images = photos("train", range(4)) | photos("heldout", [9])
+  images = photos("train", range(4)) | photos("heldout", [8, 9])
   folder = write_source(tmp_path / "in", images)
   for path in pathlib.Path(folder).rglob("*"):
     if path.is_file():
