@@ -149,8 +149,10 @@ def test_a_documented_launch_compiles_and_fits_its_chip(launch, tmp_path):
   pytest.importorskip("libtpu")
   slice_flags = (f"--topology={launch.topology}", f"--slices={launch.slices}")
   reports = aot_compile(tmp_path, *launch.flags, *slice_flags)
+  # With adapters, the estimate is at most 12% above the compiler's number (docs/adapters.md).
+  below, above = (0.01, 0.12) if launch.settings.adapter.rank else (0.1, 0.1)
   for name, report in reports.items():
     if name != "topology":
       assert report["sum_gib"] + report.get("rest_gib", 0) < report["hbm_gib"], name
     if name == "train":
-      assert report["estimate_gib"] == pytest.approx(report["sum_gib"], rel=0.1)
+      assert -below < report["estimate_gib"] / report["sum_gib"] - 1 < above
