@@ -30,4 +30,11 @@ COMMANDS = (
     "record.exc_info",
     ("tests/files/disk_errors_test.py",),
   ),
+  Mutant(
+    "the_bank_of_a_bundle_has_the_ids_of_the_model",
+    "cm3leon_jax/commands/generate.py",
+    "**ids(bank, read)}",
+    "**ids(trained, read)}",
+    ("tests/commands/generate_test.py",),
+  ),
 )
