@@ -34,19 +34,32 @@ def test_the_color_is_that_of_the_ink_even_where_it_is_mixed_with_white():
   assert SIDE == 2 * CELL == 48
 
 
+def directions_of(colors):
+  squares = np.array([COLORS[color] for color in colors], np.uint8)
+  squares = squares[:, None, None].repeat(6, 1).repeat(6, 2)
+  found = np.asarray(ink.color_of(vqgan.to_float(jnp.asarray(squares)), 6))[:, 0, 0]
+  return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
 def test_the_common_colors_are_those_of_the_drawings():
   pixels = np.concatenate([np.asarray(drawn(color)) for color in COLORS])
   found = ink.common_colors(pixels, 6, len(COLORS), 0)
   np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
-  squares = np.array(list(COLORS.values()), np.uint8)[:, None, None].repeat(6, 1).repeat(6, 2)
-  expected = np.asarray(ink.color_of(vqgan.to_float(jnp.asarray(squares)), 6))[:, 0, 0]
-  expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+  expected = directions_of(COLORS)
   best = (expected @ found.T).argmax(1)
   assert sorted(best) == list(range(len(COLORS)))  # Each color has its own center.
   np.testing.assert_allclose(found[best], expected, atol=0.05)
   # Negative control: at random, two colors share a center.
   random = np.random.default_rng(0).normal(size=expected.shape)
   assert len(set((expected @ random.T).argmax(1))) < len(COLORS)
+
+
+def test_white_squares_whose_color_counts_as_black_are_no_common_color():
+  colors = [color for color in COLORS if color != "black"]
+  pixels = np.concatenate([np.asarray(drawn(color)) for color in colors])
+  found = ink.common_colors(pixels, 6, len(colors), 0)
+  expected = directions_of(colors)
+  np.testing.assert_allclose(found[(expected @ found.T).argmax(1)], expected, atol=0.05)
 
 
 def test_colors_that_no_drawing_has_are_random_and_finite():
