@@ -3,7 +3,8 @@
 `opt` trains the family `opt` on scenes, with a neighbor before each pair. `modern` trains on pairs,
 texts and interleaved documents from a folder, in bfloat16 on eight devices, with every optional
 part of a training step. `tuned` is instruction tuning, starting from `modern`. `rewards` is
-reinforcement learning from a judge's rewards.
+reinforcement learning from the lightness of images, since a judge finds no image of such models
+correct.
 """
 
 from cm3leon_jax.configs import base
@@ -34,7 +35,14 @@ def get_config(variant: str = "opt"):
     config.train.update({"replay_every": 0, "gradient_accumulation_steps": 1})
     config.instructions.update({"replay_share": 0.0})
     config.reinforce.update({"tasks": ("draw",), "samples": 4, "heldout_prompts": 4})
+    config.reinforce.reward = "golden_config.py:lightness"
   return config
+
+
+def lightness(prompts, images, records):
+  """Rewards each image with the mean of its pixels, from 0 to 1."""
+  del prompts, records
+  return images.mean((1, 2, 3)) / 255
 
 
 def _set_encoders(config):

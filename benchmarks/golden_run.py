@@ -110,13 +110,14 @@ def modern(place: Place) -> dict:
 
 def tuned(place: Place) -> dict:
   """Tunes `modern` on instructions."""
-  flags = ("--init_from=modern", "--records=3")
+  # The image tokenizer of `modern` is trained for a few steps only.
+  flags = ("--init_from=modern", "--records=3", "--min_psnr=0")
   place.cm3leon("run", "tuned", *flags, variant="tuned")
   return place.digests("tuned") | place.losses("tuned")
 
 
 def rewards(place: Place) -> dict:
-  """Trains `tuned` further on a judge's rewards."""
+  """Trains `tuned` further on rewards."""
   for command in ("copy_tokenizers", "encode_instructions", "reinforce"):
     flags = () if command == "encode_instructions" else ("--init_from=tuned",)
     place.cm3leon(command, "rewards", *flags, variant="rewards")
