@@ -243,7 +243,7 @@ def _needs_clip(tasks: Sequence[Task]) -> bool:
 
 def _identity(
   trained: Run,
-  bank: Run | None,
+  source: Run | None,
   tasks: Sequence[Task],
   columns: Sequence[tuple[int, SamplingConfig]],
   seed: int,
@@ -257,7 +257,7 @@ def _identity(
   read += table.own_clip(settings) if _needs_clip(tasks) else ()
   inputs = ids(trained, read)
   if retrieves:
-    inputs |= ids(bank or trained, ["documents", "neighbors"])
+    inputs |= ids(source or trained, ["documents", "neighbors"])
   same = ("samples", "rank", "keep_neighbors", "weight_dtype", "cache_dtype", "draft_window")
   config = {"inputs": inputs, **table.identity(settings, "samples")}
   config |= {name: flags.FLAGS[name].value for name in same}
@@ -351,9 +351,9 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   usual = [1.0, settings.sampling.guidance], [0, settings.data.num_neighbors]
   columns = [] if tasks else _columns(settings, *usual)
   _check_rank(tasks)
-  has_bank = _bank(trained, heldout=not tasks)
-  config = _identity(trained, has_bank, tasks, columns, seed)
-  bank = has_bank.bank if has_bank else None
+  source = _bank(trained, heldout=not tasks)
+  config = _identity(trained, source, tasks, columns, seed)
+  bank = source.bank if source else None
   layout = PromptLayout.of(trained)
   given = check_tasks(layout, tasks, bank)
   if given:
