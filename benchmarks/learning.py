@@ -8,8 +8,8 @@ more scenes of rare objects: `one_codebook` has no pair codes, and the others di
 tokenizer is trained once. The program trains a decoder for each
 condition and seed, draws images for held-out captions and judges them. Half of the captions, chosen
 by a hash of what they show, serve to choose between conditions; the other half to report. Finished
-parts are skipped. Writes results.json, table.md and learning.png, and for each run the images in
-samples.npz.
+parts are skipped. Writes results.json, table.md and learning.png for all finished runs of the
+folder, and for each run the images in samples.npz.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks import experiment, learning_table, scene_card
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.data.sources import splits
+from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.scenes.judge import judge
 from cm3leon_jax.scenes.judge.baselines import TrainingScenes
@@ -141,23 +142,34 @@ def measure(run: pathlib.Path) -> dict:
   }
 
 
-def run_one(workdir: pathlib.Path, condition: str, seed: int, steps: int) -> dict:
+def run_one(workdir: pathlib.Path, condition: str, seed: int, steps: int) -> None:
   """Trains and measures a condition with a seed, unless it is done."""
   run = workdir / f"steps_{steps}" / f"{condition}_seed_{seed}"
   experiment.link_stages(prepare(workdir, CONDITIONS[condition][0]), run, STAGES)
   experiment.run_stage("train", CONFIG, run, fields(condition, seed, steps))
-  measured = experiment.measured_once(run, {"counts": COUNTS}, lambda: measure(run))
-  return {**measured, "condition": condition, "seed": seed}
+  experiment.measured_once(run, {"counts": COUNTS}, lambda: measure(run))
+
+
+def finished(workdir: pathlib.Path, steps: int) -> list[dict]:
+  """Returns the measurements of all finished runs in a folder, in the order of CONDITIONS."""
+  found = []
+  for condition in CONDITIONS:
+    for file in sorted(
+      (workdir / f"steps_{steps}").glob(f"{condition}_seed_*/measured/measured.json")
+    ):
+      seed = int(file.parts[-3].rpartition("_")[-1])
+      found.append({**read_json(file), "condition": condition, "seed": seed})
+  return found
 
 
 def main(argv: Sequence[str]) -> None:
   given = flags.FLAGS
   names = experiment.chosen_conditions(argv, given.conditions, CONDITIONS)
   workdir = pathlib.Path(given.workdir).resolve()
-  runs = []
   for seed in map(int, given.seeds):
     for name in names:
-      runs.append(run_one(workdir, name, seed, given.steps))
+      run_one(workdir, name, seed, given.steps)
+      runs = finished(workdir, given.steps)
       table = learning_table.table(runs)
       experiment.write_results(workdir, {"table": table}, learning_table.markdown(table))
       learning_table.figure_of(runs).savefig(workdir / "learning.png", dpi=110)

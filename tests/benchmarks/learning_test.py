@@ -8,6 +8,7 @@ from benchmarks import (
   scene_retrieval,
   tokenizers,
 )
+from cm3leon_jax.files.json_files import write_json
 
 
 def row(group, concept, half, right):
@@ -57,6 +58,19 @@ def test_bars_are_means_of_the_reporting_half_and_dots_are_seeds():
   assert [bar.get_height() for bar in axes.patches] == expected
   dots = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "."]
   assert dots == [[100 if group in named else 0 for group in learning_table.SHOWN], [100] * 5]
+
+
+def test_the_table_has_all_finished_runs_of_a_folder(tmp_path):
+  for name in ("shape_color_seed_1", "one_codebook_seed_0", "shape_color_seed_10"):
+    write_json(tmp_path / "steps_20" / name / "measured" / "measured.json", {"step": name})
+  (tmp_path / "steps_20" / "shape_color_seed_2" / "train").mkdir(parents=True)
+  write_json(tmp_path / "steps_7" / "two_places_seed_0" / "measured" / "measured.json", {})
+  found = [(run["condition"], run["seed"], run["step"]) for run in learning.finished(tmp_path, 20)]
+  assert found == [
+    ("one_codebook", 0, "one_codebook_seed_0"),
+    ("shape_color", 1, "shape_color_seed_1"),
+    ("shape_color", 10, "shape_color_seed_10"),
+  ]
 
 
 def test_a_concept_belongs_to_one_half():

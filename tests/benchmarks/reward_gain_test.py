@@ -45,13 +45,18 @@ def test_the_spread_of_pixels_is_the_mean_difference_over_pairs():
   assert reward_gain.pixel_spread(images) == pytest.approx((100 + 100 + 0) / 3)
 
 
+def measured(*flags):
+  command = [sys.executable, "-m", "benchmarks.reward_gain", "--start=scenes-instruct", *flags]
+  command += ["--config.reinforce.samples=4", "--config.reinforce.heldout_prompts=20"]
+  return subprocess.run(command, capture_output=True, text=True)
+
+
 @pytest.mark.slow
 def test_a_model_gains_nothing_over_itself_but_another_model_differs():
-  flags = ("--start=scenes-instruct", "--runs=scenes-instruct,scenes")
-  command = [sys.executable, "-m", "benchmarks.reward_gain", *flags]
-  command += ["--config.reinforce.samples=4", "--config.reinforce.heldout_prompts=16"]
-  result = subprocess.run(command, capture_output=True, text=True, check=True)
-  *_, line, other, _ = result.stdout.splitlines()
+  result = measured("--runs=scenes-instruct,scenes", "--skip=4")
+  result.check_returncode()
+  first, *_, line, other, _ = result.stdout.splitlines()
+  assert first == "16 prompts with 4 samples each"
   assert cells_of(other)[0] == "scenes"
   assert cells_of(other)[-1] != "100.0%"
   name, judged, gain, gone, counted, again, gone_again, *spreads = cells_of(line)
@@ -61,3 +66,10 @@ def test_a_model_gains_nothing_over_itself_but_another_model_differs():
   before, after = (float(share.rstrip("%")) for share in judged.split(" -> "))
   assert 60 < before == after < 100
   assert abs(float(counted.split("%")[0]) - before) < 5
+
+
+@pytest.mark.slow
+def test_the_prompts_cannot_all_be_skipped():
+  result = measured("--runs=scenes", "--skip=20")
+  assert result.returncode == 1
+  assert "--skip is 20; it must be below config.reinforce.heldout_prompts." in result.stderr
