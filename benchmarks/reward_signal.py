@@ -74,8 +74,7 @@ def gradient_of(objective: Rollouts) -> Callable[[dict, grpo.Rollout], np.ndarra
     log_probs = functools.partial(grpo.guided_log_probs, *fixed, temperature)
     reference = jax.lax.stop_gradient(log_probs(params, rollout))
     loss = functools.partial(grpo.policy_loss, *fixed, 0.0, temperature)
-    arrays = {"reference": reference, "rollout": rollout, "credit": settings.reinforce.credit}
-    return jax.grad(loss, has_aux=True)(params, **arrays)[0]
+    return jax.grad(loss, has_aux=True)(params, reference=reference, rollout=rollout)[0]
 
   def flattened(params: dict, rollout: grpo.Rollout) -> np.ndarray:
     grads = jax.device_get(compute(params, grpo.place(rollout)))

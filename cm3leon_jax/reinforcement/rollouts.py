@@ -273,8 +273,7 @@ class Rollouts:
     codes, rewards = _stacked(groups)
     requests = [group.request for group in groups]
     values = grpo.advantages(diverse(rewards, codes, self.settings.reinforce.diversity_weight))
-    least = 2 if self.settings.reinforce.credit == "contrast" else 1
-    return _rollout(pipeline, requests, codes, values, self.sampling, least)
+    return _rollout(pipeline, requests, codes, values, self.sampling)
 
 
 def _stacked(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
@@ -327,19 +326,17 @@ def _rollout(
   codes: Int32[np.ndarray, "N G I"],
   values: np.ndarray,
   sampling: SamplingConfig,
-  least_streams: int = 1,
 ) -> grpo.Rollout:
   """Builds the arrays that a step trains on.
 
-  Guidance streams whose weight is always 0 are left out, unless fewer than `least_streams` would
-  remain. If a request has fewer streams than another, some of its streams are repeated with weight
-  0. `values` are the advantages, [N, G].
+  Guidance streams whose weight is always 0 are left out. If a request has fewer streams than
+  another, some of its streams are repeated with weight 0. `values` are the advantages, [N, G].
   `sampling` has the settings with which the samples were drawn.
   """
   vocab, align = pipeline.layout.vocab, pipeline.settings.model.align_images
   image_tokens, rows, guidance = codes.shape[-1], [], []
   weights = [r.guidance_weights(sampling, image_tokens)[:-1] for r in requests]
-  streams = max(least_streams, *(int(w.any(0).sum()) for w in weights))
+  streams = max(int(w.any(0).sum()) for w in weights)
   for request, group, weight in zip(requests, codes, weights):
     order = np.argsort(~weight.any(0), kind="stable")  # Puts streams with a nonzero weight first.
     order = np.resize(order, streams)

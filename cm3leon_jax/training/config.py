@@ -217,10 +217,6 @@ class ReinforceConfig:
   kl_weight: NonNegativeFloat = 0.05
   """Weight in the loss of KL(initial policy || policy), in nats per code. This term
   keeps the policy close to the initial model, so that samples stay diverse."""
-  credit: Literal["uniform", "contrast"] = "uniform"
-  """How the advantage of a sample is distributed over its codes. `uniform`: equally. `contrast`:
-  proportionally to how much the prompt changes the log-probability of a code, so that codes which
-  the prompt decides get more (https://arxiv.org/abs/2605.29198)."""
   diversity_weight: NonNegativeFloat = 0.0
   """Weight of diversity in a reward, which is multiplied by 1 + this weight x (D - mean of D over
   the samples of the prompt). D is the mean share of codes in which a sample differs from the other

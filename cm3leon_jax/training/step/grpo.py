@@ -35,7 +35,6 @@ BUCKET = 32  # Rows are padded to multiples of this length, so that few shapes a
 # Attention kernels need multiples of LONG_BUCKET. Rows of at most LONG tokens would be mostly
 # padding then, and are fast enough without kernels.
 LONG, LONG_BUCKET = 1024, 128
-SMALL = 1e-6  # Nats that are added to each contrast, so that their mean is not 0.
 
 
 class Rollout(NamedTuple):
@@ -117,41 +116,19 @@ def guided_log_probs(
   `config`, `text_size` and `temperature` are static. `text_size` is the first id of an image code,
   and the guided logits are divided by `temperature`.
   """
-  model, states = stream_states(config, params, rollout)
-  return _log_probs(model, guided(states, rollout), text_size, temperature)
-
-
-def stream_states(
-  config: ModelConfig, params: dict, rollout: Rollout
-) -> tuple[transformer.Transformer, Float[Array, "B S I D"]]:
-  """Returns the bound model, and the hidden states from which it predicts the codes.
-
-  The last S x I tokens of a row predict the codes, see `Rollout`.
-  """
   B, image_tokens, S = rollout.guidance.shape
   model = transformer.bind(config, params)
   hidden = model(rollout.inputs, rollout.positions, rollout.segment_ids)
   states = hidden[:, -S * image_tokens :].astype(wide(hidden.dtype))
   shape = (B, S, image_tokens, states.shape[-1])
-  return model, states.reshape(shape, out_sharding=spec("batch", None, None, "act"))
-
-
-def guided(states: Float[Array, "B S I D"], rollout: Rollout) -> Float[Array, "B I D"]:
-  """Combines the streams. Logits are linear in the hidden states, which are smaller than logits."""
-  return jnp.sum(states * rollout.guidance.swapaxes(1, 2)[..., None], axis=1)
-
-
-def _log_probs(
-  model: transformer.Transformer,
-  states: Float[Array, "B I D"],
-  text_size: int,
-  temperature: float = 1.0,
-) -> Float32[Array, "B I C"]:
+  states = states.reshape(shape, out_sharding=spec("batch", None, None, "act"))
+  # Logits are linear in the hidden states, which are smaller than logits.
+  guided = jnp.sum(states * rollout.guidance.swapaxes(1, 2)[..., None], axis=1)
   table = shard(model.output_table(), None, None)[text_size:].astype(states.dtype)
   devices = jax.sharding.get_abstract_mesh().shape[RULES["vocab"]]
   axis = None if len(table) % devices else "vocab"
   logits = jnp.einsum(
-    "BID,CD->BIC", states, shard(table, axis, None), out_sharding=spec("batch", None, axis)
+    "BID,CD->BIC", guided, shard(table, axis, None), out_sharding=spec("batch", None, axis)
   )
   return jax.nn.log_softmax(logits / temperature, axis=-1)
 
@@ -159,24 +136,6 @@ def _log_probs(
 def _chosen(log_probs: Float32[Array, "B I C"], rollout: Rollout) -> Float32[Array, "B I"]:
   ids = jnp.arange(log_probs.shape[-1], dtype=rollout.codes.dtype)
   return jnp.sum(jnp.where(rollout.codes[..., None] == ids[None, None], log_probs, 0), -1)
-
-
-def contrast_credit(
-  model: transformer.Transformer,
-  states: Float[Array, "B S I D"],
-  text_size: int,
-  rollout: Rollout,
-) -> Float32[Array, "B I"]:
-  """Computes |log p(c | prompt) - log p(c)|, divided by its mean over the codes of the image.
-
-  It is large where the prompt decides the code (arXiv:2605.29198). The first stream has the whole
-  prompt; the second lacks it, or lacks the instruction of an edit.
-  """
-  first, second = (
-    _chosen(_log_probs(model, states[:, stream], text_size), rollout) for stream in (0, 1)
-  )
-  contrast = jnp.abs(first - second) + SMALL
-  return contrast / jnp.mean(contrast, axis=1, keepdims=True)
 
 
 def policy_loss(
@@ -187,23 +146,17 @@ def policy_loss(
   params: dict,
   reference: Float32[Array, "B I C"],
   rollout: Rollout,
-  credit: str = "uniform",
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
-  """Computes -mean(advantage x credit x log-probability) + kl_weight x KL(reference || policy).
+  """Computes -mean(advantage x log-probability) + kl_weight x KL(reference || policy).
 
-  Both terms are means over codes. The credit is 1 if `credit` is "uniform", and that of
-  `contrast_credit` if it is "contrast". The KL is exact: it sums over all image codes of the
-  vocabulary. `reference` has the log-probabilities of the reference; for the other arguments, see
+  Both terms are means over codes. The KL is exact: it sums over all image codes of the vocabulary.
+  `reference` has the log-probabilities of the reference; for the other arguments, see
   `policy_step`. Returns the loss, and its metrics.
   """
-  model, states = stream_states(config, params, rollout)
-  log_probs = _log_probs(model, guided(states, rollout), text_size, temperature)
+  log_probs = guided_log_probs(config, text_size, temperature, params, rollout)
   chosen = _chosen(log_probs, rollout)
   kl = jnp.mean(jnp.sum(jnp.exp(reference) * (reference - log_probs), -1))
-  values = rollout.advantages[:, None] * chosen
-  if credit == "contrast":
-    values *= jax.lax.stop_gradient(contrast_credit(model, states, text_size, rollout))
-  value = -jnp.mean(values) + kl_weight * kl
+  value = -jnp.mean(rollout.advantages[:, None] * chosen) + kl_weight * kl
   return value, {"loss": value, "image_loss": -jnp.mean(chosen), "kl": kl}
 
 
@@ -217,7 +170,6 @@ def policy_step(
   reference: dict,
   rollout: Rollout,
   ema_decay: float = 0.0,
-  credit: str = "uniform",
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
   """Updates a state by training it on samples that were drawn with its parameters.
 
@@ -230,7 +182,6 @@ def policy_step(
     temperature: temperature at which the samples were drawn.
     state: donated by the caller's jit.
     ema_decay: static; see `optimizer.update_average`.
-    credit: static; see `policy_loss`.
 
   Returns:
     The new state, and metrics: loss, image_loss (nats per sampled code), text_loss (0), kl, weight
@@ -244,7 +195,6 @@ def policy_step(
     *(config, text_size, kl_weight, temperature),
     reference=of_reference,
     rollout=rollout,
-    credit=credit,
   )
   grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
   grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
@@ -275,6 +225,5 @@ def compile_step(
     config.kl_weight,
     config.temperature,
     ema_decay=optimizer_config.ema_decay,
-    credit=config.credit,
   )
   return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.sharding.get_mesh()))

@@ -113,32 +113,6 @@ def test_advantages_are_rewards_minus_the_mean_of_their_group():
   np.testing.assert_allclose(grpo.advantages(np.array([[0.0, 0, 0, 1]])), [[-0.25] * 3 + [0.75]])
 
 
-def credit_of(rollout):
-  model = model_config("opt")
-
-  def compute(params, rollout):
-    bound, states = grpo.stream_states(model, params, rollout)
-    return grpo.contrast_credit(bound, states, VOCAB.text_size, rollout)
-
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    return np.asarray(jax.jit(compute)(random_params(model), grpo.place(rollout)))
-
-
-def test_credit_is_the_contrast_of_the_prompt_and_has_mean_1():
-  rollout = rollout_of("opt")
-  found = credit_of(rollout)
-  np.testing.assert_allclose(found.mean(1), 1, rtol=1e-5)
-  one, other = (
-    chosen(log_probs("opt", (1, 1, 1), rollout_of("opt", weights=weights)), rollout.codes)
-    for weights in ([1, 0], [0, 1])
-  )
-  contrast = np.abs(one - other)
-  np.testing.assert_allclose(found, contrast / contrast.mean(1, keepdims=True), atol=1e-3)
-  # If both streams are equal, the contrast is rounding noise, but the mean is 1 all the same.
-  same = credit_of(rollout_of("opt", order=(0, 0)))
-  np.testing.assert_allclose(same.mean(1), 1, rtol=1e-5)
-
-
 def test_a_row_has_the_prompts_of_its_streams_and_then_their_codes():
   first = [(np.array([1, 2, 3, 91, 92]), np.arange(-3, 2)), (np.array([4, 91, 92]), np.arange(3))]
   second = [(np.arange(36), np.arange(36)), (np.arange(50, 53), np.arange(3))]

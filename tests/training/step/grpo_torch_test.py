@@ -47,25 +47,16 @@ def policy(logits):
   return torch.log_softmax(guided / TEMPERATURE, -1)
 
 
-def contrast_credit(logits, codes):
-  log_probs = torch.log_softmax(logits.detach(), -1)
-  found = log_probs.gather(-1, codes[:, None].expand(-1, 2, -1, -1))[..., 0]
-  contrast = (found[:, 0] - found[:, 1]).abs()
-  return contrast / contrast.mean(1, keepdim=True)
-
-
-def updated_by_torch(model, reference, rollout, credit):
+def updated_by_torch(model, reference, rollout):
   rewards = torch.from_numpy(REWARDS)
   advantages = (rewards - rewards.mean(1, keepdim=True)).reshape(8, 1)
   codes = torch.from_numpy(rollout.codes).long()[..., None]
   with torch.no_grad():
     of_reference = policy(stream_logits(reference, rollout))
-  logits = stream_logits(model, rollout)
-  weights = contrast_credit(logits, codes) if credit == "contrast" else 1.0
-  log_probs = policy(logits)
+  log_probs = policy(stream_logits(model, rollout))
   chosen = log_probs.gather(-1, codes)[..., 0]
   kl = (of_reference.exp() * (of_reference - log_probs)).sum(-1).mean()
-  loss = -(advantages * weights * chosen).mean() + KL_WEIGHT * kl
+  loss = -(advantages * chosen).mean() + KL_WEIGHT * kl
   betas = (ADAM["b1"], ADAM["b2"])
   optimizer = torch.optim.AdamW(
     model.parameters(), lr=RATE, betas=betas, eps=ADAM["eps"], weight_decay=0.0
@@ -75,7 +66,7 @@ def updated_by_torch(model, reference, rollout, credit):
   return {name: x.detach().numpy() for name, x in model.state_dict().items()}, loss.item()
 
 
-def updated(rollout, folder, credit):
+def updated(rollout, folder):
   """Returns the parameters after `policy_step` as written tensors, by name, and the loss."""
   optimizer = create_optimizer(
     OptimizerConfig(learning_rate=RATE, warmup_steps=0, clip_norm=1e9, weight_decay=0.0, **ADAM), 10
@@ -84,7 +75,7 @@ def updated(rollout, folder, credit):
     params, reference = random_params(MODEL), random_params(MODEL, seed=1)
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
     fixed = (MODEL, optimizer, VOCAB.text_size, KL_WEIGHT, TEMPERATURE)
-    step = jax.jit(functools.partial(grpo.policy_step, *fixed, credit=credit))
+    step = jax.jit(functools.partial(grpo.policy_step, *fixed))
     new, metrics = step(state, reference, grpo.place(rollout))
     huggingface.export(folder, new.params, MODEL, VOCAB, None)
   return safetensors_numpy.load_file(folder / huggingface.WEIGHTS), float(metrics["loss"])
@@ -95,21 +86,18 @@ def largest_difference(found, expected):
   return max(np.abs(x - expected[name]).max() for name, x in found.items())
 
 
-@pytest.mark.parametrize("credit", ["uniform", "contrast"])
-def test_an_update_equals_that_of_torch(tmp_path, credit):
+def test_an_update_equals_that_of_torch(tmp_path):
   rollout = rollout_of("opt", grpo.advantages(REWARDS).reshape(-1))
   with jax.set_mesh(mesh_of(1, 1, 1)):
     model = exported(random_params(MODEL), tmp_path / "model")
     reference = exported(random_params(MODEL, seed=1), tmp_path / "reference")
   before = safetensors_numpy.load_file(tmp_path / "model" / huggingface.WEIGHTS)
-  expected, loss = updated_by_torch(model, reference, rollout, credit)
-  found, ours = updated(rollout, tmp_path / "new", credit)
+  expected, loss = updated_by_torch(model, reference, rollout)
+  found, ours = updated(rollout, tmp_path / "new")
   assert ours == pytest.approx(loss, rel=1e-5)
   assert largest_difference(before, expected) > 1e-2
   assert largest_difference(found, expected) < 1e-5
-  if credit == "contrast":  # Negative control: the other credit.
-    assert largest_difference(updated(rollout, tmp_path / "other", "uniform")[0], expected) > 1e-3
-  else:  # Negative control: advantages that are divided by the standard deviation of their group.
-    std = np.maximum(REWARDS.std(1, keepdims=True), 1e-6)
-    divided = rollout._replace(advantages=(grpo.advantages(REWARDS) / std).reshape(-1))
-    assert largest_difference(updated(divided, tmp_path / "divided", credit)[0], expected) > 1e-3
+  # Negative control: advantages that are divided by the standard deviation of their group.
+  std = np.maximum(REWARDS.std(1, keepdims=True), 1e-6)
+  divided = rollout._replace(advantages=(grpo.advantages(REWARDS) / std).reshape(-1))
+  assert largest_difference(updated(divided, tmp_path / "divided")[0], expected) > 1e-3
