@@ -5,11 +5,11 @@
 `several_objects` has the data and the decoder of the config `scenes`. The other conditions have
 more scenes of rare objects: `one_codebook` has no pair codes, and the others differ from
 `shape_color` by one change. All conditions have the same text tokenizer and CLIP, and each image
-tokenizer is trained once. The program trains a decoder for each
-condition and seed, draws images for held-out captions and judges them. Half of the captions, chosen
-by a hash of what they show, serve to choose between conditions; the other half to report. Finished
-parts are skipped. Writes results.json, table.md and learning.png for all finished runs of the
-folder, and for each run the images in samples.npz.
+tokenizer is trained once. The program trains a decoder for each condition and seed, draws images
+for held-out captions and judges them. Half of the captions, chosen by a hash of what they show,
+serve to choose between conditions; the other half to report. Finished parts are skipped. Writes
+results.json, table.md and learning.png for all finished runs of the folder, and for each run the
+images in samples.npz.
 """
 
 from collections.abc import Sequence
