@@ -152,11 +152,9 @@ def run_one(workdir: pathlib.Path, condition: str, seed: int, steps: int) -> Non
 
 def finished(workdir: pathlib.Path, steps: int) -> list[dict]:
   """Returns the measurements of all finished runs in a folder, in the order of CONDITIONS."""
-  found = []
+  found, folder = [], workdir / f"steps_{steps}"
   for condition in CONDITIONS:
-    for file in sorted(
-      (workdir / f"steps_{steps}").glob(f"{condition}_seed_*/measured/measured.json")
-    ):
+    for file in sorted(folder.glob(f"{condition}_seed_*/measured/measured.json")):
       seed = int(file.parts[-3].rpartition("_")[-1])
       found.append({**read_json(file), "condition": condition, "seed": seed})
   return found
