@@ -95,8 +95,7 @@ class CM3Leon:
       clip: folder of the Hugging Face CLIP model; default: the path in the run's config.
       show_progress: whether to show a progress bar; default: only in a terminal or notebook.
       **options: `batch_size`, the largest number of samples in a batch (default 16); `weight_dtype`
-        and `cache_dtype`, `compute` or `int8`; `draft_window`, the number of image codes that the
-        decoder reads per step. See `GeneratorConfig`.
+        and `cache_dtype`, `compute` or `int8`. See `GeneratorConfig`.
 
     Raises:
       UserError: nothing was trained there, a file is damaged, or an option is wrong.

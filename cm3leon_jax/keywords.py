@@ -84,4 +84,3 @@ class LoadOptions(TypedDict, total=False):
   batch_size: int
   weight_dtype: Literal["compute", "int8"]
   cache_dtype: Literal["compute", "int8"]
-  draft_window: int

@@ -95,9 +95,6 @@ _BATCH_SIZE = flags.DEFINE_integer(
 _WEIGHT_DTYPE = flags.DEFINE_enum(
   "weight_dtype", "compute", DTYPES, "Dtype of the model's matrices."
 )
-_DRAFT_WINDOW = flags.DEFINE_integer(
-  "draft_window", 0, "Image codes that are drafted and verified together; 0: no drafts.", 0
-)
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "compute", DTYPES, "Dtype of the cache entries.")
 
 
@@ -258,7 +255,7 @@ def _identity(
   inputs = ids(trained, read)
   if retrieves:
     inputs |= ids(source or trained, ["documents", "neighbors"])
-  same = ("samples", "rank", "keep_neighbors", "weight_dtype", "cache_dtype", "draft_window")
+  same = ("samples", "rank", "keep_neighbors", "weight_dtype", "cache_dtype")
   config = {"inputs": inputs, **table.identity(settings, "samples")}
   config |= {name: flags.FLAGS[name].value for name in same}
   if tasks:
@@ -342,8 +339,6 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.trained.run import Run, unseen_in
 
   seed = settings.seed if _SEED.value is None else _SEED.value
-  if _DRAFT_WINDOW.value == 1:
-    raise UserError("--draft_window is 1; it must be 0, or at least 2.")
   trained = Run.open(workdir, settings)
   settings = trained.settings
   tasks = _own_tasks(trained, seed)
@@ -365,7 +360,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     if summary is not None:
       clip = trained.clip if _needs_clip(tasks) else None
       params, step = trained.params()
-      names = ("batch_size", "weight_dtype", "cache_dtype", "draft_window")
+      names = ("batch_size", "weight_dtype", "cache_dtype")
       options = {name: flags.FLAGS[name].value for name in names}
       pipeline = Pipeline.load(trained, params, clip, bank, **options)
       tasks = tasks or [

@@ -23,7 +23,7 @@ from cm3leon_jax.decoding.loop import Static
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.result import Result, cut, sample_seed
 from cm3leon_jax.decoding.sampling.method import TokenMethod
-from cm3leon_jax.decoding.sampling.methods import METHODS, choose_methods
+from cm3leon_jax.decoding.sampling.methods import choose_methods
 from cm3leon_jax.decoding.sampling.rows import Sampler
 from cm3leon_jax.decoding.sampling.top_p import TOP_P
 from cm3leon_jax.mesh import batch_shards
@@ -41,10 +41,6 @@ class GeneratorConfig:
       after the longest training sample are untrained.
     weight_dtype: `compute`, or `int8` for the matrices of the blocks.
     cache_dtype: `compute` or `int8`.
-    draft_window: number of image codes that a step reads and verifies as drafts (see
-      `speculative`), at least 2; 0 generates one code per step. It applies to batches of whole
-      images with a method that takes drafts (top_p). The distribution of images does not change,
-      but the same seed gives another image.
     image_head: whether to compute only the logits of image codes while only image codes are legal.
   """
 
@@ -57,7 +53,6 @@ class GeneratorConfig:
   weight_dtype: str = "compute"
   cache_dtype: str = "compute"
   image_head: bool = True
-  draft_window: int = 0
 
   def __post_init__(self) -> None:
     for field, allowed in (("weight_dtype", params_lib.DTYPES), ("cache_dtype", cache.DTYPES)):
@@ -65,15 +60,6 @@ class GeneratorConfig:
         raise ValueError(
           f"{field} is '{getattr(self, field)}'; it must be one of {', '.join(allowed)}."
         )
-    if self.draft_window and (self.draft_window < 2 or not self.image_head):
-      raise ValueError(
-        f"draft_window is {self.draft_window}; it must be 0, or at least 2 with image_head."
-      )
-    if self.draft_window > self.image_tokens:
-      raise ValueError(
-        f"draft_window is {self.draft_window}; it must be at most {self.image_tokens}, the number "
-        "of codes of an image."
-      )
     if self.batch_size < 1:
       raise ValueError(f"batch_size is {self.batch_size}; it must be positive.")
     if not 1 <= self.positions <= self.model.max_positions:
@@ -112,21 +98,10 @@ class GeneratorConfig:
     )
     batch = Batch(prompts, control)
     widths = batch_lib.stream_widths(prompts, len(requests[0].streams))
-    most, window = max(grammar.max_new_tokens(r.plan) for r in requests), 0
+    most = max(grammar.max_new_tokens(r.plan) for r in requests)
     capacities = compile_lib.cache_capacities(max(widths), most)
-    codes = _codes_first(batch)
-    if self.draft_window and METHODS[sampling.method].takes_drafts and codes:
-      window = self.draft_window
-      capacities = (max(most, codes + window),)
     compiled = self.model, Grammar(self.vocab, self.image_tokens), Sampler.of(sampling)
-    return batch, Static(*compiled, self.cache_dtype, widths, most, capacities, window)
-
-
-def _codes_first(batch: Batch) -> int:
-  """Returns the number of codes per image if all samples of a batch start with an image, else 0."""
-  first = batch.control.plan[:, 0]
-  codes = int(first[0, 1])
-  return codes if (first == [grammar.CODES, codes, 0]).all() else 0
+    return batch, Static(*compiled, self.cache_dtype, widths, most, capacities)
 
 
 class Generator:
@@ -239,10 +214,6 @@ class Generator:
     params, control, programs = self.params, batch.control, self.programs
     loop, steps = programs.prefill(params, batch, static)
     done, capacity = 0, min(static.capacities[0], static.max_new_tokens)
-    if static.window:
-      done = _codes_first(batch)
-      loop, _ = programs.generate_image(loop, params, control, steps, static, done)
-      progress(done)
     for larger in [*static.capacities[1:], None]:
       finished = False
       while done < capacity and not finished:

@@ -41,7 +41,6 @@ class Static(NamedTuple):
     max_new_tokens: largest number of tokens to generate, G.
     capacities: capacities of the caches for generated tokens: the initial one, then the larger ones
       to which the caches grow.
-    window: number of codes that `speculative.generate_image` verifies per step; 0 disables it.
   """
 
   model: ModelConfig
@@ -51,7 +50,6 @@ class Static(NamedTuple):
   widths: tuple[Size, ...]
   max_new_tokens: Size
   capacities: tuple[Size, ...]
-  window: int = 0
 
 
 class LoopState(NamedTuple):

@@ -6,10 +6,9 @@ from typing import NamedTuple, TypeVar
 
 import jax
 from jax.experimental.layout import Format, Layout
-from jaxtyping import Array, Int32, PyTree
+from jaxtyping import PyTree
 
 from cm3leon_jax.decoding import loop as loop_lib
-from cm3leon_jax.decoding import speculative
 from cm3leon_jax.decoding.batch import Batch
 from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.loop import LoopState, Static
@@ -152,24 +151,6 @@ class Programs:
     """Runs `loop.grow`. Returns (state, program of its next steps)."""
     function = functools.partial(loop_lib.grow, by=by)
     return self._run_before(function, (loop,), (by, static), params, control, static)
-
-  def generate_image(
-    self,
-    loop: LoopState,
-    params: DecodeParams,
-    control: Control,
-    program: jax.stages.Compiled,
-    static: Static,
-    codes: int,
-  ) -> tuple[LoopState, Int32[Array, ""]]:
-    """Runs `speculative.generate_image`. Returns (state for `program`, number of steps)."""
-
-    def make() -> Callable:
-      function = functools.partial(speculative.generate_image, static=static, codes=codes)
-      return jax.jit(function, donate_argnums=2, out_shardings=(program.input_formats[0][2], None))
-
-    jitted = self.once(("image", codes, static), (params, control, loop), make)
-    return jitted(params, control, loop)
 
   def _run_before(
     self,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.decoding import loop, speculative
+from cm3leon_jax.decoding import loop
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.continuous import state as state_lib
 from cm3leon_jax.decoding.continuous.buckets import bucket_of
@@ -90,18 +90,6 @@ def test_batches_of_any_task(generator, task):
     steps = functools.partial(loop.decode_steps, static=static, steps=2)
     assert typed(jax.eval_shape(steps, params, control, state)) == typed(state)
     jax.eval_shape(loop.results, jax.eval_shape(functools.partial(loop.grow, by=3), state))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", STREAMS)
-def test_batches_of_drafts(generator, task):
-  sampling = dataclasses.replace(MIXTURE, method="top_p")
-  fields = {"sampling": sampling, "draft_window": 3}
-  for static, (params, prompts, control) in batches_of(generator, REQUESTS[task], **fields):
-    state = prefilled(static, params, prompts, control)
-    draw = functools.partial(speculative.generate_image, static=static, codes=IMAGE)
-    drafted, _ = jax.eval_shape(draw, params, control, state)
-    assert typed(drafted) == typed(state)
 
 
 @pytest.mark.slow

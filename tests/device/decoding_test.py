@@ -45,13 +45,6 @@ def test_sampled_tokens_equal_those_of_the_cpu():
   assert not np.array_equal(np.concatenate(tokens), greedy)
 
 
-def test_drafts_do_not_change_greedy_tokens():
-  found, expected = (
-    sampled(device_mesh(), sampling=GREEDY, **fields)[0] for fields in ({"draft_window": 4}, {})
-  )
-  np.testing.assert_array_equal(np.concatenate(found), np.concatenate(expected))
-
-
 def test_continuous_batching_samples_the_same_tokens(on_device):
   generator = small_generator(params=params_of("opt"))
   requests = guided_requests()

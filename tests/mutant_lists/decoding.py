@@ -1,11 +1,9 @@
-"""Lists mutants of batched decoding: sampling, guidance, grammar, cache, speculative decoding."""
+"""Lists mutants of batched decoding: sampling, guidance, grammar, cache."""
 
 from tests.mutant_lists.mutant import mutants_of
 
 LOOP = "cm3leon_jax/decoding/loop.py"
 CACHE, CACHE_TEST = "cm3leon_jax/decoding/cache.py", "tests/decoding/cache_test.py"
-SPECULATIVE = "cm3leon_jax/decoding/speculative.py"
-SPECULATIVE_TEST = "tests/decoding/speculative_test.py"
 GENERATOR_TEST = "tests/decoding/generator_test.py"
 STREAMS = f"{GENERATOR_TEST}::test_streams_equal_separate_passes"
 GROWS = f"{GENERATOR_TEST}::test_guidance_grows_over_the_codes"
@@ -70,13 +68,6 @@ DECODING = mutants_of(
   "cm3leon_jax/decoding/cache.py",
   ("cache_keeps_the_padding", "x[:, :, x.shape[2] - kept :]", "x[:, :, :kept]"),
   ("rows_of_another_shard", "index % x.shape[0]", "index // len(x)"),
-  "cm3leon_jax/decoding/speculative.py",
-  (
-    "draft_accepted_too_rarely",
-    "uniform * pick(odds, drafts) < pick(p[:-1], drafts)",
-    "uniform < pick(p[:-1], drafts)",
-  ),
-  ("divergence_of_rejected_drafts", "< taken[:, None], apart, 0)", "< window, apart, 0)"),
   "cm3leon_jax/decoding/sampling/top_p.py",
   "tests/decoding/sampling/rows_test.py::test_samples_follow_the_exact_distribution",
   ("temperature_is_a_factor", "logits.guided / temperature", "logits.guided * temperature"),
@@ -189,31 +180,4 @@ DECODING = mutants_of(
     "cache.write(loop.next_entries[0], k, v)",
   ),
   ("every_token_has_the_first_noise", "(keys, loop.count)", "(keys, 0 * loop.count)"),
-  SPECULATIVE,
-  f"{SPECULATIVE_TEST}::test_each_token_that_counts_is_one_of_p",
-  (
-    "a_failed_draft_is_sampled_from_p",
-    "jnp.concatenate([odds, jnp.zeros_like(p[-1:])])",
-    "jnp.zeros_like(p)",
-  ),
-  ("drafts_after_a_failed_one_hold", "jnp.cumprod(holds.astype(jnp.int32)).sum()", "holds.sum()"),
-  f"{SPECULATIVE_TEST}::test_log_probs_are_those_of_plain_passes_and_the_end_is_sampled",
-  ("drafts_one_position_late", "+ jnp.arange(window - 1)[None]", "+ jnp.arange(1, window)[None]"),
-  ("drafts_do_not_see_themselves", "(entries <= ends)", "(entries < ends)"),
-  f"{SPECULATIVE_TEST}::test_a_window_has_the_weights_of_its_places_and_the_end_follows_all_codes",
-  (
-    "a_window_has_the_weights_of_the_first",
-    "jnp.minimum(done[:, None] + jnp",
-    "jnp.minimum(0 * done[:, None] + jnp",
-  ),
-  (
-    "the_end_overwrites_the_last_code",
-    "next_entries=loop.next_entries + codes,",
-    "next_entries=loop.next_entries + codes - 1,",
-  ),
-  (
-    "the_end_does_not_see_the_first_code",
-    "written = (entries >= loop",
-    "written = (entries > loop",
-  ),
 )

@@ -64,7 +64,7 @@ class ContinuousGenerator:
         name share batches.
 
     Raises:
-      UserError: a number is out of range, or the generator uses drafts.
+      UserError: a number is out of range.
     """
     self.generator, self.mesh = generator, generator.programs.mesh
     self._generators = {"": generator, **(adapted or {})}
@@ -77,11 +77,6 @@ class ContinuousGenerator:
       raise UserError(
         f"slots is {slots}; it must be a multiple of {shards}, the number of devices that share a "
         "batch."
-      )
-    if generator.config.draft_window:
-      raise UserError(
-        f"draft_window is {generator.config.draft_window}; continuous batching generates one code "
-        "per step: set it to 0."
       )
     self.slots, self.chunk, self.limit = slots, chunk, buckets
     self.usual = list(usual)

@@ -33,15 +33,12 @@ class SamplingMethod:
     name: value of `sampling.method` in the config.
     settings: fields of SamplingConfig that the method reads, except `method` and guidance fields.
     is_guided: whether guidance weights have an effect.
-    takes_drafts: whether the method samples from the distribution of `top_p.filter_candidates`,
-      with which `speculative` verifies drafts.
   """
 
   name: ClassVar[str]
   settings: ClassVar[tuple[str, ...]]
   is_guided: ClassVar[bool] = True
   needs_unconditional: ClassVar[bool] = False
-  takes_drafts: ClassVar[bool] = False
 
   @property
   def members(self) -> tuple["TokenMethod", ...]:

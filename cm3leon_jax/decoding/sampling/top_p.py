@@ -27,7 +27,6 @@ class TopPMethod(TokenMethod):
 
   name = "top_p"
   settings = ("temperature", "top_k", "top_p")
-  takes_drafts = True
   numbers = settings
   temperature = "temperature"
 

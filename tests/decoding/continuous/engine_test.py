@@ -418,10 +418,6 @@ def test_bad_calls(generator):
   for fields in ({"slots": 0}, {"chunk": 0}, {"buckets": 0}):
     with refused(UserError):
       ContinuousGenerator(generator, **fields)
-  drafting = copy.copy(generator)
-  drafting.config = dataclasses.replace(generator.config, draft_window=4, image_head=True)
-  with refused(UserError):
-    ContinuousGenerator(drafting)
   long = request_lib.text_to_image(VOCAB, IMAGE, np.full(POSITIONS - 2, A[0]))
   engine = ContinuousGenerator(generator)
   with refused(UserError):
