@@ -7,7 +7,7 @@ import runpy
 import sys
 
 import cm3leon_jax
-from cm3leon_jax.commands import COMMANDS
+from cm3leon_jax.commands import COMMANDS, interrupts
 
 FOLDER = pathlib.Path(__file__).parent / "commands"
 
@@ -25,7 +25,11 @@ def overview() -> str:
 def start(name: str) -> None:
   """Runs a command with the flags in `sys.argv`, like `python -m cm3leon_jax.commands.NAME`."""
   sys.argv[0] = f"cm3leon {name}"
-  runpy.run_module(f"cm3leon_jax.commands.{name}", run_name="__main__", alter_sys=True)
+  interrupts.listen()
+  try:
+    runpy.run_module(f"cm3leon_jax.commands.{name}", run_name="__main__", alter_sys=True)
+  except KeyboardInterrupt:  # While modules are imported.
+    interrupts.end()
 
 
 def main() -> None:

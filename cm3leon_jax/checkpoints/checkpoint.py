@@ -22,6 +22,7 @@ from cm3leon_jax.files.atomic import absolute, exists
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import abstract
+from cm3leon_jax.runs.stages import SEALS
 from cm3leon_jax.weights import stored
 
 FOLDER = "checkpoints"
@@ -68,7 +69,7 @@ class Checkpoints:
     self.folder = absolute(folder) / FOLDER
     with distributed.together():
       present = sealing.steps_in(self.folder)
-    self.digest_folder = self.folder.parent / f"{FOLDER}.digests"
+    self.digest_folder = self.folder.parent / SEALS
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policy(keep, keep_every, keep_best),
       best_fn=score if keep_best else None,  # With `best_fn`, Orbax stores `METRIC` per checkpoint.
@@ -276,11 +277,10 @@ class Checkpoints:
     return self._manager.restore(step, args=args)["data"]["next_row"]
 
   def restore_params(self, types: dict, step: int, average: bool = True) -> dict:
-    """Restores only the parameters, onto the current mesh; see `reading.load_params`.
+    """Restores only the parameters, onto the current mesh; see `restore` and `load_params`.
 
     `types` contains their shapes, dtypes and shardings.
     """
-    self.check(step)
     types = abstract(types, jax.sharding.get_mesh())
     state = self.folder / str(step) / "state"
     name, args = stored.restore_args(state, types, None if average else False)

@@ -1,20 +1,23 @@
 """Finds a run's checkpoints and loads their parameters, for commands that do not train."""
 
+from collections.abc import Callable
+import sys
+from typing import TypeVar
+
 from etils import epath
 import jax
 
+from cm3leon_jax import distributed
 from cm3leon_jax.checkpoints import sealing
 from cm3leon_jax.checkpoints.checkpoint import FOLDER, Checkpoints
 from cm3leon_jax.config import UserError
 from cm3leon_jax.models import adapters, transformer
 from cm3leon_jax.models.config import AdapterConfig, ModelConfig
+from cm3leon_jax.runs import stages
 from cm3leon_jax.weights import stored
 
-
-def newest_step(folder: epath.PathLike) -> int:
-  """Returns the step of a run's newest sealed checkpoint, or 0. It reads only file names."""
-  digests = (epath.Path(folder) / f"{FOLDER}.digests").glob("*.json")
-  return max((int(path.stem) for path in digests if path.stem.isdecimal()), default=0)
+TRIES = 10  # Number of times that the newest checkpoint is chosen, if a training deletes it.
+T = TypeVar("T")
 
 
 def any_in(folder: epath.PathLike) -> bool:
@@ -23,7 +26,7 @@ def any_in(folder: epath.PathLike) -> bool:
   Raises:
     TryAgain: the folder could not be read.
   """
-  return bool(sealing.steps_in(epath.Path(folder) / FOLDER)) or newest_step(folder) > 0
+  return bool(sealing.steps_in(epath.Path(folder) / FOLDER)) or stages.newest_step(folder) > 0
 
 
 def load_params(
@@ -46,24 +49,20 @@ def load_params(
     UserError: the run has no sealed checkpoint, or no checkpoint of `step`, or the checkpoint is
       damaged, or `average` is False and the run has no average.
   """
-  checkpoints, step = _open(folder, step)
   key = jax.random.key(0)
   types = jax.eval_shape(
     lambda: adapters.init(config, adapter, key) if adapter else transformer.init_params(config, key)
   )
-  params = checkpoints.restore_params(types, step, average)
-  checkpoints.close()
-  return params, step
+  return _read(folder, step, lambda found, step: found.restore_params(types, step, average))
 
 
 def open_params(
   folder: epath.PathLike, step: int | None = None, average: bool | None = None
 ) -> stored.StoredParams:
   """Opens the parameters of a run's checkpoint for reading in slices; see `stored.open_state`."""
-  checkpoints, step = _open(folder, step)
-  checkpoints.check(step)
-  checkpoints.close()
-  return stored.open_state(checkpoints.folder / str(step) / "state", average)
+  return _read(
+    folder, step, lambda found, step: stored.open_state(found.folder / str(step) / "state", average)
+  )[0]
 
 
 def identify(folder: epath.PathLike, step: int | None = None) -> tuple[int, str | None]:
@@ -81,11 +80,32 @@ def next_row(folder: epath.PathLike, step: int) -> int:
 
   It raises the same errors as `load_params`.
   """
-  checkpoints, step = _open(folder, step)
-  checkpoints.check(step)
-  row = checkpoints.next_row(step)
-  checkpoints.close()
-  return row
+  return _read(folder, step, lambda found, step: found.next_row(step))[0]
+
+
+def _read(
+  folder: epath.PathLike, step: int | None, read: Callable[[Checkpoints, int], T]
+) -> tuple[T, int]:
+  """Verifies a checkpoint, and returns the result of `read` and its step.
+
+  A running training may delete the newest checkpoint before it is read: then chooses again.
+  """
+  tries = 1 if step is not None or distributed.are_several() else TRIES
+  while True:
+    newest, tries = stages.newest_step(folder), tries - 1
+    try:
+      checkpoints, chosen = _open(folder, step)
+      checkpoints.check(chosen)
+      found = read(checkpoints, chosen)
+      checkpoints.close()
+      break
+    except Exception:
+      if not tries or stages.newest_step(folder) == newest:
+        raise
+  if step is None and not (epath.Path(folder) / stages.DONE).exists() and distributed.is_first():
+    line = f"{folder}: the training is not finished; its newest checkpoint, step {chosen}, is used."
+    print(line, file=sys.stderr, flush=True)
+  return found, chosen
 
 
 def _open(folder: epath.PathLike, step: int | None) -> tuple[Checkpoints, int]:

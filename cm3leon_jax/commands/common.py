@@ -19,16 +19,8 @@ from etils import epath
 from ml_collections import config_flags
 
 from cm3leon_jax import accelerators
-from cm3leon_jax.commands import arguments, bucket_paths, config_file, help_text
-from cm3leon_jax.config import (
-  CTRL_C,
-  INTERRUPTED,
-  STOPPED_EARLY,
-  TryAgain,
-  UserError,
-  causes,
-  printable,
-)
+from cm3leon_jax.commands import arguments, bucket_paths, config_file, help_text, interrupts
+from cm3leon_jax.config import TryAgain, UserError, causes, printable
 from cm3leon_jax.files import buckets, disk_errors
 from cm3leon_jax.runs import from_data
 from cm3leon_jax.runs.table import STAGES
@@ -261,13 +253,6 @@ def _folder() -> epath.Path:
   return epath.Path(_WORKDIR.value)
 
 
-def _stop_early(number: int, _: object) -> None:
-  """Handles a signal before the training loop: ends the command. The loop uses `StopSignal`."""
-  # A handler must not print: it may have interrupted a print.
-  os.write(1, f"{STOPPED_EARLY}\n".encode())
-  sys.exit(INTERRUPTED if number == signal.SIGTERM else CTRL_C)
-
-
 @contextlib.contextmanager
 def _reporting() -> Iterator[None]:
   """Reports an expected error of the body in one sentence, and exits with its exit code."""
@@ -294,22 +279,12 @@ def _reporting() -> Iterator[None]:
     _fail(str(error), error.exit_code)
 
 
-def _end_at_once(code: int) -> NoReturn:
-  """Ends the process without waiting for its threads."""
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
-
-
 def run_app(main: Callable[[list[str]], None], parse: Callable[[list[str]], list[str]]) -> None:
   """Runs an absl app. Reports Ctrl-C in one sentence, and does not wait for Orbax's threads."""
   try:
     app.run(main, flags_parser=parse)
   except KeyboardInterrupt:
-    print(
-      "error: interrupted by Ctrl-C; finished stages and checkpoints are kept.", file=sys.stderr
-    )
-    _end_at_once(CTRL_C)  # XLA may still run, and its threads would crash while Python exits.
+    interrupts.end()
   except SystemExit as end:
     # If a save fails at its start, Orbax's threads wait ten minutes for signals that never arrive.
     if (
@@ -317,7 +292,7 @@ def run_app(main: Callable[[list[str]], None], parse: Callable[[list[str]], list
       and end.code
       and any(type(t).__module__.startswith("orbax.") for t in threading.enumerate())
     ):
-      _end_at_once(end.code)
+      interrupts.end(end.code, "")
     raise
 
 
@@ -375,7 +350,7 @@ def run(
   for number in (signal.SIGTERM, signal.SIGINT) if saves else ():
     # Keep an ignored signal ignored: scripts ignore SIGINT in background jobs.
     if signal.getsignal(number) is not signal.SIG_IGN:
-      signal.signal(number, _stop_early)
+      signal.signal(number, interrupts.stop_early)
   accelerators.use_cpu_if_alone()
   parse = functools.partial(
     _parse_flags, workdir, begins or prepares, several_processes, config, actions

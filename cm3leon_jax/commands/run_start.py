@@ -109,7 +109,6 @@ def write_config(
     UserError: the workdir is not the same folder for all processes.
   """
   from cm3leon_jax import distributed
-  from cm3leon_jax.checkpoints.reading import newest_step
 
   path = workdir / "train" / "config.json"
   with distributed.together():
@@ -118,7 +117,7 @@ def write_config(
       before = read_json(path) if exists(path) else {"run": config}
       changes = before.get("changes", [])
       if changed := stages.differences(before["run"], plain(config)):
-        changes = [*changes, {"step": step or newest_step(path.parent), "fields": changed}]
+        changes = [*changes, {"step": step or stages.newest_step(path.parent), "fields": changed}]
       write_json(path, {**content, **({"changes": changes} if changes else {})})
   with distributed.together():
     if not path.exists():

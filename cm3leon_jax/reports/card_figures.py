@@ -86,9 +86,7 @@ def _is_of(workdir: epath.Path, name: str, step: int) -> bool:
   """Returns whether a stage measured the parameters that the current training has at `step`."""
   done = read_json(workdir / name / stages.DONE, {"config": dict, "summary": dict})
   read = done["config"].get("inputs", {}).get("train")
-  return (
-    read == stages.require(workdir, "train")["id"] and done["summary"].get("step", step) == step
-  )
+  return read == stages.train_id(workdir) and done["summary"].get("step", step) == step
 
 
 def _stage_table(run: Run, name: str, summary: dict) -> Table | None:
@@ -169,7 +167,7 @@ def _protocols(workdir: epath.Path, step: int) -> tuple[list[Table], int]:
   tables, others = [], 0
   for path in sorted((workdir / EVALUATIONS).glob(f"*/{RESULTS}")):
     result = read_json(path, fields)
-    same = result["inputs"].get("train") == stages.require(workdir, "train")["id"]
+    same = result["inputs"].get("train") == stages.train_id(workdir)
     if not same or result["step"] != step or "parameters" in result:
       others += 1
       continue

@@ -19,7 +19,7 @@ from etils import epath
 
 from cm3leon_jax.config import REMOVED_FIELDS, UserError
 from cm3leon_jax.files.atomic import exists, sync
-from cm3leon_jax.files.digests import damage, describe
+from cm3leon_jax.files.digests import damage, describe, digest
 from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.runs.table import STAGES, identity, reads_of
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
 
 DONE = "done.json"
+SEALS = "checkpoints.digests"  # Folder in train/; its file STEP.json seals a checkpoint.
 
 
 def differences(old: dict, new: dict, where: str = "") -> list[str]:
@@ -73,6 +74,23 @@ def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
   about = read_json(folder / DONE, {"id": str, **fields})
   _check_id(folder, about)
   return about
+
+
+def train_id(workdir: epath.PathLike) -> str:
+  """Returns the id of the training, or of its newest sealed checkpoint if it is not finished.
+
+  Raises UserError if it has no checkpoint yet. For other errors, see `require`.
+  """
+  folder = epath.Path(workdir) / "train"
+  if exists(folder / DONE) or not (step := newest_step(folder)):
+    return require(workdir, "train")["id"]
+  return f"step {step}: {digest(folder / SEALS / f'{step}.json')}"
+
+
+def newest_step(folder: epath.PathLike) -> int:
+  """Returns the step of a run's newest sealed checkpoint, or 0. It reads only file names."""
+  seals = (epath.Path(folder) / SEALS).glob("*.json")
+  return max((int(path.stem) for path in seals if path.stem.isdecimal()), default=0)
 
 
 def describe_files(folder: epath.PathLike, patterns: Collection[str]) -> dict[str, dict]:
@@ -173,7 +191,7 @@ def is_given(workdir: epath.PathLike, name: str) -> bool:
 
 
 def ids(settings: Settings, workdir: epath.PathLike, names: Collection[str]) -> dict[str, str]:
-  """Returns the ids of finished stages.
+  """Returns the ids of finished stages. The training only needs a checkpoint, see `train_id`.
 
   Raises:
     UserError: a stage is not finished. Only for the stage "train": the workdir does not exist, or
@@ -181,7 +199,7 @@ def ids(settings: Settings, workdir: epath.PathLike, names: Collection[str]) -> 
   """
   if "train" in names and not epath.Path(workdir).exists():
     raise UserError(f"there is no folder {workdir}: name the folder of a run with --workdir.")
-  result = {name: require(workdir, name)["id"] for name in names}
+  result = {n: train_id(workdir) if n == "train" else require(workdir, n)["id"] for n in names}
   if "train" in result:
     folder, expected = epath.Path(workdir) / "train", identity(settings, "train")
     stored = read_json(folder / "config.json", {"run": dict})["run"]

@@ -10,6 +10,7 @@ import pytest
 
 from cm3leon_jax.checkpoints import checkpoint, reading, recovery
 from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.runs import stages
 from cm3leon_jax.training.step.state import init_state
 from tests.checkpoints.saved import OPTIMIZER, flip, fresh, largest_file, on_disk
 from tests.launched import python
@@ -88,6 +89,30 @@ def test_a_damaged_file_is_refused(saved, damage):
     victim.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
   with jax.set_mesh(mesh_of(1, 1, 1)), refused(UserError):
     reading.load_params(saved, CONFIG)
+
+
+@pytest.mark.parametrize("reader", ["check", "restore_params"])
+def test_a_checkpoint_that_a_training_deletes_is_chosen_again(saved, monkeypatch, reader):
+  """Before each read, the training saves another checkpoint and deletes the chosen one."""
+  original, saves = getattr(checkpoint.Checkpoints, reader), 2
+
+  def read_late(self, *args):
+    step, folders = self.sealed()[-1], (self.folder, self.digest_folder)
+    if step < 2 + saves:
+      for folder in folders:
+        for path in [*folder.glob(str(step)), *folder.glob(f"{step}.json")]:
+          path.rename(folder / path.name.replace(str(step), str(step + 1)))
+    return original(self, *args)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, reader, read_late)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params, step = reading.load_params(saved, CONFIG)
+    assert step == 2 + saves
+    np.testing.assert_array_equal(params["embed"], fresh(2).params["embed"])
+    saves = reading.TRIES + 10
+    with pytest.raises(Exception, match="damaged" if reader == "check" else "not"):
+      reading.load_params(saved, CONFIG)
+    assert reading.stages.newest_step(saved) == 4 + reading.TRIES
 
 
 @pytest.mark.parametrize(("damaged", "removed"), [(2, None), (1, None), (2, 1)])
@@ -239,7 +264,7 @@ def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_
 
   with refused(TryAgain):
     run()
-  assert reading.newest_step(tmp_path) == saves
+  assert stages.newest_step(tmp_path) == saves
 
 
 def test_a_job_that_lost_its_lease_neither_saves_nor_seals(tmp_path):

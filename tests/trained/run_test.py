@@ -111,3 +111,24 @@ def test_a_run_has_at_most_twelve_public_members():
 def test_a_misspelt_name_of_a_bundle_is_mended():
   with refused(UserError):
     Run.open("scenez")
+
+
+def test_a_stopped_run_is_read_at_its_newest_checkpoint(run, tmp_path, capfd):
+  workdir = epath.Path(shutil.copytree(run, tmp_path / "stopped"))
+  done, seals = workdir / "train" / stages.DONE, workdir / "train" / stages.SEALS
+  finished = done.read_text()
+  done.unlink()
+  line = f"{done.parent}: the training is not finished; its newest checkpoint, step 7, is used.\n"
+  read = []
+  for _ in range(2):
+    export.main(SETTINGS, workdir, choice=formats.Choice("orbax"))
+    about = read_json(workdir / "export" / stages.DONE)
+    assert (capfd.readouterr().err, about["summary"]["step"]) == (line * (not done.exists()), 7)
+    read.append(about["config"]["inputs"]["train"])
+    assert read[-1] == ids(Run.open(workdir), ["train"])["train"]
+    done.write_text(finished)  # Now the export is one of another training, and is written again.
+  assert read == [f"step 7: {digest(seals / '7.json')}", "train"]
+  done.unlink()
+  (seals / "7.json").unlink()
+  with pytest.raises(UserError, match="train is not finished: run `cm3leon train`"):
+    ids(Run.open(workdir), ["train"])

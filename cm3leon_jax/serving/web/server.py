@@ -161,7 +161,7 @@ def serve(
   announcer = threading.Thread(target=_announce, args=(engine, server, name, address), daemon=True)
   announcer.start()
   server.run(sockets=[opened])
-  ended = engine.close(seconds=stop_seconds)
+  ended = engine.close(seconds=stop_seconds if engine.is_ready else 0)  # 0: it still compiles.
   if engine.failure is not None:
     raise RuntimeError("the engine has failed; its error is above.") from engine.failure
   print("stopped.", flush=True)

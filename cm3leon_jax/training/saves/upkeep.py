@@ -215,8 +215,8 @@ def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
         # Delete done.json first: if the rollback is killed, the run then counts as unfinished.
         (folder / DONE).unlink()
       sentences.append(
-        f"{removed} {folder / DONE}: without it the run is not finished, and generate, evaluate "
-        "and export refuse it until cm3leon train has reached its last step."
+        f"{removed} {folder / DONE}: without it the run is not finished, so generate, evaluate and "
+        "export use its newest checkpoint until cm3leon train has reached its last step."
       )
     if not dry_run:
       checkpoints.delete_after(step)
