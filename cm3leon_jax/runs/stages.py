@@ -12,6 +12,8 @@ import contextlib
 import hashlib
 import math
 from numbers import Real
+import os
+import posixpath
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
 
 DONE = "done.json"
+# Folders of a workdir that no stage owns.
+MORE = ("base", "evaluations", "geneval", "given", "init", "logs", "prompts", "scores")
 
 
 def differences(old: dict, new: dict, where: str = "") -> list[str]:
@@ -73,6 +77,21 @@ def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
   about = read_json(folder / DONE, {"id": str, **fields})
   _check_id(folder, about)
   return about
+
+
+def folders_in(root: str, files: Collection[str], workdir: str) -> list[str]:
+  """Returns the folders below `root` that runs wrote: those with a done.json, and `workdir`.
+
+  If `root` is the workdir, these are folders in it. `files` are all files below `root`.
+  """
+  folders = {posixpath.dirname(name) for name in files if posixpath.basename(name) == DONE} - {root}
+  inner = os.path.relpath(os.path.realpath(workdir), os.path.realpath(root)) if workdir else ".."
+  if inner == ".":
+    folders |= {f"{root}/{name}" for name in (*STAGES, *MORE)}
+  elif inner.partition("/")[0] != "..":
+    folders.add(f"{root}/{inner}")
+  outer = {f for f in folders if not any(f.startswith(f"{other}/") for other in folders)}
+  return [folder for folder in sorted(outer) if any(f.startswith(f"{folder}/") for f in files)]
 
 
 def describe_files(folder: epath.PathLike, patterns: Collection[str]) -> dict[str, dict]:
