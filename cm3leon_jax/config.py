@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import dataclasses
 import difflib
 import math
+import os
 import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -124,7 +125,7 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
 
   Args:
     cls: a pydantic dataclass with the config `STRICT`.
-    values: ConfigDict or dict from field names to values; lists become tuples.
+    values: ConfigDict or dict from field names to values; lists become tuples, `~` the home folder.
     where: name of the section, for messages; "" for the whole config.
 
   Raises:
@@ -135,6 +136,7 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
   place = f"config.{where}" if where else "config"
   try:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
+    values |= {k: os.path.expanduser(v) for k, v in values.items() if isinstance(v, str)}
   except (TypeError, ValueError) as error:
     raise FieldError(f"{place} is {short(values)}; it must map field names to values.") from error
   if wrong := [name for name in values if not isinstance(name, str)]:

@@ -86,7 +86,7 @@ def load(
     else:
       params, step = initial.merged(adapters, initial.load_base(adapters))
     own = None if run.kind == "export" else run.clip
-    encoder = own if clip is None else HFCLIP.load(os.fspath(clip))
+    encoder = own if clip is None else HFCLIP.load(os.path.expanduser(clip))
     pipeline = Pipeline.load(run, params, encoder, **options)
     pipeline.unseen = unseen_in(run)
     return os.fspath(run.folder), pipeline, jax.sharding.get_mesh(), step

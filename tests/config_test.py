@@ -1,3 +1,4 @@
+import os
 from typing import Annotated
 
 from hypothesis import given, settings
@@ -33,6 +34,7 @@ def test_defaults_and_overrides():
   assert sample == Sample(8, 1.0, "b", False, (2, 3))
   assert isinstance(sample.rate, float)
   assert isinstance(sample.shape, tuple)
+  assert build(Sample, {"name": "~/in"}).name == os.path.expanduser("~/in")
 
 
 def test_an_unknown_field_is_named_with_the_one_meant():

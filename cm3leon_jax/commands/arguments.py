@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 import difflib
+import os
 import pathlib
 import re
 
@@ -12,6 +13,15 @@ from cm3leon_jax.commands import config_file
 from cm3leon_jax.config import UserError
 
 MODELS = pathlib.Path(cm3leon_jax.__file__).parent / "assets" / "models"  # The installed bundles.
+
+
+def with_homes(arguments: list[str]) -> list[str]:
+  """Replaces `~` at the start of paths, because shells leave `--workdir=~/run` as it is.
+
+  with_homes(["--workdir=~/run", "--prompt=~"]) = ["--workdir=/home/ada/run", "--prompt=~"]
+  """
+  found = [re.fullmatch(r"(--?(?!prompt=)[\w.]+=)(~.*)", one, re.DOTALL) for one in arguments]
+  return [m[1] + os.path.expanduser(m[2]) if m else one for m, one in zip(found, arguments)]
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:

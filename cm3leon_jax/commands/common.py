@@ -183,6 +183,7 @@ def _parse_flags(
 
   The flags of the config are parsed last, because the config imports JAX, which takes seconds.
   """
+  argv = arguments.with_homes(argv)
   if help_text.REQUESTS.intersection(argv[1:]):
     docstring = sys.modules["__main__"].__doc__ or ""
     print(help_text.page(docstring, workdir is not False, several_processes, config is not False))

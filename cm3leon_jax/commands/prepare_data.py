@@ -225,7 +225,7 @@ def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
       f"config.raw.resolution is 0, but the source '{settings.raw.source}' needs a resolution: "
       "give --config.raw.resolution=48, or a folder of images as config.raw.source."
     )
-  parts = ingest.parts_of(settings.raw, drawn_source(settings))
+  parts = ingest.parts_of(settings.raw, drawn_source(settings), str(workdir))
   # If files are new or changed, the stage runs again, but only for the shards of these files.
   files = formats.digest_of(parts)
   with sharded.stage(workdir, "raw", settings, {"files": files}) as (summary, runner):

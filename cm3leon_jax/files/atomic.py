@@ -28,7 +28,7 @@ def open_filesystem(path: epath.PathLike) -> tuple[fsspec.AbstractFileSystem, st
   """
   path = os.fspath(path)
   if "://" not in path:
-    return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(path))
+    return fsspec.filesystem("file"), os.path.abspath(path)
   if "::" in path:
     raise UserError(f"{path} contains '::', which is not allowed in a URL: rename the file.")
   buckets.check_path(path)

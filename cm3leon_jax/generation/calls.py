@@ -21,7 +21,6 @@ from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import GUIDANCE, Task
 
 PROMPTS = ("question", "instruction")  # Other names for `prompt`, in `answer` and `edit`.
-MODES = ("1", "I;16", "L", "LA", "P", "RGB", "RGBA")  # Modes of PIL images that PNG supports.
 
 
 def whole(name: str, value: Any, least: int = 0) -> int:
@@ -50,7 +49,7 @@ def folder(name: str, value: Any) -> str:
     raise UserError(f"{name} is {short(value)}; it must be the path of a folder.")
   if not os.fspath(value).strip():
     raise UserError(f"{name} is empty; it must be the path of a folder.")
-  return os.fspath(value)
+  return os.path.expanduser(value)
 
 
 def given_tasks(value: Any) -> list[Task]:
@@ -76,9 +75,9 @@ def image(value: Any) -> str | Image.Image | np.ndarray:
   if isinstance(value, str | os.PathLike):
     if os.fspath(value).lower().startswith(("http://", "https://")):
       raise UserError(f"image {value} is a URL; download the image, and give the path of its file.")
-    return os.fspath(value)
+    return os.path.expanduser(value)
   if isinstance(value, Image.Image) and all(value.size):
-    return value if value.mode in MODES else value.convert("RGB")
+    return value
   is_array = isinstance(value, np.ndarray)
   if is_array and value.size and value.dtype == np.uint8 and value.shape[2:] == (3,):
     return value

@@ -9,6 +9,7 @@ from PIL import Image
 
 from cm3leon_jax.config import printable
 from cm3leon_jax.data.raw import reader
+from cm3leon_jax.files.images import upright_rgb
 from cm3leon_jax.generation.tasks import GivenImage, Task, image_name
 
 
@@ -18,7 +19,7 @@ def load_image(image: GivenImage, resolution: int | None, crop: str = "center") 
     return reader.load_image(image, resolution, crop)
   buffer = io.BytesIO()
   image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-  image.save(buffer, "PNG")
+  upright_rgb(image).save(buffer, "PNG")
   return reader.load_image(buffer.getvalue(), resolution, crop)
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 from scipy import sparse
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.files.images import upright_rgb
 from cm3leon_jax.files.json_files import read_json, write_json
 
 GIVEN = "given"  # Folder in the workdir with the pairs or records that were given.
@@ -89,7 +90,7 @@ def run(
     raise UserError(f"minutes is {minutes!r}; it must be a positive number.")
   if not isinstance(fields or {}, Mapping):
     raise UserError('fields is not a dict; it must be one, such as {"train.steps": 500}.')
-  folder = pathlib.Path(workdir)
+  folder = pathlib.Path(os.path.expanduser(workdir))
   if folder.exists() and not folder.is_dir():
     raise UserError(f"workdir is {folder}, which is a file; it must be a folder.")
   values = {**_source(data, folder), "train.max_forgetting": max_forgetting, **(fields or {})}
@@ -103,9 +104,9 @@ def run(
 def _source(data: Any, workdir: pathlib.Path) -> dict[str, str]:
   """Returns the config fields that name the data. Writes pairs and records to the workdir."""
   if isinstance(data, str | os.PathLike):
-    if not os.path.exists(data):
-      raise UserError(f"data is {os.fspath(data)!r}, which does not exist: give {SHAPES}.")
-    return {"raw.source": os.fspath(data)}
+    if not os.path.exists(data := os.path.expanduser(data)):
+      raise UserError(f"data is {data!r}, which does not exist: give {SHAPES}.")
+    return {"raw.source": data}
   items = list(data) if isinstance(data, Sequence) else []
   if items and all(isinstance(item, Mapping) for item in items):
     kind = next((k for k, of in KINDS.items() if {*of.images, *of.texts} <= {*items[0]}), "")
@@ -121,15 +122,15 @@ def _source(data: Any, workdir: pathlib.Path) -> dict[str, str]:
 
 
 def _png(image: Any, where: str) -> bytes:
-  """Returns an image as a PNG file. `image` is a path, a PIL image or uint8 [H, W, 3]."""
+  """Returns an image as an RGB PNG file. `image` is a path, a PIL image or uint8 [H, W, 3]."""
   buffer = io.BytesIO()
   try:
     if isinstance(image, str | os.PathLike):
-      with Image.open(image) as opened:
-        opened.convert("RGB").save(buffer, "PNG")
+      with Image.open(os.path.expanduser(image)) as opened:
+        upright_rgb(opened).save(buffer, "PNG")
     else:
       given = image if isinstance(image, Image.Image) else Image.fromarray(image)
-      given.convert("RGB").save(buffer, "PNG")
+      upright_rgb(given).save(buffer, "PNG")
   except Exception as error:  # Pillow raises errors of many types for damaged files.
     raise UserError(
       f"{where}: the image cannot be read ({error}); it must be the path of an image file, a PIL "

@@ -16,6 +16,7 @@ import ml_collections
 
 from cm3leon_jax.config import UserError, build
 from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.runs import stages
 
 COUNTS = "counts"  # Key in the summary of raw/done.json.
 OF_BASE = "base_fields"  # Key in the summary of text_tokenizer/done.json.
@@ -188,6 +189,12 @@ def complete(
   tuned = config.instructions.tasks or config.instructions.own_tasks
   counted = not (of_base and tuned)
   counts = _counts(workdir, names, prepares) if counted else UNKNOWN
+  of_raw = {} if "raw.resolution" in given else of_base
+  if side := of_raw.get("raw.resolution", config.raw.resolution):
+    if counts is UNKNOWN:
+      counts = dataclasses.replace(counts, resolution=side)
+    stored, asked = ({"raw": {"resolution": number}} for number in (counts.resolution, side))
+    stages.check_same_config(epath.Path(workdir or ".") / "raw", stored, asked)
   found = values(counts, config.train.minutes, _cost(of_base) if of_base else 1.0)
   if steps := config.train.steps:  # The user has set them.
     found |= {f"train.{name}": every for name, every in intervals(steps).items()}
@@ -200,6 +207,12 @@ def complete(
   kept = {*given, *({"data.base_documents", "data.base_share"} - {*names})}
   new = {**{name: found[name] for name in names}, **of_base}
   made.update_from_flattened_dict({k: v for k, v in new.items() if k not in kept})
+  square = made.vqgan.downsample
+  if side and side == made.vqgan.resolution and square > 0 and side % square:
+    raise UserError(
+      f"config.raw.resolution is {side}; it must be a multiple of config.vqgan.downsample = "
+      f"{square}, such as {max(1, side // square) * square}."
+    )
   return made
 
 

@@ -12,6 +12,8 @@ import contextlib
 import hashlib
 import math
 from numbers import Real
+import os
+import posixpath
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 DONE = "done.json"
 SEALS = "checkpoints.digests"  # Folder in train/; its file STEP.json seals a checkpoint.
+# Folders of a workdir that no stage owns.
+MORE = ("base", "evaluations", "geneval", "given", "init", "logs", "prompts", "scores")
 
 
 def differences(old: dict, new: dict, where: str = "") -> list[str]:
@@ -91,6 +95,21 @@ def newest_step(folder: epath.PathLike) -> int:
   """Returns the step of a run's newest sealed checkpoint, or 0. It reads only file names."""
   seals = (epath.Path(folder) / SEALS).glob("*.json")
   return max((int(path.stem) for path in seals if path.stem.isdecimal()), default=0)
+
+
+def folders_in(root: str, files: Collection[str], workdir: str) -> list[str]:
+  """Returns the folders below `root` that runs wrote: those with a done.json, and `workdir`.
+
+  If `root` is the workdir, these are folders in it. `files` are all files below `root`.
+  """
+  folders = {posixpath.dirname(name) for name in files if posixpath.basename(name) == DONE} - {root}
+  inner = os.path.relpath(os.path.realpath(workdir), os.path.realpath(root)) if workdir else ".."
+  if inner == ".":
+    folders |= {f"{root}/{name}" for name in (*STAGES, *MORE)}
+  elif inner.partition("/")[0] != "..":
+    folders.add(f"{root}/{inner}")
+  outer = {f for f in folders if not any(f.startswith(f"{other}/") for other in folders)}
+  return [folder for folder in sorted(outer) if any(f.startswith(f"{folder}/") for f in files)]
 
 
 def describe_files(folder: epath.PathLike, patterns: Collection[str]) -> dict[str, dict]:

@@ -74,6 +74,14 @@ def ended(tmp_path_factory):
   return folder
 
 
+def test_home_folders_are_replaced_in_paths_and_not_in_prompts(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/ada")
+  given = ["--workdir=~/run", "-config.raw.source=~/in", "--prompts=~/p", "--config", "~/c.py"]
+  kept = ["--prompt=~/x", "--out=gs://b/~/x", "--out=./~", "~/y"]
+  replaced = ["--workdir=/home/ada/run", "-config.raw.source=/home/ada/in", "--prompts=/home/ada/p"]
+  assert arguments.with_homes([*given, *kept]) == [*replaced, *given[3:], *kept]
+
+
 @pytest.mark.parametrize("number", range(len(JOBS)))
 def test_a_mistake_is_one_sentence_and_imports_no_jax(number, ended):
   assert (ended / f"{number}.1").read_text() == "2 []\n"

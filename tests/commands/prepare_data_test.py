@@ -9,7 +9,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import from_data
 from cm3leon_jax.settings import default_config, settings_from_config
 from tests.data.checks.leaks_test import photos, write_source
-from tests.launched import launch
+from tests.launched import ROOT, launch
 from tests.messages import check_refused, refused
 
 
@@ -111,6 +111,22 @@ def test_what_follows_from_the_data_is_counted_printed_and_used_by_later_stages(
   (tmp_path / "other").mkdir()
   early = launch("train_text_tokenizer", "--config=own", f"--workdir={tmp_path / 'other'}")
   check_refused(early)
+
+
+@pytest.mark.parametrize(("source", "workdir"), [("~/in", "~/in/run"), (".", "."), (".", "run")])
+def test_a_repeated_command_does_not_read_its_own_output(source, workdir, tmp_path):
+  """Regression: with `=`, shells leave "~", which named a folder; and pairs doubled."""
+  folder = write_source(tmp_path / "in", photos("train", range(4)) | photos("heldout", [7, 9]))
+  flags = f"--config.raw.source={source}", f"--workdir={workdir}", "--config.raw.resolution=48"
+  where = {"cwd": folder, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+  for repeats in (False, True):
+    result = launch("prepare_data", "--config=own", *flags, **where)
+    assert result.returncode == 0, result.stderr
+    assert ("left out, because a run wrote it: " in result.stdout) == repeats
+    summary = json.loads((done := next(folder.rglob("done.json"))).read_text())["summary"]
+    assert (summary["train_pairs"] - summary["train_crops"], summary["heldout_pairs"]) == (4, 2)
+    done.unlink()  # As if the command was killed.
+  assert not list(folder.rglob("~"))
 
 
 def test_a_source_without_files_needs_a_resolution():

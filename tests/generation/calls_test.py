@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from cm3leon_jax.config import UserError
@@ -16,6 +18,10 @@ FOREIGN = [
   ("text_to_image", "dtype"),
   ("text_to_image", "device"),
 ]
+
+
+def test_paths_in_the_home_folder_become_absolute():
+  assert calls.folder("workdir", "~/a") == calls.image("~/a") == os.path.expanduser("~/a") != "~/a"
 
 
 @pytest.mark.parametrize(("task", "keyword"), FOREIGN)

@@ -24,7 +24,7 @@ def image(value, side=6):
   return np.full((side, side, 3), value, np.uint8)
 
 
-def test_a_folder_is_named_to_the_command(started, tmp_path):
+def test_a_folder_is_named_to_the_command(started, tmp_path, monkeypatch):
   finetune.run(tmp_path, "W", "scenes", minutes=2.5, max_forgetting=0.03, fields={"train.steps": 7})
   [(flags, shown)] = started
   assert flags == [
@@ -36,6 +36,9 @@ def test_a_folder_is_named_to_the_command(started, tmp_path):
   assert (started[1][0][-1], started[1][1]) == ("--own_image_tokenizer", False)
   finetune.run(tmp_path, "W", "scenes", min_psnr=17.5)
   assert started[2][0][-1] == "--min_psnr=17.5"
+  monkeypatch.setenv("HOME", str(tmp_path))
+  finetune.run("~/", "~/W", "scenes")
+  assert {f"--workdir={tmp_path}/W", f"--config.raw.source={tmp_path}/"} <= {*started[3][0]}
 
 
 def test_pairs_are_written_once_as_a_folder(started, tmp_path):

@@ -21,6 +21,7 @@ def config_without(*names, minutes=15.0):
   """Returns the default config without some fields, which are then computed from the data."""
   config = default_config()
   config.train.minutes = minutes
+  config.raw.resolution = 0
   for name in names:
     section, field = name.split(".")
     kind = type(config[section][field])
@@ -128,6 +129,30 @@ def test_a_field_that_does_not_follow_from_the_data_is_named(tmp_path):
   prepared(tmp_path)
   with refused(UserError):
     from_data.complete(config_without("model.width"), tmp_path)
+
+
+def test_a_wrong_resolution_is_refused_before_the_data_is_prepared(tmp_path):
+  config = own.get_config()
+  config.raw.resolution = 100
+  with pytest.raises(UserError, match=r"raw\.resolution is 100;.*downsample = 6, such as 96\."):
+    from_data.complete(config, tmp_path, prepares=True)
+  config.raw.resolution = 96
+  made = from_data.complete(config, tmp_path, prepares=True)
+  assert made.vqgan.resolution == made.clip.resolution == 96
+
+
+def test_another_resolution_than_that_of_the_data_is_named(tmp_path):
+  """Regression: the stored resolution won, so that the sentence stayed after a correction."""
+  prepared(tmp_path, dataclasses.replace(COUNTS, resolution=60))
+  config = own.get_config()
+  config.raw.resolution = 96
+  for prepares in (True, False):
+    with pytest.raises(UserError, match=r"raw\.resolution: 60 -> 96\): use another --workdir, or"):
+      from_data.complete(config, tmp_path, prepares=prepares)
+  # The base's resolution replaces that of a config file.
+  fields = from_data.base_fields(base_of(vqgan={"resolution": 60}), documents=True)
+  made = from_data.complete(config, tmp_path, of_base=fields)
+  assert (made.raw.resolution, made.vqgan.resolution) == (60, 60)
 
 
 def test_missing_fields_are_named_by_section_and_field():

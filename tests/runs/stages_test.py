@@ -45,6 +45,17 @@ def test_a_finished_stage_is_skipped(tmp_path):
   assert read_json(tmp_path / "a" / stages.DONE) == first
 
 
+def test_a_source_leaves_out_the_workdir_and_finished_stages():
+  files = ["/s/1.png", "/s/new/raw/0/1.png", "/s/old/raw/done.json", "/s/raw/1.png", "/s/given/1"]
+  assert stages.folders_in("/s", files, "/s/new") == ["/s/new", "/s/old/raw"]
+  assert stages.folders_in("/s", files, "/s") == ["/s/given", "/s/old/raw", "/s/raw"]
+  for workdir in ("/", "/s/other", ""):
+    assert stages.folders_in("/s", files, workdir) == ["/s/old/raw"]
+  # A finished stage, or a folder of the workdir, may itself be the source.
+  assert stages.folders_in("/s/old/raw", files[2:3], "/s/old") == []
+  assert stages.folders_in("/s/given", files[4:], "/s") == []
+
+
 def test_files_are_on_the_disk_before_done_says_so(tmp_path, monkeypatch):
   """Otherwise, after a power loss, done.json could exist without the files that it lists."""
   fsync, replace, events = os.fsync, os.replace, []

@@ -56,7 +56,9 @@ class Rejections:
       )
 
 
-def parts_of(config: RawConfig, drawn: DrawnSource | None = None) -> list[formats.SourcePart]:
+def parts_of(
+  config: RawConfig, drawn: DrawnSource | None = None, workdir: str = ""
+) -> list[formats.SourcePart]:
   """Splits the source into parts, one per shard. `drawn` is a source that draws its images.
 
   Raises:
@@ -70,7 +72,7 @@ def parts_of(config: RawConfig, drawn: DrawnSource | None = None) -> list[format
     )
   if drawn is not None:
     return drawn.parts(config.licenses, config.resolution)
-  return formats.parts(config.source, config.format)
+  return formats.parts(config.source, config.format, workdir)
 
 
 def prepare(

@@ -30,6 +30,7 @@ from cm3leon_jax.data.sources.records import (
 )
 from cm3leon_jax.files.atomic import exists, open_filesystem
 from cm3leon_jax.files.digests import damage
+from cm3leon_jax.files.images import upright_rgb
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages
 
@@ -193,21 +194,18 @@ def _decode(
   if pixels > MAX_PIXELS:
     raise UserError(f"image {name} has {pixels:,} pixels; the maximum is {MAX_PIXELS:,}.")
   if pixels <= LARGE:
-    return _upright_square(opened, resolution, crop)
+    return _square(upright_rgb(opened), resolution, crop)
   del opened  # Frees the file content before this thread waits for the lock.
   with _one_at_a_time():
     file.seek(0)
-    return _upright_square(Image.open(file, formats=FORMATS), resolution, crop)
+    return _square(upright_rgb(Image.open(file, formats=FORMATS)), resolution, crop)
 
 
-def _upright_square(
-  opened: Image.Image, resolution: int | None, crop: str
+def _square(
+  pixels: Image.Image, resolution: int | None, crop: str
 ) -> tuple[np.ndarray, tuple[int, int]]:
-  """Rotates an image upright, puts it on white, and scales it to a square of `resolution`."""
-  pixels = ImageOps.exif_transpose(opened).convert("RGBA")
-  del opened  # Frees the original pixels, and the decoder, which may need as much memory.
+  """Scales an image to a square of `resolution`. Returns its pixels, and its size before."""
   size = pixels.size
-  pixels = Image.alpha_composite(Image.new("RGBA", size, "white"), pixels).convert("RGB")
   if resolution and size != (resolution, resolution):
     squares: dict[str, Callable[..., Image.Image]] = {
       "center": ImageOps.fit,

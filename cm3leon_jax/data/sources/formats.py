@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.data.sources.archives import parquet_rows, tar_samples
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from cm3leon_jax.data.sources.lines import csv_rows, json_lines, whole_text
@@ -40,6 +40,7 @@ from cm3leon_jax.data.sources.samples import (
   suffix_of,
 )
 from cm3leon_jax.files.atomic import open_filesystem
+from cm3leon_jax.runs import stages
 
 PAIR_FILES = ("pairs.jsonl", "captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
 TEXTS = "texts.jsonl"
@@ -50,7 +51,6 @@ IMAGE_LISTS = (*PAIR_FILES, INTERLEAVED)
 # JSONL files without texts. A source may be a raw shard, which has the file rejected.jsonl.
 NO_TEXTS = (*LISTS, "rejected.jsonl")
 TEXT_FILES = 1_000  # Maximum number of .txt files per part.
-
 
 # Attributes that change with the content of a file: a checksum (GCS bucket) or a time (local).
 STAMPS = ("md5Hash", "ETag", "etag", "mtime")
@@ -96,7 +96,7 @@ def digest_of(parts: list[SourcePart]) -> str:
   return hashlib.sha256(f"{parts!r}{stamps}".encode()).hexdigest()
 
 
-def parts(source: str, kind: str = "auto") -> list[SourcePart]:
+def parts(source: str, kind: str = "auto", workdir: str = "") -> list[SourcePart]:
   """Splits `source` into parts in a fixed order.
 
   A part is a tar, Parquet or JSONL file, a folder with a list of captions, up to 1,000 .txt files,
@@ -105,12 +105,13 @@ def parts(source: str, kind: str = "auto") -> list[SourcePart]:
   Args:
     source: a folder, a file or a glob pattern, local or `gs://`.
     kind: a `Format`. `auto` detects the formats from the file names.
+    workdir: folder of the run. Folders in the source that runs wrote are left out.
 
   Raises:
     UserError: the source has no files, or no file of a known format.
   """
   fs, path = _filesystem(source)
-  found = _files(fs, path, source)
+  found = _files(fs, path, source, workdir)
   # Links are allowed only in `sidecars`, whose reader checks where they lead.
   files = [name for name, about in found.items() if not about.is_link]
   kinds = [kind] if kind != "auto" else _detect(found, files, source)
@@ -226,8 +227,8 @@ def _filesystem(source: str) -> tuple[fsspec.AbstractFileSystem, str]:
     raise UserError(f"config.raw.source: {error}") from error
 
 
-def _files(fs: fsspec.AbstractFileSystem, path: str, source: str) -> dict[str, _File]:
-  """Lists the files at `path` in the order of their names. Skips hidden files of a folder."""
+def _files(fs: fsspec.AbstractFileSystem, path: str, source: str, run: str) -> dict[str, _File]:
+  """Lists the files at `path` in the order of their names. Skips hidden files, and runs."""
   entries: dict[str, dict[str, Any]] = {}
   hidden: int | None = len(path)
   if any(c in path for c in WILDCARDS):
@@ -244,6 +245,9 @@ def _files(fs: fsspec.AbstractFileSystem, path: str, source: str) -> dict[str, _
     if about["type"] == "file" or about.get("islink")
     if hidden is None or "/." not in name[hidden:]
   }
+  if of_runs := stages.folders_in(_root(path, files), files, run and _filesystem(run)[1]):
+    print(f"prepare_data: left out, because a run wrote it: {printable(', '.join(of_runs))}.")
+    files = {name: about for name, about in files.items() if not _is_in(name, of_runs)}
   if not files:
     raise UserError(
       f"config.raw.source is '{source}', which does not exist or has no files; it must be "

@@ -66,7 +66,7 @@ def _resolve(path: str) -> str:
   if start not in LOCAL:
     return start + posixpath.normpath(inner)
   # This is how `open_filesystem` resolves paths, too.
-  return start + os.path.realpath(os.path.abspath(os.path.expanduser(inner)))
+  return start + os.path.realpath(os.path.abspath(inner))
 
 
 def _split(path: str) -> tuple[str, str]:
