@@ -1,17 +1,25 @@
 """Tests the runner and the page of a first run on an accelerator, with parts that take no time."""
 
+import contextlib
+import http.server
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
+import sys
+import threading
 import time
 import zipfile
 
+from etils import epath
 import pytest
 
 from benchmarks import first_run, first_run_machine
 from benchmarks.first_run import Part
+from cm3leon_jax.config import UserError
+from tests import bucket_server
 
 ROOT = pathlib.Path(__file__).parents[2]
 MACHINE = {"platform": "gpu", "devices": "1 x NVIDIA T4", "jax": "0.10.2"}
@@ -60,7 +68,7 @@ PAGE = """\
 def finished(tmp_path_factory):
   out = tmp_path_factory.mktemp("first_run")
   results = {"machine": MACHINE, "parts": {}}
-  first_run.go(PARTS, results, out, time.monotonic() + 600)
+  first_run.go(PARTS, results, out, epath.Path(out), time.monotonic() + 600)
   return out, results
 
 
@@ -83,10 +91,64 @@ def test_one_file_has_everything(finished):
 
 def test_parts_without_time_do_not_start(tmp_path):
   results = {"machine": MACHINE, "parts": {}}
-  first_run.go(PARTS, results, tmp_path, time.monotonic() + 5)
+  first_run.go(PARTS, results, tmp_path, epath.Path(tmp_path), time.monotonic() + 5)
   outcomes = {part["outcome"] for part in results["parts"].values()}
   assert outcomes == {"not started: no time was left"}
   assert not list(tmp_path.glob("*.log"))
+
+
+def test_a_second_start_runs_only_the_parts_without_a_result(finished, tmp_path, capsys):
+  shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+  there = epath.Path(tmp_path)
+  results = first_run.begin(tmp_path, there, {**MACHINE, "date": "2027-01-01"})
+  parts = [*PARTS[:2], Part("hangs", "Does it end?", ("-c", "print(9)"), 60)]
+  capsys.readouterr()
+  first_run.go(parts, results, tmp_path, there, time.monotonic() + 600)
+  assert re.findall(r"^(\w+)(?::| \.\.\.) (\w+)", capsys.readouterr().out, re.MULTILINE) == [
+    ("good", "passed"), ("bad", "failed"), ("hangs", "passed"),
+  ]  # fmt: skip
+  stored = json.loads((tmp_path / "results.json").read_text())["parts"]
+  assert [part["lines"] for part in stored.values()] == [["53"], ["8"], ["9"]]
+  with pytest.raises(UserError, match=r"another machine or version \(different: jax\)"):
+    first_run.begin(tmp_path, there, {**MACHINE, "jax": "0.11"})
+  (tmp_path / "results.json").unlink()
+  with pytest.raises(UserError, match="is not empty"):
+    first_run.begin(tmp_path, there, MACHINE)
+
+
+IN_BUCKET = """
+import pathlib, sys, time
+from etils import epath
+from benchmarks import first_run
+from benchmarks.first_run import Part
+
+first_run.buckets.prepare_access()
+parts = [Part("good", "?", ("-c", "print(53)"), 60), Part("bad", "?", ("-c", "exit(3)"), 60)]
+there = epath.Path("gs://bucket/first")
+for count, folder in enumerate(sys.argv[1:], 1):
+  out = pathlib.Path(folder)
+  out.mkdir()
+  results = first_run.begin(out, there, {"platform": "gpu", "devices": "1 x NVIDIA T4"})
+  first_run.go(parts[:count], results, out, there, time.monotonic() + 600)
+"""
+
+
+def test_a_run_in_a_bucket_continues_on_another_machine(tmp_path):
+  with contextlib.closing(bucket_server.Server()) as server:
+    server.put("bucket", "other", b"", None)
+    env = {**os.environ, **server.environment(), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", IN_BUCKET, str(tmp_path / "first"), str(tmp_path / "second")]
+    printed = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True).stdout
+    assert b"good: passed, before\nbad ... failed, exit code 3" in printed
+    found = server.files("bucket/first/")
+    assert set(found) == {"page.md", "results.json", "good.log", "bad.log", "first_run.zip"}
+    assert found["good.log"] == b"53\n"
+
+
+def test_devices_that_wait_for_others_end_with_a_sentence(monkeypatch):
+  monkeypatch.setattr(first_run, "MACHINE_SECONDS", 0.01)
+  with pytest.raises(UserError, match=r"within 0\.01 s: .* several hosts"):
+    first_run.machine()
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu", "cpu"])
@@ -147,3 +209,63 @@ def device_of(folder, drivers, files):
     ["bash", str(folder / "script.sh")], capture_output=True, text=True, check=False,
     env={**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"},
   )  # fmt: skip
+
+
+def start_script(folder, **environment):
+  """Runs the script on a machine whose only Python is too old; returns it and calls of Python."""
+  for name in ("venv.sh", "first_run.sh"):
+    (folder / "launch").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "launch" / name, folder / "launch")
+  programs = folder / "bin"
+  programs.mkdir()
+  for name in ("bash", "curl", "dirname", "sh"):
+    (programs / name).symlink_to(shutil.which(name))
+  new = folder / "python3.11"  # As if it could make no environment.
+  new.write_text(f'#!/bin/sh\necho new "$@" >>{folder}/calls\n[ "$1" = -c ]\n')
+  old = programs / "python3"
+  old.write_text(
+    f'#!/bin/sh\n[ "$1" = -c ] && exit 1\necho old "$@" >>{folder}/calls\n'
+    f'[ "$4" = find ] && echo {new}\nexit 0\n'
+  )
+  for path in (new, old):
+    path.chmod(0o755)
+  result = subprocess.run(
+    ["bash", folder / "launch" / "first_run.sh"], capture_output=True, text=True, check=False,
+    env={"PATH": str(programs), "GCE_METADATA_HOST": "localhost:9", **environment},
+  )  # fmt: skip
+  calls = folder / "calls"
+  return result, calls.read_text().splitlines() if calls.exists() else []
+
+
+TPU = {"BASH_FUNC_compgen%%": "() { [[ $2 == *accel* ]]; }"}
+
+
+@pytest.mark.parametrize("hosts", ["", "localhost"])
+def test_uv_installs_a_python_where_all_are_too_old(hosts, tmp_path):
+  result, calls = start_script(tmp_path, **TPU, TPU_WORKER_HOSTNAMES=hosts)
+  assert calls[:3] == [
+    "old -m pip install --user --quiet uv", "old -m uv python install 3.11",
+    "old -m uv python find 3.11",
+  ]  # fmt: skip
+  assert calls[-1] == f"new -m venv --clear {tmp_path}/.venv"
+  assert "uv installs one" in result.stdout
+  assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("from_server", [False, True])
+def test_a_host_of_several_is_refused_before_anything_is_installed(from_server, tmp_path):
+  class Metadata(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      assert self.headers["Metadata-Flavor"] == "Google"
+      self.send_response(200)
+      self.end_headers()
+      self.wfile.write(b"a:8470:10.0.0.1,b:8470:10.0.0.2" if "worker-network" in self.path else b"")
+
+  with http.server.HTTPServer(("localhost", 0), Metadata) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = {"GCE_METADATA_HOST": f"localhost:{server.server_address[1]}"}
+    given = address if from_server else {"TPU_WORKER_HOSTNAMES": "a,b"}
+    result, calls = start_script(tmp_path, **TPU, **given)
+    server.shutdown()
+  assert (result.returncode, calls) == (2, [])
+  assert "one of several of a TPU slice" in result.stderr
