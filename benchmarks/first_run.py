@@ -32,7 +32,7 @@ from benchmarks import first_run_page
 from cm3leon_jax.config import CTRL_C, UserError
 from cm3leon_jax.files import buckets
 from cm3leon_jax.files.atomic import exists
-from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.files.json_files import read_json, write_json
 
 ROOT = pathlib.Path(__file__).parents[1]
 MIN_SECONDS = 20.0  # A part does not start if less time is left.
@@ -180,10 +180,7 @@ def _is_result(path: Any) -> bool:
 
 def save(out: pathlib.Path, there: epath.Path, results: dict[str, Any]) -> None:
   """Writes the page, the results and the file to send to `out`, and copies them to `there`."""
-  # A run that is killed here leaves the results of before.
-  partial = out / "results.partial"
-  partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-  partial.replace(out / "results.json")
+  write_json(out / "results.json", results)
   (out / "page.md").write_text(first_run_page.page(results), encoding="utf-8")
   with zipfile.ZipFile(out / "first_run.zip", "w", zipfile.ZIP_DEFLATED) as archive:
     for path in sorted(out.iterdir()):

@@ -14,42 +14,32 @@ XYZ /= XYZ.sum(1, keepdims=True)
 def compare(image: UInt8[np.ndarray, "H W 3"], made: UInt8[np.ndarray, "H W 3"]) -> list[float]:
   """Returns the PSNR in dB and the difference of mean colors of the worse part of an image.
 
-  The parts are the background (see `_background`) and the drawing on it. An image without a
-  background, such as a photo, is one part. The PSNR of a whole drawing is mostly that of the
-  paper, so a drawing in a wrong color would have 25 dB.
+  The parts are the background, whose color at least half of the border has, and the drawing on it.
+  An image without a background, such as a photo, is one part. The PSNR of a whole drawing is mostly
+  that of the paper, so a drawing in a wrong color would have 25 dB.
 
   The difference is the distance in CIE Lab (Delta E 1976) of the mean colors. In the drawing and
   in its reconstruction, pixels have the fourth power of their distance from the background as
   weight. So edges, which are half background, count little, and so do errors of the shape.
   """
-  background = _background(image)
-  if background is None:
-    parts = [(np.ones(image.shape[:2], bool),) * 3]
-  else:
-    away, made_away = (np.abs(x - background).max(-1) / 255 for x in (image, made))
+  border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+  paper = np.median(border, axis=0)
+  parts = [(np.ones(image.shape[:2], bool),) * 3]
+  if 2 * (np.abs(border - paper).max(-1) <= NEAR).sum() >= len(border):
+    away, made_away = (np.abs(x - paper).max(-1) / 255 for x in (image, made))
     inside = away <= NEAR / 255
-    parts = [(inside, inside, inside), (~inside, away**4, made_away**4)]
+    # If the drawing is lost, it has the color of the paper.
+    parts = [(inside, inside, inside), (~inside, away**4, made_away**4 + 1e-9)]
   found = []
-  for part, weight, made_weight in parts:
+  for part, *weights in parts:
     if part.any():
       error = np.mean((image[part].astype(np.float64) - made[part]) ** 2) / 255**2
       # An exact reconstruction counts as an error of one level in one value.
       psnr = -10 * np.log10(max(error, 1 / (255**2 * image.size)))
-      colors = [_mean(image, weight), _mean(made, made_weight)]
-      found.append((psnr, np.linalg.norm(lab(colors[0]) - lab(colors[1]))))
+      pixels = (x.reshape(-1, 3) for x in (image, made))
+      colors = [lab(np.average(x, 0, w.ravel())) for x, w in zip(pixels, weights)]
+      found.append((psnr, np.linalg.norm(colors[0] - colors[1])))
   return [float(min(psnr for psnr, _ in found)), float(max(color for _, color in found))]
-
-
-def _mean(image: np.ndarray, weight: np.ndarray) -> np.ndarray:
-  # If the drawing is lost, all weights are 0.
-  return np.average(image.reshape(-1, 3), axis=0, weights=weight.ravel() + 1e-9)
-
-
-def _background(image: np.ndarray) -> np.ndarray | None:
-  """Returns the color of at least half of the pixels of the border, or None if there is none."""
-  border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]).astype(np.float64)
-  near = (np.abs(border[:, None] - border).max(-1) <= NEAR).sum(1)
-  return border[near.argmax()] if 2 * near.max() >= len(border) else None
 
 
 def lab(color: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3"]:

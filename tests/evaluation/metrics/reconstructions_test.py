@@ -42,8 +42,7 @@ def test_edges_and_noise_of_the_paper_are_no_color():
 
 @pytest.mark.parametrize(
   ("color", "expected"),
-  [(WHITE, (100, 0, 0)), ((255, 0, 0), (53.2, 80.1, 67.2)), ((0, 0, 255), (32.3, 79.2, -107.9)),
-   ((0, 0, 0), (0, 0, 0)), ((8, 8, 8), (2.2, 0, 0))],
-)  # fmt: skip
+  [(WHITE, (100, 0, 0)), ((0, 0, 255), (32.3, 79.2, -107.9)), ((8, 8, 8), (2.2, 0, 0))],
+)
 def test_lab_of_literals(color, expected):
   assert lab(np.array(color)) == pytest.approx(np.array(expected), abs=0.06)
