@@ -13,6 +13,7 @@ class FinetuneOptions(TypedDict, total=False):
   tokenizer: Literal["base", "own"]
   max_forgetting: float
   min_psnr: float | None
+  max_color_difference: float | None
   fields: Mapping[str, Any]
   show_progress: bool | None
 

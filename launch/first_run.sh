@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tries this machine's GPU or TPU in about 30 minutes, and writes a page and a file to send.
-#   bash launch/first_run.sh [--out=DIR] [--minutes=N]
+#   bash launch/first_run.sh [--out=DIR or gs://BUCKET/FOLDER] [--minutes=N]
+# The same command continues a run that was stopped.
 # Without an accelerator, the CPU is the device, with small sizes: a rehearsal.
 set -euo pipefail
 # shellcheck source=launch/venv.sh
@@ -23,16 +24,25 @@ device() {
   fi
 }
 
+# Prints the hosts of a TPU slice, separated by commas. The metadata server of a TPU VM knows them; elsewhere there is none.
+hosts() {
+  local server="http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1/instance/attributes"
+  echo "${TPU_WORKER_HOSTNAMES:-$(curl --silent --fail --max-time 5 --header "Metadata-Flavor: Google" "$server/worker-network-endpoints")}"
+}
+
 found="$(device)"
 echo "first run: the device is $found."
+if [ "$found" = tpu ] && [[ "$(hosts)" == *,* ]]; then # JAX would wait for the other hosts.
+  fail "this host is one of several of a TPU slice, and the first run uses one: take a slice of one host, such as v5litepod-8. docs/pods.md is about slices."
+fi
+get_python
+[[ "$*" == *gs://* ]] && extra=,data || extra=
 case "$found" in
-  tpu) make_venv demo,test,tpu ;;
-  cuda12) make_venv demo,test,cuda12 ;;
-  cuda13) make_venv demo,test,cuda13 ;;
   cpu)
-    make_venv demo,test
+    make_venv "demo,test$extra"
     export JAX_PLATFORMS=cpu
     ;;
+  *) make_venv "demo,test,$found$extra" ;;
 esac
 cd "$root"
 exec "$python" -m benchmarks.first_run "$@"

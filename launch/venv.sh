@@ -30,6 +30,16 @@ find_python() {
   fail "no Python 3.11 or newer was found: install it, or name its path, as in PYTHON=/path/to/python3.11 bash $0."
 }
 
+# Installs Python 3.11 by uv if no Python is new enough: Ubuntu 22.04, which most TPU VMs have, has 3.10.
+get_python() {
+  if [ -n "${PYTHON:-}" ] || runs_new_enough "$python" || (find_python) >/dev/null 2>&1; then return; fi
+  echo "No Python 3.11 or newer was found; uv installs one."
+  if ! { python3 -m pip install --user --quiet uv && python3 -m uv python install 3.11 && PYTHON="$(python3 -m uv python find 3.11)"; }; then
+    fail "uv could not install Python 3.11: see its message above, or name a newer Python, as in PYTHON=/path/to/python3.11 bash $0."
+  fi
+  export PYTHON
+}
+
 fingerprint() {
   (cd "$root" && "$python" -c 'import hashlib, sys; print(hashlib.sha256(b"".join(open(f, "rb").read() for f in sys.argv[1:])).hexdigest())' \
     pyproject.toml requirements.txt constraints.txt)

@@ -27,7 +27,7 @@ from cm3leon_jax.commands import common, published_check
 from cm3leon_jax.commands.grade_instructions import RECORDS
 from cm3leon_jax.commands.init_from_flag import INIT_FROM, OWN_IMAGE_TOKENIZER
 from cm3leon_jax.commands.stage_process import StageProcesses
-from cm3leon_jax.commands.tokenizer_check import MIN_PSNR
+from cm3leon_jax.commands.tokenizer_check import LIMITS
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import from_data, stages, table
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
 
 # Flags that some stages do not accept.
-OWN_FLAGS = (INIT_FROM.name, RECORDS.name, OWN_IMAGE_TOKENIZER.name, MIN_PSNR.name)
+OWN_FLAGS = [x.name for x in (INIT_FROM, RECORDS, OWN_IMAGE_TOKENIZER, *LIMITS)]
 STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
 # Share of each stage in the time of a run, for the configs that train for minutes. Other stages
 # take 1% each.
@@ -178,9 +178,8 @@ def _main(settings: Settings, workdir: epath.Path) -> None:
 
     settings = common.completed(workdir, True, base_documents.fields(init_from, own_images))
   more = {"grade_instructions": [f"--records={RECORDS.value}"]}
-  if not flags.FLAGS[MIN_PSNR.name].using_default_value:
-    checked = ("encode_documents", "encode_instructions")
-    more |= {name: [f"--min_psnr={MIN_PSNR.value}"] for name in checked}
+  limits = [f"--{x.name}={x.value}" for x in LIMITS if not flags.FLAGS[x.name].using_default_value]
+  more |= dict.fromkeys(("encode_documents", "encode_instructions"), limits)
   main(settings, workdir, init_from, own_images, more)
 
 

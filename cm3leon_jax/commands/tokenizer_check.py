@@ -1,7 +1,7 @@
 """Checks how well a copied image tokenizer reconstructs the images of a run.
 
 A decoder can learn the codes of any images, so its loss falls even if the codes describe the images
-badly. An icon tokenizer turns photos into blobs, for example.
+badly. An icon tokenizer turns photos into blobs and brown icons into red ones, for example.
 """
 
 from __future__ import annotations
@@ -18,16 +18,21 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
-  import numpy as np
-
   from cm3leon_jax.settings import Settings
 
 MIN_PSNR = flags.DEFINE_float(
   "min_psnr",
-  20.0,
-  "Least mean PSNR, in dB, with which a copied image tokenizer must reconstruct 16 images of this "
-  "run; 0: any.",
+  15.0,
+  "Least mean PSNR, in dB and without the background, with which a copied image tokenizer must "
+  "reconstruct 16 images of this run; 0: any.",
 )
+MAX_COLOR_DIFFERENCE = flags.DEFINE_float(
+  "max_color_difference",
+  9.0,
+  "Largest mean difference of color, in CIE Lab, between 16 images of this run and their "
+  "reconstructions by a copied image tokenizer; 0: any.",
+)
+LIMITS = (MIN_PSNR, MAX_COLOR_DIFFERENCE)
 IMAGES, COLUMNS = 16, 8
 RECORDS = 2_000  # The check looks at this many records of a task.
 SHEET = "reconstructions.png"
@@ -94,18 +99,19 @@ def _copied_from(workdir: epath.Path) -> str:
 def _check(
   settings: Settings, workdir: epath.Path, source: str, images: Sequence[Any], stage: str
 ) -> None:
-  """Reconstructs images, writes them to the folder of a stage, and prints their mean PSNR.
+  """Reconstructs images, writes them to the folder of a stage, and prints how good they are.
 
   Args:
     source: the run from which the tokenizer was copied.
     images: paths of images, or pixels.
 
   Raises:
-    UserError: the mean PSNR is below --min_psnr.
+    UserError: the mean PSNR or the mean difference of color is beyond its limit.
   """
   import numpy as np
 
   from cm3leon_jax.data.raw.reader import load_image
+  from cm3leon_jax.evaluation.metrics import reconstructions
   from cm3leon_jax.generation.writer import contact_sheet, save_png
   from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
@@ -115,7 +121,8 @@ def _check(
   originals = np.stack([load_image(image, side, crop) for image in images])
   tokenizer = ImageTokenizer.load(workdir / "vqgan").in_batches(IMAGES)
   made = tokenizer.decode(tokenizer.encode(originals))
-  decibels = psnr(originals, made)
+  measured = [reconstructions.compare(*pair) for pair in zip(originals, made)]
+  decibels, color = np.mean(measured, 0)
   rows, labels = [], []
   for start in range(0, len(images), COLUMNS):
     for label, pixels in (("images", originals), ("reconstructions", made)):
@@ -124,25 +131,23 @@ def _check(
   folder = workdir / stage
   folder.mkdir(parents=True, exist_ok=True)
   save_png(folder / SHEET, contact_sheet(rows, labels))
+  found = f"{decibels:.1f} dB and a color difference of {color:.1f} in Lab, without the background"
   print(
     f"reconstructions: the image tokenizer of {source} reconstructs {len(images)} of your images "
-    f"with {decibels:.1f} dB ({folder / SHEET}).",
+    f"with {found} ({folder / SHEET}).",
     flush=True,
   )
+  wrong, lower = [], []
   if decibels < MIN_PSNR.value:
+    wrong.append(f"below --min_psnr = {MIN_PSNR.value:g}")
+    lower.append(f"--min_psnr={int(decibels)}")
+  if color > (MAX_COLOR_DIFFERENCE.value or np.inf):
+    wrong.append(f"above --max_color_difference = {MAX_COLOR_DIFFERENCE.value:g}")
+    lower.append(f"--max_color_difference={int(color) + 1}")
+  if wrong:
     raise UserError(
-      f"the image tokenizer of {source} reconstructs your images with {decibels:.1f} dB, below "
-      f"--min_psnr = {MIN_PSNR.value:g} ({folder / SHEET} shows them): train one on your images, "
-      "with --own_image_tokenizer and another --workdir. If the reconstructions are good enough, "
-      f"lower the limit, e.g. --min_psnr={int(decibels)}."
+      f"the image tokenizer of {source} reconstructs your images with {found}, "
+      f"{' and '.join(wrong)} ({folder / SHEET} shows them): train one on your images, with "
+      "--own_image_tokenizer and another --workdir. If the reconstructions are good enough, "
+      f"loosen the limit: {' '.join(lower)}."
     )
-
-
-def psnr(images: np.ndarray, reconstructions: np.ndarray) -> float:
-  """Returns the mean PSNR of images in dB. Both arguments are uint8 [n, H, W, 3]."""
-  import numpy as np
-
-  errors = (images.astype(np.float64) - reconstructions) ** 2 / 255**2
-  # An exact reconstruction counts as an error of one level in one value.
-  least = 1 / (255**2 * images[0].size)
-  return float(np.mean(-10 * np.log10(np.maximum(errors.mean((1, 2, 3)), least))))

@@ -64,6 +64,7 @@ def run(
   tokenizer: Literal["base", "own"] = "base",
   max_forgetting: float = 0.0,
   min_psnr: float | None = None,
+  max_color_difference: float | None = None,
   fields: Mapping[str, Any] | None = None,
   show_progress: bool | None = None,
 ) -> None:
@@ -74,10 +75,12 @@ def run(
     base: workdir of a run, folder of a bundle, or name of an installed bundle.
     minutes: time that all stages may take on two CPU cores.
     tokenizer: "base" keeps the image tokenizer of the base, and stops if it reconstructs the images
-      with less than `min_psnr`. "own" trains one; the decoder then forgets the images of the base.
+      worse than the two limits below. "own" trains one; the decoder then forgets the images of the
+      base.
     max_forgetting: ends the training when the loss of held-out documents of the base has risen by
       more than this share; 0: no limit.
-    min_psnr: the least mean PSNR in dB; None: 20 dB.
+    min_psnr: the least mean PSNR in dB, without the background; None: 15 dB.
+    max_color_difference: the largest mean difference of color in CIE Lab; None: 9; 0: any.
     fields: config fields and their values, such as {"train.steps": 500}.
     show_progress: whether to print a line for each stage that ends; None: yes.
 
@@ -97,7 +100,8 @@ def run(
   flags = [f"--config=own:{minutes:g}", f"--workdir={folder}", f"--init_from={os.fspath(base)}"]
   flags += [f"--config.{name}={value}" for name, value in values.items()]
   flags += ["--own_image_tokenizer"] if tokenizer == "own" else []
-  flags += [] if min_psnr is None else [f"--min_psnr={min_psnr}"]
+  limits = {"min_psnr": min_psnr, "max_color_difference": max_color_difference}
+  flags += [f"--{name}={value}" for name, value in limits.items() if value is not None]
   _start(flags, show_progress is not False)
 
 

@@ -1,17 +1,23 @@
 """Tests the runner and the page of a first run on an accelerator, with parts that take no time."""
 
+import contextlib
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
+import sys
 import time
 import zipfile
 
+from etils import epath
 import pytest
 
 from benchmarks import first_run, first_run_machine
 from benchmarks.first_run import Part
+from cm3leon_jax.config import UserError
+from tests import bucket_server
 
 ROOT = pathlib.Path(__file__).parents[2]
 MACHINE = {"platform": "gpu", "devices": "1 x NVIDIA T4", "jax": "0.10.2"}
@@ -60,7 +66,7 @@ PAGE = """\
 def finished(tmp_path_factory):
   out = tmp_path_factory.mktemp("first_run")
   results = {"machine": MACHINE, "parts": {}}
-  first_run.go(PARTS, results, out, time.monotonic() + 600)
+  first_run.go(PARTS, results, out, epath.Path(out), time.monotonic() + 600)
   return out, results
 
 
@@ -83,10 +89,64 @@ def test_one_file_has_everything(finished):
 
 def test_parts_without_time_do_not_start(tmp_path):
   results = {"machine": MACHINE, "parts": {}}
-  first_run.go(PARTS, results, tmp_path, time.monotonic() + 5)
+  first_run.go(PARTS, results, tmp_path, epath.Path(tmp_path), time.monotonic() + 5)
   outcomes = {part["outcome"] for part in results["parts"].values()}
   assert outcomes == {"not started: no time was left"}
   assert not list(tmp_path.glob("*.log"))
+
+
+def test_a_second_start_runs_only_the_parts_without_a_result(finished, tmp_path, capsys):
+  shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+  there = epath.Path(tmp_path)
+  results = first_run.begin(tmp_path, there, {**MACHINE, "date": "2027-01-01"})
+  parts = [*PARTS[:2], Part("hangs", "Does it end?", ("-c", "print(9)"), 60)]
+  capsys.readouterr()
+  first_run.go(parts, results, tmp_path, there, time.monotonic() + 600)
+  assert re.findall(r"^(\w+)(?::| \.\.\.) (\w+)", capsys.readouterr().out, re.MULTILINE) == [
+    ("good", "passed"), ("bad", "failed"), ("hangs", "passed"),
+  ]  # fmt: skip
+  stored = json.loads((tmp_path / "results.json").read_text())["parts"]
+  assert [part["lines"] for part in stored.values()] == [["53"], ["8"], ["9"]]
+  with pytest.raises(UserError, match=r"another machine or version \(different: jax\)"):
+    first_run.begin(tmp_path, there, {**MACHINE, "jax": "0.11"})
+  (tmp_path / "results.json").unlink()
+  with pytest.raises(UserError, match="is not empty"):
+    first_run.begin(tmp_path, there, MACHINE)
+
+
+IN_BUCKET = """
+import pathlib, sys, time
+from etils import epath
+from benchmarks import first_run
+from benchmarks.first_run import Part
+
+first_run.buckets.prepare_access()
+parts = [Part("good", "?", ("-c", "print(53)"), 60), Part("bad", "?", ("-c", "exit(3)"), 60)]
+there = epath.Path("gs://bucket/first")
+for count, folder in enumerate(sys.argv[1:], 1):
+  out = pathlib.Path(folder)
+  out.mkdir()
+  results = first_run.begin(out, there, {"platform": "gpu", "devices": "1 x NVIDIA T4"})
+  first_run.go(parts[:count], results, out, there, time.monotonic() + 600)
+"""
+
+
+def test_a_run_in_a_bucket_continues_on_another_machine(tmp_path):
+  with contextlib.closing(bucket_server.Server()) as server:
+    server.put("bucket", "other", b"", None)
+    env = {**os.environ, **server.environment(), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", IN_BUCKET, str(tmp_path / "first"), str(tmp_path / "second")]
+    printed = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True).stdout
+    assert b"good: passed, before\nbad ... failed, exit code 3" in printed
+    found = server.files("bucket/first/")
+    assert set(found) == {"page.md", "results.json", "good.log", "bad.log", "first_run.zip"}
+    assert found["good.log"] == b"53\n"
+
+
+def test_devices_that_wait_for_others_end_with_a_sentence(monkeypatch):
+  monkeypatch.setattr(first_run, "MACHINE_SECONDS", 0.01)
+  with pytest.raises(UserError, match=r"within 0\.01 s: .* several hosts"):
+    first_run.machine()
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu", "cpu"])
@@ -147,3 +207,45 @@ def device_of(folder, drivers, files):
     ["bash", str(folder / "script.sh")], capture_output=True, text=True, check=False,
     env={**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"},
   )  # fmt: skip
+
+
+def start_script(folder, **environment):
+  """Runs the script where the only Python is too old; returns the result and calls of Python."""
+  for name in ("launch", "bin"):
+    (folder / name).mkdir()
+  for name in ("venv.sh", "first_run.sh"):
+    shutil.copy(ROOT / "launch" / name, folder / "launch")
+  for name in ("bash", "dirname", "sh"):
+    (folder / "bin" / name).symlink_to(shutil.which(name))
+  calls, new = folder / "calls", folder / "python3.11"  # The new one cannot make an environment.
+  old = f'[ "$1" = -c ] && exit 1; echo "$@" >>{calls}; [ "$4" != find ] || echo {new}'
+  # The metadata server.
+  curl = '[[ "$*" != *"Metadata-Flavor: Google"*/worker-network-endpoints ]] || echo "$ENDPOINTS"'
+  programs = {"bin/python3": old, "python3.11": '[ "$1" = -c ]', "bin/curl": curl}
+  for name, code in programs.items():
+    (folder / name).write_text(f"#!/bin/bash\n{code}\n")
+    (folder / name).chmod(0o755)
+  result = subprocess.run(
+    ["bash", folder / "launch" / "first_run.sh"], capture_output=True, text=True, check=False,
+    env={"PATH": str(folder / "bin"), "ENDPOINTS": "", **environment},
+  )  # fmt: skip
+  return result, calls.read_text().splitlines() if calls.exists() else []
+
+
+TPU = {"BASH_FUNC_compgen%%": "() { [[ $2 == *accel* ]]; }"}
+
+
+@pytest.mark.parametrize("hosts", ["", "localhost"])
+def test_uv_installs_a_python_where_all_are_too_old(hosts, tmp_path):
+  result, calls = start_script(tmp_path, **TPU, TPU_WORKER_HOSTNAMES=hosts)
+  uv = ["-m uv python install 3.11", "-m uv python find 3.11"]
+  assert calls == ["-m pip install --user --quiet uv", *uv]
+  assert "uv installs one" in result.stdout
+  assert result.stderr.startswith(f"error: '{tmp_path}/python3.11 -m venv' failed")
+
+
+@pytest.mark.parametrize("given", [{"TPU_WORKER_HOSTNAMES": "a,b"}, {"ENDPOINTS": "a:1:c,b:1:d"}])
+def test_a_host_of_several_is_refused_before_anything_is_installed(given, tmp_path):
+  result, calls = start_script(tmp_path, **TPU, **given)
+  assert (result.returncode, calls) == (2, [])
+  assert "one of several of a TPU slice" in result.stderr

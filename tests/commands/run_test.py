@@ -135,7 +135,9 @@ def test_a_run_on_a_base_draws_its_documents_and_measures_what_it_forgets():
 
 def test_an_own_image_tokenizer_belongs_to_a_base(tmp_path):
   assert run.passed_on(["--own_image_tokenizer", "--workdir=w"]) == ["--workdir=w"]
-  assert run.passed_on(["--noown_image_tokenizer", "--min_psnr=3"]) == []
+  assert (
+    run.passed_on(["--noown_image_tokenizer", "--min_psnr=3", "--max_color_difference=3"]) == []
+  )
   with refused(UserError):
     run.main(settings_of("scenes"), epath.Path(tmp_path), "", True, {})
 

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 from absl import flags
 from absl.testing import flagsaver
@@ -12,24 +13,19 @@ import pytest
 from cm3leon_jax.commands import tokenizer_check
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import InstructionsConfig, InstructionTask
+from cm3leon_jax.evaluation.metrics.reconstructions import compare
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages
+from cm3leon_jax.scenes import drawings
+from cm3leon_jax.scenes.config import COMMON
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from tests.api_test import ROOT
 from tests.generation.run import SETTINGS, make_run
-from tests.messages import refused
 
+LIMITS = ("min_psnr", "max_color_difference")
 TASK = InstructionTask(
   name="color", templates=("{answer} <break> {image}",), target="answer", format="jsonl"
 )
-
-
-def test_psnr_of_literals():
-  images = np.full((2, 4, 4, 3), 100, np.uint8)
-  off = images.copy()
-  off[0] += 51  # A fifth of 255, so the squared error is 1 / 25.
-  off[1] += 255 - 100
-  expected = np.mean([10 * np.log10(25), -20 * np.log10(155 / 255)])
-  assert tokenizer_check.psnr(images, off) == pytest.approx(expected)
-  assert 60 < tokenizer_check.psnr(images, images) < 100
 
 
 @pytest.fixture
@@ -60,12 +56,21 @@ def test_images_that_a_copied_tokenizer_reconstructs_badly_are_refused_with_a_sh
   workdir, capsys
 ):
   settings = settings_of(workdir)
-  with flagsaver.flagsaver(min_psnr=50.0), refused(UserError) as error:
+  for limits in ({"min_psnr": 50.0, LIMITS[1]: 0.0}, {"min_psnr": 0.0, LIMITS[1]: 0.1}):
+    with flagsaver.flagsaver(**limits), pytest.raises(UserError) as error:
+      tokenizer_check.of_records(settings, workdir, [TASK])
+    text = str(error.value)
+    assert "--own_image_tokenizer" in text
+    assert [f"--{name} = " in text for name in LIMITS] == [limits[name] > 0 for name in LIMITS]
+    loosened = {name: float(value) for name, value in re.findall(r"--(\w+)=([\d.]+)", text)}
+    assert set(loosened) == {name for name in LIMITS if f"--{name} = " in text}
+  assert "--max_color_difference=" in text
+  with flagsaver.flagsaver(min_psnr=0.0, **loosened):
     tokenizer_check.of_records(settings, workdir, [TASK])
-  assert "--own_image_tokenizer" in str(error.value)
+  assert "dB and a color difference of " in capsys.readouterr().out
   with Image.open(workdir / "instructions" / tokenizer_check.SHEET) as sheet:
     assert sheet.width > 8 * 8
-  with flagsaver.flagsaver(min_psnr=0.0):
+  with flagsaver.flagsaver(min_psnr=0.0, max_color_difference=0.0):
     tokenizer_check.of_records(settings, workdir, [TASK])
   said = "reconstructions: the image tokenizer of scenes reconstructs 16 of your images with "
   assert said in capsys.readouterr().out
@@ -104,3 +109,30 @@ def test_chosen_items_are_evenly_spaced(number, count):
     gaps = np.diff([*found, number])  # The last gap is that to the end.
     assert found[:1] == items[:1]
     assert not found or 1 <= gaps.min() <= gaps.max() <= 2 * -(-number // count)
+
+
+COLORS = [
+  *((color, True) for color in ((220, 0, 30), (255, 130, 0), (0, 50, 230), (0, 0, 0))),
+  ((139, 69, 19), False), ((128, 128, 128), False), ((255, 192, 203), False),
+  ((173, 216, 230), False), ((128, 128, 0), False), ((0, 0, 128), False),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scenes_tokenizer():
+  return ImageTokenizer.load(ROOT / "cm3leon_jax/assets/models/scenes/vqgan")
+
+
+@pytest.mark.parametrize(("color", "passes"), COLORS)
+def test_icons_pass_in_the_colors_of_the_tokenizer_alone(color, passes, scenes_tokenizer):
+  images = np.full((16, 48, 48, 3), 255, np.uint8)
+  for i, icon in enumerate(list(COMMON.values())[:16]):
+    alpha = drawings.ink(icon)[..., None] / 255
+    images[i, 12 * (i % 3) : 12 * (i % 3) + 24, 24:] = np.rint(
+      255 + alpha * (np.array(color) - 255)
+    )
+  made = scenes_tokenizer.decode(scenes_tokenizer.encode(images))
+  psnr, difference = np.mean([compare(*pair) for pair in zip(images, made)], 0)
+  least, most = (limit.default for limit in tokenizer_check.LIMITS)
+  assert (psnr >= least and difference <= most) == passes
+  assert (difference <= most) == passes

@@ -34,8 +34,8 @@ def test_a_folder_is_named_to_the_command(started, tmp_path, monkeypatch):
   assert shown
   finetune.run(tmp_path, "W", "scenes", tokenizer="own", show_progress=False)
   assert (started[1][0][-1], started[1][1]) == ("--own_image_tokenizer", False)
-  finetune.run(tmp_path, "W", "scenes", min_psnr=17.5)
-  assert started[2][0][-1] == "--min_psnr=17.5"
+  finetune.run(tmp_path, "W", "scenes", min_psnr=17.5, max_color_difference=12)
+  assert started[2][0][-2:] == ["--min_psnr=17.5", "--max_color_difference=12"]
   monkeypatch.setenv("HOME", str(tmp_path))
   finetune.run("~/", "~/W", "scenes")
   assert {f"--workdir={tmp_path}/W", f"--config.raw.source={tmp_path}/"} <= {*started[3][0]}
