@@ -9,12 +9,12 @@ from cm3leon_jax import distributed
 from cm3leon_jax.checkpoints import sealing
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import absolute
-from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.files.json_files import read_foreign_json, read_json
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.settings import Settings, settings_from_stored
 from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.kinds import ABOUT, DIGESTS, IMAGES, KINDS, kind_of
-from cm3leon_jax.weights import placed
+from cm3leon_jax.weights import layouts, placed
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 
 ORBAX = "params"  # Folder of the parameters in an orbax export.
@@ -29,6 +29,23 @@ def is_export(source: str | os.PathLike[str]) -> bool:
 def is_orbax(folder: epath.PathLike) -> bool:
   """Returns whether a folder is a complete export in the format orbax."""
   return (epath.Path(folder) / DIGESTS).exists()
+
+
+def config_of(folder: epath.Path, described: dict) -> dict[str, dict]:
+  """Returns the fields of the config sections `model` and `vocab` of an export or bundle.
+
+  `described` is the content of its config.json. If an earlier version wrote that file, it lacks
+  `code_colors`, which is then read from the stored settings.
+
+  Raises:
+    KeyError, TypeError, AttributeError: `cm3leon export` did not write the files.
+  """
+  fields = layouts.config_of(described)
+  for path in (folder / bundles.FILE, folder / ABOUT):
+    if "code_colors" not in fields["model"] and path.exists():
+      model = read_foreign_json(path, {}).get("settings", {}).get("model", {})
+      fields["model"] |= {x: y for x, y in model.items() if x == "code_colors"}
+  return fields
 
 
 def read(folder: epath.Path) -> tuple[Settings, int]:
