@@ -118,6 +118,7 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   folder = bundles.folder_of(source)
   if bundles.is_bundle(folder):
     bundles.read(folder)  # Checks the bundle's files.
+  exported.check(folder)
   if (kind := kinds.kind_of(folder)) not in ("", "orbax"):
     raise UserError(
       f"--init_from is {source}, an export {kinds.KINDS[kind]}, which differs from the trained "
@@ -150,7 +151,7 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   if run.exists():
     return Weights(source, *reading.identify(folder / "train", step))
   if exported.is_orbax(folder):
-    return Weights(source, None, digest(folder / kinds.DIGESTS))
+    return Weights(source, None, exported.digest_of_params(folder))
   return Weights(source, None, stored_tensors.digest_of(folder))
 
 
