@@ -1,17 +1,22 @@
 import os
+import shutil
 
+from etils import epath
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 
 from cm3leon_jax import CM3Leon, UserError
-from cm3leon_jax.commands import export
+from cm3leon_jax.checkpoints import sealing
+from cm3leon_jax.commands import export, import_vqgan
 from cm3leon_jax.export import formats
 from cm3leon_jax.files import progress
+from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.importing import importer
 from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.trained import bundles, kinds
+from cm3leon_jax.trained import bundles, initial, kinds
 from tests.export.conftest import run  # noqa: F401
 from tests.generation.run import SETTINGS
 from tests.messages import refused
@@ -124,14 +129,46 @@ def test_exports_for_other_programs_and_of_earlier_versions_are_refused(run, exp
   export.main(SETTINGS, run, choice=formats.Choice(quantize="int8"), output=str(other))
   with refused(UserError):
     CM3Leon.load(other)
-  about = exports / "orbax" / kinds.ABOUT
-  stored = read_json(about)
-  try:
-    write_json(about, {k: v for k, v in stored.items() if k != "settings"})
-    with refused(UserError):
-      CM3Leon.load(exports / "orbax")
-  finally:
-    write_json(about, stored)
+  shutil.copytree(exports / "orbax", tmp_path / "orbax")
+  stored = read_json(tmp_path / "orbax" / kinds.ABOUT)
+  write_json(tmp_path / "orbax" / kinds.ABOUT, {k: v for k, v in stored.items() if k != "settings"})
+  (tmp_path / "orbax" / kinds.DIGESTS).unlink()
+  with refused(UserError):
+    CM3Leon.load(tmp_path / "orbax")
+
+
+IMAGES = "image_tokenizer/params.safetensors"
+
+
+@pytest.mark.parametrize(
+  ("name", "file"),
+  [("hf", "model.safetensors"), ("hf", IMAGES), ("orbax", "tokenizer.json"), ("orbax", IMAGES)],
+)
+def test_a_changed_file_of_an_export_is_named(exports, tmp_path, name, file):
+  folder = shutil.copytree(exports / name, tmp_path / name)
+  content = bytearray((folder / file).read_bytes())
+  content[-9] ^= 1
+  (folder / file).write_bytes(content)
+  reads = [lambda: CM3Leon.load(folder), lambda: initial.find(SETTINGS, str(folder))]
+  if name == "hf":
+    reads.append(lambda: importer.plan(SETTINGS, str(folder)))
+  if file == IMAGES:
+    source = str((folder / file).parent)
+    reads.append(lambda: import_vqgan.main(SETTINGS, tmp_path / "run", source, None))
+  for read in reads:
+    with pytest.raises(UserError, match=f"/{file} has changed since the export was written"):
+      read()
+
+
+def test_exports_of_earlier_versions_are_loaded_without_digests_of_all_files(exports, tmp_path):
+  hf, orbax = (shutil.copytree(exports / name, tmp_path / name) for name in ("hf", "orbax"))
+  (hf / kinds.DIGESTS).unlink()
+  before = initial.find(SETTINGS, str(orbax))
+  write_json(orbax / kinds.DIGESTS, sealing.digests(epath.Path(orbax) / "params"))
+  assert before.digest == digest(orbax / kinds.DIGESTS) == initial.find(SETTINGS, str(orbax)).digest
+  for folder in (hf, orbax):
+    with pytest.warns(UserWarning, match="is an export"):
+      assert CM3Leon.load(folder, devices=jax.devices()[:1]).step == 7
 
 
 def test_a_saved_model_is_a_bundle_that_generates_alike_and_is_saved_again(model, run, tmp_path):  # noqa: F811

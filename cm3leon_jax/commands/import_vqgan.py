@@ -50,6 +50,8 @@ def _check_folder(folder: epath.Path) -> None:
 def main(settings: Settings, workdir: epath.Path, source: str, family: Family | None) -> None:
   from cm3leon_jax.files.digests import digest
   from cm3leon_jax.tokenizers import published_files
+  from cm3leon_jax.trained import exported
+  from cm3leon_jax.trained.kinds import IMAGES
 
   if not source:
     raise UserError("name the file or folder with the weights: --source=amused-256")
@@ -63,6 +65,8 @@ def main(settings: Settings, workdir: epath.Path, source: str, family: Family | 
     family = named
   if family is None and not published_files.is_own(source):
     raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
+  for parent in epath.Path(source).parents[:2]:
+    exported.check(parent, f"{IMAGES}/")
   folder = workdir / "vqgan"
   _check_folder(folder)
   if family is None:

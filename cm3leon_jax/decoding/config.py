@@ -21,8 +21,8 @@ class SamplingConfig:
 
   method: Method = "top_p"
   """Sampler of image codes. `top_p` applies top-k, then nucleus sampling, to guided logits.
-  `contrastive` applies CD-K without guidance. `mixture` uses each of the two for half of the
-  samples."""
+  `contrastive` applies CD-K without guidance. `mixture` chooses one of the two for each sample,
+  by its seed and with equal probability."""
   temperature: PositiveFloat = 1.0
   """Divisor of the guided logits. For greedy sampling, set `top_k` to 1."""
   top_k: NonNegativeInt = 256

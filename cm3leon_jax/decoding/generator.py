@@ -23,7 +23,7 @@ from cm3leon_jax.decoding.loop import Static
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.result import Result, cut, sample_seed
 from cm3leon_jax.decoding.sampling.method import TokenMethod
-from cm3leon_jax.decoding.sampling.methods import choose_methods
+from cm3leon_jax.decoding.sampling.methods import choose_method
 from cm3leon_jax.decoding.sampling.rows import Sampler
 from cm3leon_jax.decoding.sampling.top_p import TOP_P
 from cm3leon_jax.mesh import batch_shards
@@ -164,14 +164,15 @@ class Generator:
       self.check(request)
     sampling = sampling or self.config.sampling
     streams = [len(request.streams) for request in requests]
-    methods = choose_methods(sampling.method, seeds, samples, streams)
     todo = list(itertools.product(range(len(requests)), range(samples)))
     for _, group in itertools.groupby(todo, key=lambda x: len(requests[x[0]].streams)):
       alike = list(group)
       for start in range(0, len(alike), self.config.batch_size):
         batch = alike[start : start + self.config.batch_size]
         seeds_of = [sample_seed(seeds[i], s) for i, s in batch]
-        used = [methods[i][s] for i, s in batch]
+        used = [
+          choose_method(sampling.method, seed, streams[i]) for (i, _), seed in zip(batch, seeds_of)
+        ]
         ids, log_probs, divergence = self._generate_batch(
           [requests[i] for i, _ in batch], seeds_of, used, sampling, progress
         )

@@ -2,8 +2,8 @@
 
 A format is a module of this package. Its function `write(folder, run) -> numbers` writes the
 weights last, so that an unfinished export has no weights. `write` of this module calls it after it
-has written the files that all formats share. `trained.kinds.kind_of` must recognize each format by
-its files.
+has written the files that all formats share, and then writes the digests of all files.
+`trained.kinds.kind_of` must recognize each format by its files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from etils import epath
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import plain, write_json
-from cm3leon_jax.trained.kinds import ABOUT
+from cm3leon_jax.trained.kinds import ABOUT, DIGESTS
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
@@ -103,13 +103,14 @@ def check(choice: Choice, settings: Settings) -> None:
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
-  """Writes an export to an empty folder, and its weights last.
+  """Writes an export to an empty folder: its weights after other files, and then digests.json.
 
   Creates `folder` if it is absent. Returns numbers for a summary, such as "parameters" and "bytes".
 
   Raises:
     UserError: see `check`.
   """
+  from cm3leon_jax.checkpoints import sealing
   from cm3leon_jax.data.documents import training_data
   from cm3leon_jax.export import image_tokenizer
   from cm3leon_jax.trained import bundles
@@ -121,7 +122,11 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   write_json(folder / ABOUT, run.about)
   numbers = {} if run.choice.format == "peft" else image_tokenizer.write(folder, run.trained)
   module = importlib.import_module(f"cm3leon_jax.export.{FORMATS[run.choice.format]}")
-  return {**numbers, **module.write(folder, run)}
+  numbers |= module.write(folder, run)
+  digests = sealing.digests(folder)
+  digests.pop("README.md", None)  # Users edit the card.
+  write_json(folder / DIGESTS, digests)
+  return numbers
 
 
 def clear(folder: epath.PathLike) -> None:

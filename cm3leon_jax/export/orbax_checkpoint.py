@@ -12,7 +12,6 @@ the tree.
 from etils import epath
 import tensorstore
 
-from cm3leon_jax.checkpoints import sealing
 from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import write_json
@@ -24,7 +23,7 @@ from cm3leon_jax.weights.tensor_files import DTYPES, convert
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
-  """Writes the text tokenizer, config.json (model and vocab), params/ and digests.json."""
+  """Writes the text tokenizer, config.json (model and vocab) and params/."""
   folder, params = absolute(folder), run.params
   folder.mkdir(parents=True, exist_ok=True)
   text.copy_files(run.text_tokenizer, folder)
@@ -32,8 +31,7 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   write_json(folder / "config.json", {part: identity[part] for part in ("model", "vocab")})
   for name in params.shapes:
     _write_array(folder / exported.ORBAX, params, name, run.choice.dtype)
-  write_json(folder / exported.ORBAX / "_METADATA", _metadata(params))
-  write_json(folder / kinds.DIGESTS, sealing.digests(folder / exported.ORBAX))
+  write_json(folder / kinds.TREE, _metadata(params))
   size = params.count * DTYPES[run.choice.dtype][1].itemsize
   return {"parameters": params.count, "bytes": size}
 

@@ -18,7 +18,7 @@ from cm3leon_jax.models.config import FAMILIES, ModelConfig
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers import text
-from cm3leon_jax.trained import initial
+from cm3leon_jax.trained import exported, initial
 from cm3leon_jax.weights import layouts, tensor_files
 from cm3leon_jax.weights.tensor_files import Tensor
 
@@ -79,7 +79,7 @@ def _own_fields(source: SourceCheckpoint) -> dict[str, dict]:
   """
   path, remedy = source.folder / CONFIG, "write it again with `cm3leon export`."
   try:
-    needed = layouts.config_of(dict(source.described))
+    needed = exported.config_of(source.folder, dict(source.described))
   except KeyError as error:
     raise UserError(f"{path} has no field {error}: {remedy}") from error
   except (TypeError, ValueError, AttributeError) as error:

@@ -11,7 +11,7 @@ from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import FOREIGN_BYTES, NAMES, check_foreign, read_foreign_json
 from cm3leon_jax.tokenizers.published_source import PICKLES
 from cm3leon_jax.tokenizers.text import TOKENIZER
-from cm3leon_jax.trained import kinds
+from cm3leon_jax.trained import exported, kinds
 from cm3leon_jax.weights import stored_tensors
 from cm3leon_jax.weights.layouts import LAYOUTS
 from cm3leon_jax.weights.stored_tensors import StoredTensors
@@ -129,4 +129,5 @@ def open_source(source: str) -> SourceCheckpoint:
     raise UserError(
       f"{folder} has no weights; it must contain {WEIGHTS}, or {INDEX} and its files."
     )
+  exported.check(folder)
   return SourceCheckpoint(folder, described, StoredTensors(folder))

@@ -257,13 +257,14 @@ def read_own(source: epath.PathLike) -> Read:
 def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageTokenizer:
   """Returns an imported tokenizer, set to the resolution in a config.
 
-  `num_codes` is `vocab.image_size` of the config. Only `resolution` and `downsample` of `vqgan` are
-  read.
+  `num_codes` is `vocab.image_size` of the config. Only `resolution`, `downsample` and `code_colors`
+  of `vqgan` are read.
 
   Raises:
-    UserError: the codebook or the grid of codes differs from the config.
+    UserError: the codebook, its colors or the grid of codes differ from the config.
   """
   config = tokenizer.config
+  colors = config.code_colors if isinstance(config, VQGANConfig) else 0
   sides: tuple[int, ...] = (config.resolution,)
   maker = "the tokenizer"
   if isinstance(config, PublishedConfig):
@@ -279,6 +280,13 @@ def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageT
       f"config.vqgan.resolution is {vqgan.resolution} and config.vqgan.downsample "
       f"{vqgan.downsample}, {vqgan.image_tokens:,} codes per image; {maker} makes {grids}: set "
       f"config.vqgan.resolution={sides[0]}, config.vqgan.downsample={config.downsample}."
+    )
+  if colors != vqgan.code_colors:
+    fields = f"config.vqgan.quantizer={getattr(config, 'quantizer', '')}"
+    fields += f", config.vqgan.num_colors={colors}" if colors else ""
+    raise UserError(
+      f"config.vqgan has codes of {vqgan.code_colors} colors, and {maker} of {colors} (0: no pairs "
+      f"of a shape and a color): set {fields}."
     )
   if isinstance(config, VQGANConfig):
     return tokenizer

@@ -10,7 +10,7 @@ from cm3leon_jax.config import UserError, build
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.models.config import AdapterConfig
 from cm3leon_jax.settings import Settings, settings_from_stored, settings_of_run
-from cm3leon_jax.trained import bundles, kinds
+from cm3leon_jax.trained import bundles, exported, kinds
 from cm3leon_jax.weights import adapter_tensors, stored
 
 
@@ -87,6 +87,7 @@ def open_at(source: str | os.PathLike[str]) -> Adapters:
   """
   folder = bundles.folder_of(source)
   if kinds.kind_of(folder) == "peft":
+    exported.check(folder)
     described = read_json(folder / kinds.ABOUT, {"settings": dict, "base": dict})
     settings = settings_from_stored(described["settings"])
     return Adapters(folder, settings.adapter, Weights(**described["base"]))

@@ -12,13 +12,15 @@ A bundle can name another bundle as its base. Then it contains only a decoder, a
 tokenizers, CLIP model and bank of the base.
 """
 
+from collections.abc import Mapping
 import importlib.resources
 import os
 
 from etils import epath
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.files.digests import digest
+from cm3leon_jax.files.atomic import exists
+from cm3leon_jax.files.digests import describe, digest
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.settings import Settings, settings_from_stored
 from cm3leon_jax.tokenizers import text
@@ -92,11 +94,7 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
   """
   folder = epath.Path(folder)
   stored = read_json(folder / FILE, FIELDS)
-  for name, expected in stored["digests"].items():
-    found = digest(_own_file(folder, name))
-    if found != expected:
-      state = "is absent" if found is None else "has changed since the bundle was written"
-      raise UserError(f"{folder / name} {state} (SHA-256 {expected[:12]} expected): {AGAIN}.")
+  check_digests(folder, FILE, stored["digests"], "bundle", AGAIN)
   if base := _stored_base(folder, stored):
     of_base = folder_of(base["name"])
     if digest(of_base / FILE) != base["digest"]:
@@ -108,8 +106,24 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
   return settings_from_stored(stored["settings"]), stored["step"]
 
 
-def _own_file(folder: epath.Path, name: str) -> epath.Path:
-  """Returns the path of a file in a bundle, which may come from an untrusted source.
+def check_digests(
+  folder: epath.Path, file: str, digests: Mapping[str, str], what: str, remedy: str
+) -> None:
+  """Checks the files of a bundle or export (`what`) against the SHA-256 that `file` has of them.
+
+  Raises:
+    UserError: a file is absent or has changed, see also `_own_file`.
+  """
+  for name, expected in digests.items():
+    path = _own_file(folder, name, file, remedy)
+    found = describe(path)["sha256"] if exists(path) else None
+    if found != expected:
+      state = "is absent" if found is None else f"has changed since the {what} was written"
+      raise UserError(f"{path} {state} (SHA-256 {str(expected)[:12]} expected): {remedy}.")
+
+
+def _own_file(folder: epath.Path, name: str, file: str = FILE, remedy: str = AGAIN) -> epath.Path:
+  """Returns the path of a file that `file` names, which may come from an untrusted source.
 
   Symbolic links are allowed, because package managers and model hubs link to files elsewhere.
 
@@ -118,9 +132,9 @@ def _own_file(folder: epath.Path, name: str) -> epath.Path:
   """
   path = folder / name
   if "://" in name or name.startswith("/") or ".." in name.split("/"):
-    raise UserError(f"{folder / FILE} names the file '{name}', which is not in {folder}: {AGAIN}.")
+    raise UserError(f"{folder / file} names the file '{name}', which is not in {folder}: {remedy}.")
   if "://" not in os.fspath(path) and os.path.exists(path) and not os.path.isfile(path):
-    raise UserError(f"{folder / FILE} names '{name}', which is not a regular file: {AGAIN}.")
+    raise UserError(f"{folder / file} names '{name}', which is not a regular file: {remedy}.")
   return path
 
 

@@ -1,5 +1,7 @@
 """Reads exports in the formats hf and orbax, which contain no CLIP model and no bank."""
 
+import hashlib
+import json
 import os
 
 from etils import epath
@@ -9,15 +11,16 @@ from cm3leon_jax import distributed
 from cm3leon_jax.checkpoints import sealing
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import absolute
-from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.files.json_files import read_foreign_json, read_json
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.settings import Settings, settings_from_stored
 from cm3leon_jax.trained import bundles
-from cm3leon_jax.trained.kinds import ABOUT, DIGESTS, IMAGES, KINDS, kind_of
-from cm3leon_jax.weights import placed
+from cm3leon_jax.trained.kinds import ABOUT, DIGESTS, IMAGES, KINDS, TREE, kind_of
+from cm3leon_jax.weights import layouts, placed
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 
 ORBAX = "params"  # Folder of the parameters in an orbax export.
+AGAIN = "run `cm3leon export` again"
 
 
 def is_export(source: str | os.PathLike[str]) -> bool:
@@ -28,7 +31,57 @@ def is_export(source: str | os.PathLike[str]) -> bool:
 
 def is_orbax(folder: epath.PathLike) -> bool:
   """Returns whether a folder is a complete export in the format orbax."""
-  return (epath.Path(folder) / DIGESTS).exists()
+  return all((epath.Path(folder) / name).exists() for name in (TREE, DIGESTS))
+
+
+def _digests(folder: epath.Path) -> tuple[dict[str, str], dict[str, str]]:
+  """Returns the digests of the files in params/, by their paths there, and of all other files."""
+  listed = read_foreign_json(folder / DIGESTS, {})
+  if "_METADATA" in listed:  # An earlier version, which listed only the files in params/.
+    return listed, {}
+  others = {name: x for name, x in listed.items() if not name.startswith(f"{ORBAX}/")}
+  of_params = {name: x for name, x in listed.items() if name not in others}
+  return {name.removeprefix(f"{ORBAX}/"): x for name, x in of_params.items()}, others
+
+
+def check(folder: epath.Path, part: str = "") -> None:
+  """Checks the files of an export, except params/, which `load_params` checks.
+
+  Only files whose path begins with `part` are checked. Most exports of earlier versions, and
+  folders that other programs wrote, have no digests.
+
+  Raises:
+    UserError: a file is absent or has changed.
+  """
+  if (folder / ABOUT).exists() and (folder / DIGESTS).exists():
+    listed = {name: x for name, x in _digests(folder)[1].items() if name.startswith(part)}
+    bundles.check_digests(folder, DIGESTS, listed, "export", AGAIN)
+
+
+def digest_of_params(folder: epath.Path) -> str:
+  """Returns the SHA-256 of the digests of the parameters in an orbax export.
+
+  It is that of digests.json as earlier versions wrote this file.
+  """
+  text = json.dumps(_digests(folder)[0], indent=1) + "\n"
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def config_of(folder: epath.Path, described: dict) -> dict[str, dict]:
+  """Returns the fields of the config sections `model` and `vocab` of an export or bundle.
+
+  `described` is the content of its config.json. If an earlier version wrote that file, it lacks
+  `code_colors`, which is then read from the stored settings.
+
+  Raises:
+    KeyError, TypeError, AttributeError: `cm3leon export` did not write the files.
+  """
+  fields = layouts.config_of(described)
+  for path in (folder / bundles.FILE, folder / ABOUT):
+    if "code_colors" not in fields["model"] and path.exists():
+      model = read_foreign_json(path, {}).get("settings", {}).get("model", {})
+      fields["model"] |= {x: y for x, y in model.items() if x == "code_colors"}
+  return fields
 
 
 def read(folder: epath.Path) -> tuple[Settings, int]:
@@ -48,6 +101,7 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
       f"{folder} is an export {KINDS[kind]}, which is for other programs: load the workdir of its "
       "run, or an export in the format hf or orbax."
     )
+  check(folder)
   stored = read_json(folder / ABOUT, {"step": int})
   if "settings" not in stored:
     raise UserError(
@@ -73,8 +127,8 @@ def load_params(folder: epath.PathLike, config: ModelConfig) -> dict:
   folder = epath.Path(folder)
   if is_orbax(folder):
     params = absolute(folder) / ORBAX
-    if damage := sealing.damage(params, read_json(folder / DIGESTS, {})):
-      raise UserError(f"{damage}: run `cm3leon export` again.")
+    if damage := sealing.damage(params, _digests(folder)[0]):
+      raise UserError(f"{damage}: {AGAIN}.")
     with ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(os.fspath(params), placed.types_of(config))
   with distributed.together():

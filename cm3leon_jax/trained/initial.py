@@ -23,7 +23,7 @@ from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.trained import adapters, bundles, exported, kinds
 from cm3leon_jax.trained.adapters import Adapters, Weights
-from cm3leon_jax.weights import layouts, stored_tensors, tensor_files
+from cm3leon_jax.weights import stored_tensors, tensor_files
 
 IMAGE_TOKENIZER = f"{kinds.IMAGES}/params.safetensors"  # Path in an exported model.
 # Key in the summary of the stage INIT. Its value is the SHA-256 of the imported image tokenizer.
@@ -118,6 +118,7 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   folder = bundles.folder_of(source)
   if bundles.is_bundle(folder):
     bundles.read(folder)  # Checks the bundle's files.
+  exported.check(folder)
   if (kind := kinds.kind_of(folder)) not in ("", "orbax"):
     raise UserError(
       f"--init_from is {source}, an export {kinds.KINDS[kind]}, which differs from the trained "
@@ -150,13 +151,13 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   if run.exists():
     return Weights(source, *reading.identify(folder / "train", step))
   if exported.is_orbax(folder):
-    return Weights(source, None, digest(folder / kinds.DIGESTS))
+    return Weights(source, None, exported.digest_of_params(folder))
   return Weights(source, None, stored_tensors.digest_of(folder))
 
 
 def _exported_config(folder: epath.Path) -> dict[str, dict]:
   try:
-    return layouts.config_of(read_json(folder / "config.json", {}))
+    return exported.config_of(folder, read_json(folder / "config.json", {}))
   except (KeyError, TypeError, AttributeError) as error:
     raise UserError(
       f"{folder / 'config.json'} has no field {error}, so `cm3leon export` did not write it: "

@@ -6,8 +6,10 @@ from cm3leon_jax.files.json_files import read_foreign_json
 
 ABOUT = "export.json"  # Marks a folder as an export and describes the exported model.
 IMAGES = "image_tokenizer"  # Folder of the image tokenizer in an export.
-# File that an orbax export writes last. An export without this file is incomplete.
+# SHA-256 of the files of an export, which are already written. Exports of earlier versions do not
+# have it, except in the format orbax.
 DIGESTS = "digests.json"
+TREE = "params/_METADATA"  # Lists the arrays of an export in the format orbax.
 ADAPTER = "adapter_config.json"  # Describes the adapters of an export in the format peft.
 
 # Result of `kind_of` -> description for messages.
@@ -23,7 +25,7 @@ KINDS = {
 def kind_of(folder: epath.PathLike) -> str:
   """Returns the key of `KINDS` for an export, or "" for the format hf and for other folders."""
   folder = epath.Path(folder)
-  for kind, name in (("stablehlo", "manifest.json"), ("orbax", DIGESTS), ("peft", ADAPTER)):
+  for kind, name in (("stablehlo", "manifest.json"), ("orbax", TREE), ("peft", ADAPTER)):
     if (folder / name).exists():
       return kind
   path = folder / "config.json"

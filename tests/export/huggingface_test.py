@@ -106,7 +106,7 @@ def test_parameters_and_config_are_read_back(exported):
   assert described["model"].items() <= fields.items()
   assert "position_ids" not in read_json(folder / "config.json")["cm3leon"]
   names = {"family", "align_images", "vocab_size", "width", "mlp_width", "num_heads", "head_size"}
-  assert described["model"].keys() >= names
+  assert described["model"].keys() >= {*names, "code_colors"}
 
 
 @pytest.mark.slow

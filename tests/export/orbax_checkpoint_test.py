@@ -6,7 +6,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import formats, orbax_checkpoint
+from cm3leon_jax.export import formats
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.trained import initial
 from cm3leon_jax.trained.run import Run
@@ -24,7 +24,7 @@ def exported(request, run, tmp_path):
     params = jax.device_get(random_params(model))
   choice = formats.Choice(format="orbax")
   of_run = formats.TrainedRun(Run(run, settings), stored.of_tree(params), choice)
-  numbers = orbax_checkpoint.write(tmp_path / "out", of_run)
+  numbers = formats.write(tmp_path / "out", of_run)
   assert numbers["parameters"] == sum(x.size for x in jax.tree.leaves(params))
   return settings, params, tmp_path / "out", of_run
 
@@ -40,9 +40,7 @@ def test_nothing_is_compressed(exported):
   """Compression would need more memory in each of its threads."""
   _, params, folder, run = exported
   constant = stored.of_tree(jax.tree.map(np.ones_like, params))
-  numbers = orbax_checkpoint.write(
-    folder.parent / "constant", dataclasses.replace(run, params=constant)
-  )
+  numbers = formats.write(folder.parent / "constant", dataclasses.replace(run, params=constant))
   files = (folder.parent / "constant" / "params" / "d").iterdir()
   assert sum(path.stat().st_size for path in files) > numbers["bytes"]
 
@@ -68,7 +66,7 @@ def test_another_dtype_is_rounded_and_damage_is_found(exported):
   settings, params, folder, run = exported
   narrow = dataclasses.replace(run.choice, dtype="bfloat16")
   rounded = folder.parent / "rounded"
-  orbax_checkpoint.write(rounded, dataclasses.replace(run, choice=narrow))
+  formats.write(rounded, dataclasses.replace(run, choice=narrow))
   with one_device():
     found = initial.load(initial.find(settings, str(rounded)), settings)
   expected = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params)

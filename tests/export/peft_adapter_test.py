@@ -67,6 +67,7 @@ def test_the_adapters_are_read_as_they_were_written(exported):
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
+    "digests.json",
     "export.json",
     *["token_rows.safetensors"] * bool(found.config.tokens),
     "training_data.json",
@@ -110,6 +111,18 @@ def test_damaged_adapters_are_refused(exported):
     path.unlink()
     with refused(UserError):
       found.load()
+
+
+@pytest.mark.parametrize("exported", ["opt-all"], indirect=True)
+def test_a_changed_file_is_named(exported):
+  path = exported[-1] / adapter_tensors.FILE
+  content = bytearray(path.read_bytes())
+  content[-9] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(UserError, match=f"{path.name} has changed since the export was written"):
+    open_at(exported[-1])
+  (exported[-1] / "digests.json").unlink()  # As in an earlier version.
+  assert open_at(exported[-1]).base.step == 7
 
 
 @pytest.mark.parametrize("exported", ["modern-rows"], indirect=True)

@@ -158,8 +158,9 @@ def test_a_workdir_with_another_tokenizer_or_import_is_refused(qwen3_folder, tmp
     imported(other, run, settings)
 
 
-@pytest.mark.parametrize("file", ["manifest.json", "digests.json"])
+@pytest.mark.parametrize("file", ["manifest.json", "params/_METADATA"])
 def test_an_export_in_another_format_is_refused_by_its_name(tmp_path, file):
+  (tmp_path / file).parent.mkdir(exist_ok=True)
   write_json(tmp_path / file, {})
   with refused(UserError):
     open_source(str(tmp_path))

@@ -46,7 +46,7 @@ CONTINUOUS = mutants_of(
     "active.tokens = np.append(active.tokens, tokens)",
     "active.tokens = tokens",
   ),
-  ("methods_of_one_seed", "[self.seed], 1, [streams])", "[0], 1, [streams])"),
+  ("methods_of_one_seed", "self.sampling.method, self.seed,", "self.sampling.method, 0,"),
   "cm3leon_jax/decoding/continuous/engine.py",
   f"{ENGINE_TEST}::test_a_short_request_leaves_an_idle_batch_of_longer_ones_alone",
   (

@@ -15,11 +15,11 @@ DECODING = mutants_of(
   "cm3leon_jax/decoding/sampling/contrastive.py",
   ("contrastive_k_is_one", "largest(expert, min(k, expert.shape[-1]))", "largest(expert, 1)"),
   "cm3leon_jax/decoding/sampling/mixture.py",
-  ("mixture_inverted", "np.broadcast_to(one % 2,", "np.broadcast_to(1 - one % 2,"),
+  ("mixture_inverted", "generate_state(1)[0] % 2]", "generate_state(1)[0] % 2 - 1]"),
   "cm3leon_jax/decoding/sampling/methods.py",
   (
     "contrast_without_a_stream",
-    "TOP_P if method.needs_unconditional and count == 1 else method",
+    "TOP_P if method.needs_unconditional and streams == 1 else method",
     "method",
   ),
   "cm3leon_jax/decoding/sampling/rows.py",

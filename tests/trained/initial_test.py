@@ -7,9 +7,10 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import formats, huggingface
-from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.importing import importer
 from cm3leon_jax.runs import table
-from cm3leon_jax.trained import initial
+from cm3leon_jax.trained import initial, kinds
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, one_device
@@ -68,6 +69,25 @@ def test_an_export_with_other_positions_is_refused(exported):
   model = dataclasses.replace(settings.model, align_images=True)
   with refused(UserError):
     initial.find(dataclasses.replace(settings, model=model), str(folder))
+
+
+@pytest.mark.parametrize("colors", [0, 8])
+def test_an_export_with_other_colors_of_codes_is_refused(colors, tmp_path):
+  own, other = (with_model(code_colors=x) for x in (colors, 8 - colors))
+  with one_device():
+    huggingface.export(tmp_path, random_params(own.model), own.model, own.vocab, None)
+  described = read_json(tmp_path / "config.json")
+  for earlier in (False, True):
+    if earlier:  # Earlier versions stored the field only among the settings.
+      del described["cm3leon"]["code_colors"]
+      write_json(tmp_path / "config.json", described)
+      write_json(tmp_path / kinds.ABOUT, {"settings": {"model": {"code_colors": colors}}})
+    assert initial.find(own, str(tmp_path)).source == str(tmp_path)
+    importer.plan(own, str(tmp_path))
+    with pytest.raises(UserError, match="code_colors"):
+      initial.find(other, str(tmp_path))
+    with pytest.raises(UserError, match=f"the flags --config.model.code_colors={colors}"):
+      importer.plan(other, str(tmp_path))
 
 
 def test_fields_that_say_only_how_to_compute_may_differ(run):

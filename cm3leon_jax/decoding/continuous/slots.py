@@ -21,7 +21,7 @@ from cm3leon_jax.decoding.programs import jit_before, lower_loop
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.result import Result, cut
 from cm3leon_jax.decoding.sampling.method import TokenMethod
-from cm3leon_jax.decoding.sampling.methods import choose_methods
+from cm3leon_jax.decoding.sampling.methods import choose_method
 from cm3leon_jax.mesh import abstract
 
 FIXED = (grammar.CODES, grammar.EOSS, grammar.MASK, grammar.END)  # Parts with a fixed length.
@@ -63,9 +63,7 @@ class ActiveRequest:
 
   @property
   def method(self) -> TokenMethod:
-    streams = len(self.request.streams)
-    [[method]] = choose_methods(self.sampling.method, [self.seed], 1, [streams])
-    return method
+    return choose_method(self.sampling.method, self.seed, len(self.request.streams))
 
 
 class RunningBatch:

@@ -1,12 +1,11 @@
 """Defines the interface of sampling methods. Each method is an object in its own file."""
 
-# B rows, V vocabulary (all ids, or only image codes), P prompts, N samples of a prompt.
+# B rows, V vocabulary (all ids, or only image codes).
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any, ClassVar, NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
-import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from cm3leon_jax.decoding.config import SamplingConfig
 
@@ -45,12 +44,9 @@ class SamplingMethod:
     """The token methods that the samples use; for a `TokenMethod`, only the method itself."""
     raise NotImplementedError
 
-  def choose(self, seeds: Sequence[int], samples: int) -> Shaped[np.ndarray, "P N"]:
-    """Chooses the method of each sample and returns its index in `members`.
-
-    `seeds` has one seed per prompt, and `samples` is N.
-    """
-    return np.zeros((len(seeds), samples), np.int32)
+  def choose(self, seed: int) -> "TokenMethod":
+    """Chooses the token method of the sample with this seed."""
+    return self.members[0]
 
 
 class TokenMethod(SamplingMethod):

@@ -1,7 +1,5 @@
 """Lists all sampling methods by name and chooses the method of each sample."""
 
-from collections.abc import Sequence
-
 from cm3leon_jax.decoding.sampling.contrastive import CONTRASTIVE
 from cm3leon_jax.decoding.sampling.method import SamplingMethod, TokenMethod
 from cm3leon_jax.decoding.sampling.mixture import MIXTURE
@@ -43,21 +41,11 @@ def without_unconditional() -> list[str]:
   return [name for name, method in METHODS.items() if not method.needs_unconditional]
 
 
-def choose_methods(
-  name: str, seeds: Sequence[int], samples: int, streams: Sequence[int]
-) -> list[list[TokenMethod]]:
-  """Chooses the token method of every sample of each prompt.
+def choose_method(name: str, seed: int, streams: int) -> TokenMethod:
+  """Chooses the token method of the sample with the seed `seed`.
 
-  A prompt with one stream uses top-p if the chosen method needs an unconditional stream. `seeds`
-  and `streams` have one element per prompt. `streams` has the number of streams of each prompt, and
-  `samples` is the number of samples per prompt.
+  A prompt with one stream uses top-p if the chosen method needs an unconditional stream. `streams`
+  is the number of streams of the prompt.
   """
-  members = METHODS[name].members
-
-  def usable(method: TokenMethod, count: int) -> TokenMethod:
-    return TOP_P if method.needs_unconditional and count == 1 else method
-
-  return [
-    [usable(members[i], count) for i in row]
-    for row, count in zip(METHODS[name].choose(seeds, samples), streams)
-  ]
+  method = METHODS[name].choose(seed)
+  return TOP_P if method.needs_unconditional and streams == 1 else method

@@ -34,7 +34,7 @@ from tests.models.tiny import random_params
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-# Settings of the samples in one batch. Even seeds use top-p, odd seeds contrastive decoding.
+# Settings of the samples in one batch, some of which use top-p, others contrastive decoding.
 SAMPLINGS = [
   MIXTURE,
   dataclasses.replace(MIXTURE, temperature=0.7, top_p=0.5, guidance=5.0, contrastive_alpha=0.1),

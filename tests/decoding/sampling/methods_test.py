@@ -9,7 +9,7 @@ from cm3leon_jax.decoding.sampling.method import TokenMethod
 from cm3leon_jax.decoding.sampling.methods import (
   METHODS,
   OTHERS,
-  choose_methods,
+  choose_method,
   settings_of_codes,
   unread_settings,
   without_unconditional,
@@ -36,7 +36,7 @@ def test_what_a_method_says_of_itself(name):
   assert set(method.members) <= {TOP_P, *OTHERS}
   assert {*method.settings} == {field for member in method.members for field in member.settings}
   assert method.needs_unconditional == any(m.needs_unconditional for m in method.members)
-  assert method.choose([3, 4, 5], 2).shape == (3, 2)
+  assert {method.choose(seed) for seed in range(10)} == {*method.members}
   if isinstance(method, TokenMethod):
     assert method.temperature in method.numbers
     assert set(method.numbers) <= set(method.settings)
@@ -57,9 +57,9 @@ def test_settings_literals():
   assert not {*without_unconditional()} & {"contrastive", "mixture"}
 
 
-def test_the_methods_of_samples():
+def test_the_method_of_a_sample():
   """Samples of one stream use top-p, because contrastive decoding needs a second stream."""
-  assert choose_methods("mixture", [4, 7], 1, [2, 2]) == [[TOP_P], [CONTRASTIVE]]
-  assert choose_methods("mixture", [4, 7], 2, [2, 1]) == [[TOP_P, CONTRASTIVE], [TOP_P, TOP_P]]
-  assert choose_methods("contrastive", [4, 7], 2, [3, 1]) == [[CONTRASTIVE] * 2, [TOP_P] * 2]
-  assert choose_methods("top_p", [4, 7], 1, [3, 1]) == [[TOP_P], [TOP_P]]
+  assert [choose_method("mixture", seed, 2) for seed in (4, 5)] == [TOP_P, CONTRASTIVE]
+  assert [choose_method("mixture", seed, 1) for seed in (4, 5)] == [TOP_P, TOP_P]
+  assert [choose_method("contrastive", 4, streams) for streams in (3, 1)] == [CONTRASTIVE, TOP_P]
+  assert choose_method("top_p", 5, 3) == TOP_P

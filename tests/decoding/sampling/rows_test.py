@@ -12,7 +12,7 @@ from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.sampling.contrastive import CONTRASTIVE as CDK
 from cm3leon_jax.decoding.sampling.guidance import combine_streams
 from cm3leon_jax.decoding.sampling.method import StreamLogits
-from cm3leon_jax.decoding.sampling.methods import choose_methods
+from cm3leon_jax.decoding.sampling.methods import choose_method
 from cm3leon_jax.decoding.sampling.rows import (
   RowSettings,
   Sampler,
@@ -136,7 +136,7 @@ def mixture_counts():
   config = SamplingConfig(
     "mixture", 0.9, 9, 0.8, text_temperature=1.3, text_top_p=0.95, contrastive_k=K
   )
-  [methods] = choose_methods("mixture", [0], 2, [2])
+  methods = [choose_method("mixture", seed, 2) for seed in (0, 1)]
   uses = jax.tree.map(jnp.asarray, uses_of([*methods, *methods]))
   is_image = jnp.array([True, True, False, False])
   return dict(zip(MIXTURE, counts(select(is_image, uses, SamplingValues.of(config)), len(MIXTURE))))

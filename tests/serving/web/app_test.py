@@ -1,9 +1,11 @@
 from concurrent import futures
+import dataclasses
 
 import numpy as np
 from PIL import Image
 import pytest
 
+from cm3leon_jax.decoding.config import METHODS
 from cm3leon_jax.generation.image_tasks import InfillImage
 from cm3leon_jax.generation.text_tasks import InfillText
 from tests.serving.live import about, error, events, image, pixels, png
@@ -33,6 +35,23 @@ def test_images_are_those_of_the_python_call(live, model):
   assert found["usage"]["input_tokens_details"]["image_tokens"] == 2 * 16
   other = live.generate(prompt=CAPTION, n=2, seed=6, retrieve=2, **settings).json()
   assert other["data"][0]["b64_json"] != found["data"][0]["b64_json"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sample_is_the_same_alone_in_a_batch_and_from_the_server(
+  live, model, monkeypatch, method
+):
+  settings = model.pipeline.settings
+  sampling = dataclasses.replace(settings.sampling, method=method)
+  monkeypatch.setattr(model.pipeline, "settings", dataclasses.replace(settings, sampling=sampling))
+  together = model.generate(CAPTION, num_samples=6, seed=5)
+  used = {"top_p": {False}, "contrastive": {True}, "mixture": {False, True}}
+  assert {sample.contrastive for sample in together} == used[method]
+  served = live.generate(prompt=CAPTION, n=6, seed=5).json()["data"]
+  for sample, data in zip(together, served, strict=True):
+    [alone] = model.generate(CAPTION, seed=sample.seed)
+    np.testing.assert_array_equal(alone.image, sample.image)
+    np.testing.assert_array_equal(pixels(data["b64_json"]), sample.image)
 
 
 def test_rows_stream_before_the_image(live):
