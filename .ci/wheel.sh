@@ -53,6 +53,29 @@ cm3leon generate --workdir=scenes-instruct --task=caption --image=sample.png --o
 cm3leon export --workdir=scenes --output=exported
 [ -f exported/README.md ] || fail "cm3leon export wrote no model card."
 
+echo "wheel: cm3leon run on the bundled model, and CM3Leon.finetune"
+# The extra `demo` is not installed, so nothing can be drawn or judged.
+python - <<'PYTHON'
+import itertools, pathlib
+from PIL import Image, ImageDraw
+
+pathlib.Path("drawings").mkdir()
+sides = {"top": 4, "bottom": 28}, {"left": 4, "right": 28}
+colors = ("red", "green", "blue", "orange", "purple", "black", "gray", "brown")
+for color, shape, y, x in itertools.product(colors, ("rectangle", "ellipse"), *sides):
+  image = Image.new("RGB", (48, 48), "white")
+  corner = sides[0][y], sides[1][x]
+  getattr(ImageDraw.Draw(image), shape)((*corner[::-1], corner[1] + 16, corner[0] + 16), color)
+  name = f"drawings/{color}_{shape}_{y}_{x}"
+  image.save(f"{name}.png")
+  pathlib.Path(f"{name}.txt").write_text(f"a {color} {shape} at the {y} {x}")
+PYTHON
+cm3leon run --config=own:5 --config.raw.source=drawings --config.train.steps=20 --init_from=scenes \
+  --workdir=tuned | tee tuned.txt
+grep -q '^  forgetting: .* bits per image code' tuned.txt || fail "cm3leon run measured no forgetting."
+grep -q '^  forgetting: no images were judged' tuned.txt || fail "cm3leon run did not say that it judged no images."
+python -c 'from cm3leon_jax import CM3Leon; CM3Leon.finetune("drawings", "tuned", minutes=5, fields={"train.steps": 20}).generate("a red ellipse")'
+
 echo "wheel: cm3leon serve"
 cm3leon serve --workdir=scenes --port=0 >serve.log 2>&1 &
 server=$!

@@ -25,10 +25,10 @@ from cm3leon_jax.evaluation.intervals import mean_interval
 from cm3leon_jax.files.json_files import read_json, read_json_lines
 
 CONFIG, BASE = "ml_configs/scenes_instruct.py", "scenes"
-SHARED = ("text_tokenizer", "vqgan", "clip", "instructions", "base")
+SHARED = ("text_tokenizer", "vqgan", "clip", "instructions")
 RANKS = {"full": 0, "rank_1": 1, "rank_4": 4, "rank_16": 16, "rank_64": 64}
 FULL_RATE = 2.5e-3  # Learning rate of the config.
-DATA = {"instructions.replay_share": 0.0, "data.base_documents": 400, "data.base_share": 0.0}
+DATA = {"instructions.replay_share": 0.0, "data.base_documents": 4_000, "data.base_share": 0.0}
 
 _CONDITIONS = flags.DEFINE_list("conditions", ["full", "rank_16"], f"Some of {', '.join(RANKS)}.")
 _STEPS = flags.DEFINE_integer("steps", 320, "Training steps of each run.", lower_bound=10)
@@ -54,7 +54,6 @@ def _trained(workdir: pathlib.Path, condition: str, rate: str) -> pathlib.Path:
   if not (shared / "vqgan" / "done.json").exists():
     _command("copy_tokenizers", shared, DATA, f"--init_from={BASE}")
   run_stage("encode_instructions", CONFIG, shared, DATA)
-  run_stage("prepare_base", CONFIG, shared, DATA)
   run = workdir / f"{condition}_rate_{rate}_steps_{_STEPS.value}"
   link_stages(shared, run, SHARED)
   _command("train", run, _fields(rank, rate), f"--init_from={BASE}")

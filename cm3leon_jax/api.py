@@ -135,8 +135,9 @@ class CM3Leon:
     >>> CM3Leon.load(folder).step
     7
 
-    An existing bundle in `folder` is replaced. A bundle contains the settings, and all models in
-    float16. A model that was loaded from an export or with `adapter` cannot be saved.
+    An existing bundle in `folder` is replaced. A bundle contains the settings, all models in
+    float16, and a sample of the training images and captions (docs/export.md). A model
+    that was loaded from an export or with `adapter` cannot be saved.
     """
     from cm3leon_jax import loading
 

@@ -175,20 +175,24 @@ def describe(workdir: str, pipeline: Pipeline, mesh: jax.sharding.Mesh, step: in
 
 
 def write_bundle(
-  trained: Run, folder: str | os.PathLike[str], base: str = "", step: int | None = None
+  trained: Run,
+  folder: str | os.PathLike[str],
+  base: str = "",
+  step: int | None = None,
+  **options: int,
 ) -> tuple[int, dict]:
   """Writes the bundle of a run, with the cost of its training. Needs a current mesh.
 
   If `base` is another bundle, the new bundle refers to it for tokenizers and CLIP (see
-  `bundle.write`). `step` is the step of the checkpoint, by default the newest. Returns (step,
-  result of `bundle.write`).
+  `bundle.write`, which also gets `options`). `step` is the step of the checkpoint, by default the
+  newest. Returns (step, result of `bundle.write`).
   """
   workdir = trained.folder
   cost = summary.cost(summary.collect(workdir))
   if cost is not None:
     cost["train_seconds"] += initial.seconds_before(workdir)
   params, found = trained.params(step)
-  return found, bundle.write(folder, trained, params, found, cost, base)
+  return found, bundle.write(folder, trained, params, found, cost, base, **options)
 
 
 def check_saved(workdir: str, adapter: str | None) -> None:

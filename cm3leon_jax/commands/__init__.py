@@ -14,7 +14,6 @@ COMMANDS = (
   "train_clip",
   "build_neighbors",
   "inspect_data",
-  "prepare_base",
   "train",
   "checkpoints",
   "generate",

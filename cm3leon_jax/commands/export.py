@@ -12,8 +12,8 @@ the exported model with the original logits on held-out documents.
 
 --bundle=DIR also writes the decoder, the tokenizers and CLIP in float16 to one folder, for
 CM3Leon.load and for --init_from of cm3leon train. With --base=OTHER, the bundle contains only the
-decoder. It then uses the tokenizers, CLIP and bank of the bundle OTHER, from which
-`cm3leon copy_tokenizers` copied them.
+decoder. It then uses the tokenizers, CLIP, bank and replay documents of the bundle OTHER, from
+which `cm3leon copy_tokenizers` copied them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from etils import epath
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import formats
-from cm3leon_jax.runs import stages, table
+from cm3leon_jax.runs import from_data, stages, table
 
 if TYPE_CHECKING:
   from cm3leon_jax.data.documents.store import DocumentStore
@@ -65,6 +65,12 @@ _BASE = flags.DEFINE_string(
   "",
   "Bundle that has the tokenizers and CLIP of this run, so that --bundle leaves them out.",
 )
+_REPLAY = flags.DEFINE_integer(
+  "replay_documents",
+  from_data.BASE_DOCUMENTS,
+  "Maximum number of training pairs that --bundle contains, so that a tuning can replay them.",
+  lower_bound=0,
+)
 
 
 def main(
@@ -74,6 +80,7 @@ def main(
   base: str = "",
   choice: formats.Choice = DEFAULT,
   output: str = "",
+  replayed: int = from_data.BASE_DOCUMENTS,
 ) -> None:
   if base and not bundle_folder:
     raise UserError(f"--base is {base}, but --bundle is not given: --base applies only to bundles.")
@@ -92,7 +99,7 @@ def main(
     _export(trained, choice, output or "export" * (trained.kind == "bundle"))
     if bundle_folder:
       with common.use_mesh(trained.settings):
-        step, numbers = loading.write_bundle(trained, bundle_folder, base)
+        step, numbers = loading.write_bundle(trained, bundle_folder, base, replayed=replayed)
       size = f"{numbers['bytes'] / 1e6:.1f} MB"
       print(f"export: bundle of step {step}, {size}, in {bundle_folder}.", flush=True)
 
@@ -234,7 +241,7 @@ def _heldout_bits(settings: Settings, heldout: DocumentStore, params: dict) -> d
 
 def _run(settings: Settings, workdir: epath.Path) -> None:
   choice = formats.Choice(_FORMAT.value, _DTYPE.value, _QUANTIZE.value or "", _MERGE_EMA.value)
-  main(settings, workdir, _BUNDLE.value, _BASE.value, choice, _OUTPUT.value)
+  main(settings, workdir, _BUNDLE.value, _BASE.value, choice, _OUTPUT.value, _REPLAY.value)
 
 
 if __name__ == "__main__":

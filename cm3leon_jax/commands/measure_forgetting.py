@@ -4,8 +4,9 @@
 
 The base is the run that `cm3leon train --init_from=BASE` started from. The command computes the
 bits of held-out documents of the base with both models. If a world such as scenes drew these
-documents, it also judges images that both models generate for held-out captions. The results have
-paired 95% intervals. `config.data.base_documents` must be greater than 0.
+documents, and the packages of its judge are installed, it also judges images that both models
+generate for held-out captions. The results have paired 95% intervals. `config.data.base_documents`
+must be greater than 0.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   if not settings.data.base_documents:
     raise UserError(
       "config.data.base_documents is 0, so this run has no documents of its base: set it in all "
-      "commands of the run, from `cm3leon prepare_base` on."
+      "commands of the run, from `cm3leon copy_tokenizers --init_from=RUN` on."
     )
   base = base_documents.open_base(settings, workdir)
   inputs = base_documents.ids(settings, workdir)
@@ -45,10 +46,10 @@ def main(settings: Settings, workdir: epath.Path) -> None:
         "is no base to compare it with: use another --workdir, and give --init_from also to "
         "`cm3leon train`."
       )
-    run = Run(workdir, settings)
-    before = forgetting.measure(run, initial.load(start, settings), base)
+    run, judge = Run(workdir, settings), forgetting.judge_of(base)
+    before = forgetting.measure(run, initial.load(start, settings), base, judge)
     params, step = run.params()
-    after = forgetting.measure(run, params, base)
+    after = forgetting.measure(run, params, base, judge)
     result = forgetting.compare(before, after)
     summary.update(base=start.source, step=step, **result)
     print("\n".join(forgetting.describe(result, start.source)), flush=True)

@@ -243,7 +243,7 @@ def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
 
 def _main(settings: Settings, workdir: epath.Path) -> None:
   main(settings, workdir, bool(from_data.missing(flags.FLAGS.config)))
-  if not _CHECK_LEAKS.value:  # `prepare_base` calls `main` for data that fills no batch alone.
+  if not _CHECK_LEAKS.value:
     summary = stages.require(workdir, "raw", summary=dict)["summary"]
     check_batch(common.completed(workdir), summary)
 

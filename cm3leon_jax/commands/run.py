@@ -63,10 +63,7 @@ def commands(settings: Settings, given: bool, own_images: bool = False) -> dict[
   if "grades" in names and not any(map(of_answers, load_tasks(settings.instructions))):
     names.remove("grades")
   found = {"copy_tokenizers": ""} if given else {}
-  for name in names:
-    if name == "train" and settings.data.base_documents:
-      found["prepare_base"] = ""
-    found[table.STAGES[name].command] = name
+  found |= {table.STAGES[name].command: name for name in names}
   return {**found, "report": ""}
 
 

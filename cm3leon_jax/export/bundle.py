@@ -12,17 +12,17 @@ from cm3leon_jax.clip.model import PARAMS as CLIP_PARAMS
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import training_data, unseen_tokens
 from cm3leon_jax.data.documents.store import DocumentStore, write_documents
-from cm3leon_jax.export import huggingface
+from cm3leon_jax.export import huggingface, replay
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.retrieval.bank import copy_bank
-from cm3leon_jax.runs import stages
+from cm3leon_jax.runs import from_data, stages
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained import bundles
+from cm3leon_jax.trained import base_documents, bundles
 from cm3leon_jax.trained.run import Run, unseen_in
 from cm3leon_jax.weights import layouts
 
@@ -34,13 +34,16 @@ def write(
   step: int,
   cost: dict | None = None,
   base: str = "",
+  replayed: int = from_data.BASE_DOCUMENTS,
 ) -> dict:
   """Writes a bundle of a run that trained its own CLIP; writes bundle.json last.
 
   Args:
     cost: cost of the run, see `reports.summary.cost`; None if it is unknown.
     base: another bundle, see `folder_of`, with the same tokenizers and CLIP as the run. The new
-      bundle then refers to `base` for tokenizers, CLIP and bank. If "", it contains them itself.
+      bundle then refers to `base` for tokenizers, CLIP, bank and replay documents. If "", it
+      contains them itself.
+    replayed: maximum number of training pairs that the bundle contains for replay.
 
   Returns:
     {"files", "bytes"}: number and size of all files except bundle.json.
@@ -72,8 +75,16 @@ def write(
   if base:
     settings = dataclasses.replace(settings, retrieval=of_base.retrieval)
   else:
-    settings, of_bank = _write_bank(folder, run)
-    names += of_bank + _write_stages(folder, workdir)
+    settings = _write_bank(folder, run)
+    if replayed and base_documents.is_complete(workdir):
+      replay.write(folder / bundles.REPLAY, run, replayed)
+    names += _write_stages(folder, workdir)
+    names += [
+      str((epath.Path(root) / name).relative_to(folder))
+      for part in bundles.STORES
+      for root, _, files in (folder / part).walk()
+      for name in files
+    ]
   described = {
     "settings": plain(dataclasses.asdict(settings)),
     "step": step,
@@ -172,26 +183,20 @@ def _write_stages(folder: epath.Path, workdir: epath.Path) -> list[str]:
   return [f"{stage}/{name}" for stage, names in bundles.FILES.items() for name in names]
 
 
-def _write_bank(folder: epath.Path, run: Run) -> tuple[Settings, list[str]]:
+def _write_bank(folder: epath.Path, run: Run) -> Settings:
   """Copies the bank, if the run retrieves only from the documents of the split `bank`.
 
   Returns:
-    The settings, and the names of the copied files. If the bank is copied, the settings select
-    exact search, because no search index is copied.
+    The settings. If the bank is copied, they select exact search, because no search index is
+    copied.
   """
   settings = run.settings
   if settings.retrieval.train_documents:
-    return settings, []
+    return settings
   pairs = DocumentStore(run.folder / "documents" / "bank_pairs", settings.vocab)
   write_documents(folder / "documents" / "train_pairs", (), settings.vocab)
   documents = (pairs[i] for i in range(len(pairs)))
   write_documents(folder / "documents" / "bank_pairs", documents, settings.vocab)
   copy_bank(run.folder / "neighbors", folder / "neighbors")
-  names = [
-    str((epath.Path(root) / name).relative_to(folder))
-    for part in ("documents", "neighbors")
-    for root, _, files in (folder / part).walk()
-    for name in files
-  ]
   retrieval = dataclasses.replace(settings.retrieval, backend="exact")
-  return dataclasses.replace(settings, retrieval=retrieval), names
+  return dataclasses.replace(settings, retrieval=retrieval)

@@ -2,8 +2,7 @@
 
 A tuning run reads them for two reasons: replay of training documents reduces forgetting, and the
 loss of held-out documents shows how much the tuned model forgets. A workdir has its documents. A
-bundle whose world draws its data gets them from `cm3leon prepare_base`, which draws them again in
-base/ of the tuned run's workdir.
+bundle has a sample of them, which `export.replay` writes: only pairs, no other documents.
 """
 
 import dataclasses
@@ -11,17 +10,14 @@ from typing import Any
 
 from etils import epath
 
-from cm3leon_jax import worlds
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import from_data, stages
 from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.trained import bundles
 
-FOLDER = "base"  # Folder of a workdir with the documents that were drawn again.
 NAME = "base"  # Name of the source of these documents in rows and logs.
 READ = ("documents", "neighbors")
-NUM_HELDOUT = 400  # Number of held-out documents that a world draws.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +31,6 @@ class Base:
 def is_complete(folder: epath.Path) -> bool:
   """Returns whether a folder has finished documents and neighbors."""
   return all((folder / name / stages.DONE).exists() for name in READ)
-
-
-def can_draw(settings: Settings) -> bool:
-  """Returns whether a world can draw the documents of a base with these settings again."""
-  return settings.raw.source in worlds.MODULES
 
 
 def source_of(workdir: epath.PathLike) -> str:
@@ -59,10 +50,7 @@ def source_of(workdir: epath.PathLike) -> str:
 
 
 def find(source: str) -> tuple[Settings, epath.Path | None]:
-  """Returns the settings of a workdir or bundle, and the folder with its documents.
-
-  The folder is None for a bundle, which has no held-out documents, and for a workdir without
-  finished documents.
+  """Returns the settings of a workdir or bundle, and the folder with its documents, if any.
 
   Raises:
     UserError: `source` is neither of them.
@@ -70,18 +58,25 @@ def find(source: str) -> tuple[Settings, epath.Path | None]:
   bundles.check_is_base(source)
   folder = bundles.folder_of(source)
   if bundles.is_bundle(folder):
-    return bundles.read(folder)[0], None
-  return settings_of_run(folder), folder if is_complete(folder) else None
+    settings = bundles.read(folder)[0]
+    data = dataclasses.replace(settings.data, text_share=0.0, interleaved_share=0.0)
+    settings = dataclasses.replace(settings, data=data)
+    folder = bundles.stages_folder(folder) / bundles.REPLAY
+  else:
+    settings = settings_of_run(folder)
+  return settings, folder if is_complete(folder) else None
 
 
 def fields(source: str, own_images: bool) -> dict[str, Any]:
   """Returns the config fields that a tuning has in common with its base (`from_data.base_fields`).
 
   If the run trains its own image tokenizer (`own_images`), the codes of the base's documents have
-  no meaning for it, so it does not use them.
+  no meaning for it, so it does not use them. If the base has none, prints that.
   """
   settings, folder = find(source)
-  documents = not own_images and (folder is not None or can_draw(settings))
+  if folder is None:
+    print(f"{source} has no documents: the run cannot replay them or measure what it forgets.")
+  documents = not own_images and folder is not None
   found = from_data.base_fields(dataclasses.asdict(settings), documents)
   if own_images:  # The batch must not be larger than the data, and nothing is imported.
     del found["vqgan.batch_size"]
@@ -89,42 +84,23 @@ def fields(source: str, own_images: bool) -> dict[str, Any]:
   return found
 
 
-def to_draw(of_base: Settings, settings: Settings, workdir: epath.PathLike) -> Base:
-  """Returns the folder and settings with which a world draws documents for the run in `workdir`.
-
-  `of_base` are the settings of the base, and `settings` are those of the run.
-  """
-  world = of_base.raw.source
-  numbers = {"train": settings.data.base_documents, "heldout": NUM_HELDOUT}
-  few = dataclasses.replace(getattr(of_base, world), **numbers)
-  return Base(dataclasses.replace(of_base, **{world: few}), epath.Path(workdir) / FOLDER)
-
-
 def open_base(settings: Settings, workdir: epath.PathLike) -> Base:
   """Finds the documents of the base of the run in `workdir`.
 
   Raises:
-    UserError: the base has no documents, they were not drawn yet, or their vocab differs.
+    UserError: the base has no documents, or their vocab differs.
   """
   source = source_of(workdir)
   of_base, folder = find(source)
-  if folder is not None:
-    base = Base(of_base, folder)
-  elif can_draw(of_base):
-    base = to_draw(of_base, settings, workdir)
-    if not is_complete(base.folder):
-      raise UserError(
-        f"{base.folder} does not have the documents of {source} yet: run `cm3leon prepare_base` "
-        "with the same --config and --workdir first."
-      )
-  else:
+  if folder is None:
     raise UserError(
       f"config.data.base_documents is {settings.data.base_documents}, but {source} has no "
-      "documents: set it to 0, or give a workdir with documents/ and neighbors/ as --init_from."
+      "documents: set it to 0, or start from a workdir with documents/ and neighbors/, or from a "
+      "bundle with replay documents (docs/export.md)."
     )
-  if base.settings.vocab != settings.vocab:
+  if of_base.vocab != settings.vocab:
     raise UserError(f"{source} has another config.vocab than this run: set the same values.")
-  return base
+  return Base(of_base, folder)
 
 
 def check_limit(settings: Settings) -> None:

@@ -4,12 +4,13 @@ A bundle contains:
   the decoder, in the Hugging Face layout (`huggingface.export`);
   vqgan/, clip/ and text_tokenizer/;
   documents/ and neighbors/, if the run retrieves only from the split `bank`;
+  replay/: a sample of the run's documents with their neighbors, for a tuning (`base_documents`);
   training_data.json: origins of the training data;
   unseen_tokens.json: text ids that never occurred in training, if they are known;
   bundle.json: settings, step, training cost, and the SHA-256 of every file.
 All weights are float16: numpy can read it, and it rounds weights less than bfloat16 does.
 A bundle can name another bundle as its base. Then it contains only a decoder, and uses the
-tokenizers, CLIP model and bank of the base.
+tokenizers, CLIP model, bank and replay documents of the base.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,9 @@ INSTALLED = ("scenes", "scenes-instruct")  # Bundles that the package contains.
 MODEL = ("params.safetensors", "config.json")
 # Stage -> the files that a bundle copies from it.
 FILES = {"text_tokenizer": text.FILES, "vqgan": MODEL, "clip": MODEL}
-PARTS = (*FILES, "documents", "neighbors")  # Folders in a bundle.
+REPLAY = "replay"
+STORES = ("documents", "neighbors", REPLAY)  # Folders that a bundle may have.
+PARTS = (*FILES, *STORES)  # Folders in a bundle.
 AGAIN = "install cm3leon_jax again, or write the bundle again with `cm3leon export --bundle`"
 
 

@@ -119,18 +119,18 @@ def test_skipped_stages_count_with_the_time_that_they_took(started, tmp_path, mo
   assert lines == ["[3/11] train_vqgan: 0 s, about 580 min left"]
 
 
-def test_a_run_on_a_base_draws_its_documents_and_measures_what_it_forgets():
+def test_a_run_on_a_base_measures_what_it_forgets():
   own = settings_of("scenes", **{"data.base_documents": 9})
   names = list(run.commands(own, given=True))
   assert names == [
-    "copy_tokenizers", "prepare_data", "encode_documents", "build_neighbors", "prepare_base",
-    "train", "generate", "evaluate", "measure_forgetting", "export", "report",
+    "copy_tokenizers", "prepare_data", "encode_documents", "build_neighbors", "train",
+    "generate", "evaluate", "measure_forgetting", "export", "report",
   ]  # fmt: skip
   with_own_images = list(run.commands(own, given=True, own_images=True))
   assert with_own_images == [*names[:2], "train_vqgan", *names[2:]]
   tuned = settings_of("scenes_instruct", **{"data.base_documents": 9})
-  last = list(run.commands(tuned, given=True))[-5:]
-  assert last == ["prepare_base", "train", "measure_forgetting", "grade_instructions", "report"]
+  last = list(run.commands(tuned, given=True))[-4:]
+  assert last == ["train", "measure_forgetting", "grade_instructions", "report"]
 
 
 def test_an_own_image_tokenizer_belongs_to_a_base(tmp_path):

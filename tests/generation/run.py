@@ -81,6 +81,8 @@ def make_run(root: epath.Path) -> None:
   ids = np.stack([rng.permutation(12)[:4] for _ in CAPTIONS]).astype(np.int32)
   ids[1, 1:] = -1
   write_neighbors(root / "neighbors" / "heldout_pairs", text_ids=ids)
+  of_train = [np.setdiff1d(rng.permutation(12)[:5], i)[:4] for i in range(12)]
+  write_neighbors(root / "neighbors" / "train_pairs", ids=np.array(of_train, np.int32))
   image_params = vqgan.init_params(SETTINGS.vqgan, VOCAB.image_size, jax.random.key(0))
   vqgan.ImageTokenizer(SETTINGS.vqgan, VOCAB.image_size, image_params).save(root / "vqgan")
 

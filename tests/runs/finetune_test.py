@@ -167,7 +167,7 @@ def test_the_error_of_a_command_is_raised(tmp_path):
 
 def test_a_command_that_ends_without_an_error_is_reported_with_its_code(tmp_path, monkeypatch):
   program = tmp_path / "python"
-  program.write_text("#!/bin/sh\necho '[5/11] prepare_base: 34 s'\nexit 9\n")
+  program.write_text("#!/bin/sh\necho '[5/10] train: 34 s'\nexit 9\n")
   program.chmod(0o755)
   monkeypatch.setattr(finetune.sys, "executable", str(program))
   with refused(UserError):

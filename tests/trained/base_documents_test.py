@@ -6,10 +6,11 @@ import importlib
 from etils import epath
 import pytest
 
-from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.trained import base_documents
+from cm3leon_jax.trained import base_documents, bundles
+from cm3leon_jax.trained.rows import document_sources
 
 
 def settings_of(name, **fields):
@@ -32,16 +33,27 @@ def finish(folder, name):
   write_json(folder / name / stages.DONE, {})
 
 
-def test_a_bundle_has_no_folder_of_documents_but_its_world_can_draw_them(tmp_path):
-  settings, folder = base_documents.find("scenes")
-  assert folder is None
-  assert base_documents.can_draw(settings)
-  run = settings_of("scenes", **{"data.base_documents": 9})
-  drawn = base_documents.to_draw(settings, run, tmp_path)
-  assert drawn.folder == epath.Path(tmp_path) / "base"
-  assert (drawn.settings.scenes.train, drawn.settings.scenes.heldout) == (9, 400)
-  own = dataclasses.replace(settings, raw=dataclasses.replace(settings.raw, source="my_images"))
-  assert not base_documents.can_draw(own)
+@pytest.mark.parametrize("name", bundles.INSTALLED)
+def test_the_bundled_models_have_documents_with_neighbors_and_none_is_held_out_and_trained(name):
+  settings, folder = base_documents.find(name)
+  captions = []
+  for split, number in (("train", 4_000), ("heldout", 400)):
+    [source] = document_sources(settings, folder, split, 1.0)
+    pairs = [source.store[i] for i in range(len(source.store))]
+    assert len(pairs) == number
+    assert 0.2 < (source.neighbors[:, 0] >= 0).mean() < 0.5
+    captions.append({pair.key for pair in pairs} | {str(pair.facts["objects"]) for pair in pairs})
+  assert not captions[0] & captions[1]
+
+
+def test_a_bundle_without_documents_is_neither_replayed_nor_measured_and_it_says_so(
+  tmp_path, capsys
+):
+  stored = read_json(bundles.folder_of("scenes") / bundles.FILE)
+  write_json(epath.Path(tmp_path) / bundles.FILE, {**stored, "digests": {}})
+  fields = base_documents.fields(str(tmp_path), False)
+  assert (fields["data.base_documents"], fields["data.base_share"]) == (0, 0)
+  assert capsys.readouterr().out.startswith(f"{tmp_path} has no documents: ")
 
 
 def test_the_folder_of_a_workdir_is_named_once_its_documents_and_neighbors_are_finished(workdir):
@@ -51,7 +63,7 @@ def test_the_folder_of_a_workdir_is_named_once_its_documents_and_neighbors_are_f
   assert base_documents.find(str(workdir))[1] == workdir
 
 
-def test_documents_that_exist_or_can_be_drawn_are_replayed_but_not_with_other_image_codes(workdir):
+def test_documents_that_exist_are_replayed_but_not_with_other_image_codes(workdir):
   for name in base_documents.READ:
     finish(workdir, name)
   for source in (str(workdir), "scenes"):

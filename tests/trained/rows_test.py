@@ -154,7 +154,3 @@ def test_a_base_without_documents_and_a_run_without_a_base_are_refused(workdir, 
   limited = dataclasses.replace(base.train, max_forgetting=0.03)
   with refused(UserError):
     base_documents.ids(dataclasses.replace(base, train=limited), run)
-  stored = dataclasses.replace(base, raw=dataclasses.replace(base.raw, source="scenes"))
-  write_json(workdir / "train" / "config.json", {"settings": dataclasses.asdict(stored)})
-  with refused(UserError):
-    Run(run, with_base(base, base_share=0.1)).rows("train")

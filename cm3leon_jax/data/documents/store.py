@@ -99,9 +99,15 @@ def group_id(group: str) -> int:
 
 
 def write_shard(
-  folder: epath.PathLike, name: str, documents: Iterable[Document], vocab: VocabLayout
+  folder: epath.PathLike,
+  name: str,
+  documents: Iterable[Document],
+  vocab: VocabLayout,
+  options: str = "group_size:1",
 ) -> int:
   """Writes a shard of the store in `folder` atomically. Returns the number of documents.
+
+  `options` are for ArrayRecord, which compresses each group of records as one block.
 
   Raises UserError if a document is invalid, see `check_document`.
   """
@@ -109,7 +115,7 @@ def write_shard(
   lengths, is_image, counts, groups, concepts = [], [], [], [], []
   token_counts = np.zeros(vocab.size, np.int64)
   with partial_path(folder / f"{name}{RECORDS}") as partial:
-    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+    writer = array_record_module.ArrayRecordWriter(str(partial), options)
     try:
       for document in documents:
         check_document(document, vocab)
@@ -178,11 +184,11 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
 
 
 def write_documents(
-  folder: epath.PathLike, documents: Iterable[Document], vocab: VocabLayout
+  folder: epath.PathLike, documents: Iterable[Document], vocab: VocabLayout, *options: str
 ) -> int:
   """Writes a store with one shard. Has the result and the errors of `write_shard`."""
   (epath.Path(folder) / INDEX).unlink(missing_ok=True)
-  write_shard(folder, "000000", documents, vocab)
+  write_shard(folder, "000000", documents, vocab, *options)
   return finish_store(folder, ["000000"], vocab)
 
 

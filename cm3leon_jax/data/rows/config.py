@@ -51,9 +51,8 @@ class DataConfig:
   interleaved_share: Annotated[float, Field(ge=0, le=1)] = 0.0
   """Share of positions for interleaved documents. Pairs get the remaining positions."""
   base_documents: NonNegativeInt = 0
-  """Number of training documents of the base, the run of --init_from, that are kept for replay. Its
-  held-out documents show how much the run forgets. A bundled world draws these documents again; of
-  another base, all documents are read. 0: no documents of the base are used."""
+  """Above 0: documents of the base, the run of --init_from, are read: those in its workdir, or the
+  sample in its bundle. Its held-out documents show how much the run forgets. 0: none are read."""
   base_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
   """Share of training positions for documents of the base; needs `base_documents`."""
   pack_window: PositiveInt = 65_536

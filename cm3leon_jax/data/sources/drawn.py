@@ -73,8 +73,7 @@ def load_drawings(source: str, module: str) -> ModuleType:
     return importlib.import_module(module)
   except ImportError as error:
     raise UserError(
-      f"config.raw.source is '{source}', whose drawings are not installed ({error}): "
-      f"{extras.install('demo')}."
+      f"the drawings of '{source}' are not installed ({error}): {extras.install('demo')}."
     ) from error
 
 

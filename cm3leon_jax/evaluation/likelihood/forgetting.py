@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.evaluation import intervals, strata
@@ -33,7 +34,7 @@ class Measured:
     bits: for each modality, the sum of bits of each document, [n] float64.
     tokens: for each modality, the number of tokens of each document, [n] int64.
     concepts: concepts of the n documents.
-    correct: for each judged caption, whether its image is correct; () without a world.
+    correct: for each judged caption, whether its image is correct; () without a judge.
     captions: concepts of the judged captions.
   """
 
@@ -44,12 +45,25 @@ class Measured:
   captions: Sequence[str] = ()
 
 
-def measure(run: Run, params: dict, base: Base) -> Measured:
+def judge_of(base: Base) -> World | None:
+  """Returns the world that judges images of a base. Prints why none does, if it could."""
+  world = of_source(base.settings)
+  try:
+    if world is not None:
+      world.check_installed()
+  except UserError as error:
+    print(f"forgetting: no images were judged, only bits measured: {error}", flush=True)
+    return None
+  return world
+
+
+def measure(run: Run, params: dict, base: Base, judge: World | None = None) -> Measured:
   """Measures a model on held-out documents of `base`, each after its neighbors.
 
   Args:
     run: the tuned run, whose tokenizers also the base has.
     params: parameters of the base or of the tuned model, on the current mesh (`jax.set_mesh`).
+    judge: judges images that the model generates; None: only bits are measured.
   """
   settings, documents = run.settings, base.folder / "documents"
   vocab, config = settings.vocab, settings.evaluation
@@ -72,8 +86,7 @@ def measure(run: Run, params: dict, base: Base) -> Measured:
     sums[modality] = np.array([row[mask].sum() for row, mask in zip(scored, own)])
     tokens[modality] = np.array([mask.sum() for mask in own])
   concepts = [pair.concept or f"document {i}" for i, pair in zip(chosen, pairs)]
-  world = of_source(base.settings)
-  judged = _judge(world, run, params, base) if world else ((), ())
+  judged = _judge(judge, run, params, base) if judge else ((), ())
   return Measured(sums, tokens, concepts, *judged)
 
 
@@ -81,7 +94,6 @@ def _judge(
   world: World, run: Run, params: dict, base: Base
 ) -> tuple[Sequence[bool], Sequence[str]]:
   """Generates and judges images for held-out captions. Returns the verdicts and the concepts."""
-  world.check_installed()
   config = dataclasses.replace(base.settings.evaluation, scenes=CAPTIONS)
   settings: Settings = dataclasses.replace(
     run.settings, evaluation=config, sampling=base.settings.sampling

@@ -22,5 +22,5 @@ def test_without_the_extra_the_drawings_of_scenes_are_missing():
     [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
   )
   (line,) = result.stdout.splitlines()
-  assert line.startswith("config.raw.source is 'scenes', whose drawings are not installed (")
+  assert line.startswith("the drawings of 'scenes' are not installed (")
   assert line.endswith(f"): {install('demo')}.")

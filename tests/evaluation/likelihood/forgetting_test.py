@@ -1,6 +1,8 @@
 """Tests the comparison of a tuned model with its base on the same held-out documents."""
 
 import dataclasses
+import re
+import sys
 
 import jax
 import numpy as np
@@ -57,6 +59,22 @@ def test_the_sentences_name_the_base_and_the_intervals():
   assert lines[2].startswith(
     "forgetting: 4 held-out captions of scenes: 75.0% of images correct -> 25.0%, -50.0 points ("
   )
+
+
+def test_without_a_judge_only_bits_are_measured(settings, workdir, mesh, monkeypatch, capsys):  # noqa: F811
+  drawn = dataclasses.replace(settings, raw=dataclasses.replace(settings.raw, source="scenes"))
+  base = Base(drawn, workdir)
+  monkeypatch.setitem(sys.modules, "fonticon_mdi7", None)  # Its import then fails.
+  assert forgetting.judge_of(base) is None
+  line = r"forgetting: no images were judged, .*'scenes' are not installed.*: pip install .*\n"
+  assert re.fullmatch(line, capsys.readouterr().out)
+  found = forgetting.measure(Run(workdir, settings), random_params(settings.model), base)
+  assert found.bits["image"].sum() > 0
+  assert found.correct == ()
+  monkeypatch.undo()
+  assert forgetting.judge_of(base) is not None
+  assert forgetting.judge_of(Base(settings, workdir)) is None
+  assert capsys.readouterr().out == ""
 
 
 def test_the_bits_are_those_of_an_evaluation_with_true_neighbors(settings, workdir, mesh):  # noqa: F811
