@@ -1,19 +1,31 @@
-"""Decodes images that clients send. Checks their sizes before decoding, and never fetches URLs."""
+"""Decodes images that clients send. Checks their sizes before decoding, and never fetches URLs.
+
+Decoders can take long for images of strangers, and a thread that decodes cannot be stopped. So this
+module is also a program, which `web.decoders` starts, and kills when a request is over.
+"""
 
 # H height, W width.
 
 import base64
 import io
+import json
+import os
 import re
+import select
+import signal
+import sys
+import threading
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.raw.image_parts import ImageFile
 from cm3leon_jax.serving.errors import ApiError, refusal
 
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
+Box = tuple[int, int, int, int]
 
 
 def from_data_url(url: str, param: str) -> bytes:
@@ -37,8 +49,10 @@ def from_data_url(url: str, param: str) -> bytes:
 def _check_pixels(data: bytes, most_pixels: int, param: str) -> None:
   """Reads the header of an image. Raises ApiError for other data or for too many pixels."""
   try:
-    with Image.open(io.BytesIO(data), formats=reader.FORMATS) as opened:
+    with Image.open(ImageFile(data, param), formats=reader.FORMATS) as opened:
       width, height = opened.size
+  except UserError as error:
+    raise refusal(str(error), param) from error
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     message = f"{param} has far too many pixels; at most {most_pixels:,} are allowed."
     raise ApiError(413, message, param, "image_too_large") from error
@@ -56,24 +70,26 @@ def _check_pixels(data: bytes, most_pixels: int, param: str) -> None:
     )
 
 
-def decode(data: bytes, resolution: int, most_pixels: int, param: str = "image") -> np.ndarray:
-  """Decodes the centered square of an image to [resolution, resolution, 3] uint8.
+def decode(
+  image: bytes, mask: bytes | None = None, *, resolution: int, most_pixels: int, param: str
+) -> tuple[np.ndarray, Box | None]:
+  """Decodes the centered square of an image, [resolution, resolution, 3] uint8, and its mask.
 
   Raises:
-    ApiError: the file is not an image, has too many pixels, or is damaged.
+    ApiError: a file is not an image, has too many pixels or parts, or is damaged, or see
+      `box_of_mask`.
   """
-  _check_pixels(data, most_pixels, param)
+  _check_pixels(image, most_pixels, param)
   try:
-    return reader.load_image(data, resolution)
+    pixels, size = reader.load_with_size(image, resolution)
   except UserError as error:
     raise refusal(
       f"{param} is damaged; it must be a PNG, JPEG, WebP, GIF or AVIF file.", param
     ) from error
+  return pixels, None if mask is None else box_of_mask(mask, size, resolution, most_pixels)
 
 
-def box_of_mask(
-  mask: bytes, image: bytes, resolution: int, most_pixels: int
-) -> tuple[int, int, int, int]:
+def box_of_mask(mask: bytes, size: tuple[int, int], resolution: int, most_pixels: int) -> Box:
   """Returns the box around the fully transparent pixels of a mask.
 
   The mask is first cropped and scaled like its image.
@@ -81,18 +97,17 @@ def box_of_mask(
     a mask of 4 x 4 pixels, transparent at rows 2 and 3 of column 0, resolution 8: (0, 4, 2, 8)
 
   Args:
-    mask: PNG file with an alpha channel. Its size is the image's size when both are upright.
-    image: file of the image, which `decode` has accepted.
+    mask: PNG file with an alpha channel.
+    size: (width, height) of the upright image.
 
   Raises:
     ApiError: the mask is not a PNG file, has another size or no alpha channel, or no fully
       transparent pixel.
   """
   _check_pixels(mask, most_pixels, "mask")
-  with Image.open(io.BytesIO(image), formats=reader.FORMATS) as opened:
-    width, height = ImageOps.exif_transpose(opened).size
+  width, height = size
   try:
-    with Image.open(io.BytesIO(mask), formats=("PNG",)) as opened:
+    with Image.open(ImageFile(mask, "mask"), formats=("PNG",)) as opened:
       has_alpha = opened.has_transparency_data
       alpha = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
   except Exception as error:
@@ -121,3 +136,29 @@ def png(image: np.ndarray) -> str:
   buffer = io.BytesIO()
   Image.fromarray(image).save(buffer, "PNG")
   return base64.b64encode(buffer.getvalue()).decode()
+
+
+def main() -> None:
+  """Decodes the images that stdin has, one after the other, until stdin is closed.
+
+  A request is a line of JSON, with the sizes of the files and the other arguments of `decode`, and
+  then the files. An answer is a line with the box, and the pixels, or only a line with an ApiError.
+  """
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)  # The server decides when this process ends.
+  closed = select.poll()
+  closed.register(sys.stdin, 0)  # Reports only that the server has closed the pipe, or has ended.
+  threading.Thread(target=lambda: (closed.poll(), os._exit(0)), daemon=True).start()
+  while line := sys.stdin.buffer.readline():
+    request = json.loads(line)
+    files = [sys.stdin.buffer.read(size) for size in request.pop("sizes")]
+    try:
+      pixels, box = decode(*files, **request)
+      answer, content = {"box": box}, pixels.tobytes()
+    except ApiError as error:
+      answer, content = vars(error), b""
+    sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n" + content)
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+  main()

@@ -6,8 +6,7 @@ import types
 
 import pytest
 
-from cm3leon_jax.serving import uploads
-from cm3leon_jax.serving.web import app
+from cm3leon_jax.serving.web import app, decoders
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live, about, error, image, png
 
@@ -20,24 +19,24 @@ class Decoder:
   """Fake decoder that waits until `may_go` is set; counts images, and parallel calls."""
 
   def __init__(self):
-    self.may_go, self.lock = threading.Event(), threading.Lock()
+    self.may_go, self.ask = threading.Event(), decoders.ask
     self.calls = self.running = self.most = 0
-    self.decode = uploads.decode
 
-  def __call__(self, *arguments):
-    with self.lock:
-      self.calls, self.running = self.calls + 1, self.running + 1
-      self.most = max(self.most, self.running)
-    assert self.may_go.wait(60)
-    with self.lock:
+  async def __call__(self, *arguments):
+    self.calls, self.running = self.calls + 1, self.running + 1
+    self.most = max(self.most, self.running)
+    try:
+      while not self.may_go.is_set():
+        await asyncio.sleep(0.01)
+      return await self.ask(*arguments)
+    finally:
       self.running -= 1
-    return self.decode(*arguments)
 
 
 @pytest.fixture
 def decoder(monkeypatch):
   decoder = Decoder()
-  monkeypatch.setattr(uploads, "decode", decoder)
+  monkeypatch.setattr(decoders, "ask", decoder)
   yield decoder
   decoder.may_go.set()
 
@@ -75,7 +74,7 @@ def test_a_request_without_an_image_does_not_wait_for_those_with_one(live, decod
   late.cancel()
   assert [answer.status_code for answer in answers] == [200] * 40
   assert decoder.calls == 40
-  assert decoder.most == app.DECODERS
+  assert decoder.most == decoders.COUNT
 
 
 def test_a_full_queue_refuses_images_before_they_are_decoded(idle, run, decoder):
@@ -98,16 +97,16 @@ def test_a_wrong_image_leaves_its_place(live):
 
 
 def test_a_client_that_leaves_is_not_decoded(live, decoder):
-  with uploaded(live, app.DECODERS):
-    live.wait_for("requests_waiting", app.DECODERS)
+  with uploaded(live, decoders.COUNT):
+    live.wait_for("requests_waiting", decoders.COUNT)
     with pytest.raises(Exception, match="timed out"):
       live.http.post(
         "/v1/images/edits", files={"image": ("a.png", png(IMAGE))}, data=EDIT, timeout=0.3
       )
-    live.wait_for("requests_waiting", app.DECODERS)
+    live.wait_for("requests_waiting", decoders.COUNT)
     decoder.may_go.set()
   live.wait_for("requests_active", 0)
-  assert decoder.calls == app.DECODERS
+  assert decoder.calls == decoders.COUNT
 
 
 def test_an_event_that_comes_as_its_client_leaves_keeps_no_request(idle):

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import io
 import threading
 import traceback
 from typing import IO
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cm3leon_jax.config import UserError, causes
+from cm3leon_jax.data.raw.image_parts import ImageFile
 from cm3leon_jax.data.sources.records import (
   KINDS,
   RawPair,
@@ -235,9 +235,12 @@ def _trim_memory() -> None:
 
 
 def open_image(image: str | bytes | epath.Path, name: str) -> IO[bytes]:
-  """Opens a file or bytes. Raises UserError if it is not a regular file or is too large."""
+  """Reads a file, or opens bytes.
+
+  Raises UserError if it is not a regular file, is too large, or has too many parts: `image_parts`.
+  """
   if isinstance(image, bytes):
-    size, file = len(image), io.BytesIO(image)
+    size = len(image)
   else:
     fs, path = open_filesystem(str(image))
     info = fs.info(path)
@@ -245,11 +248,13 @@ def open_image(image: str | bytes | epath.Path, name: str) -> IO[bytes]:
       raise UserError(f"image {name} is a folder; name an image file in it.")
     if info["type"] != "file":
       raise UserError(f"image {name} cannot be read (it is not a file).")
-    size, file = info["size"], None
+    size = info["size"]
   if size > MAX_BYTES:
     raise UserError(f"image {name} has {size:,} bytes; the maximum is {MAX_BYTES:,}.")
-  # The default cache of gcsfs would read the file in many small requests.
-  return file or fs.open(path, "rb", cache_type="readahead")
+  if not isinstance(image, bytes):
+    with fs.open(path, "rb", cache_type="none") as file:
+      image = file.read(MAX_BYTES)
+  return ImageFile(image, f"image {name}")
 
 
 def load_images(

@@ -1,8 +1,7 @@
 """Defines the HTTP application: routes of the OpenAI API, health, metrics and one page."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from concurrent import futures
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
 import contextlib
 import importlib.resources
 import re
@@ -19,11 +18,12 @@ from starlette.routing import Route
 
 from cm3leon_jax.config import short
 from cm3leon_jax.generation.tasks import Task
-from cm3leon_jax.serving import partial, schemas, tasks, uploads
+from cm3leon_jax.serving import partial, schemas, tasks
 from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.errors import ApiError, refusal
 from cm3leon_jax.serving.jobs import Event, Failed, Finished, Job
 from cm3leon_jax.serving.web.answers import ChatAnswer, ImageAnswer
+from cm3leon_jax.serving.web.decoders import Decoders
 from cm3leon_jax.serving.web.limits import Guard, Limits
 from cm3leon_jax.serving.web.metrics import CONTENT_TYPE, Metrics
 from cm3leon_jax.serving.web.streams import EventStream, unless_gone
@@ -31,7 +31,6 @@ from cm3leon_jax.serving.web.streams import EventStream, unless_gone
 T = TypeVar("T")
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"
-DECODERS = 2  # Threads that decode images. `raw.reader` decodes only one large image at a time.
 PAGE = {
   "": ("index.html", "text/html"),
   "app.css": ("app.css", "text/css"),
@@ -49,7 +48,7 @@ class Server:
     self.names = (name, *engine.pipeline.adapted)
     self._layout = engine.pipeline.layout
     self._started = int(time.time())
-    self._decoders = futures.ThreadPoolExecutor(DECODERS, "decoder")
+    self._decoders = Decoders()
 
   def app(self, local: bool) -> Guard:
     """Returns the application. `local` says whether the server listens on a loopback address."""
@@ -67,9 +66,14 @@ class Server:
     ]
     handlers: Any = {ApiError: _api_error, HTTPException: _http_error, Exception: _unknown_error}
     handlers[ClientDisconnect] = _nobody
-    app = Starlette(routes=routes, exception_handlers=handlers)
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
     endpoints = [route.path for route in routes]
     return Guard(app, self.limits, self.metrics, endpoints, local)
+
+  @contextlib.asynccontextmanager
+  async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+    yield
+    await self._decoders.close()
 
   async def _generations(self, request: Request) -> Response:
     body = schemas.read(schemas.Generation, await self._json(request))
@@ -84,14 +88,12 @@ class Server:
     self._check(body)
     if "image" not in files:
       raise ApiError(400, "image is required: send a file.", "image", "missing_required_parameter")
-    limits, box = (self._layout.resolution, self.limits.most_pixels), body.box
+    if "mask" in files and body.box:
+      raise refusal("mask and box are given: give one of them.", "mask")
     with self._place(request):
-      image = await self._decoded(request, uploads.decode, files["image"], *limits)
-      if "mask" in files:
-        if box:
-          raise refusal("mask and box are given: give one of them.", "mask")
-        files_of_mask = files["mask"], files["image"]
-        box = await self._decoded(request, uploads.box_of_mask, *files_of_mask, *limits)
+      sent = [files[name] for name in ("image", "mask") if name in files]
+      image, hole = await self._decoded(request, "image", *sent)
+      box = body.box if hole is None else tuple(hole)
       task = await asyncio.to_thread(tasks.edit, self.engine.pipeline, body, image, box)
       return await self._images(request, body, task, "image_edit")
 
@@ -102,8 +104,7 @@ class Server:
     image: np.ndarray | None = None
     with self._place(request):
       if sent is not None:
-        limits = self._layout.resolution, self.limits.most_pixels
-        image = await self._decoded(request, uploads.decode, sent, *limits, "image_url.url")
+        image, _ = await self._decoded(request, "image_url.url", sent)
       del sent  # Free the memory of the upload before the answer is computed.
       task = await asyncio.to_thread(tasks.chat, self.engine.pipeline, body, text, image)
       usage = body.stream_options.include_usage
@@ -118,9 +119,12 @@ class Server:
       request.state.place = place
       yield
 
-  async def _decoded(self, request: Request, decode: Callable[..., T], *arguments: Any) -> T:
-    """Decodes an image in a thread. Raises ApiError for an invalid image, or ClientDisconnect."""
-    decoding = asyncio.get_running_loop().run_in_executor(self._decoders, decode, *arguments)
+  async def _decoded(
+    self, request: Request, param: str, *files: bytes
+  ) -> tuple[np.ndarray, list[int] | None]:
+    """Decodes an image and its mask. Raises ApiError if one is invalid, or ClientDisconnect."""
+    side, pixels = self._layout.resolution, self.limits.most_pixels
+    decoding = self._decoders.decode([*files], resolution=side, most_pixels=pixels, param=param)
     found = await self._in_time(request, unless_gone(request, decoding))
     if found is None:
       raise ClientDisconnect

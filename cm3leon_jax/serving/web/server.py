@@ -123,10 +123,11 @@ def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Ser
   config = uvicorn.Config(
     app,
     http=HttpProtocol,
+    loop="asyncio",  # uvloop would call the fork handlers of JAX when it starts a process.
     log_level="warning",
     access_log=False,
     server_header=False,
-    lifespan="off",
+    lifespan="on",
     ws="none",
     backlog=BACKLOG,
     limit_concurrency=connections + 1,  # uvicorn rejects the connection that reaches the limit.
