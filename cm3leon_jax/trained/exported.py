@@ -3,11 +3,14 @@
 import os
 
 from etils import epath
+from flax import traverse_util
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from cm3leon_jax import distributed
 from cm3leon_jax.checkpoints import sealing
 from cm3leon_jax.config import UserError
+from cm3leon_jax.files import foreign
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.models.config import ModelConfig
@@ -15,6 +18,7 @@ from cm3leon_jax.settings import Settings, settings_from_stored
 from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.kinds import ABOUT, DIGESTS, IMAGES, KINDS, kind_of
 from cm3leon_jax.weights import placed
+from cm3leon_jax.weights.stored import array_spec
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 
 ORBAX = "params"  # Folder of the parameters in an orbax export.
@@ -31,13 +35,20 @@ def is_orbax(folder: epath.PathLike) -> bool:
   return (epath.Path(folder) / DIGESTS).exists()
 
 
+def check(folder: epath.PathLike) -> None:
+  """Checks the files of an export, which may come from an untrusted source, before it is read."""
+  foreign.check_folder(folder, (IMAGES, ORBAX))
+
+
+@foreign.reads("an export")
 def read(folder: epath.Path) -> tuple[Settings, int]:
   """Reads the settings and the step of an export.
 
   Raises:
     UserError: the format is only for other programs or rounds the parameters to int8, an earlier
-      version wrote the export, or the export has a published image tokenizer.
+      version wrote the export, the export has a published image tokenizer, or a file is wrong.
   """
+  check(folder)
   if (kind := kind_of(folder)) == "peft":
     raise UserError(
       f"{folder} is an export {KINDS[kind]}: load their base, and name this folder by adapter, as "
@@ -62,6 +73,7 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
   return settings_from_stored(stored["settings"]), stored["step"]
 
 
+@foreign.reads("a bundle or export")
 def load_params(folder: epath.PathLike, config: ModelConfig) -> dict:
   """Loads the parameters of an export or bundle onto the current mesh.
 
@@ -71,12 +83,19 @@ def load_params(folder: epath.PathLike, config: ModelConfig) -> dict:
     UserError: a file is absent or damaged.
   """
   folder = epath.Path(folder)
+  check(folder)
   if is_orbax(folder):
-    params = absolute(folder) / ORBAX
+    params, types = absolute(folder) / ORBAX, placed.types_of(config)
     if damage := sealing.damage(params, read_json(folder / DIGESTS, {})):
       raise UserError(f"{damage}: run `cm3leon export` again.")
+    for name, kind in traverse_util.flatten_dict(types, sep=".").items():
+      about = ts.open(array_spec(params, name), open=True).result().spec().to_json()["metadata"]
+      chunks = zip(about["chunks"], kind.shape, strict=True)
+      # TensorStore allocates memory for a chunk, and for whatever a compressed chunk expands to.
+      if about["compressor"] or any(chunk > size for chunk, size in chunks):
+        raise UserError(f"{params}: the array {name} is not as `cm3leon export` writes it.")
     with ocp.StandardCheckpointer() as checkpointer:
-      return checkpointer.restore(os.fspath(params), placed.types_of(config))
+      return checkpointer.restore(os.fspath(params), types)
   with distributed.together():
     try:
       return placed.load(StoredTensors(folder), config)
