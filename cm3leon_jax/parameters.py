@@ -15,7 +15,7 @@ from safetensors import numpy as safetensors
 
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.files.atomic import replacing
-from cm3leon_jax.files.json_files import read_foreign_json
+from cm3leon_jax.files.json_files import check_foreign, read_foreign_json
 from cm3leon_jax.runs.stages import differences
 
 
@@ -92,6 +92,8 @@ def load(path: epath.PathLike, expected: dict, command: str) -> dict:
   if not path.exists():
     raise UserError(f"{path} does not exist: run `cm3leon {command}` first.")
   remedy = f"delete {path.parent} and run `cm3leon {command}` again"
+  sizes = [x.size for x in traverse_util.flatten_dict(expected).values()]
+  check_foreign(path, 8 * sum(sizes) + 2**10 * len(sizes) + 2**20)  # fp64, names, other metadata.
   try:
     flat = safetensors.load(path.read_bytes())
   except SafetensorError as error:

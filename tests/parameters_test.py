@@ -1,3 +1,5 @@
+import os
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -73,6 +75,14 @@ def test_a_file_of_another_model_is_refused(tmp_path, change):
   path.parent.mkdir()
   parameters.save(path, change(params_of()))
   with refused(UserError):
+    parameters.load(path, params_of(), "train_clip")
+
+
+def test_a_file_larger_than_the_parameters_is_not_read(tmp_path):
+  path = tmp_path / "a.safetensors"
+  path.touch()
+  os.truncate(path, 2**40)
+  with pytest.raises(UserError, match=r"safetensors has 1,099,511,627,776 bytes; the maximum is"):
     parameters.load(path, params_of(), "train_clip")
 
 

@@ -1,6 +1,7 @@
 """Writes and copies bundles. `trained.bundles` describes their format."""
 
 import dataclasses
+import os
 
 from etils import epath
 import jax
@@ -97,7 +98,9 @@ def write(
 
 
 def copy(folder: epath.PathLike, to: epath.PathLike) -> None:
-  """Copies a bundle to a folder, where it replaces any bundle; writes bundle.json last.
+  """Copies a bundle, which `bundles.read` has checked, to a folder; writes bundle.json last.
+
+  Replaces any bundle in the folder `to`. Does not copy a model card that is a link.
 
   Raises:
     UserError: `to` is the folder of this bundle, or contains other files than a bundle.
@@ -108,6 +111,8 @@ def copy(folder: epath.PathLike, to: epath.PathLike) -> None:
     raise UserError(f"{to} is the bundle itself: choose another folder.")
   _begin(to)
   more = [name for name in (training_data.FILE, "README.md") if (folder / name).exists()]
+  # Without a digest, a link could lead to any file of the machine.
+  more = [name for name in more if not os.path.islink(folder / name)]
   names = [huggingface.WEIGHTS, *read_json(folder / bundles.FILE, bundles.FIELDS)["digests"], *more]
   for name in [*dict.fromkeys(names), bundles.FILE]:
     (to / name).parent.mkdir(parents=True, exist_ok=True)
@@ -151,10 +156,10 @@ def _begin(folder: epath.Path) -> None:
 def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
   """Returns the name and digest of the bundle `base`, and its settings."""
   folder = bundles.folder_of(base)
-  if not bundles.is_bundle(folder) or bundles.stages_folder(folder) != folder:
+  if "://" in base or not bundles.is_bundle(folder) or bundles.stages_folder(folder) != folder:
     raise UserError(
-      f"--base is {base}; it must be a bundle with its own tokenizers and CLIP: a folder that "
-      f"`cm3leon export --bundle` wrote without --base, or {bundles.INSTALLED[0]}."
+      f"--base is {base}; it must be a bundle with its own tokenizers and CLIP: a local folder "
+      f"that `cm3leon export --bundle` wrote without --base, or {bundles.INSTALLED[0]}."
     )
   settings, _ = bundles.read(folder)
   for stage, files in bundles.FILES.items():

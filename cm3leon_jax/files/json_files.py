@@ -18,6 +18,8 @@ Fields = Mapping[str, type]
 GET_AGAIN = "download it again from where it was published"
 # Parsed JSON takes up to 50 times the size of the file. Large tokenizers have 2^25 bytes.
 FOREIGN_BYTES = 2**26
+# 2^21 empty lists take 200 MB of memory. Tokenizers of 2^18 tokens have 2^21 commas and brackets.
+FOREIGN_VALUES = 2**21
 NAMES = {dict: "object", list: "list", str: "string", int: "whole number", float: "number"}
 
 
@@ -89,14 +91,24 @@ def check_foreign(path: epath.PathLike, most_bytes: int | None = None) -> None:
     raise UserError(f"{path} has {size:,} bytes; the maximum is {most_bytes:,}: {GET_AGAIN}.")
 
 
-def read_foreign_json(path: epath.PathLike, fields: Fields | None = None) -> Any:
-  """Reads a JSON file that another program wrote, with at most `FOREIGN_BYTES` bytes.
+def check_foreign_json(path: epath.PathLike) -> None:
+  """Raises UserError as `check_foreign`, or if a JSON file has too many bytes or values."""
+  check_foreign(path, FOREIGN_BYTES)
+  data = epath.Path(path).read_bytes() if exists(path) else b""
+  if sum(map(data.count, (b"[", b"{", b","))) > FOREIGN_VALUES:
+    raise UserError(f"{path} has more than {FOREIGN_VALUES:,} values: {GET_AGAIN}.")
+
+
+def read_foreign_json(
+  path: epath.PathLike, fields: Fields | None = None, remedy: str = GET_AGAIN
+) -> Any:
+  """Reads a JSON file that another program wrote. `fields` and `remedy`: see `read_json`.
 
   Raises:
-    UserError: as `check_foreign` and `read_json`.
+    UserError: as `check_foreign_json` and `read_json`.
   """
-  check_foreign(path, FOREIGN_BYTES)
-  return read_json(path, fields, GET_AGAIN)
+  check_foreign_json(path)
+  return read_json(path, fields, remedy)
 
 
 def read_json_lines(path: epath.PathLike, fields: Fields | None = None) -> list[dict]:

@@ -119,8 +119,7 @@ class Pipeline:
     **options: Any,
   ) -> "Pipeline":
     """Makes the pipeline of a run. The bank is the run's documents unless `bank` is given."""
-    if bank is None and (run.stages / "documents").exists():
-      bank = run.stages
+    bank = run.bank if bank is None else bank
     return cls(params, run.settings, PromptLayout.of(run), run.images, clip, bank, **options)
 
   def with_params(self, params: dict) -> "Pipeline":

@@ -1,6 +1,6 @@
 """Converts the text tokenizer of a published model, whose ids then follow the special tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import json
 from typing import Any
 
@@ -10,12 +10,9 @@ from tokenizers import decoders, normalizers, pre_tokenizers
 
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.files.json_files import read_foreign_json
-from cm3leon_jax.tokenizers.text import TOKENIZER
+from cm3leon_jax.tokenizers.text import TOKENIZER, types_of, unlike_ours
 from cm3leon_jax.vocab import VocabLayout
 
-# Maximum number of characters in a regular expression. Qwen3's has 103 characters. A compiled one
-# takes 200 bytes per character.
-LONGEST_PATTERN = 10_000
 # Texts that encoding and decoding must not change: spaces, line ends, accents, other scripts, and
 # strings that look like special tokens.
 PROBES = (
@@ -66,8 +63,6 @@ def _damage(described: Mapping[str, Any]) -> str:
       return f"the token id {short(i)} is not a whole number from 0"
   if len(names) < len(vocab):
     return "two tokens of its vocabulary have the same id"
-  if (length := _longest_pattern(described.get("pre_tokenizer"))) > LONGEST_PATTERN:
-    return f"a pattern for splitting text has {length:,} characters"
   for token in added:
     name = token["content"]
     if not isinstance(name, str) or not name:
@@ -80,8 +75,6 @@ def _damage(described: Mapping[str, Any]) -> str:
 def _unlike(described: Mapping[str, Any]) -> str:
   """Describes why `rewrite` cannot preserve the encoding of a tokenizer; "" if it can."""
   model = described["model"]
-  if model.get("type", "BPE") != "BPE":
-    return f"its model is {short(model.get('type'))}"
   for name in ("byte_fallback", "ignore_merges", "dropout"):
     if model.get(name):
       return f"{name} is set"
@@ -91,33 +84,11 @@ def _unlike(described: Mapping[str, Any]) -> str:
   lost = [c for c in sorted(pre_tokenizers.ByteLevel.alphabet()) if c not in model["vocab"]]
   if lost:
     return f"it has no token for the byte '{lost[0]}'"
-  if _types(described.get("decoder")) != ["ByteLevel"]:
-    return f"its decoder is {_types(described.get('decoder')) or 'absent'}"
-  if "ByteLevel" not in _types(described.get("pre_tokenizer")):
+  if types_of(described.get("decoder")) != ["ByteLevel"]:
+    return f"its decoder is {types_of(described.get('decoder')) or 'absent'}"
+  if "ByteLevel" not in types_of(described.get("pre_tokenizer")):
     return "it does not split text into bytes"
-  others = [kind for kind in _types(described.get("normalizer")) if kind not in ("NFC", "Prepend")]
-  return f"it changes text with the normalizer {others[0]}" if others else ""
-
-
-def _longest_pattern(part: Mapping[str, Any] | None) -> int:
-  """Returns the length of the longest regular expression in a pre-tokenizer and its parts."""
-  if part is None:
-    return 0
-  patterns = part.get("pattern") or {}
-  lengths = [len(pattern) for pattern in patterns.values()]
-  inner = [_longest_pattern(one) for one in part.get("pretokenizers", ())]
-  return max(lengths + inner, default=0)
-
-
-def _types(part: Mapping[str, Any] | None) -> list[str]:
-  """Lists the type of a tokenizer's component; for a Sequence, the types of its parts."""
-  if part is None:
-    return []
-  if part.get("type") != "Sequence":
-    return [part.get("type", "")]
-  inner: Sequence[Mapping[str, Any]]
-  inner = next((part[n] for n in ("normalizers", "pretokenizers", "decoders") if n in part), [])
-  return [kind for one in inner for kind in _types(one)]
+  return unlike_ours(described)
 
 
 def tokens_of(described: Mapping[str, Any]) -> dict[int, str]:
@@ -175,7 +146,7 @@ def rewrite(
   made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
   _check(made, vocab)
   notes = ["a space is put before every text"]
-  if "NFC" in _types(described.get("normalizer")):
+  if "NFC" in types_of(described.get("normalizer")):
     notes.append("texts are not normalized to NFC, so decoding returns the original text")
   if plain := [token["content"] for token in described["added_tokens"] if not token.get("special")]:
     notes.append(f"{len(plain)} added tokens, such as {plain[0][:40]}, are encoded as plain text")

@@ -9,6 +9,7 @@ although TensorStore by default reads it as zeros.
 from collections.abc import Iterable
 import hashlib
 import json
+import math
 
 from etils import epath
 import numpy as np
@@ -48,8 +49,9 @@ class ArrayStore:
     if "metadata" in index and index["metadata"] != _digest_of_metadata(self.path):
       raise UserError(f"{self.path / METADATA} was changed after it was written: {self._again()}.")
     try:
+      _check_chunks(read_json(self.path / METADATA))
       self._array = ts.open(_spec(self.path), open=True).result()
-    except ValueError as error:
+    except (ValueError, LookupError, TypeError) as error:
       reason = str(error).splitlines()[0].partition(" [")[0]
       raise UserError(f"{self.path} cannot be opened ({reason}): {self._again()}.") from error
     if self._array.shape[0] < self._rows:
@@ -178,6 +180,20 @@ class ArrayStore:
     self._array = self._array.resize(exclusive_max=[start + len(rows), *self.shape[1:]]).result()
     self.write(start, rows)
     self.commit()
+
+
+def _check_chunks(fields: dict) -> None:
+  """Raises ValueError if the chunks in zarr.json are larger than those of `create`, or compressed.
+
+  TensorStore allocates memory for a chunk, and for whatever a compressed chunk expands to.
+  """
+  [sharding] = fields["codecs"]
+  inner = sharding["configuration"]
+  names = {codec["name"] for codec in (*inner["codecs"], *inner["index_codecs"])}
+  chunk, row = fields["chunk_grid"]["configuration"]["chunk_shape"], fields["shape"][1:]
+  size, row_size = (np.dtype(fields["data_type"]).itemsize * math.prod(x) for x in (chunk, row))
+  if size > max(FILE_BYTES, row_size) or not names <= {"bytes", "crc32c"}:
+    raise ValueError(f"its chunks have {size:,} bytes, or are compressed")
 
 
 def _spec(path: epath.Path) -> dict:

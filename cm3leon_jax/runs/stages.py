@@ -176,8 +176,12 @@ def check_files(path: epath.PathLike) -> None:
 
 def _are_descriptions(files: object) -> bool:
   return isinstance(files, dict) and all(
-    isinstance(one, dict) and type(one.get("bytes")) is int and isinstance(one.get("sha256"), str)
-    for one in files.values()
+    isinstance(one, dict)
+    and type(one.get("bytes")) is int
+    and isinstance(one.get("sha256"), str)
+    and not name.startswith("/")
+    and ".." not in name.split("/")
+    for name, one in files.items()
   )
 
 

@@ -1,9 +1,10 @@
 """Defines the byte-level BPE tokenizer, whose ids are the text range of the shared vocabulary."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import functools
-from typing import SupportsIndex
+import json
+from typing import Any, SupportsIndex
 
 from etils import epath
 from jaxtyping import Int32
@@ -13,7 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.files.atomic import exists
-from cm3leon_jax.files.json_files import GET_AGAIN, write_json
+from cm3leon_jax.files.json_files import GET_AGAIN, read_foreign_json, write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.vocab import VocabLayout
@@ -22,6 +23,13 @@ from cm3leon_jax.vocab import VocabLayout
 
 TOKENIZER = "tokenizer.json"
 FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
+# Types of components that do not lengthen a text by more than a space.
+KNOWN = ("Prepend", "NFC", "ByteLevel", "Strip")
+# Parts that would change the ids of a text.
+UNUSED = {"padding": None, "truncation": None, "post_processor": None}
+# Maximum number of characters that describe a part. Qwen3's pre-tokenizer has 350. A compiled
+# regular expression takes 200 bytes per character.
+LONGEST_PART = 10_000
 IMPORTED = "import_weights"  # Command that imports a tokenizer; also the name of an input.
 
 
@@ -108,6 +116,30 @@ def save_tokenizer(
   (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
+def unlike_ours(described: Mapping[str, Any]) -> str:
+  """Returns why a tokenizer could lengthen texts without bounds; "" if it cannot."""
+  if (kind := described["model"].get("type", "BPE")) != "BPE":
+    return f"its model is {short(kind)}, not BPE"
+  for name in ("normalizer", "decoder", "pre_tokenizer"):
+    part = described.get(name)
+    others = [kind for kind in types_of(part) if kind not in KNOWN]
+    if others and name != "pre_tokenizer":  # Pre-tokenizers only split a text.
+      return f"its {name} has the type {short(others[0])}, not {' or '.join(KNOWN)}"
+    if (length := len(json.dumps(part))) > LONGEST_PART:
+      return f"its {name} has {length:,} characters; the maximum is {LONGEST_PART:,}"
+  return ""
+
+
+def types_of(part: Mapping[str, Any] | None) -> list[str]:
+  """Lists the type of a tokenizer's component; for a Sequence, the types of its parts."""
+  if part is None:
+    return []
+  if part.get("type") != "Sequence":
+    return [part.get("type", "")]
+  names = ("normalizers", "pretokenizers", "decoders")
+  return [kind for name in names for one in part.get(name, ()) for kind in types_of(one)]
+
+
 def copy_files(source: epath.PathLike, folder: epath.PathLike) -> None:
   """Copies the files of a tokenizer. Copies tokenizer.json last.
 
@@ -144,11 +176,14 @@ class TextTokenizer:
         f"{path} does not exist: run `cm3leon train_text_tokenizer` with the same --workdir first."
       )
     stages.check_files(path)
+    is_ours = exists(path.parent / stages.DONE)
+    remedy = stages.again(path.parent, path) if is_ours else GET_AGAIN
+    described = read_foreign_json(path, {"model": dict}, remedy)
     try:
-      self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+      if wrong := unlike_ours(described):
+        raise ValueError(wrong)
+      self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**described, **UNUSED}))
     except Exception as error:  # `tokenizers` has no more precise error.
-      is_ours = exists(path.parent / stages.DONE)
-      remedy = stages.again(path.parent, path) if is_ours else GET_AGAIN
       raise UserError(f"{path} is damaged ({short(str(error))}): {remedy}.") from error
     self._tokenizer.encode_special_tokens = True
     special = [self._tokenizer.id_to_token(i) for i in range(vocab.num_special)]

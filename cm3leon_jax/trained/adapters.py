@@ -7,6 +7,7 @@ from etils import epath
 
 from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError, build
+from cm3leon_jax.files import foreign
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.models.config import AdapterConfig
 from cm3leon_jax.settings import Settings, settings_from_stored, settings_of_run
@@ -51,6 +52,7 @@ class Adapters:
       return settings_from_stored(read_json(self.folder / kinds.ABOUT)["settings"])
     return settings_of_run(self.folder)
 
+  @foreign.reads("an adapter")
   def load(self, step: int | None = None, average: bool = True) -> tuple[dict, int]:
     """Loads the adapters onto the current mesh, and returns them with their step.
 
@@ -79,6 +81,7 @@ def choose(found: Adapters, average: bool | None) -> stored.StoredParams:
   return reading.open_params(found.folder / "train", average=average)
 
 
+@foreign.reads("an adapter")
 def open_at(source: str | os.PathLike[str]) -> Adapters:
   """Opens the adapters of a run or of an export in the format peft.
 

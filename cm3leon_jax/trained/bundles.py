@@ -13,16 +13,21 @@ A bundle can name another bundle as its base. Then it contains only a decoder, a
 tokenizers, CLIP model, bank and replay documents of the base.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import importlib.resources
+import math
 import os
 
 from etils import epath
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.files.atomic import exists
+from cm3leon_jax.data.documents import training_data, unseen_tokens
+from cm3leon_jax.data.documents.store import Bank
+from cm3leon_jax.files import foreign
 from cm3leon_jax.files.digests import describe, digest
-from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.files.json_files import check_foreign, read_foreign_json
+from cm3leon_jax.retrieval import lexical
+from cm3leon_jax.retrieval.bank import Embeddings
 from cm3leon_jax.settings import Settings, settings_from_stored
 from cm3leon_jax.tokenizers import text
 
@@ -66,84 +71,115 @@ def check_is_base(source: str) -> None:
     )
 
 
+@foreign.reads("a bundle")
 def stages_folder(folder: epath.PathLike) -> epath.Path:
   """Returns the folder that contains the tokenizers, CLIP model and bank of a run or bundle.
 
   For a bundle with a base, this is the folder of the base, otherwise `folder`.
   """
   folder = epath.Path(folder)
-  base = _stored_base(folder, read_json(folder / FILE, {})) if is_bundle(folder) else None
+  base = _stored_base(folder, _stored(folder)) if is_bundle(folder) else None
   return folder_of(base["name"]) if base else folder
 
 
-def _stored_base(folder: epath.Path, stored: dict) -> dict[str, str] | None:
-  """Returns {"name", "digest"} of a bundle's base, or None. Raises UserError if malformed."""
-  base = stored.get("base")
-  if base is None:
-    return None
-  names = [base.get(key) for key in ("name", "digest")] if isinstance(base, dict) else [None]
-  if not all(isinstance(name, str) for name in names):
+def _stored(folder: epath.Path) -> dict:
+  """Reads bundle.json, which has a digest of every file that is ever read.
+
+  Raises:
+    UserError: a file is absent, has no digest, or must not be opened, see `foreign.check_folder`.
+  """
+  found = foreign.check_folder(folder, (*PARTS, "train"))
+  stored = read_foreign_json(folder / FILE, FIELDS, AGAIN)
+  # Only JSON and weights are read from the folder itself, and no hidden file, such as .DS_Store.
+  read = {name for name in found if "/" in name or name.endswith((".json", ".safetensors"))}
+  read = {name for name in read if "/." not in f"/{name}"} - stored["digests"].keys()
+  read -= {FILE, training_data.FILE}  # Earlier versions did not list the second file.
+  if wrong := sorted(read | (stored["digests"].keys() - set(found))):
     raise UserError(
-      f"{folder / FILE}: base is {short(base)}; it must be an object with name and digest: {AGAIN}."
+      f"{folder / FILE}: '{wrong[0]}' is absent, not in the folder or has no digest: {AGAIN}."
+    )
+  return stored
+
+
+def _stored_base(folder: epath.Path, stored: dict) -> dict[str, str] | None:
+  """Returns {"name", "digest"} of a bundle's base, or None. Raises UserError for a URL."""
+  base = stored.get("base")
+  if base is not None and "://" in base["name"] + base["digest"]:
+    raise UserError(
+      f"{folder / FILE}: base is {short(base['name'])}; it must be an installed bundle or a local "
+      f"folder: {AGAIN}."
     )
   return base
 
 
+@foreign.reads("a bundle")
 def read(folder: epath.PathLike) -> tuple[Settings, int]:
-  """Reads a bundle's settings and step. Checks the digests of its files and of its base's files.
+  """Reads the settings and step of a bundle, which may come from an untrusted source.
+
+  Checks all files of the bundle and of its base, and opens the bank.
 
   Raises:
-    UserError: a file is absent or has changed.
+    UserError: a file is absent, has changed, has no digest or cannot be read.
   """
   folder = epath.Path(folder)
-  stored = read_json(folder / FILE, FIELDS)
-  check_digests(folder, FILE, stored["digests"], "bundle", AGAIN)
+  stored = _stored(folder)
+  check_digests(folder, stored["digests"], stored["digests"], "bundle", AGAIN)
   if base := _stored_base(folder, stored):
     of_base = folder_of(base["name"])
+    check_foreign(of_base / FILE)
     if digest(of_base / FILE) != base["digest"]:
       raise UserError(
         f"{folder} is a bundle with the base {base['name']}, but {of_base / FILE} "
         f"is absent or belongs to another bundle: {AGAIN}."
       )
     read(of_base)
-  return settings_from_stored(stored["settings"]), stored["step"]
+  settings = settings_from_stored(stored["settings"])
+  if settings.retrieval.clip:
+    raise UserError(
+      f"{folder / FILE}: retrieval.clip is {short(settings.retrieval.clip)}, but a bundle contains "
+      f"its own CLIP: {AGAIN}."
+    )
+  unseen_tokens.find(folder, settings.vocab)
+  if (folder / "documents").exists():
+    _check_bank(folder, settings)
+  return settings, stored["step"]
 
 
 def check_digests(
-  folder: epath.Path, file: str, digests: Mapping[str, str], what: str, remedy: str
+  folder: epath.Path, digests: Mapping[str, str], files: Collection[str], what: str, remedy: str
 ) -> None:
-  """Checks the files of a bundle or export (`what`) against the SHA-256 that `file` has of them.
+  """Checks files of a bundle or export (`what`) against their SHA-256.
+
+  Args:
+    files: names of the files in the folder, see `foreign.check_folder`.
 
   Raises:
-    UserError: a file is absent or has changed, see also `_own_file`.
+    UserError: a file is absent or has changed.
   """
   for name, expected in digests.items():
-    path = _own_file(folder, name, file, remedy)
-    found = describe(path)["sha256"] if exists(path) else None
+    found = describe(folder / name)["sha256"] if name in files else None
     if found != expected:
       state = "is absent" if found is None else f"has changed since the {what} was written"
-      raise UserError(f"{path} {state} (SHA-256 {str(expected)[:12]} expected): {remedy}.")
+      raise UserError(f"{folder / name} {state} (SHA-256 {str(expected)[:12]} expected): {remedy}.")
 
 
-def _own_file(folder: epath.Path, name: str, file: str = FILE, remedy: str = AGAIN) -> epath.Path:
-  """Returns the path of a file that `file` names, which may come from an untrusted source.
-
-  Symbolic links are allowed, because package managers and model hubs link to files elsewhere.
-
-  Raises:
-    UserError: the name points outside the folder, or the file is not regular, e.g. /dev/zero.
-  """
-  path = folder / name
-  if "://" in name or name.startswith("/") or ".." in name.split("/"):
-    raise UserError(f"{folder / file} names the file '{name}', which is not in {folder}: {remedy}.")
-  if "://" not in os.fspath(path) and os.path.exists(path) and not os.path.isfile(path):
-    raise UserError(f"{folder / file} names '{name}', which is not a regular file: {remedy}.")
-  return path
+def _check_bank(folder: epath.Path, settings: Settings) -> None:
+  """Opens the bank. Raises UserError if its arrays would take more memory than their files."""
+  neighbors, config = folder / "neighbors", settings.retrieval
+  Bank(folder / "documents", settings.vocab)
+  lexical.load(neighbors, config.lexical_weight, config.lexical_width)
+  found, size = Embeddings(neighbors / "train"), about(folder)["bytes"]
+  arrays = (found.documents, found.groups, found.keys)
+  large = any(math.prod(x.shape) * x.dtype.itemsize > size for x in arrays)
+  words = config.lexical_width if config.lexical_weight else 0
+  # A bundle has no search index, and ScaNN would trust its content.
+  if large or words > found.documents.shape[1] or (neighbors / "index").exists():
+    raise UserError(f"{neighbors} has arrays of a wrong shape, or an index: {AGAIN}.")
 
 
 def about(folder: epath.PathLike) -> dict:
   """Returns {"bytes": size without the base, "cost": the training cost if it is recorded}."""
   folder = epath.Path(folder)
-  stored = read_json(folder / FILE, {"digests": dict})
-  size = sum(_own_file(folder, name).stat().length for name in stored["digests"])
+  stored = _stored(folder)
+  size = sum((folder / name).stat().length for name in stored["digests"])
   return {"bytes": size, "cost": stored.get("cost")}

@@ -5,11 +5,14 @@ import json
 import os
 
 from etils import epath
+from flax import traverse_util
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from cm3leon_jax import distributed
 from cm3leon_jax.checkpoints import sealing
 from cm3leon_jax.config import UserError
+from cm3leon_jax.files import foreign
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import read_foreign_json, read_json
 from cm3leon_jax.models.config import ModelConfig
@@ -17,9 +20,11 @@ from cm3leon_jax.settings import Settings, settings_from_stored
 from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.kinds import ABOUT, DIGESTS, IMAGES, KINDS, TREE, kind_of
 from cm3leon_jax.weights import layouts, placed
+from cm3leon_jax.weights.stored import array_spec
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 
 ORBAX = "params"  # Folder of the parameters in an orbax export.
+PLACES = (IMAGES, ORBAX)
 AGAIN = "run `cm3leon export` again"
 
 
@@ -45,17 +50,19 @@ def _digests(folder: epath.Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def check(folder: epath.Path, part: str = "") -> None:
-  """Checks the files of an export, except params/, which `load_params` checks.
+  """Checks the files of an export, which may come from an untrusted source, before it is read.
 
-  Only files whose path begins with `part` are checked. Most exports of earlier versions, and
-  folders that other programs wrote, have no digests.
+  Only files whose path begins with `part` are compared with their digests, and `load_params`
+  compares those of params/. Most exports of earlier versions, and folders that other programs
+  wrote, have no digests.
 
   Raises:
-    UserError: a file is absent or has changed.
+    UserError: a file is absent or has changed, see also `foreign.check_folder`.
   """
+  files = foreign.check_folder(folder, PLACES)
   if (folder / ABOUT).exists() and (folder / DIGESTS).exists():
     listed = {name: x for name, x in _digests(folder)[1].items() if name.startswith(part)}
-    bundles.check_digests(folder, DIGESTS, listed, "export", AGAIN)
+    bundles.check_digests(folder, listed, files, "export", AGAIN)
 
 
 def digest_of_params(folder: epath.Path) -> str:
@@ -84,13 +91,15 @@ def config_of(folder: epath.Path, described: dict) -> dict[str, dict]:
   return fields
 
 
+@foreign.reads("an export")
 def read(folder: epath.Path) -> tuple[Settings, int]:
   """Reads the settings and the step of an export.
 
   Raises:
     UserError: the format is only for other programs or rounds the parameters to int8, an earlier
-      version wrote the export, or the export has a published image tokenizer.
+      version wrote the export, the export has a published image tokenizer, or a file is wrong.
   """
+  check(folder)
   if (kind := kind_of(folder)) == "peft":
     raise UserError(
       f"{folder} is an export {KINDS[kind]}: load their base, and name this folder by adapter, as "
@@ -101,7 +110,6 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
       f"{folder} is an export {KINDS[kind]}, which is for other programs: load the workdir of its "
       "run, or an export in the format hf or orbax."
     )
-  check(folder)
   stored = read_json(folder / ABOUT, {"step": int})
   if "settings" not in stored:
     raise UserError(
@@ -116,6 +124,7 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
   return settings_from_stored(stored["settings"]), stored["step"]
 
 
+@foreign.reads("a bundle or export")
 def load_params(folder: epath.PathLike, config: ModelConfig) -> dict:
   """Loads the parameters of an export or bundle onto the current mesh.
 
@@ -125,12 +134,19 @@ def load_params(folder: epath.PathLike, config: ModelConfig) -> dict:
     UserError: a file is absent or damaged.
   """
   folder = epath.Path(folder)
+  check(folder)
   if is_orbax(folder):
-    params = absolute(folder) / ORBAX
+    params, types = absolute(folder) / ORBAX, placed.types_of(config)
     if damage := sealing.damage(params, _digests(folder)[0]):
       raise UserError(f"{damage}: {AGAIN}.")
+    for name, kind in traverse_util.flatten_dict(types, sep=".").items():
+      about = ts.open(array_spec(params, name), open=True).result().spec().to_json()["metadata"]
+      chunks = zip(about["chunks"], kind.shape, strict=True)
+      # TensorStore allocates memory for a chunk, and for whatever a compressed chunk expands to.
+      if about["compressor"] or any(chunk > size for chunk, size in chunks):
+        raise UserError(f"{params}: the array {name} is not as `cm3leon export` writes it.")
     with ocp.StandardCheckpointer() as checkpointer:
-      return checkpointer.restore(os.fspath(params), placed.types_of(config))
+      return checkpointer.restore(os.fspath(params), types)
   with distributed.together():
     try:
       return placed.load(StoredTensors(folder), config)

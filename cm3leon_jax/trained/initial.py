@@ -14,6 +14,7 @@ import jax
 from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.distributed import print_once
+from cm3leon_jax.files import foreign
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
@@ -107,6 +108,7 @@ def _imported(workdir: epath.Path) -> str:
   return os.fspath(folder)
 
 
+@foreign.reads("a run, or a model that `cm3leon export` wrote", 1)
 def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   """Finds trained parameters and compares their config with `settings`.
 
@@ -118,14 +120,15 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   folder = bundles.folder_of(source)
   if bundles.is_bundle(folder):
     bundles.read(folder)  # Checks the bundle's files.
-  exported.check(folder)
+  run = folder / "train" / "config.json"
+  if not run.exists():
+    exported.check(folder)
   if (kind := kinds.kind_of(folder)) not in ("", "orbax"):
     raise UserError(
       f"--init_from is {source}, an export {kinds.KINDS[kind]}, which differs from the trained "
       "parameters: name the workdir that it was exported from, or an export in the format "
       "hf or orbax."
     )
-  run = folder / "train" / "config.json"
   expected = plain(table.identity(settings, "train"))
   if run.exists():
     described = read_json(run, {"run": dict})["run"]
@@ -134,7 +137,7 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
     described = read_json(folder / "config.json", {"model": dict})
     expected = {part: expected[part] for part in ("model", "vocab")}
   elif stored_tensors.are_in(folder):
-    described = _exported_config(folder)
+    described = exported.config_of(folder, read_json(folder / "config.json", {}))
     expected = {part: {k: expected[part][k] for k in described[part]} for part in described}
   else:
     raise UserError(
@@ -153,16 +156,6 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   if exported.is_orbax(folder):
     return Weights(source, None, exported.digest_of_params(folder))
   return Weights(source, None, stored_tensors.digest_of(folder))
-
-
-def _exported_config(folder: epath.Path) -> dict[str, dict]:
-  try:
-    return exported.config_of(folder, read_json(folder / "config.json", {}))
-  except (KeyError, TypeError, AttributeError) as error:
-    raise UserError(
-      f"{folder / 'config.json'} has no field {error}, so `cm3leon export` did not write it: "
-      "--init_from reads only models that `cm3leon export` wrote."
-    ) from error
 
 
 def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:

@@ -15,6 +15,7 @@ from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import unseen_tokens
 from cm3leon_jax.data.rows.loader import RowLoader
+from cm3leon_jax.files import foreign
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.runs import stages, table
@@ -83,6 +84,7 @@ class Run:
     return bundles.stages_folder(self.folder)
 
   @functools.cached_property
+  @foreign.reads("a trained model")
   def text(self) -> TextTokenizer:
     """The text tokenizer."""
     is_export = self.kind == "export"
@@ -90,12 +92,14 @@ class Run:
     return TextTokenizer(folder, self.settings.vocab)
 
   @functools.cached_property
+  @foreign.reads("a trained model")
   def images(self) -> ImageTokenizer:
     """The image tokenizer."""
     is_export = self.kind == "export"
     return ImageTokenizer.load(self.folder / kinds.IMAGES if is_export else self.stages / "vqgan")
 
   @functools.cached_property
+  @foreign.reads("a trained model")
   def clip(self) -> CLIP | HFCLIP:
     """CLIP model for scores and retrieval: published, if the config names one, else the run's."""
     return load_clip(self.settings.retrieval.clip, self.stages, self.settings.vocab)
@@ -103,7 +107,8 @@ class Run:
   @property
   def bank(self) -> epath.Path | None:
     """Folder with the bank. None for an export, and for a bundle or run without documents."""
-    return self.stages if (self.stages / "documents").exists() else None
+    has_bank = self.kind != "export" and (self.stages / "documents").exists()
+    return self.stages if has_bank else None
 
   def rows(self, split: str, write_starts: bool = False) -> RowLoader:
     """Opens the rows of a split, "train" or "heldout", see `rows.open_rows`."""
@@ -165,6 +170,8 @@ def open_params(run: Run, average: bool | None) -> StoredParams:
 
 def unseen_in(run: Run) -> frozenset[int] | None:
   """Returns the text ids that never occurred in training; None if they are unknown."""
+  if run.kind == "export":
+    return None
   return unseen_tokens.find(run.folder, run.settings.vocab, bundles.folder_of)
 
 

@@ -99,6 +99,17 @@ def test_too_few_texts_are_refused(tmp_path):
   assert not (tmp_path / "tokenizer.json").exists()
 
 
+def test_padding_and_truncation_of_a_file_change_no_ids(folder, tokenizer, tmp_path):
+  described = json.loads((folder / "tokenizer.json").read_text())
+  described["padding"] = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_id": 0}
+  described["padding"] |= {"pad_to_multiple_of": None, "pad_type_id": 0, "pad_token": "<pad>"}
+  described["truncation"] = {"max_length": 1, "strategy": "LongestFirst", "stride": 0}
+  described["truncation"]["direction"] = "Right"
+  (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+  found = TextTokenizer(tmp_path, VOCAB)
+  assert found.encode(TEXTS[0]).tolist() == tokenizer.encode(TEXTS[0]).tolist()
+
+
 def test_another_vocabulary_is_refused(folder, tmp_path):
   with refused(UserError):
     TextTokenizer(folder, VocabLayout(num_special=8, text_size=301, image_size=16))

@@ -190,5 +190,7 @@ def test_a_run_has_cost_what_the_runs_before_it_cost(tmp_path):
   assert [initial.seconds_before(run) for run in (first, second, third)] == [0.0, 40.0, 42.0]
   gone = trained("gone", 1.0, tmp_path / "deleted")
   assert initial.seconds_before(gone) == 0.0
-  write_json(second / "bundle.json", {"digests": {}, "cost": {"train_seconds": 7.0}})
+  shutil.rmtree(second / "train")
+  about = {"settings": {}, "step": 1, "digests": {}, "cost": {"train_seconds": 7.0}}
+  write_json(second / "bundle.json", about)
   assert initial.seconds_before(third) == 7.0

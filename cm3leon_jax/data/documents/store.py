@@ -16,7 +16,7 @@ from etils import epath
 import msgpack
 import numpy as np
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, short
 from cm3leon_jax.data.documents.shard_files import (
   LENGTHS,
   RECORDS,
@@ -241,6 +241,11 @@ class DocumentStore:
     check_version(self.folder, index["schema_version"])
     check_vocab(self.folder, VocabLayout(**index["vocab"]), vocab)
     self.shards: dict[str, int] = index["shards"]
+    if wrong := [x for x, n in self.shards.items() if "/" in x or type(n) is not int or n < 0]:
+      raise UserError(
+        f"{self.folder / INDEX} has a wrong name or number of documents of the shard "
+        f"{short(wrong[0])}: {stages.again(self.folder.parent, self.folder / INDEX)}."
+      )
     self.files: dict[str, dict] = index.get("files", {})
     self._names, self._ends = list(self.shards), np.cumsum([*self.shards.values()], dtype=np.int64)
     self.offsets, self.lengths, self.is_image = map(self._map, ARRAYS[:3])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import posixpath
 import re
 from typing import Annotated, Any, Literal
 
@@ -286,10 +287,12 @@ class InstructionsConfig:
   only: tuple[str, ...] = ()
   """Names of the tasks to train. () means all."""
   root: str = ""
-  """Folder of the files of all tasks."""
+  """Folder of the files of all tasks. An empty value means the folder of the file `tasks`, or the
+  current folder without such a file."""
   allow_outside: bool = False
-  """Whether records may name images outside the image folder of their task. Use it only for records
-  that you trust, because they can then name any file of the machine."""
+  """Whether tasks may name folders outside `root`, and records images outside the image folder of
+  their task. Use it only for tasks and records that you trust, because they can then name any file
+  of the machine."""
   max_records: NonNegativeInt = 0
   """Maximum number of training records per task; the first ones are used. 0 means that only
   `records` of the task limits them."""
@@ -310,6 +313,11 @@ class InstructionsConfig:
   """Lower bound of a task's size in the mixture, relative to the mean size (paper: 0.3)."""
   most_ratio: Annotated[float, Field(gt=0)] = 3.0
   """Upper bound of a task's size in the mixture, relative to the mean size (paper: 3)."""
+
+  @property
+  def folder(self) -> str:
+    """Returns the folder of the files of all tasks."""
+    return self.root or posixpath.dirname(self.tasks)
 
   @property
   def any(self) -> bool:

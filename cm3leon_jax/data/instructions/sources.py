@@ -29,6 +29,11 @@ REMEDY = (
   "put it there, or name the folder of the images in the task's `images`; "
   "config.instructions.allow_outside=True allows images from everywhere."
 )
+# Which folders the fields of a task may name. A task file may come from an untrusted source.
+BELOW = (
+  "name a path below config.instructions.root, by default the folder of the task file; "
+  "config.instructions.allow_outside=True allows others."
+)
 # Task fields that change only the mixture and the samples, not the stores.
 NOT_OF_STORES = ("weight", "cap", "loss_weight", "drop_instruction", "drop_all")
 
@@ -50,19 +55,23 @@ def open_task(
   have the format WORLD/TASK.
 
   Raises:
-    UserError: the format or split is unknown, a map is not possible for the records, or
-      `open_records` raises an error. The message names the task.
+    UserError: the format or split is unknown, a field names a place outside of the folder, a map is
+      not possible for the records, or `open_records` raises an error. The message names the task.
   """
   name, number = task.train, min(filter(None, (task.records, config.max_records)), default=0)
   if split == "heldout":
     name, number = task.heldout, task.heldout_records
   try:
-    _check_maps(task, config.root)
+    _check_maps(task, config)
     if world := worlds.world_of_format(task.format):
       found = drawn[world].records(task.format.partition("/")[2], name, number)
     else:
-      root = posixpath.join(config.root, task.root)
-      images = _image_folder(config, task.images or task.root)
+      root = _path(config, "root", task.root)
+      if task.format == "jsonl":  # The name of a split is that of its file.
+        _path(config, split, posixpath.join(task.root, f"{name}.jsonl"))
+      images = ImageFolder(
+        _path(config, "images", task.images or task.root), REMEDY, config.allow_outside
+      )
       found = files.open_records(task.format, root, name, images)
     for record in itertools.islice(found, number or None):
       yield _with_maps(task, record, config)
@@ -70,20 +79,27 @@ def open_task(
     raise UserError(f"task {task.name}: {error}") from error
 
 
-def _check_maps(task: InstructionTask, root: str) -> None:
+def _path(config: InstructionsConfig, field: str, name: str) -> str:
+  """Returns the path of `name`, the value of a task's field.
+
+  Raises:
+    UserError: the path is a URL, or outside of the folder of all tasks.
+  """
+  if posixpath.normpath(name) == ".":
+    return config.folder
+  return ImageFolder(config.folder, BELOW, config.allow_outside).find(name, f"its {field}", "path")
+
+
+def _check_maps(task: InstructionTask, config: InstructionsConfig) -> None:
   """Raises UserError if OpenCV is missing for computed maps, or the folder of a map is missing."""
   if set(task.maps.values()) & set(MAPS):
     load_opencv()
   for field, kind in task.maps.items():
-    if kind not in MAPS and not epath.Path(root, kind).is_dir():
+    if kind not in MAPS and not (folder := epath.Path(_path(config, "maps", kind))).is_dir():
       raise UserError(
         f"its map '{field}' is '{kind}'; it must be one of {', '.join(MAPS)}, or a folder, but "
-        f"{epath.Path(root, kind)} does not exist."
+        f"{folder} does not exist."
       )
-
-
-def _image_folder(config: InstructionsConfig, folder: str) -> ImageFolder:
-  return ImageFolder(posixpath.join(config.root, folder), REMEDY, config.allow_outside)
 
 
 def _with_maps(task: InstructionTask, record: Record, config: InstructionsConfig) -> Record:
@@ -103,7 +119,8 @@ def _with_maps(task: InstructionTask, record: Record, config: InstructionsConfig
       images[field] = ImageMap(kind, image)
     elif isinstance(image, str):
       name = posixpath.basename(image)
-      images[field] = _image_folder(config, kind).find(name, f"record {record.key}")
+      folder = ImageFolder(_path(config, "maps", kind), REMEDY, config.allow_outside)
+      images[field] = folder.find(name, f"record {record.key}")
     else:
       raise UserError(
         f"its map '{field}' is the folder '{kind}', but its images are not files: use one of "
@@ -186,7 +203,7 @@ def identity(task: InstructionTask, job: InstructionJob) -> dict:
     del fields[name]
   world = worlds.world_of_format(task.format)
   drawn = {name: of.identity() if name == world else {} for name, of in job.drawn.items()}
-  of_config = {"root": job.config.root, **_counts(job.config)}
+  of_config = {"root": job.config.folder, **_counts(job.config)}
   if job.config.instruction_first and any(map(is_edit, task.templates)):
     # Absent otherwise, so stores from before keep their identity.
     of_config["instruction_first"] = True

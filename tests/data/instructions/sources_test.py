@@ -12,6 +12,7 @@ from cm3leon_jax.data.instructions import sources, stores
 from cm3leon_jax.data.instructions.config import make_task
 from cm3leon_jax.data.instructions.edges import ImageMap, canny_edges, scribble
 from cm3leon_jax.data.instructions.samples import read_targets
+from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.scenes.instructions import ScenesTasks
 from cm3leon_jax.settings import default_config, settings_from_config
@@ -156,6 +157,38 @@ def test_computed_maps_need_opencv_and_other_tasks_do_not(tmp_path, monkeypatch)
   assert len(open_task(tmp_path, ASK)) == 1
   with pytest.raises(UserError, match=r"task draw: .* need OpenCV.* 'opencv-python-headless>="):
     open_task(tmp_path, DRAW)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"root": "../other"}, {"root": "/OTHER"}, {"root": "link"}, {"root": "gs://bucket/x"},
+   {"images": "http://127.0.0.1:9/"}, {"images": "../other"}, {"maps": {"depth": "../other"}},
+   {"train": "../../other/train"}, {"train": "/OTHER/train"}],
+)  # fmt: skip
+def test_fields_name_places_below_the_root_only(tmp_path, changes):
+  """A task file may come from a stranger, and a record's images are checked against its folder."""
+  other = tmp_path / "other"
+  for folder in (tmp_path / "data/asked", other):
+    write_lines(folder / "train.jsonl", line())
+  (tmp_path / "data/link").symlink_to(other)
+  changes = json.loads(json.dumps(changes).replace("/OTHER", str(other)))
+  [field] = changes
+  task = make_task({**ASK, **changes})
+  config = config_with(tmp_path / "data")
+  with pytest.raises(UserError, match=f"^task ask: its {field}: path .*is not in .*/data; name a"):
+    list(sources.open_task(task, "train", config, DRAWN))
+  if "://" not in str(changes) and field != "maps":
+    trusted = config_with(tmp_path / "data", allow_outside=True)
+    assert len(list(sources.open_task(task, "train", trusted, DRAWN))) == 1
+
+
+def test_without_a_root_the_folder_of_the_task_file_is_the_root(tmp_path):
+  write_lines(tmp_path / "asked/train.jsonl", line())
+  (tmp_path / "tasks.yaml").write_text(json.dumps([ASK]))
+  config = config_with("", tasks=str(tmp_path / "tasks.yaml"))
+  [record] = sources.open_task(*load_tasks(config), "train", config, DRAWN)
+  assert record.images == {"image": f"{tmp_path}/asked/a.png"}
+  assert config_with("").folder == config_with("", tasks="cm3leon").folder == ""
 
 
 def test_only_the_first_records_of_a_split_are_read(tmp_path):
