@@ -173,6 +173,11 @@ def _print_losses(result: dict) -> None:
   distributed.print_once(f"train: {result['steps']} steps, held-out loss: {', '.join(shown)}.")
   if before := result.get("heldout_before"):
     distributed.print_once(change_line(before, result))
+  if result.get("overfitting"):
+    distributed.print_once(
+      f"warning: train: the training ended at step {result['steps']}, because the held-out loss "
+      "has risen (config.train.patience)."
+    )
   if risen := result.get("forgetting"):
     distributed.print_once(
       f"train: warning: the training ended at step {result['steps']}, because the loss of the "

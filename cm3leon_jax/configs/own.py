@@ -20,7 +20,7 @@ FOLLOW = {
     *("vocab.text_size", "vqgan.resolution", "vqgan.batch_size", "vqgan.steps"),
     *("clip.resolution", "clip.batch_size", "clip.steps"),
     *("train.steps", "train.checkpoint_every", "train.eval_every", "train.sample_every"),
-    "data.base_documents",
+    *("data.base_documents", "train.patience"),
   ),
   float: ("data.text_share", "data.base_share"),
 }

@@ -167,6 +167,7 @@ def prune(folder: epath.Path, last: int, every: int, best: int, dry_run: bool = 
       raise UserError(_not_sealed(folder, checkpoints.steps()))
     losses = {step: entry.losses[""] for step, entry in found.items() if "" in entry.losses}
     kept = retention.kept(list(found), losses, last, every, best)
+    kept |= {result[0] for result in [checkpoints.best(max(found))] if result}
     removed = [step for step in found if step not in kept]
     size = sum(found[step].size for step in removed)
     if removed:
