@@ -194,7 +194,11 @@ def _compile(training: DecoderTraining) -> tuple[DecoderTraining, Steps]:
 def _summary(
   state: TrainState, base: dict | None, next_row: int, losses: dict, hook: heldout.HeldoutLosses
 ) -> dict:
-  """Builds the result of `train` from the held-out losses of the last step, and their hook."""
+  """Builds the result of `train` from the held-out losses of the last step, and their hook.
+
+  `heldout_before` has the losses of step 0. The rise of the base's loss, `forgetting`, or
+  `overfitting` is present if it ended the training.
+  """
   trained = transformer.count_params(state.params)
   counts = {"parameters": trained}
   if base is not None:
@@ -223,8 +227,7 @@ def train(
     go_back: an older checkpoint to continue from, and the rows to skip after it.
 
   Returns:
-    A dict of numbers for the report. `heldout_before` has the held-out losses of step 0. The rise
-    of the base's loss, `forgetting`, or `overfitting` is present if it ended the training.
+    A dict of numbers for the report, see `_summary`.
 
   Raises:
     UserError: the batch is not evenly divisible over the mesh, all checkpoints are damaged, too
@@ -252,7 +255,7 @@ def train(
     with StopSignal(sharding.mesh) as stop, explained, monitor, Dispatch(monitor) as dispatch:
       losses = heldout.HeldoutLosses(
         evaluate, config, monitor, stop, training.evaluate_start, newest,
-        best=checkpoints.best(newest) if newest is not None else None,
+        best=checkpoints.best(newest) if newest and config.patience else None,
       )  # fmt: skip
       saves = Saves(checkpoints, config, monitor, stop, losses, next_row)
       hooks = [

@@ -12,7 +12,7 @@ DRAWN = np.array([5] * 17 + [6, 7, 8], np.int32)
 
 def sample(prompt, codes, image, *neighbors):
   documents = tuple(
-    Document("k", (Segment(np.zeros(1, np.int32), False), Segment(ids + VOCAB.text_size, True)),
+    Document("k", (Segment(False, np.zeros(1, np.int32)), Segment(True, ids + VOCAB.text_size)),
              "", "", "") for ids in neighbors
   )  # fmt: skip
   none = np.zeros(1)

@@ -108,7 +108,7 @@ def check_verified(folder: epath.Path, found: Sequence[Entry], damages: Mapping[
   if not whole:
     remedy = _none_whole(folder)
   elif newest in whole:
-    remedy = f"The newest, {newest:,}, is whole, and it is the one that is used."
+    remedy = f"The newest, {newest:,}, is whole, and training continues from it."
   elif (folder / DONE).exists():
     remedy = (
       "The run is finished, so cm3leon train does not go back automatically: run "
