@@ -190,15 +190,9 @@ def _main(settings: Settings, workdir: epath.Path) -> None:
 
   back = parse(_RESUME_FROM.value, _SKIP_ROWS.value)
   main(
-    settings,
-    workdir,
-    _PROFILE_STEPS.value,
-    _DEBUG_NANS.value,
-    INIT_FROM.value,
-    ALLOW_CHANGED.value,
-    back,
-    SKIP_MEMORY_CHECK.value,
-  )
+    settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value, INIT_FROM.value,
+    ALLOW_CHANGED.value, back, SKIP_MEMORY_CHECK.value,
+  )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -56,15 +56,11 @@ def count(samples: Sequence[Sample], vocab: VocabLayout) -> dict[str, int]:
 
 
 def describe(counts: dict[str, int]) -> str:
-  """Formats the result of `count`, which must not be empty.
-
-  "warning: of 20 samples, 15 are one color, 3 are equal to a sample for another prompt; of 10 with
-  a retrieved document, 1 is a copy of it."
-  """
+  """Formats a result of `count` that is not {}: "warning: of 20 samples, 15 are one color, ..."."""
   doubtful = {name: counts[name] for name in ("one_color", "equal", "copies")}
   one_color, equal, copies = (f"{n} {'is' if n == 1 else 'are'}" for n in doubtful.values())
-  text = f"of {counts['images']} samples, {one_color} one color, {equal} equal to a sample for "
-  text += "another prompt"
+  text = f"of {counts['images']} samples, {one_color} one color, {equal} equal to one of another "
+  text += "prompt"
   if counts["retrieved"]:
     text += f"; of {counts['retrieved']} with a retrieved document, {copies} a copy of it"
   return f"{'warning: ' if any(doubtful.values()) else ''}{text}."

@@ -216,10 +216,7 @@ def training(metrics: list[dict]) -> dict:
 
 
 def findings(summary: dict, metrics: list[dict]) -> list[str]:
-  """Says what a user should know first about a run: doubtful samples and overfitting.
-
-  `summary` has one section per stage, and `metrics` are the lines of the training log.
-  """
+  """Says what a user should know first about a run, from its numbers and the lines of its log."""
   counts = summary.get("samples", {}).get("lookalikes")
   found = [lookalikes.describe(counts)] if counts else []
   kind = "image_" if any(line.get("heldout_image_loss") for line in metrics) else ""

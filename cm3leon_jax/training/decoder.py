@@ -194,11 +194,7 @@ def _compile(training: DecoderTraining) -> tuple[DecoderTraining, Steps]:
 def _summary(
   state: TrainState, base: dict | None, next_row: int, losses: dict, hook: heldout.HeldoutLosses
 ) -> dict:
-  """Builds the result of `train` from the held-out losses of the last step, and their hook.
-
-  `heldout_before` has the losses of step 0. The rise of the base's loss, `forgetting`, or
-  `overfitting` is present if it ended the training.
-  """
+  """Builds the result of `train` from the held-out losses of the last step, and their hook."""
   trained = transformer.count_params(state.params)
   counts = {"parameters": trained}
   if base is not None:
@@ -227,7 +223,7 @@ def train(
     go_back: an older checkpoint to continue from, and the rows to skip after it.
 
   Returns:
-    A dict of numbers for the report, see `_summary`.
+    Numbers for the report. `forgetting` or `overfitting` is present if it ended the training.
 
   Raises:
     UserError: the batch is not evenly divisible over the mesh, all checkpoints are damaged, too

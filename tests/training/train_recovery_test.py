@@ -47,15 +47,6 @@ def test_the_checkpoint_of_the_lowest_heldout_loss_is_kept(loader, tmp_path):
   assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {best, 4, 5}
 
 
-def stop_at(step):
-  """Returns a method of a hook that acts as if SIGTERM came in `step`."""
-
-  def after(self, at, state, metrics):
-    self.code = 75 if at == step else None
-
-  return after
-
-
 def overfitted(folder, loader, **fields):
   """Trains with a too high learning rate, so that an early step has the lowest held-out loss."""
   usual = {"steps": 9, "eval_every": 2, "patience": 9, "tensorboard": False}
@@ -69,7 +60,11 @@ def test_the_result_is_the_step_of_the_lowest_heldout_loss_also_after_a_kill(loa
   lines = read_json_lines(whole / "metrics" / "metrics.jsonl")
   by_step = {x["step"]: x["heldout_image_loss"] for x in lines if "heldout_image_loss" in x}
   assert summary["best"] == min(by_step, key=by_step.get) < 5
-  with mock.patch.object(StopSignal, "after", stop_at(7)), pytest.raises(SystemExit):
+
+  def after(self, step, state, metrics):
+    self.code = 75 if step == 7 else None
+
+  with mock.patch.object(StopSignal, "after", after), pytest.raises(SystemExit):
     overfitted(killed, loader)
   with pytest.raises(Crash):
     overfitted(killed, loader, sample_grid=crash_at(9, killed), sample_every=1)
