@@ -26,6 +26,7 @@ from cm3leon_jax.runs.stages import SEALS
 from cm3leon_jax.weights import stored
 
 FOLDER = "checkpoints"
+BEST = "best"  # Key in the item `data` of a checkpoint.
 FINISH_SECONDS = 300.0  # A process that ends with an error waits this long for its own save.
 # A process that ends with an error waits this long for the digests of other processes, which may be
 # dead.
@@ -141,14 +142,16 @@ class Checkpoints:
     return distributed.gather(max(self.sealed(), default=None))[0]
 
   def save(
-    self, state: PyTree, step: int, next_row: int, heldout_loss: float | None = None
-  ) -> None:
+    self, state: PyTree, step: int, next_row: int, heldout_loss: float | None = None,
+    best: tuple[int, float] | None = None,
+  ) -> None:  # fmt: skip
     """Waits until the previous save is sealed, then starts to save `state`.
 
     Args:
       state: a tree of arrays. The caller may donate it as soon as `save` has returned.
       step: number of steps taken, which names the checkpoint.
       heldout_loss: the loss by which `keep_best` chooses the best checkpoints.
+      best: the step with the lowest held-out loss so far, and this loss, for `best`.
 
     Raises:
       TryAgain: this save or the previous save failed.
@@ -161,7 +164,7 @@ class Checkpoints:
       self._remove_digests(lambda s: s == step)
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state, stored.save_args(state)),
-      data=ocp.args.JsonSave({"next_row": next_row}),
+      data=ocp.args.JsonSave({"next_row": next_row, **({BEST: best} if best else {})}),
     )
     metrics = {METRIC: heldout_loss} if self._scores else None
     try:
@@ -273,8 +276,23 @@ class Checkpoints:
 
   def next_row(self, step: int) -> int:
     """Returns the position in the data at which training continues from a checkpoint."""
+    return self._data(step)["next_row"]
+
+  def _data(self, step: int) -> dict:
     args = ocp.args.Composite(data=ocp.args.JsonRestore())
-    return self._manager.restore(step, args=args)["data"]["next_row"]
+    return self._manager.restore(step, args=args)["data"]
+
+  def best(self, step: int) -> tuple[int, float] | None:
+    """Returns the checkpoint up to `step` with the lowest held-out loss, and this loss.
+
+    Returns None if the run has no `train.patience`, or if that checkpoint was deleted.
+    """
+    found, sealed = None, self.sealed()
+    missing = contextlib.suppress(FileNotFoundError, KeyError, ValueError)  # `check` names damage.
+    with distributed.together(), sealing.reading(self.folder / str(step)), missing:
+      found = self._data(step).get(BEST)
+    first = distributed.gather(found if found and found[0] in sealed else None)[0]
+    return first and (int(first[0]), float(first[1]))
 
   def restore_params(self, types: dict, step: int, average: bool = True) -> dict:
     """Restores only the parameters, onto the current mesh; see `restore` and `load_params`.

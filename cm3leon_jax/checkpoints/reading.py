@@ -41,7 +41,8 @@ def load_params(
   If the run has a moving average of the parameters, the average is loaded.
 
   Args:
-    step: step of the checkpoint; None: the newest sealed checkpoint.
+    step: step of the checkpoint; None: the newest sealed checkpoint or, with `train.patience`, the
+      one with the lowest held-out loss.
     average: whether to load the average, if the run has one; False: the last parameters.
     adapter: the adapters that the run trained. If given, only they are loaded.
 
@@ -109,7 +110,7 @@ def _read(
 
 
 def _open(folder: epath.PathLike, step: int | None) -> tuple[Checkpoints, int]:
-  """Opens a run's checkpoints. Returns them and `step`; None becomes the newest sealed step."""
+  """Opens a run's checkpoints. Returns them and `step`; None becomes the step of the result."""
   if not (epath.Path(folder) / FOLDER).exists():
     raise UserError(f"{folder} has no checkpoint: run `cm3leon train` first.")
   checkpoints = Checkpoints(folder, keep=1_000_000)
@@ -118,7 +119,9 @@ def _open(folder: epath.PathLike, step: int | None) -> tuple[Checkpoints, int]:
     raise UserError(
       f"{folder} has no complete checkpoint yet: run `cm3leon train` until it saves one."
     )
-  step = newest if step is None else step
+  if step is None:
+    best = checkpoints.best(newest)
+    step = best[0] if best else newest
   if not (checkpoints.folder / str(step)).exists():
     raise UserError(f"{folder} has no checkpoint of step {step}: the newest is {newest}.")
   return checkpoints, step

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.run import Run
 
-
 MOST_CAPTIONS = 16  # Default of --captions; fewer if fewer pairs are held out.
 # These are literals, because the flags are checked before JAX is imported.
 DTYPES = ("compute", "int8")
@@ -96,7 +95,6 @@ _WEIGHT_DTYPE = flags.DEFINE_enum(
   "weight_dtype", "compute", DTYPES, "Dtype of the model's matrices."
 )
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "compute", DTYPES, "Dtype of the cache entries.")
-
 
 MOST_TEXTS = 16  # Number of texts that are printed; results.jsonl has all texts.
 # Mean KL divergence, in nats per code, below which prompts count as having no effect. The demo's
@@ -330,6 +328,7 @@ def _digests(given: dict) -> dict[str, str]:
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
+  from cm3leon_jax.generation import lookalikes
   from cm3leon_jax.generation.doubts import doubts
   from cm3leon_jax.generation.heldout import heldout_tasks
   from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
@@ -363,26 +362,21 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       names = ("batch_size", "weight_dtype", "cache_dtype")
       options = {name: flags.FLAGS[name].value for name in names}
       pipeline = Pipeline.load(trained, params, clip, bank, **options)
-      tasks = tasks or [
-        *heldout_tasks(
-          layout,
-          trained.folder,
-          _CAPTIONS.value or MOST_CAPTIONS,
-          seed,
-          columns,
-          _KEEP.value,
-          pipeline.image_tokenizer,
-          or_fewer=_CAPTIONS.value is None,
-        )
-      ]
+      tasks = tasks or [*heldout_tasks(
+        layout, trained.folder, _CAPTIONS.value or MOST_CAPTIONS, seed, columns, _KEEP.value,
+        pipeline.image_tokenizer, or_fewer=_CAPTIONS.value is None,
+      )]  # fmt: skip
       writer = Writer(folder, SAMPLES.value)
       samples = pipeline.generate(
         tasks, SAMPLES.value, _RANK.value, given, writer.save_images, show_progress=True
       )
       records = writer.finish(samples)
       scores = clip_scores([record for record in records if record["task"] == "text_to_image"])
-      summary.update(step=step, samples=len(records), clip_score=scores)
+      alike = lookalikes.count([*itertools.chain(*samples)], settings.vocab)
+      summary.update(step=step, samples=len(records), clip_score=scores, lookalikes=alike)
       _print_results(records, scores)
+      if alike:
+        print(f"generate: {lookalikes.describe(alike)}")
       if apart := [r["divergence"] for r in records if r["divergence"] is not None]:
         summary["divergence"] = sum(apart) / len(apart)
         print(f"generate: {_describe_divergence(summary['divergence'])}")

@@ -134,8 +134,9 @@ def main(
 
   options = {"init_from": init_from, "allow_changed": list(allow_changed)}
   distributed.check_same_config({**dataclasses.asdict(settings), **options})
-  # `reinforce` computes each step in one pass, even if the config accumulates gradients.
-  one_pass = dataclasses.replace(settings.train, rows_per_device=0)
+  # `reinforce` computes each step in one pass, even if the config accumulates gradients. Its result
+  # is the last step, because rewards raise the held-out loss.
+  one_pass = dataclasses.replace(settings.train, rows_per_device=0, patience=0)
   settings = dataclasses.replace(settings, train=one_pass)
   _check(settings, workdir, init_from)
   mesh = common.make_mesh(settings)  # Detects a wrong mesh before any stage is read.

@@ -44,6 +44,8 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   del settings  # The report uses what the stages recorded in their folders.
   name = config_flags.get_config_filename(flags.FLAGS["config"])
   summary = report.write(workdir, config_flag(sys.argv[1:], name))
+  for finding in summary["findings"]:
+    print(finding)
   for line in summary["headlines"]:
     verdict = {
       None: "not run" if line["value"] is None else "no target",

@@ -46,6 +46,7 @@ SHARES = {"train_vqgan": 0.12, "train_clip": 0.07, "build_neighbors": 0.02, "tra
 SHARES |= {"generate": 0.03, "evaluate": 0.06, "grade_instructions": 0.2}
 # Matches lines of a progress bar, and the counts that `prepare_data` also prints as a sentence.
 HIDDEN = re.compile(r"\d%\||^prepare_data: shards \d")
+SHOWN = re.compile(r"(\w+: )?warning|reconstructions:", re.IGNORECASE)
 LEAST_KNOWN = 0.1  # The remaining time is estimated after this share of the run.
 
 
@@ -115,7 +116,7 @@ class _Lines:
     """
     said = self._whole and not HIDDEN.search(line)
     said = said and not line.startswith("error: ")  # The error that ends the run is printed later.
-    if said or line.lower().startswith(("warning", "reconstructions:")):
+    if said or SHOWN.match(line):
       self.clear()
       print(f"  {line}", flush=True)
     elif self._draws:

@@ -130,7 +130,7 @@ def write_config(
 def goes_on(folder: epath.Path, config: dict, steps: int, allowed: Sequence[str]) -> bool:
   """Returns whether a finished run must continue, because it has fewer than `steps` steps.
 
-  A run that `train.max_forgetting` ended does not continue.
+  A run that `train.max_forgetting` or `train.patience` ended does not continue.
 
   `folder` is train/ in the workdir, and `config` is the dict that `begin` returned. `allowed` names
   the fields that may differ from the config of the run; `begin` has checked them.
@@ -143,7 +143,7 @@ def goes_on(folder: epath.Path, config: dict, steps: int, allowed: Sequence[str]
     return False
   stored = read_json(done, {"config": dict, "summary": dict})
   trained = stored["summary"].get("steps", 0)
-  redo = trained < steps and not stored["summary"].get("forgetting")
+  redo = trained < steps and not {"forgetting", "overfitting"} & stored["summary"].keys()
   changed = stages.differences(stored["config"], plain(config)) if allowed else []
   if changed and not redo:
     raise UserError(
@@ -159,9 +159,10 @@ def print_more(folder: epath.Path, command: str = "train") -> None:
 
   summary = read_json(folder / stages.DONE, {"summary": dict})["summary"]
   steps = summary.get("steps", 0)
-  if "forgetting" in summary:
+  if ended := {"forgetting", "overfitting"} & summary.keys():
+    field = "max_forgetting" if "forgetting" in ended else "patience"
     distributed.print_once(
-      f"{command}: config.train.max_forgetting ended the run at step {steps}; it does not continue."
+      f"{command}: config.train.{field} ended the run at step {steps}; it does not continue."
     )
     return
   distributed.print_once(

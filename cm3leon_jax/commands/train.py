@@ -173,6 +173,11 @@ def _print_losses(result: dict) -> None:
   distributed.print_once(f"train: {result['steps']} steps, held-out loss: {', '.join(shown)}.")
   if before := result.get("heldout_before"):
     distributed.print_once(change_line(before, result))
+  if result.get("overfitting"):
+    distributed.print_once(
+      f"warning: train: the training ended at step {result['steps']}, because the held-out loss "
+      "has risen (config.train.patience)."
+    )
   if risen := result.get("forgetting"):
     distributed.print_once(
       f"train: warning: the training ended at step {result['steps']}, because the loss of the "
@@ -185,15 +190,9 @@ def _main(settings: Settings, workdir: epath.Path) -> None:
 
   back = parse(_RESUME_FROM.value, _SKIP_ROWS.value)
   main(
-    settings,
-    workdir,
-    _PROFILE_STEPS.value,
-    _DEBUG_NANS.value,
-    INIT_FROM.value,
-    ALLOW_CHANGED.value,
-    back,
-    SKIP_MEMORY_CHECK.value,
-  )
+    settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value, INIT_FROM.value,
+    ALLOW_CHANGED.value, back, SKIP_MEMORY_CHECK.value,
+  )  # fmt: skip
 
 
 if __name__ == "__main__":

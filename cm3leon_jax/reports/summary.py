@@ -14,6 +14,7 @@ from cm3leon_jax.evaluation import world as world_lib
 from cm3leon_jax.evaluation.headlines import NEIGHBORS, RETRIEVAL, Headline
 from cm3leon_jax.evaluation.intervals import describe_groups, mean_interval
 from cm3leon_jax.files.json_files import lacks, plain, read_json, read_json_lines
+from cm3leon_jax.generation import lookalikes
 from cm3leon_jax.runs import table
 from cm3leon_jax.runs.stages import DONE
 from cm3leon_jax.settings import settings_from_stored
@@ -214,6 +215,25 @@ def training(metrics: list[dict]) -> dict:
   }
 
 
+def findings(summary: dict, metrics: list[dict]) -> list[str]:
+  """Says what a user should know first about a run, from its numbers and the lines of its log."""
+  counts = summary.get("samples", {}).get("lookalikes")
+  found = [lookalikes.describe(counts)] if counts else []
+  kind = "image_" if any(line.get("heldout_image_loss") for line in metrics) else ""
+  name = f"heldout_{kind}loss"
+  losses = {x["step"]: x[name] for x in metrics if x.get(name) and x["step"]}  # 0: the base.
+  used = summary.get("train", {}).get("best")
+  best, last = used or min(losses, key=losses.__getitem__, default=0), max(losses, default=0)
+  if best < last and best in losses:
+    rise = losses[last] / losses[best] - 1
+    found.append(
+      f"warning: held-out {kind.replace('_', ' ')}loss: lowest at step {best:,}, "
+      f"{losses[best]:.3f}; at the last step, {last:,}, {losses[last]:.3f} ({rise:+.1%}), so the "
+      f"later steps overfit the training data; the run uses step {used or last:,}."
+    )
+  return found
+
+
 def read_results(workdir: epath.PathLike) -> list[dict]:
   """Returns the lines of samples/results.jsonl, or [] if the file does not exist."""
   return read_json_lines(epath.Path(workdir) / "samples" / "results.jsonl")
@@ -222,7 +242,8 @@ def read_results(workdir: epath.PathLike) -> list[dict]:
 def collect(workdir: epath.PathLike) -> dict:
   """Collects the numbers of a run, which may be unfinished.
 
-  Returns a JSON-serializable dict: one section per finished stage, with its numbers and `seconds`;
+  Returns a JSON-serializable dict: `findings` (see that function); one section per finished stage,
+  with its numbers and `seconds`;
   `train.log`; `samples.clip_score`; `total_seconds`; `unfinished`, the stages that have not
   finished; and `headlines` (`compare`).
 
@@ -239,8 +260,8 @@ def collect(workdir: epath.PathLike) -> dict:
       done = read_json(workdir / folder / DONE, {"summary": dict, "seconds": float})
       seconds[folder] = done["seconds"]
       summary[folder] = {**done["summary"], "seconds": done["seconds"]}
-  log = training(read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int}))
-  if log:
+  metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int})
+  if log := training(metrics):
     train = summary.setdefault("train", {})
     train["log"] = log
     if "train" in seconds:  # The stage itself records only the time since its last start.
@@ -260,7 +281,7 @@ def collect(workdir: epath.PathLike) -> dict:
     for headline in headlines(summary)
     if headline.path.partition(".")[0] in (*expected, *summary)
   ]
-  return plain(summary)
+  return plain({"findings": findings(summary, metrics), **summary})
 
 
 def judged(workdir: epath.Path) -> dict[str, dict]:

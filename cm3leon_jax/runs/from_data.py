@@ -53,6 +53,9 @@ BASE_DOCUMENTS, BASE_SHARE = 4_000, 0.1
 # Share of the base's learning rate. With the whole rate, the bundled model learned no more of 240
 # drawings and forgot three times as many images (docs/finetune.md).
 BASE_RATE = 1 / 3
+# Learning rate of adapters, relative to that of a full tuning. With it, adapters learned as much of
+# 240 drawings, and forgot as much, as a full tuning (docs/adapters.md).
+ADAPTER_RATE = 9
 # Layers x (4 width^2 + 3 width x mlp_width) x tokens per step of the config `own`, whose step takes
 # the seconds in `TRAININGS`.
 OWN_COST = 4 * (4 * 128**2 + 3 * 128 * 352) * 2 * 512
@@ -140,7 +143,7 @@ def values(counts: Counts, minutes: float, cost: float = 1.0) -> dict[str, int |
     scale = cost if section == "train" else (counts.resolution / RESOLUTION) ** 2
     steps = share * seconds / (step * scale)
     result[f"{section}.steps"] = max(LEAST_STEPS[section], min(MOST_STEPS[section], round(steps)))
-  result |= {"data.base_documents": 0, "data.base_share": 0.0}
+  result |= {"data.base_documents": 0, "data.base_share": 0.0, "train.patience": 3}
   return result | {f"train.{k}": v for k, v in intervals(int(result["train.steps"])).items()}
 
 
@@ -196,6 +199,8 @@ def complete(
     stored, asked = ({"raw": {"resolution": number}} for number in (counts.resolution, side))
     stages.check_same_config(epath.Path(workdir or ".") / "raw", stored, asked)
   found = values(counts, config.train.minutes, _cost(of_base) if of_base else 1.0)
+  if tuned:  # The loss of documents does not show how well a model answers.
+    found["train.patience"] = 0
   if steps := config.train.steps:  # The user has set them.
     found |= {f"train.{name}": every for name, every in intervals(steps).items()}
   if wrong := [name for name in names if name not in found]:
@@ -206,6 +211,8 @@ def complete(
   # The config may set these two fields.
   kept = {*given, *({"data.base_documents", "data.base_share"} - {*names})}
   new = {**{name: found[name] for name in names}, **of_base}
+  if of_base and config.adapter.rank:
+    new["optimizer.learning_rate"] *= ADAPTER_RATE
   made.update_from_flattened_dict({k: v for k, v in new.items() if k not in kept})
   square = made.vqgan.downsample
   if side and side == made.vqgan.resolution and square > 0 and side % square:

@@ -44,6 +44,10 @@ class TrainConfig:
   keep_best: NonNegativeInt = 0
   """Also keeps this number of checkpoints with the lowest held-out loss; 0 disables it.
   `eval_every` must then divide `checkpoint_every`."""
+  patience: NonNegativeInt = 0
+  """Ends the training after this number of evaluations in a row whose held-out loss of image codes
+  (of all tokens if there are none) is above the lowest one. The checkpoint of the lowest loss is
+  saved, kept, and the result of the run. 0: the last checkpoint is the result."""
   sample_every: PositiveInt = 2_000
   """Number of steps between two grids of samples."""
   num_samples: PositiveInt = 8

@@ -93,7 +93,8 @@ def _opened(
   folder: epath.Path, config: TrainConfig, lease: Lease | None, go_back: GoBack | None
 ) -> Iterator[tuple[Checkpoints, Stopwatch, HangWatch, Lease]]:
   """Takes the lease of a run's folder, starts its two watches, and opens its checkpoints."""
-  keep = (config.keep_checkpoints, config.keep_every, config.keep_best)
+  best = max(config.keep_best, int(config.patience > 0))
+  keep = (config.keep_checkpoints, config.keep_every, best)
   with (
     contextlib.closing(Stopwatch()) as watch,
     contextlib.nullcontext(lease) if lease else Lease(folder) as lease,
@@ -205,6 +206,8 @@ def _summary(
     **losses,
     **({"heldout_before": hook.at_start} if hook.at_start else {}),
     **({"forgetting": hook.risen()} if hook.forgets else {}),
+    **({"overfitting": True} if hook.overfits else {}),
+    **({"best": hook.best[0]} if hook.best and hook.config.patience else {}),
   }
 
 
@@ -220,8 +223,7 @@ def train(
     go_back: an older checkpoint to continue from, and the rows to skip after it.
 
   Returns:
-    A dict of numbers for the report. `heldout_before` has the held-out losses of step 0, and
-    `forgetting` the rise of the base's loss, if it ended the training.
+    Numbers for the report. `forgetting` or `overfitting` is present if it ended the training.
 
   Raises:
     UserError: the batch is not evenly divisible over the mesh, all checkpoints are damaged, too
@@ -248,8 +250,9 @@ def train(
     explained = explaining(objective, done, next_row, config.global_batch_size)
     with StopSignal(sharding.mesh) as stop, explained, monitor, Dispatch(monitor) as dispatch:
       losses = heldout.HeldoutLosses(
-        evaluate, config, monitor, stop, training.evaluate_start, newest
-      )
+        evaluate, config, monitor, stop, training.evaluate_start, newest,
+        best=checkpoints.best(newest) if newest and config.patience else None,
+      )  # fmt: skip
       saves = Saves(checkpoints, config, monitor, stop, losses, next_row)
       hooks = [
         dispatch,

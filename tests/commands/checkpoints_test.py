@@ -87,7 +87,7 @@ def test_verify_names_the_damaged_file(workdir):
   assert result.returncode == 2
   assert result.stderr.startswith(
     f"error: 1 of 4 sealed checkpoints is damaged ({victim} is damaged: it is not what was "
-    "written). The newest, 8, is whole, and it is the one that is used."
+    "written). The newest, 8, is whole, and training continues from it."
   )
   states = [row.split()[5] for row in result.stdout.splitlines()[2:]]
   assert states == ["whole", "damaged", "whole", "whole"]

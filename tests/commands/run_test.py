@@ -73,6 +73,7 @@ def started(monkeypatch):
     show(f"{command}: 3 pairs")
     show(f"{command}: shards 2, train_pairs 3")
     show("Warning: one is odd")
+    show("train: warning: it ended")
     show("error: which the end of the run says")
     show("50%|##   | 1/2 [00:01<00:01, 1.0s/it]")
 
@@ -90,13 +91,13 @@ def test_each_stage_prints_one_line_and_data_and_report_say_what_they_found(
   assert all(flags == ["--config=scenes", "--workdir=w"] for _, flags in started)
   lines = capsys.readouterr().out.splitlines()
   assert lines[:3] == [
-    "  prepare_data: 3 pairs", "  Warning: one is odd", "[1/11] prepare_data: 0 s"
+    "  prepare_data: 3 pairs", "  Warning: one is odd", "  train: warning: it ended",
   ]  # fmt: skip
   assert len([line for line in lines if line.startswith("[")]) == 11
   said = [line for line in lines if "3 pairs" in line]
   assert said == ["  prepare_data: 3 pairs", "  report: 3 pairs"]
   assert not [line for line in lines if "error:" in line]
-  assert lines.count("  Warning: one is odd") == 11
+  assert lines.count("  Warning: one is odd") == lines.count("  train: warning: it ended") == 11
   assert lines[-1] == "[11/11] report: 0 s"
 
 

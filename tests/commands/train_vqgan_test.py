@@ -102,9 +102,9 @@ def test_a_training_that_ended_on_other_images_does_not_count(tmp_path, monkeypa
     command.main(given, tmp_path / "other")
   finished = f"{other}: finished already, skipped.\n"
   assert capsys.readouterr().out == (
-    f"{finished}{finished}train_vqgan: it was trained for 60 steps, and config.vqgan.steps is 90: "
-    f"a finished training does not continue; to train it again, delete {other} and the folders of "
-    "all later stages.\n"
+    f"{finished}{finished}warning: vqgan: kept as an earlier command trained it, for 60 steps; "
+    f"config.vqgan.steps is now 90. To train it anew, delete {other} and "
+    f"{other.parent / 'train'}.\n"
   )
 
 

@@ -24,6 +24,28 @@ def test_headlines_are_chosen_by_what_was_judged(found, expected):
   assert summary.headlines(found) == list(expected)
 
 
+@pytest.mark.parametrize(
+  ("losses", "best", "parts"),
+  [
+    ({0: 1.0, 4: 2.5, 8: 2.0, 12: 2.2}, None, ["8, 2.000", "12, 2.200 (+10.0%)", "uses step 12"]),
+    ({0: 1.0, 4: 2.5, 8: 2.0, 12: 2.2}, 8, ["8, 2.000", "uses step 8"]),
+    ({4: 2.5, 8: 2.0}, 8, None),
+    ({}, None, None),
+  ],
+)
+def test_a_heldout_loss_that_has_risen_is_said_first(losses, best, parts):
+  """The step 0 is that of the base. Falling losses of texts do not hide the rise of image codes."""
+  lines = [
+    {"step": step, "heldout_image_loss": loss, "heldout_loss": 9 - step / 9}
+    for step, loss in losses.items()
+  ]
+  found = summary.findings({"train": {"best": best} if best else {}}, lines)
+  assert len(found) == bool(parts)
+  assert all(part in found[0] for part in parts or ())
+  (texts,) = summary.findings({}, [{"step": s, "heldout_loss": x} for s, x in ((1, 2.0), (2, 3.0))])
+  assert "held-out loss: lowest at step 1, 2.000" in texts
+
+
 def test_a_share_of_one_scene_has_no_interval():
   headline = summary.Headline("d", "a.share", ">=", 0.5)
   judged = summary.compare(

@@ -52,6 +52,7 @@ def test_all_fields_follow_from_the_counts_of_300_images():
     "train.sample_every": 1_029,
     "data.base_documents": 0,
     "data.base_share": 0.0,
+    "train.patience": 3,
   }
 
 
@@ -206,6 +207,21 @@ def test_a_field_that_the_user_sets_does_not_follow_the_base(tmp_path):
   assert (found.data.base_share, found.optimizer.learning_rate) == (0.5, 7e-4)
   assert found.data.base_documents == 30
   assert found.model.width == 192
+
+
+def test_adapters_have_a_higher_rate_and_a_tuning_on_instructions_takes_all_steps(tmp_path):
+  prepared(tmp_path)
+  copied(tmp_path, from_data.base_fields(base_of(), documents=True))
+  config = config_file.load("own")
+  full = from_data.complete(config, tmp_path)
+  config.adapter.rank = 16
+  adapted = from_data.complete(config, tmp_path)
+  rates = [one.optimizer.learning_rate for one in (full, adapted)]
+  assert rates[1] == pytest.approx(from_data.ADAPTER_RATE * rates[0])
+  given = from_data.complete(config, tmp_path, given=["optimizer.learning_rate"])
+  assert given.optimizer.learning_rate == config.optimizer.learning_rate
+  config.instructions.tasks = "tasks.yaml"
+  assert (full.train.patience, from_data.complete(config, tmp_path).train.patience) == (3, 0)
 
 
 def test_the_run_evaluates_and_saves_as_often_with_other_steps(tmp_path):

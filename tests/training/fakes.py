@@ -73,7 +73,7 @@ class FakeCheckpoints(Checkpoints):
   def __init__(self, failure=None):
     self.saves, self.closed, self.failure = [], False, failure
 
-  def save(self, state, step, next_row, heldout_loss=None):
+  def save(self, state, step, next_row, heldout_loss=None, best=None):
     self.saves.append((step, next_row, heldout_loss))
 
   def check_save(self):

@@ -1,14 +1,18 @@
 import shutil
+from unittest import mock
 
 from etils import epath
+import jax
 import pytest
 
-from cm3leon_jax.checkpoints import checkpoint
+from cm3leon_jax.checkpoints import checkpoint, reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
+from cm3leon_jax.training.faults.preemption import StopSignal
 from cm3leon_jax.training.saves import upkeep
 from tests.messages import refused
-from tests.training.runs import Crash, crash_at, losses, run
+from tests.models.tiny import mesh_of
+from tests.training.runs import MODEL, Crash, assert_equal, crash_at, losses, run
 
 
 def test_a_run_that_is_rolled_back_continues_bit_for_bit(whole, loader, tmp_path):
@@ -41,6 +45,40 @@ def test_the_checkpoint_of_the_lowest_heldout_loss_is_kept(loader, tmp_path):
   best = min(by_step, key=by_step.get)
   assert best < 4
   assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {best, 4, 5}
+
+
+def overfitted(folder, loader, **fields):
+  """Trains with a too high learning rate, so that an early step has the lowest held-out loss."""
+  usual = {"steps": 9, "eval_every": 2, "patience": 9, "tensorboard": False}
+  return run(folder, loader, learning_rate=3.0, **{**usual, **fields})
+
+
+def test_the_result_is_the_step_of_the_lowest_heldout_loss_also_after_a_kill(loader, tmp_path):
+  """Evaluations because of a signal, here of step 7, do not count."""
+  whole, killed, ended = (tmp_path / name for name in ("whole", "killed", "ended"))
+  summary = overfitted(whole, loader)
+  lines = read_json_lines(whole / "metrics" / "metrics.jsonl")
+  by_step = {x["step"]: x["heldout_image_loss"] for x in lines if "heldout_image_loss" in x}
+  assert summary["best"] == min(by_step, key=by_step.get) < 5
+
+  def after(self, step, state, metrics):
+    self.code = 75 if step == 7 else None
+
+  with mock.patch.object(StopSignal, "after", after), pytest.raises(SystemExit):
+    overfitted(killed, loader)
+  with pytest.raises(Crash):
+    overfitted(killed, loader, sample_grid=crash_at(9, killed), sample_every=1)
+  assert overfitted(killed, loader) == summary
+  early = overfitted(ended, loader, patience=2)
+  assert early["overfitting"]
+  assert (early["steps"], early["best"]) == (summary["best"] + 4, summary["best"])
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    found = [reading.load_params(folder, MODEL) for folder in (whole, killed, ended)]
+    last, _ = reading.load_params(whole, MODEL, 9)
+  assert {step for _, step in found} == {summary["best"]}
+  assert_equal(*(params for params, _ in found))
+  assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (last, found[0][0]))))
+  assert upkeep.prune(epath.Path(whole), 2, 0, 0)[0].endswith(f"kept {summary['best']}, 8, 9.")
 
 
 def test_a_run_with_a_damaged_checkpoint_continues_from_the_one_before(

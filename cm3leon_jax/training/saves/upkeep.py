@@ -108,7 +108,7 @@ def check_verified(folder: epath.Path, found: Sequence[Entry], damages: Mapping[
   if not whole:
     remedy = _none_whole(folder)
   elif newest in whole:
-    remedy = f"The newest, {newest:,}, is whole, and it is the one that is used."
+    remedy = f"The newest, {newest:,}, is whole, and training continues from it."
   elif (folder / DONE).exists():
     remedy = (
       "The run is finished, so cm3leon train does not go back automatically: run "
@@ -167,6 +167,7 @@ def prune(folder: epath.Path, last: int, every: int, best: int, dry_run: bool = 
       raise UserError(_not_sealed(folder, checkpoints.steps()))
     losses = {step: entry.losses[""] for step, entry in found.items() if "" in entry.losses}
     kept = retention.kept(list(found), losses, last, every, best)
+    kept |= {result[0] for result in [checkpoints.best(max(found))] if result}
     removed = [step for step in found if step not in kept]
     size = sum(found[step].size for step in removed)
     if removed:

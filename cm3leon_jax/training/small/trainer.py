@@ -211,7 +211,8 @@ def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Leas
     stored = read_json(path, {})
     changed = differences(stored, plain(identity))
     if changed and all(change.startswith((f"{name}.steps:", *OF_DATA)) for change in changed):
-      print(f"{name}: starts again, with other steps or data ({'; '.join(changed)}).", flush=True)
+      changes = "; ".join(changed)
+      print(f"warning: {name}: starts again, with other steps or data ({changes}).", flush=True)
       folder.rmtree()
     else:
       check_same_config(folder, stored, identity)
@@ -233,9 +234,9 @@ def print_other_steps(name: str, folder: epath.PathLike, steps: int) -> None:
   trained = read_json(folder / DONE, {"summary": dict})["summary"].get("steps", steps)
   if trained != steps:
     print(
-      f"train_{name}: it was trained for {trained} steps, and config.{name}.steps is {steps}: a "
-      f"finished training does not continue; to train it again, delete {folder} and the folders "
-      "of all later stages.",
+      f"warning: {name}: kept as an earlier command trained it, for {trained:,} steps; "
+      f"config.{name}.steps is now {steps:,}. To train it anew, delete {folder} and "
+      f"{folder.parent / 'train'}.",
       flush=True,
     )
 

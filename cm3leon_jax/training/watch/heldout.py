@@ -57,6 +57,9 @@ class HeldoutLosses(Hook):
     at_start: losses of step 0; {} if step 0 is not evaluated.
     forgets: whether the loss of the base's documents has risen by more than `max_forgetting`. The
       training then ends.
+    best: step with the lowest loss of image codes, or of all tokens if there are no codes, and this
+      loss. Evaluations because of a signal do not count, since an uninterrupted run has none.
+    overfits: whether `patience` evaluations since `best` had a higher loss. The training then ends.
   """
 
   evaluate: Callable[[dict], dict[str, float]]
@@ -68,9 +71,12 @@ class HeldoutLosses(Hook):
   losses: dict[str, float] | None = None
   at_start: dict[str, float] = dataclasses.field(default_factory=dict)
   forgets: bool = False
+  best: tuple[int, float] | None = None
+  overfits: bool = False
 
   def begin(self, state: TrainState) -> None:
     """See `Hook`. A resumed run reads the losses of step 0 from its log."""
+    self._check_patience(int(state.step))
     if self.evaluate_start and self.newest is None:
       self.at_start = self._log(0, state)
     elif self.evaluate_start:
@@ -78,10 +84,20 @@ class HeldoutLosses(Hook):
       self.at_start = distributed.gather(self.monitor.logged_heldout(0))[0]
 
   def after(self, step: int, state: TrainState, metrics: dict) -> None:
-    last = step == self.config.steps or self.stop.code is not None
-    if step % self.config.eval_every == 0 or last:
+    planned = step % self.config.eval_every == 0 or step == self.config.steps
+    if planned or self.stop.code is not None:
       self.losses = self._log(step, state)
       self.forgets = self.risen() > (self.config.max_forgetting or np.inf)
+      loss = self.losses.get("heldout_image_loss") or self.losses["heldout_loss"]
+      # After a skipped step nothing is saved, so it cannot be the best.
+      if planned and loss <= (self.best or (0, np.inf))[1] and not self.monitor.skipped_in_a_row():
+        self.best = (step, loss)
+      self._check_patience(step)
+
+  def _check_patience(self, step: int) -> None:
+    every, patience = self.config.eval_every, self.config.patience
+    if self.best and patience and step < self.config.steps:
+      self.overfits = step // every - self.best[0] // every >= patience
 
   def risen(self) -> float:
     """Returns by what share the loss of the base's documents has risen; 0 if it is unknown."""
@@ -89,7 +105,7 @@ class HeldoutLosses(Hook):
     return losses[1] / losses[0] - 1 if len(losses) == 2 else 0.0
 
   def stops(self) -> bool:
-    return self.forgets
+    return self.forgets or self.overfits
 
   def _log(self, step: int, state: TrainState) -> dict[str, float]:
     with self.monitor.phase("evaluate", step):
