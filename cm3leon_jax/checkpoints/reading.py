@@ -104,7 +104,7 @@ def _read(
       if not tries or stages.newest_step(folder) == newest:
         raise
   if step is None and not (epath.Path(folder) / stages.DONE).exists() and distributed.is_first():
-    line = f"{folder}: the training is not finished; its newest checkpoint, step {chosen}, is used."
+    line = f"{folder}: the training is not finished; its checkpoint of step {chosen} is used."
     print(line, file=sys.stderr, flush=True)
   return found, chosen
 
