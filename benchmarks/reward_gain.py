@@ -10,27 +10,35 @@ and for the mean of the runs, the share of correct images, the gain with its 95%
 prompts, the share of the start's failures that is gone, and the share of the start's spread that is
 left: of codes, as `cm3leon reinforce` prints it, and of pixels. The interval does not cover the
 seed of a training, and the mean is useful only for runs that differ in their seed.
+
+Although no step had a held-out prompt, a step can have had a prompt with the same claims in other
+words, and so can the trainings before it. With `--trained`, a second table counts only prompts
+whose claims none of these trainings made.
 """
 
 # N prompts, G samples per prompt, P pixel values of an image.
 
 from collections.abc import Sequence
+import dataclasses
 import itertools
 from typing import NamedTuple
 
 from absl import app, flags, logging
 import jax
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from ml_collections import config_flags
 import numpy as np
 
 from benchmarks import scene_recount
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.intervals import mean_interval
+from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.mesh import create_mesh
-from cm3leon_jax.reinforcement.prompts import Prompt
+from cm3leon_jax.reinforcement.prompts import Prompt, read_prompts
 from cm3leon_jax.reinforcement.rollouts import Rollouts, open_rollouts, spread
-from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.scenes import source
+from cm3leon_jax.scenes.judge.baselines import claims_of
+from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
 
@@ -51,6 +59,22 @@ class Drawn(NamedTuple):
   counted: Float[np.ndarray, " N"]
   spread: float
   pixels: float
+
+  def of(self, chosen: Bool[np.ndarray, " N"]) -> "Drawn":
+    """Returns the shares of some prompts. The spreads stay those of all prompts."""
+    return self._replace(judged=self.judged[chosen], counted=self.counted[chosen])
+
+
+def claims_of_training(settings: Settings, layout: PromptLayout) -> set[tuple]:
+  """Returns the claims of all captions and of all `draw` prompts that a run was trained on."""
+  config = settings.scenes
+  facts = [source.pair(config, "train", i).facts for i in range(config.train)]
+  if settings.instructions.any:
+    drawn = dataclasses.replace(settings.reinforce, tasks=("draw",))
+    count = settings.instructions.max_records or config.train
+    prompts = read_prompts(dataclasses.replace(settings, reinforce=drawn), layout, count)
+    facts += [prompt.record.facts for prompt in prompts]
+  return {claims_of(one["include"]) for one in facts}
 
 
 def draw(
@@ -111,20 +135,36 @@ def main(argv: Sequence[str]) -> None:
     if not (prompts := prompts[args.skip :]):
       raise UserError(f"--skip is {args.skip}; it must be below config.reinforce.heldout_prompts.")
     start = draw(objective, params, prompts, first.images)
-    print(f"{len(prompts)} prompts with {settings.reinforce.samples} samples each\n")
-    print(f"{HEADER}\n|{'---|' * 9}", flush=True)
-    drawn = []
-    for name in args.runs:
-      drawn.append(draw(objective, Run.open(name, settings).params()[0], prompts, first.images))
-      print(line(name, start, drawn[-1]), flush=True)
+    print(f"{len(prompts)} prompts with {settings.reinforce.samples} samples each", flush=True)
+    drawn = [
+      draw(objective, Run.open(name, settings).params()[0], prompts, first.images)
+      for name in args.runs
+    ]
+  print_table(args.runs, start, drawn)
+  if args.trained:
+    known = {claims_of(prompt.record.facts["include"]) for prompt in objective.prompts}
+    for name in args.trained:
+      known |= claims_of_training(Run.open(name).settings, PromptLayout.of(first))
+    claims = [claims_of(prompt.record.facts["include"]) for prompt in prompts]
+    is_new = np.array([one not in known for one in claims])
+    print(f"\n{is_new.sum()} of these prompts make claims that no training made")
+    print_table(args.runs, start.of(is_new), [one.of(is_new) for one in drawn])
+
+
+def print_table(names: Sequence[str], start: Drawn, drawn: Sequence[Drawn]) -> None:
+  """Prints a line for each run, and for the mean of several runs."""
+  print(f"\n{HEADER}\n|{'---|' * 9}")
+  for name, one in zip(names, drawn, strict=True):
+    print(line(name, start, one))
   if len(drawn) > 1:
-    print(line("mean", start, mean(drawn)))
+    print(line("mean", start, mean(drawn)), flush=True)
 
 
 if __name__ == "__main__":  # Tests import this module without flags.
   config_flags.DEFINE_config_file("config", "ml_configs/scenes_reinforce.py", "Config file.")
   flags.DEFINE_string("start", "", "Run or bundle from which the runs started.")
   flags.DEFINE_list("runs", [], "Runs of `cm3leon reinforce`.")
+  flags.DEFINE_list("trained", [], "Runs or bundles whose claims the second table leaves out.")
   flags.DEFINE_integer(
     "skip", 0, "First held-out prompts to leave out, on which a setting was chosen.", lower_bound=0
   )

@@ -17,7 +17,8 @@ STEPS = 80  # Steps that fit in 15 minutes.
 def get_config(variant: str = "30") -> ml_collections.ConfigDict:
   steps = max(4, round(STEPS * base.scale_of(variant, "scenes_reinforce", named=())))
   config = scenes_instruct.get_config()
-  config.scenes.update(seed=2)  # Draws prompts that no scenes model was trained on.
+  # The scenes differ from those of other trainings, but not all of their captions do.
+  config.scenes.update(seed=2)
   # Only the held-out records of the run's tasks are read as rows.
   config.instructions.update(max_records=50, replay_share=0.0)
   config.optimizer.update(name="adamw", learning_rate=3e-4, warmup_steps=10)

@@ -1,3 +1,5 @@
+import dataclasses
+import re
 import subprocess
 import sys
 
@@ -6,6 +8,10 @@ import pytest
 
 from benchmarks import reward_gain
 from benchmarks.reward_gain import Drawn
+from cm3leon_jax.configs import scenes
+from cm3leon_jax.scenes import source
+from cm3leon_jax.scenes.judge import baselines
+from cm3leon_jax.settings import settings_from_config
 
 START = Drawn(np.array([0.5, 0.5, 1.0, 1.0]), np.array([0.5, 0.5, 0.5, 0.5]), 0.2, 8.0)
 
@@ -40,6 +46,22 @@ def test_the_mean_of_runs_is_that_of_each_prompt():
   assert mean.counted == pytest.approx(START.counted)
 
 
+def test_prompts_that_are_left_out_do_not_count():
+  one = START.of(np.array([True, False, True, False]))
+  assert one.judged.tolist() == [0.5, 1.0]
+  assert one.counted.tolist() == [0.5, 0.5]
+
+
+def test_claims_of_training_are_those_of_its_captions_and_its_prompts():
+  settings = settings_from_config(scenes.get_config("2"))
+  few = dataclasses.replace(settings.scenes, train=3)
+  settings = dataclasses.replace(settings, scenes=few)
+  facts = [source.pair(few, "train", i).facts["include"] for i in range(4)]
+  claims = reward_gain.claims_of_training(settings, None)
+  assert claims == {baselines.claims_of(one) for one in facts[:3]}
+  assert baselines.claims_of(facts[3]) not in claims
+
+
 def test_the_spread_of_pixels_is_the_mean_difference_over_pairs():
   images = np.array([[[0, 0], [0, 200], [0, 200]]], np.uint8)
   assert reward_gain.pixel_spread(images) == pytest.approx((100 + 100 + 0) / 3)
@@ -53,9 +75,13 @@ def measured(*flags):
 
 @pytest.mark.slow
 def test_a_model_gains_nothing_over_itself_but_another_model_differs():
-  result = measured("--runs=scenes-instruct,scenes", "--skip=4")
+  result = measured("--runs=scenes-instruct,scenes", "--skip=4", "--trained=scenes")
   result.check_returncode()
-  first, *_, line, other, _ = result.stdout.splitlines()
+  first, *lines = result.stdout.splitlines()
+  line, other, *of_new = [line for line in lines if line.startswith("| scenes")]
+  assert len(of_new) == 2
+  count = re.search(r"(\d+) of these prompts make claims that no training made", result.stdout)
+  assert 0 < int(count[1]) < 16
   assert first == "16 prompts with 4 samples each"
   assert cells_of(other)[0] == "scenes"
   assert cells_of(other)[-1] != "100.0%"
