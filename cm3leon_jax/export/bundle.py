@@ -63,29 +63,22 @@ def write(
   folder = epath.Path(folder)
   _check_target(folder)
   layouts.layout_of(settings.model).check(settings.model)
-  texts = workdir / "text_tokenizer"
   described_base, of_base = _base(base, workdir) if base else (None, settings)
   _begin(folder)
-  huggingface.export(folder, params, settings.model, settings.vocab, texts, "float16")
+  huggingface.export(
+    folder, params, settings.model, settings.vocab, workdir / "text_tokenizer", "float16"
+  )
   write_json(folder / training_data.FILE, training_data.collect(workdir, bundles.folder_of))
-  names = [huggingface.WEIGHTS, "config.json", "generation_config.json", *text.FILES]
-  names.append(training_data.FILE)
   if (unseen := unseen_in(run)) is not None:
     write_json(folder / unseen_tokens.FILE, {"ids": sorted(unseen)})
-    names.append(unseen_tokens.FILE)
   if base:
     settings = dataclasses.replace(settings, retrieval=of_base.retrieval)
   else:
     settings = _write_bank(folder, run)
     if replayed and base_documents.is_complete(workdir):
       replay.write(folder / bundles.REPLAY, run, replayed)
-    names += _write_stages(folder, workdir)
-    names += [
-      str((epath.Path(root) / name).relative_to(folder))
-      for part in bundles.STORES
-      for root, _, files in (folder / part).walk()
-      for name in files
-    ]
+    _write_stages(folder, workdir)
+  names = _names_in(folder)
   described = {
     "settings": plain(dataclasses.asdict(settings)),
     "step": step,
@@ -95,6 +88,13 @@ def write(
   }
   write_json(folder / bundles.FILE, described)
   return {"files": len(names), "bytes": sum((folder / name).stat().length for name in names)}
+
+
+def _names_in(folder: epath.Path) -> set[str]:
+  """Returns the names of all files that a bundle has digests of: all but its model card."""
+  files = [epath.Path(root) / name for root, _, found in folder.walk() for name in found]
+  names = {file.relative_to(folder).as_posix() for file in files if file.name[0] != "."}
+  return names - {"README.md", bundles.FILE}
 
 
 def copy(folder: epath.PathLike, to: epath.PathLike) -> None:
@@ -172,8 +172,8 @@ def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
   return {"name": base, "digest": str(digest(folder / bundles.FILE))}, settings
 
 
-def _write_stages(folder: epath.Path, workdir: epath.Path) -> list[str]:
-  """Writes the tokenizers and CLIP of a run. Returns the names of the files."""
+def _write_stages(folder: epath.Path, workdir: epath.Path) -> None:
+  """Writes the tokenizers and CLIP of a run."""
   (folder / "text_tokenizer").mkdir(parents=True, exist_ok=True)
   text.copy_files(workdir / "text_tokenizer", folder / "text_tokenizer")
   for stage, cls, params_file in (
@@ -185,7 +185,6 @@ def _write_stages(folder: epath.Path, workdir: epath.Path) -> list[str]:
     rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), model.params)
     parameters.save(folder / stage / params_file, rounded)
     (folder / stage / "config.json").write_text((workdir / stage / "config.json").read_text())
-  return [f"{stage}/{name}" for stage, names in bundles.FILES.items() for name in names]
 
 
 def _write_bank(folder: epath.Path, run: Run) -> Settings:

@@ -253,7 +253,7 @@ def open_image(image: str | bytes | epath.Path, name: str) -> IO[bytes]:
     raise UserError(f"image {name} has {size:,} bytes; the maximum is {MAX_BYTES:,}.")
   if not isinstance(image, bytes):
     with fs.open(path, "rb", cache_type="none") as file:
-      image = file.read(MAX_BYTES)
+      image = file.read(size)
   return ImageFile(image, f"image {name}")
 
 
