@@ -11,17 +11,13 @@ unset PYTHONDONTWRITEBYTECODE
 cd "$root"
 
 # Each shard takes at most 40 minutes on two cores.
-shards=(launch planning benchmarks mutants-1 mutants-2 cards others)
+shards=(launch planning benchmarks cards others)
 slow() {
   local pytest=("$python" -m pytest -m slow -n logical --maxprocesses=8 --dist=loadgroup)
   case "$1" in
     launch | planning | benchmarks) "${pytest[@]}" "tests/$1" ;;
-    mutants-*) "$python" -m tests.mutants --part="${1#mutants-}/2" ;;
     cards) "$python" -m benchmarks.cards --check ;;
-    others)
-      "${pytest[@]}" --ignore=tests/launch --ignore=tests/planning --ignore=tests/benchmarks --ignore=tests/mutants_test.py
-      "$python" -m pytest -m slow tests/mutants_test.py -k "not is_noticed"
-      ;;
+    others) "${pytest[@]}" --ignore=tests/launch --ignore=tests/planning --ignore=tests/benchmarks ;;
     *) fail "the slow tests have no shard '$1': name one of ${shards[*]}." ;;
   esac
 }
