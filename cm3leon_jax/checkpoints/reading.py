@@ -104,7 +104,8 @@ def _read(
       if not tries or stages.newest_step(folder) == newest:
         raise
   if step is None and not (epath.Path(folder) / stages.DONE).exists() and distributed.is_first():
-    line = f"{folder}: the training is not finished; its checkpoint of step {chosen} is used."
+    kind = "newest" if chosen == newest else "best"
+    line = f"{folder}: the training is not finished; its {kind} checkpoint, step {chosen}, is used."
     print(line, file=sys.stderr, flush=True)
   return found, chosen
 

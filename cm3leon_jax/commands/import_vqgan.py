@@ -65,7 +65,7 @@ def main(settings: Settings, workdir: epath.Path, source: str, family: Family | 
     family = named
   if family is None and not published_files.is_own(source):
     raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
-  for parent in epath.Path(source).parents[:2]:
+  for parent in filter(exported.is_export, epath.Path(source).parents[:2]):
     exported.check(parent, f"{IMAGES}/")
   folder = workdir / "vqgan"
   _check_folder(folder)

@@ -162,7 +162,7 @@ def print_more(folder: epath.Path, command: str = "train") -> None:
   if ended := {"forgetting", "overfitting"} & summary.keys():
     field = "max_forgetting" if "forgetting" in ended else "patience"
     distributed.print_once(
-      f"warning: {command}: config.train.{field} ended the run at step {steps}, and it does not "
+      f"{command}: warning: config.train.{field} ended the run at step {steps}, and it does not "
       "continue."
     )
     return

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 MIN_PSNR = flags.DEFINE_float(
   "min_psnr",
   15.0,
-  "Least mean PSNR, in dB and without the background, with which a copied image tokenizer must "
-  "reconstruct 16 images of this run; 0: any.",
+  "Least mean PSNR, in dB, with which a copied image tokenizer must reconstruct the background and "
+  "the drawing of 16 images of this run; 0: any.",
 )
 MAX_COLOR_DIFFERENCE = flags.DEFINE_float(
   "max_color_difference",
@@ -131,7 +131,8 @@ def _check(
   folder = workdir / stage
   folder.mkdir(parents=True, exist_ok=True)
   save_png(folder / SHEET, contact_sheet(rows, labels))
-  found = f"{decibels:.1f} dB and a color difference of {color:.1f} in Lab, without the background"
+  found = f"{decibels:.1f} dB and a color difference of {color:.1f} in Lab, "
+  found += "each of the worse of background and drawing,"
   print(
     f"reconstructions: the image tokenizer of {source} reconstructs {len(images)} of your images "
     f"with {found} ({folder / SHEET}).",

@@ -175,8 +175,8 @@ def _print_losses(result: dict) -> None:
     distributed.print_once(change_line(before, result))
   if result.get("overfitting"):
     distributed.print_once(
-      f"warning: train: the training ended at step {result['steps']}, because the held-out loss "
-      "has risen (config.train.patience)."
+      f"train: warning: the training ended at step {result['steps']}, because the held-out loss "
+      "was above its lowest value for config.train.patience evaluations."
     )
   if risen := result.get("forgetting"):
     distributed.print_once(

@@ -46,24 +46,6 @@ class LayerCache(NamedTuple):
     def put(into: Array, x: Array) -> Array:
       return jax.lax.dynamic_update_slice_in_dim(into, x, entry, axis=2)
 
-    return self._written(put, k, v)
-
-  def write_rows(
-    self, entries: Int32[Array, " R"], k: Float[Array, "R L N H"], v: Float[Array, "R L N H"]
-  ) -> "LayerCache":
-    """Writes `k` and `v` to entries [entries[r], entries[r] + L) of each row r."""
-
-    def put_row(into: Array, x: Array, entry: Array) -> Array:
-      return jax.lax.dynamic_update_slice_in_dim(into, x, entry, axis=1)
-
-    return self._written(lambda into, x: jax.vmap(put_row)(into, x, entries), k, v)
-
-  def _written(
-    self,
-    put: Callable[[Array, Array], Array],
-    k: Float[Array, "R L N H"],
-    v: Float[Array, "R L N H"],
-  ) -> "LayerCache":
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     if self.key_scales is None:
       return LayerCache(put(self.keys, k), put(self.values, v))

@@ -147,11 +147,6 @@ class Grammar:
       legal |= rows[:, None] & among[name][None]
     return legal
 
-  def next_part(self, plan: Plan, state: State) -> State:
-    """Returns the state at the start of each row's next part."""
-    part = state.part + 1
-    return State(part, _entry(plan, part, 1), _entry(plan, part, 2))
-
   def advance(self, plan: Plan, state: State, tokens: Int32[Array, " B"]) -> State:
     """Returns the state after one legal token per row. A row that is done does not change."""
     vocab = self.vocab

@@ -110,11 +110,11 @@ def copy(folder: epath.PathLike, to: epath.PathLike) -> None:
   if absolute(to) == absolute(folder):
     raise UserError(f"{to} is the bundle itself: choose another folder.")
   _begin(to)
-  more = [name for name in (training_data.FILE, "README.md") if (folder / name).exists()]
-  # Without a digest, a link could lead to any file of the machine.
-  more = [name for name in more if not os.path.islink(folder / name)]
-  names = [huggingface.WEIGHTS, *read_json(folder / bundles.FILE, bundles.FIELDS)["digests"], *more]
-  for name in [*dict.fromkeys(names), bundles.FILE]:
+  card = folder / "README.md"
+  # It has no digest, so a link could lead to any file of the machine.
+  cards = [card.name] if card.exists() and not os.path.islink(card) else []
+  names = [huggingface.WEIGHTS, *read_json(folder / bundles.FILE, bundles.FIELDS)["digests"]]
+  for name in [*dict.fromkeys(names), *cards, bundles.FILE]:
     (to / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).copy(to / name, overwrite=True)
 

@@ -14,7 +14,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files import buckets
 
 # Values of errno which prove that a file does not exist.
-NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def open_filesystem(path: epath.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:

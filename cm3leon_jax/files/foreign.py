@@ -10,6 +10,7 @@ from etils import epath
 
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.files import buckets, disk_errors
+from cm3leon_jax.files.atomic import exists
 from cm3leon_jax.files.json_files import check_foreign, check_foreign_json
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,6 +37,7 @@ def check_folder(folder: epath.PathLike, parts: Iterable[str] = ()) -> list[str]
     for path in place.iterdir() if place.exists() else ():
       if path.is_dir():
         places += [path] if place != folder else []
+      if path.is_dir() or not exists(path):  # A link may lead nowhere.
         continue
       is_json = path.name.endswith((".json", "_METADATA"))
       (check_foreign_json if is_json else check_foreign)(path)

@@ -37,8 +37,8 @@ def is_copy(codes: Int[np.ndarray, " I"], document: Int[np.ndarray, " I"]) -> bo
 def count(samples: Sequence[Sample], vocab: VocabLayout) -> dict[str, int]:
   """Counts the samples of one image, and those that are doubtful. Returns {} without such samples.
 
-  `equal` counts images with the same codes as a sample for another prompt; `retrieved`, images with
-  a retrieved document; and `copies`, copies of such a document.
+  `equal` counts other images that have the codes of a sample for another prompt; `retrieved`,
+  images with a retrieved document; and `copies`, copies of such a document.
   """
   drawn = [sample for sample in samples if len(sample.codes) == 1]
   prompts: dict[tuple, set[str]] = {}
@@ -48,8 +48,9 @@ def count(samples: Sequence[Sample], vocab: VocabLayout) -> dict[str, int]:
   for sample in drawn:
     codes, documents = sample.codes[0], [d.segments[1].tokens for d in sample.neighbors]
     counts["images"] += 1
-    counts["one_color"] += is_one_color(np.asarray(sample.image), codes)
-    counts["equal"] += len(prompts[tuple(codes)]) > 1
+    one_color = is_one_color(np.asarray(sample.image), codes)
+    counts["one_color"] += one_color
+    counts["equal"] += len(prompts[tuple(codes)]) > 1 and not one_color
     counts["retrieved"] += bool(documents)
     counts["copies"] += any(is_copy(codes, vocab.image_codes(ids)) for ids in documents)
   return counts if drawn else {}

@@ -18,6 +18,7 @@ from cm3leon_jax.generation import lookalikes
 from cm3leon_jax.runs import table
 from cm3leon_jax.runs.stages import DONE
 from cm3leon_jax.settings import settings_from_stored
+from cm3leon_jax.training.watch.heldout import OF_PAIRS, decisive
 
 JUDGED = "judged"  # Name of a JSON file of the workdir and of a section of the summary.
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -215,19 +216,21 @@ def training(metrics: list[dict]) -> dict:
   }
 
 
+LOSSES = {"heldout_loss": "loss", "heldout_image_loss": "image loss", OF_PAIRS: "loss of pairs"}
+
+
 def findings(summary: dict, metrics: list[dict]) -> list[str]:
   """Says what a user should know first about a run, from its numbers and the lines of its log."""
   counts = summary.get("samples", {}).get("lookalikes")
   found = [lookalikes.describe(counts)] if counts else []
-  kind = "image_" if any(line.get("heldout_image_loss") for line in metrics) else ""
-  name = f"heldout_{kind}loss"
+  name = next((decisive(line) for line in metrics if line.get("heldout_loss")), "heldout_loss")
   losses = {x["step"]: x[name] for x in metrics if x.get(name) and x["step"]}  # 0: the base.
   used = summary.get("train", {}).get("best")
   best, last = used or min(losses, key=losses.__getitem__, default=0), max(losses, default=0)
   if best < last and best in losses:
     rise = losses[last] / losses[best] - 1
     found.append(
-      f"warning: held-out {kind.replace('_', ' ')}loss: lowest at step {best:,}, "
+      f"warning: held-out {LOSSES[name]}: lowest at step {best:,}, "
       f"{losses[best]:.3f}; at the last step, {last:,}, {losses[last]:.3f} ({rise:+.1%}), so the "
       f"later steps overfit the training data; the run uses step {used or last:,}."
     )

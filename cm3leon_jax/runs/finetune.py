@@ -79,7 +79,7 @@ def run(
       base.
     max_forgetting: ends the training when the loss of held-out documents of the base has risen by
       more than this share; 0: no limit.
-    min_psnr: the least mean PSNR in dB, without the background; None: 15 dB.
+    min_psnr: the least mean PSNR in dB of the worse of background and drawing; None: 15 dB.
     max_color_difference: the largest mean difference of color in CIE Lab; None: 9; 0: any.
     fields: config fields and their values, such as {"train.steps": 500}.
     show_progress: whether to print a line for each stage that ends; None: yes.

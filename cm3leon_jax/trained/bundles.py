@@ -13,20 +13,22 @@ A bundle can name another bundle as its base. Then it contains only a decoder, a
 tokenizers, CLIP model, bank and replay documents of the base.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 import importlib.resources
 import math
 import os
 
 from etils import epath
+import numpy as np
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.data.documents import training_data, unseen_tokens
-from cm3leon_jax.data.documents.store import Bank
+from cm3leon_jax.data.documents import unseen_tokens
+from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.digests import describe, digest
 from cm3leon_jax.files.json_files import check_foreign, read_foreign_json
 from cm3leon_jax.retrieval import lexical
+from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.bank import Embeddings
 from cm3leon_jax.settings import Settings, settings_from_stored
 from cm3leon_jax.tokenizers import text
@@ -91,10 +93,9 @@ def _stored(folder: epath.Path) -> dict:
   found = foreign.check_folder(folder, (*PARTS, "train"))
   stored = read_foreign_json(folder / FILE, FIELDS, AGAIN)
   # Only JSON and weights are read from the folder itself, and no hidden file, such as .DS_Store.
-  read = {name for name in found if "/" in name or name.endswith((".json", ".safetensors"))}
-  read = {name for name in read if "/." not in f"/{name}"} - stored["digests"].keys()
-  read -= {FILE, training_data.FILE}  # Earlier versions did not list the second file.
-  if wrong := sorted(read | (stored["digests"].keys() - set(found))):
+  needed = {name for name in found if "/" in name or name.endswith((".json", ".safetensors"))}
+  needed = {name for name in needed if "/." not in f"/{name}"} - {FILE}
+  if wrong := sorted((needed - stored["digests"].keys()) | (stored["digests"].keys() - set(found))):
     raise UserError(
       f"{folder / FILE}: '{wrong[0]}' is absent, not in the folder or has no digest: {AGAIN}."
     )
@@ -140,8 +141,11 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
       f"its own CLIP: {AGAIN}."
     )
   unseen_tokens.find(folder, settings.vocab)
+  size = about(folder)["bytes"]
   if (folder / "documents").exists():
-    _check_bank(folder, settings)
+    _check_bank(folder, settings, size)
+  if (folder / REPLAY).exists():
+    _check_replay(folder / REPLAY, settings, size)
   return settings, stored["step"]
 
 
@@ -163,14 +167,33 @@ def check_digests(
       raise UserError(f"{folder / name} {state} (SHA-256 {str(expected)[:12]} expected): {remedy}.")
 
 
-def _check_bank(folder: epath.Path, settings: Settings) -> None:
+def _are_sound(stores: Iterable[DocumentStore], arrays: Iterable[ArrayStore], size: int) -> bool:
+  """Returns whether stores and arrays fit their files, which have `size` bytes together."""
+  return all(math.prod(x.shape) * x.dtype.itemsize <= size for x in arrays) and all(
+    store.offsets[0] == 0 and (np.diff(store.offsets) > 0).all() and (store.lengths > 0).all()
+    for store in stores
+  )
+
+
+def _check_replay(folder: epath.Path, settings: Settings, size: int) -> None:
+  """Opens the replay documents. Raises UserError if they do not fit their neighbors."""
+  bank = Bank(folder / "documents", settings.vocab)
+  for name, array in (("train_pairs", "ids"), ("heldout_pairs", "text_ids")):
+    store = DocumentStore(folder / "documents" / name, settings.vocab)
+    ids = ArrayStore(folder / "neighbors" / name / array)
+    if not _are_sound([store, *bank.parts], [ids], size) or ids.shape[:1] != (len(store),):
+      raise UserError(f"{folder} has arrays of a wrong shape: {AGAIN}.")
+
+
+def _check_bank(folder: epath.Path, settings: Settings, size: int) -> None:
   """Opens the bank. Raises UserError if its arrays would take more memory than their files."""
   neighbors, config = folder / "neighbors", settings.retrieval
-  Bank(folder / "documents", settings.vocab)
+  bank = Bank(folder / "documents", settings.vocab)
   lexical.load(neighbors, config.lexical_weight, config.lexical_width)
-  found, size = Embeddings(neighbors / "train"), about(folder)["bytes"]
-  arrays = (found.documents, found.groups, found.keys)
-  large = any(math.prod(x.shape) * x.dtype.itemsize > size for x in arrays)
+  found = Embeddings(neighbors / "train")
+  large = not _are_sound(bank.parts, (found.documents, found.groups, found.keys), size)
+  of_rows = (len(bank),) == found.groups.shape == found.keys.shape == found.documents.shape[:1]
+  large |= not (of_rows and 0 <= found.first_bank <= len(bank))
   words = config.lexical_width if config.lexical_weight else 0
   # A bundle has no search index, and ScaNN would trust its content.
   if large or words > found.documents.shape[1] or (neighbors / "index").exists():

@@ -49,12 +49,12 @@ def _digests(folder: epath.Path) -> tuple[dict[str, str], dict[str, str]]:
   return {name.removeprefix(f"{ORBAX}/"): x for name, x in of_params.items()}, others
 
 
-def check(folder: epath.Path, part: str = "") -> None:
+def check(folder: epath.Path, part: str = "") -> list[str]:
   """Checks the files of an export, which may come from an untrusted source, before it is read.
 
   Only files whose path begins with `part` are compared with their digests, and `load_params`
   compares those of params/. Most exports of earlier versions, and folders that other programs
-  wrote, have no digests.
+  wrote, have no digests. Returns the names of the files.
 
   Raises:
     UserError: a file is absent or has changed, see also `foreign.check_folder`.
@@ -63,6 +63,7 @@ def check(folder: epath.Path, part: str = "") -> None:
   if (folder / ABOUT).exists() and (folder / DIGESTS).exists():
     listed = {name: x for name, x in _digests(folder)[1].items() if name.startswith(part)}
     bundles.check_digests(folder, listed, files, "export", AGAIN)
+  return files
 
 
 def digest_of_params(folder: epath.Path) -> str:
@@ -134,10 +135,12 @@ def load_params(folder: epath.PathLike, config: ModelConfig) -> dict:
     UserError: a file is absent or damaged.
   """
   folder = epath.Path(folder)
-  check(folder)
+  files = check(folder)
   if is_orbax(folder):
-    params, types = absolute(folder) / ORBAX, placed.types_of(config)
-    if damage := sealing.damage(params, _digests(folder)[0]):
+    params, types, digests = absolute(folder) / ORBAX, placed.types_of(config), _digests(folder)[0]
+    if wrong := sorted({f"{ORBAX}/{name}" for name in digests} - {*files}):
+      raise UserError(f"{folder / wrong[0]} is absent, or is not in the folder: {AGAIN}.")
+    if damage := sealing.damage(params, digests):
       raise UserError(f"{damage}: {AGAIN}.")
     for name, kind in traverse_util.flatten_dict(types, sep=".").items():
       about = ts.open(array_spec(params, name), open=True).result().spec().to_json()["metadata"]

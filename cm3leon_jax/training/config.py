@@ -43,11 +43,13 @@ class TrainConfig:
   multiple of `checkpoint_every`."""
   keep_best: NonNegativeInt = 0
   """Also keeps this number of checkpoints with the lowest held-out loss; 0 disables it.
-  `eval_every` must then divide `checkpoint_every`."""
+  `eval_every` must then divide `checkpoint_every`. With `patience`, only the checkpoint of the
+  lowest loss is kept, so this must be 0."""
   patience: NonNegativeInt = 0
   """Ends the training after this number of evaluations in a row whose held-out loss of image codes
-  (of all tokens if there are none) is above the lowest one. The checkpoint of the lowest loss is
-  saved, kept, and the result of the run. 0: the last checkpoint is the result."""
+  (of all tokens if there are none; in a tuning, of its own pairs) is above the lowest one. The
+  checkpoint of the lowest loss is saved, kept, and the result of the run. 0: the last checkpoint is
+  the result."""
   sample_every: PositiveInt = 2_000
   """Number of steps between two grids of samples."""
   num_samples: PositiveInt = 8
@@ -101,6 +103,8 @@ class TrainConfig:
         f"keep_best = {self.keep_best} needs a held-out loss for every checkpoint: "
         f"eval_every = {self.eval_every} must divide checkpoint_every = {self.checkpoint_every}."
       )
+    if self.keep_best and self.patience:
+      raise ValueError(f"keep_best is {self.keep_best}; it must be 0 with patience.")
     if self.rows_per_device and self.gradient_accumulation_steps > 1:
       raise ValueError(
         f"rows_per_device = {self.rows_per_device} sets gradient_accumulation_steps, which is "

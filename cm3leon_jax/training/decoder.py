@@ -93,7 +93,7 @@ def _opened(
   folder: epath.Path, config: TrainConfig, lease: Lease | None, go_back: GoBack | None
 ) -> Iterator[tuple[Checkpoints, Stopwatch, HangWatch, Lease]]:
   """Takes the lease of a run's folder, starts its two watches, and opens its checkpoints."""
-  best = max(config.keep_best, int(config.patience > 0))
+  best = config.keep_best or int(config.patience > 0)
   keep = (config.keep_checkpoints, config.keep_every, best)
   with (
     contextlib.closing(Stopwatch()) as watch,

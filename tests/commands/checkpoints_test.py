@@ -178,7 +178,8 @@ def test_rollback_removes_what_is_newer_and_says_so(workdir):
   assert (result.returncode, result.stderr) == (0, "")
   assert result.stdout.splitlines() == [
     f"removed {train / 'done.json'}: without it the run is not finished, so generate, evaluate "
-    "and export use its newest checkpoint until cm3leon train has reached its last step.",
+    "and export use its newest checkpoint, or with train.patience its best one, until cm3leon "
+    "train has reached its last step.",
     "removed checkpoints 6, 8.",
     "removed steps 5 to 9 from metrics/metrics.jsonl.",
     "cm3leon train continues from step 4.",

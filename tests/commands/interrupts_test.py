@@ -15,7 +15,6 @@ from cm3leon_jax import __main__
 from cm3leon_jax.commands import interrupts
 number, handler, later = (int(word) for word in sys.argv[1:])
 interrupts.SECONDS[interrupts.stop_early] = 1.0
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def command(*_, **__):
   if handler:
@@ -46,3 +45,15 @@ def test_a_signal_whose_exception_is_dropped_ends_the_command(number, handler, l
   assert "Exception ignored in" in result.stderr
   assert result.stderr.endswith(f"\n{INTERRUPTION}") == (not handler)
   assert result.stdout == f"{STOPPED_EARLY}\n" * handler
+
+
+def test_ctrl_c_during_an_import_ends_the_process_without_an_exception(tmp_path):
+  (tmp_path / "slow.py").write_text(
+    "import signal\ntry:\n  signal.raise_signal(signal.SIGINT)\nfinally:\n  print('unwound')\n"
+  )
+  script = (
+    "from cm3leon_jax.commands import interrupts\ninterrupts.listen()\n"
+    f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport slow"
+  )
+  result = python(script, cwd=ROOT, timeout=25)
+  assert (result.returncode, result.stdout, result.stderr) == (CTRL_C, "", INTERRUPTION)

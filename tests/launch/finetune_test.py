@@ -16,7 +16,7 @@ from tests.launched import ROOT
 SCRIPT = """
 from cm3leon_jax import CM3Leon
 
-fields = {"train.steps": 60, "train.checkpoint_every": 20}
+fields = {"train.steps": 60, "train.checkpoint_every": 20, "train.patience": 0}
 model = CM3Leon.finetune("drawings", "tuned", minutes=1, max_forgetting=9, fields=fields)
 print("loaded step", model.step)
 """

@@ -8,6 +8,7 @@ import shutil
 import signal
 
 from etils import epath
+import numpy as np
 import pytest
 import tensorstore
 
@@ -64,9 +65,9 @@ def digest_of(name):
   return fields("bundle.json", lambda x: x["digests"].update({name: "0" * 64}))
 
 
-def array(change, rows=5):
+def array(change, rows=5, name="neighbors/train/documents"):
   def edit(folder):
-    folder = folder / "neighbors/train/documents"
+    folder = folder / name
     fields("zarr.json", change)(folder)
     write_json(folder / "index.json", {"schema_version": 1, "rows": rows})
 
@@ -87,11 +88,9 @@ ATTACKS = {
   "endless weights": ("bundle", link("vqgan/params.safetensors", "/dev/zero")),
   "no digest": ("bundle", fields("bundle.json", lambda x: x["digests"].pop("clip/config.json"))),
   "file outside": ("bundle", digest_of("/etc/hostname")),
-  "URL": ("bundle", digest_of("http://a.b/c")),
-  "folder": ("bundle", digest_of("vqgan")),
+  "link to itself": ("bundle", link("config.json", "config.json")),
   "unlisted run": ("bundle", lambda folder: shutil.copytree(folder / "clip", folder / "train")),
   "pipe": ("bundle", pipe("bundle.json")),
-  "pipe beside": ("bundle", pipe("README.md")),
   "many values": ("bundle=", text("unseen_tokens.json", MANY)),
   "nested ids": ("bundle=", text("unseen_tokens.json", '{"ids": [[1]]}')),
   "header": ("bundle=", lambda folder: (folder / "documents/bank_pairs/offsets.npy").write_bytes(
@@ -100,6 +99,13 @@ ATTACKS = {
     chunk_shape=[10**9, x["shape"][1]]))),
   "compressed": ("bundle=", array(lambda x: x["codecs"].append({"name": "gzip"}))),
   "many rows": ("bundle=", array(lambda x: x.update(shape=[10**12, *x["shape"][1:]]), 10**12)),
+  "replay rows": ("bundle=", array(lambda x: x.update(shape=[10**12, *x["shape"][1:]]), 10**12,
+                                   "replay/neighbors/train_pairs/ids")),
+  "replay shards": ("bundle=", fields("replay/documents/train_pairs/index.json",
+                                      lambda x: x.update(shards={"000000": 1}))),
+  "replay lengths": ("bundle=", lambda folder: np.save(
+    folder / "replay/documents/train_pairs/lengths.npy", np.array(["a"]))),
+  "first of the bank": ("bundle=", text("neighbors/train/rows.json", '{"first_bank": 1000000}')),
   "shard outside": ("bundle=", fields(INDEX, lambda x: x.update(shards={"../x": 5}))),
   "bucket": ("bundle", fields("bundle.json", lambda x: x.update(
     base={"name": "gs://bucket/x", "digest": ""}))),
@@ -108,10 +114,13 @@ ATTACKS = {
     clip="/etc"))),
   "about a pipe": ("hf", pipe("export.json")),
   "settings": ("hf", fields("export.json", lambda x: x.update(settings=[1]))),
-  "endless codes": ("hf", link("image_tokenizer/params.safetensors", "/dev/zero")),
   "endless file": ("orbax", link("params/d/zero", "/dev/zero")),
   "folder elsewhere": ("orbax", link("params/d/usr", "/usr")),
   "no tree": ("orbax=", text("params/_METADATA", "[]")),
+  "endless parameters": ("orbax", fields("digests.json", lambda x: x.update(
+    {"params//dev/zero": "0"}))),
+  "parameters outside": ("orbax", fields("digests.json", lambda x: x.update(
+    {"params/../../secret": "0"}))),
   "array chunk": ("orbax=", large_chunk),
 }  # fmt: skip
 

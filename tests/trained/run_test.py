@@ -118,7 +118,7 @@ def test_a_stopped_run_is_read_at_its_newest_checkpoint(run, tmp_path, capfd):
   done, seals = workdir / "train" / stages.DONE, workdir / "train" / stages.SEALS
   finished = done.read_text()
   done.unlink()
-  line = f"{done.parent}: the training is not finished; its checkpoint of step 7 is used.\n"
+  line = f"{done.parent}: the training is not finished; its newest checkpoint, step 7, is used.\n"
   read = []
   for _ in range(2):
     export.main(SETTINGS, workdir, choice=formats.Choice("orbax"))

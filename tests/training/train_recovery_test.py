@@ -21,7 +21,8 @@ def test_a_run_that_is_rolled_back_continues_bit_for_bit(whole, loader, tmp_path
   folder = epath.Path(tmp_path)
   assert upkeep.rollback(folder, 8) == [
     f"removed {folder / 'done.json'}: without it the run is not finished, so generate, evaluate "
-    "and export use its newest checkpoint until cm3leon train has reached its last step.",
+    "and export use its newest checkpoint, or with train.patience its best one, until cm3leon "
+    "train has reached its last step.",
     "removed checkpoint 12.",
     "removed steps 9 to 12 from metrics/metrics.jsonl.",
     "cm3leon train continues from step 8.",

@@ -249,8 +249,14 @@ class DocumentStore:
     self.files: dict[str, dict] = index.get("files", {})
     self._names, self._ends = list(self.shards), np.cumsum([*self.shards.values()], dtype=np.int64)
     self.offsets, self.lengths, self.is_image = map(self._map, ARRAYS[:3])
-    end = int(self.offsets[-1])
-    if len(self) != index["documents"] or not len(self.lengths) == len(self.is_image) == end:
+    kinds = [f"{x.ndim}{x.dtype.kind}" for x in (self.offsets, self.lengths, self.is_image)]
+    if kinds != ["1i", "1i", "1b"]:
+      again = stages.again(self.folder.parent, self.folder)
+      raise UserError(f"{self.folder} has arrays of a wrong type: {again}.")
+    end, documents = int(self.offsets[-1]), sum(self.shards.values())
+    if not len(self) == documents == index["documents"] or not (
+      len(self.lengths) == len(self.is_image) == end
+    ):
       raise UserError(
         f"{self.folder} has {index['documents']} documents in {INDEX}, but offsets of {len(self)} "
         f"documents with {end} segments, and {len(self.lengths)} lengths: "
@@ -312,6 +318,7 @@ class DocumentStore:
     name, record = self._names[shard], int(i) - (int(self._ends[shard - 1]) if shard else 0)
     try:
       document = decode_document(self._reader(name).read([record])[0])
+      check_document(document, self.vocab)
       found = [len(segment.tokens) for segment in document.segments]
       expected = self.segment_lengths(i)[0].tolist()
       if found != expected:

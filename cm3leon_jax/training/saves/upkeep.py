@@ -217,7 +217,8 @@ def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
         (folder / DONE).unlink()
       sentences.append(
         f"{removed} {folder / DONE}: without it the run is not finished, so generate, evaluate and "
-        "export use its newest checkpoint until cm3leon train has reached its last step."
+        "export use its newest checkpoint, or with train.patience its best one, until cm3leon "
+        "train has reached its last step."
       )
     if not dry_run:
       checkpoints.delete_after(step)

@@ -1,9 +1,10 @@
 """Computes the held-out losses of a run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -21,6 +22,18 @@ from cm3leon_jax.training.steps import Steps
 from cm3leon_jax.training.watch.monitor import Monitor
 
 OF_BASE = f"heldout_loss/{base_documents.NAME}"  # Loss of the base's documents.
+OF_PAIRS = "heldout_loss/pairs"
+
+
+def decisive(losses: Mapping[str, Any]) -> str:
+  """Returns the name of the held-out loss by which the best step is chosen.
+
+  It is the loss of image codes, or of all tokens if there are no codes. In a tuning, it is the loss
+  of the run's own pairs, without the base's documents.
+  """
+  if OF_BASE in losses and OF_PAIRS in losses:
+    return OF_PAIRS
+  return "heldout_image_loss" if losses.get("heldout_image_loss") else "heldout_loss"
 
 
 def heldout_batches(heldout: RowLoader, config: TrainConfig, sharding: NamedSharding) -> list[dict]:
@@ -57,8 +70,8 @@ class HeldoutLosses(Hook):
     at_start: losses of step 0; {} if step 0 is not evaluated.
     forgets: whether the loss of the base's documents has risen by more than `max_forgetting`. The
       training then ends.
-    best: step with the lowest loss of image codes, or of all tokens if there are no codes, and this
-      loss. Evaluations because of a signal do not count, since an uninterrupted run has none.
+    best: step with the lowest loss, see `decisive`, and this loss. Evaluations because of a signal
+      do not count, since an uninterrupted run has none.
     overfits: whether `patience` evaluations since `best` had a higher loss. The training then ends.
   """
 
@@ -88,7 +101,7 @@ class HeldoutLosses(Hook):
     if planned or self.stop.code is not None:
       self.losses = self._log(step, state)
       self.forgets = self.risen() > (self.config.max_forgetting or np.inf)
-      loss = self.losses.get("heldout_image_loss") or self.losses["heldout_loss"]
+      loss = self.losses[decisive(self.losses)]
       # After a skipped step nothing is saved, so it cannot be the best.
       if planned and loss <= (self.best or (0, np.inf))[1] and not self.monitor.skipped_in_a_row():
         self.best = (step, loss)

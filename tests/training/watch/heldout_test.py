@@ -18,7 +18,7 @@ from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.trained.rows import open_rows
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.steps import compile_steps
-from cm3leon_jax.training.watch.heldout import HeldoutLosses, evaluate, heldout_batches
+from cm3leon_jax.training.watch.heldout import HeldoutLosses, decisive, evaluate, heldout_batches
 from tests.data.stores import VOCAB, make_sources
 from tests.models.tiny import mesh_of, random_params
 from tests.retrieval.stores import write_neighbors
@@ -219,3 +219,13 @@ def test_a_continued_training_compares_with_the_loss_of_step_0_that_it_logged():
   unknown = risen([2.2], 0.03, newest=4)
   unknown.after(5, FakeState(5), {})
   assert not unknown.stops()
+
+
+def test_a_tuning_is_judged_by_its_own_pairs():
+  losses = {"heldout_loss": 3.0, "heldout_image_loss": 2.0, "heldout_text_loss": 4.0}
+  assert decisive(losses) == "heldout_image_loss"
+  assert decisive({**losses, "heldout_image_loss": 0.0}) == "heldout_loss"
+  tuning = {**losses, "heldout_loss/pairs": 1.0, "heldout_loss/base": 5.0}
+  assert decisive(tuning) == "heldout_loss/pairs"
+  del tuning["heldout_loss/base"]
+  assert decisive(tuning) == "heldout_image_loss"
