@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 
 from cm3leon_jax import extras
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, interrupts
 from cm3leon_jax.config import UserError
 
 TOKEN = "CM3LEON_TOKEN"
@@ -182,6 +182,7 @@ def main(workdir: epath.Path) -> None:
   )
   request_log.show()
   server.serve(engine, name, limits, _HOST.value, opened, _STOP_SECONDS.value)
+  interrupts.end(0, "")  # Python would need seconds, and XLA's threads may crash while it exits.
 
 
 if __name__ == "__main__":

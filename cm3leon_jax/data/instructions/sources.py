@@ -20,7 +20,7 @@ from cm3leon_jax.data.instructions.edges import MAPS, ImageMap, load_opencv
 from cm3leon_jax.data.instructions.records import DrawnTasks, Record
 from cm3leon_jax.data.instructions.stores import RecordEncoder, write_store
 from cm3leon_jax.data.sources.image_folder import ImageFolder
-from cm3leon_jax.files.json_files import plain, read_json
+from cm3leon_jax.files.json_files import check_foreign, plain, read_json
 from cm3leon_jax.files.shards import Runner, run_shards
 from cm3leon_jax.vocab import VocabLayout
 
@@ -68,7 +68,7 @@ def open_task(
     else:
       root = _path(config, "root", task.root)
       if task.format == "jsonl":  # The name of a split is that of its file.
-        _path(config, split, posixpath.join(task.root, f"{name}.jsonl"))
+        check_foreign(_path(config, split, posixpath.join(task.root, f"{name}.jsonl")))
       images = ImageFolder(
         _path(config, "images", task.images or task.root), REMEDY, config.allow_outside
       )

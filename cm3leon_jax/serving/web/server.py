@@ -1,10 +1,8 @@
 """Runs the application with uvicorn in one process until SIGTERM or Ctrl-C."""
 
 import asyncio
-import os
 import signal
 import socket
-import sys
 import threading
 from typing import Any
 
@@ -162,13 +160,10 @@ def serve(
   announcer = threading.Thread(target=_announce, args=(engine, server, name, address), daemon=True)
   announcer.start()
   server.run(sockets=[opened])
-  ended = engine.close(seconds=stop_seconds if engine.is_ready else 0)  # 0: it still compiles.
+  engine.close(seconds=stop_seconds if engine.is_ready else 0)  # 0: it still compiles.
   if engine.failure is not None:
     raise RuntimeError("the engine has failed; its error is above.") from engine.failure
   print("stopped.", flush=True)
-  if not ended:  # XLA still compiles, and its threads would crash while Python exits.
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def _announce(engine: Engine, server: uvicorn.Server, name: str, address: str) -> None:

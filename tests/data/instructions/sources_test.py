@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import sys
 
@@ -180,6 +181,13 @@ def test_fields_name_places_below_the_root_only(tmp_path, changes):
   if "://" not in str(changes) and field != "maps":
     trusted = config_with(tmp_path / "data", allow_outside=True)
     assert len(list(sources.open_task(task, "train", trusted, DRAWN))) == 1
+
+
+def test_a_pipe_is_not_read_as_a_list_of_records(tmp_path):
+  (tmp_path / "asked").mkdir()
+  os.mkfifo(tmp_path / "asked/train.jsonl")
+  with pytest.raises(UserError, match=r"^task ask: .*train\.jsonl is not a regular file"):
+    open_task(tmp_path, ASK)
 
 
 def test_without_a_root_the_folder_of_the_task_file_is_the_root(tmp_path):
