@@ -61,11 +61,13 @@ from PIL import Image, ImageDraw
 
 pathlib.Path("drawings").mkdir()
 sides = {"top": 4, "bottom": 28}, {"left": 4, "right": 28}
-colors = ("red", "green", "blue", "orange", "purple", "black", "gray", "brown")
+# The image tokenizer of `scenes` knows these colors alone.
+colors = {"red": "#dc001e", "orange": "#ff8200", "yellow": "#fae600", "green": "#009632",
+          "cyan": "#00bee1", "blue": "#0032e6", "purple": "#9600be", "black": "#000000"}
 for color, shape, y, x in itertools.product(colors, ("rectangle", "ellipse"), *sides):
   image = Image.new("RGB", (48, 48), "white")
   corner = sides[0][y], sides[1][x]
-  getattr(ImageDraw.Draw(image), shape)((*corner[::-1], corner[1] + 16, corner[0] + 16), color)
+  getattr(ImageDraw.Draw(image), shape)((*corner[::-1], corner[1] + 16, corner[0] + 16), colors[color])
   name = f"drawings/{color}_{shape}_{y}_{x}"
   image.save(f"{name}.png")
   pathlib.Path(f"{name}.txt").write_text(f"a {color} {shape} at the {y} {x}")

@@ -131,11 +131,10 @@ def _check(
   folder = workdir / stage
   folder.mkdir(parents=True, exist_ok=True)
   save_png(folder / SHEET, contact_sheet(rows, labels))
-  found = f"{decibels:.1f} dB and a color difference of {color:.1f} in Lab, "
-  found += "each of the worse of background and drawing,"
+  found = f"{decibels:.1f} dB and a color difference of {color:.1f} in Lab"
   print(
     f"reconstructions: the image tokenizer of {source} reconstructs {len(images)} of your images "
-    f"with {found} ({folder / SHEET}).",
+    f"with {found}, of background or drawing, whichever is worse ({folder / SHEET}).",
     flush=True,
   )
   wrong, lower = [], []
