@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pathlib
 
 from absl import flags
 from absl.testing import flagsaver
@@ -204,7 +205,7 @@ def test_the_bundled_model_gets_the_captions_of_the_sheet(made, bundled, run, mo
   with one_device():
     params, _ = reading.load_params(made / "train", SETTINGS.model)
   assert found.pop("parameters") == sum(x.size for x in jax.tree.leaves(params))
-  size = sum(path.stat().length for path in (*bundled.glob("*.*"), *bundled.glob("*/*")))
+  size = sum(path.stat().st_size for path in pathlib.Path(bundled).rglob("*") if path.is_file())
   assert found.pop("bytes") == size - (bundled / bundles.FILE).stat().length
   assert found == {
     "images": 12,
