@@ -8,7 +8,7 @@ from cm3leon_jax import CM3Leon, UserError
 from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.generation.image_tasks import Unconditional
 from tests.api_test import IMAGE, model, run  # noqa: F401 (fixtures)
-from tests.messages import refused
+from tests.refusals import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
 

@@ -28,8 +28,8 @@ from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.settings import settings_of_run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
-from tests.messages import refused
 from tests.models.tiny import model_logits
+from tests.refusals import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
 ROOT = pathlib.Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import pydantic.dataclasses
 import pytest
 
 from cm3leon_jax.config import STRICT, FieldError, UserError, build, without_addresses
-from tests.messages import refused
+from tests.refusals import refused
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

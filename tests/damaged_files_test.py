@@ -40,7 +40,7 @@ from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
-from tests.messages import refused
+from tests.refusals import refused
 
 JUNK = {
   "an empty object": b"{}",

@@ -10,7 +10,7 @@ import pytest
 from cm3leon_jax import distributed
 from cm3leon_jax.config import INTERRUPTED, STOPPED_EARLY, TryAgain, UserError
 from tests.launched import python
-from tests.messages import refused
+from tests.refusals import refused
 
 PROCESS = """
 import sys

@@ -19,7 +19,7 @@ from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.trained import bundles, initial, kinds
 from tests.export.conftest import run  # noqa: F401
 from tests.generation.run import SETTINGS
-from tests.messages import refused
+from tests.refusals import refused
 
 PROMPT = "red apple"
 WRITTEN = {"hf": formats.Choice(), "orbax": formats.Choice("orbax")}

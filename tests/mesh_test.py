@@ -7,7 +7,7 @@ import pytest
 
 from cm3leon_jax.mesh import RULES, MeshConfig, create_mesh, gathered, shard, spec, unsplit
 from tests.launched import python
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def test_the_remaining_devices_go_to_the_axis_of_minus_one():

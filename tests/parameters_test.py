@@ -10,7 +10,7 @@ from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.tokenizers.published_source import find_files
-from tests.messages import refused
+from tests.refusals import refused
 
 
 class Sum(nnx.Module):

@@ -17,7 +17,7 @@ from cm3leon_jax.retrieval import bank, neighbors
 from cm3leon_jax.vocab import VocabLayout
 from tests.data.raw_folder import write_raw
 from tests.files.shards_test import NAMES, Copy, log, run
-from tests.messages import refused
+from tests.refusals import refused
 from tests.retrieval.bank_test import CONFIG, WIDTH, tiny_clip
 
 VOCAB = VocabLayout(num_special=8, text_size=280, image_size=256)

@@ -3,7 +3,7 @@
 import pytest
 
 from cm3leon_jax.config import UserError
-from tests.messages import refused
+from tests.refusals import refused
 from tests.settings_test import settings_with
 
 

@@ -16,7 +16,7 @@ import pytest
 from cm3leon_jax.config import FieldError, UserError
 from cm3leon_jax.reports import config_reference
 from cm3leon_jax.settings import SECTIONS, Settings, default_config, describe, settings_from_config
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def settings_with(**fields) -> Settings:

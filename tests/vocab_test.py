@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.vocab import VocabLayout
-from tests.messages import refused
+from tests.refusals import refused
 
 SMALL = VocabLayout(num_special=8, text_size=300, image_size=16)
 

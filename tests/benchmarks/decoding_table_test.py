@@ -1,7 +1,7 @@
 from benchmarks import decoding_table
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def result_of(protocol, published=()):

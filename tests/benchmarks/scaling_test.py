@@ -12,7 +12,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.training.watch import flops
-from tests.messages import refused
+from tests.refusals import refused
 
 # Laws of bits per image. For rare images, retrieval divides the FLOPs by 5; for others, it
 # multiplies them by 3.

@@ -12,7 +12,7 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.scenes import world
 from cm3leon_jax.scenes.world import Placed, Scene
 from cm3leon_jax.settings import settings_from_config
-from tests.messages import refused
+from tests.refusals import refused
 
 SETTINGS = settings_from_config(config_scenes.get_config())
 HEART = Asked("common", Placed("heart", "red", "top left"), "a red heart")

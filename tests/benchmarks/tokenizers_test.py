@@ -12,7 +12,7 @@ from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.tokenizers.config import levels_of
 from cm3leon_jax.training.small import vqgan_training
-from tests.messages import refused
+from tests.refusals import refused
 
 SMALL = {
   "raw.resolution": 12, "vqgan.resolution": 12, "vqgan.width": 8, "vqgan.encoder_blocks": (0,),

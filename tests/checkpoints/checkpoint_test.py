@@ -14,8 +14,8 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.training.step.state import init_state
 from tests.checkpoints.saved import OPTIMIZER, flip, fresh, largest_file, on_disk
 from tests.launched import python
-from tests.messages import refused
 from tests.models.tiny import CONFIG, mesh_of
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 4, 2)])

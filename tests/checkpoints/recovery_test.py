@@ -14,8 +14,8 @@ from cm3leon_jax.checkpoints import checkpoint, recovery, sealing
 from cm3leon_jax.config import TryAgain, UserError
 from tests.checkpoints.saved import flip, fresh, largest_file, on_disk
 from tests.distributed_test import free_port
-from tests.messages import refused
 from tests.models.tiny import mesh_of
+from tests.refusals import refused
 
 # Program that saves steps 1 to 5, damages the digests of 5, removes those of 4, and adds digests of
 # 7. Then it goes back to the newest intact checkpoint, and then to step 2.

@@ -12,7 +12,7 @@ from cm3leon_jax.clip import huggingface as hf_clip
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.config import UserError
 from tests.clip.huggingface_files import CAPTIONS, END, load, some_images, write_checkpoint
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def test_sharded_and_newer_files_load_the_same(folder, tmp_path):

@@ -29,7 +29,7 @@ from tests.clip.huggingface_files import (
 )
 from tests.data.raw_folder import write_raw
 from tests.launched import run
-from tests.messages import refused
+from tests.refusals import refused
 
 TOLERANCE = 1e-5  # Tolerance in fp32, for embeddings of norm 1.
 KINDS = {"old": ("quick_gelu", clip_checkpoint.OLD_EOS_ID), "new": ("gelu", END)}

@@ -11,7 +11,7 @@ from cm3leon_jax.clip.config import CLIPConfig
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages, table
-from tests.messages import refused
+from tests.refusals import refused
 
 TINY = CLIPConfig(
   resolution=16, image_encoder="conv", patch=4, image_width=64, image_layers=1,

@@ -24,7 +24,7 @@ from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.trained import initial
 from cm3leon_jax.trained.run import Run
 from tests.generation.run import make_config, one_device, save_run
-from tests.messages import refused
+from tests.refusals import refused
 from tests.retrieval.stores import write_neighbors
 
 

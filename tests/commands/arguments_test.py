@@ -12,7 +12,7 @@ import pytest
 from cm3leon_jax.commands import arguments
 from cm3leon_jax.commands.arguments import split
 from tests.commands.commands_test import DEVICES, run
-from tests.messages import check_refused
+from tests.refusals import check_refused
 
 ROOT = pathlib.Path(__file__).parents[2]
 RUN = ["--config=scenes", "--workdir=."]

@@ -6,7 +6,7 @@ import pytest
 
 from cm3leon_jax.commands import bucket_paths
 from cm3leon_jax.config import UserError
-from tests.messages import refused
+from tests.refusals import refused
 
 
 @pytest.fixture

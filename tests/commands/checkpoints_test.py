@@ -14,7 +14,7 @@ from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.faults import lease
 from cm3leon_jax.training.saves import upkeep
 from tests.launched import launch
-from tests.messages import check_refused, refused
+from tests.refusals import check_refused, refused
 
 STEPS = (2, 4, 6, 8)
 LOSSES = {2: 3.0, 4: 1.5, 6: 2.0, 8: 2.5}

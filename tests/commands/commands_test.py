@@ -11,7 +11,7 @@ import pytest
 from cm3leon_jax import accelerators
 from cm3leon_jax.commands import COMMANDS, config_file
 from tests.launched import cm3leon, launch
-from tests.messages import check_refused
+from tests.refusals import check_refused
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "cm3leon_jax" / "commands"

@@ -9,7 +9,7 @@ from cm3leon_jax.commands import common, config_file
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.settings import settings_from_config
 from tests.launched import python
-from tests.messages import refused
+from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = """

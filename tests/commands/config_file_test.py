@@ -2,7 +2,7 @@ from cm3leon_jax.commands import config_file
 from cm3leon_jax.config import UserError
 from cm3leon_jax.settings import default_config
 from tests.launched import cm3leon
-from tests.messages import check_refused, refused
+from tests.refusals import check_refused, refused
 
 
 def test_the_names_of_the_fields_are_those_of_the_classes():

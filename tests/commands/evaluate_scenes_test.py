@@ -29,7 +29,7 @@ from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
-from tests.messages import refused
+from tests.refusals import refused
 from tests.retrieval.stores import write_neighbors
 
 NUM_SCENES = 24

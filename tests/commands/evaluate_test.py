@@ -18,7 +18,7 @@ from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.step import optimizer, state
-from tests.messages import refused
+from tests.refusals import refused
 from tests.retrieval.stores import write_neighbors
 
 

@@ -26,8 +26,8 @@ from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import layouts
 from cm3leon_jax.weights.stored import of_tree
 from tests.generation.run import SETTINGS, one_device, save_run
-from tests.messages import refused
 from tests.models.tiny import random_params
+from tests.refusals import refused
 
 
 class Killed(Exception):

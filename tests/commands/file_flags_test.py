@@ -19,7 +19,7 @@ from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.launched import cm3leon, python
-from tests.messages import refused
+from tests.refusals import refused
 
 PROTOCOL = """
 title: captions

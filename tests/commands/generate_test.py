@@ -28,8 +28,8 @@ from cm3leon_jax.runs import stages, table
 from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, make_run, one_device
-from tests.messages import refused
 from tests.models.tiny import random_params
+from tests.refusals import refused
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from tests.data.raw_folder import write_raw
 from tests.data.stores import VOCAB
 from tests.generation.run import make_config
 from tests.launched import launch
-from tests.messages import check_refused, refused
+from tests.refusals import check_refused, refused
 from tests.retrieval.stores import write_neighbors
 from tests.tokenizers.published_random import FAMILY, save_random
 from tests.tokenizers.tiny import tiny_config

@@ -22,7 +22,7 @@ from tests.data.stores import VOCAB
 from tests.launch import tiny_instruct_config
 from tests.launch.stages_before import make_workdir
 from tests.launched import launch
-from tests.messages import check_refused, refused
+from tests.refusals import check_refused, refused
 from tests.reports.inspect_page_test import VQGAN
 from tests.retrieval.stores import write_bank, write_neighbors
 from tests.trained import rows_test

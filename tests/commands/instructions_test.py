@@ -31,7 +31,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.trained.run import Run
 from tests.evaluation.protocol_runs import make_data
 from tests.generation.run import SETTINGS, save_run
-from tests.messages import refused
+from tests.refusals import refused
 
 NAMES = ("count", "recolor")
 TASKS = tuple(

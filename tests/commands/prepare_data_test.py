@@ -10,7 +10,7 @@ from cm3leon_jax.runs import from_data
 from cm3leon_jax.settings import default_config, settings_from_config
 from tests.data.checks.leaks_test import photos, write_source
 from tests.launched import ROOT, launch
-from tests.messages import check_refused, refused
+from tests.refusals import check_refused, refused
 
 
 def command(*flags, config="ml_configs/base.py"):

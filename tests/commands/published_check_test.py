@@ -8,7 +8,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from tests.clip.huggingface_files import END, write_checkpoint
 from tests.launched import launch
-from tests.messages import check_refused, refused
+from tests.refusals import check_refused, refused
 from tests.tokenizers.published_random import save_random
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from cm3leon_jax.files.json_files import write_json
 from tests.launched import launch
-from tests.messages import check_refused
+from tests.refusals import check_refused
 
 
 def run(folder: pathlib.Path, name: str, *flags: str) -> subprocess.CompletedProcess:

@@ -17,7 +17,7 @@ from cm3leon_jax.trained import initial
 from cm3leon_jax.training.config import ReinforceConfig, TrainConfig
 from tests.commands.instructions_test import copy, one_mesh, settings_of
 from tests.generation.run import save_run
-from tests.messages import refused
+from tests.refusals import refused
 
 TASKS = tuple(
   dataclasses.replace(task, records=8, heldout_records=8)

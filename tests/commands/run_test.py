@@ -9,7 +9,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
-from tests.messages import refused
+from tests.refusals import refused
 
 DEMO = [
   "prepare_data", "train_text_tokenizer", "train_vqgan", "encode_documents", "train_clip",

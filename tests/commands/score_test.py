@@ -14,7 +14,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
 from tests.data.stores import IMAGE_TOKENS
 from tests.generation.run import SETTINGS, one_device, save_run
-from tests.messages import refused
+from tests.refusals import refused
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 
 from tests.generation.run import save_run
 from tests.launched import ROOT, launch, python
-from tests.messages import check_refused
+from tests.refusals import check_refused
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.faults import lease
 from tests.launched import launch
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def settings_of(config):

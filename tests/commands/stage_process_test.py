@@ -8,7 +8,7 @@ import pytest
 
 from cm3leon_jax.commands import stage_process
 from cm3leon_jax.config import CTRL_C, INTERRUPTED, UserError
-from tests.messages import refused
+from tests.refusals import refused
 
 WAITS = """
 import signal, sys

@@ -20,7 +20,7 @@ from cm3leon_jax.training.faults.skipped_rows import GoBack
 from tests.data.stores import VOCAB
 from tests.generation.run import make_config, make_run, one_device
 from tests.held import held
-from tests.messages import refused
+from tests.refusals import refused
 from tests.retrieval.stores import write_neighbors
 from tests.trained import rows_test
 from tests.trained.rows_test import settings_with

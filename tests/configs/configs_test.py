@@ -25,7 +25,7 @@ from cm3leon_jax.scenes.config import COMMON, RARE
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
 from cm3leon_jax.trained import bundles
 from examples.openmoji import config as openmoji
-from tests.messages import refused
+from tests.refusals import refused
 
 SIZES = {"350m": cm3leon_350m, "760m": cm3leon_760m, "7b": cm3leon_7b}
 TUNED = {"350m": sft_350m, "760m": sft_760m, "7b": sft_7b}

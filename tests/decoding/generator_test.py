@@ -38,7 +38,7 @@ from tests.decoding.small import (
   small_generator,
   teacher_forced,
 )
-from tests.messages import refused
+from tests.refusals import refused
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -30,8 +30,8 @@ from cm3leon_jax.decoding.grammar import (
 )
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.vocab import VocabLayout
-from tests.messages import refused
 from tests.models.tiny import mesh_of
+from tests.refusals import refused
 
 VOCAB = VocabLayout(num_special=9, text_size=268, image_size=16)
 # Letter -> ids: p <pad>, e </s>, u <unk>, b <break>, s <eoss>, A to D <mask:0> to <mask:3>,

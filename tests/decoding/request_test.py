@@ -25,7 +25,7 @@ from cm3leon_jax.decoding.grammar import (
 from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.generation.tasks import document_segments
 from cm3leon_jax.vocab import VocabLayout
-from tests.messages import refused
+from tests.refusals import refused
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
 IMAGE = 4

@@ -24,7 +24,7 @@ from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.trained.run import Run
 from tests.evaluation.protocol_runs import make_workdir
 from tests.generation.run import SETTINGS, one_device
-from tests.messages import refused
+from tests.refusals import refused
 from tests.reports import hostile
 
 [PROTOCOL] = protocol_lib.parse(

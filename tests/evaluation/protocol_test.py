@@ -6,7 +6,7 @@ from cm3leon_jax.data.published.files import SPLITS
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.evaluation.protocols import metrics
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
-from tests.messages import refused
+from tests.refusals import refused
 
 GOOD = """
 title: drawings

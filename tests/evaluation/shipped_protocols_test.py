@@ -28,7 +28,7 @@ from cm3leon_jax.trained.run import Run
 from tests.evaluation.metrics.inception_test import random_tensors
 from tests.evaluation.protocol_runs import make_data, make_workdir
 from tests.generation.run import make_config
-from tests.messages import refused
+from tests.refusals import refused
 
 # One protocol for answers and one for captions. `protocol_run_test.py` covers one for images.
 FAST = ("cm3leon_table2/vqa_v2", "cm3leon_table2/coco")

@@ -14,8 +14,8 @@ from cm3leon_jax.trained import bundles, initial
 from cm3leon_jax.trained.run import Run
 from tests.export.conftest import with_bank
 from tests.generation.run import SETTINGS, one_device
-from tests.messages import refused
 from tests.models.tiny import mesh_of
+from tests.refusals import refused
 
 
 @pytest.fixture(scope="module")

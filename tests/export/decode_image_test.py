@@ -20,7 +20,7 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.kinds import IMAGES
 from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS
-from tests.messages import refused
+from tests.refusals import refused
 
 torch = pytest.importorskip("torch")
 from cm3leon_jax.export import decode_image  # noqa: E402

@@ -17,8 +17,8 @@ from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import layouts, placed
 from cm3leon_jax.weights.stored import of_tree
 from cm3leon_jax.weights.stored_tensors import StoredTensors
-from tests.messages import refused
 from tests.models.tiny import random_params
+from tests.refusals import refused
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
 TOLERANCE = 2e-5  # Tolerance in fp32, for logits of about 10.

@@ -15,7 +15,7 @@ from cm3leon_jax.tokenizers import published, published_files, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS
-from tests.messages import refused
+from tests.refusals import refused
 
 K = SETTINGS.vocab.image_size
 

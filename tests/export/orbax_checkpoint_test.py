@@ -12,8 +12,8 @@ from cm3leon_jax.trained import initial
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, one_device
-from tests.messages import refused
 from tests.models.tiny import mesh_of, random_params
+from tests.refusals import refused
 
 
 @pytest.fixture(params=["opt", "modern"])

@@ -18,9 +18,9 @@ from cm3leon_jax.trained.adapters import open_at
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import adapter_tensors, stored
 from tests.generation.run import SETTINGS, one_device
-from tests.messages import refused
 from tests.models.adapters_test import random_factors
 from tests.models.tiny import mesh_of, model_logits, random_params
+from tests.refusals import refused
 
 CHOICES = {
   "opt-all": ("opt", AdapterConfig(rank=3, alpha=6.0)),

@@ -9,7 +9,7 @@ import pytest
 
 from cm3leon_jax.export import stablehlo
 from tests.data.stores import VOCAB
-from tests.messages import check_sentence
+from tests.refusals import check_sentence
 
 
 def test_the_example_is_short(folder):

@@ -28,8 +28,8 @@ from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
 from tests.launched import python
-from tests.messages import refused
 from tests.models.tiny import random_params
+from tests.refusals import refused
 from tests.reports.snippets import snippets
 
 CAPTIONS = [[100, 101, 102], [200], [300, 301, 302, 303, 304, 305]]

@@ -15,7 +15,7 @@ import pytest
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files import atomic, buckets
 from tests import bucket_server
-from tests.messages import refused
+from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[1]
 BEGIN = """

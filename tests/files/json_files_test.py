@@ -6,7 +6,7 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files import json_files
 from cm3leon_jax.files.json_files import read_json, write_json
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def test_write_json_replaces_and_leaves_no_partial_file(tmp_path):

@@ -5,7 +5,7 @@ import signal
 
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files.shards import Runner, forget, run_shards
-from tests.messages import refused
+from tests.refusals import refused
 
 NAMES = {f"{i:02d}": {"digest": i} for i in range(12)}
 

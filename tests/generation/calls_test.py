@@ -5,7 +5,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.generation import calls
-from tests.messages import refused
+from tests.refusals import refused
 
 FOREIGN = [
   ("text_to_image", "guidance_scale"),

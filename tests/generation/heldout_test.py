@@ -9,8 +9,8 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
-from tests.messages import refused
 from tests.models.tiny import random_params
+from tests.refusals import refused
 
 COLUMNS = [(2, SETTINGS.sampling)]
 

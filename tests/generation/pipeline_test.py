@@ -23,8 +23,8 @@ from cm3leon_jax.trained.run import Run
 from tests.data.raw_folder import write_raw
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
-from tests.messages import refused
 from tests.models.tiny import random_params
+from tests.refusals import refused
 
 
 def write_image(path, width=8, height=8):

@@ -8,7 +8,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.prompt_file import TASKS, make_task, pair, read
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def test_a_class_with_a_name_is_a_task_and_stands_on_the_page():

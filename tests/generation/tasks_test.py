@@ -23,7 +23,7 @@ from cm3leon_jax.generation.text_tasks import (
   text_pieces,
 )
 from tests.data.stores import VOCAB
-from tests.messages import refused
+from tests.refusals import refused
 
 CODES = np.arange(16, dtype=np.int32)
 IDS = VOCAB.image_ids(CODES)

@@ -20,7 +20,7 @@ from cm3leon_jax.generation.tasks import Task, has_image
 from cm3leon_jax.mesh import shard
 from tests.data.stores import IMAGE_TOKENS, VOCAB
 from tests.generation.run import one_device
-from tests.messages import refused
+from tests.refusals import refused
 
 HUGE = 10**4_400  # Python does not print integers of this length by default.
 # Inputs that caused a traceback in earlier versions.

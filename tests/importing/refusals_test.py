@@ -13,7 +13,7 @@ from cm3leon_jax.importing import importer
 from cm3leon_jax.importing.source import open_source
 from cm3leon_jax.runs import stages
 from tests.importing.importer_test import QWEN3, imported, settings_for
-from tests.messages import refused
+from tests.refusals import refused
 
 ZEROS = np.zeros(32, np.float32)
 Q = "layers.0.self_attn.q_proj"

@@ -13,7 +13,7 @@ from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.tokenizers.text import TextTokenizer, save_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 from tests.importing import published
-from tests.messages import refused
+from tests.refusals import refused
 
 VOCAB = VocabLayout(num_special=32, text_size=32 + published.ROWS, image_size=16)
 

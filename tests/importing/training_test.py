@@ -20,8 +20,8 @@ from tests.importing.importer_test import QWEN3
 from tests.launch import tiny_config
 from tests.launch.stages_before import make_workdir
 from tests.launched import launch
-from tests.messages import refused
 from tests.models.tiny import mesh_of
+from tests.refusals import refused
 
 STEPS = 2
 

@@ -18,7 +18,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config, settings_of_run
 from tests.launch.stages_before import make_workdir
 from tests.launch.tiny_config import get_config
-from tests.messages import check_refused
+from tests.refusals import check_refused
 
 ROOT = pathlib.Path(__file__).parents[2]
 LOCAL = ROOT / "launch" / "pod" / "local.sh"

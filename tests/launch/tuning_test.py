@@ -20,7 +20,7 @@ from tests.launch.several_processes_test import (
   wait_for_steps,
 )
 from tests.launch.stages_before import make_workdir
-from tests.messages import refused
+from tests.refusals import refused
 
 NAMES = ("answers", "edits", "pairs", "texts")
 

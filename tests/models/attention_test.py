@@ -7,8 +7,8 @@ import pytest
 
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import attention
-from tests.messages import refused
 from tests.models.tiny import mesh_of
+from tests.refusals import refused
 
 
 def plain(q, k, v, segment_ids):

@@ -6,8 +6,8 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.planning import hardware, launchers, plan_folder
-from tests.messages import refused
 from tests.recorders import FLAGS
+from tests.refusals import refused
 
 IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
 

@@ -23,8 +23,8 @@ from cm3leon_jax.planning.topology import CHIPS
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.steps import compile_steps
 from tests.generation.run import SETTINGS
-from tests.messages import refused
 from tests.models.tiny import mesh_of
+from tests.refusals import refused
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "scaling.md"
 MESHES = {"v5e-256": (16, 16), "v6e-256": (16, 16), "v5p-256": (16, 8), "v5p-8": (2, 2)}

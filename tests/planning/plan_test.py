@@ -15,7 +15,7 @@ from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.planning import hardware, launchers, plan
 from cm3leon_jax.settings import settings_from_config
 from tests.launched import launch
-from tests.messages import check_refused, refused
+from tests.refusals import check_refused, refused
 
 
 def settings(name="cm3leon_350m", flags=(), **fields):

@@ -25,8 +25,8 @@ from tests.decoding.small import IMAGE, POSITIONS, VOCAB, model_config
 from tests.generation.run import SETTINGS
 from tests.launch import tiny_instruct_config
 from tests.launch.stages_before import make_workdir
-from tests.messages import refused
 from tests.models.tiny import mesh_of, random_params
+from tests.refusals import refused
 
 PROMPTS = 4
 

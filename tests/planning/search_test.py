@@ -9,7 +9,7 @@ from cm3leon_jax.planning.search import Candidate, kept_bytes, meshes, search
 from cm3leon_jax.planning.topology import CHIPS, Topology
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.config import on_mesh
-from tests.messages import refused
+from tests.refusals import refused
 
 POD = Topology("v5e:16x16", CHIPS["v5e"], (16, 16), 1, tuple(range(256)))
 SETTINGS = settings_from_config(cm3leon_7b.get_config())

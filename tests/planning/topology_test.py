@@ -2,7 +2,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.planning import topology
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def test_names_of_cloud_tpu_are_aliases():

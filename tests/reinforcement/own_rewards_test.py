@@ -8,7 +8,7 @@ from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.reinforcement import prompts, rewards
 from cm3leon_jax.reinforcement.own_rewards import OwnReward
 from cm3leon_jax.training.config import ReinforceConfig
-from tests.messages import refused
+from tests.refusals import refused
 from tests.reinforcement.conftest import settings_of
 
 BLUE = """

@@ -18,8 +18,8 @@ from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState
 from tests.generation.run import clip_params, one_device
-from tests.messages import refused
 from tests.models.tiny import random_params
+from tests.refusals import refused
 from tests.reinforcement.conftest import BATCH, GROUP, NAMES, SETTINGS, settings_of
 
 

@@ -15,7 +15,7 @@ from cm3leon_jax.reports import inspect_page, row_contents, row_parts
 from cm3leon_jax.tokenizers import text, vqgan
 from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_plan, make_sources
-from tests.messages import refused
+from tests.refusals import refused
 from tests.reports.run_files import Page
 from tests.tokenizers.tiny import tiny_config
 

@@ -9,7 +9,7 @@ from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.reports import inspect_page, row_contents
 from cm3leon_jax.reports.instruction_check import CheckedTask, target_range
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_instructions, make_plan, make_sources
-from tests.messages import refused
+from tests.refusals import refused
 from tests.reports.inspect_page_test import image_tokenizer, text_tokenizer  # noqa: F401 (fixtures)
 from tests.reports.row_contents_test import Changed
 

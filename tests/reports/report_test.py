@@ -13,7 +13,7 @@ from cm3leon_jax.reports import report, summary
 from cm3leon_jax.runs import stages
 from cm3leon_jax.training.watch.metrics import MetricsLog
 from tests.generation.run import SETTINGS
-from tests.messages import refused
+from tests.refusals import refused
 from tests.reports.run_files import NUMBERS, Page, headings, make_image, make_run
 
 

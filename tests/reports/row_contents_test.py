@@ -6,7 +6,7 @@ import pytest
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.reports import row_contents
 from tests.data.stores import VOCAB, make_plan, make_sources
-from tests.messages import refused
+from tests.refusals import refused
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from cm3leon_jax.data.rows import cm3, loader
 from cm3leon_jax.reports import row_parts
 from cm3leon_jax.reports.row_parts import RowPart
 from tests.data.stores import VOCAB
-from tests.messages import refused
+from tests.refusals import refused
 
 EOS, BRK, EOSS, MASK = VOCAB.eos, VOCAB.brk, VOCAB.eoss, VOCAB.mask(0)
 A, B, C = (VOCAB.num_special + i for i in range(3))

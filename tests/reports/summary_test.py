@@ -5,7 +5,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.reports import summary
 from cm3leon_jax.scenes import headlines
-from tests.messages import refused
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.retrieval import arrays
 from cm3leon_jax.retrieval.arrays import ArrayStore
-from tests.messages import refused
+from tests.refusals import refused
 
 
 @pytest.fixture

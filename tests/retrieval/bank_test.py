@@ -23,7 +23,7 @@ from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.runs import stages
 from cm3leon_jax.runs import table as stage_table
 from tests.data.raw_folder import write_raw
-from tests.messages import refused
+from tests.refusals import refused
 
 CONFIG = RetrievalConfig(backend="exact", max_similarity=1.0)
 WIDTH = 16

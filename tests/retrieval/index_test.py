@@ -5,7 +5,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval import index
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def unit(values):

@@ -19,7 +19,7 @@ from cm3leon_jax.retrieval.lexical import BUCKETS, Lexical
 from cm3leon_jax.retrieval.neighbors import Retriever
 from tests.data.raw_folder import write_raw
 from tests.launched import python
-from tests.messages import refused
+from tests.refusals import refused
 from tests.retrieval.bank_test import files_of, tiny_clip
 
 WIDTH, WORDS = 16, 64

@@ -9,7 +9,7 @@ from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.bank import Embeddings
 from cm3leon_jax.retrieval.config import RetrievalConfig
 from cm3leon_jax.retrieval.neighbors import Retriever, select_neighbors
-from tests.messages import refused
+from tests.refusals import refused
 from tests.retrieval.stores import write_bank, write_neighbors
 
 EXACT = RetrievalConfig(backend="exact")

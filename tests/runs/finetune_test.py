@@ -9,7 +9,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import finetune
-from tests.messages import refused
+from tests.refusals import refused
 
 
 @pytest.fixture

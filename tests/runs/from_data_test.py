@@ -12,7 +12,7 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import from_data, table
 from cm3leon_jax.runs.from_data import Counts
 from cm3leon_jax.settings import default_config, settings_from_config
-from tests.messages import refused
+from tests.refusals import refused
 
 COUNTS = Counts(48, 264, 0, 0, 7_360, 0, 358)
 

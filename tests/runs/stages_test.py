@@ -12,7 +12,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
-from tests.messages import refused
+from tests.refusals import refused
 
 SETTINGS = settings_from_config(default_config())
 

@@ -6,7 +6,7 @@ import pytest
 from cm3leon_jax.config import FieldError, UserError, build
 from cm3leon_jax.scenes.config import CATEGORIES, COLORS, COMMON, ScenesConfig
 from cm3leon_jax.scenes.world import number_of_scenes_of
-from tests.messages import refused
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from cm3leon_jax.scenes.world import (
   rare_place,
   split_of_scene,
 )
-from tests.messages import refused
+from tests.refusals import refused
 
 CONFIG = ScenesConfig(rare_objects=100)
 SINGULARS = {many: name for name, many in PLURALS.items()}

@@ -30,7 +30,7 @@ from cm3leon_jax.scenes.world import (
   split_of_scene,
 )
 from cm3leon_jax.vocab import VocabLayout
-from tests.messages import refused
+from tests.refusals import refused
 
 RAW = RawConfig(source="scenes", resolution=48)
 FEW = ScenesConfig(train=500, heldout=140, bank=220, rare_objects=20)

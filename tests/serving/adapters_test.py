@@ -10,8 +10,8 @@ from cm3leon_jax import loading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.generator import Generator
 from cm3leon_jax.serving.engine import Engine
-from tests.messages import refused
 from tests.models.tiny import random_params
+from tests.refusals import refused
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live
 

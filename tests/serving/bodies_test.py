@@ -17,7 +17,7 @@ import pytest
 
 from cm3leon_jax.serving import schemas
 from cm3leon_jax.serving.errors import ApiError
-from tests.messages import refused
+from tests.refusals import refused
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live
 

@@ -18,7 +18,7 @@ from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.jobs import Failed, Finished, Job
 from tests.data.stores import VOCAB
-from tests.messages import refused
+from tests.refusals import refused
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live, error
 

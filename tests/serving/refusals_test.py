@@ -8,7 +8,7 @@ import zlib
 from PIL import Image
 import pytest
 
-from tests.messages import check_sentence
+from tests.refusals import check_sentence
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live, about, error, image, png
 

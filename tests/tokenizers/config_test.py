@@ -1,5 +1,5 @@
 from cm3leon_jax.tokenizers.config import check_levels, levels_of
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def test_levels_in_literals():

@@ -12,7 +12,7 @@ from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.tokenizers import published, published_files
 from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from tests.messages import refused
+from tests.refusals import refused
 from tests.tokenizers.vqgan_test import CONFIG as TRAINED
 
 NUM_CODES = 12

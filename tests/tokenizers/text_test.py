@@ -11,7 +11,7 @@ from cm3leon_jax.runs import stages, table
 from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
-from tests.messages import refused
+from tests.refusals import refused
 
 VOCAB = VocabLayout(num_special=8, text_size=300, image_size=16)
 TEXTS = [

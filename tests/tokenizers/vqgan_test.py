@@ -13,7 +13,7 @@ from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.tokenizers import quantizers, vqgan
 from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from tests.messages import refused
+from tests.refusals import refused
 from tests.tokenizers.tiny import tiny_config
 
 BLOCKS = {"multipliers": (1, 2), "encoder_blocks": (0, 1), "decoder_blocks": (0, 1)}

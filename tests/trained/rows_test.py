@@ -13,7 +13,7 @@ from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.trained import base_documents
 from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB, make_sources
-from tests.messages import refused
+from tests.refusals import refused
 from tests.retrieval.stores import write_neighbors
 
 

@@ -17,7 +17,7 @@ from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.run import Run, ids
 from tests.generation.run import SETTINGS, one_device
-from tests.messages import refused
+from tests.refusals import refused
 
 READ = ["text_tokenizer", "vqgan", "train"]
 

@@ -7,7 +7,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.runs.table import identity
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.training.changes import MAY_CHANGE, MAY_NOT, check_changes
-from tests.messages import refused
+from tests.refusals import refused
 
 RUN = {**identity(settings_from_config(default_config()), "train"), "inputs": {"documents": "1"}}
 RATE = "optimizer.learning_rate"

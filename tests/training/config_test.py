@@ -2,7 +2,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.training.config import TrainConfig, on_mesh
-from tests.messages import refused
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize(

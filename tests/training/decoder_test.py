@@ -14,8 +14,8 @@ from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.watch import heldout
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.held import held
-from tests.messages import refused
 from tests.models.tiny import mesh_of
+from tests.refusals import refused
 from tests.training.runs import (
   LENGTH,
   MODEL,

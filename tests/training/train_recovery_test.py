@@ -10,8 +10,8 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.faults.preemption import StopSignal
 from cm3leon_jax.training.saves import upkeep
-from tests.messages import refused
 from tests.models.tiny import mesh_of
+from tests.refusals import refused
 from tests.training.runs import MODEL, Crash, assert_equal, crash_at, losses, run
 
 

@@ -13,7 +13,7 @@ import pytest
 from cm3leon_jax.checkpoints import checkpoint, recovery
 from cm3leon_jax.config import TryAgain, UserError
 from tests.checkpoints.saved import flip, largest_file, on_disk
-from tests.messages import refused
+from tests.refusals import refused
 
 # Errors of network disks, of too many open files, and of changed permissions.
 ERRORS = ("EIO", "ESTALE", "EACCES", "EMFILE", "ENFILE", "ETIMEDOUT", "EHOSTDOWN", "ENOMEM")

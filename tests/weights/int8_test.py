@@ -11,8 +11,8 @@ from cm3leon_jax.tokenizers import text
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import int8, stored
 from tests.generation.run import SETTINGS, one_device
-from tests.messages import refused
 from tests.models.tiny import model_logits, random_params
+from tests.refusals import refused
 
 
 def test_literals():

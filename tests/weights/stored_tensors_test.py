@@ -13,8 +13,8 @@ from cm3leon_jax.weights.stored_tensors import StoredTensors, are_in, digest_of
 from cm3leon_jax.weights.tensor_files import Tensor
 from tests.export.huggingface_test import VOCAB, config
 from tests.files.buckets_test import run, server  # noqa: F401
-from tests.messages import refused
 from tests.models.tiny import mesh_of, random_params
+from tests.refusals import refused
 
 X = np.arange(24, dtype=np.float32).reshape(6, 4) / 3
 

@@ -11,8 +11,8 @@ import pytest
 from cm3leon_jax.checkpoints import checkpoint, reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.weights import stored
-from tests.messages import refused
 from tests.models.tiny import CONFIG, mesh_of, random_params, tree_of
+from tests.refusals import refused
 
 
 def save(folder, params, ema=None, split_layers=True):

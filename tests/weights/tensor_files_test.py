@@ -10,7 +10,7 @@ from safetensors import safe_open
 from cm3leon_jax.config import UserError
 from cm3leon_jax.weights import tensor_files
 from cm3leon_jax.weights.tensor_files import Tensor
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def tensors_of(arrays, dtype="float32"):

@@ -20,7 +20,7 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.runs import stages
 from tests.data.documents.store_test import VOCAB, document, flip, image, same, text, write_stage
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def test_valid_shards_are_counted(tmp_path):

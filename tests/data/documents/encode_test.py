@@ -24,7 +24,7 @@ from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
-from tests.messages import refused
+from tests.refusals import refused
 from tests.tokenizers.tiny import tiny_config
 
 VOCAB = VocabLayout(num_special=8, text_size=280, image_size=16)

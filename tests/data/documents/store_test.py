@@ -24,7 +24,7 @@ from cm3leon_jax.data.documents.store import (
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.vocab import VocabLayout
 from tests.data.stores import damage_record
-from tests.messages import refused
+from tests.refusals import refused
 
 VOCAB = VocabLayout(num_special=8, text_size=300, image_size=16)
 

@@ -8,7 +8,7 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.trained import bundles
 from tests.data.raw_folder import write_raw
-from tests.messages import refused
+from tests.refusals import refused
 from tests.reports.run_files import make_image
 
 PAIR = {"key": "a", "caption": "a", "split": "train", "attribution": "b"}

@@ -6,7 +6,7 @@ from cm3leon_jax.data.documents import unseen_tokens
 from cm3leon_jax.data.documents.store import Document, Segment, write_documents
 from cm3leon_jax.files.json_files import write_json
 from tests.data.stores import VOCAB
-from tests.messages import refused
+from tests.refusals import refused
 
 FIRST = VOCAB.num_special
 TEXTS = set(range(FIRST, VOCAB.text_size))

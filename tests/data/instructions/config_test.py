@@ -6,7 +6,7 @@ import pytest
 from cm3leon_jax.config import FieldError
 from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.settings import default_config, settings_from_config, settings_from_stored
-from tests.messages import refused
+from tests.refusals import refused
 
 DRAW = {
   "name": "draw",

@@ -10,7 +10,7 @@ from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.published.files import SPLITS as EVALUATION_SPLITS
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from tests.data.instruction_releases import RELEASES, json_lines, narrative, prompt, split_of, write
-from tests.messages import refused
+from tests.refusals import refused
 
 NARRATED = "coco_val_captions.jsonl"
 

@@ -11,7 +11,7 @@ from cm3leon_jax.data.instructions.files import open_records
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.raw.reader import load_image
 from tests.data.instruction_releases import CAPTIONS, INSTANCES, RELEASES, instance, write
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def read(root, instances=None, captions=None):

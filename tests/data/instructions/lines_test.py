@@ -7,7 +7,7 @@ from cm3leon_jax.data.instructions.files import open_records
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.sources import lines as source_lines
 from cm3leon_jax.data.sources.image_folder import ImageFolder
-from tests.messages import refused
+from tests.refusals import refused
 
 RIGHT = {"texts": {"question": "how many?", "answer": "two"}, "images": {"image": "a/7.jpg"}}
 

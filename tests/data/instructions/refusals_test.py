@@ -7,7 +7,7 @@ from cm3leon_jax.data.instructions.config import FORMATS
 from cm3leon_jax.data.instructions.files import open_records
 from tests.data.instruction_releases import RELEASES, json_lines, narrative, split_of, write
 from tests.data.instructions.files_test import NARRATED, files_of, read
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def test_unknown_names_and_splits_are_refused_at_once(tmp_path):

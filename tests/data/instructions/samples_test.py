@@ -12,7 +12,7 @@ from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 from tests.data.stores import VOCAB, make_sources
-from tests.messages import refused
+from tests.refusals import refused
 
 ANSWERS = 30
 CONFIG = DataConfig(sequence_length=64, pack_window=32, text_share=0.0)

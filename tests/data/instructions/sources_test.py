@@ -21,7 +21,7 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.instruction_releases import RELEASES, write
 from tests.generation.run import SETTINGS, make_run
-from tests.messages import refused
+from tests.refusals import refused
 
 DRAWN = {"scenes": ScenesTasks(ScenesConfig())}
 

@@ -14,7 +14,7 @@ from cm3leon_jax.data.instructions.samples import read_targets
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.generation.run import SETTINGS, make_run
-from tests.messages import refused
+from tests.refusals import refused
 
 VQA = InstructionTask(
   name="vqa",

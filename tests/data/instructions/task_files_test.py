@@ -4,7 +4,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import InstructionsConfig, fields_of
 from cm3leon_jax.data.instructions.task_files import load_tasks, parse_tasks
 from tests.data.instructions.config_test import DRAW, settings_with
-from tests.messages import refused
+from tests.refusals import refused
 
 FIRST = """\
 - name: first

@@ -9,7 +9,7 @@ from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.tasks import choose_template, join_record
 from cm3leon_jax.data.sources.records import RecordError
 from tests.data.stores import VOCAB
-from tests.messages import refused
+from tests.refusals import refused
 
 VQA = "Question: {question} Answer: {answer}. <break> {image}"
 CODES = VOCAB.image_ids(np.arange(4))

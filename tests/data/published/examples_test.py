@@ -4,7 +4,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.published.examples import Example, caption_prompts, check_images, choose
-from tests.messages import refused
+from tests.refusals import refused
 
 # There are 30 images; image i has 1 + i % 5 examples.
 EXAMPLES = [Example(f"{i}/{j}", str(i)) for i in range(30) for j in range(1 + i % 5)]

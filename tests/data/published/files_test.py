@@ -7,7 +7,7 @@ from cm3leon_jax.data.published.examples import Example, caption_prompts, check_
 from cm3leon_jax.data.published.files import SPLITS, open_examples
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from tests.data.releases import DENSE, RELEASES, write
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def read(root, name, split="val", **release):

@@ -15,7 +15,7 @@ from cm3leon_jax.data.sources.records import RecordError, Rejected
 from cm3leon_jax.generation import given_images
 from tests.data.raw.untrusted_test import FORMATS, encoded
 from tests.data.sources.formats_test import prepare, write_tar
-from tests.messages import refused
+from tests.refusals import refused
 
 ADDRESS = re.compile("0x[0-9a-fA-F]{6,}")
 

@@ -6,7 +6,7 @@ from PIL import Image
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
 from tests.data.raw.ingest_test import BLUE, RED, png
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def test_load_image_scales_crops_and_puts_on_white(tmp_path):

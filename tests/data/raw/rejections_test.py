@@ -1,6 +1,6 @@
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw.ingest import CHECK_FROM, Rejections
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def shard(right, **rejected):

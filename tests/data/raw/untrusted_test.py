@@ -31,7 +31,7 @@ from cm3leon_jax.data.sources.records import (
 from cm3leon_jax.files.shards import Runner
 from tests.data.sources.formats_test import read
 from tests.launched import python
-from tests.messages import refused
+from tests.refusals import refused
 
 FORMATS = ("png", "jpeg", "webp", "gif", "avif")
 

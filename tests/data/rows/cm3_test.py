@@ -8,7 +8,7 @@ import pytest
 
 from cm3leon_jax.data.rows import cm3
 from cm3leon_jax.vocab import VocabLayout
-from tests.messages import refused
+from tests.refusals import refused
 
 VOCAB = VocabLayout(num_special=32, text_size=288, image_size=512)
 BRK, EOS, EOSS = VOCAB.brk, VOCAB.eos, VOCAB.eoss

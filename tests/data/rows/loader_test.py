@@ -21,7 +21,7 @@ from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.data.rows.sample_plan import SamplePlan
 from cm3leon_jax.mesh import MeshConfig, create_mesh, spec
 from tests.data.stores import VOCAB, damage_record, make_plan, make_sources
-from tests.messages import refused
+from tests.refusals import refused
 
 EOS, BRK, EOSS, MASK, PAD = VOCAB.eos, VOCAB.brk, VOCAB.eoss, VOCAB.mask(0), VOCAB.pad
 

@@ -13,7 +13,7 @@ from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.mesh import MeshConfig, create_mesh, spec
 from tests.data.rows.loader_test import HostSharding
 from tests.data.stores import VOCAB, make_instructions, make_sources
-from tests.messages import refused
+from tests.refusals import refused
 
 B, ROWS = 8, 64
 CONFIG = DataConfig(sequence_length=128, pack_window=32, code_dropout=0.5)

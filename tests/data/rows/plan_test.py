@@ -15,7 +15,7 @@ from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource, Units, pack_best_fit
 from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, space_for_neighbors
 from tests.data.stores import VOCAB, make_plan, make_sources
-from tests.messages import refused
+from tests.refusals import refused
 
 
 @pytest.fixture(scope="module")

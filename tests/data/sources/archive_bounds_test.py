@@ -24,7 +24,7 @@ from cm3leon_jax.files.shards import Runner
 from tests.data.raw.untrusted_test import encoded, reasons
 from tests.data.sources.formats_test import jpeg, read, sample, write_tar
 from tests.launched import python
-from tests.messages import refused
+from tests.refusals import refused
 
 MIB = 2**20
 LONG = 100 * MIB

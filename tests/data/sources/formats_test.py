@@ -17,7 +17,7 @@ from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.records import RawPair, RawText, Rejected
 from cm3leon_jax.files.shards import Runner
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def read(source, kind="auto"):

@@ -27,7 +27,7 @@ from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.scenes.instructions import ScenesTasks
 from tests.data.stores import IMAGE_TOKENS, VOCAB
-from tests.messages import refused
+from tests.refusals import refused
 
 DRAWN = {"scenes": ScenesTasks(ScenesConfig())}
 

@@ -15,7 +15,7 @@ from cm3leon_jax.data.sources import formats, samples
 from cm3leon_jax.data.sources.records import RawPair, RawText, Rejected
 from tests.data.raw.untrusted_test import encoded, reasons
 from tests.data.sources.formats_test import jpeg, prepare, read, write_tar
-from tests.messages import refused
+from tests.refusals import refused
 
 OF_JSON = '{"caption": "of json"}'
 

@@ -6,7 +6,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.task_files import read_tasks
 from cm3leon_jax.data.sources import yaml_documents
 from cm3leon_jax.evaluation.protocols import protocol
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def repeated(levels: int, last: str) -> str:

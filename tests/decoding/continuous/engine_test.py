@@ -29,8 +29,8 @@ from tests.decoding.small import (
   plain_requests,
   small_generator,
 )
-from tests.messages import refused
 from tests.models.tiny import random_params
+from tests.refusals import refused
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -13,7 +13,7 @@ from cm3leon_jax.decoding.sampling.guidance import (
   text_to_image_weights,
 )
 from cm3leon_jax.mesh import MeshConfig, create_mesh, shard
-from tests.messages import refused
+from tests.refusals import refused
 
 RNG = np.random.default_rng(0)
 

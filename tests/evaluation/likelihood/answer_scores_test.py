@@ -10,7 +10,7 @@ from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.models import transformer
 from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS, one_device, save_run
-from tests.messages import refused
+from tests.refusals import refused
 
 TEXTS = ["Is it red? <mask>.", "What <mask> it?"]
 ANSWERS = [["yes", "no", "yes it is"], ["is", "was"]]

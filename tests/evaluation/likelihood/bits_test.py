@@ -18,7 +18,7 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
-from tests.messages import refused
+from tests.refusals import refused
 
 VOCAB = VocabLayout(num_special=8, text_size=272, image_size=16)
 SIZES = {"num_layers": 2, "width": 16, "num_heads": 2, "mlp_width": 32, "max_positions": 64}

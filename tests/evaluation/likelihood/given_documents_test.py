@@ -18,7 +18,7 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.runs import stages
 from tests.data.stores import IMAGE_TOKENS, VOCAB
-from tests.messages import refused
+from tests.refusals import refused
 
 POSITIONS = 64
 TOKENIZERS = {"text_tokenizer": "t1", "vqgan": "v1"}

@@ -10,7 +10,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import answers as answer_metrics
-from tests.messages import refused
+from tests.refusals import refused
 
 ANSWER = st.text("ab e,.'-/12", max_size=8)
 ANSWERS = st.lists(st.sampled_from(["yes", "no", "2", "Two", "a cat.", "cat"]), min_size=4)

@@ -11,7 +11,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import captions as caption_metrics
 from cm3leon_jax.evaluation.metrics import ptb
 from tests.evaluation.ptb_captions import CAPTIONS
-from tests.messages import refused
+from tests.refusals import refused
 
 WORDS = "a the man dog red ball on grass runs sits near tree big two with cat".split()  # noqa: SIM905
 CAPTION = st.lists(st.sampled_from(WORDS[:5]), max_size=8)

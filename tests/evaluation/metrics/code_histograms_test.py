@@ -7,7 +7,7 @@ from scipy.spatial import distance
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics.code_histograms import jensen_shannon_bits, total_variation
-from tests.messages import refused
+from tests.refusals import refused
 
 DISTANCES = [jensen_shannon_bits, total_variation]
 COUNTS = hnp.arrays(np.int64, 6, elements=st.integers(0, 10**6)).filter(lambda x: x.any())

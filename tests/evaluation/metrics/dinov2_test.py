@@ -11,7 +11,7 @@ import transformers
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import published_weights
 from cm3leon_jax.evaluation.metrics.dinov2 import DINOv2
-from tests.messages import refused
+from tests.refusals import refused
 
 torch = pytest.importorskip("torch")
 TOLERANCE = 1e-5  # Tolerance for features of a size of about 1.

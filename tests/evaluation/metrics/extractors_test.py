@@ -21,7 +21,7 @@ from cm3leon_jax.evaluation.metrics.inception import WIDTH, Inception
 from tests.clip import huggingface_test
 from tests.evaluation.metrics import dinov2_test
 from tests.evaluation.metrics.inception_test import random_tensors
-from tests.messages import refused
+from tests.refusals import refused
 
 TINY = CLIPConfig(
   resolution=16, patch=8, image_width=64, image_layers=1, text_width=64, text_layers=1,

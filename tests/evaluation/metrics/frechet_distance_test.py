@@ -14,7 +14,7 @@ from cm3leon_jax.evaluation.metrics.frechet_distance import (
   frechet_distance,
   frechet_interval,
 )
-from tests.messages import refused
+from tests.refusals import refused
 
 # (rows, width, rank) of features: full rank, a subspace, fewer rows than dimensions.
 KINDS = [(400, 24, 24), (400, 24, 7), (15, 48, 48)]

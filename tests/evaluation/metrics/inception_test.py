@@ -12,7 +12,7 @@ import safetensors.numpy
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import inception, published_weights
 from cm3leon_jax.evaluation.metrics.inception import Inception
-from tests.messages import refused
+from tests.refusals import refused
 
 torch = pytest.importorskip("torch")
 TOLERANCE = 3e-5  # Relative to the largest feature difference between two images; float32.

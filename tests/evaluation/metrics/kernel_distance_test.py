@@ -8,7 +8,7 @@ from scipy.spatial import distance
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import kernel_distance
 from cm3leon_jax.evaluation.metrics.kernel_distance import cmmd, kid, polynomial_mmd
-from tests.messages import refused
+from tests.refusals import refused
 
 DISTANCES = [polynomial_mmd, cmmd]
 

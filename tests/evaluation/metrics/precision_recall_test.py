@@ -8,7 +8,7 @@ from scipy.spatial import distance
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import precision_recall as module
 from cm3leon_jax.evaluation.metrics.precision_recall import precision_recall
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def two_sets(seed=0, n=230, m=210, width=6, scale=0.8):

@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import published_weights
-from tests.messages import refused
+from tests.refusals import refused
 
 TENSORS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, np.float32)}
 SHAPES = {"a.weight": (2, 3), "b": (3,)}

@@ -14,7 +14,7 @@ import pytest
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.training.faults import lease
 from cm3leon_jax.training.faults.lease import Lease
-from tests.messages import refused
+from tests.refusals import refused
 
 
 @pytest.fixture(autouse=True)

@@ -28,8 +28,8 @@ from cm3leon_jax.training.faults.fingerprint import (
 )
 from cm3leon_jax.training.faults.replay import Replay, compare, replaying
 from cm3leon_jax.training.steps import PARTS, Steps
-from tests.messages import refused
 from tests.models.tiny import mesh_of
+from tests.refusals import refused
 from tests.training import runs
 from tests.training.fakes import FakeState
 

@@ -18,8 +18,8 @@ from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.skipped_rows import GoBack, parse, row_number
 from cm3leon_jax.training.step import numerics
 from tests.data.stores import VOCAB, make_plan, make_sources
-from tests.messages import refused
 from tests.models.tiny import mesh_of
+from tests.refusals import refused
 from tests.training.runs import LENGTH, MODEL, STEPS, Crash, assert_equal, crash_at, losses, run
 
 

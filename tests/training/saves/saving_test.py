@@ -7,7 +7,7 @@ from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.saves.saving import Saves
 from cm3leon_jax.training.watch.heldout import HeldoutLosses
-from tests.messages import refused
+from tests.refusals import refused
 from tests.training.fakes import FakeCheckpoints, FakeMonitor, FakeState, FakeStop
 
 CONFIG = TrainConfig(steps=10, checkpoint_every=4, global_batch_size=8)

@@ -18,8 +18,8 @@ from cm3leon_jax.tokenizers.vqgan import to_float
 from cm3leon_jax.training.small import clip_training as train_clip
 from cm3leon_jax.training.small import trainer
 from tests.data.raw_folder import write_raw
-from tests.messages import refused
 from tests.models.tiny import mesh_of
+from tests.refusals import refused
 
 TINY = CLIPConfig(
   resolution=16, image_encoder="vit", patch=4, image_width=64, image_layers=1,

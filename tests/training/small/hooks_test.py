@@ -7,7 +7,7 @@ from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.small.hooks import Lines, SmallSaves
 from cm3leon_jax.training.watch.metrics import DIGEST, MetricsLog
-from tests.messages import refused
+from tests.refusals import refused
 from tests.training.fakes import FakeCheckpoints, FakeStop
 
 CONFIG = types.SimpleNamespace(steps=7, checkpoint_every=3, batch_size=10)

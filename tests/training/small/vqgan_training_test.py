@@ -17,8 +17,8 @@ from cm3leon_jax.tokenizers import discriminator, losses, quantizers, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import trainer, vqgan_training
 from examples.openmoji import config as openmoji
-from tests.messages import refused
 from tests.models.tiny import mesh_of
+from tests.refusals import refused
 from tests.tokenizers.tiny import tiny_config
 
 LEVELS = {"stem": 2, "multipliers": (1, 1), "encoder_blocks": (0, 0), "decoder_blocks": (0, 0)}

@@ -15,8 +15,8 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import trainer, vqgan_training, vqgan_watch
 from cm3leon_jax.training.small.vqgan_watch import Alarm
 from cm3leon_jax.training.watch.tensorboard_board import curves
-from tests.messages import refused
 from tests.models.tiny import mesh_of
+from tests.refusals import refused
 from tests.tokenizers.tiny import tiny_config
 
 LENGTH = {"steps": 180, "batch_size": 64, "restart_every": 20, "checkpoint_every": 1_000}

@@ -12,8 +12,8 @@ from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step import grpo, numerics
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, init_state, train_step
-from tests.messages import refused
 from tests.models.tiny import CONFIG, mesh_of, random_params
+from tests.refusals import refused
 from tests.training.step import grpo_test, state_test
 
 NAN, INF = float("nan"), float("inf")

@@ -15,7 +15,7 @@ from cm3leon_jax.training.watch.goodput import Stopwatch
 from cm3leon_jax.training.watch.metrics import MetricsLog
 from cm3leon_jax.training.watch.monitor import Dispatch, Histograms, Monitor, SampleGrids, step_line
 from cm3leon_jax.training.watch.traces import Profiler
-from tests.messages import refused
+from tests.refusals import refused
 from tests.training.fakes import FakeMonitor, FakeState
 
 VALUES = {

@@ -7,7 +7,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.training.watch import traces
 from cm3leon_jax.training.watch.traces import Profiler, parse_steps
-from tests.messages import refused
+from tests.refusals import refused
 
 
 def traced_steps(folder):
