@@ -61,7 +61,7 @@ class Part:
 def parts_of(platform: str, out: pathlib.Path) -> list[Part]:
   """Returns the parts for a device of this platform: "gpu", "tpu" or "cpu"."""
   cpu = platform == "cpu"
-  step = ("-m", "benchmarks.train_step")
+  step = ("-m", "benchmarks.speed.train_step")
   of_350m = (*MODEL_350M, "--length=4096", "--dtype=bfloat16", "--remat_policy=full")
   marker = "gpu or tpu" if cpu else platform
   tests = ("-m", "pytest", "-q", "-rf", "--color=no", "-p", "no:cacheprovider")
@@ -89,7 +89,7 @@ def parts_of(platform: str, out: pathlib.Path) -> list[Part]:
     Part(
       "decode",
       "How fast is guided decoding, compared with the time to read the weights?",
-      ("-m", "benchmarks.decode", "--peers=false", "--runs=2" if cpu else "--runs=5"),
+      ("-m", "benchmarks.speed.decode", "--peers=false", "--runs=2" if cpu else "--runs=5"),
       180,
     ),
     Part(

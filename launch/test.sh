@@ -16,7 +16,7 @@ slow() {
   local pytest=("$python" -m pytest -m slow -n logical --maxprocesses=8 --dist=loadgroup)
   case "$1" in
     launch | planning | benchmarks) "${pytest[@]}" "tests/$1" ;;
-    cards) "$python" -m benchmarks.cards --check ;;
+    cards) "$python" -m benchmarks.speed.cards --check ;;
     others) "${pytest[@]}" --ignore=tests/launch --ignore=tests/planning --ignore=tests/benchmarks ;;
     *) fail "the slow tests have no shard '$1': name one of ${shards[*]}." ;;
   esac

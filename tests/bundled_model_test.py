@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import scene_card
+from benchmarks.evidence import scene_card
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.configs import scenes_instruct
 from cm3leon_jax.scenes import instructions, source, world

@@ -68,12 +68,12 @@ USES = re.compile(r"extras\.install\(['\"](\w+)['\"]\)")
 ON_AN_INDEX = re.compile(r"pip install (?:-\S+ )*['\"]?cm3leon_jax(?![\w.*-]*\.whl)")
 OF_A_CHECKOUT = re.compile(r"pip install -e")
 # Files that may explain how to install from a checkout.
-CHECKOUT = ("docs/installation.md", "cm3leon_jax/extras.py", "benchmarks/fuzz_records.py")
+CHECKOUT = ("docs/installation.md", "cm3leon_jax/extras.py")
 
 
 def texts():
   patterns = ("cm3leon_jax/**/*.py", "cm3leon_jax/**/*.jinja", "cm3leon_jax/**/*.md")
-  patterns += ("benchmarks/*.py", "docs/*.md", "*.md", "docs/*.ipynb")
+  patterns += ("benchmarks/*/*.py", "tools/*.py", "docs/*.md", "*.md", "docs/*.ipynb")
   return {p.relative_to(ROOT).as_posix(): p.read_text() for x in patterns for p in ROOT.glob(x)}
 
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from benchmarks import own_images
+from benchmarks.evidence import own_images
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "own_images.md").read_text(encoding="utf-8")

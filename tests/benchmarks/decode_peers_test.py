@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks import decode_model
+from benchmarks.speed import decode_model
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import unconditional_prompt
 from cm3leon_jax.export import huggingface
@@ -23,7 +23,7 @@ NEW_TOKENS = 10
 def peers():
   torch = pytest.importorskip("torch")
   pytest.importorskip("transformers")
-  from benchmarks import decode_peers
+  from benchmarks.speed import decode_peers
 
   # With several threads, waiting threads spin, and tests take seconds instead of milliseconds.
   threads = torch.get_num_threads()
@@ -89,13 +89,6 @@ def test_generate_equals_the_loop(peers, exported):
   np.testing.assert_array_equal(
     found, peers.torch_loop(tensors, CONFIG, VOCAB, NEW_TOKENS, GREEDY)(prompts(), 0)
   )
-
-
-def test_equal_seeds_give_equal_tokens(peers, exported):
-  _, tensors = exported
-  loop = peers.torch_loop(tensors, CONFIG, VOCAB, NEW_TOKENS)
-  np.testing.assert_array_equal(loop(prompts(), 1), loop(prompts(), 1))
-  assert (loop(prompts(), 1) != loop(prompts(), 2)).any()
 
 
 def test_sampling_keeps_the_nucleus_of_the_top_k(peers):

@@ -78,8 +78,3 @@ def test_given_files_are_the_same_at_each_writing(tmp_path):
   assert {path for path, *_ in requests} == {
     *("/v1/images/generations", "/v1/chat/completions", "/v1/images/edits")
   }
-
-
-def test_a_commit_that_does_not_exist_is_named():
-  with pytest.raises(SystemExit, match="no-such-commit"):
-    golden.git("rev-parse", "--verify", "no-such-commit^{commit}")

@@ -2,8 +2,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from benchmarks import own_images
-from benchmarks.own_images import SHAPES, Fact
+from benchmarks.evidence import own_images
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.files.shards import Runner
@@ -60,22 +59,7 @@ def test_an_image_without_a_color_shows_nothing():
   assert own_images.seen(filled) == ("red", "")
 
 
-def test_the_facts_have_as_many_captions_and_three_wordings():
-  facts = own_images.all_facts()
-  assert len({fact.caption for fact in facts}) == len(facts) == 288
-  texts = [Fact("red", "star", "top", wording).caption for wording in range(3)]
-  assert texts == [
-    "a red star at the top", "at the top there is a star in red", "top: one red star"
-  ]  # fmt: skip
-  assert {fact.shape for fact in facts} == set(SHAPES)
-
-
 def test_the_nearest_caption_shares_most_words():
   others = ["a red disc at the left", "a blue star at the top", "top: one red star"]
   assert own_images.nearest_caption("a blue disc at the top", others) == 1
   assert own_images.nearest_caption("top: one red disc", others) == 2
-
-
-def test_the_mistakes_are_ten():
-  made = own_images.mistakes()
-  assert len(made) == len({name for name, _ in made}) == 10

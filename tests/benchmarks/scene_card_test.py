@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks import scene_card, scene_card_table
+from benchmarks.evidence import scene_card, scene_card_table
 from cm3leon_jax.configs import scenes as config_scenes
 from cm3leon_jax.scenes import source, world
 from cm3leon_jax.scenes.drawings import render

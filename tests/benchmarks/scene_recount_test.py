@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from benchmarks import scene_recount
+from benchmarks.evidence import scene_recount
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.scenes import source, world

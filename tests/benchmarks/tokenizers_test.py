@@ -4,15 +4,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from benchmarks import experiment as experiment_lib
-from benchmarks import tokenizers, tokenizers_table
-from benchmarks.tokenizers import ARMS, Experiment
-from cm3leon_jax.config import FieldError, UserError
+from benchmarks.evidence import experiment as experiment_lib
+from benchmarks.evidence import tokenizers, tokenizers_table
+from benchmarks.evidence.tokenizers import ARMS, Experiment
 from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.runs import stages, table
-from cm3leon_jax.tokenizers.config import levels_of
 from cm3leon_jax.training.small import vqgan_training
-from tests.refusals import refused
 
 SMALL = {
   "raw.resolution": 12, "vqgan.resolution": 12, "vqgan.width": 8, "vqgan.encoder_blocks": (0,),
@@ -40,19 +37,6 @@ def test_arms_differ_in_the_quantizer_alone(small):
   assert (base.seed, base.vocab.image_size, base.data.num_neighbors) == (2, 64, 0)
 
 
-@pytest.mark.slow
-def test_steps_take_the_minutes_and_are_measured_once(small, monkeypatch):
-  monkeypatch.setattr(tokenizers, "ROUNDS", 2)
-  plan = tokenizers.plan_steps(small)
-  assert plan["cpu_seconds"].keys() == plan["steps"].keys() == {*ARMS, "decoder"}
-  for name, steps in plan["steps"].items():
-    minutes = small.decoder_minutes if name == "decoder" else small.minutes
-    assert steps * plan["cpu_seconds"][name] == pytest.approx(120 * minutes, rel=0.1) or steps == 10
-  monkeypatch.setattr(tokenizers, "cpu_seconds", None)  # Measuring again would call None.
-  assert tokenizers.plan_steps(small) == plan
-  assert "decoder" in plan["steps"]
-
-
 def test_the_commonest_square_bounds_the_perplexity():
   images = np.zeros((2, 4, 4, 3), np.uint8)
   images[0, :2, :2], images[1, 3, 3] = 9, (0, 0, 1)  # Changes two of the eight 2 x 2 squares.
@@ -65,16 +49,6 @@ def test_the_commonest_square_bounds_the_perplexity():
   assert bound(0.5, 5) == pytest.approx(4)
   codes = np.repeat(np.arange(5), [4, 1, 1, 1, 1])
   assert vqgan_training.perplexity(codes, 5) == pytest.approx(4)
-
-
-@pytest.mark.slow
-def test_cpu_seconds_are_those_of_the_work():
-  def work(count):
-    for _ in range(count):
-      np.sort(np.arange(200_000)[::-1] % 9_973)
-
-  found = tokenizers.cpu_seconds({"one": work, "four": lambda n: work(4 * n)}, rounds=9, steps=3)
-  assert 2 < found["four"] / found["one"] < 8
 
 
 @pytest.fixture
@@ -126,15 +100,6 @@ def test_a_stopped_comparison_goes_on_where_it_was(small, ran):
   assert len(ran) == again
 
 
-def test_without_decoders_only_the_images_are_prepared(small, ran):
-  small = dataclasses.replace(small, decoder_minutes=0)
-  write_json(small.folder / "steps.json", PLAN)
-  tokenizers.run_all(small, ["restarts"], 1)
-  assert ran == [("shared", "raw"), ("restarts_seed_0", "vqgan")]
-  run = small.folder / "runs" / "restarts_seed_0"
-  assert sorted(p.name for p in run.iterdir() if p.is_symlink()) == ["raw"]
-
-
 def run_of(arm, seed, psnr, bits):
   return {
     "arm": arm, "seed": seed, "psnr_db": psnr, "codebook_perplexity": 100.0, "codes": 512,
@@ -167,25 +132,6 @@ def test_the_table_in_literals():
     " ".join(lines).rstrip().endswith("equal and have one code, so perplexity is at most 45.2.")
   )
   assert "at most" not in tokenizers_table.markdown(summary(bounded=False))
-
-
-def test_the_page_is_written_between_its_markers(tmp_path):
-  page, result = tmp_path / "page.md", summary()
-  start, end = "<!-- benchmarks.tokenizers scenes 512 writes what follows -->", "<!-- to here -->"
-  page.write_text(f"before\n{start}\nold\n{end}\nafter\n")
-  for _ in range(2):
-    tokenizers_table.write_page(page, result)
-    text = f"before\n{start}\n\n{tokenizers_table.markdown(result)}\n{end}\nafter\n"
-    assert page.read_text() == text
-  page.write_text("without markers")
-  with refused(UserError):
-    tokenizers_table.write_page(page, result)
-
-
-def test_a_number_of_codes_that_fsq_cannot_have_is_refused_at_once(tmp_path):
-  with refused(FieldError, path=()):
-    tokenizers.run_all(Experiment(tmp_path, 1_021, 1, 1, {}), ["restarts"], 1)
-  assert levels_of(1_024)
 
 
 @pytest.mark.slow

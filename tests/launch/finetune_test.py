@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from benchmarks import finetune
+from benchmarks.evidence import finetune
 from tests.launched import ROOT
 
 SCRIPT = """

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from benchmarks import serving
+from benchmarks.speed import serving
 from tests.serving.live import image
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from benchmarks.data import LengthStore, synthetic_sources
+from benchmarks.speed.data import LengthStore, synthetic_sources
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader

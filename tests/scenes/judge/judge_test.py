@@ -2,7 +2,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from benchmarks import scene_judge
+from benchmarks.evidence import scene_judge
 from cm3leon_jax.scenes import drawings, world
 from cm3leon_jax.scenes.config import COLORS
 from cm3leon_jax.scenes.judge import errors as judge_errors

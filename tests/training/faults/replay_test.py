@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import faults_replay
 from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files.json_files import read_json_lines
@@ -32,6 +31,7 @@ from tests.models.tiny import mesh_of
 from tests.refusals import refused
 from tests.training import runs
 from tests.training.fakes import FakeState
+from tests.training.faults import flips
 
 
 def tree_on(mesh):
@@ -198,12 +198,12 @@ def test_on_two_devices_an_error_that_repeats_is_no_majority():
 @pytest.fixture(scope="module")
 def trainer():
   """Returns a trainer with compiled programs and four replicas of each shard."""
-  result = faults_replay.Trainer((4, 2, 1), 1, layers=1)
+  result = flips.Trainer((4, 2, 1), 1, layers=1)
   result.trial("none", np.random.default_rng(0))
   return result
 
 
-@pytest.mark.parametrize("kind", faults_replay.KINDS)
+@pytest.mark.parametrize("kind", flips.KINDS)
 def test_a_flip_is_found_and_its_device_named(trainer, kind):
   for seed in range(2):
     found = trainer.trial(kind, np.random.default_rng([5, seed]))
@@ -342,7 +342,7 @@ def test_replicas_of_a_shard_by_hand():
 
 
 def assert_replicas_are_compared(trainer, unknown):
-  for seed, kind in enumerate(faults_replay.REPLICAS):
+  for seed, kind in enumerate(flips.REPLICAS):
     found = trainer.trial(kind, np.random.default_rng([7, seed]))
     assert (found["found"], found["named"], found["recovered"]) == (True, True, None), found
     assert "step 5 reads replicas that are not equal but were equal at step 0" in found["sentence"]
@@ -360,20 +360,20 @@ def test_a_flip_in_one_replica_is_found_at_the_next_checked_step(trainer):
 @pytest.mark.parametrize(("shape", "unknown"), [((8, 1, 1), False), ((2, 2, 1), True)])
 def test_a_flip_in_one_replica_is_found_on_further_meshes(shape, unknown):
   """With only two replicas, both devices are named."""
-  assert_replicas_are_compared(faults_replay.Trainer(shape, 1), unknown)
+  assert_replicas_are_compared(flips.Trainer(shape, 1), unknown)
 
 
 def test_a_flip_in_one_replica_stays_if_replicas_are_not_compared(trainer, monkeypatch):
   """Negative control: without the comparison of replicas, the run continues with the flip."""
   monkeypatch.setattr(replay, "different_replicas", lambda *args: ([], []))
-  found = trainer.trial(faults_replay.REPLICAS[0], np.random.default_rng([7, 0]))
+  found = trainer.trial(flips.REPLICAS[0], np.random.default_rng([7, 0]))
   assert (found["found"], found["recovered"]) == (False, False)
 
 
 def test_a_flip_in_one_replica_above_a_tolerance_is_found(trainer):
   for bit, is_found in ((30, True), (0, False)):
     rng = types.SimpleNamespace(integers=lambda n, bit=bit: bit if n == 32 else n // 3)
-    found = trainer.trial(faults_replay.REPLICAS[0], rng, replay_tolerance=1e-3)
+    found = trainer.trial(flips.REPLICAS[0], rng, replay_tolerance=1e-3)
     assert found["found"] is is_found, found
 
 

@@ -1,0 +1,338 @@
+r"""Compiles the config cards in docs/cards/: memory and FLOPs by model size and TPU slice.
+
+  python -m benchmarks.speed.cards                    # compiles missing cards, writes the pages
+  python -m benchmarks.speed.cards --size=7b --again  # compiles all cards of a size
+  python -m benchmarks.speed.cards --card=7b/v5e-256/train --again
+  python -m benchmarks.speed.cards --size=350m --slice=v5e-256 --check
+
+A card contains a command of `cm3leon aot_compile` for a config of this package, the numbers that
+the command prints, the version of the compiler and the date. Each card is written when it is
+finished, so a stopped command continues where it stopped. A card takes one to several minutes on
+two CPU cores, and needs no TPU.
+
+--check compiles cards again and writes nothing to docs/. It compares the memory of arguments and
+temporaries, the FLOPs and the collectives with the stored cards. The exit code is 1 if a number
+differs, or if a stored card comes from a compiler version other than the installed one. A stopped
+check continues: workdir/cards_checked.json lists the cards that have already passed, with the
+current source files and compiler.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from absl import app, flags
+
+SIZES = ("7b", "760m", "350m")
+PROGRAMS = ("train", "evaluate", "decode")
+FOLDER = pathlib.Path(__file__).parents[2] / "docs" / "cards"
+PACKAGE = pathlib.Path(__file__).parents[2] / "cm3leon_jax"
+CHECKED = pathlib.Path(__file__).parents[2] / "workdir" / "cards_checked.json"
+KEPT = (
+  "arguments_gib", "temporaries_gib", "sum_gib", "peak_gib", "rest_gib", "host_gib", "hbm_gib",
+  "flops", "model_flops", "devices", "tokens", "collectives", "compute_seconds",
+  "collective_seconds",
+)  # fmt: skip
+
+_SIZE = flags.DEFINE_enum("size", None, SIZES, "Model size of the cards (default: all).")
+_CARD = flags.DEFINE_string("card", None, "The only card to compile, e.g. 7b/v5e-256/train.")
+_SLICE = flags.DEFINE_string("slice", None, "TPU slice of the cards, e.g. v5e-256 (default: all).")
+_AGAIN = flags.DEFINE_bool("again", False, "Also compile cards that exist.")
+_CHECK = flags.DEFINE_bool(
+  "check", False, "Compile the stored cards again and compare them; write nothing."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """Devices for which the program of a card is compiled.
+
+  Attributes:
+    topology: value of --topology for `cm3leon aot_compile`.
+    slices: number of slices.
+    fsdp: sizes of the axes fsdp and fsdp_inner on a slice, which follow the shape of its torus.
+    tensor: size of the tensor axis for decoding; the decoder is replicated over other devices. 0:
+      there is no card of decoding.
+  """
+
+  topology: str
+  slices: int
+  fsdp: tuple[int, int]
+  tensor: int = 0
+
+
+SLICES = {
+  "v5e-256": Slice("v5e-256", 1, (16, 16), 8),
+  "v5p-256": Slice("v5p-256", 1, (16, 8), 4),
+  "2 x v5e-256": Slice("v5e-256", 2, (16, 16), 8),
+  "v6e-256": Slice("v6e-256", 1, (16, 16), 4),
+  "tpu7x-256": Slice("tpu7x-256", 1, (16, 16), 4),
+}
+# Slices of the program "adapters" of the 7B.
+ADAPTED = {"v5e-16": Slice("v5e-16", 1, (4, 4)), "v5p-8": Slice("v5p-8", 1, (4, 1))}
+RANK = 16
+PROMPTS = 64  # Prompts per decoder replica; each has two guidance streams.
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+  """A program compiled for a model size and a slice."""
+
+  size: str
+  where: str
+  program: str
+
+  @property
+  def name(self) -> str:
+    """Name of the card in the JSON file of its model size."""
+    return f"{self.where}/{self.program}"
+
+  @property
+  def command(self) -> list[str]:
+    """Arguments of `cm3leon aot_compile`."""
+    place = {**SLICES, **ADAPTED}[self.where]
+    command = [f"--config=cm3leon_{self.size}", f"--topology={place.topology}"]
+    if place.slices > 1:
+      command.append(f"--slices={place.slices}")
+    if self.program == "decode":
+      devices = place.slices * place.fsdp[0] * place.fsdp[1]
+      replicas = devices // place.tensor
+      axes = {"data": replicas, "fsdp": 1, "tensor": place.tensor}
+      command.append(f"--decode_batch={PROMPTS * replicas}")
+    else:
+      axes = {"data": place.slices, "fsdp": place.fsdp[0], "fsdp_inner": place.fsdp[1]}
+    command += [f"--config.mesh.{axis}={n}" for axis, n in axes.items()]
+    if self.program == "adapters":
+      command += [f"--config.adapter.rank={RANK}", "--batch_per_device=1"]
+    return [*command, f"--program={self.compiled}"]
+
+  @property
+  def compiled(self) -> str:
+    """Program of `cm3leon aot_compile`."""
+    return "train" if self.program == "adapters" else self.program
+
+
+# The compiler compiles this program, but cannot print it (libtpu 0.0.52, jax 0.10.2).
+NOT_PRINTED = {("350m", "tpu7x-256", "decode")}
+CARDS = [
+  Card(size, where, program)
+  for where in SLICES
+  for size in SIZES
+  for program in PROGRAMS
+  if (size, where, program) not in NOT_PRINTED
+] + [Card("7b", where, "adapters") for where in ADAPTED]
+
+
+def compiler() -> str:
+  """Returns the versions of the packages that affect the numbers of a card."""
+  return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("libtpu", "jax"))
+
+
+def measure(card: Card) -> dict:
+  """Compiles a card's program; if the command fails, prints the error and exits."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "report.json"
+    command = [sys.executable, "-m", "launch.aot_compile", *card.command, f"--json={path}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+      sys.exit(f"{' '.join(command)}:\n{result.stderr[-1_000:]}")
+    reports = json.loads(path.read_text())
+  report = reports[card.compiled]
+  numbers = {key: report[key] for key in KEPT if key in report}
+  if card.program == "decode":
+    numbers["prefill_peak_gib"] = reports["prefill"]["peak_gib"]
+  date = datetime.datetime.now(datetime.UTC).date().isoformat()
+  return {"command": " ".join(card.command), "compiler": compiler(), "date": date, **numbers}
+
+
+def stored(size: str) -> dict[str, dict]:
+  """Returns the stored cards of a model size: name of a card -> its numbers."""
+  path = FOLDER / f"cm3leon_{size}.json"
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(size: str, cards: dict[str, dict]) -> None:
+  """Writes the cards of a model size and their page."""
+  FOLDER.mkdir(parents=True, exist_ok=True)
+  named = {
+    card.name: cards[card.name] for card in CARDS if card.size == size and card.name in cards
+  }
+  (FOLDER / f"cm3leon_{size}.json").write_text(json.dumps(named, indent=1) + "\n")
+  (FOLDER / f"cm3leon_{size}.md").write_text(page(size, named))
+
+
+HEADER = """# cm3leon_{size} on a slice
+Memory and FLOPs of the shipped config's programs per device, as the TPU compiler plans them.
+None of the programs has run. `python -m benchmarks.speed.cards` compiles missing cards and writes
+this page. [scaling.md](../scaling.md) explains the numbers. v5e-256 and v6e-256 have 256 chips.
+v5p-256 and tpu7x-256 have 128 chips, because these names count cores, and a chip has two. A core of
+tpu7x is a device with half of the memory.
+
+The number in bold must be less than the memory of a device, which follows `of`. A second number
+must fit, too: evaluation with the rest of the state in memory, or the prefill before decoding.
+
+- **train**: a step with the config's batch, in as many passes as `train.rows_per_device` requires.
+  Memory is arguments (parameters, moments, rows) + temporaries.
+- **evaluate**: the held-out loss of the rows of one pass. The rest of the state also stays in
+  memory.
+- **decode**: one token for each of {prompts} prompts per replica, with two guidance streams each
+  and a full cache of 1,152 positions.
+"""
+ADAPTERS = """- **adapters**: a train step of [adapters](../adapters.md) of rank {rank}, one row per
+  device. Memory is arguments (frozen parameters, adapters, moments, rows) + temporaries. v5e-16 has
+  16 chips, v5p-8 has 4.
+"""
+TABLE = """
+| slice | program | GiB per device | FLOPs per device | collectives: number, GiB | compiled |
+|---|---|---|---|---|---|
+"""
+COMMANDS = """
+The commands in this order, to be written after `cm3leon aot_compile`:
+```
+{commands}
+```
+"""
+
+
+def page(size: str, cards: dict[str, dict]) -> str:
+  """Returns the page of a model size as Markdown."""
+  parts = [HEADER.format(size=size, prompts=PROMPTS)]
+  if any(card.size == size and card.program == "adapters" for card in CARDS):
+    parts.append(ADAPTERS.format(rank=RANK))
+  if cards:
+    parts += [TABLE, *(_row(name, card) for name, card in cards.items())]
+    parts.append(COMMANDS.format(commands="\n".join(c["command"] for c in cards.values())))
+  missing = [c.name for c in CARDS if c.size == size and c.name not in cards]
+  if missing:
+    parts += ["\nNot made yet:\n\n", *(f"- {name}\n" for name in missing)]
+  return "".join(parts)
+
+
+def _row(name: str, card: dict) -> str:
+  where, program = name.split("/")
+  return f"| {where} | {program} | {' | '.join(_cells(card))} |\n"
+
+
+def _cells(card: dict) -> Iterator[str]:
+  arrays = f"{card['arguments_gib']:.2f} + {card['temporaries_gib']:.2f}"
+  memory = f"{arrays} = **{card['sum_gib']:.2f}** of {card['hbm_gib']:.2f}"
+  if "rest_gib" in card:
+    memory += f"; with the rest of the state {card['sum_gib'] + card['rest_gib']:.2f}"
+  if "prefill_peak_gib" in card:
+    memory += f"; prefill, at its peak, {card['prefill_peak_gib']:.2f}"
+  yield memory
+  flops = f"{card['flops']:.3e}"
+  if "model_flops" in card:
+    flops += f", {card['flops'] * card['devices'] / card['model_flops']:.3f} x model"
+  yield flops
+  yield "; ".join(
+    f"{kind} {c['count']:,}, {c['bytes'] / 2**30:.2f}" for kind, c in card["collectives"].items()
+  )
+  yield f"{card['compiler']}; {card['date']}"
+
+
+def drift(old: dict, new: dict) -> dict[str, float]:
+  """Returns name of a number -> relative change, for each number of a card that changed."""
+  before, after = (
+    {
+      **{name: card[name] for name in ("arguments_gib", "temporaries_gib", "flops")},
+      **{f"{kind}, {n}": v for kind, c in card["collectives"].items() for n, v in c.items()},
+    }
+    for card in (old, new)
+  )
+  changes = {}
+  for name in before.keys() | after.keys():
+    a, b = before.get(name, 0.0), after.get(name, 0.0)
+    if a != b:
+      changes[name] = abs(b - a) / max(abs(a), abs(b))
+  return changes
+
+
+def source_digest() -> str:
+  """Returns a digest of the package's source files and this file."""
+  digest = hashlib.sha256(pathlib.Path(__file__).read_bytes())
+  for path in sorted(PACKAGE.rglob("*.py")):
+    digest.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
+  return digest.hexdigest()
+
+
+def check(cards: list[Card], checked: pathlib.Path = CHECKED) -> list[str]:
+  """Compiles cards again. Prints and returns a sentence for each card that changed.
+
+  Args:
+    cards: cards to check; a card that is not stored is skipped.
+    checked: file that lists the cards that have passed, with the source digest and the compiler.
+  """
+  key = f"{source_digest()}, {compiler()}"
+  noted = json.loads(checked.read_text()) if checked.exists() else {}
+  wrong = []
+  for card in cards:
+    name, old = f"{card.size}/{card.name}", stored(card.size).get(card.name)
+    if old is None:
+      print(f"{name}: not stored", flush=True)
+      continue
+    if noted.get(name) == key:
+      print(f"{name}: as stored (checked before)", flush=True)
+      continue
+    if sentence := _wrong(card, old):
+      wrong.append(f"{name} {sentence}")
+      print(wrong[-1], flush=True)
+      continue
+    print(f"{name}: as stored", flush=True)
+    noted[name] = key
+    checked.parent.mkdir(parents=True, exist_ok=True)
+    checked.write_text(json.dumps(noted, indent=1))
+  return wrong
+
+
+def _wrong(card: Card, old: dict) -> str:
+  """Describes how a card differs from the stored card; "" if they match."""
+  if old["command"] != " ".join(card.command):
+    return f"was compiled by another command: {old['command']}."
+  if old["compiler"] != compiler():
+    return f"was compiled by {old['compiler']}, and {compiler()} is installed."
+  changes = sorted(drift(old, measure(card)).items())
+  found = ", ".join(f"{number} by {change:.2%}" for number, change in changes)
+  return f"differs: {found}." if changes else ""
+
+
+def chosen() -> list[Card]:
+  """Returns the cards that the flags select. Raises app.UsageError for an unknown name."""
+  names = [f"{card.size}/{card.name}" for card in CARDS]
+  if _CARD.value not in (None, *names):
+    raise app.UsageError(f"--card is '{_CARD.value}'; it must be one of {', '.join(names)}.")
+  slices = [*SLICES, *ADAPTED]
+  if _SLICE.value not in (None, *slices):
+    raise app.UsageError(f"--slice is '{_SLICE.value}'; it must be one of {', '.join(slices)}.")
+  return [
+    card
+    for card, name in zip(CARDS, names)
+    if _SIZE.value in (None, card.size)
+    and _SLICE.value in (None, card.where)
+    and _CARD.value in (None, name)
+  ]
+
+
+def main(_) -> None:
+  if _CHECK.value:
+    wrong = check(chosen())
+    sys.exit(1 if wrong else 0)
+  for card in chosen():
+    cards = stored(card.size)
+    if card.name not in cards or _AGAIN.value:
+      cards[card.name] = measure(card)
+      print(f"{card.size}/{card.name}: {cards[card.name]['sum_gib']:.2f} GiB", flush=True)
+      write(card.size, cards)
+  for size in SIZES:
+    write(size, stored(size))
+
+
+if __name__ == "__main__":
+  app.run(main)
