@@ -3,7 +3,7 @@
 An image has four places. The pixels of a place are a cell. For a cell with ink, the judge finds the
 palette color that fits the ink best, and the object of the world whose silhouette correlates best
 with the ink. Ink without a clear color or shape is an unknown object, which makes an image wrong.
-`benchmarks/evidence/scene_judge.py` prints the error rates from which the thresholds below were chosen.
+`benchmarks/evidence/scene_judge.py` prints the error rates, by which the thresholds were chosen.
 """
 
 # B images, N cells, C colors, M silhouettes, S shifts, P pixels of a cell.
