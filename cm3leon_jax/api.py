@@ -50,7 +50,7 @@ class CM3Leon:
 
   Several methods take the same arguments. `retrieve` is the largest number of documents that are
   retrieved and placed before the prompt. `length` is the largest number of text tokens. Sampling
-  settings are fields of `config.sampling` and default to the run's values (docs/config.md). A
+  settings are fields of `config.sampling` and default to the run's values. A
   method rejects settings that it does not use.
 
   A new batch size or length compiles a program. Wrong arguments raise `UserError`. The attribute
@@ -360,7 +360,7 @@ class CM3Leon:
       query: a text, a PIL image or an array, or a list of queries. A string is always a text, even
         if a file has this name.
       k: largest number of documents. `retrieval.min_similarity` and `retrieval.max_similarity`
-        exclude some documents (docs/config.md).
+        exclude some documents.
 
     Returns:
       A list of `Retrieved`, best first, with the fields `key`, `caption`, `image`, `similarity`,

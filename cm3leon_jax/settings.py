@@ -28,7 +28,7 @@ from cm3leon_jax.vocab import VocabLayout
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Settings:
-  """A checked config with one frozen dataclass per section; docs/config.md lists every field."""
+  """A checked config with one frozen dataclass per section."""
 
   seed: NonNegativeInt
   """Seed of all random numbers in the run."""

@@ -18,11 +18,11 @@ from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage
 from cm3leon_jax.generation.prompt_file import make_task
 from cm3leon_jax.generation.record_prompts import prompt_of
 from cm3leon_jax.generation.text_tasks import InfillText
-from cm3leon_jax.reports.instruction_reference import example
 from cm3leon_jax.runs import finetune
 from cm3leon_jax.scenes.instructions import record
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS
+from tools.tasks_page import example
 
 SCENES = {task.name: task for task in read_tasks("scenes")}
 CODES = np.arange(16, dtype=np.int32)

@@ -283,7 +283,7 @@ class InstructionsConfig:
   tasks: str = ""
   """YAML file of tasks, or a table of the package: `cm3leon`, `tutorial` or `scenes`."""
   own_tasks: Annotated[tuple[InstructionTask, ...], BeforeValidator(_own_tasks)] = ()
-  """Additional tasks, each a dict with the fields of a YAML task (docs/instruction_tasks.md)."""
+  """Additional tasks, each a dict with the fields of a YAML task (docs/instructions.md)."""
   only: tuple[str, ...] = ()
   """Names of the tasks to train. () means all."""
   root: str = ""

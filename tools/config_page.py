@@ -1,18 +1,18 @@
-"""Writes docs/config.md: the type, range, default and meaning of every field of a config.
+"""Prints the page config.md: the type, range, default and meaning of every field of a config.
 
-python -m cm3leon_jax.reports.config_reference
+  python -m tools.config_page
+
+mkdocs builds the page, see tools/site.py.
 """
 
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 import pydantic
 
 from cm3leon_jax.settings import SECTIONS, Settings
 
-PATH = pathlib.Path(__file__).parents[2] / "docs" / "config.md"
 HEADER = """# Config
 
 A config is a Python file with a function `get_config`; `cm3leon_jax/configs/` has the shipped ones.
@@ -20,8 +20,7 @@ Any field can be set on the command line: `--config.train.steps=100`. Commands r
 fields, wrong types and values out of range. `--print_config` prints the resulting config. Integers
 must be less than 2^31. Floats must be 0 or have an absolute value from 1e-20 to 1e12.
 
-`python -m cm3leon_jax.reports.config_reference` writes this page from the dataclasses of the
-sections.
+`python -m tools.config_page` prints this page, from the dataclasses of the sections.
 
 `seed` (int, >= 0, default `0`): {seed}
 """
@@ -94,4 +93,4 @@ def _values(schema: dict) -> str:
 
 
 if __name__ == "__main__":
-  PATH.write_text(page(), encoding="utf-8")
+  print(page(), end="")

@@ -1,3 +1,4 @@
+import pathlib
 import re
 
 import pytest
@@ -6,10 +7,10 @@ import yaml
 from cm3leon_jax.data.instructions.config import make_task
 from cm3leon_jax.data.instructions.task_files import parse_tasks, read_tasks, shipped
 from cm3leon_jax.data.instructions.tasks import choose_template
-from cm3leon_jax.reports import instruction_reference as reference
+from tools import tasks_page
 
-PAGE = reference.PATH.read_text(encoding="utf-8")
-GUIDE = reference.PATH.with_name("instructions.md").read_text(encoding="utf-8")
+PAGE = tasks_page.page()
+GUIDE = (pathlib.Path(__file__).parents[1] / "docs" / "instructions.md").read_text(encoding="utf-8")
 TASKS = [(name, task) for name in shipped() for task in read_tasks(name)]
 
 
@@ -18,26 +19,13 @@ def named(table, name):
   return task
 
 
-def test_the_page_is_current():
-  assert reference.page(PAGE) == PAGE, (
-    "docs/instruction_tasks.md is outdated: python -m cm3leon_jax.reports.instruction_reference"
-  )
-
-
-def test_only_what_is_between_the_marks_is_written():
-  start, end = reference.START, reference.END
-  text = reference.page(f"before\n{start}\nold\n{end}\nafter\n")
-  assert text == f"before\n{start}\n{reference.reference()}{end}\nafter\n"
-  assert reference.page(text) == text
-
-
 @pytest.mark.parametrize(
   ("table", "task"), TASKS, ids=lambda x: x if isinstance(x, str) else x.name
 )
 def test_every_shipped_task_has_an_example(table, task):
-  record = reference.example(task)
+  record = tasks_page.example(task)
   assert choose_template(task, record.key) == task.templates[0]
-  shown = reference.sample_of(task, record)
+  shown = tasks_page.sample_of(task, record)
   assert f"\n**`{task.name}`** predicts `{task.target}`" in PAGE.partition(f"`{table}`\n")[2]
   assert f"```\n{shown}\n```" in PAGE
   assert shown.startswith("</s> ")
@@ -85,34 +73,14 @@ def test_templates_of_the_paper():
     assert rest.endswith(f"}} <break> {end}")
 
 
-def test_what_the_tables_say_of_splits_and_drops():
-  tasks = [task for name in ("cm3leon", "tutorial") for task in read_tasks(name)]
-  assert all(task.heldout and task.root for task in tasks)
-  edit = named("cm3leon", "edit")
-  assert (edit.drop_instruction, edit.drop_all, edit.heldout) == (0.05, 0.05, "val")
-  assert named("cm3leon", "canny").maps == {"edges": "canny"}
-  assert named("cm3leon", "scribble").maps == {"scribble": "scribble"}
-
-
 def test_a_line_break_before_the_answer_is_read():
-  task, record = named("cm3leon", "vqa"), reference.example(named("cm3leon", "vqa"))
+  task, record = named("cm3leon", "vqa"), tasks_page.example(named("cm3leon", "vqa"))
   (one,) = [t for t in task.templates if "\n" in t]
   only = make_task({"name": "x", "format": "vqa_v2", "target": "answer", "templates": [one]})
-  assert reference.sample_of(only, record) == (
+  assert tasks_page.sample_of(only, record) == (
     "</s> Question: What is the man holding?\n<mask:0> <break> [image] </s> <mask:0> an umbrella "
     "<eoss>"
   )
-
-
-def test_questions_without_a_context_have_no_line_for_it():
-  task = named("cm3leon", "science_qa_reasoning")
-  record = reference.example(task)
-  record.texts["context"] = ""
-  try:
-    lines = reference.sample_of(task, record).split("\n")
-  finally:
-    record.texts["context"] = "The picture shows a pillow and a brick."
-  assert [line.partition(":")[0] for line in lines] == ["</s> Question", "Options", "Answer"]
 
 
 def test_own_tasks_of_the_page_are_right():

@@ -1,6 +1,8 @@
-"""Updates docs/instruction_tasks.md: the fields of a task, and all shipped tasks with examples.
+"""Prints the page instruction_tasks.md: the fields of a task, and the shipped tasks with examples.
 
-python -m cm3leon_jax.reports.instruction_reference
+  python -m tools.tasks_page
+
+mkdocs builds the page, see tools/site.py.
 """
 
 # T tokens of a sample.
@@ -8,7 +10,6 @@ python -m cm3leon_jax.reports.instruction_reference
 import dataclasses
 import importlib.resources
 import itertools
-import pathlib
 
 import numpy as np
 
@@ -21,12 +22,14 @@ from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.task_files import read_tasks, shipped
 from cm3leon_jax.data.instructions.tasks import choose_template, join_record
 from cm3leon_jax.evaluation.world import find
-from cm3leon_jax.reports import config_reference
 from cm3leon_jax.vocab import VocabLayout
+from tools import config_page
 
-PATH = pathlib.Path(__file__).parents[2] / "docs" / "instruction_tasks.md"
-START = "<!-- python -m cm3leon_jax.reports.instruction_reference writes what follows -->"
-END = "<!-- to here -->"
+HEADER = """# Instruction tasks
+The fields of a task of [instruction tuning](instructions.md), and the shipped tables of tasks. A
+table's examples are training samples as the model reads them, with nothing dropped and in the order
+of the templates (without `instruction_first`).
+"""
 # Vocabulary of the examples: one id per character, and one image code.
 VOCAB = VocabLayout(num_special=8, text_size=8 + 256, image_size=1)
 IMAGE = "[image]"
@@ -114,16 +117,16 @@ def show(tokens: np.ndarray) -> str:
   return shown
 
 
-def reference() -> str:
-  """Returns the part of the page between START and END."""
-  parts = ["\n## The fields of a task\n", config_reference.table(InstructionTask)]
+def page() -> str:
+  """Returns the page as Markdown."""
+  parts = [HEADER, "\n## The fields of a task\n", config_page.table(InstructionTask)]
   for name in shipped():
     path = importlib.resources.files("cm3leon_jax") / "data" / "tasks" / f"{name}.yaml"
     lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().split("\n"))
     text = "\n".join(line.removeprefix("# ") for line in lines)
     parts.append(f"\n## Table `{name}`\n{text}\n")
     parts += [_describe(task) for task in read_tasks(name)]
-  return "".join(parts) + "\n"
+  return "".join(parts)
 
 
 def _describe(task: InstructionTask) -> str:
@@ -137,12 +140,5 @@ def _describe(task: InstructionTask) -> str:
   return f"\n{line}\n```\n{sample_of(task, example(task))}\n```\n"
 
 
-def page(text: str) -> str:
-  """Returns the text of the page with the reference updated."""
-  before, _, rest = text.partition(START)
-  _, _, after = rest.partition(END)
-  return f"{before}{START}\n{reference()}{END}{after}"
-
-
 if __name__ == "__main__":
-  PATH.write_text(page(PATH.read_text(encoding="utf-8")), encoding="utf-8")
+  print(page(), end="")
