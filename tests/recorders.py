@@ -1,4 +1,4 @@
-"""Runs a job's scripts with fakes of gcloud, xpk, srun etc. that record their calls."""
+"""Runs a job's scripts with fakes of gcloud, srun etc. that record their calls."""
 
 import os
 import pathlib

@@ -3,8 +3,6 @@ r"""Compiles training, evaluation and decoding for a TPU slice, and prints their
   pip install 'libtpu>=0.0.52,<0.0.53'
   cm3leon aot_compile --config=cm3leon_7b --topology=v5e-256 \
     --config.mesh.fsdp=16 --config.mesh.fsdp_inner=16 --batch_per_device=4
-  cm3leon aot_compile --config=cm3leon_7b --topology=v5p-8 --search \
-    --json=search.json
   cm3leon aot_compile --config=cm3leon_7b --topology=v5e-8 \
     --config.mesh.tensor=8 --program=decode
 
@@ -16,7 +14,6 @@ programs that a pod runs. The evaluation program computes the held-out loss of o
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -47,11 +44,6 @@ _BATCH = flags.DEFINE_integer(
   None,
   "Rows per device in a step without gradient accumulation (default: the config's).",
   1,
-)
-_SEARCH = flags.DEFINE_bool(
-  "search",
-  False,
-  "Try combinations of mesh, batch and remat policy, and list the ones that fit, fastest first.",
 )
 _DECODE_BATCH = flags.DEFINE_integer(
   "decode_batch",
@@ -169,25 +161,6 @@ def _decode_reports(
   return {"decode": step, "prefill": compile_report(lowered.prefill(before), topology)}
 
 
-def _search(settings: Settings, topology: Topology) -> list[dict]:
-  from cm3leon_jax.planning.search import cost, search
-
-  print(f"search on {topology.name}:", flush=True)
-  compile_one = functools.partial(_train_report, topology)
-  reports = search(settings, topology, compile_one, lambda line: print(f"  {line}", flush=True))
-  if not reports:
-    raise UserError(f"no candidate fits {topology.name}: choose a topology with more chips.")
-  print("candidates that fit, the fastest first:")
-  for r in reports:
-    flops = r["flops"] * r["devices"] / r["model_flops"]
-    cycles = r["cycles"] * r["devices"] / r["tokens"]
-    print(
-      f"  {cost(r) * 1e6:.3f} us per token and device, {flops:.3f} x model FLOPs, "
-      f"{cycles:.0f} cycles per token, {r['sum_gib']:.2f} GiB: {r['flags']}"
-    )
-  return reports
-
-
 def main(settings: Settings) -> None:
   from cm3leon_jax.mesh import batch_shards
   from cm3leon_jax.planning import topology as topology_lib
@@ -197,45 +170,42 @@ def main(settings: Settings) -> None:
   topology_lib.prepare()
   topology = topology_lib.load(_TOPOLOGY.value, _SLICES.value)
   reports: dict[str, Any] = {}
-  if _SEARCH.value:
-    reports["search"] = _search(settings, topology)
-  else:
-    mesh = _mesh(settings, topology)
-    if _BATCH.value:
-      rows = _BATCH.value * len(topology.devices) // settings.mesh.tensor
-      train = dataclasses.replace(
-        settings.train, global_batch_size=rows, gradient_accumulation_steps=1, rows_per_device=0
-      )
-      settings = dataclasses.replace(settings, train=train)
-    shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
-    slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
-    devices = f"{len(topology.devices)} x {topology.devices[0].device_kind}"
-    where = f"{slices}{topology.name}, {devices}; {shape}"
-    if _PROGRAM.value in ("train", "evaluate", "all"):
-      train = on_mesh(settings.train, batch_shards(mesh))
-      settings = dataclasses.replace(settings, train=train)
-    train, length = settings.train, settings.data.sequence_length
-    if _PROGRAM.value in ("train", "all"):
-      passes = f"{train.global_batch_size} rows of {length} in {train.gradient_accumulation_steps}"
-      title = f"train step on {where}; {passes} passes, remat {settings.model.remat_policy}"
-      reports["train"] = _train_report(topology, settings, mesh)
-      print(table(title, reports["train"]), flush=True)
-    if _PROGRAM.value in ("evaluate", "all"):
-      title = f"held-out loss on {where}; {train.micro_batch_size} rows of {length}"
-      reports["evaluate"] = _evaluate_report(topology, settings, mesh)
-      print(table(title, reports["evaluate"]), flush=True)
-    if _PROGRAM.value == "reinforce":  # `reinforce` does not accumulate gradients.
-      settings = dataclasses.replace(settings, train=dataclasses.replace(train, rows_per_device=0))
-      positions = _DECODE_POSITIONS.value
-      title = f"reinforce step on {where}; {train.global_batch_size} images of two streams"
-      reports["reinforce"] = _reinforce_report(topology, settings, mesh, positions)
-      print(table(title, reports["reinforce"]), flush=True)
-    if _PROGRAM.value in ("decode", "all"):
-      prompts = _DECODE_BATCH.value or max(64, batch_shards(mesh))
-      reports |= _decode_reports(topology, settings, mesh, prompts)
-      batch = f"{prompts} prompts of two streams, {_DECODE_POSITIONS.value} positions"
-      print(table(f"decode step on {where}; {batch}", reports["decode"]))
-      print(table(f"prefill on {where}; {batch}", reports["prefill"]), flush=True)
+  mesh = _mesh(settings, topology)
+  if _BATCH.value:
+    rows = _BATCH.value * len(topology.devices) // settings.mesh.tensor
+    train = dataclasses.replace(
+      settings.train, global_batch_size=rows, gradient_accumulation_steps=1, rows_per_device=0
+    )
+    settings = dataclasses.replace(settings, train=train)
+  shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+  slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
+  devices = f"{len(topology.devices)} x {topology.devices[0].device_kind}"
+  where = f"{slices}{topology.name}, {devices}; {shape}"
+  if _PROGRAM.value in ("train", "evaluate", "all"):
+    train = on_mesh(settings.train, batch_shards(mesh))
+    settings = dataclasses.replace(settings, train=train)
+  train, length = settings.train, settings.data.sequence_length
+  if _PROGRAM.value in ("train", "all"):
+    passes = f"{train.global_batch_size} rows of {length} in {train.gradient_accumulation_steps}"
+    title = f"train step on {where}; {passes} passes, remat {settings.model.remat_policy}"
+    reports["train"] = _train_report(topology, settings, mesh)
+    print(table(title, reports["train"]), flush=True)
+  if _PROGRAM.value in ("evaluate", "all"):
+    title = f"held-out loss on {where}; {train.micro_batch_size} rows of {length}"
+    reports["evaluate"] = _evaluate_report(topology, settings, mesh)
+    print(table(title, reports["evaluate"]), flush=True)
+  if _PROGRAM.value == "reinforce":  # `reinforce` does not accumulate gradients.
+    settings = dataclasses.replace(settings, train=dataclasses.replace(train, rows_per_device=0))
+    positions = _DECODE_POSITIONS.value
+    title = f"reinforce step on {where}; {train.global_batch_size} images of two streams"
+    reports["reinforce"] = _reinforce_report(topology, settings, mesh, positions)
+    print(table(title, reports["reinforce"]), flush=True)
+  if _PROGRAM.value in ("decode", "all"):
+    prompts = _DECODE_BATCH.value or max(64, batch_shards(mesh))
+    reports |= _decode_reports(topology, settings, mesh, prompts)
+    batch = f"{prompts} prompts of two streams, {_DECODE_POSITIONS.value} positions"
+    print(table(f"decode step on {where}; {batch}", reports["decode"]))
+    print(table(f"prefill on {where}; {batch}", reports["prefill"]), flush=True)
   if _JSON.value:
     write_json(epath.Path(_JSON.value), {"topology": topology.name, **reports})
 

@@ -8,11 +8,11 @@ r"""Plans a pod job: estimates memory, days and costs, and writes files that sta
     --workdir=/scratch/7b --out=plan/h100 \
     --image=us-docker.pkg.dev#my-project/my-repository/cm3leon:gpu
 
-With --out, the command writes these files. For TPUs: gke_jobset.yaml, xpk.sh and tpu_vm.sh. For
-GPUs: slurm.sbatch. Always: plan.json, and offline_ray.sh for the stages before the training. Files
-of an earlier plan in that folder are replaced or removed, unless a user has changed them. The
-command compiles and starts nothing, so memory and costs are estimates. `cm3leon aot_compile` checks
-memory with the real compiler. docs/pods.md is the guide.
+With --out, the command writes these files. For TPUs: gke_jobset.yaml and tpu_vm.sh. For GPUs:
+slurm.sbatch. Always: plan.json, and offline_ray.sh for the stages before the training. Files of an
+earlier plan in that folder are replaced or removed, unless a user has changed them. The command
+compiles and starts nothing, so memory and costs are estimates. `cm3leon aot_compile` checks memory
+with the real compiler. docs/pods.md is the guide.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from absl import flags
 from etils import epath
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError, short
+from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
   from cm3leon_jax.planning.hardware import Hardware
@@ -46,7 +46,13 @@ _TOPOLOGY = flags.DEFINE_string(
   **_SHARED,
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "Number of TPU slices.", lower_bound=1, **_SHARED)
-_MFU = flags.DEFINE_float("mfu", 0.4, "Model FLOPs utilization that the estimated times assume.")
+_MFU = flags.DEFINE_float(
+  "mfu",
+  0.4,
+  "Model FLOPs utilization that the estimated times assume.",
+  lower_bound=1e-3,
+  upper_bound=1.0,
+)
 _PAIRS = flags.DEFINE_integer(
   "pairs",
   0,
@@ -64,7 +70,7 @@ _NAME = flags.DEFINE_string("name", None, "Name of the run (default: name of the
 _IMAGE = flags.DEFINE_string(
   "image",
   "",
-  "Container image; required for GKE, XPK and SLURM (launch/pod/Dockerfile).",
+  "Container image; required for GKE and SLURM (launch/pod/Dockerfile).",
   **_SHARED,
 )
 _QUEUE = flags.DEFINE_string(
@@ -81,7 +87,7 @@ _ACCOUNT = flags.DEFINE_string(
 )
 _RESERVATION = flags.DEFINE_string("reservation", "", "Name of the reservation to use.")
 _PRIORITY = flags.DEFINE_string(
-  "priority", "", "PriorityClass (GKE), priority (XPK) or quality of service (SLURM)."
+  "priority", "", "PriorityClass (GKE) or quality of service (SLURM)."
 )
 _CPUS = flags.DEFINE_integer(
   "cpus",
@@ -105,10 +111,6 @@ _TRAIN_FLAGS = flags.DEFINE_multi_string(
   None,
   "Additional flag of cm3leon train, e.g. --train_flag=--init_from=gs://bucket/run",
 )
-_ONLY_FILES = (
-  _IMAGE, _QUEUE, _SECRET, _MAX_RESTARTS, _TRAIN_FLAGS, _ACCOUNT, _RESERVATION, _PRIORITY, _CPUS,
-  _MEMORY,
-)  # fmt: skip
 
 
 def config_flags(arguments: list[str]) -> list[str]:
@@ -127,38 +129,6 @@ def _default_name(config: str) -> str:
   return name[:40].strip("-")
 
 
-def _check_flags(settings: Settings) -> None:
-  """Raises UserError if flags are missing or contradict each other."""
-  if not _TOPOLOGY.value:
-    raise UserError("name the hardware: --topology=v5e-256, or h100-64.")
-  if not 1e-3 <= _MFU.value <= 1:
-    raise UserError(
-      f"--mfu is {_MFU.value:g}; it must be a share of the peak, from 0.001 to 1: 0.4 is 40%."
-    )
-  if not _OUT.value:
-    for flag in _ONLY_FILES:
-      if flag.present:
-        raise UserError(f"--{flag.name} applies only to the files of --out: give --out=FOLDER.")
-  if _SECRET.value and not settings.train.wandb:
-    raise UserError(
-      "--secret names the secret with WANDB_API_KEY, but config.train.wandb is empty: give "
-      "--config.train.wandb=PROJECT, or leave out --secret."
-    )
-  if _OUT.value and "://" not in _OUT.value and os.path.isfile(_OUT.value):
-    raise UserError(f"--out is {_OUT.value}, which is a file: name a folder.")
-  if re.search(r"\s", _IMAGE.value):
-    raise UserError(f"--image is '{_IMAGE.value}'; the name of an image has no spaces.")
-  if wrong := next((a for a in sys.argv[1:] if re.search(r"[\x00-\x1f\x7f]", a)), None):
-    raise UserError(f"{short(wrong)} contains a line break or another control character.")
-  for value in _TRAIN_FLAGS.value or ():
-    if not re.match(r"--\w", value):
-      raise UserError(
-        f"--train_flag is '{value}'; it must begin with two hyphens: --train_flag=--"
-        f"{value.lstrip('-') or 'NAME=VALUE'}."
-      )
-  _check_train_flags(_TRAIN_FLAGS.value or ())
-
-
 def _check_train_flags(values: Iterable[str]) -> None:
   """Raises UserError if `cm3leon train` lacks a flag, before the job fails on the pod."""
   importlib.import_module("cm3leon_jax.commands.train")  # Defines the flags.
@@ -171,7 +141,7 @@ def _check_train_flags(values: Iterable[str]) -> None:
   }
   for value in values:
     name = re.split("[=.]", value.removeprefix("--"), maxsplit=1)[0]
-    if name not in known and name.removeprefix("no") not in known:
+    if not value.startswith("--") or not {name, name.removeprefix("no")} & known:
       close = difflib.get_close_matches(name.replace("-", "_"), known, 1)
       hint = f"did you mean --{close[0]}?" if close else "`cm3leon train --help` lists its flags."
       raise UserError(f"--train_flag is '{value}', but cm3leon train has no flag --{name}: {hint}")
@@ -188,7 +158,9 @@ def main(settings: Settings) -> None:
   from cm3leon_jax.planning import hardware, launchers, plan_folder, stage_costs
   from cm3leon_jax.planning import plan as plan_lib
 
-  _check_flags(settings)
+  if not _TOPOLOGY.value:
+    raise UserError("name the hardware: --topology=v5e-256, or h100-64.")
+  _check_train_flags(_TRAIN_FLAGS.value or ())
   devices = hardware.load(_TOPOLOGY.value, _SLICES.value)
   _check_requests(devices)
   given = config_flags(sys.argv[1:])

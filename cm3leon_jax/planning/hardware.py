@@ -6,7 +6,7 @@ import math
 import re
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.planning.topology import CHIPS, SLICES, check_supported, own_name, suggestion
+from cm3leon_jax.planning.topology import CHIPS, SLICES, own_name, suggestion
 from cm3leon_jax.training.watch.flops import device_peak
 
 GPUS_PER_HOST = 8
@@ -167,11 +167,11 @@ def load(name: str, slices: int = 1) -> Hardware:
   chip, _, size = name.replace("-", ":", 1).partition(":")
   if chip in GPUS:
     return _gpus(name, chip, size, slices)
-  check_supported(given, [*TPUS, *GPUS])
   shape = SLICES.get(name, size)
   if chip not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+    near = suggestion(name, tuple(f"{gpu}-64" for gpu in GPUS))
     raise UserError(
-      f"--topology is '{given}': {suggestion(name, [f'{gpu}-64' for gpu in GPUS])}give a slice "
+      f"--topology is '{given}': {near}give a slice "
       f"({', '.join(SLICES)}), a chip and a shape, as in v5p:4x4x8, or GPUs and their number, as "
       f"in h100-64 (GPUs: {', '.join(GPUS)})."
     )

@@ -1,5 +1,6 @@
 """Plans a run: mesh, memory, time and checkpoints of a config on given hardware."""
 
+from collections.abc import Iterator
 import dataclasses
 import math
 
@@ -10,9 +11,8 @@ from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.planning import memory
 from cm3leon_jax.planning.hardware import Hardware, peak_of
-from cm3leon_jax.planning.search import meshes
 from cm3leon_jax.settings import Settings
-from cm3leon_jax.training.config import TrainConfig, on_mesh
+from cm3leon_jax.training.config import on_mesh
 from cm3leon_jax.training.steps import compile_steps
 from cm3leon_jax.training.watch.flops import model_flops
 
@@ -150,12 +150,11 @@ def _fitting(
 ) -> tuple[Settings, dict[str, int], tuple[str, ...], memory.Memory]:
   """Returns settings that fit, mesh axis sizes, the flags for both, and the memory needed."""
   chosen = settings.mesh == MeshConfig()
-  candidates = _meshes(hardware) if chosen else [settings.mesh]
+  candidates = meshes(hardware) if chosen else [settings.mesh]
   limit, failure = hardware.memory * GIB, ""
   for config in candidates:
     shape = _shape(config, hardware)
     flags = [f"--config.mesh.{axis}={n}" for axis, n in shape.items()] if chosen else []
-    _check_batch(settings, shape, hardware, chosen)
     estimated = memory.estimate(settings, shape, hardware.platform)
     if estimated.total <= limit:
       return settings, shape, tuple(flags), estimated
@@ -178,47 +177,22 @@ def _too_few(shape: dict[str, int], estimated: memory.Memory, limit: float) -> s
   return f"No rows and no remat policy fit: take more than {count}, or a larger mesh.tensor."
 
 
-def _check_batch(
-  settings: Settings, shape: dict[str, int], hardware: Hardware, chosen: bool
-) -> None:
-  """Raises UserError if the rows of a step are not evenly divisible among the mesh's devices."""
-  shards = math.prod(n for axis, n in shape.items() if axis != "tensor")
-  try:
-    on_mesh(settings.train, shards)
-  except UserError as error:
-    hint = _divisor(settings.train, shards) or (_slices(settings.train, shards, hardware) * chosen)
-    raise UserError(f"{error}{hint}") from error
+def meshes(hardware: Hardware) -> Iterator[MeshConfig]:
+  """Yields meshes whose axes follow the torus, with `tensor` of size 1, 2 and 4.
 
-
-def _divisor(train: TrainConfig, shards: int) -> str:
-  """Returns a hint with the largest rows_per_device that works; "" if none does."""
-  rows = train.global_batch_size // shards
-  if train.global_batch_size % shards:
-    return ""
-  most = train.rows_per_device or rows
-  fitting = max(n for n in range(1, min(most, rows) + 1) if rows % n == 0)
-  flags = f"--config.train.rows_per_device={fitting}"
-  if train.gradient_accumulation_steps > 1:
-    flags += " --config.train.gradient_accumulation_steps=1"
-  return f" It works with {flags}."
-
-
-def _slices(train: TrainConfig, shards: int, hardware: Hardware) -> str:
-  """Returns a hint with the nearest smaller and larger numbers of slices or GPUs that work."""
-  rows = train.rows_per_device or train.gradient_accumulation_steps
-  each, now = shards // hardware.slices * rows, hardware.slices
-  fitting = [n for n in range(1, 2 * now + 1) if train.global_batch_size % (each * n) == 0]
-  near = [n for n in fitting if n < now][-1:] + [n for n in fitting if n > now][:1]
+  `data` spans the slices. `fsdp_inner` and `tensor` together span the last dimension of the torus,
+  and the devices of a chip if it has several. `fsdp` spans the other dimensions. For GPUs, `data`
+  spans hosts and `fsdp` the GPUs of a host.
+  """
   if hardware.platform == "gpu":
-    near = [n * hardware.per_host for n in near]
-  what = "GPUs" if hardware.platform == "gpu" else f"slice{'s' * (near != [1])}"
-  return f" It works with {' or '.join(map(str, near))} {what}." if near else ""
-
-
-def _meshes(hardware: Hardware) -> list[MeshConfig]:
-  if hardware.platform == "gpu":  # `data` spans hosts, `fsdp` spans a host's GPUs.
-    return [MeshConfig(hardware.slices, hardware.per_host, 1, 1)]
-  return list(meshes(hardware))
+    yield MeshConfig(hardware.slices, hardware.per_host, 1, 1)
+    return
+  torus = [n for n in hardware.torus if n > 1] or [1]
+  outer, inner = math.prod(torus[:-1]), torus[-1] * hardware.devices_per_chip
+  yield MeshConfig(hardware.slices, outer, 1, inner)
+  for tensor in (2, 4):
+    if inner % tensor == 0 and tensor <= inner:
+      yield MeshConfig(hardware.slices, outer, tensor, inner // tensor)
 
 
 def _shape(config: MeshConfig, hardware: Hardware) -> dict[str, int]:

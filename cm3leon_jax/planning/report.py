@@ -1,7 +1,6 @@
 """Reports the costs of a compiled program on one device, as numbers and as a table."""
 
 from collections.abc import Iterator
-import re
 import time
 
 import jax
@@ -29,11 +28,8 @@ def compile_for(
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    needed = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
     reason = str(error).splitlines()[0]
-    if needed:
-      reason = f"temporaries need {needed[1]} GiB; the chip has {needed[2]} GiB"
-    raise UserError(f"{topology.name}: the program does not fit: {reason}.") from error
+    raise UserError(f"{topology.name}: the program does not fit: {reason}") from error
   return compiled, time.perf_counter() - start
 
 

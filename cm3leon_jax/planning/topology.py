@@ -1,6 +1,5 @@
 """Describes TPU chips and topologies for which XLA compiles programs without a TPU."""
 
-from collections.abc import Iterable
 import dataclasses
 import difflib
 import os
@@ -68,7 +67,6 @@ _TORI = {"v5e": _TORUS_2D, "v6e": _TORUS_2D, "v5p": _TORUS_3D, "tpu7x": _TORUS_3
 SLICES = {f"{chip}-{n}": shape for chip, tori in _TORI.items() for n, shape in tori.items()}
 # Chip names in Cloud TPU's accelerator types and in JAX -> this project's chip names.
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "7x": "tpu7x"}
-OLD = ("v2", "v3", "v4")  # Generations that are not supported.
 
 
 def own_name(name: str) -> str:
@@ -81,33 +79,12 @@ def own_name(name: str) -> str:
   return ALIASES.get(chip, chip) + name[len(chip) :]
 
 
-def check_supported(given: str, chips: Iterable[str]) -> None:
-  """Raises UserError if --topology, `given`, names a TPU generation that is not supported.
-
-  `chips` are the supported chips.
-  """
-  chip = re.split("[-:]", given, maxsplit=1)[0]
-  if chip in OLD:
-    raise UserError(
-      f"--topology is '{given}', but TPU {chip} is not supported; supported chips: "
-      f"{', '.join(chips)}."
-    )
-
-
-def suggestion(name: str, others: Iterable[str] = ()) -> str:
+def suggestion(name: str, others: tuple[str, ...] = ()) -> str:
   """Returns "did you mean v5e-256? " with the most similar slice, or "" if no name is similar.
 
   `others` are more names that can be suggested.
   """
-  name = own_name(name.lower())
-  if name in SLICES:
-    return f"did you mean {name}? "
-  chip, _, size = name.rpartition("-")
-  if chip in _TORI and size.isdecimal() and int(size):
-    counts = _TORI[chip]
-    nearest = min(counts, key=lambda n: max(n, int(size)) / min(n, int(size)))
-    return f"did you mean {chip}-{nearest}? "
-  close = difflib.get_close_matches(name, [*SLICES, *others], n=1)
+  close = difflib.get_close_matches(own_name(name.lower()), [*SLICES, *others], n=1)
   return f"did you mean {close[0]}? " if close else ""
 
 
@@ -117,19 +94,13 @@ class Topology:
 
   Attributes:
     name: chip and shape, such as v5p:4x4x8.
-    torus: chips along each dimension of a slice.
     devices: JAX devices that programs can be compiled for.
   """
 
   name: str
   chip: Chip
-  torus: tuple[int, ...]
   slices: int
   devices: tuple
-
-  @property
-  def devices_per_chip(self) -> int:
-    return self.chip.devices
 
 
 def prepare() -> None:
@@ -153,7 +124,6 @@ def load(name: str, slices: int = 1) -> Topology:
   Raises:
     UserError: the chip or shape does not exist, or libtpu is not installed.
   """
-  check_supported(name, CHIPS)
   given, name = name, own_name(name)
   generation, _, shape = name.replace("-", ":", 1).partition(":")
   shape = SLICES.get(name, shape)
@@ -171,6 +141,4 @@ def load(name: str, slices: int = 1) -> Topology:
     raise UserError(
       f"--topology {full} cannot be loaded: check the shape, and {extras.install('aot')}: {reason}"
     ) from error
-  return Topology(
-    full, CHIPS[generation], tuple(map(int, shape.split("x"))), slices, tuple(devices)
-  )
+  return Topology(full, CHIPS[generation], slices, tuple(devices))

@@ -1,7 +1,4 @@
-"""Runs `cm3leon aot_compile` in a new process, because a process cannot unload libtpu.
-
-The slow tests are split into several files, none of which takes more than 15 minutes.
-"""
+"""Runs `cm3leon aot_compile` in a new process, because a process cannot unload libtpu."""
 
 import json
 import os

@@ -1,7 +1,7 @@
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.planning import hardware
+from cm3leon_jax.planning import hardware, topology
 from tests.refusals import refused
 
 
@@ -9,20 +9,16 @@ from tests.refusals import refused
   ("name", "slices"),
   [
     ("v5e-200", 1),
-    ("v5litepod-100", 1),
-    ("v5p-9999", 1),
     ("v5e256", 1),
-    ("h10-64", 1),
     ("tpu", 1),
     ("h100-12", 1),
     ("h100-0", 1),
     ("h100-64", 2),
     ("v4-8", 1),
-    ("v2:2x2", 1),
   ],
 )
 def test_unknown_hardware_is_refused(name, slices):
-  with refused(UserError):
+  with refused(UserError, "--slices" if slices > 1 else f"--topology is '{name}'"):
     hardware.load(name, slices)
 
 
@@ -49,20 +45,18 @@ def test_hardware_is_counted(name, slices, chips, hosts, per_host, accelerator):
     assert found.accelerator == accelerator
 
 
-def test_a_name_of_cloud_tpu_is_ours():
-  assert hardware.load("v5litepod-256") == hardware.load("v5e-256")
-
-
-@pytest.mark.parametrize(
-  ("name", "requests"),
-  [("v5e-256", (56, 96)), ("v5e-8", (112, 192)), ("v6e:1x1", (22, 88)), ("v5p:1x1x1", (104, 224))],
-)
-def test_half_of_a_machine_is_asked_for(name, requests):
-  assert hardware.load(name).requests == requests
-
-
 @pytest.mark.parametrize(
   ("name", "devices"), [("tpu7x-128", 128), ("v5p-128", 64), ("v6e-256", 256), ("b200-64", 64)]
 )
 def test_a_chip_of_tpu7x_is_two_devices(name, devices):
   assert hardware.load(name).devices == devices
+
+
+def test_names_of_cloud_tpu_are_aliases_and_the_nearest_name_is_suggested():
+  names = ("v5litepod-256", "v5litepod:4x4", "v5e-256", "v5p-8", "h100-64", "tpu")
+  assert [topology.own_name(name) for name in names] == [
+    "v5e-256", "v5e:4x4", "v5e-256", "v5p-8", "h100-64", "tpu"
+  ]  # fmt: skip
+  assert topology.suggestion("a10-64", ("a100-64",)) == "did you mean a100-64? "
+  with refused(UserError, "--topology is 'v6-256'", "did you mean v6e-256?"):
+    topology.load("v6-256")

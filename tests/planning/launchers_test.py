@@ -1,4 +1,4 @@
-"""Tests the scripts that `cm3leon plan` writes, with fakes of gcloud, xpk and srun."""
+"""Tests the scripts that `cm3leon plan` writes, with fakes of gcloud and srun."""
 
 import re
 import subprocess
@@ -19,7 +19,6 @@ from tests.recorders import (
   write,
 )  # fmt: skip
 
-XPK = {**CLUSTER, "CLUSTER": "cluster"}
 SLURM = {"SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "8"}
 
 
@@ -66,67 +65,6 @@ def test_no_file_holds_a_secret_of_the_environment(tmp_path, monkeypatch):
     assert all("WANDB_API_KEY" in path.read_text() for path in training)
     assert not [text for text in texts if KEY in text]
     assert not [text for text in texts if re.search(r"WANDB_API_KEY[=:] *[\w'\"]{3}", text)]
-
-
-# Tests of XPK.
-
-
-def test_xpk_gets_the_flags_whole(recorders, tmp_path):
-  recorders.add("xpk")
-  recorders.add("cm3leon")
-  script = write(tmp_path, slices=2) / "xpk.sh"
-  result = run_script(recorders, script, **XPK)
-  assert result.returncode == 0, result.stderr
-  (call,) = recorders.calls("xpk")
-  assert call[:2] == ["workload", "create"]
-  given = dict(argument.removeprefix("--").split("=", 1) for argument in call[2:])
-  restarted = {int(code) for code in given.pop("restart-on-exit-codes").split(",")}
-  command = given.pop("command")
-  assert given == {
-    "project": "project", "zone": "us-west4-a", "cluster": "cluster", "workload": "run",
-    "tpu-type": "v5litepod-256", "num-slices": "2", "docker-image": "registry#image:tag",
-    "max-restarts": "7", "termination-grace-period-seconds": "1200",
-  }  # fmt: skip
-  assert INTERRUPTED in restarted
-  assert MISTAKE not in restarted
-  recorders.run("bash", "-c", command)
-  assert recorders.calls("cm3leon") == [["train", "--distributed", *FLAGS]]
-
-
-def test_xpk_gets_a_reservation_and_a_priority_if_they_are_given(recorders, tmp_path):
-  recorders.add("xpk")
-  calls = []
-  for options in ({}, {"reservation": "july", "priority": "high"}, {"priority": "own"}):
-    run_script(recorders, write(tmp_path, **options) / "xpk.sh", **XPK)
-    calls.append({x for x in recorders.calls("xpk")[-1] if not x.startswith("--command")})
-  plain, given, other = calls
-  assert given - plain == {"--reservation=july", "--priority=high"}
-  assert plain < given
-  assert other == plain
-
-
-@pytest.mark.parametrize("readable", [True, False])
-def test_xpk_reads_the_key_in_the_container(recorders, tmp_path, readable):
-  secret, found = "projects/p/secrets/wandb", tmp_path / "found"
-  answer = f"{{ printf %s {KEY}; exit; }}" if readable else "exit 1"
-  recorders.add("xpk")
-  recorders.add(
-    "python",
-    f'[ "$2" != cm3leon_jax.planning.secret ] || {answer}',
-  )
-  recorders.add("cm3leon", f'echo "${{WANDB_API_KEY-absent}}" >{found}')
-  script = write(tmp_path) / "xpk.sh"
-  result = run_script(recorders, script, **XPK, WANDB_SECRET=secret, WANDB_API_KEY=KEY)
-  assert result.returncode == 0
-  (call,) = recorders.calls("xpk")
-  assert KEY not in " ".join(call)
-  command = next(argument for argument in call if argument.startswith("--command="))
-  recorders.run("bash", "-c", command.removeprefix("--command="))
-  assert recorders.calls("python") == [["-m", "cm3leon_jax.planning.secret", secret]]
-  # Training starts whether or not the key is readable.
-  trained = ["train", "--distributed", *FLAGS]
-  assert recorders.calls("cm3leon") == [trained]
-  assert found.read_text().strip() == (KEY if readable else "absent")
 
 
 # Tests of SLURM.
@@ -257,16 +195,8 @@ def test_ray_gets_no_flag_of_the_training_and_uploads_no_shipped_config(recorder
   ]
 
 
-# Tests of mistakes.
-
-
-@pytest.mark.parametrize(
-  ("script", "variable"),
-  [("tpu_vm.sh", "PROJECT"), ("tpu_vm.sh", "ZONE")]
-  + [("xpk.sh", variable) for variable in ("PROJECT", "ZONE", "CLUSTER")],
-)
-def test_a_missing_variable_is_reported_in_one_sentence(recorders, tmp_path, script, variable):
-  environment = {name: value for name, value in XPK.items() if name != variable}
-  arguments = ["run"] if script == "tpu_vm.sh" else []
-  result = run_script(recorders, write(tmp_path) / script, *arguments, **environment)
+@pytest.mark.parametrize("variable", ["PROJECT", "ZONE"])
+def test_a_missing_variable_is_reported_in_one_sentence(recorders, tmp_path, variable):
+  environment = {name: value for name, value in CLUSTER.items() if name != variable}
+  result = run_script(recorders, write(tmp_path) / "tpu_vm.sh", "run", **environment)
   assert_one_sentence(result, f"{variable} is not set: export it, as in {variable}=")

@@ -57,26 +57,6 @@ class JobSet(Strict):
   spec: Spec
 
 
-class Endpoint(Strict):
-  port: int | str
-  path: str = "/metrics"
-  interval: str = pydantic.Field(pattern=r"^[0-9]+(ms|s|m|h)$")
-
-
-class Scraped(Strict):
-  selector: client.V1LabelSelector
-  endpoints: list[Endpoint] = pydantic.Field(min_length=1)
-
-
-class PodMonitoring(Strict):
-  """Resource of monitoring.googleapis.com/v1 as defined in prometheus-engine 0.15."""
-
-  apiVersion: str = pydantic.Field(pattern="^monitoring.googleapis.com/v1$")
-  kind: str = pydantic.Field(pattern="^PodMonitoring$")
-  metadata: Metadata
-  spec: Scraped
-
-
 STRICT = {"strict": True, "by_alias": True, "by_name": False}
 
 

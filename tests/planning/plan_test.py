@@ -86,13 +86,6 @@ def test_checked_steps_count_twice_in_days_and_not_in_the_time_to_stop():
   assert "on average" not in plan.table(plain, "run")
 
 
-def test_rows_and_passes_are_those_of_the_step():
-  made = make(settings())
-  shards = math.prod(made.mesh[axis] for axis in ("data", "fsdp", "fsdp_inner"))
-  assert made.rows_per_device * made.passes * shards == made.rows == 8_192
-  assert made.memory.total <= hardware.load("v5e-256").memory * 2**30
-
-
 def test_what_does_not_fit_becomes_smaller_and_its_flags_say_so():
   large = settings("cm3leon_7b", train={"rows_per_device": 32})
   made = make(large)
@@ -112,31 +105,18 @@ def test_the_mesh_of_a_config_stays():
 
 
 @pytest.mark.parametrize(
-  ("config", "topology", "slices"),
+  ("config", "topology", "slices", "fact"),
   [
-    ({"mesh": {"fsdp": 7}}, "v5e-256", 1),
-    ({"mesh": {"fsdp": 512}}, "v5e-256", 2),
-    ({"train": {"global_batch_size": 100}}, "v5e-256", 1),
-    ({}, "v5e-256", 3),
-    ({}, "h100-24", 1),
-    ({}, "v5e-256", 16),
-    ({"train": {"rows_per_device": 0, "gradient_accumulation_steps": 64}}, "v5e-256", 1),
+    ({"mesh": {"fsdp": 7}}, "v5e-256", 1, "config.mesh"),
+    ({"mesh": {"fsdp": 512}}, "v5e-256", 2, "config.mesh.data"),
+    ({"train": {"global_batch_size": 100}}, "v5e-256", 1, "global_batch_size"),
+    ({}, "h100-24", 1, "global_batch_size"),
+    ({"model": {"width": 32_768, "num_heads": 256, "mlp_width": 131_072}}, "v5e-4", 1, "fit"),
   ],
 )
-def test_what_the_hardware_cannot_run_is_refused(config, topology, slices):
-  with refused(UserError):
+def test_what_the_hardware_cannot_run_is_refused(config, topology, slices, fact):
+  with refused(UserError, fact):
     make(settings(**config), topology, slices)
-
-
-def test_a_model_that_fits_nowhere_is_refused():
-  wide = {"width": 32_768, "num_heads": 256, "mlp_width": 131_072}
-  for topology in ("v5e-4", "h100-1"):
-    with refused(UserError):
-      make(settings(model=wide), topology)
-  # The state would fit if sharded over all 64 GPUs, but the axis `data` does not shard it.
-  layers = {"width": 8_192, "num_heads": 64, "mlp_width": 32_768, "num_layers": 96}
-  with refused(UserError):
-    make(settings(model=layers), "h100-64")
 
 
 def test_the_table_counts_one_host_and_says_how_long_a_spot_machine_runs(of_7b):
@@ -146,13 +126,6 @@ def test_the_table_counts_one_host_and_says_how_long_a_spot_machine_runs(of_7b):
   assert re.search(r"time to stop +2,\d{3} s .* give 2,700 s\n", plan.table(one, "run"))
   assert "spot" not in plan.table(one, "run")
   assert "give 2,700 s; spot machines give about 30 s\n" in plan.table(one, "run", spot=True)
-
-
-def test_half_the_utilization_takes_twice_the_time():
-  made, half = make(settings()), make(settings(), mfu=0.2)
-  assert half.days == pytest.approx(2 * made.days)
-  assert "an assumption" in plan.table(made, "run")
-  assert "an assumption" not in plan.table(half, "run")
 
 
 # Tests of the command.
@@ -182,7 +155,7 @@ def test_the_command_prints_a_plan_and_writes_the_files_of_every_launcher(tmp_pa
   assert {cost["stage"] for cost in numbers["stages"]} >= {"build_neighbors", "train"}
   assert numbers["job"]["grace_seconds"] == 900
   files = {
-    "gke_jobset.yaml", "xpk.sh", "tpu_vm.sh", "offline_ray.sh", "plan.json",
+    "gke_jobset.yaml", "tpu_vm.sh", "offline_ray.sh", "plan.json",
   }  # fmt: skip
   assert {path.name for path in tmp_path.iterdir()} == files
   manifest = yaml.safe_load((tmp_path / "gke_jobset.yaml").read_text())
@@ -196,29 +169,15 @@ def test_the_command_prints_a_plan_and_writes_the_files_of_every_launcher(tmp_pa
 
 TOPOLOGY = "--topology=v5e-256"
 WRITES = [TOPOLOGY, "--out=out", "--workdir=gs://b/7b"]
-FURTHER = [
-  [TOPOLOGY, "--mfu=nan"],
-  [TOPOLOGY, "--image=i"],
-  [TOPOLOGY, "--queue=q"],
-  [TOPOLOGY, "--secret=s"],
-  [*WRITES, "--image=i", "--secret=s"],
-  [*WRITES, "--secret=s", "--config.train.wandb=cats"],
-  [*WRITES, "--train_flag=--init-from=gs://b/old"],
-  [*WRITES, "--memory_gib=100000"],
-  [*WRITES, "--image=my image"],
-  [TOPOLOGY, f"--out={__file__}", "--workdir=gs://b/7b"],
-]
 
 
 @pytest.mark.parametrize(
   "flags",
   [
     [],
-    [TOPOLOGY, "--mfu=40"],
     [TOPOLOGY, "--out=out"],
-    [*WRITES, "--train_flag=init_from=gs://b/old"],
-    [TOPOLOGY, "--out=out", "--workdir=gs://b/7b\nrm -r x"],
-    *(pytest.param(flags, marks=pytest.mark.slow) for flags in FURTHER),
+    [*WRITES, "--train_flag=--init-from=gs://b/old"],
+    pytest.param([*WRITES, "--memory_gib=100000"], marks=pytest.mark.slow),
   ],
 )
 def test_wrong_flags_are_refused_before_a_number_is_printed(tmp_path, flags):
@@ -226,17 +185,8 @@ def test_wrong_flags_are_refused_before_a_number_is_printed(tmp_path, flags):
   assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_the_file_that_copies_a_checkout_is_named_outside_of_one(tmp_path):
-  flags = ["--config=cm3leon_350m", TOPOLOGY, "--workdir=gs://bucket/350m", "--out=out"]
-  result = launch("plan", *flags, cwd=tmp_path)
-  assert result.returncode == 0, result.stderr
-  sentence = "tpu_vm.sh: run this in the root of a checkout of the repository.\n"
-  assert sentence in result.stdout
-
-
 def test_a_plan_for_tpu7x_counts_two_devices_per_chip():
-  """A device of tpu7x has 1,153.5 TFLOP/s. The files for GKE and XPK count chips and cores."""
+  """A device of tpu7x has 1,153.5 TFLOP/s. The file for GKE counts chips."""
   made = make(settings("cm3leon_7b"), "tpu7x-128")
   assert math.prod(made.mesh.values()) == 128
   assert made.step_seconds == pytest.approx(33.55e6 * 43.5e9 / (128 * 1153.5e12 * 0.4), rel=0.01)
@@ -248,4 +198,3 @@ def test_a_plan_for_tpu7x_counts_two_devices_per_chip():
   assert "tpu_vm.sh: tpu7x runs in GKE only." in launchers.remarks(job)
   assert 'google.com/tpu: "4"' in files["gke_jobset.yaml"]
   assert "gke-tpu-accelerator: tpu7x" in files["gke_jobset.yaml"]
-  assert "tpu7x-128" in files["xpk.sh"]

@@ -27,12 +27,12 @@ KUBERNETES_SECRET = "cm3leon"
 KEYS = {
   "gke_jobset.yaml": "from a Secret: kubectl create secret generic {secret} "
   '--from-literal=WANDB_API_KEY="$WANDB_API_KEY"',
-  "xpk.sh": "from Secret Manager: export WANDB_SECRET=projects/PROJECT/secrets/NAME",
   "tpu_vm.sh": "from the environment of tpu_vm.sh, at `watch` and `run`",
   "slurm.sbatch": "from the environment of sbatch",
 }
-# Priorities that XPK accepts, which are PriorityClasses of its clusters.
-XPK_PRIORITIES = ("very-low", "low", "medium", "high", "very-high")
+NAME = r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?"  # Of Kubernetes.
+WORD = r"[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?"
+ADDRESS = r"[\w.-]+@[\w.-]+"
 # Folders of this repository that are copied into the container image, and by tpu_vm.sh.
 COPIED = ("cm3leon_jax", "launch", "ml_configs")
 
@@ -110,68 +110,19 @@ def check(job: PodJob) -> None:
       "hyphens), start with a letter and not end with a hyphen."
     )
   gpu = job.hardware.platform == "gpu"
-  _check_names(job, gpu)
-  if job.queue and gpu:
-    raise UserError("--queue is for Kueue, which only the files for TPUs use: omit it on GPUs.")
-  if job.secret and gpu:
-    raise UserError(
-      "--secret is for Kubernetes, which only the files for TPUs use: omit it on GPUs, where "
-      "WANDB_API_KEY comes from the environment of sbatch."
-    )
-  _check_gke(job)
+  patterns = {"queue": NAME, "secret": NAME, "service_account": f"{NAME}|{ADDRESS}"}
+  patterns |= {"reservation": WORD, "priority": WORD if gpu else NAME}
+  for flag, pattern in patterns.items():
+    value = getattr(job, flag)
+    if value and not re.fullmatch(pattern, value, re.ASCII):
+      raise UserError(f"--{flag} is '{value}'; it must be a name of letters, digits, '-' and '.'.")
+  if job.reservation and job.spot:
+    raise UserError("--reservation and --spot exclude each other: give only one.")
   where = "gs://BUCKET/FOLDER" + (" or /SHARED/FOLDER" * gpu)
-  if not job.workdir:
-    raise UserError(f"--out needs --workdir={where}, because all hosts use one workdir.")
   if not re.match(r"(gs://|/)." if gpu else "gs://.", job.workdir):
     raise UserError(
       f"--workdir is '{job.workdir}'; it must be {where}, because all hosts use one workdir."
     )
-
-
-def _check_names(job: PodJob, gpu: bool) -> None:
-  """Raises UserError if a name is invalid, or if a flag does not apply to the job's machines."""
-  names = {"queue": job.queue, "secret": job.secret}
-  if not gpu:
-    names |= {"priority": job.priority}
-  if not job.has_cloud_account:
-    names |= {"service_account": job.service_account}
-  for flag, value in names.items():
-    if value and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", value):
-      raise UserError(
-        f"--{flag} is '{value}'; it must be a Kubernetes name (lower-case letters, digits, '-' and "
-        "'.')."
-      )
-  for flag, value in (("reservation", job.reservation), ("priority", job.priority)):
-    if value and not re.fullmatch(r"[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", value, re.ASCII):
-      raise UserError(f"--{flag} is '{value}'; it must consist of letters, digits and hyphens.")
-  account = job.service_account
-  if job.has_cloud_account and not re.fullmatch(r"[\w.-]+@[\w.-]+", account, re.ASCII):
-    raise UserError(
-      f"--service_account is '{account}'; it must be a Kubernetes name, or an address such as "
-      "trainer@my-project.iam.gserviceaccount.com."
-    )
-  if account and gpu:
-    raise UserError(
-      "--service_account is for GKE and TPU VMs: omit it on GPUs, whose launchers use the account "
-      "of their machines."
-    )
-  if job.reservation and job.spot:
-    raise UserError("--reservation and --spot exclude each other: give only one.")
-
-
-def _check_gke(job: PodJob) -> None:
-  """Raises UserError for a flag that only GKE files use if no GKE file is written."""
-  for flag, value in (("queue", job.queue), ("secret", job.secret)):
-    if value and _of_one_host(job.hardware):
-      raise UserError(
-        f"--{flag} is for gke_jobset.yaml, which is not written because GKE connects only slices "
-        f"of several hosts: omit --{flag}."
-      )
-    if value and not job.image:
-      raise UserError(
-        f"--{flag} is for gke_jobset.yaml, which is written only with --image: give --image, or "
-        f"omit --{flag}."
-      )
 
 
 def files(job: PodJob) -> dict[str, str]:
@@ -191,7 +142,7 @@ def files(job: PodJob) -> dict[str, str]:
   values = {"job": job, "hw": job.hardware, "GPU_FRACTION": GPU_FRACTION}
   values |= {"secret": job.secret or KUBERNETES_SECRET}
   values |= {"MISTAKE": MISTAKE, "INTERRUPTED": INTERRUPTED, "TRIES": TRIES}
-  values |= {"XPK_PRIORITIES": XPK_PRIORITIES, "upload": job.config.endswith(".py")}
+  values |= {"upload": job.config.endswith(".py")}
   # Offline stages take only these flags. The others are for training.
   values |= {"offline_flags": [f for f in job.flags if re.match(r"--(config|workdir)\b", f)]}
   return {
@@ -203,10 +154,7 @@ def _with_image(job: PodJob) -> list[str]:
   """Returns the names of the files that start containers."""
   if job.hardware.platform == "gpu":
     return ["slurm.sbatch"]
-  if _of_one_host(job.hardware):
-    return []
-  names = ["gke_jobset.yaml", "xpk.sh"]
-  return sorted([*names, *["gke_monitoring.yaml"] * bool(job.metrics_port)])
+  return [] if _of_one_host(job.hardware) else ["gke_jobset.yaml"]
 
 
 def _of_one_host(hardware: Hardware) -> bool:
@@ -229,51 +177,36 @@ def remarks(job: PodJob) -> list[str]:
 
   An ignored flag is one that a written file does not support.
   """
-  sentences, gpu = [], job.hardware.platform == "gpu"
+  sentences, tpu = [], job.hardware.platform == "tpu"
   if _of_one_host(job.hardware):
-    sentences.append("gke_jobset.yaml and xpk.sh: GKE connects only slices of several hosts.")
+    sentences.append("gke_jobset.yaml: GKE connects only slices of several hosts.")
   elif not job.image:
-    *others, last = _with_image(job)
-    needing = f"{', '.join(others)} and {last} need" if others else f"{last} needs"
-    sentences.append(f"{needing} a container image: give --image.")
-  elif gpu and job.spot:
-    sentences.append("slurm.sbatch: --spot changes nothing in SLURM: choose a partition.")
-  if not gpu and not job.hardware.tpu.runtime:
+    sentences.append(f"{_with_image(job)[0]} needs a container image: give --image.")
+  if tpu and not job.hardware.tpu.runtime:
     sentences.append(f"tpu_vm.sh: {job.hardware.chip} runs in GKE only.")
   if job.config.endswith(".py") and pathlib.PurePosixPath(job.config).parts[0] not in COPIED:
     sentences.append(
       f"--config={job.config}: launch/pod/Dockerfile and tpu_vm.sh copy only {', '.join(COPIED)}; "
       "put the file into ml_configs/, or have it in the image under this name."
     )
-  return sentences + _not_followed(job)
+  return sentences + _ignored(job)
 
 
-def _not_followed(job: PodJob) -> list[str]:
+def _ignored(job: PodJob) -> list[str]:
   """Returns a sentence for each pair of a written file and a flag that it ignores."""
-  account = "--service_account" if job.service_account else ""
-  priority = "--priority" if job.priority else ""
-  machine = "--cpus" if job.cpus else "--memory_gib" if job.memory_gib else ""
-  is_cloud = job.has_cloud_account
+  is_cloud, others = job.has_cloud_account, ("queue", "secret")
   table = {
-    "gke_jobset.yaml": {account * is_cloud: "give the node pool this account"},
-    "xpk.sh": {
-      account: "XPK has no flag for it",
-      priority * (job.priority not in XPK_PRIORITIES): f"XPK has {', '.join(XPK_PRIORITIES)}",
-      machine: "XPK has no flag for it",
-    },
-    "tpu_vm.sh": {
-      account * (not is_cloud): "give an address of Google Cloud",
-      priority: "a queued resource has none",
-      machine: "a TPU VM is a whole host",
-    },
+    "gke_jobset.yaml": ["service_account"] * is_cloud,
+    "tpu_vm.sh": [*others, *["service_account"] * (not is_cloud), "priority", "cpus", "memory_gib"],
+    "slurm.sbatch": [*others, "service_account", "spot"],
   }
   written = files(job)
   return [
-    f"{name}: {flag} changes nothing here: {reason}."
-    for name, row in table.items()
+    f"{name}: --{flag} changes nothing here."
+    for name, ignored in table.items()
     if name in written
-    for flag, reason in row.items()
-    if flag
+    for flag in ignored
+    if getattr(job, flag)
   ]
 
 
