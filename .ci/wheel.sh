@@ -53,7 +53,7 @@ cm3leon generate --workdir=scenes-instruct --task=caption --image=sample.png --o
 cm3leon export --workdir=scenes --output=exported
 [ -f exported/README.md ] || fail "cm3leon export wrote no model card."
 
-echo "wheel: cm3leon run on the bundled model, and CM3Leon.finetune"
+echo "wheel: cm3leon run on the bundled model"
 # The extra `demo` is not installed, so nothing can be drawn or judged.
 python - <<'PYTHON'
 import itertools, pathlib
@@ -76,7 +76,6 @@ cm3leon run --config=own:5 --config.raw.source=drawings --config.train.steps=20 
   --workdir=tuned | tee tuned.txt
 grep -q '^  forgetting: .* bits per image code' tuned.txt || fail "cm3leon run measured no forgetting."
 grep -q '^  forgetting: no images were judged' tuned.txt || fail "cm3leon run did not say that it judged no images."
-python -c 'from cm3leon_jax import CM3Leon; CM3Leon.finetune("drawings", "tuned", minutes=5, fields={"train.steps": 20}).generate("a red ellipse")'
 
 echo "wheel: cm3leon serve"
 cm3leon serve --workdir=scenes --port=0 >serve.log 2>&1 &
@@ -100,8 +99,3 @@ PYTHON
 kill -TERM "$server"
 wait "$server" || fail "cm3leon serve ended with exit code $?: $(tail -n 3 serve.log)"
 server=""
-
-echo "wheel: batches of 1, 2, 3 and 8 on this jax"
-"${pip[@]}" install pytest pytest-xdist hypothesis beartype psutil -c "$root/constraints.txt"
-cd "$folder/source"
-python -m pytest -q -p no:cacheprovider tests/decoding/batch_sizes_test.py

@@ -39,7 +39,6 @@ import jax
 from jaxtyping import install_import_hook
 import pytest
 
-pytest_plugins = ["tests.processor_time"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tracing creates many objects, but few reference cycles. Less frequent garbage collection saves 12%
 # of the time.

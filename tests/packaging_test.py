@@ -1,8 +1,7 @@
-"""Tests packaging: metadata, the wheel, and the extras that scripts and files install."""
+"""Tests packaging: metadata, the wheel, and the tested versions."""
 
 import pathlib
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -10,16 +9,11 @@ import tomllib
 import zipfile
 
 import pytest
-import yaml
 
 import cm3leon_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())
-EXTRAS = runpy.run_path(str(ROOT / ".ci" / "extras.py"))
-PROMISED = (
-  *("tpu", "cuda12", "cuda13", "data", "ray", "monitoring", "serve", "eval", "aot", "demo", "dev"),
-)
 
 
 def build(source, target) -> pathlib.Path:
@@ -88,61 +82,9 @@ def test_the_image_installs_dependencies_without_the_package(tmp_path):
     assert all(".dist-info/" in name for name in archive.namelist())
 
 
-def test_every_extra_that_a_file_installs_is_resolved_in_ci():
-  declared, shipped = set(EXTRAS["declared"]()), EXTRAS["shipped"]()
-  assert set(PROMISED) <= declared
-  for extras, files in shipped.items():
-    assert set(extras.split(",")) <= declared, files
-  image = {f"{extra},data,monitoring" for extra in ("tpu", "cuda12", "cuda13")}
-  assert image | {"demo", "demo,dev"} <= set(shipped)
-  assert ".ci/extras.py" in (ROOT / ".ci" / "run").read_text()
-
-
-@pytest.mark.parametrize(
-  ("text", "extras"),
-  [
-    ("make_venv tpu,data\n", {"tpu,data"}),
-    ("pip install -e '.[aot]'\n", {"aot"}),
-    ('case "$EXTRA" in a | b) ;;\npip install ".[$EXTRA,data]" -c', {"a,data", "b,data"}),
-    ("make_venv() {\n  pip install -e .[$extra]", set()),
-  ],
-)
-def test_extras_are_found_in_a_file(text, extras):
-  assert EXTRAS["installed_by"](text) == extras
-
-
-@pytest.mark.parametrize(
-  ("text", "packages"),
-  [
-    ("python3 -m pip install --user --quiet uv\n", {(("uv",), ())}),
-    ("- run: pip install 'mkdocs>=1.6,<2' -c constraints.txt", {(("mkdocs>=1.6,<2",), ())}),
-    ("(`pip install a`), or `pip install b-c` and", {(("a",), ()), (("b-c",), ())}),
-    ('python3.12 -m venv m && m/bin/pip install "a==1" \\\n  c', {(("a==1", "c"), ("3.12",))}),
-    ("pip install -e '.[demo]' -c r.txt", set()),
-    ("pip install cm3leon_jax-0.2.0-py3-none-any.whl", set()),
-    ("pip install 'ray[data]>=2.51' a, set B: or", {(("ray[data]>=2.51", "a"), ())}),
-  ],
-)  # fmt: skip
-def test_packages_are_found_in_a_file(text, packages):
-  assert EXTRAS["packages_in"](text) == packages
-
-
 def names_of(requirements) -> set[str]:
   """Returns names of packages, such as {"jax"} for ["jax[tpu]>=0.10; python_version < '3.12'"]."""
   return {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
-
-
-def test_the_python_of_the_image_is_one_that_is_resolved():
-  text = (ROOT / "launch" / "pod" / "Dockerfile").read_text()
-  (python,) = re.findall(r"^FROM python:(3\.\d+)-slim$", text, re.MULTILINE)
-  assert python in EXTRAS["PYTHONS"]
-  # CI runs the tests on this Python version, and tests the wheel on all versions.
-  assert f'export PYTHON="${{PYTHON:-python{python}}}"' in (ROOT / ".ci/run").read_text()
-  workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
-  matrix = workflow["jobs"]["wheel"]["strategy"]["matrix"]["python"]
-  assert tuple(matrix) == EXTRAS["PYTHONS"]
-  classifiers = {f"Programming Language :: Python :: {version}" for version in matrix}
-  assert classifiers <= set(METADATA["project"]["classifiers"])
 
 
 def test_requirements_are_those_of_a_run_and_constraints_the_others():
@@ -161,21 +103,3 @@ def test_the_range_of_jax_ends_at_the_tested_versions():
   (jax,) = (r for r in METADATA["project"]["dependencies"] if r.startswith("jax>"))
   tested = re.findall(r"^jax==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
   assert jax == f"jax>={tested[0]},<={tested[1]}"
-
-
-def test_the_layout_of_the_project():
-  for name in ("requirements.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"):
-    assert (ROOT / name).is_file(), name
-  for name in ("cm3leon_jax", "launch", "ml_configs", "tests"):
-    assert (ROOT / name / "__init__.py").is_file(), name
-  assert len((ROOT / "setup.py").read_text().splitlines()) < 10
-
-
-def test_the_wheel_is_tried_only_on_a_python_that_is_there():
-  """A missing Python version causes an error message and a failure, not a skip."""
-  result = subprocess.run(
-    ["bash", ROOT / ".ci" / "wheel.sh", "python3.99"], capture_output=True, text=True, check=False
-  )
-  assert result.returncode == 2
-  assert result.stderr.startswith("error: 'python3.99' does not run")
-  assert "install Python 3.13" in result.stderr

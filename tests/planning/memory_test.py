@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import pathlib
 import re
 import types
 
@@ -16,7 +15,6 @@ from cm3leon_jax.commands import reinforce as reinforce_command
 from cm3leon_jax.commands import train as train_command
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import InstructionsConfig
-from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.mesh import MeshConfig, abstract
 from cm3leon_jax.models.config import AdapterConfig
 from cm3leon_jax.planning import memory
@@ -27,16 +25,30 @@ from tests.generation.run import SETTINGS
 from tests.models.tiny import mesh_of
 from tests.refusals import refused
 
-CARDS = pathlib.Path(__file__).parents[2] / "docs" / "cards"
 GIB = 2**30
-# GiB per device by the compiler, of steps that are no cards: slice, mesh, rows, remat, GiB.
-SEARCHED = [
-  ("v5p-8", (1, 2, 1, 2), 4, "minimal", 70.00),
-  ("v5p-256", (1, 16, 1, 8), 8, "minimal", 81.09),
-  ("v5e-256", (1, 8, 2, 16), 2, "minimal", 11.57),
-  ("v5e-256", (1, 16, 1, 16), 2, "save_qkv", 12.64),
-  ("v6e-256", (1, 16, 1, 16), 2, "minimal", 20.16),
-  ("v5p-8", (1, 2, 1, 2), 4, "full", 38.09),
+# Compiled train steps: config, mesh (data, fsdp, tensor, fsdp_inner), rows per device, passes (0: as
+# the config's batch needs), remat policy, GiB per device.
+COMPILED = [
+  ("cm3leon_7b", (1, 16, 1, 8), 4, 1, "full", 7.48),
+  ("cm3leon_7b", (1, 16, 1, 16), 2, 1, "full", 4.17),
+  ("cm3leon_7b", (1, 2, 1, 2), 4, 1, "full", 31.56),
+  ("cm3leon_7b", (1, 2, 1, 2), 4, 1, "minimal", 63.28),
+  ("cm3leon_7b", (1, 16, 1, 16), 4, 1, "full", 6.60),
+  ("cm3leon_7b", (1, 16, 1, 16), 4, 1, "offload", 11.11),
+  ("cm3leon_7b", (1, 16, 1, 16), 4, 1, "save_attention", 14.63),
+  ("cm3leon_350m", (1, 16, 1, 16), 8, 1, "minimal", 21.20),
+  ("cm3leon_350m", (1, 2, 1, 2), 32, 1, "minimal", 85.82),
+  ("cm3leon_760m", (1, 16, 1, 16), 2, 1, "minimal", 6.62),
+  ("cm3leon_760m", (1, 2, 1, 2), 16, 1, "minimal", 53.11),
+  ("sft_7b", (1, 2, 1, 2), 4, 32, "full", 37.97),
+  ("sft_350m", (1, 16, 1, 16), 2, 1, "minimal", 5.45),
+  ("sft_350m", (1, 2, 1, 2), 32, 4, "minimal", 86.27),
+  ("sft_760m", (1, 2, 1, 2), 16, 8, "minimal", 53.88),
+  ("cm3leon_7b", (1, 2, 1, 2), 4, 0, "minimal", 70.00),
+  ("cm3leon_7b", (1, 16, 1, 8), 8, 0, "minimal", 81.09),
+  ("cm3leon_7b", (1, 8, 2, 16), 2, 0, "minimal", 11.57),
+  ("cm3leon_7b", (1, 16, 1, 16), 2, 0, "save_qkv", 12.64),
+  ("cm3leon_7b", (2, 16, 1, 16), 4, 0, "full", 8.54),
 ]
 
 
@@ -56,28 +68,11 @@ def estimated(settings) -> memory.Memory:
   return memory.estimate(settings, settings.mesh.over(devices))
 
 
-def compiled() -> list[tuple]:
-  """Returns (name, settings, GiB per device by the compiler) of train steps."""
-  cases = []
-  for path in CARDS.glob("*.json"):
-    for name, card in read_json(path).items():
-      if name.endswith("/train"):
-        flags = dict(re.findall(r"--config\.mesh\.(\w+)=(\d+)", card["command"]))
-        mesh = tuple(int(flags.get(axis, 1)) for axis in ("data", "fsdp", "tensor", "fsdp_inner"))
-        config = config_file.load(path.stem)
-        rows, policy = config.train.rows_per_device, config.model.remat_policy
-        settings = settings_of(path.stem, mesh, rows, policy)
-        cases.append((f"{path.stem} {name}", settings, card["sum_gib"]))
-  for topology, mesh, rows, policy, gib in SEARCHED:
-    cases.append((f"{topology} {policy}", settings_of("cm3leon_7b", mesh, rows, policy), gib))
-  return cases
-
-
-def test_the_estimate_is_near_the_compilers_numbers():
-  cases = compiled()
-  assert len(cases) == 15 + len(SEARCHED)
-  for name, settings, gib in cases:
-    assert estimated(settings).total / GIB == pytest.approx(gib, rel=0.05), name
+@pytest.mark.parametrize(("config", "mesh", "rows", "passes", "policy", "gib"), COMPILED)
+def test_the_estimate_is_near_the_compilers_number(config, mesh, rows, passes, policy, gib):
+  batch = rows * passes * math.prod(mesh) // mesh[2]
+  settings = settings_of(config, mesh, rows, policy, batch)
+  assert estimated(settings).total / GIB == pytest.approx(gib, rel=0.05)
 
 
 @pytest.mark.parametrize(("family", "head_size"), [("opt", 0), ("modern", 0), ("modern", 8)])
