@@ -87,14 +87,6 @@ def test_one_file_has_everything(finished):
     assert archive.read("first_run/good.log") == b"53\n"
 
 
-def test_parts_without_time_do_not_start(tmp_path):
-  results = {"machine": MACHINE, "parts": {}}
-  first_run.go(PARTS, results, tmp_path, epath.Path(tmp_path), time.monotonic() + 5)
-  outcomes = {part["outcome"] for part in results["parts"].values()}
-  assert outcomes == {"not started: no time was left"}
-  assert not list(tmp_path.glob("*.log"))
-
-
 def test_a_second_start_runs_only_the_parts_without_a_result(finished, tmp_path, capsys):
   shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
   there = epath.Path(tmp_path)
@@ -221,15 +213,6 @@ def start_script(folder, **environment):
 
 
 TPU = {"BASH_FUNC_compgen%%": "() { [[ $2 == *accel* ]]; }"}
-
-
-@pytest.mark.parametrize("hosts", ["", "localhost"])
-def test_uv_installs_a_python_where_all_are_too_old(hosts, tmp_path):
-  result, calls = start_script(tmp_path, **TPU, TPU_WORKER_HOSTNAMES=hosts)
-  uv = ["-m uv python install 3.11", "-m uv python find 3.11"]
-  assert calls == ["-m pip install --user --quiet uv", *uv]
-  assert "uv installs one" in result.stdout
-  assert result.stderr.startswith(f"error: '{tmp_path}/python3.11 -m venv' failed")
 
 
 @pytest.mark.parametrize("given", [{"TPU_WORKER_HOSTNAMES": "a,b"}, {"ENDPOINTS": "a:1:c,b:1:d"}])

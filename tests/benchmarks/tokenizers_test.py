@@ -9,7 +9,6 @@ from benchmarks.evidence import tokenizers, tokenizers_table
 from benchmarks.evidence.tokenizers import ARMS, Experiment
 from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.runs import stages, table
-from cm3leon_jax.training.small import vqgan_training
 
 SMALL = {
   "raw.resolution": 12, "vqgan.resolution": 12, "vqgan.width": 8, "vqgan.encoder_blocks": (0,),
@@ -35,20 +34,6 @@ def test_arms_differ_in_the_quantizer_alone(small):
     same = dataclasses.replace(own.vqgan, quantizer="", code_dim=8)
     assert dataclasses.replace(own, vqgan=same) == base
   assert (base.seed, base.vocab.image_size, base.data.num_neighbors) == (2, 64, 0)
-
-
-def test_the_commonest_square_bounds_the_perplexity():
-  images = np.zeros((2, 4, 4, 3), np.uint8)
-  images[0, :2, :2], images[1, 3, 3] = 9, (0, 0, 1)  # Changes two of the eight 2 x 2 squares.
-  assert tokenizers.commonest_square(images, 2) == 6 / 8
-  bound = tokenizers_table.perplexity_bound
-  assert bound(1.0, 8) == 1
-  assert bound(1 / 8, 8) == pytest.approx(8)
-  # Entropy: 1 bit for whether the code is the first, and 2 bits more for half of the codes, 2 in
-  # all.
-  assert bound(0.5, 5) == pytest.approx(4)
-  codes = np.repeat(np.arange(5), [4, 1, 1, 1, 1])
-  assert vqgan_training.perplexity(codes, 5) == pytest.approx(4)
 
 
 @pytest.fixture

@@ -101,31 +101,19 @@ def test_a_process_that_is_stuck_is_named_and_the_job_ends(start, workdir):
 
 
 @pytest.mark.slow
-def test_the_others_of_a_killed_process_end_in_time(start, workdir):
-  jobs = start(f"--config.train.steps={STEPS}")
-  wait_for_steps(workdir, 3)
-  jobs[1].send_signal(signal.SIGKILL)
-  bound = distributed.HEARTBEAT_SECONDS + distributed.SHUTDOWN_SECONDS
-  print("seconds after SIGKILL:", round(seconds_to_end(jobs[0], bound), 1), jobs[0].returncode)
-  # Launchers restart a job unless its exit code is 0 or 2. 75 would mean a clean stop.
-  assert jobs[0].returncode not in (0, 2, 75)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stopped", [0, 1])
-def test_the_others_of_a_stopped_process_end_in_time(start, workdir, stopped):
+def test_the_others_of_a_stopped_process_end_in_time(start, workdir):
   """The stopped process keeps its connections open, as on a host that lost its network."""
   jobs = start(f"--config.train.steps={STEPS}", HEARTBEAT_SECONDS="10")
   wait_for_steps(workdir, 3)
-  jobs[stopped].send_signal(signal.SIGSTOP)
-  other = jobs[1 - stopped]
+  jobs[0].send_signal(signal.SIGSTOP)
+  other = jobs[1]
   print("seconds after SIGSTOP:", round(seconds_to_end(other, 60), 1), other.returncode)
   assert other.returncode not in (0, 2, 75)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("signaled", "number", "code"), [([1], signal.SIGTERM, INTERRUPTED), ([0], signal.SIGINT, CTRL_C)]
+  ("signaled", "number", "code"), [(1, signal.SIGTERM, INTERRUPTED), (0, signal.SIGINT, CTRL_C)]
 )
 def test_a_signal_before_the_steps_ends_all_processes_with_its_code(
   start, workdir, signaled, number, code
@@ -133,8 +121,7 @@ def test_a_signal_before_the_steps_ends_all_processes_with_its_code(
   jobs = start(f"--config.train.steps={STEPS}", SHUTDOWN_SECONDS="30")
   wait_for_line(workdir, 0, "rows: ")
   begin = time.monotonic()
-  for i in signaled:
-    jobs[i].send_signal(number)
+  jobs[signaled].send_signal(number)
   for job in jobs:
     job.wait(60)
   seconds = time.monotonic() - begin
@@ -149,19 +136,6 @@ def test_a_signal_before_the_steps_ends_all_processes_with_its_code(
 
 
 @pytest.mark.slow
-def test_a_process_that_was_asked_to_stop_waits_for_a_late_one_a_bounded_time(start, workdir):
-  bounds = {"TOGETHER_SECONDS": "5", "SHUTDOWN_SECONDS": "10"}
-  jobs = start(f"--config.train.steps={STEPS}", FAULT="late:1:0", **bounds)
-  wait_for_line(workdir, 1, "late")
-  jobs[0].send_signal(signal.SIGTERM)
-  seconds = [round(seconds_to_end(job, 60), 1) for job in jobs]
-  print("seconds after SIGTERM:", seconds, [job.returncode for job in jobs])
-  assert jobs[0].returncode == INTERRUPTED
-  assert STOPPED_EARLY in log(workdir, 0)
-  assert jobs[1].returncode not in (0, 2)  # Launchers restart a job unless its exit code is 0 or 2.
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_one_process_ends_the_other_in_time(start, workdir, failing):
   fault = {"FAULT": f"error:{failing}:6", "SHUTDOWN_SECONDS": "10"}
@@ -173,25 +147,6 @@ def test_an_error_in_one_process_ends_the_other_in_time(start, workdir, failing)
   assert "error: a fault of the test" in log(workdir, failing)
   assert 0 not in codes
   assert sealed(workdir)[-1] in (4, 6)
-
-
-@pytest.mark.slow
-def test_an_error_waits_a_bounded_time_for_the_digests_of_another_process(start, workdir):
-  """The other process lives, but never computes the digests of its part of the checkpoint."""
-  peer = 4
-  jobs = start(
-    f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=5",
-    FAULT="error_unsealed:0:6", PEER_SECONDS=str(peer), SHUTDOWN_SECONDS="10",
-  )  # fmt: skip
-  wait_for_steps(workdir, 5)
-  begin = time.monotonic()
-  wait_for_line(workdir, 0, "error: a fault of the test", 60)
-  seconds = time.monotonic() - begin
-  print("seconds until the error was told:", round(seconds, 1))
-  assert peer - 2 < seconds < peer + 20
-  for job in jobs:
-    job.wait(60)
-  assert sealed(workdir) == []
 
 
 @pytest.mark.slow

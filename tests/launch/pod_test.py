@@ -10,8 +10,10 @@ import pytest
 from cm3leon_jax.config import INTERRUPTED
 from tests.recorders import FLAGS, MISTAKE, POD, PROGRAMS, ROOT, Recorders, run_script
 
-PATTERNS = (".ci/run", "launch/**/*.sh")
-SCRIPTS = sorted(p for pattern in PATTERNS for p in ROOT.glob(pattern) if p.is_file())
+PATTERNS = (".ci/*", "launch/**/*.sh", "tools/*.sh")
+SCRIPTS = sorted(
+  p for pattern in PATTERNS for p in ROOT.glob(pattern) if p.is_file() and p.suffix != ".py"
+)
 
 
 @pytest.fixture
@@ -34,22 +36,9 @@ def test_shell_scripts_are_clean(script):
   assert found.returncode == 0, found.stdout
 
 
-def test_shellcheck_finds_an_unquoted_variable(tmp_path):
-  (tmp_path / "wrong.sh").write_text("#!/usr/bin/env bash\nrm $1\n")
-  found = lint("shellcheck", tmp_path / "wrong.sh")
-  assert found.returncode == 1
-  assert "SC2086" in found.stdout
-
-
 def test_dockerfile_is_clean():
   found = lint("hadolint", POD / "Dockerfile")
   assert found.returncode == 0, found.stdout
-
-
-def test_hadolint_finds_a_misspelt_instruction(tmp_path):
-  text = (POD / "Dockerfile").read_text().replace("WORKDIR", "WORKDIRS")
-  (tmp_path / "Dockerfile").write_text(text)
-  assert lint("hadolint", tmp_path / "Dockerfile").returncode != 0
 
 
 def test_dockerfile_copies_what_the_context_holds_and_installs_extras_that_exist():
@@ -61,7 +50,6 @@ def test_dockerfile_copies_what_the_context_holds_and_installs_extras_that_exist
   assert all((ROOT / source).exists() for source in copied)
   assert sorted(line[1:] for line in ignored if line.startswith("!")) == sorted(copied)
   assert 'case "$EXTRA" in tpu | cuda12 | cuda13)' in text
-  # That .ci/extras.py resolves all three is checked in tests/packaging_test.py.
   assert '".[$EXTRA,data,monitoring]"' in text
 
 

@@ -11,7 +11,6 @@ from etils import epath
 import numpy as np
 import pytest
 
-from cm3leon_jax.commands import train
 from cm3leon_jax.config import CTRL_C, INTERRUPTED
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages
@@ -29,11 +28,6 @@ START = """
 import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 runpy.run_module(f"launch.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
-"""
-# Program that also sends itself SIGTERM after training.
-START_AND_STOP = """
-from cm3leon_jax.commands import run_start
-run_start.machine = lambda: signal.raise_signal(signal.SIGTERM)
 """
 NOTHING = (
   "stopped outside of the training steps: there was nothing to save; the same command continues."
@@ -66,22 +60,6 @@ def test_a_signal_before_the_loop_says_that_nothing_was_to_be_saved(tmp_path, nu
   assert output.splitlines()[-1] == NOTHING
   assert not (tmp_path / "train" / "lease.json").exists()
   assert not (tmp_path / "train" / "done.json").exists()
-
-
-@pytest.mark.slow
-def test_a_signal_after_the_last_step_says_that_nothing_was_to_be_saved(tmp_path):
-  settings = settings_from_config(get_config())
-  make_workdir(tmp_path, settings)
-  first, _, last = START.rpartition("\nrunpy")
-  job = start("train", tmp_path, program=f"{first}{START_AND_STOP}runpy{last}")
-  output, errors = job.communicate(timeout=300)
-  assert (job.returncode, errors) == (INTERRUPTED, "")
-  *_, before, sentence = output.splitlines()
-  assert before.startswith("train: goodput ")  # Printed after the last step.
-  assert sentence == NOTHING
-  assert not (tmp_path / "train" / stages.DONE).exists()
-  train.main(settings, epath.Path(tmp_path))
-  assert stages.require(tmp_path, "train", summary=dict)["summary"]["steps"] == 12
 
 
 def make_raw(root, settings):

@@ -26,8 +26,8 @@ from tests.models.tiny import mesh_of
 from tests.refusals import refused
 
 GIB = 2**30
-# Compiled train steps: config, mesh (data, fsdp, tensor, fsdp_inner), rows per device, passes (0: as
-# the config's batch needs), remat policy, GiB per device.
+# Compiled train steps: config, mesh (data, fsdp, tensor, fsdp_inner), rows per device, passes (0:
+# as the batch of the config needs), remat policy, GiB per device.
 COMPILED = [
   ("cm3leon_7b", (1, 16, 1, 8), 4, 1, "full", 7.48),
   ("cm3leon_7b", (1, 16, 1, 16), 2, 1, "full", 4.17),

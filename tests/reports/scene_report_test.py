@@ -99,15 +99,6 @@ def test_the_bundled_model_stands_beside_the_run_with_its_cost(tmp_path, cost):
   ]
 
 
-def test_scenes_judged_by_an_earlier_version_have_no_sentence(tmp_path):
-  make_run(tmp_path, ("raw", "vqgan"))
-  make_scenes(tmp_path)
-  report.write(tmp_path, "ml_configs/scenes.py")
-  html = (tmp_path / "report.html").read_text()
-  assert "The ceiling" not in html
-  assert "guidance 1.5: 30.0%" in html
-
-
 def test_headlines_of_scenes_are_met_with_their_whole_interval(tmp_path):
   make_run(tmp_path, ("raw", "vqgan"))
   make_scenes(tmp_path, best=BEST, gain={"title": "guidance 1.5", **share(0.1, 0.04)})
