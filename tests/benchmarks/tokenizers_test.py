@@ -1,4 +1,3 @@
-import dataclasses
 import pathlib
 
 import numpy as np
@@ -22,18 +21,6 @@ PLAN = {"cpu_seconds": {}, "steps": {**dict.fromkeys(ARMS, 20), "decoder": 30}, 
 @pytest.fixture
 def small(tmp_path):
   return Experiment(tmp_path, 64, 0.01, 0.02, SMALL)
-
-
-def test_arms_differ_in_the_quantizer_alone(small):
-  settings = {arm: small.settings(small.overrides(arm, seed=2)) for arm in ARMS}
-  assert {arm: s.vqgan.quantizer for arm, s in settings.items()} == {"restarts": "", "fsq": "fsq"}
-  base = settings["restarts"]
-  for arm, own in settings.items():
-    # 64 codes of FSQ are 8 x 8 levels, which have 2 dimensions.
-    assert own.vqgan.code_dim == (2 if arm == "fsq" else 8)
-    same = dataclasses.replace(own.vqgan, quantizer="", code_dim=8)
-    assert dataclasses.replace(own, vqgan=same) == base
-  assert (base.seed, base.vocab.image_size, base.data.num_neighbors) == (2, 64, 0)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import os
 import pathlib
-import random
 import shutil
 import subprocess
 import sys
@@ -140,25 +139,6 @@ def test_a_killed_run_in_a_bucket_continues_and_equals_one_on_a_disk(
   assert not [name for name in files if ".partial" in name]
   # Checks that no folder named "gs:" was created.
   assert {path.name.partition(".")[2] for path in tmp_path.iterdir()} == {"log", "jsonl"}
-
-
-@pytest.mark.slow
-def test_slow_and_failing_answers_change_nothing(server, local_losses, tmp_path):
-  random_numbers, failed = random.Random(0), []
-
-  def fault(method, path):
-    time.sleep(0.02)
-    if random_numbers.random() < 0.05:
-      failed.append(path)
-      return random_numbers.choice([429, 500, 503])
-    return None
-
-  server.fault = fault
-  finish(start(server, tmp_path), tmp_path)
-  print(f"{len(failed)} of {len(server.requests)} requests failed")
-  assert len(failed) > 20
-  assert bucket_losses(server, tmp_path) == local_losses
-  assert sealed(server) == ["12.json", "8.json"]
 
 
 @pytest.mark.slow

@@ -1,10 +1,8 @@
 """Runs launch.train and injects a fault: `python -m tests.launch.faulty_train FLAGS`.
 
 FAULT=KIND:PROCESS:BATCHES selects what process PROCESS does after BATCHES batches: `stuck` hangs,
-`error` raises an error, and `error_unsealed` raises an error while the other processes never
-compute the digests of their files. `late:PROCESS:0` hangs before the first step.
-HEARTBEAT_SECONDS, SHUTDOWN_SECONDS, TOGETHER_SECONDS and PEER_SECONDS replace the constants of the
-same names.
+`error` raises an error. HEARTBEAT_SECONDS and SHUTDOWN_SECONDS replace the constants of the same
+names.
 """
 
 import os
@@ -15,16 +13,10 @@ import time
 import jax
 
 from cm3leon_jax import distributed
-from cm3leon_jax.checkpoints import checkpoint
 from cm3leon_jax.config import UserError
 from cm3leon_jax.training import objective
 
-BOUNDS = {
-  "HEARTBEAT_SECONDS": distributed,
-  "SHUTDOWN_SECONDS": distributed,
-  "TOGETHER_SECONDS": distributed,
-  "PEER_SECONDS": checkpoint,
-}
+BOUNDS = ("HEARTBEAT_SECONDS", "SHUTDOWN_SECONDS")
 
 
 def wait_for_ever():
@@ -45,23 +37,11 @@ def insert(kind: str, process: int, count: int) -> None:
   begin = objective.RowObjective.begin
 
   def faulty(*args):
-    mine = jax.process_index() == process
-    if mine and kind == "late":
-      print("late", flush=True)
-      wait_for_ever()
     take_step, data = begin(*args)
+    mine = jax.process_index() == process
     return take_step, faulty_after(kind, count, data) if mine else data
 
   objective.RowObjective.begin = faulty
-  if kind == "error_unsealed":
-    digest = checkpoint.Checkpoints._digest_share
-
-    def unsealed(checkpoints, save):
-      if jax.process_index() != process:
-        wait_for_ever()
-      digest(checkpoints, save)
-
-    checkpoint.Checkpoints._digest_share = unsealed
 
 
 if __name__ == "__main__":
@@ -70,7 +50,7 @@ if __name__ == "__main__":
   if "FAULT" in os.environ:
     fault, number, batches = os.environ["FAULT"].split(":")
     insert(fault, int(number), int(batches))
-  for name, module in BOUNDS.items():
+  for name in BOUNDS:
     if name in os.environ:
-      setattr(module, name, int(os.environ[name]))
+      setattr(distributed, name, int(os.environ[name]))
   runpy.run_module("cm3leon_jax.commands.train", run_name="__main__", alter_sys=True)

@@ -73,25 +73,6 @@ def test_every_launcher_says_how_the_key_reaches_the_processes(topology):
 
 
 @pytest.mark.parametrize(
-  ("config", "copied"),
-  [
-    ("cm3leon_7b", True),
-    ("ml_configs/cm3leon_7b.py:paper", True),
-    ("./ml_configs/cm3leon_7b.py", True),
-    ("my configs/own.py:small", False),
-    ("/home/me/own.py", False),
-    ("own.py", False),
-  ],
-)
-def test_a_config_that_is_not_copied_to_the_hosts_is_named(config, copied):
-  flags = (f"--config={config}", "--workdir=gs://bucket/7b")
-  job = launchers.PodJob("run", hardware.load("v5e-256"), flags, IMAGE)
-  file = config.partition(":")[0]
-  found = [sentence.partition(": ")[0] for sentence in launchers.remarks(job)]
-  assert found == ([] if copied else [f"--config={file}"])
-
-
-@pytest.mark.parametrize(
   ("topology", "ignored"),
   [
     ("v5e-256", [("tpu_vm.sh", x) for x in ("queue", "service_account", "priority", "cpus")]),
@@ -149,14 +130,6 @@ def test_a_file_that_was_changed_or_is_another_is_kept(tmp_path, name):
   with refused(UserError, name):
     plan_folder.write(tmp_path, {"a.sh": "2", "c.yaml": "2"}, NUMBERS)
   assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("text", ["{}", "no JSON", '{"files": ["a.sh"]}'])
-def test_a_plan_that_names_no_files_is_not_replaced(tmp_path, text):
-  (tmp_path / "plan.json").write_text(text)
-  with refused(UserError, "plan.json"):
-    plan_folder.write(tmp_path, {"a.sh": "1"}, NUMBERS)
-  assert contents(tmp_path) == {"plan.json": text}
 
 
 def test_a_plan_removes_no_file_outside_of_its_folder(tmp_path):

@@ -126,15 +126,6 @@ def sbatch_options(folder) -> dict[str, str]:
   return dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
 
 
-def test_slurm_asks_for_what_is_given_and_for_nothing_else(tmp_path):
-  plain = sbatch_options(write(tmp_path, "h100-64"))
-  given = {"reservation": "july", "priority": "normal_QOS", "cpus": 96, "memory_gib": 900}
-  found = sbatch_options(write(tmp_path, "h100-64", **given))
-  new = {"reservation": "july", "qos": "normal_QOS", "cpus-per-task": "12", "mem": "900G"}
-  assert found == {**plain, **new}
-  assert (plain["cpus-per-task"], plain["mem"]) == ("8", "0")
-
-
 def test_slurm_knows_every_option_and_sends_sigterm_before_the_time_limit(tmp_path):
   options = sbatch_options(write(tmp_path, "h100-64"))
   # Each of these is an option in sbatch's manual.

@@ -93,26 +93,12 @@ def test_the_key_comes_from_a_secret_that_may_be_absent():
   assert variable == {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": reference}}
 
 
-def test_spot_machines_are_asked_for_only_if_they_are_wanted():
-  for spot in (True, False):
-    texts = written(spot=spot)
-    assert ("gke-spot" in texts["gke_jobset.yaml"]) == spot
-    assert ("--spot" in texts["tpu_vm.sh"]) == spot
-
-
 def test_kubernetes_gives_the_flags_unchanged():
   container = pod(yaml.safe_load(written(flags=AWKWARD)["gke_jobset.yaml"]))["containers"][0]
   assert container["command"] == ["cm3leon", "train"]
   assert [arg.replace("$$(", "$(") for arg in container["args"]] == ["--distributed", *AWKWARD]
   # Kubernetes would expand `$(NAME)` in an argument, so `$` must be doubled.
   assert not any(re.search(r"(?<!\$)\$\(", arg) for arg in container["args"])
-
-
-def test_the_processes_of_a_pod_share_memory():
-  """By default, a container has only 64 MiB of /dev/shm."""
-  found = pod(yaml.safe_load(written()["gke_jobset.yaml"]))
-  assert found["volumes"] == [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
-  assert found["containers"][0]["volumeMounts"] == [{"name": "shm", "mountPath": "/dev/shm"}]
 
 
 def test_what_is_not_asked_for_is_not_in_the_manifest():

@@ -136,14 +136,6 @@ def test_the_estimate_for_adapters_is_near_the_compilers_numbers(family, mesh, r
   assert -0.01 < estimated(settings).total / GIB / gib - 1 < 0.12
 
 
-def test_checked_steps_hold_state_and_batch_twice():
-  settings = settings_of("cm3leon_7b", (1, 16, 1, 16), 4, "full")
-  checking = dataclasses.replace(settings.train, replay_every=200)
-  once, twice = estimated(settings), estimated(dataclasses.replace(settings, train=checking))
-  assert (twice.state, twice.batch) == (2 * once.state, 2 * once.batch)
-  assert twice.total == pytest.approx(once.total + once.state + once.batch)
-
-
 def test_checked_steps_are_given_up_last():
   settings = settings_of("cm3leon_7b", (1, 16, 1, 16), 4, "save_attention")
   shape = settings.mesh.over(256)

@@ -76,16 +76,6 @@ def test_the_mesh_follows_the_torus_and_its_flags_select_it(topology, slices, me
   assert make(selected, topology, slices) == dataclasses.replace(made, flags=())
 
 
-def test_checked_steps_count_twice_in_days_and_not_in_the_time_to_stop():
-  plain, checked = make(settings()), make(settings(train={"replay_every": 4}))
-  assert checked.days == pytest.approx(1.25 * plain.days)
-  assert checked.tokens_per_second == pytest.approx(plain.tokens_per_second / 1.25)
-  assert checked.stop_seconds == plain.stop_seconds
-  average = f"; {1.25 * plain.step_seconds:,.1f} s on average, checked steps included\n"
-  assert average in plan.table(checked, "run")
-  assert "on average" not in plan.table(plain, "run")
-
-
 def test_what_does_not_fit_becomes_smaller_and_its_flags_say_so():
   large = settings("cm3leon_7b", train={"rows_per_device": 32})
   made = make(large)
