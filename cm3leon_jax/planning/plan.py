@@ -159,22 +159,12 @@ def _fitting(
     if estimated.total <= limit:
       return settings, shape, tuple(flags), estimated
     if not failure:
-      failure = f"{memory.excess(settings, estimated, limit)}. {_too_few(shape, estimated, limit)}"
+      failure = f"{memory.excess(settings, estimated, limit)}: take more devices."
     for other, more in memory.smaller(settings, shape, hardware.platform):
       estimated = memory.estimate(other, shape, hardware.platform)
       if estimated.total <= limit:
         return other, shape, (*flags, *more.split()), estimated
   raise UserError(f"{hardware}: {failure}")
-
-
-def _too_few(shape: dict[str, int], estimated: memory.Memory, limit: float) -> str:
-  """Returns advice if no number of rows and no remat policy fits on a mesh."""
-  devices = math.prod(shape.values())
-  count = f"{devices:,} device{'s' * (devices > 1)}"
-  # On any mesh, a device has at least an equal share of the state.
-  if devices == 1 or estimated.state / shape["data"] > limit:
-    return f"No setting fits {count}: take more devices."
-  return f"No rows and no remat policy fit: take more than {count}, or a larger mesh.tensor."
 
 
 def meshes(hardware: Hardware) -> Iterator[MeshConfig]:

@@ -16,12 +16,7 @@ def _written(folder: epath.Path) -> dict[str, str]:
   path = folder / NUMBERS
   if not path.exists():
     return {}
-  try:
-    files = read_json(path, {"files": dict})["files"]
-  except UserError as error:
-    raise UserError(
-      f"{path} does not list the files of its plan: delete it, or choose another --out."
-    ) from error
+  files = read_json(path, {"files": dict})["files"]
   return {name: digest for name, digest in files.items() if epath.Path(name).name == name}
 
 

@@ -1,75 +1,10 @@
-import pathlib
-
 import numpy as np
 import pytest
 
-from benchmarks.evidence import experiment as experiment_lib
 from benchmarks.evidence import tokenizers, tokenizers_table
 from benchmarks.evidence.tokenizers import ARMS, Experiment
-from cm3leon_jax.files.json_files import plain, read_json, write_json
-from cm3leon_jax.runs import stages, table
 
-SMALL = {
-  "raw.resolution": 12, "vqgan.resolution": 12, "vqgan.width": 8, "vqgan.encoder_blocks": (0,),
-  "vqgan.decoder_blocks": (0,), "vqgan.batch_size": 8, "model.num_layers": 1,
-  "model.width": 32, "train.global_batch_size": 8,
-  "model.mlp_width": 32, "data.sequence_length": 64, "data.pack_window": 64,
-}  # fmt: skip
 PLAN = {"cpu_seconds": {}, "steps": {**dict.fromkeys(ARMS, 20), "decoder": 30}, "cores": 2}
-
-
-@pytest.fixture
-def small(tmp_path):
-  return Experiment(tmp_path, 64, 0.01, 0.02, SMALL)
-
-
-@pytest.fixture
-def ran(monkeypatch):
-  """Fakes the commands: each only writes its output files. Returns the list of calls."""
-  calls = []
-
-  def run_stage(name, config, workdir, overrides):
-    stage = next(key for key, value in table.STAGES.items() if value.command == name)
-    folder = pathlib.Path(workdir)
-    with stages.once(folder / stage, {"overrides": overrides}) as summary:
-      if summary is not None:
-        calls.append((folder.name, stage))
-        if len(calls) == 12:
-          raise KeyboardInterrupt  # As if a user presses Ctrl-C during the run.
-        summary.update(psnr_db=20.0 + overrides["seed"], codebook_perplexity=30.0, codes_used=40)
-        summary.update(train_codebook_perplexity=31.0, train_codes_used=48)
-
-  monkeypatch.setattr(experiment_lib, "run_stage", run_stage)
-  monkeypatch.setattr(tokenizers, "bits_per_pixel", lambda settings, run: 0.25)
-  images = np.zeros((1, 12, 12, 3), np.uint8)
-  monkeypatch.setattr(tokenizers, "heldout_images", lambda experiment, settings: images)
-  return calls
-
-
-def test_a_stopped_comparison_goes_on_where_it_was(small, ran):
-  write_json(small.folder / "steps.json", PLAN)
-  with pytest.raises(KeyboardInterrupt):
-    tokenizers.run_all(small, ["restarts", "fsq"], 2)
-  before = list(ran)
-  assert before[:4] == [("shared", name) for name in tokenizers.SHARED]
-  assert before[4:7] == [("restarts_seed_0", name) for name in ("vqgan", "documents", "train")]
-  result = tokenizers.run_all(small, ["restarts", "fsq"], 2)
-  assert before[11] == ("restarts_seed_1", "documents")
-  assert ran[12:] == [
-    ("restarts_seed_1", "documents"), ("restarts_seed_1", "train"),
-    ("fsq_seed_1", "vqgan"), ("fsq_seed_1", "documents"), ("fsq_seed_1", "train"),
-  ]  # fmt: skip
-  assert [(r["seed"], r["arm"]) for r in result["runs"]] == [
-    (0, "restarts"), (0, "fsq"), (1, "restarts"), (1, "fsq"),
-  ]  # fmt: skip
-  assert read_json(small.folder / "results.json") == plain(result)
-  assert (small.folder / "table.md").read_text() == tokenizers_table.markdown(result)
-  assert result["arms"]["restarts"]["measures"]["psnr_db"] == {
-    "mean": 20.5, "lowest": 20.0, "highest": 21.0,
-  }  # fmt: skip
-  again = len(ran)
-  tokenizers.run_all(small, ["restarts", "fsq"], 2)
-  assert len(ran) == again
 
 
 def run_of(arm, seed, psnr, bits):

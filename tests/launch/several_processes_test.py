@@ -136,15 +136,6 @@ def test_a_run_starts_from_another_and_continues_without_it(whole, fresh, capsys
 
 
 @pytest.mark.slow
-def test_two_processes_start_from_another_run_as_one_does(whole, fresh):
-  finish(start(fresh, 2, f"--init_from={whole}", "--config.train.steps=3"))
-  alone = fresh / "alone"
-  make_workdir(alone, settings_from_config(get_config()))
-  one_process(alone, str(whole), train={"steps": 3})
-  assert largest_difference(fresh, alone) < TOLERANCE
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ("processes", "mesh"), [(1, (1, 4, 2)), (2, (1, 8, 1)), (4, (2, 2, 2)), (4, (1, 4, 2))]
 )

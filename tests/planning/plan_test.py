@@ -109,15 +109,6 @@ def test_what_the_hardware_cannot_run_is_refused(config, topology, slices, fact)
     make(settings(**config), topology, slices)
 
 
-def test_the_table_counts_one_host_and_says_how_long_a_spot_machine_runs(of_7b):
-  one = dataclasses.replace(of_7b[64], saving_hosts=1)
-  assert re.search(r"a checkpoint +80\.68 GB, all on 1 host: 323 s", plan.table(one, "run"))
-  assert "80.68 GB, 5.04 on each of 16 hosts: 20 s" in plan.table(of_7b[64], "run")
-  assert re.search(r"time to stop +2,\d{3} s .* give 2,700 s\n", plan.table(one, "run"))
-  assert "spot" not in plan.table(one, "run")
-  assert "give 2,700 s; spot machines give about 30 s\n" in plan.table(one, "run", spot=True)
-
-
 # Tests of the command.
 
 

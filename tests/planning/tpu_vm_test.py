@@ -224,11 +224,6 @@ def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(r
       ["SUSPENDED", "WAITING_FOR_RESOURCES", "ACTIVE", "DELETING", "GONE"], [0],
       ["delete", "create"], "the queued resource run is gone: it was deleted, and ",
     ),
-    # The request was created at the third try, so somebody else deleted it.
-    (
-      ["SUSPENDED"] + ["GONE"] * 3, [1, 1, 0],
-      ["delete"] + ["create"] * 3, "the queued resource run is gone: it was deleted, and ",
-    ),
     (
       ["SUSPENDED"] + ["GONE"] * 5, [1] * 5,
       ["delete"] + ["create"] * 5, "run could not be asked for 5 times: see the message ",
