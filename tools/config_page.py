@@ -2,7 +2,7 @@
 
   python -m tools.config_page
 
-mkdocs builds the page, see tools/site.py.
+mkdocs builds the page, see tools/mkdocs_hook.py.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
   python -m tools.tasks_page
 
-mkdocs builds the page, see tools/site.py.
+mkdocs builds the page, see tools/mkdocs_hook.py.
 """
 
 # T tokens of a sample.

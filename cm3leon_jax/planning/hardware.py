@@ -121,7 +121,7 @@ class Hardware:
 
   @property
   def accelerator(self) -> str:
-    """Accelerator type of a TPU slice in Cloud TPU and XPK, such as v5litepod-256."""
+    """Accelerator type of a TPU slice in Cloud TPU, such as v5litepod-256."""
     return f"{self.tpu.accelerator}-{math.prod(self.torus) * self.tpu.units}"
 
   @property
