@@ -81,11 +81,3 @@ def test_loop_equals_an_uncached_model(peers, exported, product):
   without = dataclasses.replace(GREEDY, guidance=1.0)
   loop = peers.torch_loop(tensors, CONFIG, VOCAB, NEW_TOKENS, without, product)
   assert (loop(prompts(), 0) != found).any(1).all()
-
-
-def test_generate_equals_the_loop(peers, exported):
-  folder, tensors = exported
-  found = peers.transformers_generate(folder, VOCAB, NEW_TOKENS, GREEDY)(prompts(), 0)
-  np.testing.assert_array_equal(
-    found, peers.torch_loop(tensors, CONFIG, VOCAB, NEW_TOKENS, GREEDY)(prompts(), 0)
-  )

@@ -101,7 +101,12 @@ def test_the_mesh_of_a_config_stays():
     ({"mesh": {"fsdp": 512}}, "v5e-256", 2, "config.mesh.data"),
     ({"train": {"global_batch_size": 100}}, "v5e-256", 1, "global_batch_size"),
     ({}, "h100-24", 1, "global_batch_size"),
-    ({"model": {"width": 32_768, "num_heads": 256, "mlp_width": 131_072}}, "v5e-4", 1, "fit"),
+    (
+      {"model": {"width": 32_768, "num_heads": 256, "mlp_width": 131_072}},
+      "v5e-4",
+      1,
+      "more devices",
+    ),
   ],
 )
 def test_what_the_hardware_cannot_run_is_refused(config, topology, slices, fact):
