@@ -3,15 +3,16 @@
   cm3leon checkpoints list --workdir=workdir/scenes
   cm3leon checkpoints verify --workdir=workdir/scenes
   cm3leon checkpoints prune --workdir=workdir/scenes --keep_last=2 --keep_every=1000
-  cm3leon checkpoints rollback --workdir=workdir/scenes --step=800 --dry_run
+  cm3leon checkpoints rollback --workdir=workdir/scenes --step=800
 
 list: prints the step, time, size and held-out losses of each checkpoint, and whether it is sealed.
 verify: reads all files and compares them with their digests.
 prune: removes the checkpoints that no flag keeps. Without flags, the run's config decides.
 rollback: removes the checkpoints after --step and the later lines of metrics.jsonl, so that
-`cm3leon train` continues from --step.
+`cm3leon train` continues from --step. With --skip_rows=4000:4799 it continues without these rows,
+for example the rows of skipped steps.
 prune and rollback do not ask for confirmation. They fail while another job trains in the workdir,
-and wait up to 90 s if a job was killed on another host. --dry_run prints what they would remove.
+and wait up to 90 s if a job was killed on another host.
 """
 
 import re
@@ -40,15 +41,15 @@ _KEEP_BEST = flags.DEFINE_integer(
   "prune: also keep this many checkpoints with the lowest held-out loss.",
   lower_bound=0,
 )
-_DRY_RUN = flags.DEFINE_bool(
-  "dry_run", False, "prune, rollback: print what would be removed, and remove nothing."
+_SKIP_ROWS = flags.DEFINE_string(
+  "skip_rows", "", "rollback: first and last row that the run then leaves out, e.g. 4000:4799."
 )
 TAKEN_BY = {
   "step": ("rollback",),
   "keep_last": ("prune",),
   "keep_every": ("prune",),
   "keep_best": ("prune",),
-  "dry_run": ("prune", "rollback"),
+  "skip_rows": ("rollback",),
 }
 
 
@@ -100,16 +101,18 @@ def _show(folder: epath.Path, check: bool) -> None:
 
 
 def main(action: str, workdir: epath.Path) -> None:
+  from cm3leon_jax.training.faults import skipped_rows
   from cm3leon_jax.training.saves import upkeep
 
   _check_flags(action)
   step = _step() if action == "rollback" else 0
+  skip_rows = skipped_rows.parse(_SKIP_ROWS.value)
   folder = workdir / "train"
   upkeep.require(folder)
   if action == "prune":
-    sentences = upkeep.prune(folder, *_limits(folder), dry_run=_DRY_RUN.value)
+    sentences = upkeep.prune(folder, *_limits(folder))
   elif action == "rollback":
-    sentences = upkeep.rollback(folder, step, dry_run=_DRY_RUN.value)
+    sentences = upkeep.rollback(folder, step, skip_rows)
   else:
     _show(folder, check=action == "verify")
     return

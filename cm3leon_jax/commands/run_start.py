@@ -97,13 +97,10 @@ def check_no_checkpoints(path: epath.Path) -> None:
     )
 
 
-def write_config(
-  settings: Settings, workdir: epath.Path, config: dict, step: int | None = None
-) -> None:
+def write_config(settings: Settings, workdir: epath.Path, config: dict) -> None:
   """Writes train/config.json. Call it after the rows have been opened and checked.
 
-  All processes must call this function. `config` is the dict that `begin` returned. `step` is the
-  step of the checkpoint from which the run continues; None: the newest.
+  All processes must call this function. `config` is the dict that `begin` returned.
 
   Raises:
     UserError: the workdir is not the same folder for all processes.
@@ -117,7 +114,7 @@ def write_config(
       before = read_json(path) if exists(path) else {"run": config}
       changes = before.get("changes", [])
       if changed := stages.differences(before["run"], plain(config)):
-        changes = [*changes, {"step": step or stages.newest_step(path.parent), "fields": changed}]
+        changes = [*changes, {"step": stages.newest_step(path.parent), "fields": changed}]
       write_json(path, {**content, **({"changes": changes} if changes else {})})
   with distributed.together():
     if not path.exists():

@@ -82,8 +82,6 @@ class TrainConfig:
   """Accepted difference between two computations of a step, as a share of the norm of an array's
   shard, e.g. 1e-2 on hardware that rounds sums differently each time; 0: all bits must be equal.
   Needs `replay_every`."""
-  histogram_every: NonNegativeInt = 0
-  """Number of steps between two histograms of the parameters in TensorBoard; 0: no histograms."""
   peak_flops: NonNegativeFloat = 0.0
   """Peak FLOP/s of one device, used to compute MFU; 0: the known peak of this kind of device."""
 

@@ -21,12 +21,10 @@ from cm3leon_jax.models import adapters, transformer
 from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.config import OptimizerConfig, TrainConfig, on_mesh
-from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.hang_watch import HangWatch
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.faults.preemption import StopSignal, check_end
 from cm3leon_jax.training.faults.replay import replaying
-from cm3leon_jax.training.faults.skipped_rows import GoBack
 from cm3leon_jax.training.loop import run_steps
 from cm3leon_jax.training.objective import Objective, explaining
 from cm3leon_jax.training.saves.saving import Saves
@@ -37,7 +35,7 @@ from cm3leon_jax.training.watch import flops, heldout
 from cm3leon_jax.training.watch.boards import open_boards
 from cm3leon_jax.training.watch.goodput import Stopwatch, earlier
 from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
-from cm3leon_jax.training.watch.monitor import Dispatch, Histograms, Monitor, SampleGrids
+from cm3leon_jax.training.watch.monitor import Dispatch, Monitor, SampleGrids
 from cm3leon_jax.training.watch.traces import Profiler
 from cm3leon_jax.vocab import VocabLayout
 
@@ -90,7 +88,7 @@ class DecoderTraining:
 
 @contextlib.contextmanager
 def _opened(
-  folder: epath.Path, config: TrainConfig, lease: Lease | None, go_back: GoBack | None
+  folder: epath.Path, config: TrainConfig, lease: Lease | None
 ) -> Iterator[tuple[Checkpoints, Stopwatch, HangWatch, Lease]]:
   """Takes the lease of a run's folder, starts its two watches, and opens its checkpoints."""
   best = config.keep_best or int(config.patience > 0)
@@ -101,8 +99,6 @@ def _opened(
     HangWatch(folder, config.hang_minutes, watch) as hang,
     Checkpoints(folder, *keep, check=lease.check) as checkpoints,
   ):
-    if go_back is not None:
-      skipped_rows.go_back(checkpoints, folder, go_back)
     yield checkpoints, watch, hang, lease
 
 
@@ -211,16 +207,13 @@ def _summary(
   }
 
 
-def train(
-  training: DecoderTraining, lease: Lease | None = None, go_back: GoBack | None = None
-) -> dict:
+def train(training: DecoderTraining, lease: Lease | None = None) -> dict:
   """Trains up to step `config.steps`, from the newest checkpoint, on the current mesh.
 
   At SIGTERM or Ctrl-C it saves and exits with the code `INTERRUPTED` or `CTRL_C`.
 
   Args:
     lease: lease of the folder, if the caller has already taken it.
-    go_back: an older checkpoint to continue from, and the rows to skip after it.
 
   Returns:
     Numbers for the report. `forgetting` or `overfitting` is present if it ended the training.
@@ -233,7 +226,7 @@ def train(
   training = dataclasses.replace(training, config=config)
   folder, objective = training.folder, training.objective
   sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch", "length"))
-  with _opened(folder, config, lease, go_back) as (checkpoints, watch, hang, held):
+  with _opened(folder, config, lease) as (checkpoints, watch, hang, held):
     training, steps = _compile(training)
     newest, state, next_row = restore_or_init(
       folder, checkpoints, steps, config, training.initial_params
@@ -264,7 +257,6 @@ def train(
         # Draw the grid before saving, so that a run killed in between draws it again.
         SampleGrids(config, monitor, training.sample_grid),
         saves,
-        Histograms(config.histogram_every, monitor),
       ]
       state = run_steps(range(done + 1, config.steps + 1), take_step, state, batches, hooks)
   check_end(int(state.step), config.steps, folder, stop.code, saves.saved)

@@ -21,7 +21,7 @@ MISTAKES = [
   ["train", *RUN, "--steps=5"],
   ["train", *RUN, "--config.train.stepz=5"],
   ["train", "--config.seed=5", *RUN],
-  ["train", "--workdir=.", "--resume_from=x"],
+  ["checkpoints", "prune", "--workdir=.", "--keep_last=x"],
   ["train", "--workdir=."],
   ["train", "--config=scenes"],
   ["checkpoints", "list"],

@@ -119,7 +119,6 @@ def test_no_sealed_checkpoint_is_said_by_every_action(workdir):
   for function in (
     lambda: upkeep.prune(train, 2, 0, 0),
     lambda: upkeep.rollback(train, 4),
-    lambda: upkeep.rollback(train, 4, dry_run=True),
   ):
     with refused(UserError):
       function()
@@ -139,15 +138,10 @@ def test_no_sealed_checkpoint_is_said_by_every_action(workdir):
 
 def test_prune_keeps_what_the_config_says_or_the_flags(workdir):
   train = workdir / "train"
-  (would,) = upkeep.prune(train, 2, 0, 1, dry_run=True)
-  assert steps(workdir) == list(STEPS)
   result = command(workdir, "prune")
   assert (result.returncode, result.stderr) == (0, "")
   assert result.stdout.startswith("removed checkpoint 2, ")
   assert result.stdout.endswith("; kept 4, 6, 8.\n")
-  assert would == result.stdout.rstrip("\n").replace("removed", "would remove").replace(
-    "kept", "would keep"
-  )
   assert steps(workdir) == [4, 6, 8]
   assert upkeep.prune(train, 2, 3, 0)[0].startswith("removed checkpoint 4, ")
   assert steps(workdir) == [6, 8]
@@ -169,11 +163,6 @@ def test_prune_removes_nothing_if_the_newest_is_damaged(workdir):
 
 def test_rollback_removes_what_is_newer_and_says_so(workdir):
   train = workdir / "train"
-  before = (train / "metrics" / "metrics.jsonl").read_bytes()
-  would = upkeep.rollback(train, 4, dry_run=True)
-  assert steps(workdir) == list(STEPS)
-  assert (train / "done.json").exists()
-  assert (train / "metrics" / "metrics.jsonl").read_bytes() == before
   result = command(workdir, "rollback", "--step=4")
   assert (result.returncode, result.stderr) == (0, "")
   assert result.stdout.splitlines() == [
@@ -183,10 +172,6 @@ def test_rollback_removes_what_is_newer_and_says_so(workdir):
     "removed checkpoints 6, 8.",
     "removed steps 5 to 9 from metrics/metrics.jsonl.",
     "cm3leon train continues from step 4.",
-  ]
-  assert would == [
-    line.replace("removed", "would remove").replace("continues", "would continue")
-    for line in result.stdout.splitlines()
   ]
   assert steps(workdir) == [2, 4]
   lines = read_json_lines(train / "metrics" / "metrics.jsonl")
@@ -246,7 +231,8 @@ def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch, action):
     ["verify", "--step=4"],
     ["list", "--keep_best=1"],
     ["rollback", "--step=1", "--keep_last=2"],
-    ["list", "--dry_run"],
+    ["prune", "--skip_rows=1:2"],
+    ["rollback", "--step=1", "--skip_rows=2"],
     ["prune", "--keep_last=1"],
     ["list", "--config=scenes"],
     ["list", "--noprint_config"],

@@ -60,9 +60,6 @@ class FakeMonitor(Monitor):
   def samples(self, step, sheet):
     self.events.append((step, sheet))
 
-  def histograms(self, step, params):
-    self.events.append((step, params))
-
   def skipped_in_a_row(self):
     return self.skipped
 

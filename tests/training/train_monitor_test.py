@@ -38,7 +38,7 @@ def test_tensorboard_shows_every_step_of_a_killed_run_once(loader, tmp_path):
   with pytest.raises(Crash):
     run(tmp_path, loader, sample_grid=crash_at(7, tmp_path), sample_every=1)
   grid = Image.new("RGB", (8, 4), "red")
-  run(tmp_path, loader, steps=8, sample_grid=lambda *_: grid, sample_every=8, histogram_every=8)
+  run(tmp_path, loader, steps=8, sample_grid=lambda *_: grid, sample_every=8)
   found = events.read(tmp_path / "tensorboard")
   assert {step: len(values) for step, values in found["train/loss"].items()} == dict.fromkeys(
     range(1, 9), 1
@@ -48,7 +48,6 @@ def test_tensorboard_shows_every_step_of_a_killed_run_once(loader, tmp_path):
   }
   assert sorted(found["heldout/image_loss"]) == [5, 8]
   assert [(image.width, image.height) for image in found["samples"][8]] == [(8, 4)]
-  assert found["params/embed"][8][0].num == MODEL.vocab_size * MODEL.width
 
 
 @pytest.mark.slow

@@ -103,52 +103,6 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(loader, tmp_path)
   assert sorted(losses(tmp_path)) == list(range(1, 10))
 
 
-def edit(path, lines):
-  path.write_text("\n".join(lines(path.read_text().splitlines())) + "\n")
-
-
-@pytest.fixture(scope="module")
-def crashed(loader, tmp_path_factory):
-  """Makes a run that crashes in step 10."""
-  folder = tmp_path_factory.mktemp("crashed")
-  with pytest.raises(Crash):
-    run(folder, loader, sample_grid=crash_at(10, folder), sample_every=1)
-  return folder
-
-
-@pytest.mark.parametrize(
-  ("damage", "sentence"),
-  [
-    (lambda log: None, ""),
-    (lambda log: shutil.rmtree(log.parent), "is missing"),
-    (lambda log: edit(log, lambda lines: lines[:5]), "were written"),
-    (lambda log: log.write_text(log.read_text().replace(".", ".1", 1)), "differs from what"),
-    pytest.param(lambda log: log.unlink(), "is missing", marks=pytest.mark.slow),
-    pytest.param(
-      lambda log: edit(log, lambda lines: [lines[0], *lines[2:]]), "written", marks=pytest.mark.slow
-    ),
-    pytest.param(
-      lambda log: (log.parent / "metrics.digest.json").unlink(),
-      "is from an earlier version",
-      marks=pytest.mark.slow,
-    ),
-  ],
-)
-def test_a_log_that_is_not_as_it_was_written_is_named_and_the_run_goes_on(
-  whole, crashed, loader, tmp_path, capsys, damage, sentence
-):
-  """The digest covers the lines up to checkpoint 8. Without these lines, the run continues, too."""
-  folder = shutil.copytree(crashed, tmp_path / "run")
-  damage(folder / "metrics" / "metrics.jsonl")
-  capsys.readouterr()
-  run(folder, loader)
-  named = [x for x in capsys.readouterr().out.split("\n") if str(folder / "metrics") in x]
-  assert len(named) == bool(sentence)
-  assert sentence in "".join(named)
-  found, expected = losses(folder), losses(whole[0])
-  assert {step: found[step] for step in range(9, 13)} == {s: expected[s] for s in range(9, 13)}
-
-
 def test_a_save_that_was_killed_before_its_digests_pushes_no_other_out(loader, tmp_path):
   run(tmp_path, loader, steps=8)
   (tmp_path / "checkpoints.digests" / "8.json").unlink()

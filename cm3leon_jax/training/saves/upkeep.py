@@ -1,7 +1,6 @@
 """Lists, verifies, prunes and rolls back the checkpoints of a run."""
 
 from collections.abc import Mapping, Sequence
-import contextlib
 import dataclasses
 import datetime
 
@@ -14,6 +13,7 @@ from cm3leon_jax.checkpoints.sealing import files_below
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.runs.stages import DONE
+from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.watch.metrics import LOG, cut_log
 
@@ -146,22 +146,16 @@ def _not_sealed(folder: epath.Path, steps: Sequence[int]) -> str:
   )
 
 
-def _hold(folder: epath.Path, dry_run: bool) -> contextlib.AbstractContextManager:
-  """Takes the lease of a run. A dry run changes nothing, so it does not need the lease."""
-  require(folder)
-  return contextlib.nullcontext() if dry_run else Lease(folder)
-
-
-def prune(folder: epath.Path, last: int, every: int, best: int, dry_run: bool = False) -> list[str]:
+def prune(folder: epath.Path, last: int, every: int, best: int) -> list[str]:
   """Removes the sealed checkpoints that `retention.policy` does not keep.
 
-  With `dry_run`, nothing is removed. Returns one sentence about what was, or would be, removed.
+  Returns one sentence about what was removed.
 
   Raises:
     UserError: another job has the run's lease, no checkpoint is sealed, or the newest checkpoint to
       keep is damaged.
   """
-  with _hold(folder, dry_run), open_run(folder) as checkpoints:
+  with Lease(folder), open_run(folder) as checkpoints:
     found = {entry.step: entry for entry in entries(checkpoints) if entry.sealed}
     if not found:
       raise UserError(_not_sealed(folder, checkpoints.steps()))
@@ -172,11 +166,10 @@ def prune(folder: epath.Path, last: int, every: int, best: int, dry_run: bool = 
     size = sum(found[step].size for step in removed)
     if removed:
       _check_kept(checkpoints, max(kept), list(found))
-    for step in () if dry_run else removed:
+    for step in removed:
       checkpoints.delete(step)
-  remove, keep = ("would remove", "would keep") if dry_run else ("removed", "kept")
   freed = f"{_checkpoints(removed)}, {_bytes(size)}" if removed else "nothing"
-  return [f"{remove} {freed}; {keep} {listed(sorted(kept))}."]
+  return [f"removed {freed}; kept {listed(sorted(kept))}."]
 
 
 def _check_kept(checkpoints: Checkpoints, newest: int, steps: Sequence[int]) -> None:
@@ -193,43 +186,48 @@ def _check_kept(checkpoints: Checkpoints, newest: int, steps: Sequence[int]) -> 
   )
 
 
-def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
+def rollback(folder: epath.Path, step: int, skip_rows: range | None = None) -> list[str]:
   """Removes all checkpoints after a step, the later lines of the log, and the run's done.json.
 
-  With `dry_run`, nothing is removed. Returns sentences about what was, or would be, removed.
+  `skip_rows` are rows that the run leaves out when it continues; None: it leaves out no more rows.
+  Returns sentences about what was removed.
 
   Raises:
-    UserError: the checkpoint of `step` is missing, not sealed or damaged, or another job has the
-      run's lease.
+    UserError: the checkpoint of `step` is missing, not sealed or damaged, another job has the run's
+      lease, or the run had read some of `skip_rows` at this step.
   """
-  with _hold(folder, dry_run), open_run(folder) as checkpoints:
+  with Lease(folder), open_run(folder) as checkpoints:
     if not checkpoints.sealed():
       raise UserError(_not_sealed(folder, checkpoints.steps()))
     recovery.check_target(checkpoints, step)
+    fields = {}
+    if skip_rows:
+      done = skipped_rows.read(folder)
+      skipped_rows.check(skip_rows, done, step, checkpoints.next_row(step))
+      fields = {"first": skip_rows[0], "last": skip_rows[-1]}
     newer = [s for s in checkpoints.steps() if s > step]
-    if not newer:
+    if not newer and not skip_rows:
       return [f"Step {step:,} is the newest: nothing to remove."]
-    removed = "would remove" if dry_run else "removed"
     sentences = []
     if (folder / DONE).exists():
-      if not dry_run:
-        # Delete done.json first: if the rollback is killed, the run then counts as unfinished.
-        (folder / DONE).unlink()
+      # Delete done.json first: if the rollback is killed, the run then counts as unfinished.
+      (folder / DONE).unlink()
       sentences.append(
-        f"{removed} {folder / DONE}: without it the run is not finished, so generate, evaluate and "
+        f"removed {folder / DONE}: without it the run is not finished, so generate, evaluate and "
         "export use its newest checkpoint, or with train.patience its best one, until cm3leon "
         "train has reached its last step."
       )
-    if not dry_run:
-      checkpoints.delete_after(step)
-    sentences.append(f"{removed} {_checkpoints(newer)}.")
-    if (last := cut_log(folder / "metrics", step, dry_run)) > step:
+    checkpoints.delete_after(step)
+    if newer:
+      sentences.append(f"removed {_checkpoints(newer)}.")
+    if (last := cut_log(folder / "metrics", step, **fields)) > step:
       lines = f"step {last:,}" if last == step + 1 else f"steps {step + 1:,} to {last:,}"
-      sentences.append(f"{removed} {lines} from metrics/{LOG}.")
-  return [
-    *sentences,
-    f"cm3leon train {'would continue' if dry_run else 'continues'} from step {step:,}.",
-  ]
+      sentences.append(f"removed {lines} from metrics/{LOG}.")
+    then = ""
+    if skip_rows:  # Recorded last: no later checkpoint may remain that has read these rows.
+      skipped_rows.record(folder, skip_rows, step)
+      then = f", without rows {skip_rows[0]:,} to {skip_rows[-1]:,}"
+  return [*sentences, f"cm3leon train continues from step {step:,}{then}."]
 
 
 def _heldout_losses(run: epath.Path) -> dict[int, dict[str, float]]:

@@ -41,10 +41,6 @@ class Board:
     """Shows a grid of samples, a PIL image."""
     self._attempt(lambda: self._board.samples(step, sheet))
 
-  def histograms(self, step: int, histograms: dict) -> None:
-    """Shows the histograms of `tensorboard_board.named_histograms`."""
-    self._attempt(lambda: self._board.histograms(step, histograms))
-
   def flush(self) -> None:
     """Writes buffered values."""
     self._attempt(lambda: self._board.flush())

@@ -21,7 +21,6 @@ from cm3leon_jax.training.watch import flops
 from cm3leon_jax.training.watch.boards import Board
 from cm3leon_jax.training.watch.goodput import Stopwatch, describe, goodput, to_line
 from cm3leon_jax.training.watch.metrics import MetricsLog
-from cm3leon_jax.training.watch.tensorboard_board import named_histograms
 from cm3leon_jax.training.watch.traces import Profiler
 
 IDLE_SECONDS = 5e-3  # If the metrics arrive within this time, the device counts as idle.
@@ -200,8 +199,6 @@ class Monitor(Hook):
     """Waits for `step` and logs it; then counts the time of the `with` block as phase `name`."""
     self.flush()
     with self._watch.phase(name):
-      if name == "save":
-        self._log.seal()
       yield
     if name in ("evaluate", "save"):
       self._logged = self._watch.seconds()
@@ -232,13 +229,6 @@ class Monitor(Hook):
     if sheet is not None:
       for board in self._boards:
         board.samples(step, sheet)
-
-  def histograms(self, step: int, params: dict) -> None:
-    """Writes a histogram of every parameter. All processes must call it."""
-    with self.phase("sample", step):
-      histograms = named_histograms(params)
-      for board in self._boards:
-        board.histograms(step, histograms)
 
   def skipped_in_a_row(self) -> int:
     """Returns the number of consecutive skipped steps up to the last dispatched step.
@@ -367,14 +357,3 @@ class SampleGrids(Hook):
     if step % self.config.sample_every == 0 or step == self.config.steps:
       with self.monitor.phase("sample", step):
         self.monitor.samples(step, self.sample_grid(state.eval_params, step))
-
-
-class Histograms(Hook):
-  """Shows a histogram of each parameter every `every` steps; 0: never."""
-
-  def __init__(self, every: int, monitor: Monitor):
-    self._every, self._monitor = every, monitor
-
-  def after(self, step: int, state: TrainState, metrics: dict) -> None:
-    if self._every and step % self._every == 0:
-      self._monitor.histograms(step, state.params)

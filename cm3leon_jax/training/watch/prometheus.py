@@ -69,9 +69,6 @@ class Prometheus:
   def samples(self, step: int, sheet: Image.Image) -> None:
     """Does nothing: Prometheus stores only numbers."""
 
-  def histograms(self, step: int, histograms: dict) -> None:
-    """Does nothing: Prometheus stores only numbers."""
-
   def flush(self) -> None:
     """Does nothing, because no values are buffered."""
 

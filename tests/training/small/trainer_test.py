@@ -184,22 +184,6 @@ def test_checkpoints_without_their_config_are_refused_and_kept(tmp_path, whole, 
   assert len(rest.rows) == 2
 
 
-@pytest.mark.parametrize(
-  ("damage", "sentence"),
-  [
-    (lambda path: path.unlink(), "is missing"),
-    (lambda path: path.write_text(""), "has 0 bytes"),
-    (lambda path: path.write_text(path.read_text().replace(".", ".1", 1)), "differs from what"),
-  ],
-)
-def test_a_log_that_is_not_as_it_was_written_is_named(tmp_path, whole, capsys, damage, sentence):
-  kill_in_step_11(tmp_path)
-  assert "warning" not in capsys.readouterr().out
-  damage(tmp_path / "metrics.jsonl")
-  np.testing.assert_array_equal(train(tmp_path), whole)
-  assert f"warning: {tmp_path / 'metrics.jsonl'} {sentence}" in capsys.readouterr().out
-
-
 def test_other_data_of_equal_length_starts_anew(tmp_path, whole, capsys):
   train(tmp_path)
   other = Examples(seed=1)

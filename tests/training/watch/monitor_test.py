@@ -13,7 +13,7 @@ from cm3leon_jax.training.step.numerics import TooManySkippedError
 from cm3leon_jax.training.watch.flops import Rates
 from cm3leon_jax.training.watch.goodput import Stopwatch
 from cm3leon_jax.training.watch.metrics import MetricsLog
-from cm3leon_jax.training.watch.monitor import Dispatch, Histograms, Monitor, SampleGrids, step_line
+from cm3leon_jax.training.watch.monitor import Dispatch, Monitor, SampleGrids, step_line
 from cm3leon_jax.training.watch.traces import Profiler
 from tests.refusals import refused
 from tests.training.fakes import FakeMonitor, FakeState
@@ -281,12 +281,3 @@ def test_without_a_function_there_are_no_grids():
   monitor = FakeMonitor()
   SampleGrids(GRIDS, monitor, None).after(7, FakeState(7), {})
   assert monitor.events == []
-
-
-@pytest.mark.parametrize(("every", "shown"), [(0, []), (2, [2, 4]), (5, [5])])
-def test_histograms_are_those_of_the_parameters_every_few_steps(every, shown):
-  monitor = FakeMonitor()
-  hook = Histograms(every, monitor)
-  for step in range(1, 6):
-    hook.after(step, FakeState(step), {})
-  assert monitor.events == [(step, "params") for step in shown]
