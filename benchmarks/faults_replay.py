@@ -6,8 +6,8 @@ One bit flips at one of three places:
 - in a gradient or an update on one device, in one of the computations of a checked step.
 
 The array, device, element, bit and computation are random. The checked step must detect the flip,
-and its message must name only the affected device; if there are only two replicas, it may name the
-devices of both. Steps without a flip must report nothing.
+and its message must name the affected device, and at most one other: that of the other computation
+or of the only other replica. Steps without a flip must report nothing.
 """
 
 from collections.abc import Iterator
@@ -144,9 +144,9 @@ class Trainer:
 
     Returns:
       "kind"; "where": place of the flip; "found": whether the check detected it; "named": whether
-      the message names only the affected device; "recovered": whether the final state is bitwise
-      equal to the state of a run without a flip, or None if the run stopped; "sentence": the
-      message.
+      the message names the affected device, and at most one other; "recovered": whether the final
+      state is bitwise equal to the state of a run without a flip, or None if the run stopped;
+      "sentence": the message.
     """
     import jax
 
@@ -177,25 +177,16 @@ class Trainer:
         recovered = None
       finally:
         self._flips.clear()
-    sentence = "; ".join(replay.faults)
-    devices = re.findall(r"device (\d+) \([^)]*\) of process (\d+)", sentence)
-    suspects = {(f"{device.id}", f"{device.process_index}")}
-    if kind in REPLICAS and len(devices) == 2:
-      suspects |= self._peers(device)
+    devices = set(re.findall(r"device (\d+) \([^)]*\) of process (\d+)", replay.fault))
+    faulty = (f"{device.id}", f"{device.process_index}")
     return {
       "kind": kind,
       "where": f"{where}, after step {flips_after}" if kind in REPLICAS else where,
-      "found": bool(replay.faults),
-      "named": set(devices) == suspects,
+      "found": bool(replay.fault),
+      "named": faulty in devices and len(devices) <= 2,
       "recovered": recovered,
-      "sentence": sentence,
+      "sentence": replay.fault,
     }
-
-  def _peers(self, device) -> set[tuple[str, str]]:
-    """Returns (id, process) of each device along `data` that stores the same shards as `device`."""
-    places = np.argwhere(self.mesh.devices == device)[0]
-    line = self.mesh.devices[(slice(None), *places[1:])].tolist()
-    return {(f"{d.id}", f"{d.process_index}") for d in line}
 
   def _inject(self, kind: str, state, device, element: int, bit: int, rng):
     """Flips a bit of the state now, or plans a flip in the next step. Returns (place, state)."""

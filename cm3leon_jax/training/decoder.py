@@ -96,7 +96,7 @@ def _opened(
   with (
     contextlib.closing(Stopwatch()) as watch,
     contextlib.nullcontext(lease) if lease else Lease(folder) as lease,
-    HangWatch(folder, config.hang_minutes, watch) as hang,
+    HangWatch(config.hang_minutes, watch) as hang,
     Checkpoints(folder, *keep, check=lease.check) as checkpoints,
   ):
     yield checkpoints, watch, hang, lease

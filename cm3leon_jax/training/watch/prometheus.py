@@ -18,7 +18,6 @@ GAUGES = (
   ("loss", "loss", "Loss of that step, nats per target."),
   ("heldout_loss", "heldout_loss", "Last held-out loss, nats per target."),
   ("tokens_per_second", "tokens_per_second", "Targets per second, all devices together."),
-  ("replay_faults", "replay_faults", "Silent errors that this start found (train.replay_every)."),
   ("goodput_ratio", "goodput", "Share of steps in the wall time of all starts."),
 )
 IDLE = "cm3leon_seconds_since_last_step"

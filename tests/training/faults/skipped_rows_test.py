@@ -207,7 +207,7 @@ def test_flags_by_hand():
   assert parse("4000:4799") == range(4000, 4800)
 
 
-@pytest.mark.parametrize("skip_rows", ["7", "9:7", "-1:7", "1:" + "9" * 5_000])
+@pytest.mark.parametrize("skip_rows", ["7", "9:7", "-1:7", "1:" + "9" * 16])
 def test_wrong_flags_are_refused(skip_rows):
   with refused(UserError, "--skip_rows", skip_rows):
     parse(skip_rows)
