@@ -54,20 +54,17 @@ def begin(
     are random.
 
   Raises:
-    UserError: the folder has another run, or a new run needs a dashboard (TensorBoard or Weights &
-      Biases) that is not installed.
+    UserError: the folder has another run.
   """
   from cm3leon_jax import distributed
   from cm3leon_jax.trained import base_documents, initial
   from cm3leon_jax.training.changes import check_changes
-  from cm3leon_jax.training.watch import boards
 
   path = workdir / "train" / "config.json"
   with distributed.together():  # All processes read before one process writes.
     stored = read_json(path, {"run": dict})["run"] if exists(path) else None
-    if stored is None:  # A run that already began continues without a missing dashboard.
+    if stored is None:
       check_no_checkpoints(path)
-      boards.check_installed(settings.train)
     base = base_documents.ids(settings, workdir)
     config = stages.run_config(settings, workdir, "train", base) | (more or {})
   start = initial.start_of_run(settings, workdir, init_from, stored)

@@ -108,11 +108,6 @@ class TrainConfig:
         f"rows_per_device = {self.rows_per_device} sets gradient_accumulation_steps, which is "
         f"{self.gradient_accumulation_steps}: leave it at 1, or set rows_per_device = 0."
       )
-    if self.replay_tolerance and not self.replay_every:
-      raise ValueError(
-        f"replay_tolerance is {self.replay_tolerance:g}, but replay_every = 0 checks no step: set "
-        "replay_every, or replay_tolerance = 0."
-      )
 
   @property
   def micro_batch_size(self) -> int:

@@ -35,7 +35,7 @@ from cm3leon_jax.training.watch import flops, heldout
 from cm3leon_jax.training.watch.boards import open_boards
 from cm3leon_jax.training.watch.goodput import Stopwatch, earlier
 from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
-from cm3leon_jax.training.watch.monitor import Dispatch, Monitor, SampleGrids
+from cm3leon_jax.training.watch.monitor import Monitor, SampleGrids
 from cm3leon_jax.training.watch.traces import Profiler
 from cm3leon_jax.vocab import VocabLayout
 
@@ -149,12 +149,6 @@ def open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatch
   )
   first = 0 if newest is None else newest + 1  # Step 0 is the evaluation before the first step.
   boards = open_boards(folder, config, first, watch) if log.enabled else []
-  traced = training.profile_steps
-  if traced and (newest or 0) >= traced[-1]:
-    distributed.print_once(
-      f"train: the run is already at step {newest:,}, beyond the steps to trace; "
-      "there will be no trace."
-    )
   peak = "of unknown peak, so no MFU (train.peak_flops sets one)"
   if rates.peak:
     peak = f"of {rates.peak / 1e12:,.1f} TFLOP/s each"
@@ -163,7 +157,7 @@ def open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatch
     f"{devices.size} x {kind} {peak}."
   )
   schedule = learning_rate_schedule(training.optimizer, config.steps)
-  profiler = Profiler(folder / "profile", traced)
+  profiler = Profiler(folder / "profile", training.profile_steps)
   return Monitor(log, watch, rates, schedule, config, profiler, boards, objective.names, skipped)
 
 
@@ -241,17 +235,16 @@ def train(training: DecoderTraining, lease: Lease | None = None) -> dict:
     with distributed.together():
       monitor = open_monitor(training, newest, watch)
     explained = explaining(objective, done, next_row, config.global_batch_size)
-    with StopSignal(sharding.mesh) as stop, explained, monitor, Dispatch(monitor) as dispatch:
+    with StopSignal(sharding.mesh) as stop, explained, monitor:
       losses = heldout.HeldoutLosses(
         evaluate, config, monitor, stop, training.evaluate_start, newest,
         best=checkpoints.best(newest) if newest and config.patience else None,
       )  # fmt: skip
       saves = Saves(checkpoints, config, monitor, stop, losses, next_row)
       hooks = [
-        dispatch,
+        monitor,
         hang,
         held,
-        monitor,
         stop,
         losses,
         # Draw the grid before saving, so that a run killed in between draws it again.

@@ -104,42 +104,21 @@ def check_verified(folder: epath.Path, found: Sequence[Entry], damages: Mapping[
   damaged = [damage for damage in damages.values() if damage]
   if not damaged:
     return
-  whole, newest = [step for step, damage in damages.items() if not damage], max(damages)
-  if not whole:
-    remedy = _none_whole(folder)
-  elif newest in whole:
-    remedy = f"The newest, {newest:,}, is whole, and training continues from it."
-  elif (folder / DONE).exists():
+  remedy = f"restore the files from a copy, or delete {folder} to start again"
+  if whole := [step for step, damage in damages.items() if not damage]:
     remedy = (
-      "The run is finished, so cm3leon train does not go back automatically: run "
-      f"`cm3leon checkpoints rollback --workdir={folder.parent} --step={max(whole)}`, then "
-      "`cm3leon train`."
+      f"cm3leon train continues from {max(whole):,}; if the run is finished, run `cm3leon "
+      f"checkpoints rollback --workdir={folder.parent} --step={max(whole)}` first"
     )
-  else:
-    remedy = f"cm3leon train automatically goes back to {max(whole):,}."
-  be, s = "is" if len(damaged) == 1 else "are", "" if len(damages) == 1 else "s"
   raise UserError(
-    f"{len(damaged)} of {len(damages)} sealed checkpoint{s} {be} damaged ({'; '.join(damaged)}). "
-    f"{remedy}"
-  )
-
-
-def _none_whole(folder: epath.Path) -> str:
-  return (
-    "No checkpoint is whole: the run cannot continue. Restore the files from a copy, or delete "
-    f"{folder} to start again."
+    f"{len(damaged)} of {len(damages)} sealed checkpoints damaged ({'; '.join(damaged)}): {remedy}."
   )
 
 
 def _not_sealed(folder: epath.Path, steps: Sequence[int]) -> str:
   """Returns a message that says what to do with a run without a sealed checkpoint."""
-  if not steps:
-    return f"{folder} has no checkpoint: run `cm3leon train` until it saves one."
-  if len(steps) == 1:
-    return (
-      f"{folder} has no sealed checkpoint: {steps[0]:,} exists but is not sealed. "
-      "`cm3leon train` seals it."
-    )
+  if len(steps) < 2:
+    return f"{folder} has no sealed checkpoint: run `cm3leon train`, which saves or seals one."
   return (
     f"{folder} has no sealed checkpoint: {listed(steps)} exist but are not sealed. Restore "
     f"{folder / FOLDER}.digests from a copy, or delete {folder} to start again."
@@ -165,25 +144,11 @@ def prune(folder: epath.Path, last: int, every: int, best: int) -> list[str]:
     removed = [step for step in found if step not in kept]
     size = sum(found[step].size for step in removed)
     if removed:
-      _check_kept(checkpoints, max(kept), list(found))
+      checkpoints.check(max(kept))
     for step in removed:
       checkpoints.delete(step)
   freed = f"{_checkpoints(removed)}, {_bytes(size)}" if removed else "nothing"
   return [f"removed {freed}; kept {listed(sorted(kept))}."]
-
-
-def _check_kept(checkpoints: Checkpoints, newest: int, steps: Sequence[int]) -> None:
-  """Raises UserError, with the step to roll back to, if checkpoint `newest` is damaged."""
-  if not checkpoints.damage(newest):
-    return
-  older = (step for step in sorted(steps, reverse=True) if step < newest)
-  whole = next((step for step in older if not checkpoints.damage(step)), None)
-  if whole is None:
-    raise UserError(f"Nothing was removed. {_none_whole(checkpoints.folder.parent)}")
-  raise UserError(
-    f"The newest checkpoint that would be kept, {newest:,}, is damaged: nothing was removed. "
-    f"Roll back to {whole:,} first."
-  )
 
 
 def rollback(folder: epath.Path, step: int, skip_rows: range | None = None) -> list[str]:

@@ -228,9 +228,7 @@ def train(
     return with_colors(state, config, images, seed) if config.code_colors else state
 
   about = {"num_codes": num_codes, "inputs": inputs}
-  remedy = f"delete {epath.Path(folder) / trainer.FOLDER} to start again."
-  alarm = vqgan_watch.Alarm(config, num_codes, remedy)
-  watch = vqgan_watch.Watch(alarm, folder, open_boards, reconstruct, shown)
+  watch = vqgan_watch.Watch(folder, open_boards, reconstruct, shown)
   training = trainer.SmallTraining("vqgan", config, about, seed, images, folder, init, step, watch)
   return trained(config, num_codes, trainer.train(training))
 
