@@ -127,7 +127,7 @@ def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(root, capsys):
   with refused(UserError):
     start(0.5, 4, name)
   start(0.5, 5, name)
-  assert f"train: continues with {name}: 0.001 -> 0.5: the learning rate" in capsys.readouterr().out
+  assert f"train: continues with {name}: 0.001 -> 0.5." in capsys.readouterr().out
   lines = read_json_lines(root / "train" / "metrics" / "metrics.jsonl")
   rates = {line["step"]: line["learning_rate"] for line in lines if "loss" in line}
   assert rates[4] < 2e-3

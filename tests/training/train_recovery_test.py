@@ -34,20 +34,6 @@ def test_a_run_that_is_rolled_back_continues_bit_for_bit(whole, loader, tmp_path
   assert [line["event"] for line in lines if "event" in line] == ["rolled_back", "resumed"]
 
 
-@pytest.mark.slow
-def test_the_checkpoint_of_the_lowest_heldout_loss_is_kept(loader, tmp_path):
-  """With a too high learning rate, an early step has the lowest loss."""
-  run(
-    tmp_path, loader, learning_rate=3.0, steps=5, eval_every=1, checkpoint_every=1, keep_best=1,
-    tensorboard=False,
-  )  # fmt: skip
-  lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
-  by_step = {line["step"]: line["heldout_loss"] for line in lines if "heldout_loss" in line}
-  best = min(by_step, key=by_step.get)
-  assert best < 4
-  assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {best, 4, 5}
-
-
 def overfitted(folder, loader, **fields):
   """Trains with a too high learning rate, so that an early step has the lowest held-out loss."""
   usual = {"steps": 9, "eval_every": 2, "patience": 9, "tensorboard": False}
@@ -111,12 +97,3 @@ def test_a_save_that_was_killed_before_its_digests_pushes_no_other_out(loader, t
   events = [line for line in lines if line.get("event") == "resumed"]
   assert [e["from_step"] for e in events] == [4]
   assert sorted(losses(tmp_path)) == list(range(1, 10))
-
-
-def test_checkpoints_whose_digests_are_all_gone_are_not_trained_over(loader, tmp_path):
-  run(tmp_path, loader, steps=8)
-  for digests in (tmp_path / "checkpoints.digests").iterdir():
-    digests.unlink()
-  with refused(UserError):
-    run(tmp_path, loader)
-  assert sorted(losses(tmp_path)) == list(range(1, 9))

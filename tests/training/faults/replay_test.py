@@ -1,7 +1,5 @@
 """Tests that bit flips are found, the faulty device is named, and there are no false alarms."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,25 +136,14 @@ def trainer():
 
 @pytest.mark.parametrize("kind", faults_replay.KINDS)
 def test_a_flip_is_found_and_its_device_named(trainer, kind):
-  for seed in range(2):
-    found = trainer.trial(kind, np.random.default_rng([5, seed]))
-    assert (found["found"], found["named"]) == (True, True), found
-    assert found["recovered"] is None
-    assert (" has changed on " in found["sentence"]) is (kind in ("parameters", "moments"))
+  found = trainer.trial(kind, np.random.default_rng([5, 0]))
+  assert (found["found"], found["named"], found["recovered"]) == (True, True, None), found
+  assert (" has changed on " in found["sentence"]) is (kind in ("parameters", "moments"))
 
 
 def test_no_flip_is_no_alarm(trainer):
   found = trainer.trial("none", np.random.default_rng(5))
   assert (found["found"], found["recovered"]) == (False, True)
-
-
-@pytest.mark.slow
-def test_a_flip_that_is_not_compared_is_not_found(trainer, monkeypatch):
-  """Negative control: without the comparison, runs continue with a wrong state."""
-  monkeypatch.setattr(replay, "equal", lambda a, b, tolerance=0.0: np.ones_like(a.digest, bool))
-  found = [trainer.trial("gradients", np.random.default_rng([5, seed])) for seed in range(6)]
-  assert not any(result["found"] for result in found)
-  assert any(not result["recovered"] for result in found)
 
 
 NO_STEPS = Steps(*[pytest.fail] * 4)  # The test fails if one of these functions is called.
@@ -216,13 +203,6 @@ def test_a_flip_in_one_replica_stays_if_replicas_are_not_compared(trainer, monke
   assert (found["found"], found["recovered"]) == (False, False)
 
 
-def test_a_flip_in_one_replica_above_a_tolerance_is_found(trainer):
-  for bit, is_found in ((30, True), (0, False)):
-    rng = types.SimpleNamespace(integers=lambda n, bit=bit: bit if n == 32 else n // 3)
-    found = trainer.trial(faults_replay.REPLICAS[0], rng, replay_tolerance=1e-3)
-    assert found["found"] is is_found, found
-
-
 def test_different_replicas_start_again_unless_a_checkpoint_may_hold_them():
   """Replicas were equal at the start or the last checked step; a save since then may be wrong."""
   one, pair, names = ([1], [3]), ([0, 1], [1, 3]), ["a", "b"]
@@ -236,11 +216,6 @@ def test_different_replicas_start_again_unless_a_checkpoint_may_hold_them():
   with pytest.raises(TryAgain):
     wrong._raise_apart(pair, names)
   wrong_replay()._raise_apart(([], []), names)
-
-
-def test_all_processes_name_the_replicas_that_the_first_one_found():
-  assert replay._first([([], []), ([1], [3]), ([0], [2])]) == ([1], [3])
-  assert replay._first([([], []), ([], [])]) == ([], [])
 
 
 @pytest.mark.slow

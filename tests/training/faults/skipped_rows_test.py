@@ -17,7 +17,6 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.skipped_rows import parse, row_number
 from cm3leon_jax.training.saves import upkeep
-from cm3leon_jax.training.step import numerics
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of
 from tests.refusals import refused
@@ -93,21 +92,6 @@ def test_a_skipped_step_is_as_if_its_rows_were_left_out(loader, tmp_path, capsys
   assert_equal(params_of(killed), params_of(tmp_path / "whole"))
 
 
-@pytest.mark.slow
-def test_a_killed_run_decides_on_spikes_as_one_that_was_not_killed(loader, tmp_path, monkeypatch):
-  monkeypatch.setattr(numerics, "SETTLED", 3)
-  options = {"skip_above": 0.95, "max_skipped": STEPS, "checkpoint_every": 1}
-  run(tmp_path / "whole", loader, **options)
-  steps = skipped_steps(tmp_path / "whole")
-  assert 0 < len(steps) < STEPS - 3
-  killed = tmp_path / "killed"
-  with pytest.raises(Crash):
-    run(killed, loader, sample_grid=crash_at(11, killed), sample_every=1, **options)
-  run(killed, loader, **options)
-  assert skipped_steps(killed) == steps
-  assert losses(killed) == losses(tmp_path / "whole")
-
-
 def test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows(loader, tmp_path):
   """Steps 6 and 7 read rows 40 to 55, of which two are bad; the checkpoint is from before them."""
   whole, folder = tmp_path / "whole", tmp_path / "run"
@@ -176,18 +160,6 @@ def test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before(loader,
   run(folder, loader)
   assert losses(folder) == losses(whole)
   assert_equal(params_of(folder), params_of(whole))
-
-
-@pytest.mark.slow
-def test_the_last_step_is_saved_though_it_is_skipped(loader, tmp_path):
-  """Step 12 reads rows 88 to 95, one of them bad; its checkpoint has the state of step 11."""
-  loader.bad = range(90, 91)
-  assert run(tmp_path, loader)["steps"] == STEPS
-  assert skipped_steps(tmp_path) == [12]
-  assert sealed(tmp_path) == [8, 12]
-  without = tmp_path / "without"
-  run(without, loader, skipped=(range(88, 96),), checkpoint_every=11)
-  assert_equal(params_of(tmp_path), params_of(without, 11))
 
 
 def test_a_parameter_that_is_not_finite_is_not_saved(loader, tmp_path):

@@ -7,7 +7,6 @@ from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.optimizer import (
   create_optimizer,
   learning_rate_schedule,
-  update_average,
 )
 
 
@@ -106,17 +105,6 @@ def test_the_first_moment_may_be_kept_in_bfloat16():
     step[dtype] = np.asarray(updates["embed"])
   np.testing.assert_allclose(step["bfloat16"], step["float32"], rtol=2**-8)
   assert np.any(step["bfloat16"] != step["float32"])
-
-
-def test_the_average_is_the_recursion_of_its_documentation():
-  """Compares with float64. Decays are 1/10, 2/11, 3/12, ..., and 0.5 from step 8 on."""
-  params = np.random.default_rng(0).normal(size=(12, 5))
-  average, found = params[0] * 3, {"a": jnp.asarray(params[0] * 3, jnp.float32)}
-  for step, new in enumerate(params):
-    decay = min(0.5, (1 + step) / (10 + step))
-    average = decay * average + (1 - decay) * new
-    found = update_average(found, {"a": jnp.float32(new)}, 0.5, jnp.int32(step))
-    np.testing.assert_allclose(found["a"], average, rtol=1e-5, atol=1e-6)
 
 
 def test_muon_makes_the_updates_of_matrices_orthogonal_and_of_the_size_of_adamw():
