@@ -1,4 +1,4 @@
-"""Tests that `cm3leon checkpoints` lists, verifies, prunes and rolls back checkpoints."""
+"""Tests that `cm3leon checkpoints` lists, verifies and rolls back checkpoints."""
 
 import json
 import shutil
@@ -36,8 +36,6 @@ def original(tmp_path_factory):
   (folder / "metrics").mkdir()
   (folder / "metrics" / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
   (folder / "done.json").write_text("{}")
-  train = {"keep_checkpoints": 2, "keep_every": 0, "keep_best": 1}
-  (folder / "config.json").write_text(json.dumps({"run": {}, "settings": {"train": train}}))
   return folder
 
 
@@ -103,34 +101,12 @@ def check_verified(workdir, *facts):
 def test_no_sealed_checkpoint_is_said_by_every_action(workdir):
   train = workdir / "train"
   shutil.rmtree(train / "checkpoints.digests")
-  for function in (lambda: upkeep.prune(train, 2, 0, 0), lambda: upkeep.rollback(train, 4)):
-    with refused(UserError, "2, 4, 6, 8", "not sealed", "checkpoints.digests"):
-      function()
+  with refused(UserError, "2, 4, 6, 8", "not sealed", "checkpoints.digests"):
+    upkeep.rollback(train, 4)
   check_verified(workdir, "2, 4, 6, 8", "not sealed")
   for step in (2, 4, 6):
     shutil.rmtree(train / "checkpoints" / str(step))
   check_verified(workdir, "no sealed checkpoint", "`cm3leon train`")
-
-
-def test_prune_keeps_what_the_config_says_or_the_flags(workdir):
-  train = workdir / "train"
-  result = command(workdir, "prune")
-  assert (result.returncode, result.stderr) == (0, "")
-  assert result.stdout.startswith("removed checkpoint 2, ")
-  assert result.stdout.endswith("; kept 4, 6, 8.\n")
-  assert steps(workdir) == [4, 6, 8]
-  assert upkeep.prune(train, 2, 3, 0)[0].startswith("removed checkpoint 4, ")
-  assert steps(workdir) == [6, 8]
-  assert upkeep.prune(train, 2, 3, 0) == ["removed nothing; kept 6, 8."]
-  check_refused(command(workdir, "prune", "--keep_best=1"))
-
-
-def test_prune_removes_nothing_if_the_newest_is_damaged(workdir):
-  train = workdir / "train"
-  flip(workdir, 8)
-  with refused(UserError, "checkpoints/8/", "is damaged"):
-    upkeep.prune(train, 2, 0, 0)
-  assert steps(workdir) == list(STEPS)
 
 
 def test_rollback_removes_what_is_newer_and_says_so(workdir):
@@ -171,15 +147,10 @@ def test_rollback_to_a_step_that_is_not_whole_changes_nothing(workdir):
   assert (workdir / "train" / "done.json").exists()
 
 
-@pytest.mark.parametrize("action", ["prune", "rollback"])
-def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch, action):
+def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch):
   monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
-  functions = {
-    "prune": lambda: upkeep.prune(workdir / "train", 2, 0, 0),
-    "rollback": lambda: upkeep.rollback(workdir / "train", 2),
-  }
-  with lease.Lease(workdir / "train"), refused(UserError, "works in"):
-    functions[action]()
+  with lease.Lease(workdir / "train"), refused(UserError, "works in", str(workdir)):
+    upkeep.rollback(workdir / "train", 2)
   assert steps(workdir) == list(STEPS)
 
 
@@ -188,20 +159,11 @@ def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch, action):
   [
     [],
     ["lsit"],
-    ["list", "4"],
     ["rollback"],
-    ["rollback", "--step=abc"],
     ["rollback", "--step=1,59"],
     ["verify", "--step=4"],
-    ["list", "--keep_best=1"],
-    ["rollback", "--step=1", "--keep_last=2"],
-    ["prune", "--skip_rows=1:2"],
     ["rollback", "--step=1", "--skip_rows=2"],
-    ["prune", "--keep_last=1"],
-    ["list", "--config=scenes"],
-    ["list", "--noprint_config"],
     ["list"],
-    ["prune"],
     ["rollback", "--step=1,596"],
   ],
 )

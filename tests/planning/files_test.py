@@ -45,7 +45,7 @@ def test_what_no_launcher_could_start_is_refused(topology, options):
 
 def test_a_launcher_that_cannot_run_a_job_is_left_out_with_a_sentence():
   job = launchers.PodJob("run", hardware.load("v5e-256", 2), tuple(FLAGS))
-  assert list(launchers.files(job)) == ["offline_ray.sh", "tpu_vm.sh"]
+  assert list(launchers.files(job)) == ["tpu_vm.sh"]
   (image,) = launchers.remarks(job)
   assert image.startswith("gke_jobset.yaml and xpk.sh need a container image")
   assert launchers.remarks(launchers.PodJob("run", job.hardware, job.flags, IMAGE)) == []
@@ -57,7 +57,7 @@ def test_gke_does_not_connect_slices_of_one_host():
   for option in ("queue", "secret"):
     with refused(UserError):
       launchers.check(dataclasses.replace(job, **{option: "own"}))
-  assert list(launchers.files(job)) == ["offline_ray.sh", "tpu_vm.sh"]
+  assert list(launchers.files(job)) == ["tpu_vm.sh"]
   assert launchers.remarks(job) == [
     "gke_jobset.yaml and xpk.sh: GKE connects only slices of several hosts."
   ]
@@ -70,10 +70,10 @@ def test_gke_does_not_connect_slices_of_one_host():
 def test_gpus_may_train_in_a_shared_folder_or_a_bucket(workdir):
   flags = ("--config=c", f"--workdir={workdir}")
   job = launchers.PodJob("run", hardware.load("h100-64"), flags)
-  assert list(launchers.files(job)) == ["offline_ray.sh"]
+  assert launchers.files(job) == {}
   assert launchers.remarks(job) == ["slurm.sbatch needs a container image: give --image."]
   job = dataclasses.replace(job, image=IMAGE)
-  assert list(launchers.files(job)) == ["offline_ray.sh", "slurm.sbatch"]
+  assert list(launchers.files(job)) == ["slurm.sbatch"]
 
 
 def test_slurm_does_not_ask_for_spot_machines_and_says_so():
@@ -87,7 +87,7 @@ def test_slurm_does_not_ask_for_spot_machines_and_says_so():
 def test_every_launcher_says_how_the_key_reaches_the_processes(topology):
   job = launchers.PodJob("run", hardware.load(topology), tuple(FLAGS), IMAGE)
   sentences = dict(sentence.split(": ", 1) for sentence in launchers.keys(job))
-  assert sorted([*sentences, "offline_ray.sh"]) == sorted(launchers.files(job))
+  assert sorted(sentences) == sorted(launchers.files(job))
   assert all(text.startswith("WANDB_API_KEY comes from ") for text in sentences.values())
   if topology == "v5e-256":
     own = launchers.keys(dataclasses.replace(job, secret="own"))

@@ -1,4 +1,4 @@
-"""Lists, verifies, prunes and rolls back the checkpoints of a run."""
+"""Lists, verifies and rolls back the checkpoints of a run."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -6,7 +6,7 @@ import datetime
 
 from etils import epath
 
-from cm3leon_jax.checkpoints import recovery, retention
+from cm3leon_jax.checkpoints import recovery
 from cm3leon_jax.checkpoints.checkpoint import FOLDER, Checkpoints
 from cm3leon_jax.checkpoints.recovery import listed
 from cm3leon_jax.checkpoints.sealing import files_below
@@ -123,32 +123,6 @@ def _not_sealed(folder: epath.Path, steps: Sequence[int]) -> str:
     f"{folder} has no sealed checkpoint: {listed(steps)} exist but are not sealed. Restore "
     f"{folder / FOLDER}.digests from a copy, or delete {folder} to start again."
   )
-
-
-def prune(folder: epath.Path, last: int, every: int, best: int) -> list[str]:
-  """Removes the sealed checkpoints that `retention.policy` does not keep.
-
-  Returns one sentence about what was removed.
-
-  Raises:
-    UserError: another job has the run's lease, no checkpoint is sealed, or the newest checkpoint to
-      keep is damaged.
-  """
-  with Lease(folder), open_run(folder) as checkpoints:
-    found = {entry.step: entry for entry in entries(checkpoints) if entry.sealed}
-    if not found:
-      raise UserError(_not_sealed(folder, checkpoints.steps()))
-    losses = {step: entry.losses[""] for step, entry in found.items() if "" in entry.losses}
-    kept = retention.kept(list(found), losses, last, every, best)
-    kept |= {result[0] for result in [checkpoints.best(max(found))] if result}
-    removed = [step for step in found if step not in kept]
-    size = sum(found[step].size for step in removed)
-    if removed:
-      checkpoints.check(max(kept))
-    for step in removed:
-      checkpoints.delete(step)
-  freed = f"{_checkpoints(removed)}, {_bytes(size)}" if removed else "nothing"
-  return [f"removed {freed}; kept {listed(sorted(kept))}."]
 
 
 def rollback(folder: epath.Path, step: int, skip_rows: range | None = None) -> list[str]:
