@@ -139,7 +139,7 @@ class Trainer:
       for name, x in make_batch(seed).items()
     }
 
-  def trial(self, kind: str, rng: np.random.Generator, replay_tolerance: float = 0.0) -> dict:
+  def trial(self, kind: str, rng: np.random.Generator) -> dict:
     """Runs steps, of which only the last is checked. Flips a bit, unless `kind` is "none".
 
     Returns:
@@ -159,9 +159,7 @@ class Trainer:
     # Flip before the step that precedes the checked step: that step computes a fingerprint, which
     # would reveal a later flip.
     flips_after = 1 + int(rng.integers(EVERY - 2)) if kind in REPLICAS else 1
-    config = dataclasses.replace(
-      self._config, replay_every=steps, replay_tolerance=replay_tolerance
-    )
+    config = dataclasses.replace(self._config, replay_every=steps)
     with jax.set_mesh(self.mesh), contextlib.redirect_stdout(io.StringIO()):
       batches = [self._batch(int(rng.integers(1_000))) for _ in range(steps)]
       expected = self._run(self._state, batches)

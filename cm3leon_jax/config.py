@@ -37,7 +37,13 @@ STRICT: "pydantic.ConfigDict" = {
 }
 # Fields that earlier versions stored. They no longer have an effect.
 REMOVED_FIELDS = frozenset(
-  {"draft_window", "raw.max_texts", "reinforce.credit", "train.histogram_every"}
+  {
+    "draft_window",
+    "raw.max_texts",
+    "reinforce.credit",
+    "train.histogram_every",
+    "train.replay_tolerance",
+  }
 )
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+(?=>)")
 

@@ -225,11 +225,3 @@ def test_the_step_loop_is_not_stopped_by_digests(tmp_path, monkeypatch):
     release.set()
     checkpoints.wait()
     assert checkpoints.newest() == 1
-
-
-def test_old_checkpoints_and_their_digests_go(saved):
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    checkpoints = checkpoint.Checkpoints(saved, keep=2)
-    checkpoints.save(fresh(3), 3, next_row=24)
-    checkpoints.close()
-  assert sorted(p.stem for p in (saved / "checkpoints.digests").iterdir()) == ["2", "3"]

@@ -110,7 +110,7 @@ def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys
   assert "warning: checkpoint 1 in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("digests", [None, b"", b"{}", b"[]", b"\x00\xff", b'{"a": 1}'])
+@pytest.mark.parametrize("digests", [None, b"", b"[]"])
 def test_a_run_goes_back_to_the_newest_whole_checkpoint(saved, capsys, digests):
   """Given `digests`, damages the digests of checkpoint 2; given None, damages one of its files."""
   if digests is None:

@@ -34,18 +34,16 @@ def test_a_workdir_of_another_run_is_refused(workdir):
   write_json(workdir / "train" / "config.json", config)
   optimizer = dataclasses.replace(first.optimizer, learning_rate=0.5)
   other = dataclasses.replace(first, optimizer=optimizer)
-  with refused(UserError):
+  with refused(UserError, "another config", "--allow_changed=optimizer.learning_rate"):
     train.main(other, workdir)
 
 
-@pytest.mark.parametrize("changes", [{}, {"seed": 1}])
-@pytest.mark.parametrize("name", ["checkpoints/5/state", "checkpoints/5"])
-def test_checkpoints_without_their_config_are_refused(workdir, name, changes):
+def test_checkpoints_without_their_config_are_refused(workdir):
   """Without the stored config, no given config can be checked, so each is rejected."""
   folder = pathlib.Path(workdir) / "train"
-  (folder / name).mkdir(parents=True)
-  with refused(UserError):
-    train.main(dataclasses.replace(settings_with(), **changes), workdir)
+  (folder / "checkpoints" / "5").mkdir(parents=True)
+  with refused(UserError, "config.json is missing", str(folder)):
+    train.main(settings_with(), workdir)
   assert sorted(path.name for path in folder.iterdir()) == ["checkpoints"]
 
 
@@ -122,9 +120,9 @@ def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(root, capsys):
 
   name = "optimizer.learning_rate"
   start(1e-3, 4)
-  with refused(UserError):
+  with refused(UserError, f"--allow_changed={name}"):
     start(0.5, 5)
-  with refused(UserError):
+  with refused(UserError, "finished at step 4", name):
     start(0.5, 4, name)
   start(0.5, 5, name)
   assert f"train: continues with {name}: 0.001 -> 0.5." in capsys.readouterr().out
@@ -165,6 +163,6 @@ def test_a_run_that_was_rolled_back_leaves_rows_out(root, monkeypatch):
 
 
 def test_wrong_profile_steps_are_refused_before_training(workdir):
-  with refused(UserError):
+  with refused(UserError, "--profile_steps"):
     train.main(settings_with(), workdir, profile_steps="5")
   assert not (workdir / "train").exists()

@@ -83,7 +83,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(loader, tmp_path)
   run(tmp_path, loader, steps=9)
   for folder in (checkpoint.FOLDER, f"{checkpoint.FOLDER}.digests"):
     shutil.rmtree(tmp_path / folder)
-  with refused(UserError):
+  with refused(UserError, "logged 9 steps", "no checkpoint"):
     run(tmp_path, loader)
   assert sorted(losses(tmp_path)) == list(range(1, 10))
 

@@ -21,9 +21,7 @@ from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.faults.assignment import moved, rolled
 from cm3leon_jax.training.faults.fingerprint import (
-  Fingerprint,
   different_replicas,
-  equal,
   fingerprint_of,
   first_replicas,
   names_of,
@@ -31,14 +29,16 @@ from cm3leon_jax.training.faults.fingerprint import (
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import PARTS, Steps, is_checked
 
-Fingerprints: TypeAlias = dict[str, Fingerprint]
+Fingerprints: TypeAlias = dict[str, np.ndarray]
 Computed: TypeAlias = tuple[TrainState, dict, Fingerprints]  # State, metrics and fingerprints.
 Places = tuple[Sequence[int], Sequence[int]]  # Indices of arrays, places of devices in the mesh.
 CONTINUE = "The same command continues from the newest checkpoint."
 # What to do about a faulty device, see docs/reliability.md.
-REPLACE = (
-  "report the device to its provider and run without its node (SLURM: --exclude=NODE; GKE: kubectl "
-  "cordon NODE; a TPU slice: delete it and request another)"
+AGAIN = (
+  "If it happens again, report the device to its provider and run without its node (SLURM: "
+  "--exclude=NODE; GKE: kubectl cordon NODE; a TPU slice: delete it and request another). If "
+  "healthy GPUs round differently each time, set XLA_FLAGS=--xla_gpu_deterministic_ops=true, or "
+  "train.replay_every=0."
 )
 
 
@@ -52,7 +52,7 @@ class Replay:
     self._meshes = (mesh, rolled(mesh))
     self._hosts = distributed.gather(socket.gethostname())
     # Fingerprint of the newest state; None unless the next step is checked.
-    self._left: Fingerprint | None = None
+    self._left: jax.Array | None = None
     self._sound = step  # Newest step whose state was restored or checked.
     self._first_replicas: np.ndarray | None = None
     self.fault = ""
@@ -81,14 +81,12 @@ class Replay:
     again = self._compute(1, *moved((state, batch), self._meshes[0]), num_sources)[2]
     before, self._left = jax.device_get(self._left), None
     new, metrics, prints = self._compute(0, state, batch, num_sources)
-    tolerance = self._config.replay_tolerance
     if self._first_replicas is None:
       self._first_replicas = first_replicas(new, self._meshes[0])
-    apart = different_replicas(prints["read"], self._first_replicas, tolerance)
+    apart = different_replicas(prints["read"], self._first_replicas)
     # All processes must make the same decision, even if only one of them sees a difference.
-    findings = distributed.gather(
-      [_changed(before, prints["read"]), apart, *_differences(prints, again, tolerance)]
-    )
+    differences = [_places(prints[part] != again[part]) for part in PARTS]
+    findings = distributed.gather([_changed(before, prints["read"]), apart, *differences])
     changed, apart, *differences = map(_first, zip(*findings))
     self._raise_changed(changed, names_of(new))
     self._raise_apart(apart, names_of(new))
@@ -121,11 +119,7 @@ class Replay:
         f"step {self._step}: two computations differ in {PARTS[part]} "
         f"({_listed([names[i] for i in arrays])}); {where}"
       )
-      again = (
-        "If it happens again, either these devices do not round in the same way: set "
-        "train.replay_tolerance=1e-2, or train.replay_every=0. Or a device is broken: "
-      )
-      raise TryAgain(f"{self.fault}. {CONTINUE} {again}{REPLACE}.")
+      raise TryAgain(f"{self.fault}. {CONTINUE} {AGAIN}")
 
   def _raise_changed(self, found: Places, names: list[str]) -> None:
     """Raises an error if arrays have changed on devices between two steps."""
@@ -136,7 +130,7 @@ class Replay:
         f"the state that step {before} wrote is not the state that step {self._step} reads: "
         f"{_listed([names[i] for i in arrays])} has changed on {_listed(self._at(places))}"
       )
-      self._stop(before, f"If it happens again, {REPLACE}.")
+      self._stop(before)
 
   def _raise_apart(self, found: Places, names: list[str]) -> None:
     """Raises an error if replicas of arrays differ; `found` comes from `different_replicas`."""
@@ -149,20 +143,17 @@ class Replay:
         f"step {self._step} reads replicas that are not equal but were equal at step "
         f"{self._sound}: {_listed([names[i] for i in arrays])}; {devices} {which}"
       )
-      again = f"If it happens again, {REPLACE}."
-      if not self._config.replay_tolerance:
-        again += " If healthy devices round differently here, set train.replay_tolerance=1e-2."
-      self._stop(self._sound + 1, again)
+      self._stop(self._sound + 1)
 
-  def _stop(self, since: int, again: str) -> NoReturn:
+  def _stop(self, since: int) -> NoReturn:
     """Raises an error about a damaged state. `since` is the first step that may be damaged."""
     newest = self._step - 1 - (self._step - 1) % self._config.checkpoint_every
     if newest < since:
-      raise TryAgain(f"{self.fault}. {CONTINUE} {again}")
+      raise TryAgain(f"{self.fault}. {CONTINUE} {AGAIN}")
     raise UserError(
       f"{self.fault}. Checkpoint {newest} may contain the error: go back to a checkpoint "
       f"before step {since} (`cm3leon checkpoints rollback --workdir=WORKDIR --step=STEP`), then "
-      f"run the same command again. {again}"
+      f"run the same command again. {AGAIN}"
     )
 
   def _at(self, places: Sequence[int]) -> list[str]:
@@ -195,21 +186,15 @@ def replaying(steps: Steps, config: TrainConfig, state: TrainState) -> Steps:
   return dataclasses.replace(steps, train=replay)
 
 
-def _differences(a: Fingerprints, b: Fingerprints, tolerance: float) -> list[Places]:
-  """Returns, for each of `PARTS`, the arrays that differ and the places of the devices."""
-  same = [equal(a[part], b[part], 0.0 if part == "read" else tolerance) for part in PARTS]
-  return [_places(~x) for x in same]
-
-
 def _places(differ: np.ndarray) -> Places:
   return np.flatnonzero(differ.any(0)).tolist(), np.flatnonzero(differ.any(1)).tolist()
 
 
-def _changed(before: Fingerprint | None, now: Fingerprint) -> Places:
+def _changed(before: np.ndarray | None, now: np.ndarray) -> Places:
   """Returns the indices of the arrays that have changed, and the places of the devices."""
   if before is None:
     return [], []
-  return _places(before.digest != now.digest)
+  return _places(before != now)
 
 
 def _first(findings: Sequence[Places]) -> Places:

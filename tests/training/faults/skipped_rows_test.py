@@ -1,6 +1,3 @@
-import os
-import signal
-
 from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +7,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.checkpoints import checkpoint, reading
-from cm3leon_jax.config import INTERRUPTED, UserError
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.models import transformer
@@ -120,46 +117,6 @@ def test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows(l
   assert (event["step"], event["first"], event["last"]) == (4, 40, 55)
   resumed = [line for line in logged(folder) if line.get("event") == "resumed"]
   assert all(line["replayed"] == line["identical"] for line in resumed)
-
-
-def sealed(folder):
-  return sorted(int(x.stem) for x in (folder / f"{checkpoint.FOLDER}.digests").glob("*.json"))
-
-
-def stop_after(loader, folder, step, **options):
-  """Sends SIGTERM after a step; the run notices the signal after the next step."""
-
-  def grid(_, at):
-    if at == step:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  with pytest.raises(SystemExit) as end:
-    run(folder, loader, sample_grid=grid, sample_every=1, **options)
-  assert end.value.code == INTERRUPTED
-
-
-@pytest.mark.slow
-def test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before(loader, tmp_path, capsys):
-  """Steps 6 to 9 read rows 40 to 71 and have a bad row each. Checkpoints are every 4 steps."""
-  loader.bad = range(40, 72, 8)
-  whole, folder = tmp_path / "whole", tmp_path / "run"
-  run(whole, loader)
-  assert skipped_steps(whole) == [6, 7, 8, 9]
-  assert sealed(whole) == [4, 12]  # Step 8 was skipped, so it is not saved.
-  stop_after(loader, folder, 5)
-  assert f"stopped at step 6 of 12; saved in {folder}: the same" in capsys.readouterr().out
-  assert sealed(folder) == [4, 6]
-  of_step_6 = params_of(folder)
-  # Steps 7 and 8 are skipped, so the parameters are still those of step 6.
-  stop_after(loader, folder, 7)
-  assert "stopped at step 8 of 12; all steps since 6 were skipped, so" in capsys.readouterr().out
-  assert sealed(folder) == [4, 6]
-  without = tmp_path / "without"
-  run(without, loader, skipped=(range(40, 72),), checkpoint_every=5, keep_checkpoints=3)
-  assert_equal(of_step_6, params_of(without, 5))
-  run(folder, loader)
-  assert losses(folder) == losses(whole)
-  assert_equal(params_of(folder), params_of(whole))
 
 
 def test_a_parameter_that_is_not_finite_is_not_saved(loader, tmp_path):

@@ -95,41 +95,6 @@ def test_a_restarted_code_restarts_in_the_average(images):
   np.testing.assert_array_equal(params["table"], average["table"])  # All codes were dead.
 
 
-class Killed(Exception):
-  """Raised in place of a kill during training."""
-
-
-@pytest.mark.slow
-def test_a_killed_training_with_averages_ends_bit_for_bit(images, tmp_path):
-  config = dataclasses.replace(
-    CONFIG, ema_decay=0.9, steps=6, checkpoint_every=2, restart_every=3,
-    code_dim=64,  # With this width, the codebook is sharded over the devices.
-  )  # fmt: skip
-  whole = train(config, images, tmp_path / "whole").params
-
-  class Dying:
-    reads = 0
-
-    def __len__(self):
-      return len(images)
-
-    def __getitem__(self, rows):
-      self.reads += 1
-      if self.reads > 5:
-        raise Killed
-      return images[rows]
-
-  with pytest.raises(Killed):
-    train(config, Dying(), tmp_path / "killed")
-  continued = train(config, images, tmp_path / "killed").params
-  jax.tree.map(np.testing.assert_array_equal, continued, whole)
-  plain = dataclasses.replace(config, ema_decay=0.0)
-  with pytest.raises(AssertionError):
-    jax.tree.map(
-      np.testing.assert_array_equal, train(plain, images, tmp_path / "plain").params, whole
-    )
-
-
 def named(tree):
   """Yields (key, array) of each array in a tree; keys are joined by dots."""
   for path, x in jax.tree.leaves_with_path(tree):

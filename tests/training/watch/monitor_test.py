@@ -177,12 +177,6 @@ def test_a_step_is_logged_when_the_next_one_has_started(tmp_path):
   assert "save_seconds" in lines[2]
 
 
-def test_a_process_that_does_not_write_is_silent(tmp_path, capsys):
-  follow(make_monitor(tmp_path / "folder", enabled=False), range(1, 4))
-  assert capsys.readouterr().out == ""
-  assert not (tmp_path / "folder").exists()
-
-
 def test_one_skipped_step_too_many_in_a_row_stops_the_run(tmp_path, capsys):
   """Prints and logs each skipped step, without numbers that JSON cannot represent."""
   monitor, nan = make_monitor(tmp_path, max_skipped=2, log_every=100, steps=99), float("nan")
