@@ -13,8 +13,6 @@ It does not ask for confirmation, fails while another job trains in the workdir,
 90 s if a job was killed on another host.
 """
 
-import re
-
 from absl import flags
 from etils import epath
 
@@ -22,7 +20,7 @@ from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 
 ACTIONS = ("list", "verify", "rollback")
-_STEP = flags.DEFINE_string("step", None, "rollback: step to return to, e.g. 1600 or 1,600.")
+_STEP = flags.DEFINE_integer("step", None, "rollback: step to return to.", lower_bound=1)
 _SKIP_ROWS = flags.DEFINE_string(
   "skip_rows", "", "rollback: first and last row that the run then leaves out, e.g. 4000:4799."
 )
@@ -33,20 +31,6 @@ def _check_flags(action: str) -> None:
   for name in ("step", "skip_rows"):
     if flags.FLAGS[name].present and action != "rollback":
       raise UserError(f"--{name} is given, but {action} does not take it: only rollback does.")
-
-
-def _step() -> int:
-  """Returns the value of --step. Raises UserError if it is missing or not a number."""
-  if _STEP.value is None:
-    raise UserError(
-      "rollback needs the step to return to: give --step=STEP; `list` shows all steps."
-    )
-  if not re.fullmatch(r"[0-9]{1,3}(,[0-9]{3}){1,4}|[0-9]{1,15}", _STEP.value):
-    raise UserError(
-      f"--step is '{_STEP.value}'; it must be the step of a checkpoint, such as 1600 or 1,600; "
-      "`list` shows all steps."
-    )
-  return int(_STEP.value.replace(",", ""))
 
 
 def _show(folder: epath.Path, check: bool) -> None:
@@ -68,14 +52,15 @@ def main(action: str, workdir: epath.Path) -> None:
   from cm3leon_jax.training.saves import upkeep
 
   _check_flags(action)
-  step = _step() if action == "rollback" else 0
   skip_rows = skipped_rows.parse(_SKIP_ROWS.value)
   folder = workdir / "train"
   upkeep.require(folder)
-  if action == "rollback":
-    print("\n".join(upkeep.rollback(folder, step, skip_rows)))
-  else:
+  if action != "rollback":
     _show(folder, check=action == "verify")
+  elif _STEP.value is None:
+    raise UserError("rollback needs the step to return to: give --step=STEP; `list` shows them.")
+  else:
+    print("\n".join(upkeep.rollback(folder, _STEP.value, skip_rows)))
 
 
 if __name__ == "__main__":

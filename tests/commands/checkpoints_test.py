@@ -140,7 +140,7 @@ def test_rollback_to_a_step_that_is_not_whole_changes_nothing(workdir):
   with refused(UserError, "no sealed checkpoint of step 5", "2, 4, 6, 8"):
     upkeep.rollback(workdir / "train", 5)
   (workdir / "train" / "checkpoints.digests" / "6.json").rename(workdir / "6.json")
-  with refused(UserError, "6 exists but is not sealed"):
+  with refused(UserError, "no sealed checkpoint of step 6"):
     upkeep.rollback(workdir / "train", 6)
   (workdir / "6.json").rename(workdir / "train" / "checkpoints.digests" / "6.json")
   assert steps(workdir) == list(STEPS)
@@ -160,11 +160,11 @@ def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch):
     [],
     ["lsit"],
     ["rollback"],
-    ["rollback", "--step=1,59"],
+    ["rollback", "--step=x"],
     ["verify", "--step=4"],
     ["rollback", "--step=1", "--skip_rows=2"],
     ["list"],
-    ["rollback", "--step=1,596"],
+    ["rollback", "--step=1596"],
   ],
 )
 def test_a_mistake_ends_in_one_sentence(tmp_path, arguments):

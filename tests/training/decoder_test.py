@@ -1,17 +1,12 @@
-import functools
 from unittest import mock
 
 import jax
-from jax.sharding import NamedSharding
 import pytest
 
 from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.mesh import spec
-from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.watch import heldout
-from tests.data.stores import VOCAB
 from tests.models.tiny import mesh_of
 from tests.training.runs import (
   MODEL,
@@ -22,7 +17,6 @@ from tests.training.runs import (
   crash_at,
   losses,
   run,
-  shared_steps,
 )
 
 
@@ -45,35 +39,6 @@ def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
   (event,) = [line for line in lines if line.get("event") == "resumed"]
   assert event["from_step"] in (4, 8)  # Checkpoint 8 is used if it was complete.
   assert event["replayed"] == event["identical"] == 11 - event["from_step"]
-
-
-@pytest.mark.slow
-def test_a_killed_run_with_an_average_continues_bit_for_bit(loader, tmp_path):
-  """Held-out losses and sample grids use the average."""
-  seen = {}
-
-  def sample_grid(params, step):
-    seen[step] = jax.device_get(params)
-
-  summary = run(tmp_path / "whole", loader, sample_grid=sample_grid, ema_decay=0.9)
-  killed = tmp_path / "killed"
-  with pytest.raises(Crash):
-    run(killed, loader, sample_grid=crash_at(7, killed), sample_every=1, ema_decay=0.9)
-  assert run(killed, loader, ema_decay=0.9) == summary
-  (params, average), expected = arrays(killed), arrays(tmp_path / "whole")
-  assert_equal((params, average), expected)
-  assert_equal(seen[STEPS], jax.device_get(average))
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    mesh = jax.sharding.get_mesh()
-    optimizer = OptimizerConfig(learning_rate=1e-2, ema_decay=0.9)
-    steps = shared_steps(MODEL, optimizer, 1, VOCAB, 0, mesh)
-    sharding = NamedSharding(mesh, spec("batch", "length"))
-    config = TrainConfig(global_batch_size=8, eval_batches=1)
-    rows = heldout.heldout_batches(loader, config, sharding)
-    evaluate = functools.partial(heldout.evaluate, steps, rows, ())
-    found = evaluate(average)
-    assert found.items() <= summary.items()
-    assert evaluate(params)["heldout_loss"] != found["heldout_loss"]
 
 
 @pytest.mark.slow

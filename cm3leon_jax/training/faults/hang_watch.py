@@ -5,7 +5,6 @@ import faulthandler
 import os
 import socket
 import sys
-import tempfile
 import threading
 import time
 from typing import Any
@@ -131,7 +130,12 @@ class HangWatch(Hook):
     process, count = jax.process_index(), jax.process_count()
     print(
       f"error: no progress for {idle / 60:.3g} minutes (train.hang_minutes): process {process} of "
-      f"{count} on {socket.gethostname()} is at {self._place()}. Its threads:\n{stacks()}\n"
+      f"{count} on {socket.gethostname()} is at {self._place()}. Its threads:",
+      file=sys.stderr,
+      flush=True,
+    )
+    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+    print(
       f"error: the job ends with exit code {HUNG}: the same command continues it.",
       file=sys.stderr,
       flush=True,
@@ -140,11 +144,3 @@ class HangWatch(Hook):
     if count > 1:  # If another process exits, the loop fails, which ends this wait.
       self._stop.wait(LINGER_SECONDS * (2 if process == 0 else 1))
     self._end(HUNG)
-
-
-def stacks() -> str:
-  """Returns the stacks of all threads of this process, innermost call first."""
-  with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
-    faulthandler.dump_traceback(file, all_threads=True)
-    file.seek(0)
-    return file.read()

@@ -74,7 +74,7 @@ def table(found: Sequence[Entry], states: dict[int, str]) -> list[str]:
     state = states.get(entry.step, "sealed" if entry.sealed else "not sealed")
     losses = [f"{kind.replace('_', ' ')}{x:.3f}" for kind, x in entry.losses.items()]
     lines.append(
-      f"{entry.step:>10,}  {when:%Y-%m-%d %H:%M}  {_bytes(entry.size):>9}  {state:10}  "
+      f"{entry.step:>10}  {when:%Y-%m-%d %H:%M}  {_bytes(entry.size):>9}  {state:10}  "
       f"{' '.join(losses) or '-'}"
     )
   return lines
@@ -107,7 +107,7 @@ def check_verified(folder: epath.Path, found: Sequence[Entry], damages: Mapping[
   remedy = f"restore the files from a copy, or delete {folder} to start again"
   if whole := [step for step, damage in damages.items() if not damage]:
     remedy = (
-      f"cm3leon train continues from {max(whole):,}; if the run is finished, run `cm3leon "
+      f"cm3leon train continues from {max(whole)}; if the run is finished, run `cm3leon "
       f"checkpoints rollback --workdir={folder.parent} --step={max(whole)}` first"
     )
   raise UserError(
@@ -146,7 +146,7 @@ def rollback(folder: epath.Path, step: int, skip_rows: range | None = None) -> l
       fields = {"first": skip_rows[0], "last": skip_rows[-1]}
     newer = [s for s in checkpoints.steps() if s > step]
     if not newer and not skip_rows:
-      return [f"Step {step:,} is the newest: nothing to remove."]
+      return [f"Step {step} is the newest: nothing to remove."]
     sentences = []
     if (folder / DONE).exists():
       # Delete done.json first: if the rollback is killed, the run then counts as unfinished.
@@ -160,13 +160,13 @@ def rollback(folder: epath.Path, step: int, skip_rows: range | None = None) -> l
     if newer:
       sentences.append(f"removed {_checkpoints(newer)}.")
     if (last := cut_log(folder / "metrics", step, **fields)) > step:
-      lines = f"step {last:,}" if last == step + 1 else f"steps {step + 1:,} to {last:,}"
+      lines = f"step {last}" if last == step + 1 else f"steps {step + 1} to {last}"
       sentences.append(f"removed {lines} from metrics/{LOG}.")
     then = ""
     if skip_rows:  # Recorded last: no later checkpoint may remain that has read these rows.
       skipped_rows.record(folder, skip_rows, step)
-      then = f", without rows {skip_rows[0]:,} to {skip_rows[-1]:,}"
-  return [*sentences, f"cm3leon train continues from step {step:,}{then}."]
+      then = f", without rows {skip_rows[0]} to {skip_rows[-1]}"
+  return [*sentences, f"cm3leon train continues from step {step}{then}."]
 
 
 def _heldout_losses(run: epath.Path) -> dict[int, dict[str, float]]:
@@ -179,7 +179,7 @@ def _heldout_losses(run: epath.Path) -> dict[int, dict[str, float]]:
 
 
 def _checkpoints(steps: Sequence[int]) -> str:
-  """Formats steps as "checkpoint 1,600" or "checkpoints 1,596, 1,600"."""
+  """Formats steps as "checkpoint 1600" or "checkpoints 1596, 1600"."""
   return f"checkpoint{'' if len(steps) == 1 else 's'} {listed(steps)}"
 
 

@@ -246,20 +246,6 @@ def delete_checkpoints(folder: epath.PathLike) -> None:
   (epath.Path(folder) / FOLDER).rmtree(missing_ok=True)
 
 
-@contextlib.contextmanager
-def deleted_if_refused(folder: epath.PathLike) -> Iterator[None]:
-  """Deletes the checkpoints in `folder` if the `with` block rejects the model with a UserError.
-
-  Otherwise the user could not run the command again with another config, because it would find the
-  checkpoints of the first config.
-  """
-  try:
-    yield
-  except UserError:
-    delete_checkpoints(folder)
-    raise
-
-
 def batch_rows(step: int, num_examples: int, batch_size: int, seed: int) -> np.ndarray:
   """Returns the rows that step `step` trains on, int64 [B].
 

@@ -330,8 +330,8 @@ def train_vqgan(
 ) -> dict:
   """Runs the stage on the current mesh: trains and writes the tokenizer. Returns its measures.
 
-  If `check_learned` rejects the tokenizer, the checkpoints are deleted. Otherwise the caller
-  deletes them after the stage is finished. The arguments are described in `train`.
+  The caller deletes the checkpoints after the stage is finished. The arguments are described in
+  `train`.
 
   Raises:
     UserError: the training diverged, or `check_learned` rejects the tokenizer.
@@ -342,6 +342,5 @@ def train_vqgan(
   seconds = time.monotonic() - start
   tokenizer.save(folder)
   measures = evaluate(tokenizer, heldout_images, images, folder)
-  with trainer.deleted_if_refused(folder):
-    check_learned(measures)
+  check_learned(measures)
   return {**measures, "steps": config.steps, "seconds": round(seconds, 1)}

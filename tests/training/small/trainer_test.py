@@ -173,16 +173,6 @@ def test_other_data_of_equal_length_starts_anew(tmp_path, whole, capsys):
     train(tmp_path, seed=1)
 
 
-def test_checkpoints_of_a_model_that_is_refused_are_deleted(tmp_path):
-  train(tmp_path)
-  with pytest.raises(Killed), trainer.deleted_if_refused(tmp_path):
-    raise Killed
-  assert (tmp_path / trainer.FOLDER).exists()
-  with pytest.raises(UserError, match="of no use"), trainer.deleted_if_refused(tmp_path):
-    raise UserError("of no use")
-  assert not (tmp_path / trainer.FOLDER).exists()
-
-
 @pytest.mark.parametrize("devices", [(2, 1, 1, 2)])
 def test_the_batch_is_split_over_the_mesh(tmp_path, whole, devices):
   shapes = []

@@ -13,7 +13,6 @@ from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.watch import boards
 from cm3leon_jax.training.watch.boards import Board, open_boards
 from cm3leon_jax.training.watch.goodput import Stopwatch
-from cm3leon_jax.training.watch.prometheus import Prometheus
 from tests.training import events
 
 
@@ -78,16 +77,6 @@ def test_a_board_whose_package_is_missing_is_one_line(tmp_path, watch, capsys, m
   (line,) = capsys.readouterr().out.splitlines()
   assert line.startswith("train: warning: no Weights & Biases from here on (ModuleNotFoundError: ")
   assert install("monitoring") in line
-
-
-def test_a_port_that_is_taken_is_one_line(tmp_path, watch, capsys):
-  with contextlib.closing(Prometheus(0, 1, watch)) as other:
-    config = TrainConfig(metrics_port=other.port, tensorboard=False)
-    [board] = open_boards(epath.Path(tmp_path), config, 1, watch)
-    use(board)
-  (line,) = capsys.readouterr().out.splitlines()
-  assert line.startswith("train: warning: no metrics for Prometheus from here on (OSError: ")
-  assert line.endswith(f"set config.train.metrics_port = {other.port} to a free port.")
 
 
 def test_tensorboard_has_the_settings_of_the_run(tmp_path, watch):
