@@ -198,6 +198,6 @@ def test_digests_in_a_bucket_that_does_not_answer_are_not_damaged(saved, monkeyp
   with jax.set_mesh(mesh_of(1, 1, 1)):
     checkpoints = checkpoint.Checkpoints(saved, keep=2)
     monkeypatch.setattr(path_type, "read_text", read_text)
-    with refused(TryAgain), checkpoints:
+    with refused(TryAgain, str(saved), "invalid token"), checkpoints:
       recovery.newest_whole(checkpoints)
   assert (saved / "checkpoints" / "2").exists()

@@ -78,15 +78,16 @@ class Replay:
     """Computes a step twice and compares the computations."""
     # Computation 1 runs before computation 0, which donates the state. So at most two states are in
     # memory.
-    again = self._compute(1, *moved((state, batch), self._meshes[0]), num_sources)[2]
+    moved_state, moved_batch = moved((state, batch), self._meshes[0])
+    again = self._compute(1, moved_state, moved_batch, num_sources)[2]
     before, self._left = jax.device_get(self._left), None
     new, metrics, prints = self._compute(0, state, batch, num_sources)
     if self._first_replicas is None:
       self._first_replicas = first_replicas(new, self._meshes[0])
-    apart = different_replicas(prints["read"], self._first_replicas)
     # All processes must make the same decision, even if only one of them sees a difference.
     differences = [_places(prints[part] != again[part]) for part in PARTS]
-    findings = distributed.gather([_changed(before, prints["read"]), apart, *differences])
+    replicas = different_replicas(prints["read"], self._first_replicas)
+    findings = distributed.gather([_changed(before, prints["read"]), replicas, *differences])
     changed, apart, *differences = map(_first, zip(*findings))
     self._raise_changed(changed, names_of(new))
     self._raise_apart(apart, names_of(new))
