@@ -141,7 +141,7 @@ def test_every_file_says_what_it_needs(topology, slices):
   port = {"metrics_port": 9464, "queue": "q" if topology == "v5e-256" else ""}
   job = launchers.PodJob("run", hardware.load(topology, slices), tuple(FLAGS), IMAGE, **port)
   texts = launchers.files(job)
-  assert len(texts) == (5 if topology == "v5e-256" else 2)
+  assert len(texts) == (4 if topology == "v5e-256" else 1)
   for name, text in texts.items():
     head = [line for line in text.splitlines()[:8] if line.startswith("# Needs: ")]
     assert len(head) == 1, name

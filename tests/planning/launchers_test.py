@@ -44,7 +44,7 @@ def recorders(tmp_path):
 def test_written_scripts_are_clean(tmp_path, topology, slices, options):
   folder = write(tmp_path, topology, slices, **options)
   scripts = {path.name: path.read_text() for path in folder.glob("*.s*") if path.suffix != ".yaml"}
-  assert len(scripts) >= 2
+  assert scripts
   for name, text in scripts.items():
     (folder / name).write_text(text)
     # SC2016 warns about a `$` in single quotes, which these flags contain on purpose.
