@@ -30,7 +30,7 @@ SOURCE, WHOLE = "source", "whole"
 TIMES = ("time", "seconds", "tokens_per_second", "mfu", "machine")
 # Files and folders that differ in every run and are not compared. Checkpoints differ in their
 # times; the metrics show whether the parameters are equal.
-LEFT_OUT = ("checkpoints", "checkpoints.digests", "lease.json")
+LEFT_OUT = ("checkpoints", "checkpoints.digests", "lease.json", "metrics.digest.json")
 
 
 @dataclasses.dataclass(frozen=True)

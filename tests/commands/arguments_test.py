@@ -21,7 +21,7 @@ MISTAKES = [
   ["train", *RUN, "--steps=5"],
   ["train", *RUN, "--config.train.stepz=5"],
   ["train", "--config.seed=5", *RUN],
-  ["plan", "--config=cm3leon_7b", "--topology=v5e-256", "--slices=x"],
+  ["train", "--workdir=.", "--resume_from=x"],
   ["train", "--workdir=."],
   ["train", "--config=scenes"],
   ["checkpoints", "list"],
