@@ -107,8 +107,8 @@ def numbers_of(*digests: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def trainer():
-  """Returns a trainer with compiled programs and four replicas of each shard."""
-  result = faults_replay.Trainer((4, 2, 1), 1, layers=1)
+  """Returns a trainer with compiled programs and two replicas of each shard."""
+  result = faults_replay.Trainer((2, 2, 1), 1, layers=1)
   result.trial("none", np.random.default_rng(0))
   return result
 

@@ -45,9 +45,11 @@ def gradients(model, shape, accumulation=1, adapter=ADAPTER):
 
 
 @pytest.mark.parametrize(
-  ("model", "adapter"), [(CONFIG, ADAPTER), (MODERN, ROWS)], ids=["matrices", "rows"]
+  ("model", "adapter", "shape", "accumulation"),
+  [(CONFIG, ADAPTER, (1, 1, 1), 1), (MODERN, ROWS, (2, 2, 2), 2)],
+  ids=["matrices", "rows"],
 )
-def test_gradients_are_those_of_plain_jax(model, adapter):
+def test_gradients_are_those_of_plain_jax(model, adapter, shape, accumulation):
   """Differentiates the mean of all losses by the factors, through the merged parameters."""
   batch = make_batch()
   weights, targets = batch["loss_weights"], batch["targets"]
@@ -67,7 +69,7 @@ def test_gradients_are_those_of_plain_jax(model, adapter):
     base, factors = random_params(model), random_factors(model, adapter)
     value, expected = jax.jit(jax.value_and_grad(mean_nll))(factors, base)
   assert isinstance(factors.get("embed"), jax.Array) == (adapter == ROWS)
-  found, loss, before, after = gradients(model, (1, 1, 1), adapter=adapter)
+  found, loss, before, after = gradients(model, shape, accumulation, adapter)
   assert loss == pytest.approx(float(value), rel=1e-5)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(jax.device_get(expected))):
     np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
@@ -75,17 +77,9 @@ def test_gradients_are_those_of_plain_jax(model, adapter):
   jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-def test_a_mesh_and_accumulation_change_no_gradient():
-  found = gradients(MODERN, (1, 1, 1), adapter=ROWS)
-  split = gradients(MODERN, (2, 2, 2), accumulation=2, adapter=ROWS)
-  assert split[1] == pytest.approx(found[1], rel=2e-5)
-  for a, b in zip(jax.tree.leaves(split[0]), jax.tree.leaves(found[0])):
-    np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max()))
-
-
 def test_new_adapters_have_exactly_the_losses_of_the_base():
   """The base is in the compute dtype. Full training evaluates fp32 parameters."""
-  dtype, losses = "bfloat16", []
+  dtype = "bfloat16"
   model = dataclasses.replace(MODERN, dtype=dtype)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params, batch = random_params(model), placed_batch()
@@ -97,10 +91,6 @@ def test_new_adapters_have_exactly_the_losses_of_the_base():
       assert found == jax.device_get(evaluate(params, batch))
       changed = random_factors(model, adapter)
       assert found != jax.device_get(evaluate(changed, batch, base=base))  # Negative control.
-      step = jax.jit(functools.partial(train_step, model, PLAIN, 60, 1, adapter=adapter))
-      state = TrainState(jnp.zeros((), jnp.int32), factors, PLAIN.init(factors))
-      losses.append(float(step(state, batch, base=base)[1]["loss"]))
-  assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(("name", "adapter"), [("adamw", ADAPTER), ("muon", ROWS)])

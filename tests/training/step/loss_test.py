@@ -71,9 +71,10 @@ def autodiff_loss(hidden, table, targets, weights, z_loss):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2, 2)])
-@pytest.mark.parametrize("z_loss", [0.1])
-def test_the_hand_written_gradient_equals_autodiff_of_the_full_logits(arrays, shape, z_loss):
-  expected = jax.grad(autodiff_loss, argnums=(0, 1))(*map(jnp.asarray, arrays), z_loss)
+def test_the_hand_written_gradient_equals_autodiff_of_the_full_logits(arrays, shape):
+  z_loss = 0.1
+  gradient = jax.jit(jax.grad(autodiff_loss, argnums=(0, 1)))
+  expected = gradient(*map(jnp.asarray, arrays), z_loss)
   with jax.set_mesh(mesh_of(*shape)):
 
     def value(h, t, *rest):
@@ -83,7 +84,7 @@ def test_the_hand_written_gradient_equals_autodiff_of_the_full_logits(arrays, sh
     assert found[1].sharding.spec == spec("vocab_stored", None)
   for a, b in zip(found, expected):
     np.testing.assert_allclose(a, 3 * b, atol=3e-5)
-  other = jax.grad(autodiff_loss, argnums=(0, 1))(*map(jnp.asarray, arrays), z_loss + 0.1)
+  other = gradient(*map(jnp.asarray, arrays), z_loss + 0.1)
   assert np.abs(np.asarray(found[0]) - 3 * np.asarray(other[0])).max() > 1e-3
 
 

@@ -116,7 +116,7 @@ def test_muon_makes_the_updates_of_matrices_orthogonal_and_of_the_size_of_adamw(
     OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0), 10
   )
   params = jax.tree.map(jnp.zeros_like, gradients)
-  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+  updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
   matrices = {"qkv": (6, 8, 6), "out": (2, 6, 8), "up": (2, 8, 12)}
   for name, shape in matrices.items():
     # Five iterations bring the singular values of a full-rank matrix near 1 (Jordan et al. 2024).
