@@ -84,4 +84,4 @@ def _switch_on(config):
   config.optimizer.update({"name": "muon", "skip_above": 10.0, "z_loss": 1e-4, "ema_decay": 0.9})
   config.optimizer.update({"first_moment_dtype": "bfloat16", "schedule": "linear"})
   config.train.update({"gradient_accumulation_steps": 2, "replay_every": 10, "keep_every": 10})
-  config.train.update({"keep_best": 1, "histogram_every": 10})
+  config.train.update({"keep_best": 1})

@@ -45,7 +45,6 @@ from tests.settings_test import settings_with
     {"mesh__tensor": 0},
     {"train__gradient_accumulation_steps": 3},
     {"train__gradient_accumulation_steps": 2, "train__rows_per_device": 4},
-    {"train__replay_tolerance": 0.01},
     {"train__checkpoint_every": 4, "train__keep_every": 6},
     {"train__eval_every": 3, "train__checkpoint_every": 4, "train__keep_best": 1},
     {"model__vocab_size": 1_000},

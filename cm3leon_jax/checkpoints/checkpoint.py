@@ -308,17 +308,13 @@ class Checkpoints:
     """Raises UserError if a file of the checkpoint differs from its digest; see `damage`."""
     if not (damage := self.damage(step)):
       return
-    sealed = self.sealed()
-    if later := [s for s in sealed if s > step]:
-      remedy = f"the newest sealed checkpoint is {later[-1]:,}"
-    elif earlier := [s for s in sealed if s < step]:
+    others = [s for s in self.sealed() if s != step]
+    remedy = "no other checkpoint is sealed: restore the file from a copy"
+    if others:
       remedy = (
-        "to go back to the previous one, run `cm3leon checkpoints rollback "
-        f"--workdir={self.folder.parent.parent} --step={earlier[-1]}`, then "
-        "`cm3leon train`"
+        f"to go back, run `cm3leon checkpoints rollback --workdir={self.folder.parent.parent} "
+        f"--step={others[-1]}`, then `cm3leon train`"
       )
-    else:
-      remedy = "no other checkpoint is sealed: restore the file from a copy"
     raise UserError(f"{damage}; {remedy}.")
 
   def damage(self, step: int) -> str | None:

@@ -76,14 +76,6 @@ def identify(folder: epath.PathLike, step: int | None = None) -> tuple[int, str 
   return step, checkpoints.digest(step)
 
 
-def next_row(folder: epath.PathLike, step: int) -> int:
-  """Returns the position in the data at which training continues from a run's checkpoint.
-
-  It raises the same errors as `load_params`.
-  """
-  return _read(folder, step, lambda found, step: found.next_row(step))[0]
-
-
 def _read(
   folder: epath.PathLike, step: int | None, read: Callable[[Checkpoints, int], T]
 ) -> tuple[T, int]:

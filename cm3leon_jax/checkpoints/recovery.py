@@ -88,19 +88,15 @@ def check_target(checkpoints: Checkpoints, step: int) -> None:
   Raises:
     UserError: the checkpoint of that step is absent, not sealed, or damaged.
   """
-  steps, sealed = distributed.gather([checkpoints.steps(), checkpoints.sealed()])[0]
+  sealed = distributed.gather(checkpoints.sealed())[0]
   if step not in sealed:
-    state = f"{step:,} exists but is not sealed; " if step in steps else ""
     raise UserError(
-      f"{checkpoints.folder} has no sealed checkpoint of step {step:,}: {state}sealed steps: "
-      f"{listed(sealed) or 'none'}."
+      f"{checkpoints.folder} has no sealed checkpoint of step {step}; it has {listed(sealed)}."
     )
   if damage := checkpoints.damage(step):
-    others = listed([s for s in sealed if s != step])
-    remedy = f"go back to another step: {others}" if others else "no other is sealed: restore it"
-    raise UserError(f"{damage}; {remedy}.")
+    raise UserError(f"{damage}: go back to another step of {listed(sealed)}.")
 
 
 def listed(steps: Sequence[int]) -> str:
-  """Formats steps, e.g. "1,596, 1,600"."""
-  return ", ".join(f"{step:,}" for step in steps)
+  """Formats steps, e.g. "1596, 1600"."""
+  return ", ".join(map(str, steps))

@@ -77,15 +77,11 @@ def _scores(run: Run, objective: Rollouts, reference: dict, prompts: list) -> di
 
 
 def _check(settings: Settings, workdir: epath.Path, init_from: str) -> None:
-  """Raises UserError if tasks or --init_from are missing, or adapters or replays are requested."""
+  """Raises UserError if --init_from is missing, or adapters or replays are requested."""
   if settings.adapter.rank:
     raise UserError(
       f"config.adapter.rank is {settings.adapter.rank}, but cm3leon reinforce trains all "
       "parameters: it must be 0."
-    )
-  if not settings.instructions.any:
-    raise UserError(
-      "config.instructions has no tasks, but the prompts are records of tasks: name a task."
     )
   if settings.train.replay_every:
     raise UserError(

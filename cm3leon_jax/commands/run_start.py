@@ -54,20 +54,17 @@ def begin(
     are random.
 
   Raises:
-    UserError: the folder has another run, or a new run needs a dashboard (TensorBoard or Weights &
-      Biases) that is not installed.
+    UserError: the folder has another run.
   """
   from cm3leon_jax import distributed
   from cm3leon_jax.trained import base_documents, initial
   from cm3leon_jax.training.changes import check_changes
-  from cm3leon_jax.training.watch import boards
 
   path = workdir / "train" / "config.json"
   with distributed.together():  # All processes read before one process writes.
     stored = read_json(path, {"run": dict})["run"] if exists(path) else None
-    if stored is None:  # A run that already began continues without a missing dashboard.
+    if stored is None:
       check_no_checkpoints(path)
-      boards.check_installed(settings.train)
     base = base_documents.ids(settings, workdir)
     config = stages.run_config(settings, workdir, "train", base) | (more or {})
   start = initial.start_of_run(settings, workdir, init_from, stored)
@@ -97,13 +94,10 @@ def check_no_checkpoints(path: epath.Path) -> None:
     )
 
 
-def write_config(
-  settings: Settings, workdir: epath.Path, config: dict, step: int | None = None
-) -> None:
+def write_config(settings: Settings, workdir: epath.Path, config: dict) -> None:
   """Writes train/config.json. Call it after the rows have been opened and checked.
 
-  All processes must call this function. `config` is the dict that `begin` returned. `step` is the
-  step of the checkpoint from which the run continues; None: the newest.
+  All processes must call this function. `config` is the dict that `begin` returned.
 
   Raises:
     UserError: the workdir is not the same folder for all processes.
@@ -117,7 +111,7 @@ def write_config(
       before = read_json(path) if exists(path) else {"run": config}
       changes = before.get("changes", [])
       if changed := stages.differences(before["run"], plain(config)):
-        changes = [*changes, {"step": step or stages.newest_step(path.parent), "fields": changed}]
+        changes = [*changes, {"step": stages.newest_step(path.parent), "fields": changed}]
       write_json(path, {**content, **({"changes": changes} if changes else {})})
   with distributed.together():
     if not path.exists():

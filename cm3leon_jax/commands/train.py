@@ -10,10 +10,6 @@ train.global_batch_size. At SIGTERM and Ctrl-C the run saves and stops.
 
 With --config.adapter.rank=16, the run trains only low-rank adapters of the parameters that
 --init_from names, which must remain on disk (docs/adapters.md).
-
---resume_from=500 --skip_rows=4000:4799 returns to checkpoint 500 and continues without these rows,
-for example the rows of skipped steps. The run records the rows, so both flags may be given again or
-left out.
 """
 
 from __future__ import annotations
@@ -34,19 +30,9 @@ if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.adapters import Weights
   from cm3leon_jax.trained.run import Run
-  from cm3leon_jax.training.faults.skipped_rows import GoBack
 
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps", "", "First and last step to trace into train/profile, e.g. 10:13."
-)
-_RESUME_FROM = flags.DEFINE_integer(
-  "resume_from",
-  None,
-  "Step of the checkpoint to return to, with --skip_rows; later checkpoints are deleted.",
-  lower_bound=1,
-)
-_SKIP_ROWS = flags.DEFINE_string(
-  "skip_rows", "", "First and last row to leave out after --resume_from, e.g. 4000:4799."
 )
 _DEBUG_NANS = flags.DEFINE_bool(
   "debug_nans", False, "Stop at the operation that computes the first NaN. Slow."
@@ -84,22 +70,6 @@ def _base_params(run: Run, start: Weights | None) -> Callable[[], dict] | None:
   return functools.partial(initial.load_base, adapters)
 
 
-def _left_out(folder: epath.Path, back: GoBack | None) -> tuple[tuple[range, ...], GoBack | None]:
-  """Returns the rows that the run skips, and `back`, or None if the run already went back."""
-  from cm3leon_jax import distributed
-  from cm3leon_jax.checkpoints import reading
-  from cm3leon_jax.training.faults import skipped_rows
-
-  with distributed.together():
-    done = skipped_rows.read(folder)
-  if back in done:
-    back = None  # The job was restarted with the same flags.
-  if back is not None:
-    skipped_rows.check(back, done, reading.next_row(folder, back.step))
-    done.append(back)
-  return tuple(earlier.rows for earlier in done), back
-
-
 def main(
   settings: Settings,
   workdir: epath.Path,
@@ -107,7 +77,6 @@ def main(
   debug_nans: bool = False,
   init_from: str = "",
   allow_changed: Sequence[str] = (),
-  back: GoBack | None = None,
   skip_memory_check: bool = False,
 ) -> None:
   import jax
@@ -118,6 +87,7 @@ def main(
   from cm3leon_jax.trained import rows
   from cm3leon_jax.trained.run import Run
   from cm3leon_jax.training.decoder import DecoderTraining, train
+  from cm3leon_jax.training.faults import skipped_rows
   from cm3leon_jax.training.faults.lease import Lease
   from cm3leon_jax.training.objective import RowObjective
   from cm3leon_jax.training.watch.traces import parse_steps
@@ -125,15 +95,14 @@ def main(
   run = Run(workdir, settings)
   traced = parse_steps(profile_steps, settings.train.steps)
   flags_given = {"profile_steps": profile_steps, "debug_nans": debug_nans, "init_from": init_from}
-  flags_given |= {"allow_changed": list(allow_changed), "go_back": str(back)}
+  flags_given |= {"allow_changed": list(allow_changed)}
   distributed.check_same_config({**dataclasses.asdict(settings), **flags_given})
   mesh = common.make_mesh(settings)  # Detects a wrong mesh before any stage is read.
   if not skip_memory_check:
     memory.check_devices(settings, mesh)
   config, start = run_start.begin(settings, workdir, init_from, allowed=allow_changed)
   folder = workdir / "train"
-  left_out, back = _left_out(folder, back)
-  redo = back is not None or run_start.goes_on(folder, config, settings.train.steps, allow_changed)
+  redo = run_start.goes_on(folder, config, settings.train.steps, allow_changed)
   # `jax.config.update` would lose the setting when logsumexp is traced (jax 0.10.2).
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
   stage = distributed.once(folder, config, redo)
@@ -146,7 +115,8 @@ def main(
     with distributed.together():
       loader = run.rows("train", distributed.is_first())
       heldout = run.rows("heldout")
-    run_start.write_config(settings, workdir, config, back.step if back else None)
+      left_out = tuple(skipped_rows.read(folder))
+    run_start.write_config(settings, workdir, config)
     with distributed.together():
       summary.update(rows=rows.look_at_rows(loader.plan))
       generate_grid = None  # Without held-out documents, there are no captions for a grid.
@@ -157,7 +127,7 @@ def main(
       sample_grid=generate_grid, profile_steps=traced, initial_params=_initial_params(run, start),
       evaluate_start=start is not None, base_params=_base_params(run, start),
     )  # fmt: skip
-    result = train(training, lease, back)
+    result = train(training, lease)
     summary.update(result, machine=run_start.machine())
     _print_losses(result)
 
@@ -186,12 +156,9 @@ def _print_losses(result: dict) -> None:
 
 
 def _main(settings: Settings, workdir: epath.Path) -> None:
-  from cm3leon_jax.training.faults.skipped_rows import parse
-
-  back = parse(_RESUME_FROM.value, _SKIP_ROWS.value)
   main(
     settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value, INIT_FROM.value,
-    ALLOW_CHANGED.value, back, SKIP_MEMORY_CHECK.value,
+    ALLOW_CHANGED.value, SKIP_MEMORY_CHECK.value,
   )  # fmt: skip
 
 

@@ -4,10 +4,9 @@
 
 At SIGTERM and Ctrl-C the training saves and stops. The same command continues it. Every second
 saved state also writes reconstructions.png, which shows held-out images above their
-reconstructions; TensorBoard shows this image, too. If the codebook collapses, the command prints
-what to change. For `scenes` it also prints the share of held-out images that the judge accepts,
-both as rendered and as reconstructed. The share for reconstructed images is an upper bound for what
-a decoder can be expected to reach.
+reconstructions; TensorBoard shows this image, too. For `scenes` it also prints the share of
+held-out images that the judge accepts, both as rendered and as reconstructed. The share for
+reconstructed images is an upper bound for what a decoder can be expected to reach.
 """
 
 from __future__ import annotations

@@ -276,10 +276,8 @@ def smaller(
   yield from _fewer_rows(settings, shape, platform)
   if not settings.train.replay_every:
     return
-  train = dataclasses.replace(settings.train, replay_every=0, replay_tolerance=0.0)
+  train = dataclasses.replace(settings.train, replay_every=0)
   unchecked, flags = dataclasses.replace(settings, train=train), "--config.train.replay_every=0"
-  if settings.train.replay_tolerance:
-    flags += " --config.train.replay_tolerance=0"
   for other, more in _fewer_rows(unchecked, shape, platform):
     yield other, f"{flags} {more}"
 

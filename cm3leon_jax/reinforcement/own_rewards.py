@@ -16,8 +16,6 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.generation.sample import Sample
 
-GRAY = 128  # Pixel value of the images on which a reward is tried.
-
 
 @dataclasses.dataclass(frozen=True)
 class OwnReward:
@@ -37,72 +35,29 @@ class OwnReward:
 
   @classmethod
   def load(cls, name: str) -> "OwnReward":
-    """Imports the function.
-
-    Raises:
-      UserError: there is no such file or function, or the file cannot be imported.
-    """
+    """Imports the file and returns its function."""
     file, _, function = name.rpartition(":")
-    path = pathlib.Path(file)
-    if not path.is_file():
-      raise UserError(f"config.reinforce.reward is '{name}', but there is no file {path}.")
-    spec = importlib.util.spec_from_file_location(f"own_reward_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"own_reward_{pathlib.Path(file).stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    try:
-      spec.loader.exec_module(module)
-    except Exception as error:  # Code of the user can raise any error.
-      raise UserError(
-        f"config.reinforce.reward is '{name}', but {path} cannot be imported: "
-        f"{type(error).__name__}: {error}"
-      ) from error
-    found = getattr(module, function, None)
-    if not callable(found):
-      raise UserError(
-        f"config.reinforce.reward is '{name}', but {path} has no function {function}."
-      )
-    return cls(name, found)
+    spec.loader.exec_module(module)
+    return cls(name, getattr(module, function))
 
   def __call__(
     self, records: Sequence[Record], samples: Sequence[Sample]
   ) -> Float32[np.ndarray, " B"]:
-    """Scores samples, see `score`."""
-    images = np.stack([sample.segments[0] for sample in samples])
-    return self.score([sample.task.prompt for sample in samples], images, records)
-
-  def score(
-    self,
-    prompts: Sequence[str],
-    images: UInt8[np.ndarray, "B H W 3"],
-    records: Sequence[Record],
-  ) -> Float32[np.ndarray, " B"]:
-    """Calls the function and checks its result.
+    """Scores samples.
 
     Raises:
-      UserError: the function raises an error, or does not return one finite number per image.
+      UserError: the function does not return one finite number per sample.
     """
-    try:
-      found = np.asarray(self.function(list(prompts), images, list(records)))
-      scores = found.astype(np.float32)
-    except Exception as error:  # Code of the user can raise any error.
+    images = np.stack([sample.segments[0] for sample in samples])
+    prompts = [sample.task.prompt for sample in samples]
+    scores = np.asarray(self.function(prompts, images, list(records)), np.float32)
+    if scores.shape != (len(images),) or not np.isfinite(scores).all():
       raise UserError(
-        f"config.reinforce.reward: {self.name} raised {type(error).__name__}: {error}"
-      ) from error
-    if found.shape != (len(images),):
-      raise UserError(
-        f"config.reinforce.reward: {self.name} returned an array of shape {found.shape} for "
-        f"{len(images)} images; it must return one score per image, shape ({len(images)},)."
-      )
-    if not np.isfinite(scores).all():
-      place = int(np.flatnonzero(~np.isfinite(scores))[0])
-      raise UserError(
-        f"config.reinforce.reward: {self.name} returned {found[place]} for the prompt "
-        f"'{prompts[place]}'; scores must be finite."
+        f"config.reinforce.reward: {self.name} must return one finite score per image, shape "
+        f"({len(images)},); it returned an array of shape {scores.shape}: {scores.tolist()}."
       )
     return scores
-
-  def try_on(self, prompts: Sequence[str], records: Sequence[Record], resolution: int) -> None:
-    """Scores a gray image for each prompt. Raises UserError as `score` does."""
-    images = np.full((len(records), resolution, resolution, 3), GRAY, np.uint8)
-    self.score(prompts, images, records)

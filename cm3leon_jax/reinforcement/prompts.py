@@ -55,7 +55,10 @@ def read_prompts(settings: Settings, layout: PromptLayout, count: int) -> list[P
     records = list(itertools.islice(_records(settings, task, "train"), each))
     columns.append([Prompt(task, record) for record in records if _fits(task, record, layout)])
     if not columns[-1]:
-      raise _too_long(task, len(records), layout)
+      raise UserError(
+        f"config.reinforce.tasks names '{task.name}', whose {len(records)} records are all longer "
+        f"than the {layout.positions} positions of the model."
+      )
   return _in_turns(columns)[:count]
 
 
@@ -76,23 +79,17 @@ def read_heldout(
   for task in tasks:
     task = dataclasses.replace(task, heldout_records=OVERDRAW * each)
     column: list[Prompt] = []
-    read = fitting = 0
     for record in _records(settings, task, "heldout"):
-      read, prompt = read + 1, Prompt(task, record)
-      if not _fits(task, record, layout):
-        continue
-      fitting += 1
-      if (key := digest(prompt)) not in seen:
+      prompt = Prompt(task, record)
+      if _fits(task, record, layout) and (key := digest(prompt)) not in seen:
         seen.add(key)
         column.append(prompt)
       if len(column) == each:
         break
-    if not fitting:
-      raise _too_long(task, read, layout)
     if not column:
       raise UserError(
-        f"config.reinforce.tasks names '{task.name}', whose {read} held-out prompts are all "
-        "prompts of training records too: name other held-out records."
+        f"config.reinforce.tasks names '{task.name}', whose held-out records are all prompts of "
+        f"training records too, or longer than the {layout.positions} positions of the model."
       )
     columns.append(column)
   return _in_turns(columns)[:count]
@@ -122,13 +119,6 @@ def _records(settings: Settings, task: InstructionTask, split: str) -> Iterator[
 def _fits(task: InstructionTask, record: Record, layout: PromptLayout) -> bool:
   unlimited = dataclasses.replace(layout, positions=sys.maxsize)
   return prompt_of(task, record).to_request(unlimited).positions <= layout.positions
-
-
-def _too_long(task: InstructionTask, records: int, layout: PromptLayout) -> UserError:
-  return UserError(
-    f"config.reinforce.tasks names '{task.name}', whose {records} records are all longer than the "
-    f"{layout.positions} positions of the model."
-  )
 
 
 def _in_turns(columns: Sequence[Sequence[Prompt]]) -> list[Prompt]:

@@ -2,7 +2,6 @@
 
 # N prompts, G samples per prompt, B = N x G samples, I codes per image.
 
-import collections
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import itertools
@@ -12,7 +11,6 @@ from etils import epath
 from jaxtyping import Float, Float32, Int32
 import numpy as np
 
-from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import Request
@@ -20,15 +18,12 @@ from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.record_prompts import prompt_of
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.positions import positions_of
-from cm3leon_jax.reinforcement.own_rewards import OwnReward
 from cm3leon_jax.reinforcement.prompts import Prompt, image_tasks, read_heldout, read_prompts
 from cm3leon_jax.reinforcement.rewards import Reward, reward_of
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.state import TrainState
-
-WATCHED = 20  # Steps after which groups without spread cause a warning, or end the run.
 
 
 class Group(NamedTuple):
@@ -76,39 +71,6 @@ def diverse(
     )
   found = differences(codes)
   return rewards * (1 + weight * (found - found.mean(1, keepdims=True)))
-
-
-class DeadGroups:
-  """Warns of steps whose groups are mostly dead, and ends a run whose groups are all dead."""
-
-  def __init__(self) -> None:
-    self._shares: collections.deque[float] = collections.deque(maxlen=WATCHED)
-    self._warned = False
-
-  def add(self, share: float) -> None:
-    """Adds the share of dead groups in a step. A start of the run counts only its own steps.
-
-    Raises:
-      UserError: all groups of the last WATCHED steps were dead.
-    """
-    self._shares.append(share)
-    if len(self._shares) < WATCHED:
-      return
-    if min(self._shares) == 1:
-      raise UserError(
-        f"in {WATCHED} steps in a row, all samples of each prompt had equal rewards, so the run "
-        "learned nothing: choose prompts that the model sometimes gets right "
-        "(config.reinforce.tasks), another config.reinforce.reward, or a higher "
-        "config.reinforce.temperature."
-      )
-    mean = float(np.mean(self._shares))
-    if mean > 0.5 and not self._warned:
-      self._warned = True
-      distributed.print_once(
-        f"reinforce: warning: in the last {WATCHED} steps, {mean:.0%} of the prompts had samples "
-        "with equal rewards, which teach nothing: choose prompts that are neither too easy nor too "
-        "hard for the model."
-      )
 
 
 @dataclasses.dataclass
@@ -170,11 +132,8 @@ class Rollouts:
       settings.vocab.text_size,
     )
 
-    dead = DeadGroups()
-
     def take_step(state: TrainState, numbers: range) -> tuple[TrainState, dict[str, Any]]:
       rollout, scores = self.draw(state.params, numbers)
-      dead.add(scores["dead_groups"])
       state, metrics = update(state, self.reference, grpo.place(rollout))
       return state, {**metrics, **scores}
 
@@ -304,9 +263,6 @@ def open_rollouts(
   drawn = settings.train.steps * settings.train.global_batch_size // config.samples
   prompts = read_prompts(settings, layout, drawn * config.rounds)
   heldout = read_heldout(settings, layout, config.heldout_prompts, prompts)
-  if isinstance(reward, OwnReward):
-    asked = [prompt_of(*prompt).prompt for prompt in heldout]
-    reward.try_on(asked, [prompt.record for prompt in heldout], settings.vqgan.resolution)
   pipeline = Pipeline(
     reference,
     settings,

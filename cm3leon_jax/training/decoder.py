@@ -21,12 +21,10 @@ from cm3leon_jax.models import adapters, transformer
 from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.config import OptimizerConfig, TrainConfig, on_mesh
-from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.hang_watch import HangWatch
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.faults.preemption import StopSignal, check_end
 from cm3leon_jax.training.faults.replay import replaying
-from cm3leon_jax.training.faults.skipped_rows import GoBack
 from cm3leon_jax.training.loop import run_steps
 from cm3leon_jax.training.objective import Objective, explaining
 from cm3leon_jax.training.saves.saving import Saves
@@ -37,7 +35,7 @@ from cm3leon_jax.training.watch import flops, heldout
 from cm3leon_jax.training.watch.boards import open_boards
 from cm3leon_jax.training.watch.goodput import Stopwatch, earlier
 from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
-from cm3leon_jax.training.watch.monitor import Dispatch, Histograms, Monitor, SampleGrids
+from cm3leon_jax.training.watch.monitor import Monitor, SampleGrids
 from cm3leon_jax.training.watch.traces import Profiler
 from cm3leon_jax.vocab import VocabLayout
 
@@ -90,7 +88,7 @@ class DecoderTraining:
 
 @contextlib.contextmanager
 def _opened(
-  folder: epath.Path, config: TrainConfig, lease: Lease | None, go_back: GoBack | None
+  folder: epath.Path, config: TrainConfig, lease: Lease | None
 ) -> Iterator[tuple[Checkpoints, Stopwatch, HangWatch, Lease]]:
   """Takes the lease of a run's folder, starts its two watches, and opens its checkpoints."""
   best = config.keep_best or int(config.patience > 0)
@@ -98,11 +96,9 @@ def _opened(
   with (
     contextlib.closing(Stopwatch()) as watch,
     contextlib.nullcontext(lease) if lease else Lease(folder) as lease,
-    HangWatch(folder, config.hang_minutes, watch) as hang,
+    HangWatch(config.hang_minutes, watch) as hang,
     Checkpoints(folder, *keep, check=lease.check) as checkpoints,
   ):
-    if go_back is not None:
-      skipped_rows.go_back(checkpoints, folder, go_back)
     yield checkpoints, watch, hang, lease
 
 
@@ -153,12 +149,6 @@ def open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatch
   )
   first = 0 if newest is None else newest + 1  # Step 0 is the evaluation before the first step.
   boards = open_boards(folder, config, first, watch) if log.enabled else []
-  traced = training.profile_steps
-  if traced and (newest or 0) >= traced[-1]:
-    distributed.print_once(
-      f"train: the run is already at step {newest:,}, beyond the steps to trace; "
-      "there will be no trace."
-    )
   peak = "of unknown peak, so no MFU (train.peak_flops sets one)"
   if rates.peak:
     peak = f"of {rates.peak / 1e12:,.1f} TFLOP/s each"
@@ -167,7 +157,7 @@ def open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatch
     f"{devices.size} x {kind} {peak}."
   )
   schedule = learning_rate_schedule(training.optimizer, config.steps)
-  profiler = Profiler(folder / "profile", traced)
+  profiler = Profiler(folder / "profile", training.profile_steps)
   return Monitor(log, watch, rates, schedule, config, profiler, boards, objective.names, skipped)
 
 
@@ -211,16 +201,13 @@ def _summary(
   }
 
 
-def train(
-  training: DecoderTraining, lease: Lease | None = None, go_back: GoBack | None = None
-) -> dict:
+def train(training: DecoderTraining, lease: Lease | None = None) -> dict:
   """Trains up to step `config.steps`, from the newest checkpoint, on the current mesh.
 
   At SIGTERM or Ctrl-C it saves and exits with the code `INTERRUPTED` or `CTRL_C`.
 
   Args:
     lease: lease of the folder, if the caller has already taken it.
-    go_back: an older checkpoint to continue from, and the rows to skip after it.
 
   Returns:
     Numbers for the report. `forgetting` or `overfitting` is present if it ended the training.
@@ -233,7 +220,7 @@ def train(
   training = dataclasses.replace(training, config=config)
   folder, objective = training.folder, training.objective
   sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch", "length"))
-  with _opened(folder, config, lease, go_back) as (checkpoints, watch, hang, held):
+  with _opened(folder, config, lease) as (checkpoints, watch, hang, held):
     training, steps = _compile(training)
     newest, state, next_row = restore_or_init(
       folder, checkpoints, steps, config, training.initial_params
@@ -248,23 +235,21 @@ def train(
     with distributed.together():
       monitor = open_monitor(training, newest, watch)
     explained = explaining(objective, done, next_row, config.global_batch_size)
-    with StopSignal(sharding.mesh) as stop, explained, monitor, Dispatch(monitor) as dispatch:
+    with StopSignal(sharding.mesh) as stop, explained, monitor:
       losses = heldout.HeldoutLosses(
         evaluate, config, monitor, stop, training.evaluate_start, newest,
         best=checkpoints.best(newest) if newest and config.patience else None,
       )  # fmt: skip
       saves = Saves(checkpoints, config, monitor, stop, losses, next_row)
       hooks = [
-        dispatch,
+        monitor,
         hang,
         held,
-        monitor,
         stop,
         losses,
         # Draw the grid before saving, so that a run killed in between draws it again.
         SampleGrids(config, monitor, training.sample_grid),
         saves,
-        Histograms(config.histogram_every, monitor),
       ]
       state = run_steps(range(done + 1, config.steps + 1), take_step, state, batches, hooks)
   check_end(int(state.step), config.steps, folder, stop.code, saves.saved)

@@ -80,8 +80,8 @@ class RowObjective:
     first, last = remaining.number(rows[0]), remaining.number(rows[-1])
     return (
       f"rows {first} to {last} were read; `cm3leon inspect_data --first_row={first}` shows them, "
-      f"and `cm3leon train --resume_from=STEP --skip_rows={first}:{last}` continues without them "
-      "from an earlier checkpoint"
+      f"and `cm3leon checkpoints rollback --step=STEP --skip_rows={first}:{last}` goes back to an "
+      "earlier checkpoint, from which `cm3leon train` continues without them"
     )
 
 

@@ -9,7 +9,7 @@ import optax
 
 from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
-from cm3leon_jax.training.faults.fingerprint import Fingerprint, fingerprint
+from cm3leon_jax.training.faults.fingerprint import fingerprint
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, eval_step, init_state, train_step
 from cm3leon_jax.vocab import VocabLayout
@@ -108,7 +108,7 @@ def checked_step(
 
   def step(
     state: TrainState, batch: dict, num_sources: int = 0, base: dict | None = None
-  ) -> tuple[TrainState, dict, dict[str, Fingerprint]]:
+  ) -> tuple[TrainState, dict, dict[str, jax.Array]]:
     found = {"read": fingerprint(state)}
 
     def update(

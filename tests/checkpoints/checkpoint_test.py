@@ -12,13 +12,13 @@ from cm3leon_jax.checkpoints import checkpoint, reading, recovery
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.runs import stages
 from cm3leon_jax.training.step.state import init_state
-from tests.checkpoints.saved import OPTIMIZER, flip, fresh, largest_file, on_disk
+from tests.checkpoints.saved import OPTIMIZER, fresh, on_disk
 from tests.launched import python
 from tests.models.tiny import CONFIG, mesh_of
 from tests.refusals import refused
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_restore_is_bit_equal_on_any_mesh(saved, shape):
   with jax.set_mesh(mesh_of(1, 1, 1)):
     expected, other = jax.device_get(fresh(2)), jax.device_get(fresh(1))
@@ -36,15 +36,6 @@ def test_restore_is_bit_equal_on_any_mesh(saved, shape):
     checkpoints.close()
 
 
-def test_parameters_alone_are_those_of_the_state(saved):
-  with jax.set_mesh(mesh_of(1, 2, 2)):
-    params, step = reading.load_params(saved, CONFIG)
-    assert step == 2
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(fresh(2).params)):
-      np.testing.assert_array_equal(x, y)
-
-
 def test_parameters_alone_are_the_average_of_a_run_that_has_one(tmp_path):
   with jax.set_mesh(mesh_of(1, 1, 1)):
     state, average = fresh(1), fresh(2).params
@@ -60,7 +51,7 @@ def test_parameters_alone_are_the_average_of_a_run_that_has_one(tmp_path):
 
 
 def test_a_run_without_an_average_has_nothing_to_compare(saved):
-  with jax.set_mesh(mesh_of(1, 1, 1)), refused(UserError):
+  with jax.set_mesh(mesh_of(1, 1, 1)), refused(UserError, "average"):
     reading.load_params(saved, CONFIG, average=False)
 
 
@@ -87,7 +78,7 @@ def test_a_damaged_file_is_refused(saved, damage):
     victim = victim.with_name("surplus")
   if damage != "missing":
     victim.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-  with jax.set_mesh(mesh_of(1, 1, 1)), refused(UserError):
+  with jax.set_mesh(mesh_of(1, 1, 1)), refused(UserError, str(victim), "rollback", "--step=1"):
     reading.load_params(saved, CONFIG)
 
 
@@ -113,16 +104,6 @@ def test_a_checkpoint_that_a_training_deletes_is_chosen_again(saved, monkeypatch
     with pytest.raises(Exception, match="damaged" if reader == "check" else "does not exist at"):
       reading.load_params(saved, CONFIG)
     assert reading.stages.newest_step(saved) == 4 + reading.TRIES
-
-
-@pytest.mark.parametrize(("damaged", "removed"), [(2, None), (1, None), (2, 1)])
-def test_a_damaged_file_is_refused_with_what_to_do(saved, damaged, removed):
-  flip(largest_file(saved / "checkpoints" / str(damaged)))
-  with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
-    if removed:
-      checkpoints.delete(removed)
-    with refused(UserError):
-      checkpoints.check(damaged)
 
 
 def test_digests_of_a_deleted_checkpoint_do_not_count_for_the_next_of_its_step(saved):
@@ -162,28 +143,6 @@ def test_a_save_in_flight_is_finished_when_an_error_ends_the_run(tmp_path):
   assert on_disk(tmp_path) == [[1], [1]]
 
 
-# Program that raises an error while it writes a checkpoint of 200 MB.
-FAILS = """
-import sys
-import jax.numpy as jnp
-from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError
-from cm3leon_jax.checkpoints.checkpoint import Checkpoints
-def main(workdir):
-  with Checkpoints(workdir, 2) as checkpoints:
-    checkpoints.save({"w": jnp.arange(50_000_000, dtype=jnp.float32)}, 1, 1)
-    raise UserError("the sentence.")
-common.run(main, config=False)
-"""
-
-
-@pytest.mark.slow
-def test_a_save_in_flight_does_not_bury_the_sentence_of_an_error(tmp_path):
-  result = python(FAILS, f"--workdir={tmp_path}")
-  assert (result.returncode, result.stderr) == (2, "error: the sentence.\n")
-  assert on_disk(tmp_path) == [[1], [1]]
-
-
 # Program that saves 4 kB and then 40 MB. Its files are limited to 1 MB, as on a full disk.
 FULL_DISK = """
 import resource, time
@@ -215,43 +174,7 @@ def test_a_save_that_fails_is_reported_in_the_loop_and_leaves_the_one_before(tmp
   checkpoints.close()
 
 
-# Program without permission to create the folder of its second checkpoint.
-NO_RIGHTS = """
-import os, time
-import jax.numpy as jnp
-from cm3leon_jax.commands import common
-from cm3leon_jax.checkpoints.checkpoint import Checkpoints
-make = os.makedirs
-def refuse(path, *arguments, **options):
-  if "2.orbax" in os.fspath(path):
-    raise PermissionError(13, "Permission denied", path)
-  make(path, *arguments, **options)
-def main(workdir):
-  with Checkpoints(workdir, 2) as checkpoints:
-    checkpoints.save({"w": jnp.ones(1_000)}, 1, 1)
-    checkpoints.wait()
-    os.makedirs = refuse
-    checkpoints.save({"w": jnp.ones(1_000)}, 2, 2)
-    for _ in range(1_000):  # Steps.
-      checkpoints.check_save()
-      time.sleep(0.05)
-common.run(main, config=False)
-"""
-
-
-@pytest.mark.slow
-def test_a_save_that_may_not_begin_ends_the_run_soon(tmp_path):
-  """The errors that Orbax raises cause one another in a cycle, and its threads keep waiting."""
-  start = time.monotonic()
-  result = python(NO_RIGHTS, f"--workdir={tmp_path}")
-  assert time.monotonic() - start < 120
-  assert result.returncode == TryAgain.exit_code
-  *_, line = result.stderr.splitlines()
-  assert line.startswith(f"error: checkpoint 2 could not be written to {tmp_path}/checkpoints (")
-  assert line.endswith("): the same command continues from checkpoint 1.")
-
-
-@pytest.mark.parametrize("saves", [0, 1, 2])
+@pytest.mark.parametrize("saves", [0, 2])
 def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_path, saves):
   """Given a bucket that fails between two steps, the run first finishes the save in progress."""
   gone = RuntimeError("All 32 retry attempts failed: status 503")
@@ -262,7 +185,7 @@ def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_
         checkpoints.save(small(step), step, next_row=step)
       raise UserError("a file is damaged") from gone
 
-  with refused(TryAgain):
+  with refused(TryAgain, str(tmp_path), "same command continues"):
     run()
   assert stages.newest_step(tmp_path) == saves
 
@@ -302,11 +225,3 @@ def test_the_step_loop_is_not_stopped_by_digests(tmp_path, monkeypatch):
     release.set()
     checkpoints.wait()
     assert checkpoints.newest() == 1
-
-
-def test_old_checkpoints_and_their_digests_go(saved):
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    checkpoints = checkpoint.Checkpoints(saved, keep=2)
-    checkpoints.save(fresh(3), 3, next_row=24)
-    checkpoints.close()
-  assert sorted(p.stem for p in (saved / "checkpoints.digests").iterdir()) == ["2", "3"]

@@ -110,7 +110,7 @@ def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys
   assert "warning: checkpoint 1 in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("digests", [None, b"", b"{}", b"[]", b"\x00\xff", b'{"a": 1}'])
+@pytest.mark.parametrize("digests", [None, b"", b"[]"])
 def test_a_run_goes_back_to_the_newest_whole_checkpoint(saved, capsys, digests):
   """Given `digests`, damages the digests of checkpoint 2; given None, damages one of its files."""
   if digests is None:
@@ -145,7 +145,7 @@ def test_a_step_to_go_back_to_must_be_sealed(saved):
   (saved / "checkpoints.digests" / "1.json").unlink()
   with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
     for step in (1, 9):
-      with refused(UserError):
+      with refused(UserError, f"step {step}", "2"):
         recovery.check_target(checkpoints, step)
   assert on_disk(saved) == [[1, 2], [2]]
 
@@ -154,7 +154,7 @@ def test_damaged_checkpoints_alone_are_refused_and_kept(saved):
   for step in ("1", "2"):
     flip(largest_file(saved / "checkpoints" / step))
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  with refused(UserError):
+  with refused(UserError, "all checkpoints", "damaged"):
     recovery.newest_whole(checkpoints)
   assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
   checkpoints.close()
@@ -163,7 +163,7 @@ def test_damaged_checkpoints_alone_are_refused_and_kept(saved):
 def test_checkpoints_without_digests_are_kept_and_refused(saved):
   shutil.rmtree(saved / "checkpoints.digests")
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  with refused(UserError):
+  with refused(UserError, "checkpoints.digests"):
     recovery.discard_unsealed(checkpoints)
   assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
   checkpoints.close()
@@ -179,7 +179,7 @@ def test_a_checkpoint_in_a_bucket_that_does_not_answer_is_no_damaged_one(saved, 
     recovery.newest_whole(checkpoints)
   assert checkpoints.sealed() == steps != []
   monkeypatch.setattr(sealing, "digest", mock.Mock(side_effect=OSError("of a disk")))
-  with refused(TryAgain):
+  with refused(TryAgain, "nothing was deleted"):
     recovery.newest_whole(checkpoints)
   assert checkpoints.sealed() == steps
   checkpoints.close()
@@ -198,6 +198,6 @@ def test_digests_in_a_bucket_that_does_not_answer_are_not_damaged(saved, monkeyp
   with jax.set_mesh(mesh_of(1, 1, 1)):
     checkpoints = checkpoint.Checkpoints(saved, keep=2)
     monkeypatch.setattr(path_type, "read_text", read_text)
-    with refused(TryAgain), checkpoints:
+    with refused(TryAgain, str(saved), "invalid token"), checkpoints:
       recovery.newest_whole(checkpoints)
   assert (saved / "checkpoints" / "2").exists()

@@ -36,16 +36,33 @@ def test_what_no_launcher_could_start_is_refused(topology, field, value):
 
 def test_a_launcher_that_cannot_run_a_job_is_left_out_with_a_sentence():
   job = launchers.PodJob("run", hardware.load("v5e-256", 2), tuple(FLAGS))
+<<<<<<< ours
   assert list(launchers.files(job)) == ["offline_ray.sh", "tpu_vm.sh"]
   assert launchers.remarks(job) == ["gke_jobset.yaml needs a container image: give --image."]
+=======
+  assert list(launchers.files(job)) == ["tpu_vm.sh"]
+  (image,) = launchers.remarks(job)
+  assert image.startswith("gke_jobset.yaml and xpk.sh need a container image")
+>>>>>>> theirs
   assert launchers.remarks(launchers.PodJob("run", job.hardware, job.flags, IMAGE)) == []
 
 
 def test_gke_does_not_connect_slices_of_one_host():
   small = hardware.load("v5e-8", 2)
   job = launchers.PodJob("run", small, tuple(FLAGS), IMAGE)
+<<<<<<< ours
   assert list(launchers.files(job)) == ["offline_ray.sh", "tpu_vm.sh"]
   assert launchers.remarks(job) == ["gke_jobset.yaml: GKE connects only slices of several hosts."]
+=======
+  for option in ("queue", "secret"):
+    with refused(UserError):
+      launchers.check(dataclasses.replace(job, **{option: "own"}))
+  assert list(launchers.files(job)) == ["tpu_vm.sh"]
+  assert launchers.remarks(job) == [
+    "gke_jobset.yaml and xpk.sh: GKE connects only slices of several hosts."
+  ]
+  assert launchers.remarks(dataclasses.replace(job, image="")) == launchers.remarks(job)
+>>>>>>> theirs
   one = dataclasses.replace(job, hardware=hardware.load("v5e-8"))
   assert "gke_jobset.yaml" in launchers.files(one)
 
@@ -54,17 +71,17 @@ def test_gke_does_not_connect_slices_of_one_host():
 def test_gpus_may_train_in_a_shared_folder_or_a_bucket(workdir):
   flags = ("--config=c", f"--workdir={workdir}")
   job = launchers.PodJob("run", hardware.load("h100-64"), flags)
-  assert list(launchers.files(job)) == ["offline_ray.sh"]
+  assert launchers.files(job) == {}
   assert launchers.remarks(job) == ["slurm.sbatch needs a container image: give --image."]
   job = dataclasses.replace(job, image=IMAGE)
-  assert list(launchers.files(job)) == ["offline_ray.sh", "slurm.sbatch"]
+  assert list(launchers.files(job)) == ["slurm.sbatch"]
 
 
 @pytest.mark.parametrize("topology", ["v5e-256", "h100-64"])
 def test_every_launcher_says_how_the_key_reaches_the_processes(topology):
   job = launchers.PodJob("run", hardware.load(topology), tuple(FLAGS), IMAGE)
   sentences = dict(sentence.split(": ", 1) for sentence in launchers.keys(job))
-  assert sorted([*sentences, "offline_ray.sh"]) == sorted(launchers.files(job))
+  assert sorted(sentences) == sorted(launchers.files(job))
   assert all(text.startswith("WANDB_API_KEY comes from ") for text in sentences.values())
   if topology == "v5e-256":
     own = launchers.keys(dataclasses.replace(job, secret="own"))
@@ -94,7 +111,11 @@ def test_every_file_says_what_it_needs(topology):
   port = {"metrics_port": 9464, "queue": "q" if topology == "v5e-256" else ""}
   job = launchers.PodJob("run", hardware.load(topology), tuple(FLAGS), IMAGE, **port)
   texts = launchers.files(job)
+<<<<<<< ours
   assert len(texts) == (3 if topology == "v5e-256" else 2)
+=======
+  assert len(texts) == (4 if topology == "v5e-256" else 1)
+>>>>>>> theirs
   for name, text in texts.items():
     head = [line for line in text.splitlines()[:8] if line.startswith("# Needs: ")]
     assert len(head) == 1, name

@@ -140,9 +140,7 @@ def test_the_command_prints_a_plan_and_writes_the_files_of_every_launcher(tmp_pa
   assert numbers["pairs"] == 5_000_000
   assert {cost["stage"] for cost in numbers["stages"]} >= {"build_neighbors", "train"}
   assert numbers["job"]["grace_seconds"] == 900
-  files = {
-    "gke_jobset.yaml", "tpu_vm.sh", "offline_ray.sh", "plan.json",
-  }  # fmt: skip
+  files = {"gke_jobset.yaml", "tpu_vm.sh", "plan.json"}
   assert {path.name for path in tmp_path.iterdir()} == files
   manifest = yaml.safe_load((tmp_path / "gke_jobset.yaml").read_text())
   pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]

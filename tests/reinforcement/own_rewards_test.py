@@ -22,19 +22,12 @@ def blue(prompts, images, records):
 def named(prompts, images, records):
   return [len(prompt) + record.facts["n"] for prompt, record in zip(prompts, records)]
 
-def fails(prompts, images, records):
-  raise KeyError("bell")
-
 def one_score(prompts, images, records):
   return 1.0
 
 def no_number(prompts, images, records):
   return np.where(np.arange(len(images)) == 1, np.nan, 0)
 
-def texts(prompts, images, records):
-  return prompts
-
-constant = 3
 """
 
 
@@ -80,28 +73,13 @@ def test_the_config_names_the_function(file):
   assert found.function.__name__ == "blue"
 
 
-@pytest.mark.parametrize("name", ["fails", "one_score", "no_number", "texts"])
+@pytest.mark.parametrize("name", ["one_score", "no_number"])
 def test_a_wrong_result_is_refused(file, name):
-  with refused(UserError):
+  with refused(UserError, "config.reinforce.reward", name, "shape (2,)"):
     score(f"{file}:{name}", np.zeros((2, 4, 4, 3), np.uint8))
 
 
-def test_a_reward_is_tried_on_gray_images(file):
-  """So a wrong reward is noticed before anything is trained."""
-  records = [Record({"n": i}) for i in range(3)]
-  OwnReward.load(f"{file}:named").try_on(["a", "b", "c"], records, 4)
-  with refused(UserError):
-    OwnReward.load(f"{file}:no_number").try_on(["a", "b", "c"], records, 4)
-
-
-@pytest.mark.parametrize("name", ["own.py:red", "own.py:constant", "none.py:blue", "wrong.py:blue"])
-def test_a_missing_function_is_refused(file, name):
-  (file.parent / "wrong.py").write_text("import no_such_module")
-  with refused(UserError):
-    OwnReward.load(f"{file.parent / name}")
-
-
-@pytest.mark.parametrize("name", ["judgge", "own.py", "own.py:", "own.txt:blue", "own.py:1"])
+@pytest.mark.parametrize("name", ["judgge", "own.py:1"])
 def test_another_name_of_a_reward_is_refused(name):
-  with refused(FieldError, path=()):
+  with refused(FieldError, name, path=()):
     build(ReinforceConfig, {"reward": name}, "reinforce")

@@ -8,7 +8,6 @@ from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.models import adapters
 from cm3leon_jax.models.config import AdapterConfig
-from cm3leon_jax.training.faults.skipped_rows import GoBack
 from tests.models.tiny import mesh_of, random_params
 from tests.training.runs import MODEL, STEPS, Crash, assert_equal, crash_at, losses
 from tests.training.runs import run as run_of
@@ -65,37 +64,12 @@ def test_grids_of_samples_get_the_sum_of_the_base_and_the_averaged_adapters(load
 
 
 @pytest.mark.slow
-def test_a_run_continues_on_another_mesh(adapted, loader, tmp_path):
-  with pytest.raises(Crash):
-    run(tmp_path, loader, sample_grid=crash_at(9, tmp_path), sample_every=1)
-  run(tmp_path, loader, shape=(2, 2, 2))
-  expected = losses(adapted[0])
-  for step, loss in losses(tmp_path).items():
-    assert loss == pytest.approx(expected[step], rel=2e-4)
-
-
-@pytest.mark.slow
-def test_a_run_goes_back_and_skips_rows(adapted, loader, tmp_path):
-  """The result is bitwise that of a run without these rows."""
-  folder, without = tmp_path / "back", tmp_path / "without"
-  run(folder, loader, keep_checkpoints=9)
-  assert losses(folder) == losses(adapted[0])
-  back = GoBack(4, range(32, 40))
-  run(folder, loader, keep_checkpoints=9, skipped=(back.rows,), go_back=back)
-  run(without, loader, skipped=(back.rows,))
-  assert losses(folder) == losses(without) != losses(adapted[0])
-  assert_equal(trained(folder), trained(without))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 1)])
 def test_checked_steps_find_no_fault_and_change_nothing(loader, tmp_path, shape):
   usual, checked = tmp_path / "usual", tmp_path / "checked"
   run(usual, loader, shape=shape)
   run(checked, loader, shape=shape, replay_every=3)
   assert losses(checked) == losses(usual)
-  lines = read_json_lines(checked / "metrics" / "metrics.jsonl")
-  assert [x["replay_faults"] for x in lines if "replay_faults" in x] == [0] * (STEPS // 3)
   assert_equal(trained(checked), trained(usual))
 
 

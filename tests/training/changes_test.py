@@ -6,7 +6,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs.table import identity
 from cm3leon_jax.settings import default_config, settings_from_config
-from cm3leon_jax.training.changes import MAY_CHANGE, MAY_NOT, check_changes
+from cm3leon_jax.training.changes import MAY_CHANGE, check_changes
 from tests.refusals import refused
 
 RUN = {**identity(settings_from_config(default_config()), "train"), "inputs": {"documents": "1"}}
@@ -27,8 +27,7 @@ def check(*allowed, stored=RUN, **fields):
 
 def test_a_change_that_is_allowed_is_described():
   assert check(RATE) == []
-  [sentence] = check(RATE, optimizer__learning_rate=0.5)
-  assert sentence == f"{RATE}: 0.0001 -> 0.5: {MAY_CHANGE[RATE]}"
+  assert check(RATE, optimizer__learning_rate=0.5) == [f"{RATE}: 0.0001 -> 0.5"]
   both = check(
     "train.global_batch_size", RATE, optimizer__learning_rate=0.5, train__global_batch_size=4
   )
@@ -39,29 +38,23 @@ def test_every_field_that_may_change_exists():
   for name in MAY_CHANGE:
     section, field = name.split(".")
     assert field in RUN[section]
-  assert {name.split(".")[0] for name in MAY_NOT} >= RUN.keys() - {"train"}
 
 
 def test_a_change_that_is_not_allowed_names_the_flag():
-  with refused(UserError):
+  with refused(UserError, f"--allow_changed=optimizer.eps,{RATE}", "0.0001 -> 0.5"):
     check("optimizer.eps", optimizer__learning_rate=0.5, optimizer__eps=1e-6)
 
 
 def test_what_may_not_change_is_refused_with_its_fields():
-  with refused(UserError):
+  with refused(UserError, "model.width"):
     check(RATE, optimizer__learning_rate=0.5, model__width=8)
-  with refused(UserError):
+  with refused(UserError, "inputs.documents"):
     check(inputs={"documents": "2"})
 
 
-MAY_NOT_CHANGE = ["model.width", "optimizer.name", "optimizer.first_moment_dtype", "seed"]
-MAY_NOT_CHANGE += ["data.num_neighbors", "vocab.text_size"]
-NO_FIELDS = ["learning_rate", "optimizer", "train.no_field", "optimizers.b1"]
-
-
-@pytest.mark.parametrize("name", [*MAY_NOT_CHANGE, *NO_FIELDS])
-def test_a_flag_that_names_no_field_that_may_change_is_refused_with_the_reason(name):
-  with refused(UserError):
+@pytest.mark.parametrize("name", ["model.width", "optimizer.name", "seed", "learning_rate"])
+def test_a_flag_that_names_no_field_that_may_change_is_refused(name):
+  with refused(UserError, "--allow_changed", f"'{name}'", RATE):
     check(name)
 
 
@@ -70,6 +63,6 @@ def test_an_average_may_change_its_rate_but_neither_begin_nor_end():
   name = "optimizer.ema_decay"
   assert check(name, stored=average, optimizer__ema_decay=0.99)
   for allowed in ((), (name,)):
-    with refused(UserError) as error:
+    with refused(UserError, name) as error:
       check(*allowed, stored=average)  # The default `ema_decay` of 0 stops averaging.
     assert "--allow_changed=" not in str(error.value)

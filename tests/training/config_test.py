@@ -25,5 +25,5 @@ def test_without_rows_of_a_device_the_accumulation_counts():
   "fields", [{"rows_per_device": 3}, {"rows_per_device": 64}, {"gradient_accumulation_steps": 64}]
 )
 def test_a_batch_that_the_mesh_cannot_split_is_refused_with_the_numbers(fields):
-  with refused(UserError):
+  with refused(UserError, "8192", "256 x", *fields):
     on_mesh(TrainConfig(global_batch_size=8_192, **fields), 256)

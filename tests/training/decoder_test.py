@@ -1,23 +1,14 @@
-import functools
 from unittest import mock
 
 import jax
-from jax.sharding import NamedSharding
 import pytest
 
 from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.mesh import spec
-from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.watch import heldout
-from tests.data.stores import VOCAB, make_plan, make_sources
-from tests.held import held
 from tests.models.tiny import mesh_of
-from tests.refusals import refused
 from tests.training.runs import (
-  LENGTH,
   MODEL,
   STEPS,
   Crash,
@@ -26,7 +17,6 @@ from tests.training.runs import (
   crash_at,
   losses,
   run,
-  shared_steps,
 )
 
 
@@ -52,45 +42,6 @@ def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_while_it_samples_makes_that_grid_again(loader, tmp_path):
-  """The checkpoint of a step must not count before the sample grid of the step is written."""
-  with pytest.raises(Crash):
-    run(tmp_path, loader, sample_grid=crash_at(4, tmp_path), sample_every=4)
-  seen = []
-  run(tmp_path, loader, sample_grid=lambda _, step: seen.append(step), sample_every=4)
-  assert seen == [4, 8, 12]
-
-
-@pytest.mark.slow
-def test_a_killed_run_with_an_average_continues_bit_for_bit(loader, tmp_path):
-  """Held-out losses and sample grids use the average."""
-  seen = {}
-
-  def sample_grid(params, step):
-    seen[step] = jax.device_get(params)
-
-  summary = run(tmp_path / "whole", loader, sample_grid=sample_grid, ema_decay=0.9)
-  killed = tmp_path / "killed"
-  with pytest.raises(Crash):
-    run(killed, loader, sample_grid=crash_at(7, killed), sample_every=1, ema_decay=0.9)
-  assert run(killed, loader, ema_decay=0.9) == summary
-  (params, average), expected = arrays(killed), arrays(tmp_path / "whole")
-  assert_equal((params, average), expected)
-  assert_equal(seen[STEPS], jax.device_get(average))
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    mesh = jax.sharding.get_mesh()
-    optimizer = OptimizerConfig(learning_rate=1e-2, ema_decay=0.9)
-    steps = shared_steps(MODEL, optimizer, 1, VOCAB, 0, mesh)
-    sharding = NamedSharding(mesh, spec("batch", "length"))
-    config = TrainConfig(global_batch_size=8, eval_batches=1)
-    rows = heldout.heldout_batches(loader, config, sharding)
-    evaluate = functools.partial(heldout.evaluate, steps, rows, ())
-    found = evaluate(average)
-    assert found.items() <= summary.items()
-    assert evaluate(params)["heldout_loss"] != found["heldout_loss"]
-
-
-@pytest.mark.slow
 def test_a_run_starts_from_given_parameters_and_its_checkpoint_wins_over_them(
   whole, loader, tmp_path
 ):
@@ -108,14 +59,6 @@ def test_a_run_starts_from_given_parameters_and_its_checkpoint_wins_over_them(
   assert given.call_count == 1
 
 
-def test_another_seed_gives_other_losses(whole, tmp_path_factory):
-  sources = make_sources(tmp_path_factory.mktemp("stores"))
-  other = RowLoader(make_plan(sources, seed=1, sequence_length=LENGTH), VOCAB)
-  folder = tmp_path_factory.mktemp("other")
-  run(folder, other)
-  assert losses(folder) != losses(whole[0])
-
-
 @pytest.mark.slow
 def test_restore_onto_another_mesh(whole, loader, tmp_path):
   with pytest.raises(Crash):
@@ -124,31 +67,6 @@ def test_restore_onto_another_mesh(whole, loader, tmp_path):
   expected = losses(whole[0])
   for step, loss in losses(tmp_path).items():
     assert loss == pytest.approx(expected[step], rel=2e-4)
-
-
-@pytest.mark.slow
-def test_a_folder_in_which_another_process_trains_is_refused(whole, loader, tmp_path):
-  with held(tmp_path):
-    with pytest.raises(UserError, match=r"works in .*: use another --workdir"):
-      run(tmp_path, loader)
-    assert not (tmp_path / "metrics").exists()
-  run(tmp_path, loader)  # The other process has ended, so this run does not wait.
-  assert losses(tmp_path) == losses(whole[0])
-
-
-def test_a_batch_that_does_not_split_is_refused(loader, tmp_path):
-  with refused(UserError):
-    run(tmp_path, loader, shape=(2, 2, 2), global_batch_size=6)
-
-
-@pytest.mark.slow
-def test_rows_of_a_device_set_the_passes(loader, tmp_path):
-  """On one device, 8 rows become 4 micro-batches of 2 rows, as with accumulation over 4."""
-  run(tmp_path / "rows", loader, steps=4, rows_per_device=2)
-  run(tmp_path / "passes", loader, steps=4, gradient_accumulation_steps=4)
-  assert losses(tmp_path / "rows") == losses(tmp_path / "passes")
-  with refused(UserError):
-    run(tmp_path, loader, shape=(2, 2, 2), rows_per_device=3)
 
 
 def test_the_last_step_is_evaluated_once_and_its_losses_are_returned(loader, tmp_path):
@@ -165,12 +83,6 @@ def test_the_last_step_is_evaluated_once_and_its_losses_are_returned(loader, tmp
   assert again == summary
 
 
-def test_a_shorter_run_leaves_a_longer_one_as_it_is(loader, tmp_path, capsys):
-  run(tmp_path, loader, steps=4)
-  assert run(tmp_path, loader, steps=2)["steps"] == 4
-  assert "is already at step 4" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_debug_nans_finds_the_operation_although_the_state_is_donated(loader, tmp_path):
   """After step 2, parameters are 1e37. Without the flag, the first wrong metrics are of step 3."""
@@ -179,10 +91,3 @@ def test_debug_nans_finds_the_operation_although_the_state_is_donated(loader, tm
     run(tmp_path / "plain", loader, learning_rate=1e38, tensorboard=False, max_skipped=0)
   with jax.debug_nans(True), pytest.raises(FloatingPointError, match="invalid value"):
     run(tmp_path / "nans", loader, learning_rate=1e38, tensorboard=False, fresh=True)
-
-
-@pytest.mark.slow
-def test_debug_nans_changes_nothing_where_all_is_finite(whole, loader, tmp_path):
-  with jax.debug_nans(True):
-    run(tmp_path, loader, steps=4, fresh=True)
-  assert losses(tmp_path)[1] == losses(whole[0])[1]

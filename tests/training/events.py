@@ -25,7 +25,7 @@ def _plain(value):
     return value.image
   if value.HasField("tensor"):
     return value.tensor.string_val[0].decode()
-  return value.histo if value.HasField("histo") else np.float32(value.simple_value)
+  return np.float32(value.simple_value)
 
 
 def _events(data):

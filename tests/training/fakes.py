@@ -37,20 +37,6 @@ class FakeMonitor(Monitor):
     yield
     self.events.append("end")
 
-  @contextlib.contextmanager
-  def traced(self, step):
-    self.events.append(f"traced {step}")
-    try:
-      yield
-    finally:
-      self.events.append("end of trace")
-
-  @contextlib.contextmanager
-  def overlapped(self, name):
-    self.events.append(name)
-    yield
-    self.events.append(f"end of {name}")
-
   def heldout(self, step, losses):
     self.events.append((step, losses))
 
@@ -59,9 +45,6 @@ class FakeMonitor(Monitor):
 
   def samples(self, step, sheet):
     self.events.append((step, sheet))
-
-  def histograms(self, step, params):
-    self.events.append((step, params))
 
   def skipped_in_a_row(self):
     return self.skipped

@@ -2,8 +2,6 @@
 
 import itertools
 
-import pytest
-
 from cm3leon_jax.training.loop import Hook, run_steps
 from tests.training.fakes import Noting
 
@@ -55,20 +53,3 @@ def test_a_hook_stops_after_the_other_hooks_of_its_step():
     ("c", "end", 30),
   ]
   assert ("batch", 30) not in events
-
-
-def test_without_steps_nothing_is_read():
-  events = []
-  assert run_steps(range(5, 5), add(events), 7, read(events), [Noting("a", events)]) == 7
-  assert events == [("a", "begin", 7), ("a", "end", 7)]
-
-
-def test_at_an_error_no_other_hook_is_called():
-  class Refusing(Hook):
-    def ready(self, step):
-      raise ZeroDivisionError
-
-  events = []
-  with pytest.raises(ZeroDivisionError):
-    run_steps(range(1, 3), add(events), 0, read(events), [Refusing(), Noting("a", events)])
-  assert events == [("a", "begin", 0), ("a", "before", 1), ("batch", 10)]

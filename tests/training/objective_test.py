@@ -28,7 +28,7 @@ class Explained(Objective):
 def test_rows_of_steps_are_counted_from_where_the_trainer_began(steps, rows):
   """The run had 100 steps of 16 rows, and has had steps of 8 rows since then."""
   objective = Explained()
-  with refused(UserError), explaining(objective, 100, 1_600, 8):
+  with refused(UserError, "step 104", "it was row 9"), explaining(objective, 100, 1_600, 8):
     raise TooManySkippedError("step 104 is skipped", steps)
   assert objective.asked == [rows]
 

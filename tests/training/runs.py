@@ -49,7 +49,6 @@ def run(
   initial_params=None,
   skip_above=0.0,
   skipped=(),
-  go_back=None,
   adapter=None,
   base_params=None,
   **fields,
@@ -84,7 +83,7 @@ def run(
       adapter=adapter,
       base_params=base_params,
     )
-    return train(training, go_back=go_back)
+    return train(training)
 
 
 def losses(folder):

@@ -22,9 +22,9 @@ def test_rows_of_unused_codes_learn_the_color_of_used_codes(colors):
   first = VOCAB.text_size
   shapes = np.random.default_rng(0).integers(1, VOCAB.image_size // COLORS, (2, 8, 65))
   ids = (first + shapes * COLORS + COLORS - 1).astype(np.int32)
-  with jax.set_mesh(mesh_of(1, 4, 2)):
+  with jax.set_mesh(mesh_of(1, 2, 1)):
     steps = shared_steps(
-      model, OptimizerConfig(learning_rate=1e-2, warmup_steps=1), 1, VOCAB, 0, (1, 4, 2)
+      model, OptimizerConfig(learning_rate=1e-2, warmup_steps=1), 1, VOCAB, 0, (1, 2, 1)
     )
     state = steps.init()
     before = jax.device_get(state.params["embed"])

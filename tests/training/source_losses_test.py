@@ -20,7 +20,7 @@ from cm3leon_jax.training.decoder import DecoderTraining, train
 from cm3leon_jax.training.objective import RowObjective
 from cm3leon_jax.training.step import loss
 from cm3leon_jax.training.step.optimizer import create_optimizer
-from cm3leon_jax.training.step.state import eval_step, init_state, train_step
+from cm3leon_jax.training.step.state import eval_step
 from cm3leon_jax.training.watch import heldout
 from cm3leon_jax.training.watch.monitor import change_line
 from cm3leon_jax.training.watch.tensorboard_board import curves
@@ -47,21 +47,6 @@ def test_a_source_without_targets_has_no_loss():
   assert loss.source_losses((), {}) == {}
 
 
-def step_in_two(num_sources):
-  """Runs a train step with two micro-batches; returns its metrics and the new state."""
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in marked_batch().items()}
-    state = init_state(CONFIG, OPTIMIZER, jax.random.key(0))
-    options = {"num_sources": num_sources}
-    step = jax.jit(functools.partial(train_step, CONFIG, OPTIMIZER, 60, 2, **options))
-    return jax.device_get(step(state, batch)[::-1])
-
-
-@pytest.fixture(scope="module")
-def marked():
-  return step_in_two(S)
-
-
 @pytest.fixture(scope="module")
 def expected():
   batch = marked_batch()
@@ -80,33 +65,12 @@ def assert_sums(sums, expected):
   np.testing.assert_allclose(sums["source_weight"], expected[1], rtol=1e-6)
 
 
-def test_sums_of_a_step_in_two_parts_are_those_of_all_logits(expected, marked):
-  """`state_test` covers the same sums on other meshes."""
-  assert_sums(marked[0], expected)
-  assert marked[0]["source_weight"][-1] == 0 < marked[0]["source_weight"][:-1].min()
-  assert np.ptp(expected[0][:-1]) > 0.1
-
-
-FURTHER = [
-  pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 1, 1), (1, 8, 1), (1, 2, 2, 2))
-]
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 2), *FURTHER])
-def test_sums_of_an_evaluation_are_those_of_all_logits(expected, shape):
-  with jax.set_mesh(mesh_of(*shape)):
+def test_sums_of_an_evaluation_are_those_of_all_logits(expected):
+  with jax.set_mesh(mesh_of(2, 2, 2)):
     batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in marked_batch().items()}
     params = jax.jit(lambda: transformer.init_params(CONFIG, jax.random.key(0)))()
     evaluate = jax.jit(functools.partial(eval_step, CONFIG, 60, num_sources=S))
     assert_sums(jax.device_get(evaluate(params, batch)), expected)
-
-
-def test_marks_change_neither_the_step_nor_its_other_metrics(marked):
-  metrics, state = marked
-  plain, plain_state = step_in_two(0)
-  assert metrics.keys() - plain.keys() == set(loss.SOURCE_SUMS)
-  assert {name: metrics[name] for name in plain} == plain
-  jax.tree.map(np.testing.assert_array_equal, state, plain_state)
 
 
 @pytest.fixture(scope="module")
@@ -201,47 +165,6 @@ def heldout_steps(folder):
   return [line["step"] for line in log_of(folder) if "heldout_loss" in line]
 
 
-@pytest.mark.slow
-def test_a_step_without_a_source_has_no_value_of_it(sources, tmp_path):
-  """Runs with --debug_nans: a source without tokens has weight 0, and nothing divides by it."""
-  rare = [dataclasses.replace(s, share=x) for s, x in zip(sources, (0.96, 0.02, 0.02))]
-  with jax.debug_nans(True):
-    tune(tmp_path, loader_of(rare), steps=3, global_batch_size=1)
-  lines = [line for line in log_of(tmp_path) if "loss" in line]
-  values = [line.get("loss/pairs") for line in lines]
-  assert None in values
-  assert all("loss/answers" in line for line in lines)
-  assert not any(value == 0 or np.isnan(value) for value in values if value is not None)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("shape", "accumulation"), [((2, 2, 2), 1), ((2, 2, 1), 2)])
-def test_meshes_and_micro_batches_log_the_same(whole, loader, tmp_path, shape, accumulation):
-  tune(tmp_path, loader, shape, steps=2, gradient_accumulation_steps=accumulation)
-  expected = {line["step"]: line for line in log_of(whole[0]) if "loss" in line}
-  expected[0] = next(line for line in log_of(whole[0]) if line["step"] == 0)
-  for line in log_of(tmp_path):
-    for name in (name for name in line if "/" in name and line["step"] < 2):
-      assert line[name] == pytest.approx(expected[line["step"]][name], rel=1e-4), name
-
-
-def test_rows_without_marks_log_nothing_of_sources(sources, tmp_path, capsys):
-  summary = tune(tmp_path, loader_of(sources, mark_sources=False), steps=1, evaluate_start=False)
-  assert not [name for line in log_of(tmp_path) for name in line if "/" in name]
-  assert heldout_steps(tmp_path) == [1]
-  assert "heldout_before" not in summary
-  assert "by source" not in capsys.readouterr().out
-
-
-def test_an_evaluation_prints_one_more_line(loader, tmp_path, capsys):
-  tune(tmp_path, loader, steps=1)
-  lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step 0/1 | held-out")]
-  first = log_of(tmp_path)[0]
-  shown = " ".join(f"{name} {first[f'heldout_loss/{name}']:.3f}" for name in NAMES)
-  assert lines[1:] == [f"step 0/1 | held-out by source: {shown}"]
-  assert lines[0].startswith(f"step 0/1 | held-out loss {first['heldout_loss']:.3f} image ")
-
-
 def step_0_of(folder):
   return [line for line in log_of(folder) if line["step"] == 0]
 
@@ -258,11 +181,10 @@ def test_the_summary_has_the_losses_before_and_after(whole):
   assert report["restarts"] == []
 
 
-@pytest.mark.parametrize("killed_in", [1, 5])
-def test_a_killed_run_has_step_0_once(whole, loader, tmp_path, killed_in):
-  """A run killed before its first checkpoint evaluates step 0 again; otherwise it reads the log."""
+def test_a_killed_run_has_step_0_once(whole, loader, tmp_path):
+  """The run reads the losses of step 0 from its log."""
   with pytest.raises(Crash):
-    tune(tmp_path, loader, sample_grid=crash_at(killed_in, tmp_path), sample_every=1)
+    tune(tmp_path, loader, sample_grid=crash_at(5, tmp_path), sample_every=1)
   time.sleep(1)  # Otherwise a restart in the same second would overwrite the event file.
   with mock.patch.object(heldout, "evaluate", wraps=heldout.evaluate) as evaluate:
     summary = tune(tmp_path, loader)
@@ -280,7 +202,7 @@ def test_a_killed_run_has_step_0_once(whole, loader, tmp_path, killed_in):
   assert {step: len(values) for step, values in board.items()} == {0: 1, 4: 1, STEPS: 1}
   report = summary_lib.training(log_of(tmp_path))
   assert report["every_step_logged_once"]
-  assert len(report["restarts"]) == (killed_in == 5)
+  assert len(report["restarts"]) == 1
 
 
 def test_the_line_of_before_and_after():
@@ -296,10 +218,3 @@ def test_the_line_of_before_and_after():
     "train: held-out loss before -> after: count 5.000 -> 0.500, pairs 1.000 -> 1.250 "
     "nats per target"
   )
-  # The line has only sources that both evaluations have.
-  del after["heldout_loss/count"]
-  assert change_line(before, {**after, "steps": 3, "heldout_before": before}) == (
-    "train: held-out loss before -> after: pairs 1.000 -> 1.250 nats per target"
-  )
-  del after["heldout_loss/pairs"]
-  assert "after: loss 3.000 -> 1.500, image" in change_line(before, after)

@@ -6,17 +6,16 @@ import errno
 import io
 import os
 import pathlib
-import shutil
 
 import pytest
 
 from cm3leon_jax.checkpoints import checkpoint, recovery
-from cm3leon_jax.config import TryAgain, UserError
-from tests.checkpoints.saved import flip, largest_file, on_disk
+from cm3leon_jax.config import TryAgain
+from tests.checkpoints.saved import largest_file, on_disk
 from tests.refusals import refused
 
-# Errors of network disks, of too many open files, and of changed permissions.
-ERRORS = ("EIO", "ESTALE", "EACCES", "EMFILE", "ENFILE", "ETIMEDOUT", "EHOSTDOWN", "ENOMEM")
+# Errors of a network disk, and of too many open files.
+ERRORS = ("EIO", "EMFILE")
 
 
 class Unreadable(io.RawIOBase):
@@ -96,7 +95,7 @@ def test_checkpoints_that_cannot_be_listed_are_not_gone(saved, call):
   """Orbax treats an unreadable folder as missing."""
   before = contents(saved)
   path = saved / "checkpoints" / ("2" if call == "stat" else "")
-  with failing(call, errno.EIO, path), refused(TryAgain):
+  with failing(call, errno.EIO, path), refused(TryAgain, str(path).rstrip("/")):
     checkpoint.Checkpoints(saved, keep=2)
   assert contents(saved) == before
 
@@ -106,17 +105,15 @@ def test_a_folder_that_only_orbax_could_not_read_is_not_gone(saved, monkeypatch)
   monkeypatch.setattr(
     checkpoint.ocp.CheckpointManager, "all_steps", lambda self: all_steps(self)[:-1]
   )
-  with refused(TryAgain):
+  with refused(TryAgain, str(saved), "nothing was deleted"):
     checkpoint.Checkpoints(saved, keep=2)
   assert on_disk(saved) == [[1, 2], [1, 2]]
 
 
-@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "folder", "surplus", "broken link"])
+@pytest.mark.parametrize("how", ["cut", "folder", "surplus", "broken link"])
 def test_what_was_read_and_differs_is_still_damage(saved, how, capsys):
   path = largest_file(saved / "checkpoints" / "2")
-  if how == "flipped":
-    flip(path)
-  elif how == "cut":
+  if how == "cut":
     path.write_bytes(path.read_bytes()[:-1])
   elif how == "surplus":
     (path.parent / "surplus").write_bytes(b"")
@@ -130,11 +127,3 @@ def test_what_was_read_and_differs_is_still_damage(saved, how, capsys):
     assert recovery.newest_whole(checkpoints) == 1
   assert "is damaged" in capsys.readouterr().out
   assert on_disk(saved) == [[1], [1]]
-
-
-def test_a_whole_folder_that_is_gone_is_damage_of_a_checkpoint_that_is_checked(saved):
-  with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
-    shutil.rmtree(saved / "checkpoints" / "2")
-    with refused(UserError) as error:
-      checkpoints.check(2)
-    assert not isinstance(error.value, TryAgain)

@@ -133,7 +133,7 @@ def files(job: PodJob) -> dict[str, str]:
   """
   check(job)
   gpu = job.hardware.platform == "gpu"
-  names = ["offline_ray.sh"]
+  names: list[str] = []
   if not gpu and job.hardware.tpu.runtime:
     names.append("tpu_vm.sh")
   if job.image:
@@ -142,9 +142,6 @@ def files(job: PodJob) -> dict[str, str]:
   values = {"job": job, "hw": job.hardware, "GPU_FRACTION": GPU_FRACTION}
   values |= {"secret": job.secret or KUBERNETES_SECRET}
   values |= {"MISTAKE": MISTAKE, "INTERRUPTED": INTERRUPTED, "TRIES": TRIES}
-  values |= {"upload": job.config.endswith(".py")}
-  # Offline stages take only these flags. The others are for training.
-  values |= {"offline_flags": [f for f in job.flags if re.match(r"--(config|workdir)\b", f)]}
   return {
     name: environment.get_template(f"{name}{SUFFIX}").render(values) for name in sorted(names)
   }

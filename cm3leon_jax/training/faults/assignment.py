@@ -1,10 +1,8 @@
 """Moves arrays to other devices: the target mesh contains the same devices in another order."""
 
-import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 import numpy as np
@@ -16,62 +14,41 @@ from cm3leon_jax.mesh import AXES, FSDP
 ROLLED = (*FSDP, "tensor", "data")
 
 
-@dataclasses.dataclass(frozen=True)
-class Assignment:
-  """Rolls the devices by `shift` places along a mesh axis, which keeps rings and slices intact."""
+def rolled(mesh: Mesh) -> Mesh:
+  """Rolls the devices by one place along a mesh axis, which keeps rings and slices intact.
 
-  axis: str = AXES[0]
-  shift: int = 0
-
-  def mesh(self, mesh: Mesh) -> Mesh:
-    """Returns the mesh to which `moved` copies arrays of `mesh`."""
-    devices = np.roll(mesh.devices, -self.shift, AXES.index(self.axis))
-    return Mesh(devices, mesh.axis_names, mesh.axis_types)
-
-
-def assignments(mesh: Mesh) -> tuple[Assignment, Assignment]:
-  """Returns two assignments whose meshes differ from `mesh` and from each other.
-
-  The mesh needs one axis of at least 3 devices, or two axes of at least 2 devices each. On a
-  smaller mesh, the second assignment, or both, leave all arrays on their devices.
+  A mesh of one device stays as it is.
   """
-  found = [
-    Assignment(axis, shift) for axis in ROLLED for shift in range(1, min(mesh.shape[axis], 3))
-  ]
-  first, second, *_ = (*found, Assignment(), Assignment())
-  return first, second
+  devices = np.roll(mesh.devices, -1, AXES.index(_axis(mesh)))
+  return Mesh(devices, mesh.axis_names, mesh.axis_types)
 
 
-def moved(tree: PyTree, source: Mesh, target: Mesh, assignment: Assignment) -> PyTree:
-  """Copies a tree to other devices over the network between devices, not through a host.
+def moved(tree: PyTree, mesh: Mesh) -> PyTree:
+  """Copies a tree from `mesh` to `rolled(mesh)` over the network between devices.
 
-  `source` is the mesh of the tree, and `target` is `assignment.mesh(source)`. Each array stays
-  sharded as on `source`.
+  Each array stays sharded as on `mesh`.
   """
-  with jax.set_mesh(source):
-    copies = _permuted(tree, assignment)
+  with jax.set_mesh(mesh):
+    copies = _permuted(tree, _axis(mesh))
+  target = rolled(mesh)
   return jax.tree.map(lambda x: _renamed(x, target), copies)
 
 
-def moved_back(tree: PyTree, source: Mesh, target: Mesh, assignment: Assignment) -> PyTree:
-  """Copies a result of `moved` from the mesh `source` back to its original mesh `target`."""
-  inverse = Assignment(assignment.axis, -assignment.shift)
-  return moved(tree, source, target, inverse)
+def _axis(mesh: Mesh) -> str:
+  return next((axis for axis in ROLLED if mesh.shape[axis] > 1), ROLLED[0])
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _permuted(tree: PyTree, assignment: Assignment) -> PyTree:
-  """Copies the shards of each device to the device `shift` places further along the mesh axis."""
-  size = jax.sharding.get_abstract_mesh().shape[assignment.axis]
-  pairs = [(i, (i + assignment.shift) % size) for i in range(size)]
+def _permuted(tree: PyTree, axis: str) -> PyTree:
+  """Copies the shards of each device to the next device along a mesh axis."""
+  size = jax.sharding.get_abstract_mesh().shape[axis]
+  pairs = [(i, (i + 1) % size) for i in range(size)]
   specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
 
-  def copy(x: jax.Array) -> jax.Array:
-    return jax.lax.ppermute(x, assignment.axis, pairs) if assignment.shift else jnp.copy(x)
+  def copy(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, pairs), tree)
 
-  return jax.shard_map(
-    lambda tree: jax.tree.map(copy, tree), in_specs=(specs,), out_specs=specs, check_vma=False
-  )(tree)
+  return jax.shard_map(copy, in_specs=(specs,), out_specs=specs, check_vma=False)(tree)
 
 
 def _renamed(x: jax.Array, mesh: Mesh) -> jax.Array:

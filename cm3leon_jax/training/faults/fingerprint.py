@@ -1,4 +1,4 @@
-"""Computes fingerprints: a few numbers per array and device that reveal silent hardware errors.
+"""Computes fingerprints: a number per array and device that reveals silent hardware errors.
 
 Several devices may store replicas of one shard, and these replicas must be equal. Each device adds
 the same update to its replica, so an error in one replica persists. A repeated step reads the same
@@ -9,12 +9,11 @@ wrong replica and gives the same result, so only a comparison of the replicas re
 
 from collections.abc import Callable
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float32, Int, PyTree, UInt32
+from jaxtyping import Array, Int, PyTree, UInt32
 import numpy as np
 
 from cm3leon_jax.mesh import AXES
@@ -23,48 +22,27 @@ from cm3leon_jax.mesh import AXES
 GOLDEN = 0x9E3779B1
 
 
-class Fingerprint(NamedTuple):
-  """Summary of the shards of each array of a tree on each device.
-
-  Attributes:
-    digest: sum of the elements' bits, as 32-bit words, each multiplied by an odd number, modulo
-      2^32. A change of one word always changes the digest.
-    projection: sum of the elements, each multiplied by a random sign. Small rounding errors change
-      it little.
-    norm: square root of the sum of squares.
-  """
-
-  digest: UInt32[Array, "D N"] | UInt32[np.ndarray, "D N"]
-  projection: Float32[Array, "D N"] | Float32[np.ndarray, "D N"]
-  norm: Float32[Array, "D N"] | Float32[np.ndarray, "D N"]
-
-
-def fingerprint(tree: PyTree) -> Fingerprint:
+def fingerprint(tree: PyTree) -> UInt32[Array, "D N"]:
   """Computes the fingerprint of a tree of arrays under jit. The result is replicated.
 
-  Each device reads its own shard or replica, so each replica has its own entry.
+  It is the sum of the bits of an array's elements, as 32-bit words, each multiplied by an odd
+  number, modulo 2^32. A change of one word always changes it. Each device reads its own shard or
+  replica, so each replica has its own entry.
   """
   leaves = jax.tree.leaves(tree)
   specs = [jax.typeof(x).sharding.spec for x in leaves]
-  parts = jax.shard_map(
-    lambda xs: Fingerprint(*(jnp.stack(x)[None] for x in zip(*map(_of_array, xs)))),
+  digests = jax.shard_map(
+    lambda xs: jnp.stack([_of_array(x) for x in xs])[None],
     in_specs=(specs,),
     out_specs=jax.P(AXES, None),
     check_vma=False,
   )(leaves)
-  return jax.tree.map(lambda x: jax.sharding.reshard(x, jax.P(None, None)), parts)
+  return jax.sharding.reshard(digests, jax.P(None, None))
 
 
-def _of_array(x: Array) -> Fingerprint:
-  """Computes the scalars digest, projection and norm of an array on one device."""
-  hashed = _numbers(x.shape) * jnp.uint32(GOLDEN)
-  signs = jnp.where(hashed >> 31 == 1, jnp.float32(1), jnp.float32(-1))
-  values = x.astype(jnp.float32)
-  return Fingerprint(
-    jnp.sum(_words(x) * (hashed | 1), dtype=jnp.uint32),
-    jnp.sum(values * signs),
-    jnp.sqrt(jnp.sum(values * values)),
-  )
+def _of_array(x: Array) -> UInt32[Array, ""]:
+  weights = _numbers(x.shape) * jnp.uint32(GOLDEN) | 1
+  return jnp.sum(_words(x) * weights, dtype=jnp.uint32)
 
 
 def _words(x: Array) -> Array:
@@ -85,21 +63,6 @@ def _numbers(shape: tuple[int, ...]) -> Array:
     stride = math.prod(shape[axis + 1 :]) % 2**32
     numbers += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
   return numbers
-
-
-def equal(a: Fingerprint, b: Fingerprint, tolerance: float = 0.0) -> Bool[np.ndarray, "D N"]:
-  """Returns, for each device and array, whether two fingerprints are equal. Runs on the host.
-
-  Both contain numpy arrays of the same shapes. `tolerance` is the accepted difference of the
-  projections, as a share of the norm. If it is 0, the digests must be equal.
-  """
-  same = a.digest == b.digest
-  if not tolerance:
-    return same
-  with np.errstate(invalid="ignore", over="ignore"):
-    # Use the smaller norm, because the norm of a damaged array may be infinite.
-    near = np.abs(a.projection - b.projection) <= tolerance * np.minimum(a.norm, b.norm)
-  return same | near
 
 
 def names_of(tree: PyTree) -> list[str]:
@@ -128,7 +91,7 @@ def first_replicas(tree: PyTree, mesh: Mesh) -> Int[np.ndarray, "D N"]:
 
 
 def different_replicas(
-  found: Fingerprint, first: Int[np.ndarray, "D N"], tolerance: float = 0.0
+  found: UInt32[np.ndarray, "D N"], first: Int[np.ndarray, "D N"]
 ) -> tuple[list[int], list[int]]:
   """Compares the replicas of each shard.
 
@@ -136,19 +99,18 @@ def different_replicas(
     of an array with two shards, each on 2 of 4 devices: [7 8 7 9] -> devices 1 and 3
     of an array that is replicated on 4 devices: [7 7 5 5] -> all four devices
 
-  `found` contains numpy arrays, and `first` is the result of `first_replicas`. For `tolerance`, see
-  `fingerprint.equal`. Returns the indices of the arrays whose replicas differ, and the places of
-  the devices whose replica differs from all other replicas. If there is no such device, returns the
-  places of all devices with these shards. Both lists are empty if all replicas are equal.
+  `found` is a fingerprint, and `first` is the result of `first_replicas`. Returns the indices of
+  the arrays whose replicas differ, and the places of the devices whose replica differs from all
+  other replicas. If there is no such device, returns the places of all devices with these shards.
+  Both lists are empty if all replicas are equal.
   """
-  of_first = Fingerprint(*(np.take_along_axis(x, first, axis=0) for x in found))
-  differ = ~equal(found, of_first, tolerance)
+  differ = found != np.take_along_axis(found, first, axis=0)
   alone, concerned = np.zeros(len(first), bool), np.zeros(len(first), bool)
   arrays = np.flatnonzero(differ.any(0)).tolist()
   for i in arrays:
     for place in np.unique(first[differ[:, i], i]):
       replicas = np.flatnonzero(first[:, i] == place)
-      a, b = (Fingerprint(*(x[at, i] for x in found)) for at in np.meshgrid(replicas, replicas))
+      digests = found[replicas, i]
       concerned[replicas] = True
-      alone[replicas] |= equal(a, b, tolerance).sum(0) == 1  # 1: only equal to itself.
+      alone[replicas] |= (digests[:, None] == digests).sum(0) == 1  # 1: only equal to itself.
   return arrays, np.flatnonzero(alone if alone.any() else concerned).tolist()

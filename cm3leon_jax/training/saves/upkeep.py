@@ -1,19 +1,19 @@
-"""Lists, verifies, prunes and rolls back the checkpoints of a run."""
+"""Lists, verifies and rolls back the checkpoints of a run."""
 
 from collections.abc import Mapping, Sequence
-import contextlib
 import dataclasses
 import datetime
 
 from etils import epath
 
-from cm3leon_jax.checkpoints import recovery, retention
+from cm3leon_jax.checkpoints import recovery
 from cm3leon_jax.checkpoints.checkpoint import FOLDER, Checkpoints
 from cm3leon_jax.checkpoints.recovery import listed
 from cm3leon_jax.checkpoints.sealing import files_below
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.runs.stages import DONE
+from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.watch.metrics import LOG, cut_log
 
@@ -74,7 +74,7 @@ def table(found: Sequence[Entry], states: dict[int, str]) -> list[str]:
     state = states.get(entry.step, "sealed" if entry.sealed else "not sealed")
     losses = [f"{kind.replace('_', ' ')}{x:.3f}" for kind, x in entry.losses.items()]
     lines.append(
-      f"{entry.step:>10,}  {when:%Y-%m-%d %H:%M}  {_bytes(entry.size):>9}  {state:10}  "
+      f"{entry.step:>10}  {when:%Y-%m-%d %H:%M}  {_bytes(entry.size):>9}  {state:10}  "
       f"{' '.join(losses) or '-'}"
     )
   return lines
@@ -104,132 +104,69 @@ def check_verified(folder: epath.Path, found: Sequence[Entry], damages: Mapping[
   damaged = [damage for damage in damages.values() if damage]
   if not damaged:
     return
-  whole, newest = [step for step, damage in damages.items() if not damage], max(damages)
-  if not whole:
-    remedy = _none_whole(folder)
-  elif newest in whole:
-    remedy = f"The newest, {newest:,}, is whole, and training continues from it."
-  elif (folder / DONE).exists():
+  remedy = f"restore the files from a copy, or delete {folder} to start again"
+  if whole := [step for step, damage in damages.items() if not damage]:
     remedy = (
-      "The run is finished, so cm3leon train does not go back automatically: run "
-      f"`cm3leon checkpoints rollback --workdir={folder.parent} --step={max(whole)}`, then "
-      "`cm3leon train`."
+      f"cm3leon train continues from {max(whole)}; if the run is finished, run `cm3leon "
+      f"checkpoints rollback --workdir={folder.parent} --step={max(whole)}` first"
     )
-  else:
-    remedy = f"cm3leon train automatically goes back to {max(whole):,}."
-  be, s = "is" if len(damaged) == 1 else "are", "" if len(damages) == 1 else "s"
   raise UserError(
-    f"{len(damaged)} of {len(damages)} sealed checkpoint{s} {be} damaged ({'; '.join(damaged)}). "
-    f"{remedy}"
-  )
-
-
-def _none_whole(folder: epath.Path) -> str:
-  return (
-    "No checkpoint is whole: the run cannot continue. Restore the files from a copy, or delete "
-    f"{folder} to start again."
+    f"{len(damaged)} of {len(damages)} sealed checkpoints damaged ({'; '.join(damaged)}): {remedy}."
   )
 
 
 def _not_sealed(folder: epath.Path, steps: Sequence[int]) -> str:
   """Returns a message that says what to do with a run without a sealed checkpoint."""
-  if not steps:
-    return f"{folder} has no checkpoint: run `cm3leon train` until it saves one."
-  if len(steps) == 1:
-    return (
-      f"{folder} has no sealed checkpoint: {steps[0]:,} exists but is not sealed. "
-      "`cm3leon train` seals it."
-    )
+  if len(steps) < 2:
+    return f"{folder} has no sealed checkpoint: run `cm3leon train`, which saves or seals one."
   return (
     f"{folder} has no sealed checkpoint: {listed(steps)} exist but are not sealed. Restore "
     f"{folder / FOLDER}.digests from a copy, or delete {folder} to start again."
   )
 
 
-def _hold(folder: epath.Path, dry_run: bool) -> contextlib.AbstractContextManager:
-  """Takes the lease of a run. A dry run changes nothing, so it does not need the lease."""
-  require(folder)
-  return contextlib.nullcontext() if dry_run else Lease(folder)
-
-
-def prune(folder: epath.Path, last: int, every: int, best: int, dry_run: bool = False) -> list[str]:
-  """Removes the sealed checkpoints that `retention.policy` does not keep.
-
-  With `dry_run`, nothing is removed. Returns one sentence about what was, or would be, removed.
-
-  Raises:
-    UserError: another job has the run's lease, no checkpoint is sealed, or the newest checkpoint to
-      keep is damaged.
-  """
-  with _hold(folder, dry_run), open_run(folder) as checkpoints:
-    found = {entry.step: entry for entry in entries(checkpoints) if entry.sealed}
-    if not found:
-      raise UserError(_not_sealed(folder, checkpoints.steps()))
-    losses = {step: entry.losses[""] for step, entry in found.items() if "" in entry.losses}
-    kept = retention.kept(list(found), losses, last, every, best)
-    kept |= {result[0] for result in [checkpoints.best(max(found))] if result}
-    removed = [step for step in found if step not in kept]
-    size = sum(found[step].size for step in removed)
-    if removed:
-      _check_kept(checkpoints, max(kept), list(found))
-    for step in () if dry_run else removed:
-      checkpoints.delete(step)
-  remove, keep = ("would remove", "would keep") if dry_run else ("removed", "kept")
-  freed = f"{_checkpoints(removed)}, {_bytes(size)}" if removed else "nothing"
-  return [f"{remove} {freed}; {keep} {listed(sorted(kept))}."]
-
-
-def _check_kept(checkpoints: Checkpoints, newest: int, steps: Sequence[int]) -> None:
-  """Raises UserError, with the step to roll back to, if checkpoint `newest` is damaged."""
-  if not checkpoints.damage(newest):
-    return
-  older = (step for step in sorted(steps, reverse=True) if step < newest)
-  whole = next((step for step in older if not checkpoints.damage(step)), None)
-  if whole is None:
-    raise UserError(f"Nothing was removed. {_none_whole(checkpoints.folder.parent)}")
-  raise UserError(
-    f"The newest checkpoint that would be kept, {newest:,}, is damaged: nothing was removed. "
-    f"Roll back to {whole:,} first."
-  )
-
-
-def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
+def rollback(folder: epath.Path, step: int, skip_rows: range | None = None) -> list[str]:
   """Removes all checkpoints after a step, the later lines of the log, and the run's done.json.
 
-  With `dry_run`, nothing is removed. Returns sentences about what was, or would be, removed.
+  `skip_rows` are rows that the run leaves out when it continues; None: it leaves out no more rows.
+  Returns sentences about what was removed.
 
   Raises:
-    UserError: the checkpoint of `step` is missing, not sealed or damaged, or another job has the
-      run's lease.
+    UserError: the checkpoint of `step` is missing, not sealed or damaged, another job has the run's
+      lease, or the run had read some of `skip_rows` at this step.
   """
-  with _hold(folder, dry_run), open_run(folder) as checkpoints:
+  with Lease(folder), open_run(folder) as checkpoints:
     if not checkpoints.sealed():
       raise UserError(_not_sealed(folder, checkpoints.steps()))
     recovery.check_target(checkpoints, step)
+    fields = {}
+    if skip_rows:
+      done = skipped_rows.read(folder)
+      skipped_rows.check(skip_rows, done, step, checkpoints.next_row(step))
+      fields = {"first": skip_rows[0], "last": skip_rows[-1]}
     newer = [s for s in checkpoints.steps() if s > step]
-    if not newer:
-      return [f"Step {step:,} is the newest: nothing to remove."]
-    removed = "would remove" if dry_run else "removed"
+    if not newer and not skip_rows:
+      return [f"Step {step} is the newest: nothing to remove."]
     sentences = []
     if (folder / DONE).exists():
-      if not dry_run:
-        # Delete done.json first: if the rollback is killed, the run then counts as unfinished.
-        (folder / DONE).unlink()
+      # Delete done.json first: if the rollback is killed, the run then counts as unfinished.
+      (folder / DONE).unlink()
       sentences.append(
-        f"{removed} {folder / DONE}: without it the run is not finished, so generate, evaluate and "
+        f"removed {folder / DONE}: without it the run is not finished, so generate, evaluate and "
         "export use its newest checkpoint, or with train.patience its best one, until cm3leon "
         "train has reached its last step."
       )
-    if not dry_run:
-      checkpoints.delete_after(step)
-    sentences.append(f"{removed} {_checkpoints(newer)}.")
-    if (last := cut_log(folder / "metrics", step, dry_run)) > step:
-      lines = f"step {last:,}" if last == step + 1 else f"steps {step + 1:,} to {last:,}"
-      sentences.append(f"{removed} {lines} from metrics/{LOG}.")
-  return [
-    *sentences,
-    f"cm3leon train {'would continue' if dry_run else 'continues'} from step {step:,}.",
-  ]
+    checkpoints.delete_after(step)
+    if newer:
+      sentences.append(f"removed {_checkpoints(newer)}.")
+    if (last := cut_log(folder / "metrics", step, **fields)) > step:
+      lines = f"step {last}" if last == step + 1 else f"steps {step + 1} to {last}"
+      sentences.append(f"removed {lines} from metrics/{LOG}.")
+    then = ""
+    if skip_rows:  # Recorded last: no later checkpoint may remain that has read these rows.
+      skipped_rows.record(folder, skip_rows, step)
+      then = f", without rows {skip_rows[0]} to {skip_rows[-1]}"
+  return [*sentences, f"cm3leon train continues from step {step}{then}."]
 
 
 def _heldout_losses(run: epath.Path) -> dict[int, dict[str, float]]:
@@ -242,7 +179,7 @@ def _heldout_losses(run: epath.Path) -> dict[int, dict[str, float]]:
 
 
 def _checkpoints(steps: Sequence[int]) -> str:
-  """Formats steps as "checkpoint 1,600" or "checkpoints 1,596, 1,600"."""
+  """Formats steps as "checkpoint 1600" or "checkpoints 1596, 1600"."""
   return f"checkpoint{'' if len(steps) == 1 else 's'} {listed(steps)}"
 
 

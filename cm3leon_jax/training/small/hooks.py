@@ -52,7 +52,6 @@ class SmallSaves(Hook):
 
   Attributes:
     checkpoints: receives the state; closed at the end.
-    log: metrics.jsonl of the training. Its digest is stored before each save.
     stop: hook that handles signals; must precede this hook in the list of hooks.
     name: section of the config, for messages.
     remedy: end of the message about a state that is not finite; says what to do.
@@ -62,7 +61,6 @@ class SmallSaves(Hook):
   """
 
   checkpoints: Checkpoints
-  log: MetricsLog
   stop: StopSignal
   name: str
   config: Any
@@ -81,7 +79,6 @@ class SmallSaves(Hook):
     if step % self.config.checkpoint_every == 0 or last or self.stop.code is not None:
       what = "the model" if last else f"checkpoint {step}"
       check_finite(state, f"{self.name}: {what}", self.remedy)
-      self.log.seal()
       self.checkpoints.save(state, step, next_row=step * self.config.batch_size)
       self.saved = step
       if self.show is not None and self.stop.code is None:

@@ -101,7 +101,7 @@ def train(training: SmallTraining) -> dict:
     opened = _open_checkpoints(name, training.identity, folder / FOLDER, lease)
     checkpoints = stack.enter_context(opened)
     state, done = _restore(name, checkpoints, training.init)
-    log = MetricsLog(folder, done or None, digest_folder=folder / FOLDER, every=LOG_EVERY)
+    log = MetricsLog(folder, done or None)
     stop = stack.enter_context(StopSignal(mesh))
     remedy = f"lower config.{name}.learning_rate and delete {folder / FOLDER} to start again."
     if watch is not None:
@@ -116,7 +116,7 @@ def train(training: SmallTraining) -> dict:
 
     lines = Lines(log, LOG_EVERY, config.steps, name, remedy, show)
     show_saved = None if watch is None else watch.save
-    saves = SmallSaves(checkpoints, log, stop, name, config, remedy, done, show_saved)
+    saves = SmallSaves(checkpoints, stop, name, config, remedy, done, show_saved)
     hooks = [lease, stop, lines, saves]
     batches = _batches(training, done, NamedSharding(mesh, spec("batch")))
     state = run_steps(bar, lambda state, batch: training.step(state, *batch), state, batches, hooks)
@@ -244,20 +244,6 @@ def print_other_steps(name: str, folder: epath.PathLike, steps: int) -> None:
 def delete_checkpoints(folder: epath.PathLike) -> None:
   """Deletes the checkpoints in `folder`, if there are any. Called after the stage is finished."""
   (epath.Path(folder) / FOLDER).rmtree(missing_ok=True)
-
-
-@contextlib.contextmanager
-def deleted_if_refused(folder: epath.PathLike) -> Iterator[None]:
-  """Deletes the checkpoints in `folder` if the `with` block rejects the model with a UserError.
-
-  Otherwise the user could not run the command again with another config, because it would find the
-  checkpoints of the first config.
-  """
-  try:
-    yield
-  except UserError:
-    delete_checkpoints(folder)
-    raise
 
 
 def batch_rows(step: int, num_examples: int, batch_size: int, seed: int) -> np.ndarray:

@@ -228,9 +228,7 @@ def train(
     return with_colors(state, config, images, seed) if config.code_colors else state
 
   about = {"num_codes": num_codes, "inputs": inputs}
-  remedy = f"delete {epath.Path(folder) / trainer.FOLDER} to start again."
-  alarm = vqgan_watch.Alarm(config, num_codes, remedy)
-  watch = vqgan_watch.Watch(alarm, folder, open_boards, reconstruct, shown)
+  watch = vqgan_watch.Watch(folder, open_boards, reconstruct, shown)
   training = trainer.SmallTraining("vqgan", config, about, seed, images, folder, init, step, watch)
   return trained(config, num_codes, trainer.train(training))
 
@@ -332,8 +330,8 @@ def train_vqgan(
 ) -> dict:
   """Runs the stage on the current mesh: trains and writes the tokenizer. Returns its measures.
 
-  If `check_learned` rejects the tokenizer, the checkpoints are deleted. Otherwise the caller
-  deletes them after the stage is finished. The arguments are described in `train`.
+  The caller deletes the checkpoints after the stage is finished. The arguments are described in
+  `train`.
 
   Raises:
     UserError: the training diverged, or `check_learned` rejects the tokenizer.
@@ -344,6 +342,5 @@ def train_vqgan(
   seconds = time.monotonic() - start
   tokenizer.save(folder)
   measures = evaluate(tokenizer, heldout_images, images, folder)
-  with trainer.deleted_if_refused(folder):
-    check_learned(measures)
+  check_learned(measures)
   return {**measures, "steps": config.steps, "seconds": round(seconds, 1)}

@@ -1,7 +1,6 @@
 """Opens boards (TensorBoard, Weights & Biases, Prometheus). If one fails, the run continues."""
 
 from collections.abc import Callable
-import importlib.util
 import threading
 from typing import Any
 
@@ -9,7 +8,6 @@ from etils import epath
 from PIL import Image
 
 from cm3leon_jax import extras
-from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.watch.goodput import Stopwatch
@@ -40,10 +38,6 @@ class Board:
   def samples(self, step: int, sheet: Image.Image) -> None:
     """Shows a grid of samples, a PIL image."""
     self._attempt(lambda: self._board.samples(step, sheet))
-
-  def histograms(self, step: int, histograms: dict) -> None:
-    """Shows the histograms of `tensorboard_board.named_histograms`."""
-    self._attempt(lambda: self._board.histograms(step, histograms))
 
   def flush(self) -> None:
     """Writes buffered values."""
@@ -76,26 +70,12 @@ class Board:
     self._instead = None
 
 
-def check_installed(config: TrainConfig) -> None:
-  """Raises UserError if the config enables Weights & Biases but the package is not installed."""
-  if not config.wandb:
-    return
-  spec = importlib.util.find_spec("wandb")
-  # A local folder `wandb` with logs is also found, but as a namespace package without an origin.
-  if spec is None or spec.origin is None:
-    raise UserError(
-      f"config.train.wandb is '{config.wandb}', and the package wandb is missing: "
-      f"{extras.install('monitoring')}, or leave out config.train.wandb."
-    )
-
-
 def open_boards(
   folder: epath.Path, config: TrainConfig, first_step: int, watch: Stopwatch
 ) -> list[Board]:
   """Opens the boards that the config enables. Prints a warning for each board that fails to open.
 
-  If TensorBoard is not installed, only the first start of the run warns. The boards also show the
-  settings in the config.json of `folder`.
+  The boards also show the settings in the config.json of `folder`.
   """
   path = folder / "config.json"
   settings = read_json(path, {"settings": dict})["settings"] if path.exists() else {}
@@ -109,14 +89,7 @@ def open_boards(
         f"{install}, set WANDB_API_KEY, or leave out config.train.wandb = '{config.wandb}'",
       )
     )
-  if config.tensorboard and not importlib.util.find_spec("tensorboardX"):
-    if first_step == 0:
-      print(
-        f"train: tensorboardX is not installed, but metrics.jsonl has all curves: {install}, or "
-        "set --config.train.tensorboard=False.",
-        flush=True,
-      )
-  elif config.tensorboard:
+  if config.tensorboard:
     boards.append(
       Board(
         "TensorBoard",

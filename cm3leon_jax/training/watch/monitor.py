@@ -21,10 +21,7 @@ from cm3leon_jax.training.watch import flops
 from cm3leon_jax.training.watch.boards import Board
 from cm3leon_jax.training.watch.goodput import Stopwatch, describe, goodput, to_line
 from cm3leon_jax.training.watch.metrics import MetricsLog
-from cm3leon_jax.training.watch.tensorboard_board import named_histograms
 from cm3leon_jax.training.watch.traces import Profiler
-
-IDLE_SECONDS = 5e-3  # If the metrics arrive within this time, the device counts as idle.
 
 
 def step_line(step: int, steps: int, values: dict, devices: int, left: float | None) -> str:
@@ -134,14 +131,13 @@ class Monitor(Hook):
     self._logged: dict[str, float] = {}  # Seconds per phase at the last goodput line.
     # The step to log next: (step, metrics, stopwatch time at its end if it has already ended).
     self._pending: tuple[int, dict, float | None] | None = None
-    # Phase -> its seconds during which the last step may still have run.
-    self._overlapped: dict[str, float] = {}
     self._ended = 0.0  # Stopwatch time at the end of the last logged step.
     # Total weight, total seconds and number of the steps since the last printed line.
     self._unprinted = (0.0, 0.0, 0)
     # First step that this start logged, and seconds in the loop at that time.
     self._begin: tuple[int, float] | None = None
-    self._phases = contextlib.ExitStack()
+    self._waits = 0.0  # Time at which the loop began to wait for a batch.
+    self._phases, self._traced = contextlib.ExitStack(), contextlib.ExitStack()
 
   def __enter__(self) -> "Monitor":
     self._phases.enter_context(self._watch.phase("step"))
@@ -149,6 +145,7 @@ class Monitor(Hook):
     return self
 
   def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+    self._traced.close()
     self._phases.close()
     self._profiler.stop()
     self._log.flush()
@@ -159,21 +156,8 @@ class Monitor(Hook):
         self._print(f"train: {self._skips.total} of the steps were skipped.")
       self._print(f"train: {describe(self._logged or self._watch.seconds())}")
 
-  @contextlib.contextmanager
-  def overlapped(self, name: str) -> Iterator[None]:
-    """Measures a `with` block that runs while the device may still compute a step.
-
-    The block's time counts as phase `name` only if the device is idle at its end. Otherwise it
-    counts as time of the step.
-    """
-    start = time.perf_counter()
-    yield
-    self._overlapped[name] = self._overlapped.get(name, 0.0) + time.perf_counter() - start
-    if self._pending is None:
-      self._count_overlapped()
-
-  def traced(self, step: int) -> contextlib.AbstractContextManager[None]:
-    """Returns the context in which to dispatch `step`; traces the step if the user selected it.
+  def before(self, step: int) -> None:
+    """See `Hook`. Begins to trace the step if the user selected it.
 
     The function of a checked step, or of the step before it, may return only after the step has
     finished. So the previous step is logged first. Otherwise its measured time would include this
@@ -181,12 +165,18 @@ class Monitor(Hook):
     """
     if is_checked(self._config, step) or is_checked(self._config, step + 1):
       self.flush()
-    return self._profiler.step(step, self.flush)
+    self._traced.enter_context(self._profiler.step(step, self.flush))
+    self._waits = time.perf_counter()
+
+  def ready(self, step: int) -> None:
+    """See `Hook`. Counts the wait for the batch as data unless the device computed meanwhile."""
+    if self._pending is None or _is_done(self._pending[1]):
+      self._watch.move(time.perf_counter() - self._waits, "step", "data")
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
     """See `Hook`. Keeps the metrics of `step` and logs the metrics of the previous step."""
-    done = all(x.is_ready() for x in metrics.values() if hasattr(x, "is_ready"))
-    ended = self._in_steps() if done else None
+    self._traced.close()
+    ended = self._in_steps() if _is_done(metrics) else None
     self.flush(halved=ended is not None)
     self._pending = (step, metrics, ended)
     if self._profiler.ends_with(step):
@@ -200,8 +190,6 @@ class Monitor(Hook):
     """Waits for `step` and logs it; then counts the time of the `with` block as phase `name`."""
     self.flush()
     with self._watch.phase(name):
-      if name == "save":
-        self._log.seal()
       yield
     if name in ("evaluate", "save"):
       self._logged = self._watch.seconds()
@@ -233,13 +221,6 @@ class Monitor(Hook):
       for board in self._boards:
         board.samples(step, sheet)
 
-  def histograms(self, step: int, params: dict) -> None:
-    """Writes a histogram of every parameter. All processes must call it."""
-    with self.phase("sample", step):
-      histograms = named_histograms(params)
-      for board in self._boards:
-        board.histograms(step, histograms)
-
   def skipped_in_a_row(self) -> int:
     """Returns the number of consecutive skipped steps up to the last dispatched step.
 
@@ -257,13 +238,9 @@ class Monitor(Hook):
     if self._pending is None:
       return
     (step, metrics, ended), self._pending = self._pending, None
-    start = time.perf_counter()
     found = jax.device_get(metrics)
     values = {name: float(x) for name, x in found.items() if name not in SOURCE_SUMS}
     values |= source_losses(self._sources, found)
-    if time.perf_counter() - start < IDLE_SECONDS:
-      self._count_overlapped()
-    self._overlapped.clear()
     left = self._add_rates(step, values, ended, halved)
     # The optimizer's schedule does not count skipped steps.
     values["learning_rate"] = float(self._schedule(step - 1 - self._skips.total))
@@ -306,11 +283,6 @@ class Monitor(Hook):
     phases = self._watch.seconds()
     return phases["step"] + phases["data"]
 
-  def _count_overlapped(self) -> None:
-    for name, seconds in self._overlapped.items():
-      self._watch.move(seconds, "step", name)
-    self._overlapped.clear()
-
   def _write(self, step: int, values: dict) -> None:
     values = finite_values(values)
     self._log.write(step, values)
@@ -322,31 +294,8 @@ class Monitor(Hook):
       print(text, flush=True)
 
 
-class Dispatch(Hook):
-  """Measures how long the loop waits for each batch, and traces the steps that the user selected.
-
-  The loop runs in its `with` block, so that the trace of a step also ends after an error.
-  """
-
-  def __init__(self, monitor: Monitor):
-    self._monitor = monitor
-    self._traced, self._wait = contextlib.ExitStack(), contextlib.ExitStack()
-
-  def __enter__(self) -> "Dispatch":
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self._traced.close()
-
-  def before(self, step: int) -> None:
-    self._traced.enter_context(self._monitor.traced(step))
-    self._wait.enter_context(self._monitor.overlapped("data"))
-
-  def ready(self, step: int) -> None:
-    self._wait.close()
-
-  def after(self, step: int, state: Any, metrics: dict) -> None:
-    self._traced.close()
+def _is_done(metrics: dict) -> bool:
+  return all(x.is_ready() for x in metrics.values() if hasattr(x, "is_ready"))
 
 
 @dataclasses.dataclass
@@ -367,14 +316,3 @@ class SampleGrids(Hook):
     if step % self.config.sample_every == 0 or step == self.config.steps:
       with self.monitor.phase("sample", step):
         self.monitor.samples(step, self.sample_grid(state.eval_params, step))
-
-
-class Histograms(Hook):
-  """Shows a histogram of each parameter every `every` steps; 0: never."""
-
-  def __init__(self, every: int, monitor: Monitor):
-    self._every, self._monitor = every, monitor
-
-  def after(self, step: int, state: TrainState, metrics: dict) -> None:
-    if self._every and step % self._every == 0:
-      self._monitor.histograms(step, state.params)

@@ -1,19 +1,15 @@
-"""Writes scalars, grids of samples and histograms of parameters to TensorBoard."""
+"""Writes scalars and grids of samples to TensorBoard."""
 
 import importlib
 import json
 import os
 
 from etils import epath
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
 import numpy as np
 from PIL import Image
 
 FOLDER = "tensorboard"
 FLUSH_SECONDS = 30
-INTERVALS = 30  # Number of equal intervals between the smallest and the largest value.
 SCALARS = (
   "loss",
   "image_loss",
@@ -84,45 +80,8 @@ class TensorBoard:
     """Writes a grid of samples, a PIL image."""
     self._writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
 
-  def histograms(self, step: int, histograms: dict) -> None:
-    """Writes the histograms of `named_histograms`."""
-    for name, histogram in histograms.items():
-      fields = {k: np.asarray(x).tolist() for k, x in histogram.items()}
-      self._writer.add_histogram_raw(f"params/{name}", **fields, global_step=step)
-
   def flush(self) -> None:
     self._writer.flush()
 
   def close(self) -> None:
     self._writer.close()
-
-
-@jax.jit
-def tree_histograms(params: dict) -> dict:
-  """Computes a histogram of each parameter, over all layers together.
-
-  Uses only comparisons and sums over whole arrays, so sharded arrays are not gathered. Returns a
-  tree with a dict for each parameter. The dict contains the fp32 scalars min, max, num, sum and
-  sum_squares, and two fp32 arrays [INTERVALS]: bucket_limits (upper ends of intervals of equal
-  width) and bucket_counts (exact up to 2^24).
-  """
-
-  def histogram(x: Float[Array, "..."]) -> dict[str, Array | float]:
-    low, high = jnp.min(x), jnp.max(x)
-    limits = low + (high - low) * jnp.arange(1, INTERVALS, dtype=jnp.float32) / INTERVALS
-    below = jax.lax.map(lambda limit: jnp.sum(x < limit, dtype=jnp.float32), limits)
-    below = jnp.concatenate([below, jnp.array([x.size], jnp.float32)])
-    return {
-      "min": low, "max": high, "num": float(x.size),
-      "sum": jnp.sum(x), "sum_squares": jnp.sum(x * x),
-      "bucket_limits": jnp.append(limits, high), "bucket_counts": jnp.diff(below, prepend=0.0),
-    }  # fmt: skip
-
-  return jax.tree.map(histogram, params)
-
-
-def named_histograms(params: dict) -> dict[str, dict]:
-  """Returns parameter name, e.g. "blocks/up" -> its histogram. All processes must call it."""
-  histograms = jax.device_get(tree_histograms(params))
-  leaves = jax.tree.leaves_with_path(histograms, is_leaf=lambda node: "bucket_counts" in node)
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
-import importlib.util
 import pathlib
 import re
 import tempfile
@@ -21,8 +20,7 @@ def parse_steps(text: str, steps: int) -> range:
     parse_steps("10:13", 100) == range(10, 14)
 
   Raises:
-    UserError: `text` is not FIRST:LAST, the steps are outside of the run, or libtpu's profiler
-      would crash the process.
+    UserError: `text` is not FIRST:LAST, or the steps are outside of the run.
   """
   if not text:
     return range(0)
@@ -31,15 +29,6 @@ def parse_steps(text: str, steps: int) -> range:
     raise UserError(
       f"--profile_steps is '{text}'; it must be FIRST:LAST, e.g. 10:13, "
       f"with 1 <= FIRST <= LAST <= train.steps = {steps}."
-    )
-  # JAX loads libtpu's profiler even for other devices. The profiler crashes if libtpu's version
-  # does not fit jax.
-  platforms = (jax.config.jax_platforms or "tpu").split(",")
-  if jax.default_backend() != "tpu" and "tpu" in platforms and importlib.util.find_spec("libtpu"):
-    backend = jax.default_backend()
-    raise UserError(
-      f"--profile_steps: libtpu is installed, but the devices are {backend}s: "
-      f"set JAX_PLATFORMS={backend} in the environment."
     )
   return range(int(match[1]), int(match[2]) + 1)
 

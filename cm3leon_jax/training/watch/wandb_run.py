@@ -4,7 +4,6 @@ import os
 import uuid
 
 from etils import epath
-import numpy as np
 from PIL import Image
 
 from cm3leon_jax.files.json_files import read_json, write_json
@@ -60,14 +59,6 @@ class WandbRun:
   def samples(self, step: int, sheet: Image.Image) -> None:
     """Logs a grid of samples, a PIL image."""
     self._run.log({"samples": self._wandb.Image(sheet)}, step=step)
-
-  def histograms(self, step: int, histograms: dict) -> None:
-    """Logs the histograms of `tensorboard_board.named_histograms`."""
-    logged = {}
-    for name, h in histograms.items():
-      edges = np.concatenate([[h["min"]], h["bucket_limits"]])
-      logged[f"params/{name}"] = self._wandb.Histogram(np_histogram=(h["bucket_counts"], edges))
-    self._run.log(logged, step=step)
 
   def flush(self) -> None:
     """Does nothing, because wandb sends values without a flush."""

@@ -63,31 +63,6 @@ def test_a_lease_lives_as_long_as_its_job(tmp_path):
   assert not path.exists()
 
 
-@pytest.mark.parametrize("error", [SystemExit(75), TryAgain("process 1 failed")])
-def test_a_job_that_ends_while_it_starts_gives_its_lease_back(tmp_path, monkeypatch, error):
-  """The job ends in the exchange between its processes, after it took the lease."""
-  held = []
-
-  def gather(_):
-    held.append((tmp_path / lease.NAME).exists())
-    raise error
-
-  monkeypatch.setattr(lease.distributed, "gather", gather)
-  taken = Lease(tmp_path)
-  with pytest.raises(type(error)), taken:
-    pass
-  assert held == [True]
-  assert not taken._thread.is_alive()
-  assert not (tmp_path / lease.NAME).exists()
-
-
-def test_a_job_that_ends_before_it_looked_whose_its_lease_is_gives_it_back(tmp_path, monkeypatch):
-  monkeypatch.setattr(lease, "SETTLE_SECONDS", -1)  # `sleep` raises an error for a negative value.
-  with pytest.raises(ValueError, match="non-negative"), Lease(tmp_path):
-    pass
-  assert not (tmp_path / lease.NAME).exists()
-
-
 @pytest.mark.parametrize(
   ("text", "kind"), [("Forbidden: b/o\nno", UserError), ("Input/output error", TryAgain)]
 )
@@ -113,7 +88,7 @@ def test_a_folder_in_which_another_job_trains_is_refused(tmp_path):
   thread = threading.Thread(target=live)
   thread.start()
   try:
-    with refused(UserError), Lease(tmp_path):
+    with refused(UserError, "process 7 on elsewhere", str(tmp_path)), Lease(tmp_path):
       pass
   finally:
     stop.set()
@@ -130,7 +105,7 @@ def test_a_silent_holder_loses_its_lease(tmp_path, capsys):
   assert "process 7 on elsewhere did not renew its lease for 0.5 s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["gone", b"", b"{", b"\x00\xff", b"[]"])
+@pytest.mark.parametrize("content", ["gone", b"{", b"[]"])
 def test_no_job_waits_for_one_that_is_gone(tmp_path, monkeypatch, content):
   monkeypatch.setattr(lease, "EXPIRE_SECONDS", 60.0)
   if isinstance(content, bytes):
@@ -147,8 +122,6 @@ def test_no_job_waits_for_one_that_is_gone(tmp_path, monkeypatch, content):
   [
     {"pid": os.getppid()},
     {**gone(), "namespace": "another container"},
-    {**gone(), "boot": "another machine of the same name"},
-    {"pid": 2**70},
     {"pid": "x"},
   ],
 )
@@ -167,7 +140,7 @@ def test_of_two_jobs_that_start_together_one_trains(tmp_path, monkeypatch):
     hold(tmp_path)
 
   monkeypatch.setattr(Lease, "_write", write_and_be_overwritten)
-  with refused(UserError), Lease(tmp_path):
+  with refused(UserError, "process 7 on elsewhere", "same time"), Lease(tmp_path):
     pass
   assert json.loads((tmp_path / lease.NAME).read_text())["token"] == "other"
 
@@ -195,25 +168,8 @@ def test_before_a_save_the_lease_is_read_again(tmp_path, monkeypatch):
     held.check()
     hold(tmp_path)
     held.check(now=False)
-    with refused(UserError):
+    with refused(UserError, "process 7 on elsewhere took"):
       held.check()
-
-
-def test_the_lease_of_another_job_is_not_given_back(tmp_path, monkeypatch):
-  monkeypatch.setattr(lease, "BEAT_SECONDS", 60.0)
-  with Lease(tmp_path):
-    hold(tmp_path)
-  assert json.loads((tmp_path / lease.NAME).read_text())["token"] == "other"
-
-
-def test_a_lease_that_cannot_be_given_back_buries_no_error(tmp_path, monkeypatch):
-  def run():
-    with Lease(tmp_path):
-      monkeypatch.setattr(lease, "read_json", mock.Mock(side_effect=RuntimeError("status 503")))
-      raise ZeroDivisionError
-
-  with pytest.raises(ZeroDivisionError):
-    run()
 
 
 def test_a_job_stops_when_another_one_has_taken_its_lease(tmp_path):

@@ -1,6 +1,5 @@
 import os
 import signal
-import threading
 
 import jax
 import pytest
@@ -9,20 +8,6 @@ from cm3leon_jax.checkpoints import checkpoint
 from cm3leon_jax.config import CTRL_C, INTERRUPTED
 from cm3leon_jax.training.faults.preemption import StopSignal
 from tests.training.runs import losses, run
-
-
-def test_sigterm_saves_and_the_same_call_continues(whole, loader, tmp_path):
-  def terminate(_, step):
-    if step == 3:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  assert threading.current_thread() is threading.main_thread()
-  with pytest.raises(SystemExit) as stop:
-    run(tmp_path, loader, sample_grid=terminate, sample_every=1)
-  assert stop.value.code == INTERRUPTED
-  assert checkpoint.Checkpoints(tmp_path, 2).newest() == 4
-  run(tmp_path, loader)
-  assert losses(tmp_path) == losses(whole[0])
 
 
 def test_the_hook_stops_after_the_step_in_which_a_signal_came():
@@ -42,14 +27,6 @@ def foreground():
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   yield
   signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("foreground")
-def test_a_run_in_the_background_of_a_script_ignores_ctrl_c(whole, loader, tmp_path):
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  run(tmp_path, loader, sample_grid=lambda *_: os.kill(os.getpid(), signal.SIGINT), sample_every=6)
-  assert losses(tmp_path) == losses(whole[0])
 
 
 @pytest.mark.usefixtures("foreground")

@@ -1,32 +1,23 @@
 """Tests that bit flips are found, the faulty device is named, and there are no false alarms."""
 
-import dataclasses
-import json
-import types
-
-from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.faults import replay
-from cm3leon_jax.training.faults.assignment import Assignment, assignments, moved, moved_back
+from cm3leon_jax.training.faults.assignment import moved, rolled
 from cm3leon_jax.training.faults.fingerprint import (
-  Fingerprint,
   different_replicas,
-  equal,
   fingerprint,
   fingerprint_of,
   first_replicas,
   names_of,
 )
-from cm3leon_jax.training.faults.replay import Replay, compare, replaying
-from cm3leon_jax.training.steps import PARTS, Steps
+from cm3leon_jax.training.faults.replay import Replay, replaying
+from cm3leon_jax.training.steps import Steps
 from tests.models.tiny import mesh_of
 from tests.refusals import refused
 from tests.training import runs
@@ -74,11 +65,11 @@ def test_a_flipped_bit_changes_one_number_of_a_digest():
       for place in range(mesh.size):
         with np.errstate(all="ignore"):
           other = {**tree, name: flipped(tree[name], place, rng)}
-        found = equal(first, jax.device_get(fingerprint_of(other)))
+        found = first == jax.device_get(fingerprint_of(other))
         expected = np.ones((8, 4), bool)
         expected[place, names_of(tree).index(name)] = False
         np.testing.assert_array_equal(found, expected)
-    assert equal(first, jax.device_get(fingerprint_of(tree))).all()
+    np.testing.assert_array_equal(first, jax.device_get(fingerprint_of(tree)))
 
 
 def test_a_digest_by_hand():
@@ -87,177 +78,51 @@ def test_a_digest_by_hand():
     found = jax.device_get(jax.jit(fingerprint)(x))
   weights = [(i * 0x9E3779B1) % 2**32 for i in range(4)]
   words = [0, 0x3F800000, 0x40000000, 0xC0400000]
-  signs = [1 if w >> 31 else -1 for w in weights]
-  assert found.digest.tolist() == [[sum(w * (v | 1) for w, v in zip(words, weights)) % 2**32]]
-  assert found.projection.tolist() == [[sum(s * v for s, v in zip(signs, (0, 1, 2, -3)))]]
-  assert found.norm[0, 0] == pytest.approx(14**0.5)
-
-
-def test_a_tolerance_lets_rounding_pass_and_nothing_that_is_not_finite():
-  def of(projection, norm, digest=1):
-    return Fingerprint(
-      *(np.array([[x]], t) for x, t in ((digest, "u4"), (projection, "f4"), (norm, "f4")))
-    )
-
-  sound = of(5.0, 100.0)
-  assert equal(sound, of(5.05, 100.0, 2), 1e-3).all()
-  assert not equal(sound, of(5.05, 100.0, 2)).any()
-  assert not equal(sound, of(5.2, 100.0, 2), 1e-3).any()
-  for projection, norm in ((1e38, np.inf), (np.nan, np.nan), (np.inf, np.inf)):
-    assert not equal(sound, of(projection, norm, 2), 1e-3).any()
-    assert not equal(of(projection, norm, 2), sound, 1e-3).any()
+  assert found.tolist() == [[sum(w * (v | 1) for w, v in zip(words, weights)) % 2**32]]
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 1), (4, 1, 1), (1, 1, 1)])
 def test_moved_arrays_are_the_same_on_other_devices(shape):
   mesh = mesh_of(*shape)
   tree = tree_on(mesh)
-  for assignment in assignments(mesh):
-    target = assignment.mesh(mesh)
-    there = moved(tree, mesh, target, assignment)
-    back = moved_back(there, target, mesh, assignment)
-    for x, y, z in zip(*map(jax.tree.leaves, (tree, there, back)), strict=True):
-      assert y.sharding == jax.sharding.NamedSharding(target, x.sharding.spec)
-      assert z.sharding == x.sharding
-      np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-      np.testing.assert_array_equal(np.asarray(x), np.asarray(z))
-      buffers = [{s.data.unsafe_buffer_pointer() for s in a.addressable_shards} for a in (x, y)]
-      # `moved` must copy: steps donate both the tree and the copy, one after the other.
-      assert not buffers[0] & buffers[1]
+  target = rolled(mesh)
+  for x, y in zip(*map(jax.tree.leaves, (tree, moved(tree, mesh))), strict=True):
+    assert y.sharding == jax.sharding.NamedSharding(target, x.sharding.spec)
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    buffers = [{s.data.unsafe_buffer_pointer() for s in a.addressable_shards} for a in (x, y)]
+    # `moved` must copy: steps donate both the tree and the copy, one after the other.
+    assert not buffers[0] & buffers[1]
 
 
-def test_three_assignments_have_every_shard_on_three_devices():
+def test_each_shard_has_another_device_in_the_other_computation():
   for shape in ((1, 8, 1), (2, 2, 2), (8, 1, 1), (1, 1, 4), (1, 2, 2, 2), (1, 3, 1)):
     mesh = mesh_of(*shape)
-    meshes = [mesh, *(a.mesh(mesh) for a in assignments(mesh))]
-    for devices in zip(*(m.devices.flat for m in meshes)):
-      assert len(set(devices)) == 3
-  pair = mesh_of(1, 2, 1)
-  assert assignments(pair) == (Assignment("fsdp", 1), Assignment())
+    assert all(a != b for a, b in zip(mesh.devices.flat, rolled(mesh).devices.flat))
 
 
-def numbers_of(*digests: int) -> Fingerprint:
+def numbers_of(*digests: int) -> np.ndarray:
   """Returns the fingerprint of one array, given the digest on each device."""
-  zeros = np.zeros((len(digests), 1), np.float32)
-  return Fingerprint(np.uint32(digests)[:, None], zeros, zeros)
-
-
-def meshes_of(devices: int) -> list[jax.sharding.Mesh]:
-  """Returns the meshes of a step's three computations on this number of devices."""
-  mesh = mesh_of(1, devices, 1)
-  return [mesh, *(a.mesh(mesh) for a in assignments(mesh))]
-
-
-def test_two_of_three_name_the_device_of_the_third():
-  """Covers the example in the docstring. If all three differ, no device is named."""
-  meshes = meshes_of(3)
-  mesh = meshes[0]
-  assert meshes[2].devices.flatten().tolist() == [mesh.devices.flat[i] for i in (2, 0, 1)]
-
-  def of(*digests, **others):
-    parts = {part: numbers_of(7, 8, 9) for part in PARTS}
-    others = {part: numbers_of(*x) for part, x in others.items()}
-    return {**parts, "gradients": numbers_of(*digests), **others}
-
-  fine, third = of(7, 8, 9), of(7, 5, 9, left=[1, 2, 3])
-  found = compare((fine, fine, third), meshes)
-  device = mesh.devices.flat[0].id
-  assert found == replay.Verdict((2,), False, False, "gradients", (0,), (device,))
-  assert found.majority == 0
-  assert compare((third, fine, fine), meshes).majority == 2
-  assert compare((third, fine, fine), meshes).devices == (mesh.devices.flat[1].id,)
-  spread = compare((fine, of(1, 2, 3), fine), meshes)
-  assert (spread.majority, len(spread.devices)) == (0, 3)
-  none = compare((fine, third, of(7, 6, 9)), meshes)
-  assert (none.majority, none.undecided, none.devices) == (None, True, ())
-  # One device is always wrong; in each computation it has another shard.
-  broken = compare((of(5, 8, 9), of(7, 8, 4), of(7, 3, 9)), meshes)
-  assert broken.devices == (device,)
-  assert (broken.wrong, broken.majority) == ((0, 1, 2), None)
-  assert compare((fine, fine, fine), meshes).wrong == ()
-
-
-def test_on_two_devices_an_error_that_repeats_is_no_majority():
-  """Device 0 is always wrong and computes shards 0, 1, 0: two results agree on a wrong shard 0."""
-  wrong, other = ({part: numbers_of(*x) for part in PARTS} for x in ((5, 8), (7, 4)))
-  found = compare((wrong, other, wrong), meshes_of(2))
-  assert found == replay.Verdict((1,), False, True, "read", (0,), ())
-  assert found.majority is None
-  mixed = compare(({**wrong, "left": numbers_of(1, 2)}, other, wrong), meshes_of(2))
-  assert (mixed.majority, mixed.undecided, mixed.unconfirmed, mixed.devices) == (
-    None, True, False, (),
-  )  # fmt: skip
-  # Two equal results are accepted if different devices computed them, or if there is only one
-  # device.
-  assert compare((wrong, other, other), meshes_of(2)).majority == 2
-  assert compare((wrong, wrong, other), meshes_of(2)).majority == 0
-  alone = [{part: numbers_of(x) for part in PARTS} for x in (5, 7, 5)]
-  assert compare(alone, meshes_of(1)).majority == 0
+  return np.uint32(digests)[:, None]
 
 
 @pytest.fixture(scope="module")
 def trainer():
-  """Returns a trainer with compiled programs and four replicas of each shard."""
-  result = flips.Trainer((4, 2, 1), 1, layers=1)
+  """Returns a trainer with compiled programs and two replicas of each shard."""
+  result = flips.Trainer((2, 2, 1), 1, layers=1)
   result.trial("none", np.random.default_rng(0))
   return result
 
 
 @pytest.mark.parametrize("kind", flips.KINDS)
 def test_a_flip_is_found_and_its_device_named(trainer, kind):
-  for seed in range(2):
-    found = trainer.trial(kind, np.random.default_rng([5, seed]))
-    assert (found["found"], found["named"]) == (True, True), found
-    of_state = kind in ("parameters", "moments")
-    assert found["recovered"] is (None if of_state else True)
-    assert (" has changed on " in found["sentence"]) is of_state
+  found = trainer.trial(kind, np.random.default_rng([5, 0]))
+  assert (found["found"], found["named"], found["recovered"]) == (True, True, None), found
+  assert (" has changed on " in found["sentence"]) is (kind in ("parameters", "moments"))
 
 
 def test_no_flip_is_no_alarm(trainer):
   found = trainer.trial("none", np.random.default_rng(5))
   assert (found["found"], found["recovered"]) == (False, True)
-
-
-@pytest.mark.slow
-def test_a_wrong_state_is_gone_when_the_right_one_is_copied(trainer, monkeypatch):
-  """At most two states are in memory, whichever computation has the flipped bit."""
-  states, gone = [], []
-
-  def recorded(*args, **kwargs):
-    found = trainer._checked(*args, **kwargs)
-    states.append(found[0])
-    return found
-
-  def copied(tree, *args):
-    gone.append([x.is_deleted() for x in jax.tree.leaves(states[1])])
-    return moved_back(tree, *args)
-
-  monkeypatch.setattr(trainer, "_steps", dataclasses.replace(trainer._steps, checked=recorded))
-  monkeypatch.setattr(replay, "moved_back", copied)
-  for seed in range(4):
-    states.clear()
-    found = trainer.trial("gradients", np.random.default_rng([5, seed]))
-    assert (len(states), found["recovered"]) == (3, True)
-  assert 0 < len(gone) < 4  # The state is copied back only if the first computation was wrong.
-  assert all(all(deleted) for deleted in gone)
-
-
-@pytest.mark.slow
-def test_a_flip_that_is_not_compared_is_not_found(trainer, monkeypatch):
-  """Negative control: without the comparison, runs continue with a wrong state."""
-  monkeypatch.setattr(replay, "equal", lambda a, b, tolerance=0.0: np.ones_like(a.digest, bool))
-  found = [trainer.trial("gradients", np.random.default_rng([5, seed])) for seed in range(6)]
-  assert not any(result["found"] for result in found)
-  assert any(not result["recovered"] for result in found)
-
-
-@pytest.mark.slow
-def test_flips_above_a_tolerance_are_found(trainer):
-  """With a tolerance, a flip of bit 30 (a huge change) is found; one of bit 0 (rounding) is not."""
-  for bit, is_found in ((30, True), (0, False)):
-    rng = types.SimpleNamespace(integers=lambda n, bit=bit: bit if n == 32 else n // 3)
-    found = trainer.trial("gradients", rng, replay_tolerance=1e-3)
-    assert found["found"] is is_found, found
 
 
 NO_STEPS = Steps(*[pytest.fail] * 4)  # The test fails if one of these functions is called.
@@ -270,54 +135,15 @@ def wrong_replay(step=0, **fields):
   return Replay(NO_STEPS, config, step, mesh)
 
 
-def test_a_start_says_once_where_steps_are_checked(trainer, capsys):
-  with jax.set_mesh(trainer.mesh):
-    replaying(trainer._steps, TrainConfig(replay_every=1_000), trainer._state)
-  assert capsys.readouterr().out == (
-    "train: one step in 1,000 is checked on other devices (train.replay_every).\n"
-  )
-
-
-def test_the_second_fault_of_a_start_stops_it(capsys):
-  found = wrong_replay()
-  device = jax.devices()[2]
-  one = replay.Verdict((1,), False, False, "gradients", (0,), (device.id,))
-  found._report(one, ["embed"])
-  printed = capsys.readouterr().out
-  assert printed.startswith("train: warning: step 0: one of three computations was wrong, in gradi")
-  assert f"(embed); the error was made on device {device.id} (cpu) of process 0 on" in printed
-  with refused(UserError) as error:
-    found._report(one, ["embed"])
-  assert error.value.exit_code == 2
-
-
-def test_two_that_agree_on_the_same_devices_stop_the_run():
-  one = replay.Verdict((1,), False, True, "gradients", (0,), ())
-  with refused(UserError) as error:
-    wrong_replay()._report(one, ["embed"])
-  assert error.value.exit_code == 2
-
-
-def test_all_processes_follow_the_first_one_that_found_a_difference(monkeypatch):
-  """The processes exchange findings as JSON. The other process read different fingerprints."""
-  nothing = replay.Verdict((), False, False, "left", (), ())
-  one, other = (replay.Verdict((i,), False, False, "gradients", (0, 3), (i,)) for i in (1, 0))
-  for verdicts, expected in (((one, other), one), ((nothing, other), other)):
-    found = json.loads(json.dumps([dataclasses.asdict(v) for v in verdicts]))
-    monkeypatch.setattr(distributed, "gather", lambda value, found=found: found)
-    assert [replay._agreed(v) for v in verdicts] == [expected, expected]
-
-
 def test_a_changed_state_starts_again_unless_a_checkpoint_may_hold_it():
   before = numbers_of(1, 2, 3, 4)
   changed = replay._changed(before, numbers_of(1, 2, 3, 5))
   assert changed == ([0], [3])
   assert replay._changed(None, before) == replay._changed(before, before) == ([], [])
-  with refused(TryAgain):
+  with refused(TryAgain, "step 1", "step 2", "b has changed"):
     wrong_replay(2)._raise_changed(([1], [3]), ["a", "b"])
-  with refused(UserError) as error:
+  with refused(UserError, "Checkpoint 1", "rollback", exit_code=2):
     wrong_replay(2, checkpoint_every=1)._raise_changed(([1], [3]), ["a", "b"])
-  assert error.value.exit_code == 2
 
 
 def test_replicas_of_a_shard_by_hand():
@@ -327,40 +153,24 @@ def test_replicas_of_a_shard_by_hand():
     x = {"split": jnp.zeros(2, out_sharding=jax.P("fsdp")), "whole": jnp.zeros(2)}
     assert first_replicas(x, mesh).tolist() == [[0, 0], [1, 0], [0, 0], [1, 0]]
 
-  def found(digests, first, tolerance=0.0):
-    return different_replicas(numbers_of(*digests), np.array(first)[:, None], tolerance)
+  def found(digests, first):
+    return different_replicas(numbers_of(*digests), np.array(first)[:, None])
 
   assert found([7, 7, 5, 7, 7], [0] * 5) == ([0], [2])
   assert found([7, 8, 7, 9], [0, 1, 0, 1]) == ([0], [1, 3])
   assert found([7, 7, 5, 5], [0] * 4) == ([0], [0, 1, 2, 3])
   assert found([7, 8, 7, 8], [0, 1, 0, 1]) == ([], [])
   assert found([7, 8, 9, 6], [0, 1, 2, 3]) == ([], [])
-  # Of three replicas, the first may be the wrong one. With a tolerance, only projections are
-  # compared.
+  # Of three replicas, the first may be the wrong one.
   assert found([5, 7, 7], [0] * 3) == ([0], [0])
-  assert found([5, 7, 7], [0] * 3, 1e-3) == ([], [])
-
-
-def assert_replicas_are_compared(trainer, unknown):
-  for seed, kind in enumerate(flips.REPLICAS):
-    found = trainer.trial(kind, np.random.default_rng([7, seed]))
-    assert (found["found"], found["named"], found["recovered"]) == (True, True, None), found
-    assert "step 5 reads replicas that are not equal but were equal at step 0" in found["sentence"]
-    assert ("is unknown" in found["sentence"]) is unknown
-  found = trainer.trial("none", np.random.default_rng(7))
-  assert (found["found"], found["recovered"]) == (False, True)
 
 
 def test_a_flip_in_one_replica_is_found_at_the_next_checked_step(trainer):
   """Flips a bit of parameters or moments in an unchecked step; the next checked step finds it."""
-  assert_replicas_are_compared(trainer, unknown=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("shape", "unknown"), [((8, 1, 1), False), ((2, 2, 1), True)])
-def test_a_flip_in_one_replica_is_found_on_further_meshes(shape, unknown):
-  """With only two replicas, both devices are named."""
-  assert_replicas_are_compared(flips.Trainer(shape, 1), unknown)
+  for seed, kind in enumerate(flips.REPLICAS):
+    found = trainer.trial(kind, np.random.default_rng([7, seed]))
+    assert (found["found"], found["named"], found["recovered"]) == (True, True, None), found
+    assert "step 5 reads replicas that are not equal but were equal at step 0" in found["sentence"]
 
 
 def test_a_flip_in_one_replica_stays_if_replicas_are_not_compared(trainer, monkeypatch):
@@ -370,32 +180,19 @@ def test_a_flip_in_one_replica_stays_if_replicas_are_not_compared(trainer, monke
   assert (found["found"], found["recovered"]) == (False, False)
 
 
-def test_a_flip_in_one_replica_above_a_tolerance_is_found(trainer):
-  for bit, is_found in ((30, True), (0, False)):
-    rng = types.SimpleNamespace(integers=lambda n, bit=bit: bit if n == 32 else n // 3)
-    found = trainer.trial(flips.REPLICAS[0], rng, replay_tolerance=1e-3)
-    assert found["found"] is is_found, found
-
-
 def test_different_replicas_start_again_unless_a_checkpoint_may_hold_them():
   """Replicas were equal at the start or the last checked step; a save since then may be wrong."""
   one, pair, names = ([1], [3]), ([0, 1], [1, 3]), ["a", "b"]
-  with refused(TryAgain):
+  with refused(TryAgain, "step 9", "b; device"):
     wrong_replay(9, checkpoint_every=9)._raise_apart(one, names)
   wrong = wrong_replay(4, checkpoint_every=5)
   wrong._step = 6
-  with refused(UserError) as error:
+  with refused(UserError, "Checkpoint 5", "a, b", "unknown", exit_code=2):
     wrong._raise_apart(pair, names)
-  assert error.value.exit_code == 2
   wrong._sound = 5
   with pytest.raises(TryAgain):
     wrong._raise_apart(pair, names)
   wrong_replay()._raise_apart(([], []), names)
-
-
-def test_all_processes_name_the_replicas_that_the_first_one_found():
-  assert replay._first([([], []), ([1], [3]), ([0], [2])]) == ([1], [3])
-  assert replay._first([([], []), ([], [])]) == ([], [])
 
 
 @pytest.mark.slow
@@ -404,9 +201,6 @@ def test_a_run_with_checked_steps_learns_the_same(whole, loader, tmp_path, capsy
   runs.run(tmp_path, loader, replay_every=5)
   assert capsys.readouterr().out.count("one step in 5 is checked on the only device") == 1
   assert runs.losses(tmp_path) == runs.losses(whole[0])
-  lines = read_json_lines(epath.Path(tmp_path) / "metrics" / "metrics.jsonl")
-  checked = {line["step"]: line["replay_faults"] for line in lines if "replay_faults" in line}
-  assert checked == {5: 0, 10: 0}
 
 
 def test_without_replay_the_steps_are_those_of_before():

@@ -1,22 +1,17 @@
-import os
-import signal
-
 from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cm3leon_jax.checkpoints import checkpoint, reading
-from cm3leon_jax.config import INTERRUPTED, UserError
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.models import transformer
 from cm3leon_jax.training.faults import skipped_rows
-from cm3leon_jax.training.faults.skipped_rows import GoBack, parse, row_number
-from cm3leon_jax.training.step import numerics
+from cm3leon_jax.training.faults.skipped_rows import parse, row_number
+from cm3leon_jax.training.saves import upkeep
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of
 from tests.refusals import refused
@@ -92,156 +87,57 @@ def test_a_skipped_step_is_as_if_its_rows_were_left_out(loader, tmp_path, capsys
   assert_equal(params_of(killed), params_of(tmp_path / "whole"))
 
 
-@pytest.mark.slow
-def test_a_killed_run_decides_on_spikes_as_one_that_was_not_killed(loader, tmp_path, monkeypatch):
-  monkeypatch.setattr(numerics, "SETTLED", 3)
-  options = {"skip_above": 0.95, "max_skipped": STEPS, "checkpoint_every": 1}
-  run(tmp_path / "whole", loader, **options)
-  steps = skipped_steps(tmp_path / "whole")
-  assert 0 < len(steps) < STEPS - 3
-  killed = tmp_path / "killed"
-  with pytest.raises(Crash):
-    run(killed, loader, sample_grid=crash_at(11, killed), sample_every=1, **options)
-  run(killed, loader, **options)
-  assert skipped_steps(killed) == steps
-  assert losses(killed) == losses(tmp_path / "whole")
-
-
 def test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows(loader, tmp_path):
   """Steps 6 and 7 read rows 40 to 55, of which two are bad; the checkpoint is from before them."""
   whole, folder = tmp_path / "whole", tmp_path / "run"
   run(whole, loader, skipped=(range(40, 56),))
   loader.bad = range(42, 52, 9)  # Rows 42 and 51 are bad.
-  with refused(UserError):
+  with refused(UserError, "rows 40 to 55", "--skip_rows=40:55"):
     run(folder, loader, max_skipped=1, checkpoint_every=1)
   assert skipped_steps(folder) == [6, 7]
   saved = {path.name.partition(".")[0] for path in (folder / checkpoint.FOLDER).iterdir()}
   assert {"4"} <= saved <= {"3", "4", "5"}  # Step 5 may have been saved, too.
-  back = GoBack(4, range(40, 56))
-  loader.bad = range(40, 56)  # All of these rows would be bad, but none is read.
+  rows = range(40, 56)
+  loader.bad = rows  # All of these rows would be bad, but none is read.
+  assert upkeep.rollback(epath.Path(folder), 4, rows)[-1] == (
+    "cm3leon train continues from step 4, without rows 40 to 55."
+  )
+  assert skipped_rows.read(epath.Path(folder)) == [rows]
   with pytest.raises(Crash):
     run(
-      folder, loader, skipped=(back.rows,), go_back=back, sample_every=1,
-      sample_grid=crash_at(9, folder), max_skipped=0, checkpoint_every=1,
+      folder, loader, skipped=(rows,), sample_every=1, sample_grid=crash_at(9, folder),
+      max_skipped=0, checkpoint_every=1,
     )  # fmt: skip
-  (recorded,) = skipped_rows.read(epath.Path(folder))
-  assert recorded == back
-  run(folder, loader, skipped=(recorded.rows,), max_skipped=0, checkpoint_every=1)
+  run(folder, loader, skipped=(rows,), max_skipped=0, checkpoint_every=1)
   assert losses(folder) == losses(whole)
   assert_equal(params_of(folder), params_of(whole))
-  (event,) = [line for line in logged(folder) if line.get("event") == "left_out"]
-  assert event == {"step": 4, "event": "left_out", **back.as_json}
+  (event,) = [line for line in logged(folder) if line.get("event") == "rolled_back"]
+  assert (event["step"], event["first"], event["last"]) == (4, 40, 55)
   resumed = [line for line in logged(folder) if line.get("event") == "resumed"]
   assert all(line["replayed"] == line["identical"] for line in resumed)
 
 
-def sealed(folder):
-  return sorted(int(x.stem) for x in (folder / f"{checkpoint.FOLDER}.digests").glob("*.json"))
-
-
-def stop_after(loader, folder, step, **options):
-  """Sends SIGTERM after a step; the run notices the signal after the next step."""
-
-  def grid(_, at):
-    if at == step:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  with pytest.raises(SystemExit) as end:
-    run(folder, loader, sample_grid=grid, sample_every=1, **options)
-  assert end.value.code == INTERRUPTED
-
-
-@pytest.mark.slow
-def test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before(loader, tmp_path, capsys):
-  """Steps 6 to 9 read rows 40 to 71 and have a bad row each. Checkpoints are every 4 steps."""
-  loader.bad = range(40, 72, 8)
-  whole, folder = tmp_path / "whole", tmp_path / "run"
-  run(whole, loader)
-  assert skipped_steps(whole) == [6, 7, 8, 9]
-  assert sealed(whole) == [4, 12]  # Step 8 was skipped, so it is not saved.
-  stop_after(loader, folder, 5)
-  assert f"stopped at step 6 of 12; saved in {folder}: the same" in capsys.readouterr().out
-  assert sealed(folder) == [4, 6]
-  of_step_6 = params_of(folder)
-  # Steps 7 and 8 are skipped, so the parameters are still those of step 6.
-  stop_after(loader, folder, 7)
-  assert "stopped at step 8 of 12; all steps since 6 were skipped, so" in capsys.readouterr().out
-  assert sealed(folder) == [4, 6]
-  without = tmp_path / "without"
-  run(without, loader, skipped=(range(40, 72),), checkpoint_every=5, keep_checkpoints=3)
-  assert_equal(of_step_6, params_of(without, 5))
-  run(folder, loader)
-  assert losses(folder) == losses(whole)
-  assert_equal(params_of(folder), params_of(whole))
-
-
-@pytest.mark.slow
-def test_the_last_step_is_saved_though_it_is_skipped(loader, tmp_path):
-  """Step 12 reads rows 88 to 95, one of them bad; its checkpoint has the state of step 11."""
-  loader.bad = range(90, 91)
-  assert run(tmp_path, loader)["steps"] == STEPS
-  assert skipped_steps(tmp_path) == [12]
-  assert sealed(tmp_path) == [8, 12]
-  without = tmp_path / "without"
-  run(without, loader, skipped=(range(88, 96),), checkpoint_every=11)
-  assert_equal(params_of(tmp_path), params_of(without, 11))
-
-
-def test_a_checkpoint_to_go_back_to_must_exist(loader, tmp_path):
-  run(tmp_path, loader, steps=4)
-  back = GoBack(3, range(40, 56))
-  with refused(UserError):
-    run(tmp_path, loader, skipped=(back.rows,), go_back=back)
-  assert skipped_rows.read(epath.Path(tmp_path)) == []
-
-
-def test_a_parameter_that_is_not_finite_is_not_saved(loader, tmp_path):
-  """The NaN is in a position that no row reaches, so loss and gradient are finite."""
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    params = transformer.init_params(MODEL, jax.random.key(0))
-    last = jnp.arange(MODEL.max_positions)[:, None] == MODEL.max_positions - 1
-    params["positions"] = jnp.where(last, np.nan, params["positions"])
-  with refused(UserError):
-    run(tmp_path, loader, initial_params=lambda: params, tensorboard=False)
-  assert skipped_steps(tmp_path) == []
-  assert checkpoint.Checkpoints(tmp_path, 2).newest() is None
-
-
 def test_flags_by_hand():
-  assert parse(None, "") is None
-  assert parse(500, "4000:4799") == GoBack(500, range(4000, 4800))
-  assert GoBack(500, range(4000, 4800)).as_json == {"resume_from": 500, "first": 4000, "last": 4799}
+  assert parse("") is None
+  assert parse("4000:4799") == range(4000, 4800)
 
 
-@pytest.mark.parametrize(
-  ("resume_from", "skip_rows"),
-  [(500, ""), (None, "1:2"), (500, "7"), (500, "9:7"), (500, "-1:7"), (500, "1:" + "9" * 5_000)],
-)
-def test_wrong_flags_are_refused(resume_from, skip_rows):
-  with refused(UserError):
-    parse(resume_from, skip_rows)
+@pytest.mark.parametrize("skip_rows", ["7", "9:7", "-1:7", "1:" + "9" * 16])
+def test_wrong_flags_are_refused(skip_rows):
+  with refused(UserError, "--skip_rows", skip_rows):
+    parse(skip_rows)
 
 
 def test_rows_that_the_checkpoint_has_read_are_refused():
   """Compares with the number of rows that the checkpoint has read, whatever the batch size."""
-  done = [GoBack(1, range(10, 12))]
-  with refused(UserError):
-    skipped_rows.check(GoBack(4, range(33, 40)), done, 32)
-  skipped_rows.check(GoBack(4, range(34, 40)), done, 32)
+  done = [range(10, 12)]
+  with refused(UserError, "--skip_rows", "row 33", "checkpoint 4", "before 34"):
+    skipped_rows.check(range(33, 40), done, 4, 32)
+  skipped_rows.check(range(34, 40), done, 4, 32)
 
 
-def test_a_checkpoint_says_which_row_is_next(tmp_path):
-  with refused(UserError):
-    reading.next_row(tmp_path, 4)
-  with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
-    checkpoints.save({"a": np.zeros(3, np.float32)}, 4, 1_234)
-  assert reading.next_row(tmp_path, 4) == 1_234
-  with refused(UserError):
-    reading.next_row(tmp_path, 3)
-
-
-@pytest.mark.parametrize("content", ["[3]", "{}", '[{"resume_from": 1}]', "[", '{"a": 1}'])
+@pytest.mark.parametrize("content", ["[3]", '[{"resume_from": 1}]', "[", '{"a": 1}'])
 def test_a_damaged_record_is_refused(tmp_path, content):
   (tmp_path / skipped_rows.RECORD).write_text(content)
-  with refused(UserError):
+  with refused(UserError, skipped_rows.RECORD):
     skipped_rows.read(epath.Path(tmp_path))

@@ -67,7 +67,7 @@ def test_while_steps_are_skipped_nothing_is_saved_but_what_a_run_ends_with(
 def test_a_state_that_is_not_finite_is_not_saved():
   hook = make()
   hook.begin(FakeState(3))
-  with refused(UserError):
+  with refused(UserError, "checkpoint 4", "w", "learning_rate"):
     hook.after(4, {"w": jnp.array([1.0, jnp.nan])}, {})
   assert hook.checkpoints.saves == []
   assert hook.saved == 3

@@ -1,22 +1,15 @@
 import dataclasses
-import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.checkpoints import checkpoint
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.config import CLIPConfig
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.raw import reader
-from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.runs import stages
 from cm3leon_jax.tokenizers.vqgan import to_float
 from cm3leon_jax.training.small import clip_training as train_clip
-from cm3leon_jax.training.small import trainer
 from tests.data.raw_folder import write_raw
 from tests.models.tiny import mesh_of
 from tests.refusals import refused
@@ -58,11 +51,13 @@ def test_loss_is_the_oracle():
     np.asarray(clip_lib.normalize(rng.normal(size=(6, 8)).astype(np.float32))) for _ in range(2)
   )
   concepts = np.array([0, 1, 0, 2, 3, 3])
-  loss = float(train_clip.contrastive_loss(images, texts, 10.0, concepts))
+  loss = float(jax.jit(train_clip.contrastive_loss)(images, texts, 10.0, concepts))
   np.testing.assert_allclose(loss, oracle_loss(images, texts, 10.0, concepts), rtol=1e-5)
   # Negative control: all documents have different concepts.
   assert abs(loss - oracle_loss(images, texts, 10.0, np.arange(6))) > 1e-2
-  assert np.isfinite(jax.grad(train_clip.contrastive_loss)(images, texts, 10.0, concepts)).all()
+  assert np.isfinite(
+    jax.jit(jax.grad(train_clip.contrastive_loss))(images, texts, 10.0, concepts)
+  ).all()
 
 
 def test_augmentation_keeps_shape_and_a_token():
@@ -97,45 +92,6 @@ def test_training_learns_its_pairs(tmp_path):
   assert before["recall@1"] <= 0.5
 
 
-@pytest.mark.slow
-def test_a_killed_training_continues_bit_for_bit(tmp_path):
-  whole = train(TINY, some_data(), tmp_path, 1)
-  checkpoints = tmp_path / trainer.FOLDER / checkpoint.FOLDER
-  shutil.rmtree(checkpoints / "6")  # Leaves the checkpoint of step 3, as after a kill.
-  continued = train(TINY, some_data(), tmp_path, 1)
-  other = train(TINY, some_data(), tmp_path / "other", 2)
-  jax.tree.map(np.testing.assert_array_equal, whole.params, continued.params)
-  assert (whole.params["log_scale"] != other.params["log_scale"]).any()
-
-
-@pytest.mark.slow
-def test_one_device_and_eight_compute_the_same(tmp_path, monkeypatch):
-  """Negatives come from the whole batch; with only the device's own pair, the loss would be 0."""
-  monkeypatch.setattr(trainer, "LOG_EVERY", 1)
-  losses = []
-  for devices in (1, 8):
-    train(TINY, some_data(), tmp_path / f"{devices}", 1, devices)
-    lines = read_json_lines(tmp_path / f"{devices}" / "metrics.jsonl")
-    losses.append([line["loss"] for line in lines])
-  np.testing.assert_allclose(*losses, atol=1e-5)
-  assert min(losses[0]) > 1
-  assert np.ptp(losses[0]) > 1e-3
-
-
-@pytest.mark.slow
-def test_the_temperature_is_bounded():
-  """Logits are scaled by at most 100 (Radford et al. 2021, section 2.5)."""
-  params = clip_lib.init_params(TINY, TEXT_SIZE, jax.random.key(0))
-  opt_state, batch = train_clip.make_optimizer(TINY).init(params), some_data()[np.arange(8)]
-  losses = []
-  for scale in (100.0, 1e4):
-    state = {"params": {**params, "log_scale": jnp.log(scale)}, "opt_state": opt_state}
-    state = jax.tree.map(jnp.copy, state)
-    _, metrics = train_clip.train_step(TINY, TEXT_SIZE, state, batch, jax.random.key(1))
-    losses.append(float(metrics["loss"]))
-  assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
 def test_recall_in_literals():
   images = np.eye(6)
   texts = np.eye(6)[[0, 1, 2, 3, 5, 4]]
@@ -148,39 +104,20 @@ def test_recall_in_literals():
   assert same_captions["chance@1"] == pytest.approx((4 / 6 + 2 * 2 / 6) / 6)
 
 
-def test_a_constant_embedding_finds_nothing():
-  recall = train_clip.text_to_image_recall(np.ones((9, 2)), np.ones((9, 2)), list("abcdefghi"))
-  assert recall["recall@1"] == recall["recall@5"] == 0
-
-
-def test_neither_does_a_nan():
-  texts, images = np.eye(9), np.eye(9)
-  texts[:3] = np.nan
-  recall = train_clip.text_to_image_recall(texts, images, list("abcdefghi"))
-  assert recall["recall@1"] == recall["recall@5"] == pytest.approx(6 / 9)
-  recall = train_clip.text_to_image_recall(np.nan * texts, images, list("abcdefghi"))
+@pytest.mark.parametrize("embedding", [np.ones((9, 2)), np.full((9, 2), np.nan)])
+def test_a_constant_or_a_nan_finds_nothing(embedding):
+  recall = train_clip.text_to_image_recall(embedding, embedding, list("abcdefghi"))
   assert recall["recall@1"] == recall["recall@5"] == 0
 
 
 def test_a_recall_of_chance_is_refused():
   found = {"candidates": 9, "chance@1": 1 / 9, "chance@5": 5 / 9}
-  with refused(UserError):
+  with refused(UserError, "no better than chance", "config.clip.steps"):
     train_clip.check_recall({**found, "recall@1": 0.1, "recall@5": 5 / 9})
   train_clip.check_recall({**found, "recall@1": 0.1, "recall@5": 0.6})
   train_clip.check_recall({**found, "recall@1": 0.2, "recall@5": 0.1})
   few = {"candidates": 3, "chance@1": 1 / 3, "chance@5": 1.0}
   train_clip.check_recall({**few, "recall@1": 0.0, "recall@5": 1.0})
-
-
-@pytest.mark.slow
-def test_a_clip_that_diverged_is_no_stage(tmp_path):
-  config = dataclasses.replace(TINY, learning_rate=1e30)
-  with (
-    pytest.raises(UserError, match=r"^clip: .*lower config\.clip\.learning_rate and delete "),
-    stages.once(tmp_path, {}),
-  ):
-    train(config, some_data(), tmp_path, 0)
-  assert not (tmp_path / stages.DONE).exists()
 
 
 def write_pairs(folder, splits, images, num_shards):
@@ -200,22 +137,6 @@ def run_stage(root, config=TINY):
     return train_clip.train_clip(config, encode, TEXT_SIZE, root / "raw", root / "clip", 0, {})
 
 
-@pytest.mark.slow
-def test_a_clip_that_is_refused_is_trained_again_with_another_rate(tmp_path):
-  """Retrieval fails at every learning rate, because all held-out images are equal."""
-  images = some_data(16).images
-  images[9:] = images[9]
-  write_pairs(tmp_path / "raw", ["train"] * 9 + ["heldout"] * 7, images, num_shards=1)
-  losses = set()
-  for config in (TINY, dataclasses.replace(TINY, learning_rate=2 * TINY.learning_rate)):
-    with pytest.raises(UserError, match=r"no better than chance.*another config\.clip\.learning_"):
-      run_stage(tmp_path, config)
-    [line] = read_json_lines(tmp_path / "clip" / "metrics.jsonl")
-    assert line["step"] == TINY.steps
-    losses.add(line["loss"])
-  assert len(losses) == 2
-
-
 def test_the_stage_leaves_a_loadable_clip_and_numbers(tmp_path):
   splits = ["heldout" if i % 4 == 3 else "train" for i in range(12)]
   write_pairs(tmp_path / "raw", splits, some_data(12).images, num_shards=3)
@@ -224,27 +145,3 @@ def test_the_stage_leaves_a_loadable_clip_and_numbers(tmp_path):
   names = sorted(path.name for path in (tmp_path / "clip").iterdir())
   assert names == ["config.json", "metrics.jsonl", "params.safetensors", "training"]
   assert CLIP.load(tmp_path / "clip").embed_texts([encode("ab")]).shape == (1, 16)
-
-
-@pytest.mark.slow
-def test_images_are_read_from_disk_where_they_do_not_fit(tmp_path, monkeypatch):
-  pairs = [
-    {"key": f"k{i}", "caption": "ab" * (i + 1), "concept": "xy"[i % 2], "split": "train"}
-    for i in range(6)
-  ]
-  write_raw(tmp_path, pairs, some_data(6).images, num_shards=2)
-
-  def encode(text):
-    return np.array([ord(c) for c in text], np.int32)
-
-  rows, read = np.array([4, 0, 3]), []
-  for limit in (2**31, 0):
-    monkeypatch.setattr(reader, "IN_MEMORY_BYTES", limit)
-    data = train_clip.open_data(tmp_path, "train", encode, TINY)
-    assert isinstance(data.images, np.ndarray) == (limit > 0)
-    read.append(data[rows])
-  jax.tree.map(np.testing.assert_array_equal, *read)
-  images, tokens, concepts = read[1]
-  np.testing.assert_array_equal(images, some_data(6).images[rows])
-  assert tokens[1].tolist() == [97, 98, 0, 0, 0, 0]
-  assert concepts[0] == concepts[1] != concepts[2]

@@ -98,13 +98,6 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path, whole):
   assert (train(tmp_path / "other", seed=1) != whole).any()
 
 
-def test_a_training_that_ended_and_was_stopped_before_its_stage_takes_no_step(tmp_path, whole):
-  train(tmp_path)
-  rest = Examples()
-  np.testing.assert_array_equal(train(tmp_path, examples=rest), whole)
-  assert rest.rows == []
-
-
 def test_a_signal_saves_and_the_same_call_continues_bit_for_bit(tmp_path, whole, capsys):
   class Stopped(Examples):
     def __getitem__(self, rows):
@@ -124,14 +117,6 @@ def test_a_signal_saves_and_the_same_call_continues_bit_for_bit(tmp_path, whole,
   assert len(rest.rows) == 5
 
 
-def test_a_folder_in_which_another_job_trains_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
-  monkeypatch.setattr(lease, "EXPIRE_SECONDS", 30.0)
-  with lease.Lease(tmp_path), refused(UserError):
-    train(tmp_path)
-  assert list(tmp_path.iterdir()) == []
-
-
 def test_a_training_that_lost_its_lease_stops_and_saves_no_more(tmp_path, monkeypatch):
   monkeypatch.setattr(lease, "BEAT_SECONDS", 60.0)
 
@@ -142,17 +127,9 @@ def test_a_training_that_lost_its_lease_stops_and_saves_no_more(tmp_path, monkey
         write_json(tmp_path / lease.NAME, {"token": "other", "host": "elsewhere", "pid": 7})
       return super().__getitem__(rows)
 
-  with refused(UserError):
+  with refused(UserError, "process 7 on elsewhere took"):
     train(tmp_path, examples=Taken())
   assert list((tmp_path / trainer.FOLDER / "checkpoints").iterdir()) == []
-
-
-def test_how_often_a_state_is_kept_may_change(tmp_path, whole):
-  kill_in_step_11(tmp_path)
-  rest = Examples()
-  changed = dataclasses.replace(Config(), checkpoint_every=7)
-  np.testing.assert_array_equal(train(tmp_path, changed, rest), whole)
-  assert len(rest.rows) == 2
 
 
 def test_another_training_is_refused_and_another_length_starts_anew(tmp_path, capsys):
@@ -161,7 +138,7 @@ def test_another_training_is_refused_and_another_length_starts_anew(tmp_path, ca
     (dataclasses.replace(Config(), learning_rate=0.2), 0),
     (dataclasses.replace(Config(), steps=13), 1),
   ):
-    with refused(UserError):
+    with refused(UserError, "another config", "seed" if seed else "learning_rate"):
       train(tmp_path, config, seed=seed)
   longer = Examples()
   train(tmp_path, dataclasses.replace(Config(), steps=13), longer)
@@ -169,35 +146,18 @@ def test_another_training_is_refused_and_another_length_starts_anew(tmp_path, ca
   assert "starts again" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("config", [Config(), dataclasses.replace(Config(), learning_rate=0.2)])
-def test_checkpoints_without_their_config_are_refused_and_kept(tmp_path, whole, config):
+def test_checkpoints_without_their_config_are_refused_and_kept(tmp_path, whole):
   kill_in_step_11(tmp_path)
   path = tmp_path / trainer.FOLDER / "config.json"
   content = path.read_bytes()
   path.unlink()
-  with refused(UserError):
-    train(tmp_path, config, seed=3)
+  with refused(UserError, str(path), "is missing"):
+    train(tmp_path, seed=3)
   assert not path.exists()
   path.write_bytes(content)
   rest = Examples()
   np.testing.assert_array_equal(train(tmp_path, examples=rest), whole)
   assert len(rest.rows) == 2
-
-
-@pytest.mark.parametrize(
-  ("damage", "sentence"),
-  [
-    (lambda path: path.unlink(), "is missing"),
-    (lambda path: path.write_text(""), "has 0 bytes"),
-    (lambda path: path.write_text(path.read_text().replace(".", ".1", 1)), "differs from what"),
-  ],
-)
-def test_a_log_that_is_not_as_it_was_written_is_named(tmp_path, whole, capsys, damage, sentence):
-  kill_in_step_11(tmp_path)
-  assert "warning" not in capsys.readouterr().out
-  damage(tmp_path / "metrics.jsonl")
-  np.testing.assert_array_equal(train(tmp_path), whole)
-  assert f"warning: {tmp_path / 'metrics.jsonl'} {sentence}" in capsys.readouterr().out
 
 
 def test_other_data_of_equal_length_starts_anew(tmp_path, whole, capsys):
@@ -209,40 +169,11 @@ def test_other_data_of_equal_length_starts_anew(tmp_path, whole, capsys):
   np.testing.assert_array_equal(found, expected)
   assert (found != whole).any()
   assert "clip: starts again, with other steps or data (inputs.raw: raw" in capsys.readouterr().out
-  with refused(UserError):
+  with refused(UserError, "another config", "seed"):
     train(tmp_path, seed=1)
 
 
-def test_checkpoints_of_a_model_that_is_refused_are_deleted(tmp_path):
-  train(tmp_path)
-  with pytest.raises(Killed), trainer.deleted_if_refused(tmp_path):
-    raise Killed
-  assert (tmp_path / trainer.FOLDER).exists()
-  with pytest.raises(UserError, match="of no use"), trainer.deleted_if_refused(tmp_path):
-    raise UserError("of no use")
-  assert not (tmp_path / trainer.FOLDER).exists()
-
-
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole):
-  kill_in_step_11(tmp_path)
-  files = (tmp_path / trainer.FOLDER / "checkpoints" / "10").rglob("*")
-  largest = max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)
-  data = largest.read_bytes()
-  largest.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-  rest = Examples()
-  np.testing.assert_array_equal(train(tmp_path, examples=rest), whole)
-  assert len(rest.rows) == 7  # Steps 5 to 11.
-
-
-def test_a_state_that_was_not_whole_does_not_count(tmp_path, whole):
-  kill_in_step_11(tmp_path)
-  (tmp_path / trainer.FOLDER / "checkpoints.digests" / "10.json").unlink()
-  rest = Examples()
-  np.testing.assert_array_equal(train(tmp_path, examples=rest), whole)
-  assert len(rest.rows) == 7  # Steps 5 to 11.
-
-
-@pytest.mark.parametrize("devices", [(2, 4, 1), (1, 2, 2), (2, 1, 1, 2)])
+@pytest.mark.parametrize("devices", [(2, 1, 1, 2)])
 def test_the_batch_is_split_over_the_mesh(tmp_path, whole, devices):
   shapes = []
   found = train(tmp_path, devices=devices, shapes=shapes)
@@ -267,70 +198,16 @@ def test_layout_of_arrays_in_literals(shape, spec):
     assert trainer.layout(shape) == spec
 
 
-WIDE = 2**15
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def update_wide(state, batch):
-  x, y = batch
-
-  def loss(state):
-    return jnp.mean((x @ state["table"] @ state["w"] - y) ** 2)
-
-  value, gradient = jax.value_and_grad(loss)(state)
-  state = jax.tree.map(lambda a, g: a - 0.05 * g, state, gradient)
-  return trainer.keep_layout(state), {"loss": value}
-
-
-def train_wide(folder, devices, reads_left=1_000):
-  """Trains a linear model; returns its state and, for each step, the shard shapes of its arrays."""
-  layouts = []
-
-  def init():
-    table = jax.random.normal(jax.random.key(0), (3, WIDE)) / WIDE**0.5
-    return {"table": table, "w": table[0]}
-
-  def step(state, batch, i):
-    shapes = {name: x.sharding.shard_shape(x.shape) for name, x in state.items()}
-    layouts.append((shapes["table"], shapes["w"]))
-    return update_wide(state, batch)
-
-  with jax.set_mesh(mesh_of(*devices)):
-    examples = Examples(reads_left)
-    arguments = "clip", Config(), {}, 0, examples, folder, init, step
-    return trainer.train(trainer.SmallTraining(*arguments)), layouts
-
-
-@pytest.mark.slow
-def test_large_arrays_of_the_state_are_split_and_continue_on_another_mesh(tmp_path):
-  alone, layouts = train_wide(tmp_path / "alone", (1, 1, 1))
-  assert layouts == [((3, WIDE), (WIDE,))] * 12
-  split, layouts = train_wide(tmp_path / "split", (2, 2, 1, 2))
-  assert layouts == [((3, WIDE // 4), (WIDE,))] * 12
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), alone, split)
-  assert np.abs(alone["w"]).max() > 0.01
-  for devices, parts in (((2, 2, 1, 2), 4), ((1, 8, 1), 8)):
-    folder = tmp_path / f"killed_{parts}"
-    with pytest.raises(Killed):
-      train_wide(folder, (2, 2, 1, 2), reads_left=11)
-    found, layouts = train_wide(folder, devices)
-    assert layouts == [((3, WIDE // parts), (WIDE,))] * 2  # Steps 10 and 11.
-    equal = jax.tree.map(np.array_equal, found, split)
-    assert all(jax.tree.leaves(equal)) or parts == 8
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, split)
-
-
 def test_batches_that_cannot_be_are_refused(tmp_path):
-  with refused(UserError):
+  with refused(UserError, "batch_size is 21", "20 training images"):
     train(tmp_path, dataclasses.replace(Config(), batch_size=21))
-  with refused(UserError):
+  with refused(UserError, "batch_size is 6", "4 must divide it"):
     train(tmp_path, dataclasses.replace(Config(), batch_size=6), devices=(1, 4, 1))
 
 
-@pytest.mark.parametrize("checkpoint_every", [5, 50])
-def test_a_training_that_diverges_ends_and_nothing_of_it_is_kept(tmp_path, checkpoint_every):
-  config = Config(learning_rate=1e30, checkpoint_every=checkpoint_every)
-  with refused(UserError):
+def test_a_training_that_diverges_ends_and_nothing_of_it_is_kept(tmp_path):
+  config = Config(learning_rate=1e30, checkpoint_every=50)
+  with refused(UserError, "clip: step 10", "loss", "config.clip.learning_rate"):
     train(tmp_path, config)
   folder = tmp_path / trainer.FOLDER / "checkpoints"
   assert [path.name for path in folder.iterdir()] == []
@@ -339,7 +216,7 @@ def test_a_training_that_diverges_ends_and_nothing_of_it_is_kept(tmp_path, check
 
 def test_a_model_that_diverges_in_its_last_step_is_not_returned(tmp_path):
   """The loss of the last step is finite, because it is computed before the update."""
-  with refused(UserError):
+  with refused(UserError, "the model is not saved", "w"):
     train(tmp_path, Config(steps=1, batch_size=8, learning_rate=float("inf")))
 
 

@@ -4,19 +4,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.configs import scenes
-from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.runs import stages
-from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import discriminator, losses, quantizers, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import trainer, vqgan_training
-from examples.openmoji import config as openmoji
 from tests.models.tiny import mesh_of
 from tests.refusals import refused
 from tests.tokenizers.tiny import tiny_config
@@ -91,15 +85,6 @@ def test_resume_equals_uninterrupted(images, whole, tmp_path):
     _assert_same(other, whole[0])
 
 
-@pytest.mark.slow
-def test_one_device_and_eight_compute_the_same(images, whole, tmp_path, monkeypatch):
-  monkeypatch.setattr(trainer, "LOG_EVERY", 1)
-  train(images, tmp_path, devices=8)
-  losses = [line["loss"] for line in read_json_lines(tmp_path / "metrics.jsonl")]
-  np.testing.assert_allclose(losses, whole[1], atol=1e-5)
-  assert np.ptp(losses) > 1e-2
-
-
 def test_training_improves_and_leaves_its_files(images, tmp_path):
   config = dataclasses.replace(CONFIG, steps=150, adversarial_weight=0.0, checkpoint_every=1_000)
   before = ImageTokenizer(
@@ -123,49 +108,15 @@ def test_training_improves_and_leaves_its_files(images, tmp_path):
   assert summary["psnr_of_mean_mse_db"] == pytest.approx(10 * np.log10(1 / errors.mean()))
 
 
-@pytest.mark.parametrize(
-  ("learning_rate", "sentence"),
-  [
-    (1e30, r"^vqgan: .*lower config\.vqgan\.learning_rate and delete "),
-    pytest.param(
-      1e-9,
-      r"^the image tokenizer reconstructs held-out images worse \(.* dB\) than one color \(",
-      marks=pytest.mark.slow,
-    ),
-  ],
-)
-def test_a_tokenizer_that_diverged_or_learned_nothing_is_no_stage(
-  images, tmp_path, learning_rate, sentence
-):
-  config = dataclasses.replace(CONFIG, learning_rate=learning_rate)
-  with (
-    jax.set_mesh(mesh_of(1, 1, 1)),
-    pytest.raises(UserError, match=sentence),
-    stages.once(tmp_path, {}) as summary,
-  ):
-    summary.update(vqgan_training.train_vqgan(config, NUM_CODES, 0, images, images, tmp_path, {}))
-  assert not (tmp_path / stages.DONE).exists()
-
-
-def test_a_tokenizer_that_is_refused_is_trained_again_with_another_rate(images, whole, tmp_path):
-  config = dataclasses.replace(CONFIG, learning_rate=1e-9)
-  with (
-    jax.set_mesh(mesh_of(1, 1, 1)),
-    pytest.raises(UserError, match=r"or with another config\.vqgan\.learning_rate"),
-  ):
-    vqgan_training.train_vqgan(config, NUM_CODES, 0, images, images, tmp_path, {})
-  _assert_same(train(images, tmp_path).params, whole[0])
-
-
 def test_measures_that_are_no_better_than_one_color(images, tmp_path):
   measures = {
     "psnr_of_mean_mse_db": 20.0, "psnr_of_one_color_db": 19.0,
     "codes_used": 1, "train_codes_used": 2,
   }  # fmt: skip
   vqgan_training.check_learned(measures)
-  with refused(UserError):
+  with refused(UserError, "the same code", "config.vqgan.steps"):
     vqgan_training.check_learned({**measures, "train_codes_used": 1})
-  with refused(UserError):
+  with refused(UserError, "worse (19.0 dB)", "19.0 dB"):
     vqgan_training.check_learned({**measures, "psnr_of_mean_mse_db": 19.0})
   model = ImageTokenizer(
     CONFIG, NUM_CODES, vqgan_training.init_state(CONFIG, NUM_CODES, 0)["params"]
@@ -201,17 +152,6 @@ def test_usage_counts_every_code(images):
   )
   assert int(state["usage"].sum()) == 8 * CONFIG.image_tokens
   assert set(metrics) == {"loss", "mse", "perplexity", "codes_used"}
-
-
-def test_discriminator_learns_to_tell_apart(images):
-  """With fixed reconstructions, the hinge loss falls below half of its start."""
-  params, x = _discriminator(0), vqgan.to_float(images)
-  y = x + 0.5 * jax.random.normal(jax.random.key(0), x.shape)
-  step = jax.jit(jax.value_and_grad(lambda p: discriminator.hinge_loss(p, CONFIG, x, y)))
-  start = step(params)[0]
-  for _ in range(200):
-    params = jax.tree.map(lambda p, g: p - 0.03 * g, params, step(params)[1])
-  assert step(params)[0] < 0.5 * start
 
 
 def test_generator_loss_is_the_oracle(images):
@@ -308,47 +248,3 @@ def test_adversarial_step(images):
 def test_perplexity_literals():
   assert vqgan_training.perplexity(np.array([[0, 1], [2, 3]]), 8) == pytest.approx(4)
   assert vqgan_training.perplexity(np.array([5, 5]), 8) == pytest.approx(1)
-
-
-@pytest.mark.slow
-def test_image_files_read_like_an_array(images, tmp_path, monkeypatch):
-  paths = [tmp_path / f"{i}.png" for i in range(4)]
-  for path, image in zip(paths, images):
-    Image.fromarray(image).save(path)
-  files = reader.ImageFiles(paths, 8)
-  assert len(files) == 4
-  np.testing.assert_array_equal(files[np.array([2, 0])], images[[2, 0]])
-  np.testing.assert_array_equal(reader.in_memory(files), images[:4])
-  monkeypatch.setattr(reader, "IN_MEMORY_BYTES", 4 * 8 * 8 * 3 - 1)
-  assert reader.in_memory(files) is files
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  ("module", "variant", "fields", "losses_before"),
-  [
-    (
-      scenes,
-      "long",
-      {"quantizer": "", "code_dim": 8},  # Those of `scenes` before its codes were pairs.
-      [1.2572450637817383, 1.2572450637817383, 1.2333496809005737],
-    ),
-    (openmoji, "15", {}, [1.4126057624816895, 1.4126057624816895, 1.3514516353607178]),
-  ],
-)
-def test_shipped_configs_train_as_before_the_choice_of_a_quantizer(
-  module, variant, fields, losses_before
-):
-  """Compares the first losses with those of a version with only the nearest-code quantizer."""
-  changed = module.get_config(variant)
-  changed.vqgan.update(fields)
-  settings = settings_from_config(changed)
-  config = settings.vqgan
-  shape = (config.batch_size, config.resolution, config.resolution, 3)
-  x = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-  x[:, 10:30, 10:30] //= 3
-  state, found = vqgan_training.init_state(config, settings.vocab.image_size, 0), []
-  for _ in losses_before:
-    state, metrics = vqgan_training.train_step(state, x, config, False)
-    found.append(float(metrics["loss"]))
-  np.testing.assert_allclose(found, losses_before, rtol=1e-5)

@@ -44,9 +44,12 @@ def gradients(model, shape, accumulation=1, adapter=ADAPTER):
     return difference, float(metrics["loss"]), before[1], jax.device_get(base)
 
 
-@pytest.mark.parametrize("adapter", [ADAPTER, ROWS], ids=["matrices", "rows"])
-@pytest.mark.parametrize("model", [CONFIG, MODERN], ids=lambda m: m.family)
-def test_gradients_are_those_of_plain_jax(model, adapter):
+@pytest.mark.parametrize(
+  ("model", "adapter", "shape", "accumulation"),
+  [(CONFIG, ADAPTER, (1, 1, 1), 1), (MODERN, ROWS, (2, 2, 2), 2)],
+  ids=["matrices", "rows"],
+)
+def test_gradients_are_those_of_plain_jax(model, adapter, shape, accumulation):
   """Differentiates the mean of all losses by the factors, through the merged parameters."""
   batch = make_batch()
   weights, targets = batch["loss_weights"], batch["targets"]
@@ -66,7 +69,7 @@ def test_gradients_are_those_of_plain_jax(model, adapter):
     base, factors = random_params(model), random_factors(model, adapter)
     value, expected = jax.jit(jax.value_and_grad(mean_nll))(factors, base)
   assert isinstance(factors.get("embed"), jax.Array) == (adapter == ROWS)
-  found, loss, before, after = gradients(model, (1, 1, 1), adapter=adapter)
+  found, loss, before, after = gradients(model, shape, accumulation, adapter)
   assert loss == pytest.approx(float(value), rel=1e-5)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(jax.device_get(expected))):
     np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
@@ -74,19 +77,10 @@ def test_gradients_are_those_of_plain_jax(model, adapter):
   jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-@pytest.mark.parametrize("model", [CONFIG, MODERN], ids=lambda m: m.family)
-def test_a_mesh_and_accumulation_change_no_gradient(model):
-  found = gradients(model, (1, 1, 1), adapter=ROWS)
-  split = gradients(model, (2, 2, 2), accumulation=2, adapter=ROWS)
-  assert split[1] == pytest.approx(found[1], rel=2e-5)
-  for a, b in zip(jax.tree.leaves(split[0]), jax.tree.leaves(found[0])):
-    np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max()))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_new_adapters_have_exactly_the_losses_of_the_base(dtype):
+def test_new_adapters_have_exactly_the_losses_of_the_base():
   """The base is in the compute dtype. Full training evaluates fp32 parameters."""
-  model, losses = dataclasses.replace(MODERN, dtype=dtype), []
+  dtype = "bfloat16"
+  model = dataclasses.replace(MODERN, dtype=dtype)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params, batch = random_params(model), placed_batch()
     base = jax.tree.map(lambda x: x.astype(dtype), params)
@@ -97,14 +91,9 @@ def test_new_adapters_have_exactly_the_losses_of_the_base(dtype):
       assert found == jax.device_get(evaluate(params, batch))
       changed = random_factors(model, adapter)
       assert found != jax.device_get(evaluate(changed, batch, base=base))  # Negative control.
-      step = jax.jit(functools.partial(train_step, model, PLAIN, 60, 1, adapter=adapter))
-      state = TrainState(jnp.zeros((), jnp.int32), factors, PLAIN.init(factors))
-      losses.append(float(step(state, batch, base=base)[1]["loss"]))
-  assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("adapter", [ADAPTER, ROWS], ids=["matrices", "rows"])
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize(("name", "adapter"), [("adamw", ADAPTER), ("muon", ROWS)])
 def test_only_adapters_are_in_the_state_and_the_loss_falls(name, adapter):
   config = OptimizerConfig(name=name, learning_rate=3e-2, warmup_steps=0, weight_decay=0.0)
   optimizer = create_optimizer(config, 20)

@@ -80,15 +80,7 @@ def chosen(found, codes):
   return np.take_along_axis(found, codes[..., None], -1)[..., 0]
 
 
-@pytest.mark.parametrize(
-  ("family", "shape"),
-  [
-    ("opt", (2, 2, 2)),
-    ("modern", (1, 1, 1)),
-    pytest.param("opt", (1, 1, 1), marks=pytest.mark.slow),
-    pytest.param("modern", (1, 8, 1), marks=pytest.mark.slow),
-  ],
-)
+@pytest.mark.parametrize(("family", "shape"), [("opt", (2, 2, 2)), ("modern", (1, 1, 1))])
 def test_log_probs_are_those_of_the_decoder(family, shape):
   codes, expected = sampled(family)
   rollout = rollout_of(family, codes=codes)
@@ -159,11 +151,7 @@ def naive_loss(params, model, rollout, reference, kl_weight, temperature):
   return -values.mean() + kl_weight * kl
 
 
-FURTHER = [pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 1, 1), (1, 8, 1))]
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 2), *FURTHER])
-def test_a_step_follows_the_gradient_of_its_definition(shape):
+def test_a_step_follows_the_gradient_of_its_definition():
   model, kl_weight, temperature = model_config("modern"), 0.3, 0.7
   values = np.float32([1, -1, 0.5, -0.5, 0, 0, -2, 2])
   rollout = rollout_of("modern", values)
@@ -176,7 +164,7 @@ def test_a_step_follows_the_gradient_of_its_definition(shape):
     options = (model, rollout, reference, kl_weight, temperature)
     value, expected = jax.jit(jax.value_and_grad(lambda p: naive_loss(p, *options)))(params)
     expected = jax.device_get(expected)
-  with jax.set_mesh(mesh_of(*shape)):
+  with jax.set_mesh(mesh_of(2, 2, 2)):
     params, reference = random_params(model), random_params(model, seed=1)
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
     step = jax.jit(
@@ -191,37 +179,6 @@ def test_a_step_follows_the_gradient_of_its_definition(shape):
   scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
   for a, b in zip(jax.tree.leaves(moment), jax.tree.leaves(expected)):
     np.testing.assert_allclose(a / 0.1, b, atol=2e-4 * scale)
-
-
-@pytest.mark.slow
-def test_steps_make_better_samples_more_likely_and_kl_holds_them_back():
-  model = model_config("modern")
-  values = np.float32([1, -1] * 4)
-  rollout = rollout_of("modern", values)
-  optimizer = create_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0), 10)
-  gains, divergences = {}, {}
-  for kl_weight in (0.0, 10.0):
-    with jax.set_mesh(mesh_of(1, 1, 1)):
-      params = random_params(model)
-      state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params), params)
-      fixed = model, optimizer, VOCAB.text_size, kl_weight, 1.0
-      step = jax.jit(functools.partial(grpo.policy_step, *fixed, ema_decay=0.5))
-      placed = grpo.place(rollout)
-      for i in range(5):
-        state, metrics = step(state, params, placed)
-        if i == 0:
-          assert float(metrics["kl"]) == pytest.approx(0, abs=1e-6)
-      compute = jax.jit(functools.partial(grpo.guided_log_probs, model, VOCAB.text_size, 1.0))
-      before, after = (
-        chosen(np.asarray(compute(p, placed)), rollout.codes) for p in (params, state.params)
-      )
-    average = jax.tree.leaves(state.ema)[0]
-    assert not np.array_equal(average, jax.tree.leaves(params)[0])
-    change = (after - before).mean(1)
-    gains[kl_weight] = float((change * values).mean())
-    divergences[kl_weight] = float(metrics["kl"])
-  assert gains[0.0] > 0.01
-  assert divergences[10.0] < 0.5 * divergences[0.0]
 
 
 @pytest.mark.parametrize("teaches", [False, True])

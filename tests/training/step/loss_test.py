@@ -34,8 +34,8 @@ def split(hidden, table, targets, weights):
   )
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 1, 8), (1, 2, 2, 2)])
-@pytest.mark.parametrize("chunk", [1, 4, 5, 100])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 2, 2, 2)])
+@pytest.mark.parametrize("chunk", [1, 5, 100])
 def test_chunked_and_sharded_equals_plain_fp64(arrays, shape, chunk):
   hidden, table, targets, weights = arrays
   with jax.set_mesh(mesh_of(*shape)):
@@ -70,10 +70,11 @@ def autodiff_loss(hidden, table, targets, weights, z_loss):
   return jnp.sum(weights * (nll + z_loss * log_z**2))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 2, 2, 2)])
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_the_hand_written_gradient_equals_autodiff_of_the_full_logits(arrays, shape, z_loss):
-  expected = jax.grad(autodiff_loss, argnums=(0, 1))(*map(jnp.asarray, arrays), z_loss)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2, 2)])
+def test_the_hand_written_gradient_equals_autodiff_of_the_full_logits(arrays, shape):
+  z_loss = 0.1
+  gradient = jax.jit(jax.grad(autodiff_loss, argnums=(0, 1)))
+  expected = gradient(*map(jnp.asarray, arrays), z_loss)
   with jax.set_mesh(mesh_of(*shape)):
 
     def value(h, t, *rest):
@@ -83,7 +84,7 @@ def test_the_hand_written_gradient_equals_autodiff_of_the_full_logits(arrays, sh
     assert found[1].sharding.spec == spec("vocab_stored", None)
   for a, b in zip(found, expected):
     np.testing.assert_allclose(a, 3 * b, atol=3e-5)
-  other = jax.grad(autodiff_loss, argnums=(0, 1))(*map(jnp.asarray, arrays), z_loss + 0.1)
+  other = gradient(*map(jnp.asarray, arrays), z_loss + 0.1)
   assert np.abs(np.asarray(found[0]) - 3 * np.asarray(other[0])).max() > 1e-3
 
 

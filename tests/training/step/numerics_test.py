@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +7,12 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.training.config import OptimizerConfig
-from cm3leon_jax.training.step import grpo, numerics
+from cm3leon_jax.training.step import numerics
 from cm3leon_jax.training.step.optimizer import create_optimizer
-from cm3leon_jax.training.step.state import TrainState, init_state, train_step
-from tests.models.tiny import CONFIG, mesh_of, random_params
+from cm3leon_jax.training.step.state import init_state, train_step
+from tests.models.tiny import CONFIG, mesh_of
 from tests.refusals import refused
-from tests.training.step import grpo_test, state_test
+from tests.training.step import state_test
 
 NAN, INF = float("nan"), float("inf")
 
@@ -34,23 +32,15 @@ def equal(a, b):
   return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in leaves)
 
 
-@pytest.mark.parametrize(
-  ("shape", "accumulation", "name", "value"),
-  [
-    ((2, 2, 2), 2, "adamw", INF),
-    pytest.param((1, 1, 1), 1, "adamw", NAN, marks=pytest.mark.slow),
-    pytest.param((1, 2, 2), 1, "muon", NAN, marks=pytest.mark.slow),
-  ],
-)
-def test_a_poisoned_batch_leaves_no_trace(shape, accumulation, name, value):
+def test_a_poisoned_batch_leaves_no_trace():
   """After a bad batch, the run continues bit for bit as if the batch did not exist."""
   optimizer = create_optimizer(
-    OptimizerConfig(name=name, learning_rate=1e-2, warmup_steps=2, skip_above=9.0), 10
+    OptimizerConfig(learning_rate=1e-2, warmup_steps=2, skip_above=9.0), 10
   )
-  with jax.set_mesh(mesh_of(*shape)):
+  with jax.set_mesh(mesh_of(2, 2, 2)):
     init = jax.jit(lambda: init_state(CONFIG, optimizer, jax.random.key(0), averaged=True))
     step = jax.jit(
-      lambda s, b: train_step(CONFIG, optimizer, 60, accumulation, s, b, ema_decay=0.01),
+      lambda s, b: train_step(CONFIG, optimizer, 60, 2, s, b, ema_decay=0.01),
       donate_argnums=0,
     )
 
@@ -62,7 +52,7 @@ def test_a_poisoned_batch_leaves_no_trace(shape, accumulation, name, value):
       return state, skipped
 
     good = [state_test.make_batch(i) for i in range(3)]
-    state, skipped = run([good[0], poisoned(7, value), good[1], good[2]])
+    state, skipped = run([good[0], poisoned(7, INF), good[1], good[2]])
     expected, none = run(good)
     assert (skipped, none) == ([0, 1, 0, 0], [0, 0, 0])
     assert (int(state.step), int(expected.step)) == (4, 3)
@@ -70,29 +60,6 @@ def test_a_poisoned_batch_leaves_no_trace(shape, accumulation, name, value):
     assert equal(found, (expected.params, expected.opt_state, expected.ema))
     for x, first in zip(jax.tree.leaves(state), jax.tree.leaves(init()), strict=True):
       assert x.sharding.is_equivalent_to(first.sharding, x.ndim)
-
-
-@pytest.mark.slow
-def test_a_poisoned_advantage_leaves_no_trace():
-  model = grpo_test.model_config("modern")
-  optimizer = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), 10)
-  values = np.float32([1, -1] * 4)
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    params, reference = random_params(model), random_params(model, seed=1)
-    state = TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params), params)
-    fixed = model, optimizer, grpo_test.VOCAB.text_size, 0.1, 1.0
-    step = jax.jit(functools.partial(grpo.policy_step, *fixed, ema_decay=0.5))
-    good = grpo.place(grpo_test.rollout_of("modern", values))
-    values = values.copy()
-    values[2] = np.nan
-    bad = grpo.place(grpo_test.rollout_of("modern", values))
-    new, metrics = step(state, reference, bad)
-    assert float(metrics["skipped"]) == 1
-    assert int(new.step) == 1
-    assert equal((new.params, new.opt_state, new.ema), (state.params, state.opt_state, state.ema))
-    new, metrics = step(new, reference, good)
-    assert float(metrics["skipped"]) == 0
-    assert not equal(new.params, state.params)
 
 
 def test_spikes_by_hand(monkeypatch):
@@ -120,29 +87,6 @@ def test_spikes_by_hand(monkeypatch):
     assert not numerics.is_sound(jnp.float32(value), jnp.float32(norm), optax.EmptyState())
 
 
-@pytest.mark.slow
-def test_a_spike_of_a_real_gradient_is_skipped(monkeypatch):
-  """After overfitting to one batch, the gradient of another batch is large."""
-  monkeypatch.setattr(numerics, "SETTLED", 10)
-  optimizer = create_optimizer(
-    OptimizerConfig(learning_rate=1e-2, warmup_steps=2, skip_above=2.0), 100
-  )
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    state = init_state(CONFIG, optimizer, jax.random.key(0))
-    step = jax.jit(lambda s, b: train_step(CONFIG, optimizer, 60, 1, s, b))
-    same, other = (laid_out(state_test.make_batch(i)) for i in (0, 1))
-    for _ in range(60):
-      state, metrics = step(state, same)
-      assert float(metrics["skipped"]) == 0
-    new, metrics = step(state, other)
-    mean = float(state.opt_state[0].mean)
-    assert float(metrics["grad_norm"]) > 2 * mean
-    assert float(metrics["skipped"]) == 1
-    assert equal((new.params, new.opt_state), (state.params, state.opt_state))
-    new, metrics = step(new, same)
-    assert float(metrics["skipped"]) == 0
-
-
 def test_without_a_threshold_the_state_has_the_layout_of_older_checkpoints():
   params = {"w": jnp.ones(3)}
   watched = create_optimizer(OptimizerConfig(skip_above=5.0), 10).init(params)
@@ -154,6 +98,6 @@ def test_without_a_threshold_the_state_has_the_layout_of_older_checkpoints():
 def test_what_is_not_finite_is_named_and_not_saved(value):
   tree = {"a": jnp.ones(3), "b": {"c": jnp.float32([1, value])}, "n": jnp.int32(3)}
   assert numerics.not_finite(tree) == ["b.c"]
-  with refused(UserError):
+  with refused(UserError, "checkpoint 7", "b.c", "do it"):
     numerics.check_finite(tree, "checkpoint 7", "do it")
   numerics.check_finite({"a": jnp.ones(3)}, "checkpoint 7", "do it")

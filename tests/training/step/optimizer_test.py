@@ -7,7 +7,6 @@ from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.optimizer import (
   create_optimizer,
   learning_rate_schedule,
-  update_average,
 )
 
 
@@ -108,17 +107,6 @@ def test_the_first_moment_may_be_kept_in_bfloat16():
   assert np.any(step["bfloat16"] != step["float32"])
 
 
-def test_the_average_is_the_recursion_of_its_documentation():
-  """Compares with float64. Decays are 1/10, 2/11, 3/12, ..., and 0.5 from step 8 on."""
-  params = np.random.default_rng(0).normal(size=(12, 5))
-  average, found = params[0] * 3, {"a": jnp.asarray(params[0] * 3, jnp.float32)}
-  for step, new in enumerate(params):
-    decay = min(0.5, (1 + step) / (10 + step))
-    average = decay * average + (1 - decay) * new
-    found = update_average(found, {"a": jnp.float32(new)}, 0.5, jnp.int32(step))
-    np.testing.assert_allclose(found["a"], average, rtol=1e-5, atol=1e-6)
-
-
 def test_muon_makes_the_updates_of_matrices_orthogonal_and_of_the_size_of_adamw():
   """Muon updates the matrices of each layer, with heads concatenated; AdamW updates the rest."""
   rng = np.random.default_rng(0)
@@ -128,7 +116,7 @@ def test_muon_makes_the_updates_of_matrices_orthogonal_and_of_the_size_of_adamw(
     OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0), 10
   )
   params = jax.tree.map(jnp.zeros_like, gradients)
-  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+  updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
   matrices = {"qkv": (6, 8, 6), "out": (2, 6, 8), "up": (2, 8, 12)}
   for name, shape in matrices.items():
     # Five iterations bring the singular values of a full-rank matrix near 1 (Jordan et al. 2024).

@@ -5,7 +5,6 @@ import pytest
 from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import adapters, transformer
-from cm3leon_jax.models.attention import BLOCK
 from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.step import loss
@@ -29,31 +28,6 @@ def product_flops(jaxpr, times=1):
       if hasattr(body, "eqns"):
         total += product_flops(body, inner)
   return total
-
-
-def traced_flops(config, batch, length):
-  """Returns the FLOPs of all matrix products in one forward and backward pass."""
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    ints = shard(jnp.ones((batch, length), jnp.int32), "batch", "length")
-    data = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), ints)
-    data["loss_weights"] = shard(jnp.ones((batch, length), jnp.float32), "batch", "length")
-    params = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
-    step = jax.grad(lambda p: loss.batch_nll(transformer.bind(config, p), data)[0])
-    return product_flops(jax.make_jaxpr(step)(params).jaxpr)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["opt", "modern"])
-@pytest.mark.parametrize(("length", "head_size"), [(64, 0), (2 * BLOCK, 0), (64, 24)])
-def test_model_flops_are_those_of_the_traced_products(family, length, head_size):
-  """Traced blocks also multiply by some keys after the query, which model FLOPs omit."""
-  config = ModelConfig(
-    family=family, vocab_size=96, num_layers=3, width=32, num_heads=4, mlp_width=64,
-    max_positions=length, dtype="float32", remat_policy="none", loss_chunk=32, head_size=head_size,
-  )  # fmt: skip
-  tokens = 2 * length
-  beyond = 12 * 3 * 4 * config.head_dim * min(BLOCK, length) / 2 * tokens
-  assert traced_flops(config, 2, length) == flops.model_flops(config, tokens, length) + beyond
 
 
 @pytest.mark.parametrize(
@@ -84,20 +58,6 @@ def test_model_flops_of_adapters_are_those_of_the_traced_products(targets, token
   assert found < flops.model_flops(config, 128, 64)
 
 
-def test_recomputed_layers_do_not_count():
-  fields = {
-    "vocab_size": 96,
-    "num_layers": 3,
-    "width": 32,
-    "num_heads": 4,
-    "mlp_width": 64,
-    "dtype": "float32",
-  }
-  none, full = (ModelConfig(**fields, remat_policy=policy) for policy in ("none", "full"))
-  assert flops.model_flops(none, 128, 64) == flops.model_flops(full, 128, 64)
-  assert traced_flops(none, 2, 64) < traced_flops(full, 2, 64)
-
-
 def test_7b_by_hand():
   """32 layers have 4 x 4,096^2 + 2 x 4,096 x 16,384 parameters, and a table 64,512 x 4,096."""
   config = settings_from_config(cm3leon_7b.get_config()).model
@@ -113,16 +73,11 @@ def test_7b_by_hand():
   ("kind", "peak"),
   [
     ("TPU7x", 2_307e12 / 2),
-    ("NVIDIA B200", 2_250e12),
-    ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
     ("TPU v5", 459e12),
-    ("TPU v5p", 459e12),
-    ("TPU v6 lite", 918e12),
     ("NVIDIA A100-SXM4-80GB", 312e12),
     ("NVIDIA H100 80GB HBM3", 989.5e12),
     ("NVIDIA H100 PCIe", 756.5e12),
-    ("NVIDIA H200", 989.5e12),
   ],
 )
 def test_peaks_of_known_devices(kind, peak):

@@ -69,14 +69,6 @@ def test_a_trace_within_a_trace_counts_once(watch, clock):
   assert watch.seconds()["compile"] == pytest.approx(1.2)
 
 
-def test_other_events_do_not_count_nor_do_those_after_the_end():
-  watch = goodput.Stopwatch()
-  jax.monitoring.record_event_duration_secs("/jax/checkpoint/write_duration", 5.0)
-  watch.close()
-  jax.monitoring.record_event_duration_secs("/jax/core/compile/jaxpr_trace_duration", 5.0)
-  assert watch.seconds()["compile"] == 0
-
-
 def test_goodput_is_the_share_of_steps():
   seconds = {"step": 90.0, "compile": 7.5, "save": 2.5, "data": 0.0}
   assert goodput.goodput(seconds) == 0.9

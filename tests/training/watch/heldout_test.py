@@ -13,7 +13,6 @@ from cm3leon_jax.data.rows.loader import RowLoader, join
 from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.mesh import spec
-from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.trained.rows import open_rows
 from cm3leon_jax.training.config import TrainConfig
@@ -129,25 +128,6 @@ def test_the_image_loss_is_that_of_evaluation_on_the_same_documents(settings, wo
   ), "the loss must count only targets of the document"
 
 
-def test_neighbors_are_those_of_the_caption_alone(settings, workdir):
-  found = open_rows(settings, workdir, "heldout").plan.sources[0].neighbors
-  by_caption, by_both = (
-    load_neighbors(workdir / "neighbors", "heldout_pairs", text_only) for text_only in (True, False)
-  )
-  np.testing.assert_array_equal(found, by_caption)
-  assert (by_caption != by_both).any(1).all()
-
-
-def test_an_evaluation_takes_the_rows_of_a_micro_batch_at_once(settings, workdir, losses):
-  rows = open_rows(settings, workdir, "heldout")
-  whole, shapes = losses(rows, 4, eval_batches=2)
-  assert shapes == [4, 4]
-  parts, shapes = losses(rows, 4, eval_batches=2, gradient_accumulation_steps=2)
-  assert shapes == [2] * 4
-  for name, value in whole.items():
-    assert parts[name] == pytest.approx(value, rel=1e-6)
-
-
 def losses_of(params):
   return {"heldout_loss": float(len(params))}
 
@@ -165,12 +145,6 @@ def test_the_average_is_evaluated_every_few_steps_and_at_the_end():
     part for step in (2, 4, 5) for part in (f"evaluate {step}", (step, found), "end")
   ]
   assert (hook.losses, hook.at_start) == (found, {})
-
-
-def test_a_step_after_which_a_signal_stops_is_evaluated():
-  hook = HeldoutLosses(losses_of, TrainConfig(), FakeMonitor(), FakeStop(75))
-  hook.after(1, FakeState(1), {})
-  assert hook.losses == {"heldout_loss": 7}
 
 
 def test_step_0_is_evaluated_by_a_new_run_and_read_by_a_continued_one():

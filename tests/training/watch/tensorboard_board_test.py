@@ -1,19 +1,9 @@
 import io
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
-import pytest
 
-from cm3leon_jax.mesh import shard
-from cm3leon_jax.training.watch.tensorboard_board import (
-  INTERVALS,
-  TensorBoard,
-  named_histograms,
-  tree_histograms,
-)
-from tests.models.tiny import mesh_of
+from cm3leon_jax.training.watch.tensorboard_board import TensorBoard
 from tests.training import events
 
 
@@ -56,25 +46,3 @@ def test_a_grid_of_samples_is_what_it_was(tmp_path):
   np.testing.assert_array_equal(
     np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), sheet
   )
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
-def test_histograms_are_numpys(tmp_path, shape):
-  x = np.random.default_rng(0).normal(1.0, 2.0, (16, 8)).astype(np.float32)
-  with jax.set_mesh(mesh_of(*shape)):
-    found = named_histograms({"blocks": {"up": shard(jnp.asarray(x), "embed", "mlp")}})
-  counts, edges = np.histogram(x, INTERVALS)
-  np.testing.assert_array_equal(found["blocks/up"]["bucket_counts"], counts)
-  np.testing.assert_allclose(found["blocks/up"]["bucket_limits"], edges[1:], rtol=1e-5)
-  board = TensorBoard(tmp_path, 1)
-  board.histograms(3, found)
-  board.close()
-  (histogram,) = events.read(tmp_path)["params/blocks/up"][3]
-  assert (histogram.num, sum(histogram.bucket)) == (128, 128)
-  assert histogram.sum == pytest.approx(x.sum(dtype=np.float64), rel=1e-5)
-
-
-def test_equal_values_lie_in_one_bucket():
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    found = tree_histograms({"scale": jnp.ones(5)})["scale"]
-  assert found["bucket_counts"].sum() == found["bucket_counts"].max() == 5

@@ -1,11 +1,8 @@
-import types
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.training.watch import traces
 from cm3leon_jax.training.watch.traces import Profiler, parse_steps
 from tests.refusals import refused
 
@@ -27,29 +24,10 @@ def test_the_pair_names_both_ends():
   assert parse_steps("", 100) == range(0)
 
 
-@pytest.mark.parametrize("text", ["10", "a:b", "10-13", "13:10", "0:3", "10:101", "1:2:3", "-1:3"])
+@pytest.mark.parametrize("text", ["10", "13:10", "0:3", "10:101"])
 def test_steps_that_cannot_be_traced_are_refused(text):
-  with refused(UserError):
+  with refused(UserError, "--profile_steps", f"'{text}'"):
     parse_steps(text, 100)
-
-
-@pytest.mark.parametrize(
-  ("platforms", "found", "is_refused"),
-  [(None, True, True), ("cpu", True, False), (None, False, False)],
-)
-def test_a_libtpu_without_a_tpu_is_refused_before_it_ends_the_process(
-  monkeypatch, platforms, found, is_refused
-):
-  stand_in = types.SimpleNamespace(
-    config=types.SimpleNamespace(jax_platforms=platforms), default_backend=lambda: "cpu"
-  )
-  monkeypatch.setattr(traces, "jax", stand_in)
-  monkeypatch.setattr(traces.importlib.util, "find_spec", lambda name: found or None)
-  if not is_refused:
-    assert parse_steps("3:4", 9) == range(3, 5)
-    return
-  with refused(UserError):
-    parse_steps("3:4", 9)
 
 
 def test_only_the_chosen_steps_are_traced_and_waiting_comes_before_the_first(tmp_path):
@@ -62,15 +40,6 @@ def test_only_the_chosen_steps_are_traced_and_waiting_comes_before_the_first(tmp
       profiler.stop()
   assert traced_steps(tmp_path) == [3, 4]
   assert waits == [3]
-
-
-def test_a_run_that_ends_early_still_writes_its_trace(tmp_path):
-  profiler = Profiler(tmp_path, range(3, 9))
-  with profiler.step(5, lambda: None):
-    pass
-  assert not profiler.ends_with(5)
-  profiler.stop()
-  assert traced_steps(tmp_path) == [5]
 
 
 def test_without_steps_nothing_is_written(tmp_path):

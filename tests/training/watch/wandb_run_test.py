@@ -3,7 +3,6 @@
 import sys
 import types
 
-import numpy as np
 from PIL import Image
 import pytest
 
@@ -21,7 +20,6 @@ def calls(monkeypatch):
   wandb = types.ModuleType("wandb")
   wandb.init = lambda **kwargs: found.append(kwargs) or run
   wandb.Image = lambda sheet: ("image", sheet)
-  wandb.Histogram = lambda np_histogram: ("histogram", np_histogram)
   monkeypatch.setitem(sys.modules, "wandb", wandb)
   return found
 
@@ -48,36 +46,12 @@ def test_a_project_may_belong_to_a_team(calls, tmp_path):
   assert (calls[-1]["entity"], calls[-1]["project"]) == ("our-team", "cats")
 
 
-def test_the_environment_names_a_run(calls, tmp_path, monkeypatch):
-  monkeypatch.setenv("WANDB_NAME", "a cat")
-  WandbRun(tmp_path, "cats", {})
-  assert calls[-1]["name"] == "a cat"
-
-
-def test_curves_samples_and_histograms_are_logged_at_their_step(calls, tmp_path):
+def test_curves_and_samples_are_logged_at_their_step(calls, tmp_path):
   run = WandbRun(tmp_path, "cats", {})
   run.scalars(3, {"loss": 2.0, "heldout_loss": 3.0, "weight": 9.0})
   sheet = Image.new("RGB", (2, 2))
   run.samples(3, sheet)
-  run.histograms(
-    3,
-    {
-      "embed": {
-        "min": 0.0,
-        "bucket_limits": np.array([1.0, 2.0]),
-        "bucket_counts": np.array([5.0, 7.0]),
-      }
-    },
-  )
-  assert calls[1:3] == [
+  assert calls[1:] == [
     (3, {"train/loss": 2.0, "heldout/loss": 3.0}),
     (3, {"samples": ("image", sheet)}),
   ]
-  ((step, logged),) = calls[3:]
-  kind, (counts, edges) = logged["params/embed"]
-  assert (step, kind, counts.tolist(), edges.tolist()) == (
-    3,
-    "histogram",
-    [5.0, 7.0],
-    [0.0, 1.0, 2.0],
-  )
