@@ -192,9 +192,7 @@ class _Ingest:
       numbers = dict(collections.Counter(map(self.drawn.number_of, pairs)))
       return write_shard(self.config, folder, pairs, self._draw, numbers, len(pairs))
     load = functools.partial(load_with_size, crop=self.config.crop)
-    limits = self.config.allow_outside, self.config.max_caption_characters
-    items = formats.read(part, *limits)
-    return write_shard(self.config, folder, items, load)
+    return write_shard(self.config, folder, formats.read(part, self.config.allow_outside), load)
 
   def _draw(self, image: str, resolution: int) -> tuple[np.ndarray, tuple[int, int]]:
     """Draws an image. Returns its pixels and its size."""

@@ -29,7 +29,6 @@ from cm3leon_jax.data.sources.records import (
   Rejected,
   batches,
   images_of,
-  long_caption,
   origin_counts,
   with_images,
 )
@@ -100,7 +99,10 @@ class _Writer:
     self._keys[type(item)].add(item.key)
     longest = self.config.max_caption_characters
     if isinstance(item, RawPair) and len(item.caption) > longest:
-      message = long_caption(item.key, len(item.caption), longest)
+      message = (
+        f"key '{item.key}': the caption has {len(item.caption)} characters, but "
+        f"raw.max_caption_characters is {longest}."
+      )
       return Rejected(item.source, item.key, "long_caption", message)
     concept = getattr(item, "concept", "") or getattr(item, "group", "") or item.key
     split = item.split or split_of(concept, self.config.heldout_fraction)

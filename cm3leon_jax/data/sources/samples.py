@@ -5,8 +5,6 @@ The same rules apply to members of a WebDataset tar and to files in a folder.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
-import difflib
-import functools
 import itertools
 import json
 import os
@@ -15,7 +13,6 @@ import zlib
 
 import fsspec
 
-from cm3leon_jax.data.sources.lines import whole_file
 from cm3leon_jax.data.sources.records import (
   RawPair,
   Record,
@@ -37,15 +34,6 @@ THREADS = 8  # Number of samples whose files are read in parallel.
 _IMAGES = (*IMAGE_SUFFIXES, *OTHER_IMAGES)
 
 
-@functools.cache
-def _is_image(suffix: str) -> bool:
-  """Returns whether a lower-case suffix is an image suffix, or a misspelled one such as "jpq"."""
-  return suffix in _IMAGES or (
-    suffix not in CAPTION_SUFFIXES
-    and bool(difflib.get_close_matches(suffix, IMAGE_SUFFIXES, 1, cutoff=0.66))
-  )
-
-
 def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
   """Groups the names of images and caption files by stem, the path without the suffix.
 
@@ -54,7 +42,7 @@ def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
   """
   stems: dict[str, list[str]] = {}
   for name in names:
-    if _is_image(suffix := suffix_of(name)) or suffix in CAPTION_SUFFIXES:
+    if suffix_of(name) in (*_IMAGES, *CAPTION_SUFFIXES):
       stems.setdefault(name.rpartition(".")[0], []).append(name)
   return stems
 
@@ -67,7 +55,7 @@ def suffix_of(name: str) -> str:
 
 def has_image(names: Iterable[str]) -> bool:
   """Returns whether at least one file is an image."""
-  return any(_is_image(suffix_of(name)) for name in names)
+  return any(suffix_of(name) in _IMAGES for name in names)
 
 
 def has_caption(names: Iterable[str]) -> bool:
@@ -114,21 +102,18 @@ def _folder_sample(
   fs: fsspec.AbstractFileSystem, root: str, stem: str, names: list[str]
 ) -> list[Record | Rejected]:
   """Reads the caption files of one sample. Image paths in the result are relative to `root`."""
-  where = next((name for name in names if _is_image(suffix_of(name))), names[0])
+  where = next((name for name in names if suffix_of(name) in _IMAGES), names[0])
   key = posixpath.relpath(stem, root)
   sample: dict[str, bytes | str] = {}
   for name in names:
     suffix = name.rpartition(".")[2]
-    if _is_image(suffix.lower()):
+    if suffix.lower() in _IMAGES:
       sample[suffix] = posixpath.relpath(name, root)
     elif "file" in fs.protocol and os.path.islink(name):
       message = f"{name} is a link, which is not read: replace it by the file itself."
       return [Rejected(where, key, "linked_file", message)]
     else:
-      try:
-        sample[suffix] = whole_file(fs, name)
-      except RecordError as error:
-        return [Rejected(where, key, error.reason, str(error))]
+      sample[suffix] = fs.cat_file(name)
   return list(sample_records(where, where, key, sample, source=root))
 
 
@@ -153,10 +138,8 @@ def sample_records(
   if captions:
     text = captions[found[0]] if found else ""
     values["caption"] = text.strip() if isinstance(text, str) else text
-  order = {suffix: i for i, suffix in enumerate(_IMAGES)}
-  images = sorted(
-    (s for s in sample if _is_image(s.lower())), key=lambda s: (order.get(s.lower(), len(order)), s)
-  )
+  found_images = (s for s in sample if s.lower() in _IMAGES)
+  images = sorted(found_images, key=lambda s: (_IMAGES.index(s.lower()), s))
   stem = posixpath.basename(key)
   if not images and "caption" in values:
     message = f"{where} has no image; it must have one of .{', .'.join(IMAGE_SUFFIXES)}."
@@ -164,9 +147,6 @@ def sample_records(
   elif not images:
     message = f"{where} has no image and no caption, only {', '.join(sample)}."
     yield Rejected(file, key, "malformed_record", message)
-  elif images[0].lower() not in _IMAGES:
-    message = f"{where} is not read: its suffix is not one of .{', .'.join(IMAGE_SUFFIXES)}."
-    yield Rejected(file, key, "unknown_suffix", message)
   elif not captions:
     message = f"{where} has no caption; give it one in {stem}.txt, {stem}.caption or {stem}.json."
     yield Rejected(file, key, "missing_caption", message)

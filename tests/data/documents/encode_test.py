@@ -7,7 +7,6 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.checks.validate import validate_store
 from cm3leon_jax.data.documents.encode import (
   EncodeJob,
   code_usage,
@@ -158,7 +157,8 @@ def test_a_lost_shard_is_encoded_again_and_the_stage_is_the_same(raw, text_token
     with stages.once(folder, {}, files=table.STAGES["documents"].files):
       encode(raw, text_tokenizer, folder)
     ids.append(stages.require(tmp_path, "documents")["id"])
-    assert validate_store(DocumentStore(folder / "train_pairs", VOCAB))["documents"] == 15
+    store = DocumentStore(folder / "train_pairs", VOCAB)
+    assert len([store[i] for i in range(len(store))]) == 15
   assert len(set(ids)) == 1
 
 

@@ -9,6 +9,7 @@ from cm3leon_jax.data.instructions.files import CAPTIONS, PIX2PIX, QUESTIONS, op
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.published.files import SPLITS as EVALUATION_SPLITS
 from cm3leon_jax.data.sources.image_folder import ImageFolder
+from tests.data.broken_releases import check_reader
 from tests.data.instruction_releases import RELEASES, json_lines, narrative, prompt, split_of, write
 from tests.refusals import refused
 
@@ -213,7 +214,7 @@ def test_the_large_files_of_localized_narratives(tmp_path, split, image_id, file
   assert {r.images["image"] for r in records} == {f"{tmp_path}/{image}"}
   assert [r.key for r in records] == [f"{image_id}/{i}" for i in range(files)]
   (tmp_path / names[-1]).unlink()
-  with refused(UserError):
+  with refused(UserError, names[-1]):
     open_records("localized_narratives", tmp_path, split)
   write(tmp_path, {f"{start}_captions.jsonl": json_lines(narrative(image_id, 1, "short"))})
   (short,) = open_records("localized_narratives", tmp_path, split)
@@ -227,3 +228,11 @@ def test_the_table_has_the_formats_of_captions_and_questions():
     assert FORMATS[name].texts == (("caption",) if name in CAPTIONS else ("question", "answer"))
   assert FORMATS["instruct_pix2pix"].splits == tuple(PIX2PIX)
   assert set(FORMATS) == set(RELEASES)
+
+
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - {*CAPTIONS, *QUESTIONS}))
+def test_a_broken_file_is_read_or_refused_by_its_name(tmp_path, name):
+  split = split_of(name)
+  check_reader(
+    tmp_path, RELEASES[name], ("prompt.json",), lambda: list(open_records(name, tmp_path, split))
+  )

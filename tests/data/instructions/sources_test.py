@@ -144,13 +144,6 @@ def test_maps_that_records_cannot_have_are_named(tmp_path, fields):
     open_task(tmp_path, fields)
 
 
-def test_a_map_of_no_kind_and_no_folder_is_named(tmp_path):
-  write(tmp_path / "coco", RELEASES["coco_2017"])
-  fields = {**DRAW, "maps": {"edges": "cany"}, "templates": ["{edges} <break> {image}"]}
-  with refused(UserError):
-    open_task(tmp_path, fields)
-
-
 def test_computed_maps_need_opencv_and_other_tasks_do_not(tmp_path, monkeypatch):
   write_lines(tmp_path / "asked/train.jsonl", line())
   write(tmp_path / "coco", RELEASES["coco_2017"])
@@ -214,28 +207,6 @@ def test_only_the_first_records_of_a_split_are_read(tmp_path):
   assert len(open_task(tmp_path, {**ASK, "heldout": "val"}, "heldout")) == 4
 
 
-@pytest.mark.parametrize(
-  ("records", "most", "expected"), [(0, 2, 2), (3, 2, 2), (2, 4, 2), (0, 9, 5), (3, 0, 3)]
-)
-def test_a_config_may_read_fewer_records_of_every_task(tmp_path, records, most, expected):
-  write_lines(tmp_path / "asked/train.jsonl", *(line() for _ in range(5)))
-  write_lines(tmp_path / "asked/val.jsonl", *(line() for _ in range(4)))
-  config = config_with(tmp_path, {**ASK, "records": records}, max_records=most)
-  found = {
-    split: list(sources.open_task(config.own_tasks[0], split, config, DRAWN))
-    for split in sources.SPLITS
-  }
-  assert len(found["train"]) == expected
-  assert len(found["heldout"]) == 4
-
-
-def test_a_wrong_line_after_the_first_records_is_not_read(tmp_path):
-  write_lines(tmp_path / "asked/train.jsonl", line(), line(), {"text": {}})
-  assert len(open_task(tmp_path, {**ASK, "records": 2})) == 2
-  with refused(UserError):
-    open_task(tmp_path, ASK)
-
-
 def test_scenes_are_drawn_in_both_splits(tmp_path):
   fields = {"name": "count", "format": "scenes/count", "records": 3, "heldout": "heldout"}
   fields |= {"target": "answer", "templates": ["{question} {answer} <break> {image}"]}
@@ -245,11 +216,6 @@ def test_scenes_are_drawn_in_both_splits(tmp_path):
   assert {"/train/" in r.key for r in trained} == {"/heldout/" in r.key for r in heldout} == {True}
   with refused(UserError):
     open_task(tmp_path, {**fields, "format": "scenes/cuont"})
-
-
-def test_a_file_that_is_absent_is_named_with_the_task(tmp_path):
-  with refused(UserError):
-    open_task(tmp_path, ASK)
 
 
 def test_what_is_wrong_in_records_is_set_aside_with_the_reason(encoder, tmp_path):
@@ -318,22 +284,6 @@ def test_a_sample_may_fill_the_row(encoder, tmp_path):
       else:
         found = stores.write_store(tmp_path / "store", task, records, encoder)
         assert (found["documents"], found["rejected"]) == (1, 0)
-
-
-def test_a_field_that_records_do_not_have_ends_the_command(encoder, tmp_path):
-  encoder, _ = encoder
-  save_image(tmp_path / "asked/a.png")
-  write_lines(tmp_path / "asked/train.jsonl", line(), {**line(), "texts": {"answer": "two"}})
-  task = make_task(ASK)
-  with refused(UserError):
-    stores.write_store(tmp_path / "store", task, open_task(tmp_path, ASK), encoder)
-
-
-def test_a_split_without_records_is_named(encoder, tmp_path):
-  write_lines(tmp_path / "asked/train.jsonl")
-  records = open_task(tmp_path, ASK)
-  with refused(UserError):
-    stores.write_store(tmp_path / "store", make_task(ASK), records, encoder[0])
 
 
 def test_scribbles_are_computed_at_the_side_of_the_model(tmp_path):

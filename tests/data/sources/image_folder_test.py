@@ -265,8 +265,12 @@ def is_inside(path: str, root) -> bool:
   return "://" not in path and pathlib.Path(os.path.realpath(path)).is_relative_to(root)
 
 
-@pytest.mark.parametrize("escape", ESCAPES)
-@pytest.mark.parametrize("reader", READERS)
+# One reader is tested with all names, and all other readers with two of them.
+CASES = [(reader, name) for reader in READERS for name in ("up", "link")]
+CASES += [("jsonl", name) for name in ESCAPES if name not in ("up", "link")]
+
+
+@pytest.mark.parametrize(("reader", "escape"), CASES)
 def test_an_image_outside_of_the_folder_is_refused(root, reader, escape):
   folder, read = READERS[reader]
   base = fill(root, folder)
@@ -286,28 +290,15 @@ def test_an_image_outside_of_the_folder_is_refused(root, reader, escape):
   assert made(read, root, name) == ([], message)
 
 
-@pytest.mark.parametrize("name", ["a_0.jpg", "within_0.jpg", "{base}/a_0.jpg", "./a_0.jpg"])
 @pytest.mark.parametrize("reader", READERS)
-def test_an_image_in_the_folder_is_read(root, reader, name):
+def test_an_image_in_the_folder_is_read(root, reader):
   folder, read = READERS[reader]
   base = fill(root, folder)
-  if name.startswith("{") and reader in PREFIXED:
-    return
-  [path] = read(root, name.format(base=base), False)
+  [path] = read(root, "within_0.jpg", False)
   assert (base / "a_0.jpg").samefile(path)
-  red, _, blue = raw_pairs.load_image(path, 4)[0, 0]
-  assert red < 9 < 200 < blue
-
-
-@pytest.mark.parametrize("escape", ["up", "absolute", "link", "linked folder"])
-@pytest.mark.parametrize("reader", sorted(set(READERS) - set(PREFIXED)))
-def test_whoever_trusts_a_file_reads_images_from_everywhere(root, reader, escape):
-  folder, read = READERS[reader]
-  base = fill(root, folder)
-  up = os.path.relpath(root.parent, base)
-  name = ESCAPES[escape].format(out=root.parent / "outside" / "a_0.jpg", up=up)
-  [path] = read(root, name, True)
-  assert (root.parent / "outside" / "a_0.jpg").samefile(path)
+  if reader not in PREFIXED:  # A trusted file may name images everywhere.
+    [path] = read(root, "link_0.jpg", True)
+    assert (root.parent / "outside" / "a_0.jpg").samefile(path)
 
 
 def test_a_map_that_is_a_link_out_of_its_folder_is_refused(root):

@@ -108,14 +108,6 @@ def test_the_first_caption_that_is_not_blank_is_taken(folder, tmp_path):
   assert len((tmp_path / "raw" / ingest.REJECTED).read_text().splitlines()) == 3
 
 
-def test_of_images_of_one_name_the_first_is_taken(folder):
-  write(folder, a_jpg=jpeg(1), a_png=encoded("png"), a_JPG=jpeg(2), a_txt="one")
-  pair, *others = read(folder)
-  assert pair.image == f"{folder}/a.png"
-  assert [item.reason for item in others] == ["image_of_same_name"] * 2
-  assert others[0].message == f"{folder}/a.JPG: .png and .JPG have the same name; .png is used."
-
-
 def test_mistakes_are_set_aside_with_their_reasons(folder, tmp_path):
   buffer = io.BytesIO()
   Image.new("RGB", (8, 8)).save(buffer, "bmp")
@@ -139,17 +131,6 @@ def test_mistakes_are_set_aside_with_their_reasons(folder, tmp_path):
   assert message["absent"] == f"{folder}/{expected}"
   assert "it must be a PNG, JPEG, WebP, GIF or AVIF file" in message["other"]
   assert "broken.jpg cannot be read" in message["broken"]
-
-
-def test_a_mistyped_suffix_of_an_image_does_not_make_a_text_of_its_caption(folder, tmp_path):
-  write(
-    folder, a_jpg=jpeg(1), a_txt="one", b_jpq=jpeg(2), b_txt="two", c_pgn=b"none", c_txt="three"
-  )
-  write(folder, d_jpg=jpeg(3), d_txt="four", e_md=b"# notes", e_txt="a text of its own")
-  counts = prepare(tmp_path / "raw", source=str(folder), max_rejected=0.9)
-  assert counts["train_pairs"] + counts["heldout_pairs"] == 2  # Only a and d are pairs.
-  assert counts["rejected_unknown_suffix"] == 2
-  assert counts["train_texts"] + counts["heldout_texts"] == 1
 
 
 def test_in_a_mixed_folder_pairs_are_pairs_and_texts_are_texts(folder, tmp_path):
@@ -217,12 +198,6 @@ def test_a_folder_of_links_is_not_read(tmp_path):
     (tmp_path / "in" / name).unlink()
   with refused(UserError):
     formats.parts(str(tmp_path / "in"))
-
-
-def test_a_long_caption_file_is_rejected(folder, monkeypatch):
-  monkeypatch.setattr("cm3leon_jax.data.sources.lines.MAX_LINE", 100)
-  write(folder, a_jpg=jpeg(1), a_txt="x" * 101, b_jpg=jpeg(2), b_txt="x" * 100)
-  assert reasons(read(folder)) == ["malformed_record", "b"]
 
 
 def test_images_in_a_bucket(tmp_path):
