@@ -19,6 +19,19 @@ def places(value: Any, *before: str | int) -> Iterator[tuple]:
     yield from places(one, *before, key)
 
 
+def replaced(content: Any, place: tuple, value: Any) -> Any:
+  """Returns a copy of a JSON value with another value at a place. None removes the value."""
+  changed = copy.deepcopy(content)
+  parent = changed
+  for key in place[:-1]:
+    parent = parent[key]
+  if value is None:
+    del parent[place[-1]]
+  else:
+    parent[place[-1]] = value
+  return changed
+
+
 def broken(content: Any) -> Iterator[Any]:
   """Yields other contents, and copies without one value, or with a value of another type."""
   yield from ("text", {"a": 1}, [1], b"\xff{")
@@ -28,20 +41,13 @@ def broken(content: Any) -> Iterator[Any]:
   rng, found = random.Random(0), list(places(content))
   for place in rng.sample(found, min(CHANGES, len(found))):
     for other in (None, 7, "other", []):
-      changed = copy.deepcopy(content)
-      parent = changed
-      for key in place[:-1]:
-        parent = parent[key]
-      if other is None:
-        del parent[place[-1]]
-      else:
-        parent[place[-1]] = other
-      yield changed
+      yield replaced(content, place, other)
 
 
 def check_reader(root, files: Mapping[str, Any], unread: tuple[str, ...], read: Callable) -> None:
-  """Breaks each file of a release except those that end in `unread`. Expects errors that name a file of it.
+  """Breaks each file of a release, and expects errors that name one of its files.
 
+  Skips files whose names end in `unread`.
   `read` reads the release in `root`. It may accept a change, since readers ignore some fields.
   """
   for file in files:

@@ -31,19 +31,12 @@ def validate_raw(folder: epath.PathLike, num_threads: int) -> None:
     UserError: a file is missing, or it changed after it was written. The message names the file.
   """
   folder = epath.Path(folder)
-  names, images, earlier = list(raw_pairs.shards(folder)), 0, 0
+  names, images = list(raw_pairs.shards(folder)), 0
   for name in names:
-    described = raw_pairs.described_files(folder, name)
-    for file, expected in described.items():
+    for file, expected in raw_pairs.described_files(folder, name).items():
       raw_pairs.check_file(folder / name, file, expected)
-    if raw_pairs.IMAGE_DIGESTS in described:
-      images += _validate_images(folder / name, num_threads)
-    else:
-      earlier += 1
-  state = f"{len(names):,} shards, {images:,} images; all match their digests"
-  if earlier:
-    state += f", but {earlier:,} of the shards, from an earlier version, have no image digests"
-  print(f"{folder}: {state}.", flush=True)
+    images += _validate_images(folder / name, num_threads)
+  print(f"{folder}: {len(names):,} shards, {images:,} images; all match their digests.", flush=True)
 
 
 def _validate_images(shard: epath.Path, num_threads: int) -> int:

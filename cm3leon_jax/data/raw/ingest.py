@@ -15,7 +15,7 @@ from cm3leon_jax.data.raw.reader import INDEX, SCHEMA_VERSION, load_with_size
 from cm3leon_jax.data.raw.writer import FILES, REJECTED, write_shard
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.drawn import DrawnSource
-from cm3leon_jax.data.sources.records import KINDS, NOTES, SPLITS, origin_counts
+from cm3leon_jax.data.sources.records import KINDS, SPLITS, origin_counts
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.files.shards import Runner, run_shards
@@ -35,7 +35,7 @@ class Rejections:
 
   def add(self, summary: dict) -> None:
     """Adds the counts of a shard. Calls `check` after at least CHECK_FROM records."""
-    wrong = {reason: n for reason, n in summary["rejected"].items() if reason not in NOTES}
+    wrong = summary["rejected"]
     self._reasons.update(wrong)
     counts = summary["counts"]
     self._seen += sum(counts.get(f"{split}_{kind}", 0) for split in SPLITS for kind in KINDS)

@@ -21,7 +21,6 @@ from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.raw.reader import IMAGE_DIGESTS, kind_of
 from cm3leon_jax.data.sources.records import (
   KINDS,
-  NOTES,
   ORIGIN_FIELDS,
   SPLITS,
   RawPair,
@@ -169,7 +168,7 @@ class _Writer:
     if item is None:
       return
     if isinstance(item, Rejected):  # Written in ASCII, because names may be invalid Unicode.
-      self._first = self._first or (item.message if item.reason not in NOTES else "")
+      self._first = self._first or item.message
       self._reasons[item.reason] += 1
       self._files[REJECTED].write(json.dumps(dataclasses.asdict(item)) + "\n")
       return
@@ -196,7 +195,7 @@ class _Writer:
     if self.config.licenses:
       more = {**more, "other_licenses": self._other_licenses}
     for reason, n in self._reasons.items():
-      more = more | {reason if reason in NOTES else raw_statistics.REJECTED + reason: n}
+      more = more | {raw_statistics.REJECTED + reason: n}
     listed = origin_counts(
       {**dict(zip(ORIGIN_FIELDS, origin)), "records": n} for origin, n in self._origins.items()
     )

@@ -20,7 +20,7 @@ from cm3leon_jax.data.sources.records import (
   key_of,
   renamed,
 )
-from cm3leon_jax.data.sources.samples import SAMPLE_SUFFIXES, sample_records
+from cm3leon_jax.data.sources.samples import SAMPLE_SUFFIXES, sample_record
 
 PARQUET_BUFFER = 2**20
 ROWS = 64  # Number of Parquet rows that are read together.
@@ -65,7 +65,7 @@ def tar_samples(
 
 def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Record | Rejected]:
   if sample:
-    yield from sample_records(file, f"{file}, sample '{stem}'", stem, sample, source=file)
+    yield sample_record(file, f"{file}, sample '{stem}'", stem, sample, source=file)
 
 
 def parquet_rows(

@@ -118,10 +118,6 @@ def batches(items: Iterable, count: int, size: int) -> Iterator[list]:
     yield batch
 
 
-# Reasons why a second caption or image of a record is omitted. The record itself is valid.
-NOTES = ("conflicting_captions", "image_of_same_name")
-
-
 @dataclasses.dataclass(frozen=True)
 class Rejected:
   """A rejected record, with its file, its key, the reason, and a message for the user."""

@@ -1,6 +1,5 @@
 import json
 import pathlib
-import shutil
 
 import numpy as np
 from PIL import Image
@@ -13,7 +12,6 @@ from cm3leon_jax.data.documents.store import (
 )
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.raw.config import RawConfig
-from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.files.shards import Runner
 from tests.data.documents.store_test import VOCAB, document, flip, image, text, write_stage
 from tests.refusals import refused
@@ -46,14 +44,6 @@ def prepare(folder, **fields) -> pathlib.Path:
   return folder / "raw"
 
 
-def forget_digests(raw, name="000000"):
-  """Removes the image digests of a shard, as if an earlier version wrote it."""
-  (raw / name / reader.IMAGE_DIGESTS).unlink()
-  record = read_json(raw / "done" / f"{name}.json")
-  del record["summary"]["files"][reader.IMAGE_DIGESTS]
-  write_json(raw / "done" / f"{name}.json", record)
-
-
 @pytest.mark.parametrize("jpeg_quality", [0, 90])
 def test_every_flipped_bit_of_a_raw_image_is_found(tmp_path, capsys, jpeg_quality):
   """Covers the images of added crops. Most flips give an image that can be decoded."""
@@ -72,46 +62,9 @@ def test_every_flipped_bit_of_a_raw_image_is_found(tmp_path, capsys, jpeg_qualit
   validate_raw(raw, 2)
 
 
-def test_raw_images_that_are_absent_or_swapped_are_found_and_made_again(tmp_path):
-  raw = prepare(tmp_path)
-  first, second = sorted((raw / "000000" / "images").iterdir())[:2]
-  before = {path.name: path.read_bytes() for path in (first, second)}
-  for change in (
-    lambda: second.unlink(),
-    lambda: second.write_bytes(before[first.name]),
-    lambda: swap(first, second),
-  ):
-    change()
-    with refused(UserError, "images/"):
-      validate_raw(raw, 2)
-    shutil.rmtree(raw / "000000")  # Does what the message says: delete the shard.
-    prepare(tmp_path)
-    assert {path.name: path.read_bytes() for path in (first, second)} == before
-    validate_raw(raw, 2)
-
-
-def swap(first, second):
-  one, other = first.read_bytes(), second.read_bytes()
-  first.write_bytes(other)
-  second.write_bytes(one)
-
-
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: flip(path, 3)])
 def test_digests_of_raw_images_have_a_digest(tmp_path, damage):
   raw = prepare(tmp_path)
   damage(raw / "000000" / reader.IMAGE_DIGESTS)
   with refused(UserError, reader.IMAGE_DIGESTS):
     validate_raw(raw, 2)
-
-
-def test_a_raw_folder_of_an_earlier_version_is_read_and_validated_once(tmp_path, capsys):
-  raw = prepare(tmp_path)
-  pairs = reader.read_pairs(raw, "train")
-  forget_digests(raw)
-  validate_raw(raw, 2)
-  sentence = "but 1 of the shards, from an earlier version, have no image digests"
-  assert capsys.readouterr().out.count(sentence) == 1
-  record = (raw / "done" / "000000.json").read_bytes()
-  prepare(tmp_path)  # The same command does not rewrite the shard.
-  assert (raw / "done" / "000000.json").read_bytes() == record
-  assert reader.read_pairs(raw, "train") == pairs

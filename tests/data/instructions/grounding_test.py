@@ -33,12 +33,6 @@ def test_one_record_a_caption_with_the_objects_of_its_image(tmp_path):
   assert car.texts == {"caption": "One car.", "objects": objects}
 
 
-def test_the_release_may_have_its_files_without_a_folder(tmp_path):
-  files = RELEASES["coco_objects"]
-  write(tmp_path, {name.removeprefix("annotations/"): files[name] for name in files})
-  assert len(list(open_records("coco_objects", tmp_path, "val2017"))) == 3
-
-
 @pytest.mark.parametrize("size", [(400, 200), (200, 400), (301, 200), (64, 64)])
 def test_a_location_is_where_the_object_is_in_the_image_that_is_read(tmp_path, size):
   """Given a white box on black, the location of the object is where the loaded image shows it."""

@@ -88,11 +88,3 @@ def test_some_of_the_given_images_are_redrawn_and_no_predicted_one(encoder, tmp_
     np.testing.assert_array_equal(given, expected)
     np.testing.assert_array_equal(predicted, after[i])
   assert 10 <= number <= 30
-
-
-def test_images_that_no_template_names_are_not_read(encoder, tmp_path):
-  encoder, _ = encoder
-  one = record(0, pixels(0))
-  unread = Record(one.key, one.group, one.texts, {**one.images, "depth": "absent.png"})
-  found = stores.write_store(tmp_path / "store", VQA, [unread], encoder)
-  assert (found["documents"], found["rejected"]) == (1, 0)

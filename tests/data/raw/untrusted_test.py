@@ -86,7 +86,7 @@ def test_an_image_of_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
 def test_an_image_of_many_bytes_is_refused(tmp_path):
   with (tmp_path / "a.png").open("wb") as file:
     file.truncate(reader.MAX_BYTES + 1)
-  with refused(UserError):
+  with refused(UserError, "a.png", "bytes"):
     reader.load_image(tmp_path / "a.png", 8)
 
 
@@ -118,7 +118,7 @@ class Entered:
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
   os.mkfifo(tmp_path / "pipe.png")
   for path in (tmp_path / "pipe.png", tmp_path, "/dev/zero"):
-    with refused(UserError):
+    with refused(UserError, str(path)):
       reader.load_image(path, 8)
 
 
