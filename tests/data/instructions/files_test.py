@@ -32,15 +32,6 @@ def test_records_have_the_texts_and_images_of_the_table_and_different_keys(tmp_p
     assert json.loads(json.dumps(record.facts)) == record.facts
 
 
-def test_karpathy_and_paragraphs_one_record_a_caption(tmp_path):
-  records = read(tmp_path, "coco_karpathy", "test")
-  assert [r.texts["caption"] for r in records] == ["a bus", "a red bus", "a tree"]
-  dog, cat = read(tmp_path, "vg_paragraphs")
-  image = {"image": f"{tmp_path}/VG_100K_2/32.jpg"}
-  assert dog == Record("32/0", "32", {"caption": "A dog."}, image)
-  assert cat.texts["caption"] == "A cat. It sleeps."
-
-
 def test_vqa_has_the_most_frequent_answer_and_all_of_them_as_facts(tmp_path):
   cat, mats, dog = read(tmp_path, "vqa_v2")
   assert cat == Record(

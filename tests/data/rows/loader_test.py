@@ -152,13 +152,6 @@ def test_local_rows_of_a_replicated_axis_are_read_once():
   assert local_rows(sharding, (8, 128)) == list(range(8))
 
 
-def test_neighbor_weight_reaches_the_rows(tmp_path):
-  sources = make_sources(tmp_path)
-  plan = make_plan(sources, neighbor_loss_weight=0.25, text_share=0.3)
-  values = {float(w) for i in range(20) for w in RowLoader(plan, VOCAB)[i]["loss_weights"]}
-  assert values == {0.0, 0.25, 1.0}
-
-
 @pytest.mark.parametrize(("after", "alone"), [(0.8, 0.8), (0.8, 0.0), (0.0, 0.8)])
 def test_hidden_codes_are_those_of_the_documents_own_images(tmp_path, after, alone):
   """Here codes of neighbors have the loss weight 0.25, and the document's own codes 1."""
