@@ -62,14 +62,15 @@ def show_rows(
   for name in (*table.TOKENIZERS, *instructions, *documents):
     stages.require(workdir, name)
   run = Run(workdir, settings)
-  loader, images = run.rows(split), []
+  loader = run.rows(split)
+  images: list[Sequence[np.ndarray]] = []
   for number in numbers:
     lines, codes = row_text.describe_row(loader, number, run.text)
     print("\n".join(lines), flush=True)
     # A row that is full may lack the last codes of an image.
     whole = run.images.config.image_tokens
     batch = [np.pad(each, (0, whole - len(each))) for each in codes]
-    images.append(run.images.decode(np.stack(batch)) if batch else ())
+    images.append([*run.images.decode(np.stack(batch))] if batch else [])
   if any(len(row) for row in images):
     with atomic.replacing(out, "wb") as file:
       Image.fromarray(row_text.contact_sheet(images)).save(file, format="png")

@@ -66,7 +66,8 @@ def describe_row(
   """Describes a row. Returns its lines, and the codes of its images in reading order."""
   row, placements, at = loader[number], loader.plan.row(number), 0
   used, length = int((row["segment_ids"] != 0).sum()), len(row["inputs"])
-  lines, codes = [f"row {number}: {used} of {length} positions used"], []
+  lines = [f"row {number}: {used} of {length} positions used"]
+  codes: list[np.ndarray] = []
   for placement in placements:
     place = slice(at, at + placement.num_positions)
     tokens = np.r_[row["inputs"][at], row["targets"][place]]

@@ -206,18 +206,18 @@ def test_no_text_of_a_release_leads_out_of_its_folder(root, opened, name, files)
   """Replaces each text of a release by paths out of the folder."""
   outside, rng, refusals = root.parent / "outside", random.Random(0), 0
   split = files.split_of(name) if files is instruction_releases else "val"
-  for file, content in files.RELEASES[name].items():
+  for file, content in list(files.RELEASES[name].items())[:4]:
+    releases.write(root, files.RELEASES[name])
     is_lines = isinstance(content, bytes)
     whole = [json.loads(line) for line in content.splitlines()] if is_lines else content
     found = list(broken_releases.places(whole))
-    for place in rng.sample(found, min(20, len(found))):
+    for place in rng.sample(found, min(12, len(found))):
       for escape in (
         f"{'../' * 20}{outside}/a_0.jpg",
         f"{outside}/a_0.jpg",
         "http://127.0.0.1:9/a",
       ):
         changed = broken_releases.replaced(whole, place, escape)
-        releases.write(root, files.RELEASES[name])
         content = "".join(json.dumps(x) + "\n" for x in changed).encode() if is_lines else changed
         releases.write(root, {file: content})
         try:
