@@ -1,7 +1,6 @@
 """Encodes raw pairs, texts and interleaved documents as token ids.
 
 cm3leon encode_documents --config=scenes --workdir=workdir/scenes
-cm3leon encode_documents --config=scenes --workdir=workdir/scenes --validate
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from absl import flags
 from etils import epath
 
 from cm3leon_jax.commands import common, sharded, tokenizer_check
@@ -18,19 +16,10 @@ from cm3leon_jax.runs import stages, table
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
 
-_VALIDATE = flags.DEFINE_bool(
-  "validate", False, "Encode nothing; check all written records, arrays and digests."
-)
-
 
 def main(settings: Settings, workdir: epath.Path) -> None:
-  from cm3leon_jax.data.checks.validate import validate_documents
   from cm3leon_jax.data.documents import encode
 
-  if _VALIDATE.value:
-    stages.require(workdir, "documents")
-    validate_documents(workdir / "documents", settings.vocab)
-    return
   with sharded.stage(workdir, "documents", settings) as (summary, runner):
     if summary is not None:
       tokenizer_check.of_pairs(settings, workdir)

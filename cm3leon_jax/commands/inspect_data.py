@@ -1,13 +1,13 @@
-"""Writes an HTML page that shows training rows, or checks all files that training reads.
+"""Prints training rows and draws their images, or checks all files that training reads.
 
   cm3leon inspect_data --config=scenes --workdir=workdir/scenes
   cm3leon inspect_data --config=scenes --workdir=workdir/scenes \\
-    --out=rows.html --first_row=5000 --rows=3
+    --out=rows.png --first_row=5000 --rows=3
   cm3leon inspect_data --config=scenes --workdir=workdir/scenes --validate
 
-The page shows the arrays that the trainer reads. The command compares every shown sample with its
-documents. --validate writes no page, but reads every record, every row and every image of raw/, and
-names the first error.
+The rows are the arrays that the trainer reads. The PNG file shows one line of images per row.
+--validate prints no rows, but compares every file that training reads and every image of raw/ with
+its digest, and names the first error.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError
 from cm3leon_jax.files import atomic
 from cm3leon_jax.runs import stages, table
 
@@ -29,75 +27,64 @@ if TYPE_CHECKING:
 
 # No default, because other commands also define --out without a default, and tests import all
 # commands in one process.
-_OUT = flags.DEFINE_string("out", None, "HTML file to write (default: rows.html).")
+_OUT = flags.DEFINE_string("out", None, "PNG file with the images of the rows (default: rows.png).")
 _ROWS = flags.DEFINE_integer("rows", 6, "Number of rows.", lower_bound=1)
 _FIRST_ROW = flags.DEFINE_integer("first_row", 0, "Number of the first row.", lower_bound=0)
 _SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout"], "Split of the rows.")
 _VALIDATE = flags.DEFINE_bool(
   "validate",
   False,
-  "Write no page; check all files that training reads.",
-  allow_override=True,  # encode_documents also defines this flag; tests import both modules.
+  "Print no rows; compare all files that training reads with their digests.",
 )
 
 DOCUMENTS = ("documents", "neighbors")
 READ = (*table.TOKENIZERS, *DOCUMENTS)
+ROWS_READ = 2**16  # Number of rows of an array that --validate reads at a time.
 
 
-def write_page(
-  settings: Settings,
-  workdir: epath.Path,
-  out: epath.Path,
-  split: str,
-  numbers: Sequence[int],
-  config_name: str,
+def show_rows(
+  settings: Settings, workdir: epath.Path, out: epath.Path, split: str, numbers: Sequence[int]
 ) -> None:
-  """Writes the page for the rows `numbers` of `split`.
+  """Prints the rows `numbers` of `split`, and writes their images to `out`, a PNG file.
 
   Raises:
-    UserError: `out` cannot be written, a stage is missing, or a row does not contain its documents.
+    UserError: a stage is missing.
   """
-  from cm3leon_jax.reports import inspect_page, row_contents
-  from cm3leon_jax.retrieval.neighbors import load_neighbors
+  import numpy as np
+  from PIL import Image
+
+  from cm3leon_jax.reports import row_text
   from cm3leon_jax.trained.rows import replay_share
   from cm3leon_jax.trained.run import Run
 
-  inspect_page.check_writable(out)
   documents = DOCUMENTS if replay_share(settings, split) else ()
   instructions = ("instructions",) if settings.instructions.any else ()
   for name in (*table.TOKENIZERS, *instructions, *documents):
     stages.require(workdir, name)
   run = Run(workdir, settings)
-  loader, scores = run.rows(split), None
-  if documents:
-    # As in `open_rows`, held-out rows use the neighbors that the caption retrieves.
-    folder, by_caption = workdir / "neighbors", split == "heldout"
-    scores = load_neighbors(folder, f"{split}_pairs", by_caption, array="scores")
-  try:
-    rows = [row_contents.read_row(loader, scores, number) for number in numbers]
-  except ValueError as error:
-    raise UserError(f"the rows differ from their plan: {error}") from error
-  decoder = inspect_page.make_decoder(rows, settings.vocab, run.text, run.images)
-  with atomic.replacing(out, "w") as file:
-    file.write(inspect_page.render(rows, loader.plan, decoder, config_name, split))
-  used = f"{inspect_page.fill(rows):.1%} of their positions used"
-  samples = f"{sum(len(row.samples) for row in rows)} samples, all checked"
-  print(f"inspect_data: {len(rows)} rows, {used}; {samples}: {out}", flush=True)
+  loader = run.rows(split)
+  images: list[Sequence[np.ndarray]] = []
+  for number in numbers:
+    lines, codes = row_text.describe_row(loader, number, run.text)
+    print("\n".join(lines), flush=True)
+    # A row that is full may lack the last codes of an image.
+    whole = run.images.config.image_tokens
+    batch = [np.pad(each, (0, whole - len(each))) for each in codes]
+    images.append([*run.images.decode(np.stack(batch))] if batch else [])
+  if any(len(row) for row in images):
+    with atomic.replacing(out, "wb") as file:
+      Image.fromarray(row_text.contact_sheet(images)).save(file, format="png")
+    print(f"inspect_data: the images of these rows, one line each: {out}", flush=True)
 
 
 def validate(settings: Settings, workdir: epath.Path) -> None:
-  """Checks digests, documents, neighbors, instructions and raw images of a run. Prints counts.
+  """Compares all files of a run that training reads with their digests. Prints counts.
 
   Raises:
-    UserError: a stage is not finished, or one of its files is wrong. The message names the file and
-      the record or row.
+    UserError: a stage is not finished, or one of its files is wrong. The message names the file.
   """
-  from cm3leon_jax.data.checks.validate import validate_documents, validate_raw, validate_store
-  from cm3leon_jax.data.documents.store import DocumentStore
-  from cm3leon_jax.data.instructions.samples import read_targets
-  from cm3leon_jax.data.instructions.sources import store_name
-  from cm3leon_jax.data.instructions.task_files import load_tasks
-  from cm3leon_jax.retrieval.neighbors import validate_neighbors
+  from cm3leon_jax.data.checks.validate import validate_raw, validate_stores
+  from cm3leon_jax.retrieval.arrays import ArrayStore
   from cm3leon_jax.trained.rows import replay_share
 
   documents = DOCUMENTS if replay_share(settings, "train") else ()
@@ -107,18 +94,12 @@ def validate(settings: Settings, workdir: epath.Path) -> None:
     stages.check_files(workdir / name)
     state = f"{described} files as written" if described else "no digests, from an older version"
     print(f"{workdir / name}: {state}.")
-  if documents:
-    validate_documents(workdir / "documents", settings.vocab)
-    numbers = validate_neighbors(workdir, settings.vocab)
-    counts = ", ".join(f"{count:,} {field}" for field, count in numbers.items())
-    print(f"{workdir / 'neighbors'}: {counts}; all valid.", flush=True)
-  if instructions:
-    for task in load_tasks(settings.instructions):
-      for split in ("train", "heldout") if task.heldout else ("train",):
-        store = DocumentStore(workdir / "instructions" / store_name(split, task), settings.vocab)
-        numbers = validate_store(store)
-        read_targets(store.folder, len(store))
-        print(f"{store.folder}: {numbers['documents']:,} documents; all valid.", flush=True)
+  for name in (*documents[:1], *instructions):
+    validate_stores(workdir / name, settings.vocab)
+  for index in (workdir / "neighbors").glob("*/*/index.json") if documents else ():
+    array = ArrayStore(index.parent)
+    for start in range(0, len(array), ROWS_READ):
+      array[start : start + ROWS_READ]  # Raises UserError if a chunk is damaged.
   if atomic.exists(workdir / "raw" / stages.DONE):
     validate_raw(workdir / "raw", settings.raw.num_threads)
   else:
@@ -130,9 +111,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     validate(settings, workdir)
     return
   numbers = range(_FIRST_ROW.value, _FIRST_ROW.value + _ROWS.value)
-  name = config_flags.get_config_filename(flags.FLAGS["config"])
-  out = epath.Path(_OUT.value or "rows.html")
-  write_page(settings, workdir, out, _SPLIT.value, numbers, name)
+  show_rows(settings, workdir, epath.Path(_OUT.value or "rows.png"), _SPLIT.value, numbers)
 
 
 if __name__ == "__main__":

@@ -154,24 +154,14 @@ def batch_warnings(settings: Settings, pairs: int) -> list[str]:
   ]
 
 
-def conclude(settings: Settings, folder: epath.Path, summary: dict) -> None:
-  """Searches for near duplicates, adds their counts to `summary`, and prints the data's summary."""
-  from cm3leon_jax.data.checks import leaks
+def conclude(folder: epath.Path, summary: dict) -> None:
+  """Prints the summary of the data, and warnings."""
   from cm3leon_jax.data.raw import summary as raw_statistics
   from cm3leon_jax.data.raw import writer
 
-  near = None
-  # Drawings are similar by design. Their concepts already keep similar drawings in one split.
-  if settings.raw.source not in worlds.MODULES:
-    near = leaks.near_duplicates(folder, settings.raw.num_threads)
-    summary["compared_images"], summary["near_duplicates"] = near.compared, near.near
-    summary["leaked_heldout_images"] = near.leaked
   print("prepare_data:", ", ".join(f"{name} {value}" for name, value in summary.items()))
-  listed = (folder / writer.REJECTED).stat().length
-  more = f" ({folder / writer.REJECTED} lists what is left out)" if listed else ""
-  print(f"prepare_data: {raw_statistics.sentence(summary, settings.raw.resolution)}{more}.")
-  if near and near.near:
-    print(f"prepare_data: {printable(str(near))}.")
+  if (folder / writer.REJECTED).stat().length:
+    print(f"prepare_data: {folder / writer.REJECTED} lists what is left out.")
   for warning in raw_statistics.warnings(summary):
     print(f"prepare_data: warning: {warning}")
 
@@ -188,7 +178,7 @@ def _prepare(
   if raw.crops < 0:
     raw = dataclasses.replace(raw, crops=counting.crops_of(parts, raw.allow_outside))
   summary = ingest.prepare(raw, parts, folder, runner, drawn_source(settings))
-  conclude(dataclasses.replace(settings, raw=raw), folder, summary)
+  conclude(folder, summary)
   if counts:
     made = counting.counts_of(
       folder, summary, raw.resolution, settings.vocab.num_special, settings.text_tokenizer

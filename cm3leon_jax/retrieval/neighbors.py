@@ -15,23 +15,19 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.files.shards import Runner, forget, run_shards
 from cm3leon_jax.retrieval import index as index_lib
 from cm3leon_jax.retrieval import lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
-from cm3leon_jax.retrieval.bank import ARRAYS, Embeddings, EmbedJob, embed
+from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob, embed
 from cm3leon_jax.retrieval.config import RetrievalConfig
-from cm3leon_jax.runs import stages
-from cm3leon_jax.vocab import VocabLayout
 
 REASONS = ("own_group", "similar_to_query", "unlike_query", "similar_to_kept")
 # Split -> arrays of the results. The arrays text_* are of searches with the caption only.
 RESULTS = {"train": ("ids", "scores"), "heldout": ("ids", "scores", "text_ids", "text_scores")}
 QUERY_SHARE = 20  # A search shard has index_rows / QUERY_SHARE queries.
-READ_ROWS = 2**16  # Number of rows that `validate_neighbors` reads at a time.
 SELECT_BATCH = 1_024  # Number of documents whose candidates are in memory at a time.
 
 
@@ -357,41 +353,3 @@ def check_ids(path: epath.PathLike, ids: np.ndarray, bank: int) -> None:
       f"which has {bank} documents: run `cm3leon build_neighbors` again, on the documents "
       "of this bank."
     )
-
-
-def validate_neighbors(workdir: epath.PathLike, vocab: VocabLayout) -> dict[str, int]:
-  """Reads all arrays of a finished stage, and checks that all ids are in the bank.
-
-  Returns the numbers of documents in the bank, of arrays, and of neighbors. Raises UserError if a
-  file is absent, damaged or wrong. The message names the file and, if possible, the row.
-  """
-  folder, documents = epath.Path(workdir) / "neighbors", epath.Path(workdir) / "documents"
-  stages.check_files(folder)
-  bank, arrays, neighbors = len(Bank(documents, vocab)), 0, 0
-  for split in RESULTS:
-    pairs = len(DocumentStore(documents / f"{split}_pairs", vocab))
-    for name in ARRAYS:
-      _read_array(folder / split / name, bank if split == "train" else pairs)
-    for name in RESULTS[split]:
-      path = folder / f"{split}_pairs" / name
-      values = _read_array(path, pairs).read_all()
-      if name.endswith("ids"):
-        check_ids(path, values, bank)
-        neighbors += int((values >= 0).sum())
-      elif not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
-        raise UserError(f"{path}, row {row} is not finite: run `cm3leon build_neighbors`.")
-    arrays += len(ARRAYS) + len(RESULTS[split])
-  return {"documents": bank, "arrays": arrays, "neighbors": neighbors}
-
-
-def _read_array(path: epath.Path, rows: int) -> ArrayStore:
-  """Reads all rows of an array. Raises UserError if one is damaged or their number is wrong."""
-  store = ArrayStore(path)
-  if len(store) != rows:
-    raise UserError(
-      f"{path} has {len(store)} rows for {rows} documents: run `cm3leon build_neighbors` again."
-    )
-  for start in range(0, rows, READ_ROWS):
-    store[start : start + READ_ROWS]
-  return store

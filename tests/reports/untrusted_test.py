@@ -3,18 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from cm3leon_jax.reports import inspect_page, report
+from cm3leon_jax.reports import report
 from tests.data.raw_folder import write_raw
 from tests.reports import hostile
 from tests.reports.hostile import CONTROLS, HOSTILE
-from tests.reports.inspect_page_test import (  # noqa: F401 (fixtures)
-  VOCAB,
-  image_tokenizer,
-  pair,
-  plan,
-  text_tokenizer,
-  view_of,
-)
 from tests.reports.run_files import make_image, make_run
 
 
@@ -47,18 +39,6 @@ def test_the_report(tmp_path):
   html = page_of(tmp_path / "hostile", HOSTILE)
   hostile.check(html, page_of(tmp_path / "harmless", "a red cat"))
   assert html.count("⟨U+001B⟩[2J") > 10  # Control characters are shown.
-
-
-@pytest.mark.usefixtures("plan")
-def test_the_page_of_rows(plan, text_tokenizer, image_tokenizer):  # noqa: F811 (fixtures)
-  pages = []
-  for text in ("a red cat", HOSTILE):
-    document = pair(text, text_tokenizer.encode(text)[:60])
-    about = {"source": text, "license": text, "attribution": text, "group": text}
-    row = view_of(type(document)(document.key, document.segments, **about), length=600)
-    decoder = inspect_page.make_decoder([row], VOCAB, text_tokenizer, image_tokenizer)
-    pages.append(inspect_page.render([row], plan, decoder, text, text))
-  hostile.check(pages[1], pages[0])
 
 
 @pytest.mark.parametrize("text", [*CONTROLS, "\ud800", "a\x85b"])

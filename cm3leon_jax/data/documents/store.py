@@ -219,7 +219,7 @@ class DocumentStore:
 
   The store compares each array with its digest when it opens the array. It verifies the checksum
   and the segment lengths of each record that it reads. It compares only the size of a record file;
-  `validate.validate_store` compares the digest.
+  `validate.validate_stores` compares the digest.
 
   Attributes (arrays are mapped into memory):
     offsets: [N + 1] int64. The segments of document i are `offsets[i]` to `offsets[i + 1]`.

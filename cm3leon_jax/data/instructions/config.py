@@ -205,11 +205,10 @@ def make_task(values: Any) -> InstructionTask:
 
 
 def check_format(task: InstructionTask) -> None:
-  """Checks that the splits and the template fields of a task fit its format.
+  """Checks that the splits of a task fit its format. `tasks.join_record` checks its templates.
 
   Raises:
-    FieldError: the format or a split is unknown, the training split is also the held-out split, a
-      template has a field that the records lack, or a template has an image inside a text.
+    FieldError: the format or a split is unknown, or the training split is also the held-out split.
   """
   world = worlds.world_of_format(task.format)
   if not world and task.format not in FORMATS:
@@ -231,34 +230,6 @@ def check_format(task: InstructionTask) -> None:
     for field in ("records", "heldout_records"):
       if not getattr(task, field) and (task.heldout or field == "records"):
         raise FieldError(f"{field} is 0, but {world} are unlimited: set a number.", (field,))
-  elif FORMATS[task.format].images:
-    _check_fields(task, FORMATS[task.format].texts, FORMATS[task.format].images)
-
-
-def _check_fields(task: InstructionTask, texts: tuple[str, ...], images: tuple[str, ...]) -> None:
-  """Checks that the fields of maps and templates fit the fields of the records."""
-  if task.maps and task.target not in images:
-    raise FieldError(
-      f"maps require an image as the target, but the target is '{task.target}'.", ("maps",)
-    )
-  if taken := [field for field in task.maps if field in (*texts, *images)]:
-    raise FieldError(f"maps has '{taken[0]}', a field of the records: rename it.", ("maps", *taken))
-  images = (*images, *task.maps)
-  for place, template in enumerate(task.templates):
-    for segment in split_template(template):
-      for field in fields_of(segment):
-        if field not in (*texts, *images):
-          raise FieldError(
-            f"the template '{template}' has the field {{{field}}}; records of format "
-            f"'{task.format}' have {', '.join((*texts, *images))}.",
-            ("templates", place),
-          )
-        if field in images and segment != f"{{{field}}}":
-          raise FieldError(
-            f"the template '{template}' has the image {{{field}}} inside a text: put {BREAK} "
-            "between them.",
-            ("templates", place),
-          )
 
 
 def _own_tasks(values: Any) -> tuple[InstructionTask, ...]:

@@ -191,15 +191,9 @@ def read_scienceqa(
     split: "train", "val" or "test".
   """
   content = load_json(problems)
-  seen = set()
-  for key in field_of(load_json(splits), split, list, splits):
-    if not isinstance(key, str) or key not in content:
-      raise UserError(f"{splits} has problem {key!r} in '{split}', which is not in {problems}.")
-    if key in seen:
-      raise UserError(f"{splits} lists problem {key} twice in '{split}'; list it once.")
-    seen.add(key)
-    entry, where = content[key], f"{problems}, problem {key}"
-    if isinstance(entry, dict) and entry.get("image", "") is None:
+  for key in text_list(load_json(splits), split, str(splits)):
+    entry, where = field_of(content, key, dict, problems), f"{problems}, problem {key}"
+    if entry.get("image", "") is None:
       continue
     name = field_of(entry, "image", str, where)
     choices = text_list(entry, "choices", where)
@@ -235,18 +229,19 @@ def read_instruct_pix2pix(
     images: folder that contains FOLDER/SEED_0.jpg and FOLDER/SEED_1.jpg.
     split: "train" (the first 90% of seeds.json), "val" (the next 5%) or "test" (the last 5%).
   """
-  folders = _seeds_by_folder(seeds)
+  folders = {}
+  for entry in load_json(seeds, list):
+    match entry:
+      case [str(folder), list(listed)]:
+        folders[folder] = [str(seed) for seed in listed]
+      case _:
+        raise UserError(f"{seeds} must list each folder with the list of its seeds.")
   start, stop = (len(folders) * twentieths // 20 for twentieths in PIX2PIX[split])
   names = {"instruction": "edit", "input_caption": "input", "output_caption": "output"}
   beside = dataclasses.replace(images, path=os.fspath(epath.Path(seeds).parent))
   for folder in list(folders)[start:stop]:
     where = f"{seeds}, folder {folder}"
     file = epath.Path(beside.find(posixpath.join(folder, "prompt.json"), where, "file"))
-    if not file.exists():
-      raise UserError(
-        f"{seeds} names {file}, which does not exist; give all folders of the release, or list "
-        "only the existing ones."
-      )
     prompt = load_json(file)
     texts = {name: field_of(prompt, field, str, file).strip() for name, field in names.items()}
     for seed in folders[folder]:
@@ -256,22 +251,6 @@ def read_instruct_pix2pix(
         for number, name in enumerate(("before", "after"))
       }
       yield Record(f"{folder}/{seed}", folder, texts, pair)
-
-
-def _seeds_by_folder(file: epath.PathLike) -> dict[str, list[str]]:
-  """Returns a dict from folder to seeds. Raises UserError if an entry of seeds.json is invalid."""
-  folders = {}
-  for number, entry in enumerate(load_json(file, list), 1):
-    where = f"{file}, entry {number}"
-    if not (isinstance(entry, list) and [type(value) for value in entry] == [str, list]):
-      raise UserError(f"{where} must be a list of a folder name and the list of its seeds.")
-    folder, seeds = entry[0], [str(seed) for seed in entry[1]]
-    if folder in folders:
-      raise UserError(f"{where} has folder {folder} a second time; list it once.")
-    if len(set(seeds)) < len(seeds):
-      raise UserError(f"{where}, folder {folder}, has a seed twice; list each seed once.")
-    folders[folder] = seeds
-  return folders
 
 
 def read_llava(file: epath.PathLike, images: ImageFolder, split: str) -> Iterator[Record]:

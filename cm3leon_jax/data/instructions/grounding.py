@@ -8,7 +8,7 @@ from etils import epath
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.records import Record, caption_records
 from cm3leon_jax.data.published import files
-from cm3leon_jax.data.published.releases import entries_by_id, field_of, load_json
+from cm3leon_jax.data.published.releases import field_of, load_json
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 
 SIDE = 256  # Image side for locations, in pixels. It is the same for every resolution of a run.
@@ -49,46 +49,20 @@ def read_coco_objects(
 def _objects_by_image(file: epath.PathLike) -> dict[int, str]:
   """Returns a dict from image id to the text that describes the objects."""
   content = load_json(file)
-  listed = entries_by_id(field_of(content, "images", list, file), "id", int, f"{file}, images")
-  categories = field_of(content, "categories", list, file)
-  categories = entries_by_id(categories, "id", int, f"{file}, categories")
-  names = {
-    key: field_of(entry, "name", str, f"{file}, category {key}")
-    for key, entry in categories.items()
-  }
-  sizes = {key: _size_of(entry, f"{file}, image {key}") for key, entry in listed.items()}
-  found: dict[int, list[tuple[str, Box]]] = {key: [] for key in listed}
-  for number, entry in enumerate(field_of(content, "annotations", list, file), 1):
-    where = f"{file}, annotation {number}"
-    image_id, category_id, crowd = (
-      field_of(entry, name, int, where) for name in ("image_id", "category_id", "iscrowd")
-    )
-    for name, key, known in (("image_id", image_id, sizes), ("category_id", category_id, names)):
-      if key not in known:
-        raise UserError(f"{where} has {name} {key}, which is not listed in the file.")
-    box = square_box(_box_of(entry, where), *sizes[image_id])
-    if box is not None and not crowd:
-      found[image_id].append((names[category_id], box))
+  images, categories, boxes = (
+    field_of(content, name, list, file) for name in ("images", "categories", "annotations")
+  )
+  try:
+    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+    names = {category["id"]: category["name"] for category in categories}
+    found: dict[int, list[tuple[str, Box]]] = {key: [] for key in sizes}
+    for entry in boxes:
+      box = square_box(entry["bbox"], *sizes[entry["image_id"]])
+      if box is not None and not entry["iscrowd"]:
+        found[entry["image_id"]].append((names[entry["category_id"]], box))
+  except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+    raise UserError(f"{file} has the wrong format: {error!r}.") from error
   return {key: describe_objects(objects) for key, objects in found.items()}
-
-
-def _size_of(entry: dict, where: str) -> tuple[int, int]:
-  width, height = (field_of(entry, name, int, where) for name in ("width", "height"))
-  if width < 1 or height < 1:
-    raise UserError(f"{where} has {width} x {height} pixels; both must be at least 1.")
-  return width, height
-
-
-def _box_of(entry: dict, where: str) -> Sequence[float]:
-  box = field_of(entry, "bbox", list, where)
-  numbers = [x for x in box if isinstance(x, int | float) and not isinstance(x, bool)]
-  # The comparison also rejects NaN and infinity, which Python's JSON parser accepts.
-  right = len(box) == len(numbers) == 4 and all(abs(x) < 2**31 for x in numbers)
-  if not right or min(numbers[2:]) < 0:
-    raise UserError(
-      f"{where} has the bbox {box}; it must be left, top, width and height in pixels."
-    )
-  return numbers
 
 
 def square_box(bbox: Sequence[float], width: int, height: int) -> Box | None:

@@ -219,13 +219,9 @@ def read_paragraphs(
   entries: dict[int, dict[str, Any]] = {}
   for number, entry in enumerate(load_json(file, list), 1):
     entries.setdefault(field_of(entry, "image_id", int, f"{file}, entry {number}"), entry)
-  seen = set()
   for image_id in load_json(split, list):
     if not isinstance(image_id, int) or image_id not in entries:
       raise UserError(f"{split} has image {image_id!r}, which has no paragraph in {file}.")
-    if image_id in seen:
-      raise UserError(f"{split} has image {image_id} twice; list it once.")
-    seen.add(image_id)
     where = f"{file}, image {image_id}"
     url = field_of(entries[image_id], "url", str, where)
     folder, name = posixpath.split(url)
@@ -257,15 +253,11 @@ def read_visdial(
   entries = entries_by_id(
     field_of(data, "dialogs", list, where), "image_id", int, f"{dialogs}, dialogs"
   )
-  keys = set()
   for number, judged in enumerate(load_json(dense, list), 1):
     where = f"{dense}, entry {number}"
     image_id, round_id = (field_of(judged, name, int, where) for name in ("image_id", "round_id"))
     key = f"{image_id}/{round_id}"
     where = f"{dense}, image {image_id}, round {round_id}"
-    if key in keys:
-      raise UserError(f"{where} occurs twice; each round must occur once.")
-    keys.add(key)
     if image_id not in entries:
       raise UserError(f"{where} has no dialog in {dialogs}; give two files of the same split.")
     example = _dialog_round(entries[image_id], round_id, questions, answers, dialogs)

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.sources.lines import strict_lines
+from cm3leon_jax.data.sources.lines import file_lines
 
 KINDS = {str: "a text", int: "an integer", list: "a list", dict: "an object"}
 
@@ -50,10 +50,9 @@ def read_json_lines(file: epath.PathLike) -> Iterator[tuple[str, object]]:
   """Yields (place, content) of each nonblank line, e.g. ("a.jsonl, line 1", {...}).
 
   Raises:
-    UserError: a line is not JSON or is longer than `lines.MAX_LINE`. The message names the file
-      and the line.
+    UserError: a line is not JSON. The message names the file and the line.
   """
-  for where, line in strict_lines(file):
+  for where, line in file_lines(file):
     try:
       content = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -9,7 +9,6 @@ from cm3leon_jax.config import STRICT
 
 Format = Literal["auto", "folder", "sidecars", "webdataset", "parquet", "text"]
 Crop = Literal["center", "pad"]
-MOVED = ("openmoji", "docstrings")  # Former built-in sources, now in examples/openmoji.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -54,11 +53,3 @@ class RawConfig:
   documents. Records that have a field `split` are not counted."""
   num_threads: PositiveInt = 8
   """Number of images that are read, scaled and written in parallel."""
-
-  def __post_init__(self) -> None:
-    if self.source in MOVED:
-      raise ValueError(
-        f"source is '{self.source}', which is no longer a built-in source: write its records to a "
-        "folder with examples/openmoji/make_data.py and train with examples/openmoji/config.py, or "
-        f"use the version that made this run (./{self.source} names a folder)."
-      )

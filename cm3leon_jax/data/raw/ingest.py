@@ -15,7 +15,7 @@ from cm3leon_jax.data.raw.reader import INDEX, SCHEMA_VERSION, load_with_size
 from cm3leon_jax.data.raw.writer import FILES, REJECTED, write_shard
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.drawn import DrawnSource
-from cm3leon_jax.data.sources.records import KINDS, NOTES, SPLITS, origin_counts
+from cm3leon_jax.data.sources.records import KINDS, SPLITS, origin_counts
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.files.shards import Runner, run_shards
@@ -35,7 +35,7 @@ class Rejections:
 
   def add(self, summary: dict) -> None:
     """Adds the counts of a shard. Calls `check` after at least CHECK_FROM records."""
-    wrong = {reason: n for reason, n in summary["rejected"].items() if reason not in NOTES}
+    wrong = summary["rejected"]
     self._reasons.update(wrong)
     counts = summary["counts"]
     self._seen += sum(counts.get(f"{split}_{kind}", 0) for split in SPLITS for kind in KINDS)
@@ -192,9 +192,7 @@ class _Ingest:
       numbers = dict(collections.Counter(map(self.drawn.number_of, pairs)))
       return write_shard(self.config, folder, pairs, self._draw, numbers, len(pairs))
     load = functools.partial(load_with_size, crop=self.config.crop)
-    limits = self.config.allow_outside, self.config.max_caption_characters
-    items = formats.read(part, *limits)
-    return write_shard(self.config, folder, items, load)
+    return write_shard(self.config, folder, formats.read(part, self.config.allow_outside), load)
 
   def _draw(self, image: str, resolution: int) -> tuple[np.ndarray, tuple[int, int]]:
     """Draws an image. Returns its pixels and its size."""

@@ -21,7 +21,6 @@ from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.raw.reader import IMAGE_DIGESTS, kind_of
 from cm3leon_jax.data.sources.records import (
   KINDS,
-  NOTES,
   ORIGIN_FIELDS,
   SPLITS,
   RawPair,
@@ -29,7 +28,6 @@ from cm3leon_jax.data.sources.records import (
   Rejected,
   batches,
   images_of,
-  long_caption,
   origin_counts,
   with_images,
 )
@@ -100,7 +98,10 @@ class _Writer:
     self._keys[type(item)].add(item.key)
     longest = self.config.max_caption_characters
     if isinstance(item, RawPair) and len(item.caption) > longest:
-      message = long_caption(item.key, len(item.caption), longest)
+      message = (
+        f"key '{item.key}': the caption has {len(item.caption)} characters, but "
+        f"raw.max_caption_characters is {longest}."
+      )
       return Rejected(item.source, item.key, "long_caption", message)
     concept = getattr(item, "concept", "") or getattr(item, "group", "") or item.key
     split = item.split or split_of(concept, self.config.heldout_fraction)
@@ -167,7 +168,7 @@ class _Writer:
     if item is None:
       return
     if isinstance(item, Rejected):  # Written in ASCII, because names may be invalid Unicode.
-      self._first = self._first or (item.message if item.reason not in NOTES else "")
+      self._first = self._first or item.message
       self._reasons[item.reason] += 1
       self._files[REJECTED].write(json.dumps(dataclasses.asdict(item)) + "\n")
       return
@@ -194,7 +195,7 @@ class _Writer:
     if self.config.licenses:
       more = {**more, "other_licenses": self._other_licenses}
     for reason, n in self._reasons.items():
-      more = more | {reason if reason in NOTES else raw_statistics.REJECTED + reason: n}
+      more = more | {raw_statistics.REJECTED + reason: n}
     listed = origin_counts(
       {**dict(zip(ORIGIN_FIELDS, origin)), "records": n} for origin, n in self._origins.items()
     )

@@ -56,9 +56,8 @@ class WindowStarts:
   The file has a line `{"fingerprint": ...}` and one line for each window except window 0:
   `{"window": 1, "first_row": 9012, "taken": [..], "used": [..], "digest": "9f86d081884c7d65"}`.
   The digest covers all lines up to this line, so it detects changed, missing, swapped and repeated
-  lines. An incomplete last line is ignored, because a killed run may leave such a line. A file of
-  an earlier version has no digests. The first damaged line of such a file and all later lines are
-  ignored. Then digests are added.
+  lines. An incomplete last line is ignored, because a killed run may leave such a line. The lines
+  of a file without digests, from an earlier version, are ignored: their windows are planned again.
   """
 
   def __init__(
@@ -120,27 +119,18 @@ class WindowStarts:
       )
     lines = text[len(self._header) :].split("\n")
     incomplete = lines.pop()  # "" if the last line is complete.
-    digested = any('"digest"' in line for line in lines)
+    if not any('"digest"' in line for line in lines):
+      return
     for number, line in enumerate(lines, 2):
       found = _start_of(line, len(self), len(self._starts[0].taken))
       if found is not None:
         self._append(found[0])
-      if digested and (found is None or found[1] != self._digests[-1]):
+      if found is None or found[1] != self._digests[-1]:
         raise UserError(
           f"{self._path}, line {number} changed after the run wrote it: restore the file from a "
           "copy, or delete this line and all later lines; the run plans their windows again."
         )
-      if found is None:
-        break
-    if digested:
-      self._whole = not incomplete
-    elif self._writes and len(self) > 1:
-      print(
-        f"{self._path} is from an earlier version, without digests of its {len(self) - 1} lines: "
-        "they are read without a check, and get digests now.",
-        flush=True,
-      )
-      self._rewrite()
+    self._whole = not incomplete
 
   def _write(self, window: int) -> None:
     assert self._path is not None

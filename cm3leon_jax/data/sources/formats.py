@@ -16,7 +16,7 @@ import fsspec
 from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.data.sources.archives import parquet_rows, tar_samples
 from cm3leon_jax.data.sources.image_folder import ImageFolder
-from cm3leon_jax.data.sources.lines import csv_rows, json_lines, whole_text
+from cm3leon_jax.data.sources.lines import csv_rows, decode, json_lines
 from cm3leon_jax.data.sources.records import (
   RawInterleaved,
   RawPair,
@@ -198,18 +198,13 @@ def _root(path: str, files: Collection[str]) -> str:
   return posixpath.dirname(path) if path in files else path
 
 
-def read(
-  part: SourcePart, allow_outside: bool = False, longest_caption: int | None = None
-) -> Iterator[Record | Rejected]:
+def read(part: SourcePart, allow_outside: bool = False) -> Iterator[Record | Rejected]:
   """Yields the records of a part in a fixed order, with a `Rejected` in place of an invalid record.
 
-  With `allow_outside`, records may name images outside the folder of their file. `longest_caption`
-  is the maximum caption length in characters. None allows any length. Only the Parquet reader
-  applies this limit. With other readers, the caller must check the length.
+  With `allow_outside`, records may name images outside the folder of their file.
   """
-  rows = functools.partial(parquet_rows, longest_caption=longest_caption)
   readers: dict[str, Callable[..., Iterator[Record | Rejected]]]
-  readers = {"folder": _folder, "webdataset": tar_samples, "parquet": rows, "text": _text}
+  readers = {"folder": _folder, "webdataset": tar_samples, "parquet": parquet_rows, "text": _text}
   if part.kind == "sidecars":
     fs, root = _filesystem(part.files[0])
     files = [_filesystem(file)[1] for file in part.files[1:]]
@@ -384,7 +379,7 @@ def _text(
   name = posixpath.basename(file)
   if suffix_of(file) == "txt":
     try:
-      text = whole_text(fs, file)
+      text = decode(fs.cat_file(file), file)
     except RecordError as error:
       yield Rejected(file, name, error.reason, str(error))
       return

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from cm3leon_jax.config import short, without_addresses
 
-MAX_DEPTH = 50  # Maximum nesting depth of `facts`.
 # Field -> names of the field in other tools. The first name that a record has is used.
 ALIASES = {
   "image": ("image", "file_name", "image_path", "path", "jpg", "png", "image_bytes", "bytes"),
@@ -119,10 +118,6 @@ def batches(items: Iterable, count: int, size: int) -> Iterator[list]:
     yield batch
 
 
-# Reasons why a second caption or image of a record is omitted. The record itself is valid.
-NOTES = ("conflicting_captions", "image_of_same_name")
-
-
 @dataclasses.dataclass(frozen=True)
 class Rejected:
   """A rejected record, with its file, its key, the reason, and a message for the user."""
@@ -186,12 +181,6 @@ def _check_value(name: str, value: Any, required: bool, where: str) -> None:
   if name == "facts":
     if not isinstance(value, dict):
       raise RecordError(f"{where}: field 'facts' is {short(value)}; it must be a JSON object.")
-    if _depth(value) > MAX_DEPTH:
-      raise RecordError(f"{where}: field 'facts' has more than {MAX_DEPTH} levels.")
-    try:
-      value = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
-      raise RecordError(f"{where}: field 'facts' is not JSON ({error}).") from error
   elif not isinstance(value, str):
     raise RecordError(f"{where}: field '{name}' is {short(value)}; it must be a string.")
   elif required and not value.strip():
@@ -199,21 +188,9 @@ def _check_value(name: str, value: Any, required: bool, where: str) -> None:
     message = f"{where}: field '{name}' is empty; give it a text, or remove the record."
     raise RecordError(message, reason)
   try:
-    value.encode()
-  except UnicodeEncodeError as error:
-    raise RecordError(
-      f"{where}: field '{name}' contains half of a surrogate pair; it must be valid Unicode."
-    ) from error
-
-
-def _depth(value: Any) -> int:
-  """Counts the nesting levels of lists and objects. Stops counting at MAX_DEPTH + 1."""
-  level, depth = [value], 0
-  while level and depth <= MAX_DEPTH:
-    depth += 1
-    inner = [list(x.values()) if isinstance(x, dict) else x for x in level]
-    level = [y for x in inner if isinstance(x, list) for y in x if isinstance(y, dict | list)]
-  return depth
+    json.dumps(value, ensure_ascii=False).encode()
+  except (TypeError, ValueError, RecursionError) as error:  # For example, half a surrogate pair.
+    raise RecordError(f"{where}: field '{name}' is not valid JSON ({error}).") from error
 
 
 def _checked_segments(segments: Any, where: str) -> tuple[dict, ...]:
@@ -258,14 +235,6 @@ def checked_record(cls: type[Record], values: dict, file: str, where: str) -> Re
     return make_record(cls, values, where)
   except RecordError as error:
     return Rejected(file, str(key_of(values, "")), error.reason, str(error))
-
-
-def long_caption(key: str, length: int, longest: int) -> str:
-  """Returns the message about a caption longer than `RawConfig.max_caption_characters`."""
-  return (
-    f"key '{key}': the caption has {length} characters, but raw.max_caption_characters is "
-    f"{longest}."
-  )
 
 
 def key_of(values: Mapping, default: Any) -> Any:

@@ -5,8 +5,6 @@ The same rules apply to members of a WebDataset tar and to files in a folder.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
-import difflib
-import functools
 import itertools
 import json
 import os
@@ -15,7 +13,6 @@ import zlib
 
 import fsspec
 
-from cm3leon_jax.data.sources.lines import whole_file
 from cm3leon_jax.data.sources.records import (
   RawPair,
   Record,
@@ -37,15 +34,6 @@ THREADS = 8  # Number of samples whose files are read in parallel.
 _IMAGES = (*IMAGE_SUFFIXES, *OTHER_IMAGES)
 
 
-@functools.cache
-def _is_image(suffix: str) -> bool:
-  """Returns whether a lower-case suffix is an image suffix, or a misspelled one such as "jpq"."""
-  return suffix in _IMAGES or (
-    suffix not in CAPTION_SUFFIXES
-    and bool(difflib.get_close_matches(suffix, IMAGE_SUFFIXES, 1, cutoff=0.66))
-  )
-
-
 def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
   """Groups the names of images and caption files by stem, the path without the suffix.
 
@@ -54,7 +42,7 @@ def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
   """
   stems: dict[str, list[str]] = {}
   for name in names:
-    if _is_image(suffix := suffix_of(name)) or suffix in CAPTION_SUFFIXES:
+    if suffix_of(name) in (*_IMAGES, *CAPTION_SUFFIXES):
       stems.setdefault(name.rpartition(".")[0], []).append(name)
   return stems
 
@@ -67,7 +55,7 @@ def suffix_of(name: str) -> str:
 
 def has_image(names: Iterable[str]) -> bool:
   """Returns whether at least one file is an image."""
-  return any(_is_image(suffix_of(name)) for name in names)
+  return any(suffix_of(name) in _IMAGES for name in names)
 
 
 def has_caption(names: Iterable[str]) -> bool:
@@ -103,39 +91,35 @@ def folder_samples(
   stems, known = iter(by_stem(files).items()), set(files)
   with futures.ThreadPoolExecutor(THREADS) as pool:
     while batch := list(itertools.islice(stems, 2 * THREADS)):
-      for items in pool.map(lambda sample: _folder_sample(fs, root, *sample), batch):
-        for item in items:
-          image = item.image if isinstance(item, RawPair) else ""
-          where = posixpath.join(root, image) if isinstance(image, str) and image else root
-          yield images(item, root, where, known)
+      for item in pool.map(lambda sample: _folder_sample(fs, root, *sample), batch):
+        image = item.image if isinstance(item, RawPair) else ""
+        where = posixpath.join(root, image) if isinstance(image, str) and image else root
+        yield images(item, root, where, known)
 
 
 def _folder_sample(
   fs: fsspec.AbstractFileSystem, root: str, stem: str, names: list[str]
-) -> list[Record | Rejected]:
+) -> Record | Rejected:
   """Reads the caption files of one sample. Image paths in the result are relative to `root`."""
-  where = next((name for name in names if _is_image(suffix_of(name))), names[0])
+  where = next((name for name in names if suffix_of(name) in _IMAGES), names[0])
   key = posixpath.relpath(stem, root)
   sample: dict[str, bytes | str] = {}
   for name in names:
     suffix = name.rpartition(".")[2]
-    if _is_image(suffix.lower()):
+    if suffix.lower() in _IMAGES:
       sample[suffix] = posixpath.relpath(name, root)
     elif "file" in fs.protocol and os.path.islink(name):
       message = f"{name} is a link, which is not read: replace it by the file itself."
-      return [Rejected(where, key, "linked_file", message)]
+      return Rejected(where, key, "linked_file", message)
     else:
-      try:
-        sample[suffix] = whole_file(fs, name)
-      except RecordError as error:
-        return [Rejected(where, key, error.reason, str(error))]
-  return list(sample_records(where, where, key, sample, source=root))
+      sample[suffix] = fs.cat_file(name)
+  return sample_record(where, where, key, sample, source=root)
 
 
-def sample_records(
+def sample_record(
   file: str, where: str, key: str, sample: Mapping[str, bytes | str], source: str
-) -> Iterator[Record | Rejected]:
-  """Yields the pair of a sample, or `Rejected`. Then yields a note per omitted caption or image.
+) -> Record | Rejected:
+  """Returns the pair of a sample, with its first image and its first caption that is not blank.
 
   Args:
     sample: suffix -> content of a file, or path of an image.
@@ -144,40 +128,32 @@ def sample_records(
   try:
     about, captions = _captions(where, sample)
   except RecordError as error:
-    yield Rejected(file, key, error.reason, str(error))
-    return
+    return Rejected(file, key, error.reason, str(error))
   values = {k: v if k in ("caption", "facts") else str(v) for k, v in about.items()}
   values = {"source": source, **values, "key": key}
   values.pop("image", None)
-  found = [s for s, text in captions.items() if not isinstance(text, str) or text.strip()]
   if captions:
-    text = captions[found[0]] if found else ""
+    found = (text for text in captions if not isinstance(text, str) or text.strip())
+    text = next(found, "")
     values["caption"] = text.strip() if isinstance(text, str) else text
-  order = {suffix: i for i, suffix in enumerate(_IMAGES)}
-  images = sorted(
-    (s for s in sample if _is_image(s.lower())), key=lambda s: (order.get(s.lower(), len(order)), s)
-  )
+  found_images = (s for s in sample if s.lower() in _IMAGES)
+  images = sorted(found_images, key=lambda s: (_IMAGES.index(s.lower()), s))
   stem = posixpath.basename(key)
   if not images and "caption" in values:
     message = f"{where} has no image; it must have one of .{', .'.join(IMAGE_SUFFIXES)}."
-    yield Rejected(file, key, "missing_image", message)
-  elif not images:
+    return Rejected(file, key, "missing_image", message)
+  if not images:
     message = f"{where} has no image and no caption, only {', '.join(sample)}."
-    yield Rejected(file, key, "malformed_record", message)
-  elif images[0].lower() not in _IMAGES:
-    message = f"{where} is not read: its suffix is not one of .{', .'.join(IMAGE_SUFFIXES)}."
-    yield Rejected(file, key, "unknown_suffix", message)
-  elif not captions:
+    return Rejected(file, key, "malformed_record", message)
+  if not captions:
     message = f"{where} has no caption; give it one in {stem}.txt, {stem}.caption or {stem}.json."
-    yield Rejected(file, key, "missing_caption", message)
-  else:
-    yield checked_record(RawPair, {**values, "image": sample[images[0]]}, file, where)
-    yield from _left_out(file, where, key, captions, found, images)
+    return Rejected(file, key, "missing_caption", message)
+  return checked_record(RawPair, {**values, "image": sample[images[0]]}, file, where)
 
 
-def _captions(where: str, sample: Mapping[str, bytes | str]) -> tuple[dict, dict]:
-  """Returns the fields of the .json file, and captions by suffix, the preferred one first."""
-  about, captions = {}, {}
+def _captions(where: str, sample: Mapping[str, bytes | str]) -> tuple[dict, list]:
+  """Returns the fields of the .json file, and the captions, the preferred one first."""
+  about, captions = {}, []
   for preferred in CAPTION_SUFFIXES:
     for suffix in [s for s in sample if s.lower() == preferred]:
       try:
@@ -190,23 +166,10 @@ def _captions(where: str, sample: Mapping[str, bytes | str]) -> tuple[dict, dict
       except (ValueError, RecursionError) as error:
         raise RecordError(f"{where}: its .{suffix} is not valid JSON ({error}).") from error
       if preferred != "json":
-        captions[suffix] = text
+        captions.append(text)
         continue
       about = renamed(fields) if isinstance(fields, dict) else {}
       about = {name: value for name, value in about.items() if value is not None}
       if "caption" in about:
-        captions[suffix] = about["caption"]
+        captions.append(about["caption"])
   return about, captions
-
-
-def _left_out(
-  file: str, where: str, key: str, captions: dict, found: list[str], images: list[str]
-) -> Iterator[Rejected]:
-  """Yields a note for each caption and each image that the pair of a sample does not use."""
-  for suffix in found[1:]:
-    if str(captions[suffix]).split() != str(captions[found[0]]).split():
-      message = f"{where}: the captions in .{found[0]} and .{suffix} differ; .{found[0]} is used."
-      yield Rejected(file, key, "conflicting_captions", message)
-  for suffix in images[1:]:
-    message = f"{where}: .{images[0]} and .{suffix} have the same name; .{images[0]} is used."
-    yield Rejected(file, key, "image_of_same_name", message)

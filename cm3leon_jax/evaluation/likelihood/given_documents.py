@@ -22,7 +22,7 @@ from cm3leon_jax.data.documents.encode import texts_of
 from cm3leon_jax.data.documents.store import INDEX, Document, DocumentStore, Segment
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.image_folder import BY_FLAG, ImageFolder
-from cm3leon_jax.data.sources.lines import strict_lines
+from cm3leon_jax.data.sources.lines import file_lines
 from cm3leon_jax.data.sources.records import (
   RawInterleaved,
   RawPair,
@@ -112,7 +112,7 @@ class DocumentFile:
 
   def _records(self) -> Iterator[tuple[str, Record]]:
     """Yields (where, record) for every line that is not blank."""
-    for count, (where, line) in enumerate(strict_lines(self.path)):
+    for count, (where, line) in enumerate(file_lines(self.path)):
       try:
         text = line.decode("utf-8").strip()
       except UnicodeDecodeError as error:

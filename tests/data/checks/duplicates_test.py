@@ -5,7 +5,7 @@ from PIL import Image, ImageEnhance
 import pytest
 
 from cm3leon_jax.data.checks import duplicates
-from cm3leon_jax.data.checks.duplicates import MAX_BITS, MIN_PSNR
+from cm3leon_jax.data.checks.duplicates import MAX_BITS
 
 
 def photo(seed: int, size: int = 64) -> np.ndarray:
@@ -58,13 +58,6 @@ def test_changed_copies_are_near_and_other_images_are_far(name):
     assert distances(other, copy)[1] > 4 * MAX_BITS
 
 
-def test_darker_copies_are_found_by_their_hash_alone():
-  image = photo(1)
-  psnr, distance = distances(image, COPIES["darker"](Image.fromarray(image)))
-  assert psnr < MIN_PSNR
-  assert distance <= MAX_BITS
-
-
 def test_psnr_is_that_of_the_definition():
   assert distances(solid(0, 0, 0), solid(51, 51, 51))[0] == pytest.approx(20 * np.log10(5))
   assert distances(solid(9, 9, 9), solid(9, 9, 9))[0] == np.inf
@@ -75,13 +68,6 @@ def test_without_texture_only_the_color_counts():
   assert distances(red, blue)[1] == distances(red, red)[1] == 1
   assert duplicates.is_near(*distances(red, dark_red))
   assert not duplicates.is_near(*distances(red, blue))
-
-
-def test_thumbnails_are_never_further_apart_than_the_images():
-  for seed in range(10):
-    a, b = photo(seed).astype(np.float64), photo(seed + 50).astype(np.float64)
-    full = 10 * np.log10(255**2 / np.mean((a - b) ** 2))
-    assert distances(photo(seed), photo(seed + 50))[0] >= full - 0.05  # Thumbnails are rounded.
 
 
 def test_two_patterns_of_one_brightness_differ_by_color():

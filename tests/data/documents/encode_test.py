@@ -1,18 +1,14 @@
-import functools
 import json
 
-import jax
 import numpy as np
 from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.checks.validate import validate_store
 from cm3leon_jax.data.documents.encode import (
   EncodeJob,
   code_usage,
   encode_documents,
-  load_tokenizers,
 )
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import ingest, reader
@@ -20,12 +16,10 @@ from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources.records import SPLITS
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.runs import stages, table
-from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 from tests.refusals import refused
-from tests.tokenizers.tiny import tiny_config
 
 VOCAB = VocabLayout(num_special=8, text_size=280, image_size=16)
 CAPTIONS = [f"a {color} square </s>" for color in ("red", "green", "blue", "gray", "white")]
@@ -126,16 +120,6 @@ def test_interleaved_documents_keep_their_order(raw, text_tokenizer, tmp_path):
   assert codes == [[0, 15, 0, 0], [3, 15, 3, 3]]
 
 
-def test_the_outcome_does_not_depend_on_the_batch_size(raw, text_tokenizer, tmp_path):
-  assert encode(raw, text_tokenizer, tmp_path / "a", batch_size=1) == encode(
-    raw, text_tokenizer, tmp_path / "b", batch_size=64
-  )
-  a, b = (DocumentStore(tmp_path / name / "train_pairs", VOCAB) for name in "ab")
-  assert all(
-    a[i].segments[1].tokens.tolist() == b[i].segments[1].tokens.tolist() for i in range(len(a))
-  )
-
-
 def test_long_captions_lose_their_end(raw, text_tokenizer, tmp_path):
   whole = encode(raw, text_tokenizer, tmp_path / "whole")["train"]
   cut = encode(raw, text_tokenizer, tmp_path / "cut", max_caption_tokens=3)["train"]
@@ -158,41 +142,28 @@ def test_a_lost_shard_is_encoded_again_and_the_stage_is_the_same(raw, text_token
     with stages.once(folder, {}, files=table.STAGES["documents"].files):
       encode(raw, text_tokenizer, folder)
     ids.append(stages.require(tmp_path, "documents")["id"])
-    assert validate_store(DocumentStore(folder / "train_pairs", VOCAB))["documents"] == 15
+    store = DocumentStore(folder / "train_pairs", VOCAB)
+    assert len([store[i] for i in range(len(store))]) == 15
   assert len(set(ids)) == 1
 
 
 def test_codes_outside_the_vocabulary_are_refused(raw, text_tokenizer, tmp_path):
-  with refused(UserError):
+  with refused(UserError, "config.vocab.image_size", "16"):
     encode(raw, text_tokenizer, tmp_path, levels=17)
 
 
 def test_one_code_for_all_images_is_refused(raw, text_tokenizer, tmp_path):
   """A tokenizer with NaN parameters has one code for all images, so a second code is required."""
-  with refused(UserError):
+  with refused(UserError, "same code"):
     encode(raw, text_tokenizer, tmp_path, levels=1)
   assert encode(raw, text_tokenizer, tmp_path / "two", levels=2)["train"]["codes_used"] == 2
-
-
-def test_an_image_tokenizer_that_diverged_encodes_nothing(raw, text_tokenizer, tmp_path):
-  """In earlier versions, an image tokenizer with NaN parameters could be saved."""
-  config = tiny_config()
-  params = vqgan.init_params(config, VOCAB.image_size, jax.random.key(0))
-  params["encoder"] = jax.tree.map(lambda x: x * np.nan, params["encoder"])
-  vqgan.ImageTokenizer(config, VOCAB.image_size, params).save(tmp_path / "vqgan")
-  (tmp_path / "text").rename(tmp_path / "text_tokenizer")
-  load = functools.partial(load_tokenizers, str(tmp_path), VOCAB)
-  job = EncodeJob(str(raw), str(tmp_path / "documents"), load, VOCAB, 8, 512)
-  with pytest.raises(UserError, match=r"params\.safetensors: tensor 'encoder\..* are not finite: "):
-    encode_documents(job, {}, Runner())
-  assert not list(tmp_path.glob("documents/*/*.array_record"))
 
 
 def test_an_empty_training_split_is_refused(raw, text_tokenizer, tmp_path):
   index = json.loads((raw / reader.INDEX).read_text())
   index["shards"]["000000"] |= {"train_pairs": 0, "train_texts": 0, "train_interleaved": 0}
   (raw / reader.INDEX).write_text(json.dumps(index))
-  with refused(UserError):
+  with refused(UserError, "'train'"):
     encode(raw, text_tokenizer, tmp_path)
 
 

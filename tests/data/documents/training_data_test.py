@@ -95,5 +95,5 @@ def test_a_run_that_began_from_an_installed_model_knows_its_data(tmp_path, name)
 )
 def test_a_damaged_record_is_refused(tmp_path, stored):
   write_json(epath.Path(tmp_path) / training_data.FILE, stored)
-  with refused(UserError):
+  with refused(UserError, training_data.FILE):
     training_data.read(tmp_path)

@@ -47,5 +47,5 @@ def test_a_bundle_has_it_in_a_file(tmp_path):
 def test_a_damaged_count_is_one_sentence(tmp_path):
   run = make_run(tmp_path / "run", train_pairs=[FIRST])
   (run / "documents" / "train_pairs" / "token_counts.npy").write_bytes(b"\x93NUMPY")
-  with refused(UserError):
+  with refused(UserError, "token_counts.npy"):
     unseen_tokens.find(run, VOCAB)

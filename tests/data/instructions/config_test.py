@@ -41,11 +41,8 @@ def test_settings_with_own_tasks_are_stored_and_read_again():
 @pytest.mark.parametrize(
   "own",
   [
-    3,
     "draw",
-    (DRAW, 3),
     ({**DRAW, "wieght": 2.0},),
-    ({**DRAW, "records": 8.5},),
     ({**DRAW, "target": "imgae"},),
   ],
 )  # fmt: skip

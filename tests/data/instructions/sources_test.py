@@ -11,7 +11,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.instructions import sources, stores
 from cm3leon_jax.data.instructions.config import make_task
-from cm3leon_jax.data.instructions.edges import ImageMap, canny_edges, scribble
+from cm3leon_jax.data.instructions.edges import ImageMap, canny_edges
 from cm3leon_jax.data.instructions.samples import read_targets
 from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.scenes.config import ScenesConfig
@@ -140,14 +140,7 @@ def test_a_store_holds_the_codes_of_maps_and_sets_aside_what_has_none(encoder, t
 def test_maps_that_records_cannot_have_are_named(tmp_path, fields):
   write_lines(tmp_path / "asked/train.jsonl", line())
   (tmp_path / "maps/depth").mkdir(parents=True)
-  with refused(UserError):
-    open_task(tmp_path, fields)
-
-
-def test_a_map_of_no_kind_and_no_folder_is_named(tmp_path):
-  write(tmp_path / "coco", RELEASES["coco_2017"])
-  fields = {**DRAW, "maps": {"edges": "cany"}, "templates": ["{edges} <break> {image}"]}
-  with refused(UserError):
+  with refused(UserError, "map"):
     open_task(tmp_path, fields)
 
 
@@ -214,28 +207,6 @@ def test_only_the_first_records_of_a_split_are_read(tmp_path):
   assert len(open_task(tmp_path, {**ASK, "heldout": "val"}, "heldout")) == 4
 
 
-@pytest.mark.parametrize(
-  ("records", "most", "expected"), [(0, 2, 2), (3, 2, 2), (2, 4, 2), (0, 9, 5), (3, 0, 3)]
-)
-def test_a_config_may_read_fewer_records_of_every_task(tmp_path, records, most, expected):
-  write_lines(tmp_path / "asked/train.jsonl", *(line() for _ in range(5)))
-  write_lines(tmp_path / "asked/val.jsonl", *(line() for _ in range(4)))
-  config = config_with(tmp_path, {**ASK, "records": records}, max_records=most)
-  found = {
-    split: list(sources.open_task(config.own_tasks[0], split, config, DRAWN))
-    for split in sources.SPLITS
-  }
-  assert len(found["train"]) == expected
-  assert len(found["heldout"]) == 4
-
-
-def test_a_wrong_line_after_the_first_records_is_not_read(tmp_path):
-  write_lines(tmp_path / "asked/train.jsonl", line(), line(), {"text": {}})
-  assert len(open_task(tmp_path, {**ASK, "records": 2})) == 2
-  with refused(UserError):
-    open_task(tmp_path, ASK)
-
-
 def test_scenes_are_drawn_in_both_splits(tmp_path):
   fields = {"name": "count", "format": "scenes/count", "records": 3, "heldout": "heldout"}
   fields |= {"target": "answer", "templates": ["{question} {answer} <break> {image}"]}
@@ -243,13 +214,8 @@ def test_scenes_are_drawn_in_both_splits(tmp_path):
   trained, heldout = (open_task(tmp_path, fields, split) for split in ("train", "heldout"))
   assert (len(trained), len(heldout)) == (3, 2)
   assert {"/train/" in r.key for r in trained} == {"/heldout/" in r.key for r in heldout} == {True}
-  with refused(UserError):
+  with refused(UserError, "cuont"):
     open_task(tmp_path, {**fields, "format": "scenes/cuont"})
-
-
-def test_a_file_that_is_absent_is_named_with_the_task(tmp_path):
-  with refused(UserError):
-    open_task(tmp_path, ASK)
 
 
 def test_what_is_wrong_in_records_is_set_aside_with_the_reason(encoder, tmp_path):
@@ -298,49 +264,3 @@ def test_what_is_wrong_in_records_is_set_aside_with_the_reason(encoder, tmp_path
     for document, (start, stop) in zip(store, read_targets(tmp_path / "store", 2))
   ]
   assert answers == ["two", "two birds"]
-
-
-def test_a_sample_may_fill_the_row(encoder, tmp_path):
-  """Accepts a sample that fills a row exactly, and rejects one with one token more."""
-  base, tokenizer = encoder
-  save_image(tmp_path / "asked/a.png")
-  write_lines(tmp_path / "asked/train.jsonl", line())
-  size = len(tokenizer.encode("Question: how many?\nAnswer: two.")) + 16
-  # </s>, <break>, </s>; a span adds 3 tokens.
-  for target, more in (("answer", 3 + 3), ("image", 3)):
-    task = make_task({**ASK, "target": target})
-    for most, rejects in ((size + more, 0), (size + more - 1, 1)):
-      encoder = stores.RecordEncoder(base.encode, base.image_tokenizer, base.vocab, most - 1)
-      records = open_task(tmp_path, {**ASK, "target": target})
-      if rejects:
-        with refused(UserError):
-          stores.write_store(tmp_path / "store", task, records, encoder)
-      else:
-        found = stores.write_store(tmp_path / "store", task, records, encoder)
-        assert (found["documents"], found["rejected"]) == (1, 0)
-
-
-def test_a_field_that_records_do_not_have_ends_the_command(encoder, tmp_path):
-  encoder, _ = encoder
-  save_image(tmp_path / "asked/a.png")
-  write_lines(tmp_path / "asked/train.jsonl", line(), {**line(), "texts": {"answer": "two"}})
-  task = make_task(ASK)
-  with refused(UserError):
-    stores.write_store(tmp_path / "store", task, open_task(tmp_path, ASK), encoder)
-
-
-def test_a_split_without_records_is_named(encoder, tmp_path):
-  write_lines(tmp_path / "asked/train.jsonl")
-  records = open_task(tmp_path, ASK)
-  with refused(UserError):
-    stores.write_store(tmp_path / "store", make_task(ASK), records, encoder[0])
-
-
-def test_scribbles_are_computed_at_the_side_of_the_model(tmp_path):
-  pixels = np.full((64, 96, 3), 255, np.uint8)
-  pixels[16:48, 32:64] = (200, 30, 30)
-  Image.fromarray(pixels).save(tmp_path / "a.png")
-  drawn = stores.square_pixels(ImageMap("scribble", str(tmp_path / "a.png")), 32)
-  square = stores.square_pixels(str(tmp_path / "a.png"), 32)
-  np.testing.assert_array_equal(drawn, scribble(square))
-  assert 0 < (drawn > 0).mean() < 0.5

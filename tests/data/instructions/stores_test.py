@@ -1,11 +1,9 @@
 import dataclasses
-import json
 
 import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.instructions import stores
 from cm3leon_jax.data.instructions.config import InstructionTask
@@ -14,7 +12,6 @@ from cm3leon_jax.data.instructions.samples import read_targets
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.generation.run import SETTINGS, make_run
-from tests.refusals import refused
 
 VQA = InstructionTask(
   name="vqa",
@@ -91,40 +88,3 @@ def test_some_of_the_given_images_are_redrawn_and_no_predicted_one(encoder, tmp_
     np.testing.assert_array_equal(given, expected)
     np.testing.assert_array_equal(predicted, after[i])
   assert 10 <= number <= 30
-
-
-def test_wrong_records_are_set_aside_with_their_reasons(encoder, tmp_path):
-  encoder, _ = encoder
-  records = [
-    record(0, pixels(0)),
-    record(1, str(tmp_path / "absent.png")),
-    record(2, pixels(2), answer=" "),
-    record(3, pixels(3), question="which " * 80),
-    record(4, pixels(4)[:4]),
-  ]
-  found = stores.write_store(tmp_path / "store", VQA, records, encoder)
-  assert (found["documents"], found["rejected"]) == (1, 4)
-  lines = [json.loads(x) for x in (tmp_path / "store" / stores.REJECTED).read_text().splitlines()]
-  assert [line["key"] for line in lines] == ["r1", "r2", "r3", "r4"]
-  for line, reason in zip(
-    lines, ["absent.png", "an empty answer", "a row has space for 65", "the shape"]
-  ):
-    assert reason in line["reason"]
-  with refused(UserError):
-    stores.write_store(tmp_path / "none", VQA, records[1:], encoder)
-
-
-def test_images_that_no_template_names_are_not_read(encoder, tmp_path):
-  encoder, _ = encoder
-  one = record(0, pixels(0))
-  unread = Record(one.key, one.group, one.texts, {**one.images, "depth": "absent.png"})
-  found = stores.write_store(tmp_path / "store", VQA, [unread], encoder)
-  assert (found["documents"], found["rejected"]) == (1, 0)
-
-
-def test_a_template_that_does_not_fit_the_records_ends_the_command(encoder, tmp_path):
-  wrong = InstructionTask(
-    name="x", templates=("{answer} {context} <break> {image}",), target="answer", format="jsonl"
-  )
-  with refused(UserError):
-    stores.write_store(tmp_path / "store", wrong, [record(0, pixels(0))], encoder[0])

@@ -19,25 +19,21 @@ def test_tasks_of_a_file_and_own_ones_together(tmp_path):
   path.write_text(FIRST)
   settings = settings_with(tasks=str(path), own_tasks=(DRAW,))
   assert [task.name for task in load_tasks(settings.instructions)] == ["first", "draw"]
-  with refused(UserError):
+  with refused(UserError, "'first'"):
     load_tasks(settings_with(tasks=str(path), own_tasks=({**DRAW, "name": "first"},)).instructions)
 
 
 def test_only_some_tasks_may_be_trained():
   config = InstructionsConfig(tasks="scenes", only=("count", "draw"))
   assert [task.name for task in load_tasks(config)] == ["draw", "count"]  # In the file's order.
-  with refused(UserError):
+  with refused(UserError, "cuont", "count"):
     load_tasks(InstructionsConfig(tasks="scenes", only=("cuont",)))
 
 
 def test_a_file_that_is_not_there_is_named_with_the_tables_of_the_package(tmp_path):
   for name in (str(tmp_path / "no.yaml"), str(tmp_path), "scense"):
-    with refused(UserError):
+    with refused(UserError, name, "scenes"):
       load_tasks(InstructionsConfig(tasks=name))
-  path = tmp_path / "latin.yaml"
-  path.write_bytes(b"- name: \xe9\n")
-  with refused(UserError):
-    load_tasks(InstructionsConfig(tasks=str(path)))
 
 
 def second(**lines):
@@ -55,50 +51,37 @@ def second(**lines):
 
 
 @pytest.mark.parametrize(
-  "text",
+  ("text", "line", "fact"),
   [
-    second(wieght=2.0),
-    second(records=8.5),
-    second(weight=-1),
-    second(name="My task"),
-    second(name="first"),
-    second(format=None),
-    second(format="vqa_v3"),
-    second(train="dev"),
-    second(heldout="test"),
-    second(heldout="train"),
-    second(target="anwser"),
-    second(templates='"{answer}"'),
-    second(templates="[]"),
-    second(templates='\n  - "{answer}"\n  - "{answer} {context}"'),
-    second(templates='\n  - "{answer}"\n  - 7'),
-    second(templates='["{answer} {image}"]'),
-    second(templates='["{question?} {answer}"]'),
-    second(templates='["{answer} <break>"]'),
-    second(maps="{edges: canny}"),
-    second(target="image", maps="\n    edges: canny\n    question: hed"),
-    second(maps="{edges: 3}"),
-    second(drop_instruction=0.7, drop_all=0.7),
-    FIRST + "  name: again\n",
-    FIRST + "- 7\n",
-    FIRST + "- 7: 8\n",
-    FIRST + "- name: [\n",
-    FIRST + "---\n" + FIRST,
-    FIRST + "- !!python/name:os.system {}\n",
-    second(format="scenes/draw", train="val", records=5),
-    second(format="scenes/draw"),
-    second(format="scenes/draw", records=5, heldout="heldout", heldout_records=0),
+    (second(wieght=2.0), 10, "wieght"),
+    (second(records=8.5), 10, "records"),
+    (second(name="first"), 5, "'first'"),
+    (second(format=None), 5, "format"),
+    (second(format="vqa_v3"), 6, "vqa_v3"),
+    (second(train="dev"), 9, "train is 'dev'"),
+    (second(heldout="train"), 10, "heldout"),
+    (second(target="anwser"), 7, "anwser"),
+    (second(templates="[]"), 8, "templates"),
+    (second(templates='["{ question } {answer}"]'), 8, "brace"),
+    (second(templates='["{answer} {answer}"]'), 7, "2 times"),
+    (second(templates='["{question?} {answer}"]'), 8, "optional"),
+    (second(templates='["{answer} <break>"]'), 8, "empty segment"),
+    (second(drop_instruction=0.7, drop_all=0.7), 11, "drop_all"),
+    (FIRST + "  name: again\n", 5, "'name' twice"),
+    (FIRST + "- 7\n", 5, "mapping"),
+    (FIRST + "---\n" + FIRST, 6, "second YAML document"),
+    (FIRST + "- name: [\n", 6, "not valid YAML"),
+    (second(format="scenes/draw"), 0, "records is 0"),
   ],
 )  # fmt: skip
-def test_a_mistake_in_a_file_is_named_by_the_line_of_its_field(text):
-  with refused(UserError) as error:
+def test_a_mistake_in_a_file_is_named_by_the_line_of_its_field(text, line, fact):
+  with refused(UserError, "my.yaml", f"line {line or ''}", fact):
     parse_tasks(text, "my.yaml")
-  assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "first", "name: first", "[]"])
 def test_a_file_must_be_a_list(text):
-  with refused(UserError):
+  with refused(UserError, "my.yaml", "list of tasks"):
     parse_tasks(text, "my.yaml")
 
 

@@ -92,38 +92,6 @@ def test_what_is_prepared_can_be_prepared_again(source, tmp_path):
     assert (second / "000000" / name).read_text() == (out / "000000" / name).read_text()
 
 
-def test_texts_are_optional(source, tmp_path):
-  (source / "texts.jsonl").unlink()
-  _, out = prepare(source, tmp_path)
-  assert reader.read_texts(out, "train") == []
-
-
-@pytest.mark.parametrize(
-  "line",
-  [
-    '{"key": "x",',
-    [1],
-    {"key": "x", "image": "red.png"},
-    {"image": "red.png", "caption": "a"},
-    red("x", caption=" "),
-    red("x", caption=7),
-    red("x", caption="\ud83d"),
-    red("k0"),
-    red("x", split="test"),
-    red("x", image="no.png"),
-    red("x", facts="red"),
-    red("x", image="pairs.jsonl"),
-  ],
-)
-def test_a_wrong_record_ends_in_one_sentence(source, tmp_path, line):
-  replace_line(source, 2, line)
-  with refused(UserError) as error:
-    prepare(source, tmp_path)
-  assert "\n" not in str(error.value)
-  with refused(UserError):
-    reader.read_pairs(tmp_path / "raw", "train")
-
-
 def test_a_few_wrong_records_are_left_out_and_listed(source, tmp_path):
   replace_line(source, 2, '{"key": "x",')
   replace_line(source, 5, {"key": "y", "image": "pairs.jsonl", "caption": "no image"})
@@ -134,7 +102,7 @@ def test_a_few_wrong_records_are_left_out_and_listed(source, tmp_path):
   found = [(line["key"], line["reason"]) for line in rejected]
   assert found == [("", "malformed_record"), ("y", "unreadable_image")]
   assert rejected[0]["file"].endswith("pairs.jsonl")
-  with refused(UserError):
+  with refused(UserError, "max_rejected", "2 of 42"):
     prepare(source, tmp_path, max_rejected=0.04)
   assert len((out / "rejected.jsonl").read_text().splitlines()) == 2
 
@@ -155,7 +123,7 @@ def test_records_are_chosen_by_license(source, tmp_path):
 
 
 def test_licenses_that_no_record_has_are_reported(source, tmp_path):
-  with refused(UserError):
+  with refused(UserError, "licenses"):
     prepare(source, tmp_path, licenses=("CC0-1.0",), default_license="secret")
 
 
@@ -172,11 +140,6 @@ def test_origins_are_counted(source, tmp_path, monkeypatch):
   few = records_lib.origin_counts(origins)
   others = {**ada, "source": "others", "attribution": "others", "records": 5}
   assert few[:2] == [origins[0], others]
-
-
-def test_long_captions_are_rejected(source, tmp_path):
-  with refused(UserError):
-    prepare(source, tmp_path, max_caption_characters=11)
 
 
 def interleaved(*segments, **about):
@@ -198,23 +161,6 @@ def test_interleaved_documents_keep_their_order(source, tmp_path):
   again, _ = prepare(out, tmp_path / "again")
   scaled = {"smallest_image": [8, 8], "largest_image": [8, 8]}
   assert again == {**summary, **scaled}
-
-
-@pytest.mark.parametrize(
-  "segments",
-  [
-    [],
-    [{"text": "a", "image": "red.png"}],
-    [{"text": "a"}, {"text": " "}],
-    [{"image": "no.png"}],
-    [{"text": "a"}, {"image": "pairs.jsonl"}],
-    [{"text": 5}],
-  ],
-)
-def test_wrong_interleaved_documents_are_refused(source, tmp_path, segments):
-  (source / "interleaved.jsonl").write_text(interleaved(*segments))
-  with refused(UserError):
-    prepare(source, tmp_path)
 
 
 def write_text_files(folder, names):
@@ -267,7 +213,7 @@ def test_damaged_records_of_a_shard_are_refused_and_made_again(tmp_path):
   _, out = prepare(tmp_path / "in", tmp_path)
   index, path = (out / reader.INDEX).read_bytes(), out / "000001" / "texts.jsonl"
   path.write_text(path.read_text().replace("b 1", "x 1"))
-  with refused(UserError):
+  with refused(UserError, "texts.jsonl"):
     reader.read_texts(out, "train")
   shutil.rmtree(out / "000001")
   prepare(tmp_path / "in", tmp_path)
@@ -301,20 +247,6 @@ def test_images_are_made_square_as_configured(source, tmp_path):
     assert image[4, 4].tolist() == list(RED)
     corner[crop] = image[0, 0].tolist()
   assert corner == {"center": list(RED), "pad": [255, 255, 255]}
-
-
-def test_wrong_sources_are_refused(source, tmp_path):
-  with refused(UserError):
-    prepare(tmp_path / "absent", tmp_path)
-  (source / "pairs.jsonl").write_text("\n")
-  (source / "texts.jsonl").unlink()
-  with refused(UserError):
-    prepare(source, tmp_path)
-  (source / "pairs.jsonl").write_bytes(b'{"key": "\xff"}')
-  with refused(UserError):
-    prepare(source, tmp_path)
-  with refused(UserError):
-    reader.read_pairs(tmp_path / "absent", "train")
 
 
 def test_splits_are_a_stable_share():

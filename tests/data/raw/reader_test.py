@@ -20,17 +20,11 @@ def test_load_image_scales_crops_and_puts_on_white(tmp_path):
   assert (reader.load_image(tmp_path / "gray.png", 4) == 7).all()
 
 
-def test_load_image_names_a_broken_file(tmp_path):
-  (tmp_path / "half.png").write_bytes(png(RED, (64, 64))[:60])
-  with refused(UserError):
-    reader.load_image(tmp_path / "half.png", 8)
-
-
 def test_the_content_decides_the_format_and_not_the_suffix(tmp_path):
   (tmp_path / "a.jpg").write_bytes(png(RED))
   assert (reader.load_image(tmp_path / "a.jpg", 4) == np.array(RED)).all()
   (tmp_path / "b.jpg").write_bytes(b"no image")
-  with refused(UserError):
+  with refused(UserError, "b.jpg", "another format"):
     reader.load_image(tmp_path / "b.jpg", 4)
 
 

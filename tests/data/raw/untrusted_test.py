@@ -1,6 +1,5 @@
-"""Tests that untrusted records are accepted or rejected, without crashes, hangs or much memory."""
+"""Tests that untrusted images and records are accepted or rejected, without crashes or hangs."""
 
-import csv
 import dataclasses
 import functools
 import io
@@ -11,14 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
 from PIL import Image
-import pyarrow as pa
-from pyarrow import parquet
 import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.raw.config import RawConfig
-from cm3leon_jax.data.sources import lines as source_lines
 from cm3leon_jax.data.sources.records import (
   KINDS,
   Record,
@@ -26,11 +22,9 @@ from cm3leon_jax.data.sources.records import (
   Rejected,
   images_of,
   make_record,
-  parse_json,
 )
 from cm3leon_jax.files.shards import Runner
 from tests.data.sources.formats_test import read
-from tests.launched import python
 from tests.refusals import refused
 
 FORMATS = ("png", "jpeg", "webp", "gif", "avif")
@@ -92,7 +86,7 @@ def test_an_image_of_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
 def test_an_image_of_many_bytes_is_refused(tmp_path):
   with (tmp_path / "a.png").open("wb") as file:
     file.truncate(reader.MAX_BYTES + 1)
-  with refused(UserError):
+  with refused(UserError, "a.png", "bytes"):
     reader.load_image(tmp_path / "a.png", 8)
 
 
@@ -121,152 +115,16 @@ class Entered:
     self.seen.append("out")
 
 
-# Program that reads large images on 8 threads. Prints the memory that this took, in MiB, and the
-# number of errors.
-READ_LARGE = """
-from concurrent import futures
-import pathlib, resource, sys
-from cm3leon_jax.config import UserError
-from cm3leon_jax.data.raw import reader as raw_pairs
-def peak():
-  status = pathlib.Path("/proc/self/status")  # On Linux ru_maxrss begins with that of the parent.
-  if not status.exists():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20
-  return int(status.read_text().partition("VmHWM:")[2].split()[0]) // 2**10
-def read(path):
-  try:
-    return raw_pairs.load_image(path, 8)
-  except UserError as error:
-    return error
-before = peak()
-with futures.ThreadPoolExecutor(8) as pool:
-  found = list(pool.map(read, [sys.argv[1]] * 16))
-print(peak() - before, sum(isinstance(x, UserError) for x in found))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("is_damaged", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_large_images_on_many_threads_take_the_memory_of_one(tmp_path, is_damaged):
-  """An image takes 200 MiB. Regression: 8 threads took 680 MiB, or 980 MiB for damaged images."""
-  path = tmp_path / "a.png"
-  Image.new("RGBA", (4_000, 4_000), (9, 8, 7, 128)).save(path, compress_level=1)
-  if is_damaged:
-    path.write_bytes(path.read_bytes()[:-1_000])
-  run = python(READ_LARGE, path, check=True)
-  size, errors = map(int, run.stdout.split())
-  assert errors == (16 if is_damaged else 0)
-  assert size < 350
-
-
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
   os.mkfifo(tmp_path / "pipe.png")
   for path in (tmp_path / "pipe.png", tmp_path, "/dev/zero"):
-    with refused(UserError):
+    with refused(UserError, str(path)):
       reader.load_image(path, 8)
 
 
 def reasons(items) -> list[str]:
   """Returns, for each item, the reason of a rejection or the key of a record."""
   return [item.reason if isinstance(item, Rejected) else item.key for item in items]
-
-
-WRONG_LINES = (
-  b'{"key": "a", "text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-  b'{"key": "a", "text": ' + b"1" * 5_000 + b"}",
-  '{"key": "a", "text": "é"}'.encode("latin-1"),
-  b'{"key": "a", "text": "\\ud800"}',
-  b'{"key": "\\ud800", "text": "b"}',
-  b'{"key": "a", "text": "' + b"x" * 2_000_000 + b'"}',
-  b"\x00\xff",
-  b"[1]",
-)
-
-
-@pytest.mark.parametrize("line", WRONG_LINES, ids=range(len(WRONG_LINES)))
-def test_a_wrong_line_is_rejected_and_the_next_one_is_read(line, tmp_path, monkeypatch):
-  monkeypatch.setattr(source_lines, "MAX_LINE", 1_000_000)
-  (tmp_path / "a.jsonl").write_bytes(line + b'\n{"key": "right", "text": "b"}\n')
-  found = list(read(tmp_path / "a.jsonl"))
-  assert reasons(found) == ["malformed_record", "right"]
-  config = RawConfig(source=str(tmp_path / "a.jsonl"), max_rejected=0.5)
-  ingest.prepare(config, ingest.parts_of(config), tmp_path / "raw", Runner())
-  [rejected] = (tmp_path / "raw" / ingest.REJECTED).read_text().splitlines()
-  assert json.loads(rejected)["reason"] == "malformed_record"
-
-
-CSV = "file_name,text\n"
-
-
-@pytest.mark.parametrize(
-  ("rows", "expected"),
-  [
-    (f'{CSV}a.png,one\na.png,"two\na.png,three\n', ["a.png", "unreadable_file"]),
-    (f"{CSV}a.png,one\na.png,{'x' * 2_000}\n", ["a.png", "unreadable_file"]),
-    (f"{CSV}a.png,one\na.png,caf\xe9\n".encode("latin-1"), ["unreadable_file"]),
-    # Python's default limit for a CSV field is 131,072.
-    (f"{CSV}a.png,{'x' * 200_000}\n", ["a.png"]),
-  ],
-)
-def test_what_is_no_csv_is_rejected_from_there_on(rows, expected, tmp_path, monkeypatch):
-  if "unreadable_file" in expected:
-    monkeypatch.setattr(source_lines, "MAX_ROW", 1_000)
-  (tmp_path / "a.png").write_bytes(encoded("png"))
-  (tmp_path / "metadata.csv").write_bytes(rows if isinstance(rows, bytes) else rows.encode())
-  limit = csv.field_size_limit()
-  try:
-    found = list(read(tmp_path))
-  finally:
-    csv.field_size_limit(limit)
-  assert reasons(found) == expected
-  for item in found:
-    assert not isinstance(item, Rejected) or "metadata.csv, line" in item.message
-
-
-def test_a_row_of_parquet_that_is_no_text_is_rejected_alone(tmp_path):
-  raw = pa.array([b"one", b"\xff\xfe", b"three"], pa.binary())
-  texts = pa.StringArray.from_buffers(3, *raw.buffers()[1:], raw.buffers()[0])
-  images = [encoded("png")] * 3
-  parquet.write_table(pa.table({"image": images, "caption": texts}), tmp_path / "a.parquet")
-  found = reasons(read(tmp_path / "a.parquet"))
-  assert found == ["a.parquet/0", "malformed_record", "a.parquet/2"]
-
-
-def test_a_column_that_is_no_field_is_not_read(tmp_path):
-  dates = pa.array([0, 2**50, 1], pa.timestamp("ms"))
-  images = [encoded("png")] * 3
-  table = pa.table({"image": images, "caption": ["a", "b", "c"], "date": dates})
-  parquet.write_table(table, tmp_path / "a.parquet")
-  found = reasons(read(tmp_path / "a.parquet"))
-  # Reading the date that is out of range would raise an error.
-  assert found == [f"a.parquet/{i}" for i in range(3)]
-
-
-def test_a_damaged_parquet_file_stops_nothing(tmp_path):
-  table = pa.table({"image": [encoded("png")] * 8, "caption": [f"a {i}" for i in range(8)]})
-  parquet.write_table(table, tmp_path / "a.parquet")
-  data, rng, found = (tmp_path / "a.parquet").read_bytes(), np.random.default_rng(0), set()
-  # The footer contains the names, types and offsets of the columns; its length precedes "PAR1".
-  footer = int.from_bytes(data[-8:-4], "little") + 8
-  for _ in range(300):
-    damaged = bytearray(data)
-    damaged[-int(rng.integers(1, footer))] ^= 1 << int(rng.integers(8))
-    (tmp_path / "a.parquet").write_bytes(damaged)
-    found.update(reasons(read(tmp_path / "a.parquet")))
-  assert {"a.parquet/0", "unreadable_file"} <= found
-
-
-def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
-  (tmp_path / "a.png").write_bytes(encoded("png"))
-  (tmp_path / "metadata.csv").write_text(f"{CSV}a.png,one\n", encoding="utf-8-sig")
-  (tmp_path / "texts.jsonl").write_text('{"key": "b", "text": "c"}\n', encoding="utf-8-sig")
-  assert reasons(read(tmp_path)) == ["a.png", "b"]
-
-
-def test_columns_of_parquet_of_other_types_are_rejected(tmp_path):
-  table = pa.table({"image": [encoded("png")] * 2, "caption": [[b"a"], [b"b"]]})
-  parquet.write_table(table, tmp_path / "a.parquet")
-  assert reasons(read(tmp_path / "a.parquet")) == ["malformed_record"] * 2
 
 
 @pytest.mark.parametrize("name", ["../outside/a.png", "\0"])
@@ -321,28 +179,3 @@ def test_any_field_makes_a_record_or_is_rejected(kind):
 
   check()
   assert set(results) == {True, False}
-
-
-def nested(levels: int):
-  return {"a": nested(levels - 1)} if levels else 1
-
-
-@pytest.mark.parametrize(
-  ("facts", "right"),
-  [
-    (nested(50), True), (nested(51), False), (nested(900), False), ({"a": [b"b"]}, False),
-    ({"a": "\ud800"}, False), ({"a": [[[{"b": 1.5}]]]}, True),
-  ],
-)  # fmt: skip
-def test_facts_are_json_of_few_levels(facts, right):
-  assert can_be_written("pairs", {**RIGHT["pairs"], "facts": facts}) == right
-
-
-@given(st.text())
-@settings(max_examples=200, deadline=None)
-def test_any_line_is_an_object_or_rejected(line):
-  try:
-    found = parse_json(line, "here", ["key"])
-  except RecordError:
-    return
-  assert isinstance(found, dict)

@@ -25,7 +25,6 @@ def items(tmp_path):
     RawPair("a", jpeg(1), "the key of another"),
     RawText("a", "A text."),
     Rejected("f", "g", "missing_caption", "why"),
-    Rejected("f", "h", "conflicting_captions", "that one"),
   ]
 
 
@@ -38,10 +37,8 @@ def turned():
 def test_a_shard_counts_what_it_holds_and_what_it_leaves_out(items, tmp_path):
   config = RawConfig(source="s", resolution=4, heldout_fraction=0.0)
   summary = write_shard(config, tmp_path / "0", items, load_with_size)
-  assert summary["rejected"] == {
-    "duplicate_key": 1, "unreadable_image": 1, "missing_caption": 1, "conflicting_captions": 1,
-  }  # fmt: skip
-  assert summary["more"]["conflicting_captions"] == summary["more"]["rejected_missing_caption"] == 1
+  assert summary["rejected"] == {"duplicate_key": 1, "unreadable_image": 1, "missing_caption": 1}
+  assert summary["more"]["rejected_missing_caption"] == 1
   assert (summary["counts"]["train_pairs"], summary["counts"]["train_texts"]) == (2, 1)
   assert summary["statistics"] == {
     "train_caption_characters": 12,
@@ -55,12 +52,6 @@ def test_a_shard_counts_what_it_holds_and_what_it_leaves_out(items, tmp_path):
   lines = (tmp_path / "0" / writer.REJECTED).read_text().splitlines()
   assert {json.loads(line)["reason"] for line in lines} == set(summary["rejected"])
   assert {path.name for path in (tmp_path / "0").iterdir()} == {*FILES, "images"}
-
-
-def test_a_caption_that_is_not_used_is_not_the_first_wrong_record(items, tmp_path):
-  config = RawConfig(source="s", resolution=4)
-  summary = write_shard(config, tmp_path / "0", [items[6], items[5]], load_with_size)
-  assert summary["first"] == "why"
 
 
 def test_crops_of_training_images_are_added_as_pairs_of_their_concept(tmp_path):

@@ -24,10 +24,6 @@ def joined(segment_lengths, first=100):
   return np.array([EOS, *tokens[:-1], EOS], np.int32)
 
 
-def test_segment_bounds_literal():
-  assert cm3.segment_bounds([3, 4]) == [(1, 4), (5, 9)]
-
-
 def test_apply_moves_a_caption_to_the_end():
   tokens = np.array([EOS, 77, 78, 79, BRK, 291, 292, 293, 294, EOS], np.int32)
   expected = [EOS, M0, BRK, 291, 292, 293, 294, EOS, M0, 77, 78, 79, EOSS]
@@ -45,12 +41,6 @@ def test_layout_and_undo_in_literals():
   masked = np.array([EOS, M0, BRK, 291, 292, 293, 294, EOS, M0, 77, 78, 79, EOSS], np.int32)
   expected = [EOS, 77, 78, 79, BRK, 291, 292, 293, 294, EOS]
   np.testing.assert_array_equal(cm3.undo_cm3_mask(masked, VOCAB), expected)
-
-
-def test_no_span_is_the_identity():
-  tokens = joined([3, 4])
-  np.testing.assert_array_equal(cm3.apply_cm3_mask(tokens, [], VOCAB), tokens)
-  np.testing.assert_array_equal(cm3.undo_cm3_mask(tokens, VOCAB), tokens)
 
 
 samples = st.tuples(
@@ -107,23 +97,6 @@ def test_a_single_text_is_masked_in_part(whole):
   assert cm3.sample_spans([1], 8, whole, np.random.default_rng(0)) == ()
 
 
-def test_whole_segments_of_a_pair_are_its_caption_or_its_image():
-  plans = [cm3.sample_spans([3, 4], n, True, np.random.default_rng(n)) for n in range(1, 60)]
-  assert set(plans) == {((1, 4),), ((5, 9),)}
-
-
-def test_spans_reach_every_content_token_and_both_lengths_of_span():
-  rng = np.random.default_rng(0)
-  covered, partial = np.zeros(12, int), 0
-  for _ in range(500):
-    for start, end in cm3.sample_spans([4, 5], 2, False, rng):
-      covered[start:end] += 1
-      partial += (start, end) not in ((1, 5), (6, 11))
-  assert partial
-  assert (covered[[1, 2, 3, 4, 6, 7, 8, 9, 10]] > 0).all()
-  assert covered[[0, 5, 11]].sum() == 0
-
-
 def covered_most(bounds, low, high):
   """Returns the part of [low, high) in the segment that has most of these tokens, as spans."""
   parts = [[t for t in range(start, end) if low <= t < high] for start, end in bounds]
@@ -144,15 +117,9 @@ def test_a_free_span_is_where_two_uniform_points_cover_most_of_a_segment():
     assert found[spans] / 8_000 == pytest.approx(count / len(points) ** 2, abs=0.015), spans
 
 
-def test_several_tries_find_the_spans_that_are_wanted():
-  """A draw of 3 spans has nine candidates, which usually suffice; three would seldom suffice."""
-  draws = [cm3.sample_spans([40, 50], 3, False, np.random.default_rng(seed)) for seed in range(500)]
-  assert 0.55 < np.mean([len(spans) == 3 for spans in draws]) < 0.75
-
-
 def test_undo_refuses_an_infill_that_is_cut():
   tokens = np.array([EOS, M0, BRK, 291, EOS, M0, 77, 78], np.int32)
-  with refused(ValueError):
+  with refused(ValueError, "<mask:0>", "<eoss>"):
     cm3.undo_cm3_mask(tokens, VOCAB)
-  with refused(ValueError):
+  with refused(ValueError, "<mask:0>", "only once"):
     cm3.undo_cm3_mask(tokens[:5], VOCAB)

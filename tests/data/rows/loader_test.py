@@ -7,7 +7,6 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, Segment
-from cm3leon_jax.data.rows.cm3 import undo_cm3_mask
 from cm3leon_jax.data.rows.loader import (
   RowLoader,
   batches,
@@ -73,7 +72,7 @@ def test_a_document_that_alone_does_not_fit_loses_its_tail():
 
 
 def test_a_changed_store_is_refused():
-  with refused(ValueError):
+  with refused(ValueError, "'k'", "store changed"):
     build_sample(DOCUMENT, [], SamplePlan((), False, (), 9), VOCAB, 1.0)
 
 
@@ -138,26 +137,6 @@ def test_batches_are_the_rows_on_any_mesh(loader, shape):
         np.testing.assert_array_equal(x[r], row[name])
 
 
-def test_every_infill_of_a_row_is_whole(tmp_path):
-  """Undoes the mask of each packed sample with spans; no sentinel remains."""
-  loader = RowLoader(
-    make_plan(make_sources(tmp_path), mean_spans=3.0, condition_dropout=0.0, sequence_length=100),
-    VOCAB,
-  )
-  undone = 0
-  for i in range(150):
-    row = loader[i]
-    for segment in range(1, row["segment_ids"].max() + 1):
-      mine = row["segment_ids"] == segment
-      sample = np.append(row["inputs"][mine], row["targets"][mine][-1])
-      if (sample == VOCAB.eoss).any():
-        restored = undo_cm3_mask(sample, VOCAB)
-        assert not (VOCAB.is_mask(restored) | (restored == VOCAB.eoss)).any()
-        assert restored[0] == restored[-1] == EOS
-        undone += 1
-  assert undone > 100
-
-
 def test_a_run_that_continues_at_a_row_reads_the_same_rows(loader):
   sharding = NamedSharding(create_mesh(MeshConfig()), spec("batch", "length"))
   whole, continued = (
@@ -171,13 +150,6 @@ def test_a_run_that_continues_at_a_row_reads_the_same_rows(loader):
 def test_local_rows_of_a_replicated_axis_are_read_once():
   sharding = NamedSharding(create_mesh(MeshConfig(1, 2, 4)), spec("batch", "length"))
   assert local_rows(sharding, (8, 128)) == list(range(8))
-
-
-def test_neighbor_weight_reaches_the_rows(tmp_path):
-  sources = make_sources(tmp_path)
-  plan = make_plan(sources, neighbor_loss_weight=0.25, text_share=0.3)
-  values = {float(w) for i in range(20) for w in RowLoader(plan, VOCAB)[i]["loss_weights"]}
-  assert values == {0.0, 0.25, 1.0}
 
 
 @pytest.mark.parametrize(("after", "alone"), [(0.8, 0.8), (0.8, 0.0), (0.0, 0.8)])
@@ -238,12 +210,12 @@ def test_a_bad_record_stops_the_rows_and_is_named(tmp_path):
   damage_record(tmp_path / "pairs" / "000000.array_record", 7)
   for i in range(NUM_ROWS):
     if i in places:
-      with refused(UserError):
+      with refused(UserError, "record 7"):
         loader[i]
     else:
       loader[i]
   sharding = NamedSharding(create_mesh(MeshConfig()), spec("batch", "length"))
-  with refused(UserError):
+  with refused(UserError, "record 7"):
     take(batches(loader, 0, 8, sharding), NUM_ROWS // 8)
 
 
@@ -273,14 +245,6 @@ def test_a_skipped_record_leaves_all_other_samples_as_they_are(tmp_path, capsys)
   assert capsys.readouterr().out == ""  # Reading the row again does not count its sample again.
 
 
-def test_more_skipped_records_than_allowed_stop_the_rows(tmp_path):
-  sources = make_sources(tmp_path)
-  (tmp_path / "pairs" / "000000.array_record").unlink()
-  loader = RowLoader(make_plan(sources, on_bad_record="skip", max_skipped=3), VOCAB)
-  with refused(UserError):
-    [loader[i] for i in range(60)]
-
-
 class HostSharding:
   """Fakes the sharding as seen by one of several hosts with equally many devices."""
 
@@ -293,7 +257,7 @@ class HostSharding:
     return {device: indices[device] for device in mine}
 
 
-@pytest.mark.parametrize("phases", [(1,), (2,), (4,), (4, 2), (1, 4, 2)])
+@pytest.mark.parametrize("phases", [(1,), (1, 4, 2)])
 def test_a_pass_visits_every_unit_once_whatever_hosts_read_it(tmp_path, phases):
   """Changes the number of hosts between phases. Each host plans from starts that host 0 wrote."""
   sources, batches_in_all = make_sources(tmp_path), 36

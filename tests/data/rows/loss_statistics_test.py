@@ -8,7 +8,6 @@ from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.data.rows.plan_statistics import describe_loss, loss_statistics, plan_statistics
-from cm3leon_jax.data.rows.sample_plan import SamplePlan, document_weights
 from cm3leon_jax.trained.rows import look_at_rows
 from tests.data.stores import VOCAB, make_instructions, make_sources
 
@@ -59,23 +58,6 @@ def test_the_loss_of_sources_is_that_of_their_rows(sources, loss_on):
   assert found["loss_shares"] == pytest.approx(shares.tolist())
   assert found["weight_per_row"] == pytest.approx(per_row)
   assert sum(found["loss_shares"]) == pytest.approx(1)
-
-
-def test_the_loss_weight_of_a_task_multiplies_its_loss_alone(sources):
-  before = loss_statistics(plan_of(changed(sources, loss_on="target")))
-  tripled = changed(sources[:1], loss_on="target", loss_weight=3.0)
-  after = loss_statistics(plan_of([*tripled, *changed(sources[1:], loss_on="target")]))
-  factors = np.array(after["loss_shares"]) / before["loss_shares"]
-  np.testing.assert_allclose(factors[0] / factors[1:], 3)
-  assert after["target_shares"] == before["target_shares"]
-
-
-def test_weights_of_a_document_in_literals():
-  spans = SamplePlan((0,), False, ((6, 8),), 15)
-  weights = [0, *[0.1] * 5, *[1] * 9]
-  assert document_weights(spans, [2, 2], [[1, 2]], 0.1).tolist() == pytest.approx(weights)
-  dropped = SamplePlan((), True, (), 6)
-  assert document_weights(dropped, [2, 2], [], 0.1).tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_the_table_in_literals():

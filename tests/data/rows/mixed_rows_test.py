@@ -5,15 +5,12 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.samples import Drops
 from cm3leon_jax.data.rows.config import DataConfig
-from cm3leon_jax.data.rows.loader import RowLoader, batches, local_rows
+from cm3leon_jax.data.rows.loader import RowLoader, batches
 from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.mesh import MeshConfig, create_mesh, spec
-from tests.data.rows.loader_test import HostSharding
 from tests.data.stores import VOCAB, make_instructions, make_sources
-from tests.refusals import refused
 
 B, ROWS = 8, 64
 CONFIG = DataConfig(sequence_length=128, pack_window=32, code_dropout=0.5)
@@ -56,20 +53,6 @@ def test_rows_hold_all_sources(rows):
   assert any({1, 2} & m and {3, 4} & m for m in marks)
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_any_number_of_processes_reads_the_same_rows(sources, rows, hosts):
-  """Each process plans alone, without communication."""
-  sharding = NamedSharding(create_mesh(MeshConfig(8, 1, 1)), spec("batch", "length"))
-  shape, read = (B, CONFIG.sequence_length), []
-  for host in range(hosts):
-    loader = open_loader(sources)
-    for j in range(ROWS // B):
-      for r in local_rows(HostSharding(sharding, host, hosts), shape):
-        assert_row(loader[B * j + r], rows[B * j + r])
-        read.append(B * j + r)
-  assert sorted(read) == list(range(ROWS))
-
-
 @pytest.mark.parametrize("first_row", [0, 24, 40])
 def test_a_run_that_continues_at_a_row_reads_the_rows_that_it_would_have_read(
   sources, rows, first_row, tmp_path
@@ -89,15 +72,3 @@ def test_a_run_that_continues_at_a_row_reads_the_rows_that_it_would_have_read(
       assert_row({name: x[r] for name, x in found.items()}, rows[first_row + B * j + r])
   window = before.plan._starts.window_of(first_row)
   assert (min(planned), window > 1) == (window, first_row > 0)
-
-
-def test_starts_of_another_mixture_are_refused(sources, rows, tmp_path):
-  path = tmp_path / "plan.jsonl"
-  before = open_loader(sources, path, writes=True)
-  for i in range(24):
-    before[i]
-  tasks, documents = sources[:2], sources[2:]
-  other = [dataclasses.replace(s, share=0.25) for s in [*tasks, *documents]]
-  with refused(UserError):
-    open_loader(other, path)
-  assert open_loader(sources, path)[0]["inputs"].shape == rows[0]["inputs"].shape

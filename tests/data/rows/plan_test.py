@@ -2,7 +2,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 import json
 
-from etils.epath import testing as epath_testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
@@ -33,11 +32,6 @@ def test_packing_places_everything_once_and_overfills_no_row(lengths):
   rows = pack_best_fit(lengths, 50)
   assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
   assert all(sum(lengths[i] for i in row) <= 50 for row in rows)
-
-
-def test_packing_fills_rows():
-  lengths = np.random.default_rng(0).integers(5, 300, 2_000).tolist()
-  assert sum(lengths) / (len(pack_best_fit(lengths, 1_024)) * 1_024) > 0.97
 
 
 @pytest.mark.parametrize(
@@ -82,15 +76,6 @@ def test_typical_neighbors_that_do_not_fit_are_reported():
   assert space_for_neighbors(synthetic_sources(2_000, 256)[0], paper) == ""
 
 
-def test_rates_of_drops(sources):
-  plan = make_plan(sources, sequence_length=256)
-  plans = [plan.plan(0, p, u) for p in range(60) for u in range(50)]
-  dropped = np.mean([p.dropped for p in plans])
-  alone = np.mean([not p.neighbors and not p.dropped for p in plans])
-  assert abs(dropped - 0.09) < 0.02
-  assert abs(alone - 0.10) < 0.02
-
-
 def test_row_is_the_same_whatever_was_read_before(sources):
   forward, backward = make_plan(sources), make_plan(sources)
   rows = [forward.row(i) for i in range(150)]
@@ -99,13 +84,12 @@ def test_row_is_the_same_whatever_was_read_before(sources):
 
 
 def test_row_is_the_same_on_any_number_of_readers(sources):
-  rows = [make_plan(sources).row(i) for i in range(0, 120, 5)]
+  rows = [make_plan(sources).row(i) for i in range(0, 60, 9)]
   shared = make_plan(sources)
   with ThreadPoolExecutor(8) as pool:
-    assert list(pool.map(shared.row, range(120)))[::5] == rows
-  for readers in (2, 4):
-    parts = [make_plan(sources) for _ in range(readers)]
-    assert [parts[i % readers].row(i) for i in range(120)][::5] == rows
+    assert list(pool.map(shared.row, range(60)))[::9] == rows
+  parts = [make_plan(sources) for _ in range(3)]
+  assert [parts[i % 3].row(i) for i in range(60)][::9] == rows
 
 
 def test_a_pass_holds_every_document_once(sources):
@@ -119,17 +103,6 @@ def test_a_pass_holds_every_document_once(sources):
       assert {u for s, p, u in counts if (s, p) == (source, pass_)} == set(
         range(len(plan.units[source]))
       )
-
-
-def test_long_texts_are_cut_into_pieces_that_cover_them(sources):
-  plan = make_plan(sources)
-  units, store = plan.units[1], sources[1].store
-  covered = Counter()
-  for unit in range(len(units)):
-    document, _ = units.locate(unit)
-    covered[document] += int(units.lengths(store, unit)[0][0])
-  assert covered == {i: int(store.segment_lengths(i)[0][0]) for i in range(len(store))}
-  assert len(units) > len(store)
 
 
 def store_of(documents) -> LengthStore:
@@ -167,29 +140,6 @@ def test_units_are_whole_documents_and_pieces_of_single_texts(documents, length)
 def test_units_in_literals():
   units = Units(store_of([[(3, False)], [(9, False)]]), 5)
   assert [units.locate(unit) for unit in range(len(units))] == [(0, 0), (1, 0), (1, 4), (1, 8)]
-
-
-def test_units_that_are_not_cut_take_no_memory():
-  store = store_of([[(50, False), (16, True)]] * 1_000 + [[(99, False)]])
-  assert (
-    sum(array.size for array in vars(Units(store, 100)).values() if isinstance(array, np.ndarray))
-    == 0
-  )
-
-
-def test_a_plan_reads_read_only_memory_maps(sources, tmp_path):
-  stores = []
-  for i, source in enumerate(sources):
-    arrays = {name: getattr(source.store, name) for name in ("offsets", "lengths", "is_image")}
-    for name, array in arrays.items():
-      np.save(tmp_path / f"{name}{i}.npy", array)
-    stores.append(
-      LengthStore(*[np.load(tmp_path / f"{name}{i}.npy", mmap_mode="r") for name in arrays])
-    )
-  pairs, texts = stores
-  mapped = make_plan([RowSource(pairs, 0.7, sources[0].neighbors, pairs), RowSource(texts, 0.3)])
-  plan = make_plan(sources)
-  assert [mapped.row(i) for i in range(60)] == [plan.row(i) for i in range(60)]
 
 
 def test_shares_are_shares_of_positions(sources):
@@ -280,7 +230,7 @@ def test_starts_of_another_plan_are_refused(sources, tmp_path, other):
   else:
     plan_with_starts(sources, path, seed=1).window(4)
   before = path.read_text()
-  with refused(UserError):
+  with refused(UserError, "plan.jsonl", "other rows"):
     plan_with_starts(sources, path)
   assert path.read_text() == before
   path.unlink()
@@ -295,61 +245,11 @@ def test_half_a_line_of_starts_counts_for_nothing(sources, tmp_path, planned):
   assert len(path.read_text().splitlines()) == 6
 
 
-@pytest.mark.parametrize("fields", [{"on_bad_record": "skip"}, {"max_skipped": 3}])
-def test_starts_do_not_depend_on_what_happens_at_bad_records(sources, tmp_path, planned, fields):
-  path = tmp_path / "plan.jsonl"
-  rows = plan_with_starts(sources, path).window(4)
-  config = DataConfig(sequence_length=128, pack_window=64, **fields)
-  planned.clear()
-  assert RowPlan(sources, config, VOCAB.num_masks, 0, path).window(4) == rows
-  assert planned == [4]
-
-
-@pytest.mark.slow
-def test_in_a_bucket_starts_are_written_every_16_windows(sources, tmp_path, planned):
-  """Objects in a bucket cannot be appended to, so starts are written every 16 windows."""
-  modes = []
-
-  def here(path):
-    return str(path).replace("gs://bucket", str(tmp_path))
-
-  def opened(original, path, mode):
-    modes.append(mode)
-    return original(here(path), mode)
-
-  moved = {
-    name: lambda f, a, *b, **kw: f(here(a), *map(here, b), **kw)
-    for name in ("exists", "mkdir", "makedirs", "replace")
-  }
-  with epath_testing.mock_epath(open=opened, **moved):
-    plan_with_starts(sources, "gs://bucket/plan.jsonl").window(40)
-    assert len((tmp_path / "plan.jsonl").read_text().splitlines()) == 1 + 32
-    planned.clear()
-    assert plan_with_starts(sources, "gs://bucket/plan.jsonl").window(35) == make_plan(
-      sources
-    ).window(35)
-  assert planned[:4] == [32, 33, 34, 35]
-  assert set(modes) == {"w", "rb"}
-
-
-def without_digests(path) -> list[dict]:
-  """Rewrites a file of starts in the format of earlier versions; returns its lines."""
-  lines = [json.loads(line) for line in path.read_text().splitlines()]
-  for line in lines:
-    line.pop("digest", None)
-  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  return lines
-
-
 # Name of a change -> (function that changes the lines, number of the first wrong line, from 1).
 WRONG = {
-  "first changed": (lambda x: [x[0], x[1].replace('"used": [', '"used": [1'), *x[2:]], 2),
   "last changed": (lambda x: [*x[:-1], x[-1].replace('"first_row": ', '"first_row": 1')], 6),
-  "digest changed": (lambda x: [*x[:-1], x[-1].replace('"digest": "', '"digest": "0')], 6),
   "digest gone": (lambda x: [*x[:3], x[3].partition(', "digest"')[0] + "}", *x[4:]], 4),
   "missing": (lambda x: [*x[:3], *x[4:]], 4),
-  "swapped": (lambda x: [*x[:2], x[3], x[2], *x[4:]], 3),
-  "repeated": (lambda x: [*x, x[-1]], 7),
   "junk": (lambda x: [*x[:4], "\0\0", *x[5:]], 5),
 }
 
@@ -363,7 +263,7 @@ def test_a_line_that_the_run_did_not_write_is_named(sources, tmp_path, planned, 
   lines = change(whole.splitlines())
   path.write_text("\n".join(lines) + "\n")
   for writes in (True, False):
-    with refused(UserError):
+    with refused(UserError, f"line {number} changed"):
       plan_with_starts(sources, path, writes=writes)
   # Does what the message says: delete the wrong line and all lines after it.
   path.write_text("\n".join(lines[: number - 1]) + "\n")
@@ -372,42 +272,17 @@ def test_a_line_that_the_run_did_not_write_is_named(sources, tmp_path, planned, 
   assert path.read_text() == whole
 
 
-def test_a_line_of_another_plan_is_named(sources, tmp_path):
-  """The line matches its own digest but does not continue the lines before it."""
-  path, other = tmp_path / "plan.jsonl", tmp_path / "other.jsonl"
-  plan_with_starts(sources, path).window(4)
-  plan_with_starts(sources, other, seed=1).window(4)
-  lines, others = (p.read_text().splitlines(keepends=True) for p in (path, other))
-  path.write_text("".join([*lines[:3], others[3], *lines[4:]]))
-  with refused(UserError):
-    plan_with_starts(sources, path)
-
-
-def test_starts_of_an_earlier_version_are_read_and_get_digests(sources, tmp_path, planned, capsys):
+def test_starts_of_an_earlier_version_are_planned_again(sources, tmp_path, planned):
   path = tmp_path / "plan.jsonl"
   rows = plan_with_starts(sources, path).window(4)
   whole = path.read_text()
-  without_digests(path)
-  planned.clear()
-  assert plan_with_starts(sources, path, writes=False).window(4) == rows
-  assert capsys.readouterr().out == ""
-  for sentence in ("is from an earlier version, without digests of its 5 lines", ""):
-    assert plan_with_starts(sources, path).window(4) == rows
-    assert sentence in capsys.readouterr().out
-    assert path.read_text() == whole
-  assert planned == [4, 4, 4]
-  plan_with_starts(sources, path)
-  assert capsys.readouterr().out == ""
-
-
-def test_starts_that_contradict_the_plan_are_refused(sources, tmp_path):
-  path = tmp_path / "plan.jsonl"
-  plan_with_starts(sources, path).window(4)
-  lines = without_digests(path)
-  lines[3]["used"][0] += 1
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  for line in lines:
+    line.pop("digest", None)
   path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  with refused(UserError):
-    plan_with_starts(sources, path).window(2)
+  planned.clear()
+  assert plan_with_starts(sources, path).window(4) == rows
+  assert (planned[:5], path.read_text()) == ([0, 1, 2, 3, 4], whole)
 
 
 @pytest.mark.parametrize(("codes", "least"), [(256, 0.97), (1_024, 0.90)])
@@ -416,13 +291,6 @@ def test_the_default_mixture_fills_rows(codes, least):
   statistics = plan_statistics(plan)
   assert statistics["fill"] >= least
   assert statistics["source_shares"] == pytest.approx([0.3, 0.7], abs=0.01)
-
-
-def test_pairs_alone_do_not_fill_rows():
-  plan = RowPlan(
-    synthetic_sources(20_000, 1_024, text_share=0.0), DataConfig(pack_window=2_048), 27, 0
-  )
-  assert 0.7 < plan_statistics(plan)["fill"] < 0.9
 
 
 def test_statistics_count_what_the_rows_hold(sources):

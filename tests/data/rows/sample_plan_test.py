@@ -88,11 +88,6 @@ def test_fewer_candidates_than_wanted_are_used_and_counted():
   ) == pytest.approx(100, abs=25)
 
 
-def test_neighbors_that_do_not_fit_are_left_out_and_counted():
-  plan = plan_pair(4, 0, neighbor_sampling="paper", num_neighbors=3, sequence_length=66)
-  assert (len(plan.neighbors), plan.missing, plan.crowded_out) == (2, 0, 1)
-
-
 def test_best_takes_the_first_candidates_in_their_order_as_many_as_fit():
   best = {"neighbor_sampling": "best", "num_neighbors": 3}
   assert plan_pair(4, 0, **best).neighbors == (0, 1, 2)

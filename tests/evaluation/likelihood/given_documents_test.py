@@ -1,5 +1,4 @@
 import dataclasses
-import io
 import json
 
 from etils import epath
@@ -10,7 +9,6 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, Segment, write_documents
 from cm3leon_jax.data.raw import reader
-from cm3leon_jax.data.sources import lines as source_lines
 from cm3leon_jax.data.sources.records import RawInterleaved, RawPair, RawText
 from cm3leon_jax.evaluation.likelihood import given_documents
 from cm3leon_jax.evaluation.likelihood.given_documents import Checked, DocumentFile, open_documents
@@ -168,23 +166,6 @@ LONG = " ".join(["w"] * (POSITIONS + 1))
 def test_a_wrong_line_is_refused_in_one_sentence(write, line):
   with refused(UserError):
     write({"text": "all right"}, line).check()
-
-
-def test_a_line_without_end_is_refused_and_never_read_whole(write, monkeypatch):
-  monkeypatch.setattr(source_lines, "MAX_LINE", 1_000)
-  sizes, readline = [], io.BufferedReader.readline
-
-  class Counted(io.BufferedReader):
-    def readline(self, size=-1):
-      line = readline(self, size)
-      sizes.append(len(line))
-      return line
-
-  monkeypatch.setattr(io, "BufferedReader", Counted)
-  with refused(UserError):
-    write({"text": "a"}, {"text": "x" * 100_000}, {"text": "b"}).check()
-  assert len(sizes) > 100
-  assert max(sizes) == 1_001
 
 
 def test_a_document_that_fills_all_positions_is_taken(write):
