@@ -103,8 +103,9 @@ class CM3Leon:
     accelerators.use_cpu_if_alone()
     buckets.prepare_access()
     from cm3leon_jax import loading
+    from cm3leon_jax.files import progress
 
-    shown = loading.shows_progress(show_progress)
+    shown = progress.is_interactive() if show_progress is None else show_progress
     loaded = loading.load(workdir, adapter, clip, dtype, devices, mesh, options)
     return cls(*loaded, shown, os.fspath(adapter) if adapter else None)
 
@@ -158,10 +159,6 @@ class CM3Leon:
     `rank`, the samples of each task are sorted by CLIP score, best first. Returns a list of
     `num_samples` samples for each task.
     """
-    from cm3leon_jax.generation import calls
-
-    tasks = calls.given_tasks(tasks)
-    num_samples = calls.check_samples(self.pipeline, tasks, num_samples, rank)
     if not tasks:
       return []
     with self._in_mesh():
@@ -176,9 +173,6 @@ class CM3Leon:
     >>> int((prompt >= model.pipeline.layout.vocab.text_size).sum())  # Number of image codes.
     16
     """
-    from cm3leon_jax.generation import calls
-
-    tasks = calls.given_tasks(tasks)
     with self._in_mesh():
       given = self.pipeline.check(tasks)
       return self.pipeline.requests(tasks, given, self.pipeline.retrieve(tasks))
@@ -258,7 +252,7 @@ class CM3Leon:
       retrieve: number of documents to retrieve with the image as query.
       **sampling: `text_temperature`, `text_top_k`, `text_top_p`.
     """
-    inputs = {"image": image, "question": question}
+    inputs = {"image": image, "prompt": question}
     return self._first("text", "question", seed, sampling, inputs, length=length, retrieve=retrieve)
 
   def infill(
@@ -292,7 +286,7 @@ class CM3Leon:
     Args:
       **sampling: `image_guidance`, `edit_guidance`, `guidance_schedule`, `temperature`, ...
     """
-    inputs = {"image": image, "instruction": instruction}
+    inputs = {"image": image, "prompt": instruction}
     return self._first("image", "edit", seed, sampling, inputs)
 
   def interleave(
@@ -335,7 +329,6 @@ class CM3Leon:
     from cm3leon_jax.evaluation.likelihood import pairs
     from cm3leon_jax.generation import calls
 
-    retrieve = calls.whole("retrieve", retrieve)
     single, rows = calls.rows(text=text, image=image)
     if not rows:
       return []
@@ -368,7 +361,11 @@ class CM3Leon:
     """
     from cm3leon_jax.generation import calls, retrieved
 
-    k, (single, queries) = calls.whole("k", k, 1), calls.queries(query)
+    single = not isinstance(query, list)
+    queries = [
+      ("text", value) if isinstance(value, str) else ("image", calls.expanded(value))
+      for value in ([query] if single else query)
+    ]
     if not queries:
       return []
     with self._in_mesh():

@@ -5,9 +5,8 @@
   CM3LEON_TOKEN=a-long-secret cm3leon serve --workdir=scenes --host=0.0.0.0
 
 --workdir is the workdir of a run, the folder of a bundle, or the name of an installed bundle. The
-command needs no config. It prints its address when it is ready, and a line on stderr for each
-request. It keeps compiled programs for the next start (--cache_dir). docs/serving.md describes the
-requests.
+command needs no config. It prints its address when it is ready, and a line for each request. It
+keeps compiled programs for the next start (--cache_dir). docs/serving.md describes the requests.
 """
 
 import importlib.util
@@ -23,6 +22,7 @@ from cm3leon_jax.commands import common, interrupts
 from cm3leon_jax.config import UserError
 
 TOKEN = "CM3LEON_TOKEN"
+PROGRAMS = "~/.cache/cm3leon_jax/programs"
 NEEDED = ("starlette", "uvicorn", "python_multipart")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0: all addresses.")
 _PORT = flags.DEFINE_integer("port", 8000, "Port to listen on; 0 selects a free port.", 0, 65_535)
@@ -76,8 +76,7 @@ _CACHE_DIR = flags.DEFINE_string(
   "cache_dir",
   None,
   "Folder that keeps compiled programs for the next start; an empty value disables it. Default: "
-  "JAX_COMPILATION_CACHE_DIR or, if that is not set, cm3leon_jax/programs in the user's cache "
-  "folder.",
+  f"JAX_COMPILATION_CACHE_DIR or, if that is not set, {PROGRAMS}.",
 )
 _WEIGHT_DTYPE = flags.DEFINE_enum(
   "weight_dtype", "compute", ("compute", "int8"), "Dtype of the model's matrices."
@@ -126,6 +125,16 @@ def _buckets() -> int:
   return _LANES.value
 
 
+def _keep_programs() -> None:
+  """Makes JAX keep all compiled programs in a folder, also those that compile in a second."""
+  import jax
+
+  if _CACHE_DIR.value is not None or not jax.config.jax_compilation_cache_dir:
+    folder = PROGRAMS if _CACHE_DIR.value is None else _CACHE_DIR.value
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder) or None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def main(workdir: epath.Path) -> None:
   for package in NEEDED:
     if importlib.util.find_spec(package) is None:
@@ -137,9 +146,8 @@ def main(workdir: epath.Path) -> None:
 
   adapters = loading.adapters_of(_ADAPTERS.value, name)
   from cm3leon_jax.api import CM3Leon
-  from cm3leon_jax.serving import program_cache
   from cm3leon_jax.serving.engine import Engine
-  from cm3leon_jax.serving.web import request_log, server
+  from cm3leon_jax.serving.web import server
   from cm3leon_jax.serving.web.limits import Limits, is_loopback
 
   if not token and not is_loopback(_HOST.value):
@@ -148,8 +156,7 @@ def main(workdir: epath.Path) -> None:
       "--token_file.",
       file=sys.stderr,
     )
-  if warning := program_cache.keep_programs(_CACHE_DIR.value):
-    print(f"warning: {warning}", file=sys.stderr)
+  _keep_programs()
   opened = server.listen(_HOST.value, _PORT.value)
   model = CM3Leon.load(
     os.fspath(workdir),
@@ -180,7 +187,6 @@ def main(workdir: epath.Path) -> None:
     file=sys.stderr,
     flush=True,
   )
-  request_log.show()
   server.serve(engine, name, limits, _HOST.value, opened, _STOP_SECONDS.value)
   interrupts.end(0, "")  # Python would need seconds, and XLA's threads may crash while it exits.
 

@@ -11,7 +11,7 @@ from cm3leon_jax import parameters
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.clip.model import PARAMS as CLIP_PARAMS
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents import training_data, unseen_tokens
+from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.data.documents.store import DocumentStore, write_documents
 from cm3leon_jax.export import huggingface, replay
 from cm3leon_jax.files.atomic import absolute
@@ -24,7 +24,7 @@ from cm3leon_jax.tokenizers import text
 from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained import base_documents, bundles
-from cm3leon_jax.trained.run import Run, unseen_in
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import layouts
 
 
@@ -69,8 +69,6 @@ def write(
     folder, params, settings.model, settings.vocab, workdir / "text_tokenizer", "float16"
   )
   write_json(folder / training_data.FILE, training_data.collect(workdir, bundles.folder_of))
-  if (unseen := unseen_in(run)) is not None:
-    write_json(folder / unseen_tokens.FILE, {"ids": sorted(unseen)})
   if base:
     settings = dataclasses.replace(settings, retrieval=of_base.retrieval)
   else:
@@ -146,8 +144,7 @@ def _begin(folder: epath.Path) -> None:
     raise UserError(
       f"{folder} cannot be created ({error.strerror}): choose another folder for the bundle."
     ) from error
-  for name in (bundles.FILE, unseen_tokens.FILE):
-    (folder / name).unlink(missing_ok=True)
+  (folder / bundles.FILE).unlink(missing_ok=True)
   for part in bundles.PARTS:
     if (folder / part).exists():
       (folder / part).rmtree()

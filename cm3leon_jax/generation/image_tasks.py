@@ -19,6 +19,7 @@ from cm3leon_jax.generation.tasks import (
   IMAGE_SETTINGS,
   Decoded,
   GivenImage,
+  PartialImage,
   PromptLayout,
   Task,
   decode_segment,
@@ -34,6 +35,26 @@ class ImageTask(Task):
 
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     return (layout.vocab.image_codes(ids[layout.vocab.is_image(ids)]),), ()
+
+  def total_rows(self, layout: PromptLayout) -> int:
+    """Returns how many rows of codes the task generates."""
+    return layout.side
+
+  def partial(
+    self, layout: PromptLayout, tokens: np.ndarray, given: np.ndarray | None
+  ) -> PartialImage:
+    """Repeats the last complete row below it.
+
+    side 4, tokens 5 6 7 8 9 9: 1 complete row, codes 5 6 7 8 in each row
+    """
+    codes, side = layout.vocab.image_codes(tokens[layout.vocab.is_image(tokens)]), layout.side
+    rows = len(codes) // side
+    if not rows:
+      return PartialImage(0, np.zeros(side * side, np.int32), 0)
+    complete = codes[: rows * side].reshape(rows, side)
+    below = np.repeat(complete[-1:], side - rows, axis=0)
+    whole = np.concatenate([complete, below]).ravel()
+    return PartialImage(rows, whole, rows * (layout.resolution // side))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +151,23 @@ class InfillImage(ImageTask):
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     return (decode_segment(layout, document_segments(layout.vocab, request, ids)[-1]),), ()
 
+  def total_rows(self, layout: PromptLayout) -> int:
+    _, top, _, bottom = whole_codes(self.box, layout.resolution, layout.side)
+    return bottom - top
+
+  def partial(
+    self, layout: PromptLayout, tokens: np.ndarray, given: np.ndarray | None
+  ) -> PartialImage:
+    """Puts the complete rows of the box into the given image."""
+    assert given is not None
+    codes, side = layout.vocab.image_codes(tokens[layout.vocab.is_image(tokens)]), layout.side
+    left, top, right, bottom = whole_codes(self.box, layout.resolution, side)
+    places = np.arange(side * side).reshape(side, side)[top:bottom, left:right].ravel()
+    rows, whole = len(codes) // (right - left), given.copy()
+    done = rows * (right - left)
+    whole[places[:done]] = codes[:done]
+    return PartialImage(rows, whole)
+
   @property
   def is_scored(self) -> bool:
     return bool(self.prompt.strip())
@@ -217,18 +255,6 @@ def whole_codes(box: Sequence, resolution: int, side: int) -> tuple[int, int, in
     )
   pixels = resolution // side
   return left // pixels, top // pixels, -(-right // pixels), -(-bottom // pixels)
-
-
-def print_rounded_box(box: Sequence, resolution: int, side: int) -> None:
-  """Prints the expanded box if a box of pixels does not consist of whole codes."""
-  pixels = resolution // side
-  whole = tuple(pixels * x for x in whole_codes(box, resolution, side))
-  if whole != tuple(box):
-    print(
-      f"generate: box {_listed(box)} is rounded out to whole codes of {pixels} pixels: "
-      f"{_listed(whole)}.",
-      flush=True,
-    )
 
 
 def _listed(box: Sequence) -> str:

@@ -40,6 +40,7 @@ MASK, BREAK, IMAGE = "<mask>", "<break>", "<image>"
 IMAGE_SETTINGS = settings_of_codes(unconditional=True)
 ALONE_SETTINGS = settings_of_codes(unconditional=False)
 GUIDANCE = ("guidance", "guidance_schedule")
+TO_COME = 160  # Gray value of rows that are not generated yet.
 EDITING = ("image_guidance", "edit_guidance", "guidance_schedule")
 
 
@@ -92,6 +93,32 @@ class PromptLayout:
   def side(self) -> int:
     """Number of codes per row of an image."""
     return math.isqrt(self.image_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartialImage:
+  """Preview of an image during generation.
+
+  The decoder of the image tokenizer is not causal: pixels of a complete row still change a little
+  when the rows below it are generated.
+
+  Attributes:
+    rows: number of complete rows of codes of the image, or of the box of an infill.
+    codes: [I] codes, with missing rows filled in.
+    gray_from: first row of pixels that is not generated yet and shown gray; None: no row.
+  """
+
+  rows: int
+  codes: np.ndarray
+  gray_from: int | None = None
+
+  def shown(self, pixels: np.ndarray) -> np.ndarray:
+    """Grays out the rows of the decoded codes, [H, W, 3] uint8, that are not generated yet."""
+    if self.gray_from is None:
+      return pixels
+    shown = pixels.copy()
+    shown[self.gray_from :] = TO_COME
+    return shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,6 +268,15 @@ class Task:
 
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     """Decodes ids [G]. Returns (texts and image codes, int32 [I], in order; texts of all holes)."""
+    raise NotImplementedError
+
+  def partial(
+    self, layout: PromptLayout, tokens: np.ndarray, given: np.ndarray | None
+  ) -> "PartialImage | str":
+    """Returns a preview of a sample from the ids [G] so far: rows of its image, or its text.
+
+    `given` contains the codes [I] of the input image.
+    """
     raise NotImplementedError
 
   @property

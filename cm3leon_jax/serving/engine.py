@@ -17,11 +17,17 @@ from cm3leon_jax.decoding.continuous.buckets import Bucket
 from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator, StepFailed
 from cm3leon_jax.decoding.continuous.slots import Update
 from cm3leon_jax.decoding.result import sample_seed
-from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.serving import partial
 from cm3leon_jax.serving.errors import ApiError, internal, stopping
-from cm3leon_jax.serving.jobs import Failed, Finished, Job, OpenJob, Progress, open_jobs
+from cm3leon_jax.serving.jobs import (
+  Failed,
+  Finished,
+  Job,
+  OpenJob,
+  Progress,
+  open_jobs,
+  usual_tasks,
+)
 from cm3leon_jax.serving.tasks import refused
 
 _LOG = logging.getLogger("cm3leon_jax.serving")
@@ -184,7 +190,7 @@ class Engine:
   def _warm_up(self) -> None:
     """Compiles the buckets of usual requests, then the largest buckets, which fit any request."""
     by_streams = {}
-    for task in partial.usual_tasks(self.pipeline):
+    for task in usual_tasks(self.pipeline):
       job = Job(task, 1, lambda event: None, shows_progress=True)
       self._prepare([job])
       if not self._open:
@@ -250,7 +256,7 @@ class Engine:
     """Converts an error of a job to an error for the client, without paths of the server."""
     message, bank = str(error), self.pipeline.bank
     message = message if bank is None else message.replace(str(bank), "the bank")
-    return refused(UserError(message), job.words)
+    return refused(message)
 
   def _compute(self) -> None:
     """Removes cancelled jobs, admits samples to free slots, decodes a chunk and delivers it."""
@@ -375,16 +381,12 @@ class Engine:
     """Delivers new rows of images and new texts."""
     layout, images = self.pipeline.layout, []
     for opened, index, update in parts:
-      if not isinstance(opened.job.task, ImageTask):
-        opened.job.deliver(
-          Progress(index, text=partial.text(opened.job.task, layout, update.result.tokens))
-        )
-        continue
-      rows, codes = partial.image(opened.job.task, layout, update.result.tokens, opened.codes)
-      if rows > opened.rows.get(index, 0):
-        images.append((opened, index, rows, codes))
-    decoded = self._decoded([codes for *_, codes in images])
-    for (opened, index, rows, _), image in zip(images, decoded, strict=True):
-      opened.rows[index] = rows
-      image = partial.without_rows_to_come(opened.job.task, layout, image, rows)
-      opened.job.deliver(Progress(index, rows, image))
+      made = opened.job.task.partial(layout, update.result.tokens, opened.codes)
+      if isinstance(made, str):
+        opened.job.deliver(Progress(index, text=made))
+      elif made.rows > opened.rows.get(index, 0):
+        images.append((opened, index, made))
+    decoded = self._decoded([made.codes for *_, made in images])
+    for (opened, index, made), image in zip(images, decoded, strict=True):
+      opened.rows[index] = made.rows
+      opened.job.deliver(Progress(index, made.rows, made.shown(image)))

@@ -2,7 +2,6 @@
 
 # H height, W width.
 
-from collections.abc import Mapping
 import dataclasses
 import re
 import secrets
@@ -16,13 +15,10 @@ from cm3leon_jax.generation import calls
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import BREAK, MASK, Task
 from cm3leon_jax.generation.text_tasks import TEXT_LENGTH
-from cm3leon_jax.serving import partial, schemas, uploads
+from cm3leon_jax.serving import schemas, uploads
 from cm3leon_jax.serving.errors import ApiError, refusal
 
-# First word of an error message -> field of the body that the message is about.
-FIELDS = {"message": "messages"} | {
-  name: name for cls in (schemas.EditBody, schemas.Chat) for name in cls.model_fields
-}
+FIELDS = {*schemas.EditBody.model_fields, *schemas.Chat.model_fields}
 
 
 def generation(pipeline: Pipeline, body: schemas.Generation) -> Task:
@@ -62,7 +58,7 @@ def edit(
   for name in ("image_guidance", "edit_guidance"):
     if name in given:
       raise refusal(f"{name} is for edits by instruction; with mask or box, give guidance.", name)
-  inputs["box"] = partial.whole_box(pipeline.layout, box)
+  inputs["box"] = tuple(box)
   return _task(pipeline, "infill_image", body, inputs, retrieve=body.retrieve or 0)
 
 
@@ -118,19 +114,13 @@ def content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:
   return text, None if image is None else uploads.from_data_url(image.url, "image_url.url")
 
 
-def refused(error: UserError, words: Mapping[str, str] | None) -> ApiError:
-  """Converts the error of a task to an ApiError that names the invalid field of the body.
+def refused(message: str) -> ApiError:
+  """Makes an ApiError of a task's error. Its param is the field that the message begins with.
 
-    in a chat, UserError("sampling.text_top_p is 0.0; ...") becomes "top_p is 0.0; ..." with the
-    param "top_p"
-
-  `words` maps words in the error to names of the body's fields.
+  refused("config.sampling.text_top_p is 0.0; ...") has the param "top_p"
   """
-  sentence = str(error).removeprefix("sampling.")
-  for word, own in (words or {}).items():
-    sentence = sentence.replace(word, own)
-  match = re.match(r"(?:the )?(\w+) ", sentence)
-  return refusal(sentence, FIELDS.get(match[1]) if match else None)
+  match = re.match(r"(?:the |config\.sampling\.(?:text_)?)?(\w+) ", message)
+  return refusal(message, match[1] if match and match[1] in FIELDS else None)
 
 
 def _task(pipeline: Pipeline, kind: str, body: schemas.Body, inputs: dict, **fields: int) -> Task:
@@ -142,7 +132,7 @@ def _task(pipeline: Pipeline, kind: str, body: schemas.Body, inputs: dict, **fie
     task.to_request(pipeline.layout)
     return task
   except UserError as error:
-    raise refused(error, body.words) from error
+    raise refused(str(error)) from error
 
 
 def _absent(name: str, hint: str) -> ApiError:

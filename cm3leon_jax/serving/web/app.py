@@ -17,8 +17,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from cm3leon_jax.config import short
+from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.tasks import Task
-from cm3leon_jax.serving import partial, schemas, tasks
+from cm3leon_jax.serving import schemas, tasks
 from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.errors import ApiError, refusal
 from cm3leon_jax.serving.jobs import Event, Failed, Finished, Job
@@ -174,9 +175,9 @@ class Server:
     return min(2 * pipeline.usual_retrieve, pipeline.settings.retrieval.max_candidates)
 
   async def _images(
-    self, request: Request, body: schemas.ImageBody, task: Task, prefix: str
+    self, request: Request, body: schemas.ImageBody, task: ImageTask, prefix: str
   ) -> Response:
-    rows = partial.total_rows(task, self._layout)
+    rows = task.total_rows(self._layout)
     answer = ImageAnswer(task, self._layout.resolution, rows, prefix, body.partial_images)
     return await self._answer(request, body, task, answer)
 
@@ -208,7 +209,7 @@ class Server:
         loop.call_soon_threadsafe(queue.put_nowait, event)
 
     adapter = "" if body.model in (None, self.name) else body.model
-    job = Job(task, body.n, deliver, body.stream, adapter, body.words)
+    job = Job(task, body.n, deliver, body.stream, adapter)
     self.engine.submit(job, request.state.place)
     try:
       remaining = body.n
@@ -217,7 +218,6 @@ class Server:
         if isinstance(event, Failed):
           raise event.error
         remaining -= isinstance(event, Finished)
-        request.state.made.add(task, event)
         yield event
     finally:
       self.engine.cancel(job)

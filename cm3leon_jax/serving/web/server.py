@@ -1,6 +1,7 @@
 """Runs the application with uvicorn in one process until SIGTERM or Ctrl-C."""
 
 import asyncio
+import logging
 import signal
 import socket
 import threading
@@ -123,7 +124,6 @@ def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Ser
     http=HttpProtocol,
     loop="asyncio",  # uvloop would call the fork handlers of JAX when it starts a process.
     log_level="warning",
-    access_log=False,
     server_header=False,
     lifespan="on",
     ws="none",
@@ -132,6 +132,7 @@ def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Ser
     timeout_keep_alive=30,
     timeout_graceful_shutdown=stop_seconds,
   )
+  logging.getLogger("uvicorn.access").setLevel(logging.INFO)  # One line per request.
   return uvicorn.Server(config)
 
 
