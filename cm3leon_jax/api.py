@@ -116,10 +116,10 @@ class CM3Leon:
   ) -> CM3Leon:  # fmt: skip
     """Tunes a model on your images and loads it. After Ctrl-C, the same call continues.
 
-    `data` is a folder, a list of pairs (image, caption) or a list of records. docs/finetune.md and
-    `runs.finetune.run` describe them and the options.
+    `data` is a folder or a list of pairs (image, caption). docs/finetune.md and
+    `finetune.run` describe them and the options.
     """
-    from cm3leon_jax.runs import finetune
+    from cm3leon_jax import finetune
 
     finetune.run(data, workdir, base, **options)
     return cls.load(workdir)
