@@ -10,7 +10,6 @@ keeps compiled programs for the next start (--cache_dir). docs/serving.md descri
 """
 
 import importlib.util
-import ipaddress
 import os
 import sys
 
@@ -41,7 +40,6 @@ _BUCKETS = flags.DEFINE_integer(
   "Largest number of decoding shapes that run in turn; each has memory for --slots samples.",
   lower_bound=1,
 )
-_LANES = flags.DEFINE_integer("lanes", None, "Deprecated name of --buckets.", lower_bound=1)
 _MOST_WAITING = flags.DEFINE_integer(
   "most_waiting", 64, "Requests that may wait; further requests get status 429.", lower_bound=1
 )
@@ -107,24 +105,6 @@ def _token() -> str:
   return token
 
 
-def _check_host(host: str) -> None:
-  try:
-    ipaddress.ip_address(host)
-  except ValueError as error:
-    if host != "localhost":
-      raise UserError(f"--host is {host}; it must be an address such as 127.0.0.1.") from error
-
-
-def _buckets() -> int:
-  """Returns the value of --buckets or --lanes, its old name. Raises UserError if both are given."""
-  if _LANES.value is None:
-    return _BUCKETS.value
-  if _BUCKETS.present:
-    raise UserError("--lanes is the old name of --buckets: give only --buckets.")
-  print("warning: --lanes is deprecated: use --buckets.", file=sys.stderr)
-  return _LANES.value
-
-
 def _keep_programs() -> None:
   """Makes JAX keep all compiled programs in a folder, also those that compile in a second."""
   import jax
@@ -139,8 +119,7 @@ def main(workdir: epath.Path) -> None:
   for package in NEEDED:
     if importlib.util.find_spec(package) is None:
       raise UserError(f"cm3leon serve needs {package}: {extras.install('serve')}.")
-  _check_host(_HOST.value)
-  token, buckets = _token(), _buckets()
+  token = _token()
   name = os.path.basename(os.path.normpath(os.fspath(workdir))) or "model"
   from cm3leon_jax import loading
 
@@ -179,7 +158,7 @@ def main(workdir: epath.Path) -> None:
     model.mesh,
     slots=_SLOTS.value,
     chunk=_CHUNK.value,
-    buckets=buckets,
+    buckets=_BUCKETS.value,
     queue_limit=_MOST_WAITING.value,
   )
   print(

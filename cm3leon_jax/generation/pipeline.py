@@ -246,13 +246,14 @@ class Pipeline:
     above `retrieval.max_similarity`.
 
     Raises:
-      UserError: there is no bank, or `count` is above `retrieval.max_candidates`.
+      UserError: there is no bank, or `count` is not in [1, `retrieval.max_candidates`].
     """
     if self.bank is None:
       raise UserError("this model has no bank, so no documents can be retrieved.")
-    if count > (most := self.settings.retrieval.max_candidates):
+    if not 1 <= count <= (most := self.settings.retrieval.max_candidates):
       raise UserError(
-        f"{count} documents are requested; the maximum is config.retrieval.max_candidates = {most}."
+        f"{count} documents are requested; at least 1 and at most config.retrieval.max_candidates "
+        f"= {most} can be retrieved."
       )
     if (embedded := len(self.retriever.bank)) != (held := len(self.documents)):
       raise UserError(

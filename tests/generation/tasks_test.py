@@ -57,7 +57,7 @@ def test_a_prompt_of_too_many_characters_is_refused_before_it_is_encoded(layout,
   most = bounded.most_characters
   assert most == layout.positions * max(layout.longest_token, len("<break>"))
   given = {"image": "a.png"} if "image" in task.required else {}
-  with refused(UserError):
+  with refused(UserError, "characters"):
     task(prompt="<mask>" + "a" * (most - 5), **given).to_request(bounded, CODES)
   with pytest.raises(AssertionError, match="characters were encoded"):
     task(prompt="<mask>" + "a" * (most - 6), **given).to_request(bounded, CODES)
@@ -142,13 +142,13 @@ def test_boxes_are_rounded_out():
   "box", [(0, 0, 9, 4), (-1, 0, 4, 4), (4, 0, 4, 4), (0, 4, 4, 2), (0, 4, 4), (0, 4, 4.5, 2)]
 )
 def test_wrong_boxes_are_refused(layout, box):
-  with refused(UserError):
+  with refused(UserError, "f, line 1", "box is"):
     InfillImage("a.png", box, where="f, line 1").to_request(layout)
 
 
 def test_a_box_with_more_rows_than_sentinels_is_refused(layout):
   few = dataclasses.replace(layout, vocab=dataclasses.replace(VOCAB, num_special=7))
-  with refused(UserError):
+  with refused(UserError, "4 rows"):
     InfillImage("a.png", (0, 0, 2, 8)).to_request(few)
 
 
@@ -181,13 +181,13 @@ def test_an_interleaved_document_continues_its_text_and_fills_the_row(layout):
 )
 def test_a_prompt_that_is_too_long_is_refused(layout, task):
   task = dataclasses.replace(task, where="f, line 1")
-  with refused(UserError):
+  with refused(UserError, "f, line 1", "128 positions"):
     task.to_request(layout)
 
 
 @pytest.mark.parametrize("task", [Unconditional(), Interleaved("red apple")])
 def test_contrastive_decoding_needs_two_streams(layout, task):
-  with refused(UserError):
+  with refused(UserError, "'mixture'", task.name):
     dataclasses.replace(task, sampling=SamplingConfig(method="mixture")).to_request(layout)
   sampling = SamplingConfig(method="contrastive")
   TextToImage("red apple", sampling=sampling).to_request(layout)
@@ -196,7 +196,7 @@ def test_contrastive_decoding_needs_two_streams(layout, task):
 
 
 def test_masks_side_by_side_are_refused(layout):
-  with refused(UserError):
+  with refused(UserError, "mask"):
     InfillText("a <mask> <mask>").to_request(layout)
 
 
