@@ -62,7 +62,6 @@ class CM3Leon:
   mesh: jax.sharding.Mesh
   step: int
   show_progress: bool = False
-  adapter: str | None = None
 
   @classmethod
   def load(
@@ -85,7 +84,7 @@ class CM3Leon:
 
     Args:
       workdir: the folder of a run, local or in a GCS bucket, even while the run trains; or a bundle
-        that `cm3leon export --bundle` or `save` wrote; or the name of a bundle in this package,
+        that `cm3leon export --bundle` wrote; or the name of a bundle in this package,
         "scenes" or "scenes-instruct"; or an export that `cm3leon export` wrote in the format hf or
         orbax. An export has neither a CLIP model nor a bank.
       adapter: adapters of this model to add to it: the workdir of their run, or an export `peft`.
@@ -107,13 +106,16 @@ class CM3Leon:
 
     shown = progress.is_interactive() if show_progress is None else show_progress
     loaded = loading.load(workdir, adapter, clip, dtype, devices, mesh, options)
-    return cls(*loaded, shown, os.fspath(adapter) if adapter else None)
+    return cls(*loaded, shown)
 
   @classmethod
   def finetune(
-    cls, data: Any, workdir: str | os.PathLike[str], base: str | os.PathLike[str] = "scenes",
-    **options: Unpack[kw.FinetuneOptions],
-  ) -> CM3Leon:  # fmt: skip
+    cls,
+    data: Any,
+    workdir: str | os.PathLike[str],
+    base: str | os.PathLike[str] = "scenes",
+    **options: Any,
+  ) -> CM3Leon:
     """Tunes a model on your images and loads it. After Ctrl-C, the same call continues.
 
     `data` is a folder or a list of pairs (image, caption). docs/finetune.md and
@@ -125,25 +127,7 @@ class CM3Leon:
     return cls.load(workdir)
 
   def __repr__(self) -> str:
-    from cm3leon_jax import loading
-
-    return f"CM3Leon({loading.describe(self.workdir, self.pipeline, self.mesh, self.step)})"
-
-  def save(self, folder: str | os.PathLike[str]) -> None:
-    """Writes a bundle to `folder`, from which `load` and `cm3leon serve` can read the model.
-
-    >>> model.save(folder)
-    >>> CM3Leon.load(folder).step
-    7
-
-    An existing bundle in `folder` is replaced. A bundle contains the settings, all models in
-    float16, and a sample of the training images and captions (docs/export.md). A model
-    that was loaded from an export or with `adapter` cannot be saved.
-    """
-    from cm3leon_jax import loading
-
-    loading.check_saved(self.workdir, self.adapter)
-    loading.save(self.workdir, self.mesh, self.step, folder)
+    return f"CM3Leon({self.workdir!r}, step {self.step})"
 
   def sample(
     self, tasks: Sequence[Task], num_samples: int = 1, rank: bool = False

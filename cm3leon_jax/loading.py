@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import os
 from typing import Any
-import warnings
 
 import jax
 import numpy as np
@@ -16,12 +15,9 @@ from cm3leon_jax.export import bundle
 from cm3leon_jax.files import buckets
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.models import transformer
 from cm3leon_jax.reports import summary
-from cm3leon_jax.trained import bundles, exported, initial
+from cm3leon_jax.trained import initial
 from cm3leon_jax.trained.run import Run
-
-_LACKS = "neither CLIP nor bank: samples have no CLIP score, and nothing can be ranked or retrieved"
 
 
 def load(
@@ -59,6 +55,8 @@ def load(
     )
   if mesh is None:
     mesh = create_mesh(MeshConfig(), None if devices is None else list(devices))
+  elif devices is not None:
+    raise UserError("both mesh and devices are given: give only one of them.")
   run = Run.open(source, exports=True)
   if dtype is not None:
     model = run.settings.model.computing_in(np.dtype(dtype).name)
@@ -67,10 +65,7 @@ def load(
   adapters = None
   if adapter is not None:
     adapters = initial.over(source, os.path.expanduser(adapter))
-  if run.kind == "export":
-    lacks = "no bank, so nothing can be retrieved" if clip else _LACKS
-    warnings.warn(f"{run.folder} is an export, which has {lacks}.", stacklevel=3)
-  elif clip is not None and not run.settings.retrieval.clip:
+  if clip is not None and run.kind != "export" and not run.settings.retrieval.clip:
     raise UserError(f"clip is given, but {run.folder} contains a CLIP: omit clip.")
   with jax.set_mesh(mesh):
     if adapters is None:
@@ -103,19 +98,6 @@ def add_adapter(
     pipeline.adapted[name] = Generator(params, pipeline.generator.config)
 
 
-def describe(workdir: str, pipeline: Pipeline, mesh: jax.sharding.Mesh, step: int) -> str:
-  """Describes a loaded model in one line, for `repr`."""
-  config, side = pipeline.settings.model, pipeline.layout.resolution
-  with jax.set_mesh(mesh):
-    types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
-  kind = mesh.devices.flat[0].device_kind
-  installed = {os.fspath(bundles.folder_of(name)): name for name in bundles.INSTALLED}
-  return (
-    f"{installed.get(workdir, workdir)!r}, step {step}, {transformer.count_params(types):,} "
-    f"parameters, images of {side} x {side}, {config.dtype} on {mesh.size} {kind}"
-  )
-
-
 def write_bundle(
   trained: Run,
   folder: str | os.PathLike[str],
@@ -135,31 +117,6 @@ def write_bundle(
     cost["train_seconds"] += initial.seconds_before(workdir)
   params, found = trained.params(step)
   return found, bundle.write(folder, trained, params, found, cost, base, **options)
-
-
-def check_saved(workdir: str, adapter: str | None) -> None:
-  """Raises UserError if a model was loaded with adapters, which `save` would leave out."""
-  if adapter is not None:
-    raise UserError(
-      f"the model is {workdir} with the adapters of {adapter}: write their bundle by `cm3leon "
-      f"export --workdir={adapter} --bundle=FOLDER`, if {adapter} is a workdir."
-    )
-
-
-def save(workdir: str, mesh: jax.sharding.Mesh, step: int, folder: str | os.PathLike[str]) -> None:
-  """Writes the bundle of a run, or copies the bundle that was loaded."""
-  folder = os.path.expanduser(folder)
-  if exported.is_export(workdir):
-    raise UserError(
-      f"{workdir} is an export, which has no CLIP, but a bundle needs one: load the workdir of the "
-      "run to save a bundle."
-    )
-  trained = Run.open(workdir)
-  if trained.kind == "bundle":
-    bundle.copy(trained.folder, folder)
-    return
-  with jax.set_mesh(mesh):
-    write_bundle(trained, folder, "", step)
 
 
 def adapters_of(values: Sequence[str], model: str) -> dict[str, str]:

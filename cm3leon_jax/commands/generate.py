@@ -330,7 +330,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       pipeline = Pipeline.load(trained, params, clip, bank, **options)
       tasks = tasks or [*heldout_tasks(
         layout, trained.folder, _CAPTIONS.value or MOST_CAPTIONS, seed, columns, _KEEP.value,
-        pipeline.image_tokenizer, or_fewer=_CAPTIONS.value is None,
+        pipeline.image_tokenizer,
       )]  # fmt: skip
       writer = Writer(folder, SAMPLES.value)
       samples = pipeline.generate(

@@ -238,21 +238,14 @@ def whole_codes(box: Sequence, resolution: int, side: int) -> tuple[int, int, in
   Raises:
     UserError: the box is not four whole numbers, is empty, or is not within the image.
   """
-  if len(box) != 4 or not all(isinstance(x, int) and not isinstance(x, bool) for x in box):
+  if len(box) != 4 or not all(isinstance(x, int) and 0 <= x <= resolution for x in box):
     raise UserError(
-      f"box is {_listed(box)}; it must be four whole numbers: left, top, right, bottom in pixels."
+      f"box is {_listed(box)}; it must be left, top, right, bottom in pixels: whole numbers from 0 "
+      f"to {resolution}."
     )
   left, top, right, bottom = box
-  if min(left, top) < 0 or max(right, bottom) > resolution:
-    raise UserError(
-      f"box is {_listed(box)}; it must be within the image, which has {resolution} x {resolution} "
-      "pixels."
-    )
   if left >= right or top >= bottom:
-    raise UserError(
-      f"box is {_listed(box)}, which is empty: left must be less than right, and top less than "
-      "bottom."
-    )
+    raise UserError(f"box is {_listed(box)}, which is empty.")
   pixels = resolution // side
   return left // pixels, top // pixels, -(-right // pixels), -(-bottom // pixels)
 

@@ -250,7 +250,8 @@ class Pipeline:
     """
     if self.bank is None:
       raise UserError("this model has no bank, so no documents can be retrieved.")
-    if not 1 <= count <= (most := self.settings.retrieval.max_candidates):
+    most = self.settings.retrieval.max_candidates
+    if not 1 <= count <= most:
       raise UserError(
         f"{count} documents are requested; at least 1 and at most config.retrieval.max_candidates "
         f"= {most} can be retrieved."

@@ -86,7 +86,7 @@ class Job:
 
 @dataclasses.dataclass(eq=False)
 class OpenJob:
-  """Prepared job: the inputs of its samples, and how many samples have started and finished."""
+  """Prepared job: the inputs of its samples, and how many samples have started."""
 
   job: Job
   request: Request
@@ -94,7 +94,6 @@ class OpenJob:
   codes: np.ndarray | None
   neighbors: tuple[Document, ...]
   begun: int = 0
-  finished: int = 0
   rows: dict[int, int] = dataclasses.field(default_factory=dict)
   failed: bool = False
 

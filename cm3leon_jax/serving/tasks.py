@@ -43,21 +43,12 @@ def edit(
   """
   inputs: dict[str, Any] = {"image": image, "prompt": body.prompt}
   _check_no_mask(body.prompt)
-  given = body.sampling()
   if box is None:
     if not body.prompt.strip():
       raise _absent("prompt", "write how the image should change, or send mask or box.")
     if body.retrieve:
       raise refusal("an edit retrieves no documents: leave retrieve out.", "retrieve")
-    if "guidance" in given:
-      raise refusal(
-        "guidance is for infills; an edit by instruction has image_guidance and edit_guidance.",
-        "guidance",
-      )
     return _task(pipeline, "edit", body, inputs)
-  for name in ("image_guidance", "edit_guidance"):
-    if name in given:
-      raise refusal(f"{name} is for edits by instruction; with mask or box, give guidance.", name)
   inputs["box"] = tuple(box)
   return _task(pipeline, "infill_image", body, inputs, retrieve=body.retrieve or 0)
 
@@ -115,12 +106,12 @@ def content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:
 
 
 def refused(message: str) -> ApiError:
-  """Makes an ApiError of a task's error. Its param is the field that the message begins with.
+  """Makes an ApiError of a task's error. Its param is the first field that the message names.
 
   refused("config.sampling.text_top_p is 0.0; ...") has the param "top_p"
   """
-  match = re.match(r"(?:the |config\.sampling\.(?:text_)?)?(\w+) ", message)
-  return refusal(message, match[1] if match and match[1] in FIELDS else None)
+  words = re.findall(r"\w+", message.replace("text_top", "top").replace("text_temp", "temp"))
+  return refusal(message, next((word for word in words if word in FIELDS), None))
 
 
 def _task(pipeline: Pipeline, kind: str, body: schemas.Body, inputs: dict, **fields: int) -> Task:

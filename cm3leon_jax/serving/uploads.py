@@ -30,16 +30,13 @@ Box = tuple[int, int, int, int]
 
 def from_data_url(url: str, param: str) -> bytes:
   """Returns the bytes of an image in a data: URL. Raises ApiError for any other URL."""
-  scheme = url.partition(":")[0][:12].lower()
-  if scheme in ("http", "https", "file", "ftp"):
-    raise refusal(
-      f"{param} begins with {scheme}:, but the server fetches nothing: send the image itself as "
-      "data:image/png;base64,...",
-      param,
-    )
   match = _DATA_URL.match(url)
   if match is None:
-    raise refusal(f"{param} must be data:image/png;base64,... with the bytes of an image.", param)
+    raise refusal(
+      f"{param} must be data:image/png;base64,... with the bytes of an image: the server fetches "
+      "nothing.",
+      param,
+    )
   try:
     return base64.b64decode(url[match.end() :], validate=True)
   except ValueError as error:

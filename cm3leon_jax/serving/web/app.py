@@ -21,7 +21,7 @@ from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.serving import schemas, tasks
 from cm3leon_jax.serving.engine import Engine
-from cm3leon_jax.serving.errors import ApiError, refusal
+from cm3leon_jax.serving.errors import ApiError, internal, refusal
 from cm3leon_jax.serving.jobs import Event, Failed, Finished, Job
 from cm3leon_jax.serving.web.answers import ChatAnswer, ImageAnswer
 from cm3leon_jax.serving.web.decoders import Decoders
@@ -309,22 +309,16 @@ async def _api_error(_: Request, error: Exception) -> Response:
   return JSONResponse(error.body(), error.status, error.headers)
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+async def _http_error(_: Request, error: Exception) -> Response:
   """Answers errors of Starlette: an unknown path, a wrong method, an invalid form."""
   assert isinstance(error, HTTPException)
-  sentences = {
-    404: "there is nothing at this path: docs/serving.md lists the paths.",
-    405: f"{request.method[:16]} is not allowed here.",
-  }
-  detail = re.sub(r"\s+", " ", str(error.detail))[:200]
-  own = ApiError(error.status_code, sentences.get(error.status_code, detail))
+  own = ApiError(error.status_code, re.sub(r"\s+", " ", str(error.detail))[:200])
   return JSONResponse(own.body(), error.status_code, dict(error.headers or {}))
 
 
 async def _unknown_error(_: Request, error: Exception) -> Response:
   """Answers unknown errors. Starlette raises them again afterwards, so that uvicorn logs them."""
-  own = ApiError(500, "the server failed to answer this request; its log has the reason.")
-  return JSONResponse(own.body(), 500)
+  return JSONResponse(internal().body(), 500)
 
 
 async def _nobody(_: Request, error: Exception) -> Response:
