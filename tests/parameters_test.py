@@ -30,13 +30,6 @@ def params_of():
   return parameters.to_dict(nnx.state(make()))
 
 
-def test_names_are_texts_also_those_of_a_list():
-  params = params_of()
-  assert params.keys() == {"layers", "factor"}
-  assert params["layers"].keys() == {"0", "1"}
-  assert params["layers"]["1"]["kernel"].shape == (3, 2)
-
-
 def test_a_filled_module_computes_what_its_parameters_say_under_jit_too():
   skeleton, x = parameters.structure(make), jnp.ones((1, 3))
   params = params_of()
@@ -84,11 +77,6 @@ def test_a_file_larger_than_the_parameters_is_not_read(tmp_path):
   os.truncate(path, 2**40)
   with pytest.raises(UserError, match=r"safetensors has 1,099,511,627,776 bytes; the maximum is"):
     parameters.load(path, params_of(), "train_clip")
-
-
-def test_an_absent_file_names_its_command(tmp_path):
-  with refused(UserError):
-    parameters.load(tmp_path / "a.safetensors", {}, "train_clip")
 
 
 @pytest.mark.parametrize("place", ["../x.safetensors", "/etc/passwd", "..", "", 3, None, ["x"]])

@@ -10,11 +10,8 @@ from cm3leon_jax.data.documents.store import group_id, write_documents
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.decoding.result import Result, sample_seed
 from cm3leon_jax.files.shards import Runner
-from cm3leon_jax.generation import pipeline as pipeline_lib
-from cm3leon_jax.generation.heldout import heldout_tasks
 from cm3leon_jax.generation.image_tasks import Edit, TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
-from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.text_tasks import Caption, Interleaved
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
@@ -75,14 +72,6 @@ def test_the_unconditional_stream_may_keep_the_neighbors(pipeline):
   before = len(kept.streams[0]) - len(pipeline.layout.encode("green car")) - 1
   np.testing.assert_array_equal(kept.streams[1][:before], kept.streams[0][:before])
   assert len(dropped.streams[1]) == 3
-
-
-def test_a_given_image_is_its_own_query(pipeline, workdir, clip, tmp_path):
-  task = Caption(write_image(tmp_path / "a.png"), retrieve=1, length=9)
-  ((_, found),) = prepare(pipeline, task)
-  vector = clip.embed_images(np.asarray(Image.open(task.image))[None])[0]
-  bank = Embeddings(workdir / "neighbors" / "train")
-  assert bank.keys[:][np.argmax(bank.documents[:] @ vector)] == group_id(found[0].key)
 
 
 def test_queries_are_those_of_the_stage(pipeline, clip, tmp_path):
@@ -214,19 +203,6 @@ def test_samples_are_ranked_by_their_scores(pipeline):
   np.testing.assert_array_equal(np.asarray(alone.image), alone.segments[0])
 
 
-def test_a_batch_is_handed_over_before_the_next_begins(pipeline, monkeypatch):
-  events, original = [], pipeline.generator._generate_batch
-
-  def generate_batch(*args):
-    events.append("generate")
-    return original(*args)
-
-  monkeypatch.setattr(pipeline.generator, "_generate_batch", generate_batch)
-  tasks = [text_to_image("red apple")]
-  pipeline.generate(tasks, 3, on_batch=lambda samples: events.append(len(samples)))
-  assert events == ["generate", 2, "generate", 1]
-
-
 def test_a_document_has_its_images_in_order(pipeline):
   task = Interleaved("red apple", length=60)
   ((request, _),) = prepare(pipeline, task)
@@ -244,14 +220,6 @@ def test_a_document_has_its_images_in_order(pipeline):
   assert sample.text == "red apple\nblue car"
 
 
-def test_a_caption_without_words_comes_last():
-  def one(score):
-    return Sample(TextToImage("a"), 0, 0, (), (), (), None, None, False, (), clip_score=score)
-
-  ranked = pipeline_lib.ranked([one(None), one(-0.5), one(0.5)])
-  assert [(s.clip_score, s.rank) for s in ranked] == [(0.5, 1), (-0.5, 2), (None, 3)]
-
-
 def test_a_bank_with_embeddings_of_other_documents_is_refused(pipeline, workdir, clip, tmp_path):
   documents = [pipeline.documents[i] for i in range(5)]
   write_documents(tmp_path / "documents" / "train_pairs", documents, VOCAB)
@@ -259,11 +227,3 @@ def test_a_bank_with_embeddings_of_other_documents_is_refused(pipeline, workdir,
   foreign = Pipeline.load(Run(workdir, SETTINGS), random_params(SETTINGS.model), clip, tmp_path)
   with refused(UserError, "12 documents", "5 documents"):
     prepare(foreign, text_to_image("green car", retrieve=1))
-
-
-def test_a_task_that_knows_of_no_neighbor_searches_for_none(pipeline, layout, workdir):
-  (task,) = heldout_tasks(layout, workdir, 1, 0, [(1, SETTINGS.sampling)])
-  ((_, found),) = prepare(pipeline, dataclasses.replace(task, neighbors=()))
-  assert found == ()
-  ((_, found),) = prepare(pipeline, text_to_image(task.prompt, retrieve=1))
-  assert len(found) == 1  # Negative control: an unchanged caption.

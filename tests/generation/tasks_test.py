@@ -12,11 +12,8 @@ from cm3leon_jax.generation.image_tasks import (
   InfillImage,
   TextToImage,
   Unconditional,
-  whole_codes,
 )
-from cm3leon_jax.generation.tasks import slug
 from cm3leon_jax.generation.text_tasks import (
-  Caption,
   InfillText,
   Interleaved,
   Question,
@@ -63,15 +60,6 @@ def test_a_prompt_of_too_many_characters_is_refused_before_it_is_encoded(layout,
     task(prompt="<mask>" + "a" * (most - 6), **given).to_request(bounded, CODES)
 
 
-def test_a_caption_is_the_first_segment(layout):
-  task = Caption("a.png", length=5)
-  request = task.to_request(layout, CODES)
-  ids = np.array([*layout.encode("red apple"), VOCAB.eoss])
-  assert infilled(request, ids) == [*layout.encode("red apple"), VOCAB.brk, *IDS]
-  assert task.from_ids(layout, request, ids) == (("red apple",), ("red apple",))
-  assert request.plan[0].count == 5
-
-
 @pytest.mark.parametrize(
   ("text", "fills"),
   [
@@ -101,16 +89,6 @@ def test_a_space_before_a_mask_belongs_to_its_hole(layout):
   assert [len(piece) for piece in pieces[1:]] == [0, 1]
 
 
-def test_a_line_break_before_a_mask_stays():
-  """Uses a tokenizer with one id per character, which keeps line breaks."""
-
-  def encode(text):
-    return np.array([ord(c) for c in (f" {text}" if text else "")], np.int32)
-
-  pieces = text_pieces(encode, "Who?\n<mask>\n <mask>")
-  assert ["".join(map(chr, piece)) for piece in pieces] == [" Who?\n", "\n", ""]
-
-
 def test_a_box_is_one_hole_per_row(layout):
   task = InfillImage("a.png", (3, 0, 6, 4), "red apple")
   request = task.to_request(layout, CODES)
@@ -124,18 +102,6 @@ def test_a_box_is_one_hole_per_row(layout):
   assert len(without.streams) == 1
   # The unconditional stream equals the request without a prompt.
   np.testing.assert_array_equal(request.streams[1], without.streams[0])
-
-
-def test_a_box_of_full_width_is_one_hole(layout):
-  request = InfillImage("a.png", (0, 2, 8, 6)).to_request(layout, CODES)
-  assert [tuple(part[:2]) for part in request.plan] == [(1, 8), (3, 0)]
-  whole = InfillImage("a.png", (0, 0, 8, 8)).to_request(layout, CODES)
-  assert whole.plan[0].count == 16
-
-
-def test_boxes_are_rounded_out():
-  assert whole_codes((3, 0, 9, 4), 16, 8) == (1, 0, 5, 2)
-  assert whole_codes((4, 4, 6, 6), 16, 8) == (2, 2, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -198,10 +164,3 @@ def test_contrastive_decoding_needs_two_streams(layout, task):
 def test_masks_side_by_side_are_refused(layout):
   with refused(UserError, "mask"):
     InfillText("a <mask> <mask>").to_request(layout)
-
-
-@pytest.mark.parametrize(
-  ("name", "expected"), [("Red  apple!", "red-apple"), ("...", "prompt"), ("x" * 99, "x" * 40)]
-)
-def test_slug(name, expected):
-  assert slug(name) == expected

@@ -91,16 +91,6 @@ def test_any_line_makes_a_task_or_one_sentence(tmp_path_factory, fields, others)
   assert tasks is None or isinstance(tasks[0], Task)
 
 
-@given(st.binary(max_size=60))
-@example(b"\xef\xbb\xbf{}")
-@example(b"\n\n")
-@settings(max_examples=100, deadline=None)
-def test_any_bytes_make_tasks_or_one_sentence(tmp_path_factory, data):
-  path = tmp_path_factory.mktemp("bytes", numbered=True) / "my.jsonl"
-  path.write_bytes(data)
-  assert made(lambda: prompt_file.read(path)) != []
-
-
 PARTS = 64  # All plans are padded to this length, so that they share a compiled program.
 IDS = np.arange(VOCAB.size)
 

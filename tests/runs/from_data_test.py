@@ -55,23 +55,6 @@ def test_all_fields_follow_from_the_counts_of_300_images():
   }
 
 
-def test_steps_have_bounds_at_few_and_many_minutes():
-  for section, least in from_data.LEAST_STEPS.items():
-    assert from_data.values(COUNTS, 1.0)[f"{section}.steps"] == least
-    most = from_data.MOST_STEPS[section]
-    assert from_data.values(COUNTS, 10_000.0)[f"{section}.steps"] == most
-
-
-def test_texts_have_their_share_of_the_tokens_if_some_are_held_out():
-  def share(**counts):
-    return from_data.values(dataclasses.replace(COUNTS, **counts), 15.0)["data.text_share"]
-
-  # The data have 264 images of 64 codes, 1,840 caption tokens and 2,500 text tokens.
-  assert share(texts=10, heldout_texts=1, text_characters=10_000) == round(2_500 / 21_236, 2)
-  assert share(texts=10, heldout_texts=0, text_characters=10_000) == 0.0
-  assert share(texts=999, heldout_texts=9, text_characters=10**7) == from_data.MOST_TEXT_SHARE
-
-
 def test_every_value_is_right_for_its_field():
   for minutes in (1.0, 15.0, 600.0):
     for counts in (COUNTS, Counts(24, 3, 9, 9, 99, 99_999, 9_999)):
@@ -90,13 +73,6 @@ def test_only_fields_that_are_none_get_values_and_flags_win(tmp_path):
   assert (made.vocab.text_size, made.train.steps) == (358, 7)
   assert made.vqgan.resolution == default_config().vqgan.resolution
   assert config.vocab.text_size is None
-
-
-def test_a_config_without_such_fields_is_returned_as_it_is(tmp_path):
-  config = default_config()
-  assert from_data.missing(config) == []  # Not missing, because it is computed from `vocab`.
-  assert from_data.complete(config, tmp_path) is config
-  assert from_data.complete(config, None) is config
 
 
 def test_data_that_is_not_prepared_is_named_with_its_command(tmp_path):
@@ -202,14 +178,3 @@ def test_adapters_have_a_higher_rate_and_a_tuning_on_instructions_takes_all_step
   assert given.optimizer.learning_rate == config.optimizer.learning_rate
   config.instructions.tasks = "tasks.yaml"
   assert (full.train.patience, from_data.complete(config, tmp_path).train.patience) == (3, 0)
-
-
-def test_a_larger_base_takes_fewer_steps_in_the_same_time(tmp_path):
-  prepared(tmp_path)
-
-  def steps(**model):
-    fields = from_data.base_fields(base_of(model=model), documents=True)
-    return from_data.complete(config_file.load("own"), tmp_path, of_base=fields).train.steps
-
-  small, large = steps(num_layers=2), steps(num_layers=4)
-  assert small == pytest.approx(2 * large, rel=0.01)

@@ -1,13 +1,12 @@
 import logging
 
 import jax
-import numpy as np
 import pytest
 
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.continuous.buckets import bucket_of
-from tests.serving.live import about, image, pixels, png
+from tests.serving.live import about, image, png
 
 pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
 IMAGE = image(0)
@@ -47,23 +46,6 @@ def test_odd_requests_compile_nothing(live, compiled):
   assert len(answers) > 30
   assert [answer.text for answer in answers if answer.status_code != 200] == []
   assert compiled() == []
-
-
-@pytest.mark.slow
-def test_an_odd_request_gets_the_samples_of_the_python_call(live, model):
-  """Uses the largest top_k."""
-  settings = {"retrieve": 0, "top_k": 2**20, "top_p": 1.0, "temperature": 3.0}
-  found = live.generate(prompt=CAPTION, n=2, seed=5, **settings).json()["data"]
-  expected = model.generate(CAPTION, num_samples=2, seed=5, **settings)
-  for data, sample in zip(found, expected, strict=True):
-    np.testing.assert_array_equal(pixels(data["b64_json"]), sample.image)
-
-
-@pytest.mark.slow
-def test_a_box_of_one_code_in_a_bucket_of_two_streams_gets_that_of_the_python_call(live, model):
-  [data] = live.edit(png(IMAGE), box="0,0,1,1", prompt=CAPTION, seed="3").json()["data"]
-  expected = model.infill(IMAGE, (0, 0, 2, 2), CAPTION, seed=3)
-  np.testing.assert_array_equal(pixels(data["b64_json"]), expected)
 
 
 def test_the_usual_buckets_are_known_after_a_failure(idle):

@@ -138,15 +138,6 @@ def test_captions_and_answers_are_those_of_the_python_calls(live, model):
   assert greedy["finish_reason"] in ("stop", "length")
 
 
-@pytest.mark.slow
-def test_a_greedy_and_the_longest_caption_are_those_of_the_python_calls(live, model):
-  greedy = live.chat(about(IMAGE), temperature=0, max_tokens=8).json()["choices"][0]
-  assert greedy["message"]["content"] == model.caption(IMAGE, length=8, text_top_k=1)
-  # 106 tokens is the most that the model has space for.
-  most = live.chat(about(IMAGE), seed=4, max_tokens=106).json()
-  assert most["choices"][0]["message"]["content"] == model.caption(IMAGE, length=106, seed=4)
-
-
 def test_a_text_streams_in_pieces_that_make_the_whole(live):
   body = {"seed": 4, "max_tokens": 12, "n": 2}
   whole = live.chat(about(IMAGE, "What is it?"), **body).json()
