@@ -49,10 +49,6 @@ def load(
   """
   source = os.path.expanduser(source)
   buckets.check_path(source, "workdir")
-  if jax.process_count() > 1:
-    raise UserError(
-      f"this job has {jax.process_count()} processes: load a run in a job with one process."
-    )
   if mesh is None:
     mesh = create_mesh(MeshConfig(), None if devices is None else list(devices))
   elif devices is not None:
@@ -102,20 +98,18 @@ def write_bundle(
   trained: Run,
   folder: str | os.PathLike[str],
   base: str = "",
-  step: int | None = None,
   **options: int,
 ) -> tuple[int, dict]:
   """Writes the bundle of a run, with the cost of its training. Needs a current mesh.
 
   If `base` is another bundle, the new bundle refers to it for tokenizers and CLIP (see
-  `bundle.write`, which also gets `options`). `step` is the step of the checkpoint, by default the
-  newest. Returns (step, result of `bundle.write`).
+  `bundle.write`, which also gets `options`). Returns (step, result of `bundle.write`).
   """
   workdir = trained.folder
   cost = summary.cost(summary.collect(workdir))
   if cost is not None:
     cost["train_seconds"] += initial.seconds_before(workdir)
-  params, found = trained.params(step)
+  params, found = trained.params()
   return found, bundle.write(folder, trained, params, found, cost, base, **options)
 
 

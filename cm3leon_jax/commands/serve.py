@@ -55,20 +55,11 @@ _STOP_SECONDS = flags.DEFINE_integer(
 _UPLOAD = flags.DEFINE_integer(
   "upload_mib", 16, "Largest body of a request, in MiB.", lower_bound=1, upper_bound=1024
 )
-_PIXELS = flags.DEFINE_float(
-  "upload_megapixels", 16.0, "Largest image, in megapixels.", lower_bound=0.01, upper_bound=32
-)
 _ADAPTERS = flags.DEFINE_multi_string(
   "adapter",
   [],
   "NAME=FOLDER: also serves adapters of the model, under a name. FOLDER is the workdir of their "
   "run, or an export in the format peft. May be given several times.",
-)
-_TOKEN_FILE = flags.DEFINE_string(
-  "token_file",
-  None,
-  f"File with a token that every request must contain. The variable {TOKEN} can contain the token "
-  "instead. Default: no token is required.",
 )
 _CACHE_DIR = flags.DEFINE_string(
   "cache_dir",
@@ -86,21 +77,12 @@ _CACHE_DTYPE = flags.DEFINE_enum(
 
 def _token() -> str:
   """Returns the token that requests must contain, or "". Raises UserError for an invalid token."""
-  if _TOKEN_FILE.value is None:
-    token = os.environ.get(TOKEN, "")
-    where = TOKEN
-  else:
-    where = f"--token_file={_TOKEN_FILE.value}"
-    try:
-      with open(_TOKEN_FILE.value, encoding="utf-8") as file:
-        token = file.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
-      raise UserError(f"{where} cannot be read: name a file with one line of text.") from error
-  if (token or _TOKEN_FILE.value is not None) and not (
+  token = os.environ.get(TOKEN, "")
+  if token and not (
     token.isascii() and token.isprintable() and len(token) >= 8 and " " not in token
   ):
     raise UserError(
-      f"{where} must contain a token of at least 8 printable characters without spaces."
+      f"{TOKEN} must contain a token of at least 8 printable characters without spaces."
     )
   return token
 
@@ -131,8 +113,7 @@ def main(workdir: epath.Path) -> None:
 
   if not token and not is_loopback(_HOST.value):
     print(
-      f"warning: anyone who can reach --host={_HOST.value} may use this server: set {TOKEN} or "
-      "--token_file.",
+      f"warning: anyone who can reach --host={_HOST.value} may use this server: set {TOKEN}.",
       file=sys.stderr,
     )
   _keep_programs()
@@ -149,7 +130,6 @@ def main(workdir: epath.Path) -> None:
     most_samples=_MOST_SAMPLES.value,
     most_bytes=_UPLOAD.value * 2**20,
     all_bytes=16 * _UPLOAD.value * 2**20,
-    most_pixels=int(_PIXELS.value * 1e6),
     seconds=_SECONDS.value,
     token=token,
   )

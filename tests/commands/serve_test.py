@@ -22,7 +22,6 @@ from tests.refusals import check_refused
   ("given", "environment"),
   [
     (["--workdir=nowhere"], {}),
-    (["--workdir=scenes", "--token_file=no"], {}),
     (["--workdir=scenes"], {"CM3LEON_TOKEN": "short"}),
     (["--workdir=scenes", "--slots=0"], {}),
     (["--workdir=scenes", "--port=abc"], {}),

@@ -64,16 +64,6 @@ def test_a_prompt_gets_its_nearest_neighbors_by_clip(pipeline, workdir, clip):
   assert request.streams[0][1 : 1 + len(first)].tolist() == first
 
 
-def test_the_unconditional_stream_may_keep_the_neighbors(pipeline):
-  task = text_to_image("green car", retrieve=1)
-  kept_task = dataclasses.replace(task, keep_neighbors=True)
-  (dropped, _), (kept, _) = prepare(pipeline, task, kept_task)
-  np.testing.assert_array_equal(dropped.streams[0], kept.streams[0])
-  before = len(kept.streams[0]) - len(pipeline.layout.encode("green car")) - 1
-  np.testing.assert_array_equal(kept.streams[1][:before], kept.streams[0][:before])
-  assert len(dropped.streams[1]) == 3
-
-
 def test_queries_are_those_of_the_stage(pipeline, clip, tmp_path):
   """Embeds held-out captions and images as `build_neighbors` does, with a lexical part, too."""
   config = RetrievalConfig(

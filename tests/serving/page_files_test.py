@@ -32,6 +32,12 @@ def test_the_page_has_no_program_beside_its_own_files():
   assert re.findall(r"\sstyle\s*=|<style|<base|<iframe|<object", text) == []
 
 
+def test_only_files_of_the_page_are_served(live):
+  assert live.http.get("/app.js").status_code == 200
+  for path in ("/nothing", "/app.py", "/..%2fengine.py", "/page/index.html"):
+    assert live.http.get(path).status_code == 404
+
+
 def test_answers_with_hostile_texts_are_json_that_no_browser_takes_for_a_page(live):
   answers = [
     live.generate(prompt="a", **{HOSTILE: 1}),

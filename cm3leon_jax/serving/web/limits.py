@@ -45,7 +45,7 @@ class Limits:
   most_samples: int = 8
   most_bytes: int = 16 * 2**20
   all_bytes: int = 256 * 2**20
-  most_pixels: int = 2**24
+  most_pixels: int = 16_000_000
   seconds: float = 120.0
   body_seconds: float = 30.0
   token: str = ""

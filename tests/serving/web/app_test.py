@@ -214,15 +214,3 @@ def test_health_readiness_and_metrics(live):
   endpoint = '{endpoint="/v1/images/generations",status="400"}'
   assert f"cm3leon_serve_requests_total{endpoint} " in text.text
   assert "cm3leon_serve_ready 1" in text.text
-
-
-def test_the_page_and_its_files_come_from_the_package_alone(live):
-  page = live.http.get("/")
-  assert page.headers["content-type"].startswith("text/html")
-  for name in ("app.css", "app.js", "canvas.js"):
-    found = live.http.get(f"/{name}")
-    assert found.status_code == 200
-    assert "://" not in found.text
-  assert "://" not in page.text
-  for path in ("/nothing", "/app.py", "/..%2fengine.py", "/page/index.html"):
-    assert live.http.get(path).status_code == 404
