@@ -17,7 +17,6 @@ from cm3leon_jax.generation.text_tasks import (
   InfillText,
   Interleaved,
   Question,
-  text_pieces,
 )
 from tests.data.stores import VOCAB
 from tests.refusals import refused
@@ -81,12 +80,6 @@ def test_texts_with_masks_are_tokenized_as_if_filled(layout, text, fills, image)
     whole = whole.replace("<mask>", fill, 1)
   assert infilled(request, ids) == [*layout.encode(whole), *([VOCAB.brk, *IDS] if image else [])]
   assert task.from_ids(layout, request, np.array(ids)) == ((whole,), tuple(fills))
-
-
-def test_a_space_before_a_mask_belongs_to_its_hole(layout):
-  """Pieces that are equal are told apart by their position, not by object identity."""
-  pieces = text_pieces(layout.encode, "a <mask> <mask> ")
-  assert [len(piece) for piece in pieces[1:]] == [0, 1]
 
 
 def test_a_box_is_one_hole_per_row(layout):

@@ -192,13 +192,6 @@ def test_many_mixed_requests_get_what_each_gets_alone(live, model):
   live.wait_for("requests_active", 0)
 
 
-def test_the_model_is_described(live):
-  [found] = live.http.get("/v1/models").json()["data"]
-  assert (found["id"], found["resolution"], found["rows"]) == ("tiny", 8, 4)
-  assert live.http.get("/v1/models/tiny").json() == found
-  assert error(live.http.get("/v1/models/gpt-9"))[0] == 404
-
-
 def test_health_readiness_and_metrics(live):
   for path in ("/health", "/healthz"):
     assert (live.http.get(path).status_code, live.http.get(path).text) == (200, "ok\n")
