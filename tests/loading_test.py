@@ -92,26 +92,26 @@ def test_an_export_generates_what_its_run_does(model, exports, name):
   assert loaded.score(PROMPT, image).text == pytest.approx(
     model.score(PROMPT, image).text, rel=1e-5
   )
-  for call in (
-    lambda: loaded.generate(PROMPT, num_samples=2, rank=True),
-    lambda: loaded.generate(PROMPT, retrieve=1),
-    lambda: loaded.retrieve(PROMPT),
-    lambda: loaded.score(PROMPT, image, retrieve=1),
+  for call, fact in (
+    (lambda: loaded.generate(PROMPT, num_samples=2, rank=True), "CLIP"),
+    (lambda: loaded.generate(PROMPT, retrieve=1), "no bank"),
+    (lambda: loaded.retrieve(PROMPT), "no bank"),
+    (lambda: loaded.score(PROMPT, image, retrieve=1), "no bank"),
   ):
-    with refused(UserError):
+    with refused(UserError, fact):
       call()
 
 
 def test_exports_for_other_programs_and_of_earlier_versions_are_refused(run, exports, tmp_path):  # noqa: F811
   other = tmp_path / "int8"
   export.main(SETTINGS, run, choice=formats.Choice(quantize="int8"), output=str(other))
-  with refused(UserError):
+  with refused(UserError, str(other)):
     CM3Leon.load(other)
   shutil.copytree(exports / "orbax", tmp_path / "orbax")
   stored = read_json(tmp_path / "orbax" / kinds.ABOUT)
   write_json(tmp_path / "orbax" / kinds.ABOUT, {k: v for k, v in stored.items() if k != "settings"})
   (tmp_path / "orbax" / kinds.DIGESTS).unlink()
-  with refused(UserError):
+  with refused(UserError, str(tmp_path / "orbax")):
     CM3Leon.load(tmp_path / "orbax")
 
 

@@ -32,16 +32,16 @@ def test_image_codes_invert_image_ids(codes):
 
 
 @pytest.mark.parametrize(
-  ("method", "value"),
+  ("method", "value", "fact"),
   [
-    ("image_ids", [3, -1]),
-    ("image_ids", [3, 16]),
-    ("image_codes", [300, 299]),
-    ("image_codes", [300, 316]),
-    ("mask", -1),
-    ("mask", 3),
+    ("image_ids", [3, -1], "-1"),
+    ("image_ids", [3, 16], "16"),
+    ("image_codes", [300, 299], "299"),
+    ("image_codes", [300, 316], "316"),
+    ("mask", -1, "<mask:-1>"),
+    ("mask", 3, "<mask:3>"),
   ],
 )
-def test_codes_ids_and_sentinels_outside_of_the_vocabulary_are_refused(method, value):
-  with refused(ValueError):
+def test_codes_ids_and_sentinels_outside_of_the_vocabulary_are_refused(method, value, fact):
+  with refused(ValueError, fact):
     getattr(SMALL, method)(value)

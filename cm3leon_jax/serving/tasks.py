@@ -12,6 +12,7 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.generation import calls
+from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import BREAK, MASK, Task
 from cm3leon_jax.generation.text_tasks import TEXT_LENGTH
@@ -21,7 +22,7 @@ from cm3leon_jax.serving.errors import ApiError, refusal
 FIELDS = {*schemas.EditBody.model_fields, *schemas.Chat.model_fields}
 
 
-def generation(pipeline: Pipeline, body: schemas.Generation) -> Task:
+def generation(pipeline: Pipeline, body: schemas.Generation) -> ImageTask:
   """Creates a task that generates an image for a prompt. Raises ApiError if a field is invalid."""
   if not body.prompt.strip():
     raise _absent("prompt", "write what the image shows.")
@@ -32,7 +33,7 @@ def generation(pipeline: Pipeline, body: schemas.Generation) -> Task:
 
 def edit(
   pipeline: Pipeline, body: schemas.EditBody, image: np.ndarray, box: tuple[int, ...] | None
-) -> Task:
+) -> ImageTask:
   """Creates a task that edits an image by an instruction or, with a box, fills in the box.
 
   `image` is [H, W, 3] uint8, as `uploads.decode` returns it. `box` is left, top, right, bottom in
@@ -114,7 +115,7 @@ def refused(message: str) -> ApiError:
   return refusal(message, next((word for word in words if word in FIELDS), None))
 
 
-def _task(pipeline: Pipeline, kind: str, body: schemas.Body, inputs: dict, **fields: int) -> Task:
+def _task(pipeline: Pipeline, kind: str, body: schemas.Body, inputs: dict, **fields: int) -> Any:
   """Creates a task and checks that it fits the model. Raises ApiError instead of UserError."""
   seed = secrets.randbelow(2**31) if body.seed is None else body.seed
   defaults = pipeline.settings.sampling
