@@ -60,6 +60,11 @@ def test_pairs_are_written_once_as_a_folder(started, tmp_path):
     finetune.run(pairs[:2], tmp_path / "W", "scenes")
 
 
-def test_the_error_of_a_command_is_raised(tmp_path):
-  with refused(UserError, "no_such_base"):
-    finetune.run(tmp_path, tmp_path / "W", "no_such_base", show_progress=False)
+@pytest.mark.parametrize(("last", "fact"), [("error: no such base", "no such base"), ("4 s", "9")])
+def test_the_error_of_a_command_is_raised(tmp_path, monkeypatch, last, fact):
+  program = tmp_path / "python"
+  program.write_text(f"#!/bin/sh\necho '[5/10] train'\necho '{last}'\nexit 9\n")
+  program.chmod(0o755)
+  monkeypatch.setattr(finetune.sys, "executable", str(program))
+  with refused(UserError, fact):
+    finetune.run(tmp_path, tmp_path / "W", "scenes", show_progress=False)

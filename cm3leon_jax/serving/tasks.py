@@ -31,26 +31,23 @@ def generation(pipeline: Pipeline, body: schemas.Generation) -> ImageTask:
   return _task(pipeline, "text_to_image", body, {"prompt": body.prompt}, retrieve=retrieve)
 
 
-def edit(
-  pipeline: Pipeline, body: schemas.EditBody, image: np.ndarray, box: tuple[int, ...] | None
-) -> ImageTask:
+def edit(pipeline: Pipeline, body: schemas.EditBody, image: np.ndarray) -> ImageTask:
   """Creates a task that edits an image by an instruction or, with a box, fills in the box.
 
-  `image` is [H, W, 3] uint8, as `uploads.decode` returns it. `box` is left, top, right, bottom in
-  pixels at the model's resolution; None means an edit by instruction.
+  `image` is [H, W, 3] uint8, as `uploads.decode` returns it.
 
   Raises:
     ApiError: a field is invalid or missing, or belongs to the other kind of edit.
   """
   inputs: dict[str, Any] = {"image": image, "prompt": body.prompt}
   _check_no_mask(body.prompt)
-  if box is None:
+  if body.box is None:
     if not body.prompt.strip():
-      raise _absent("prompt", "write how the image should change, or send mask or box.")
+      raise _absent("prompt", "write how the image should change, or send box.")
     if body.retrieve:
       raise refusal("an edit retrieves no documents: leave retrieve out.", "retrieve")
     return _task(pipeline, "edit", body, inputs)
-  inputs["box"] = tuple(box)
+  inputs["box"] = body.box
   return _task(pipeline, "infill_image", body, inputs, retrieve=body.retrieve or 0)
 
 

@@ -89,13 +89,9 @@ class Server:
     self._check(body)
     if "image" not in files:
       raise ApiError(400, "image is required: send a file.", "image", "missing_required_parameter")
-    if "mask" in files and body.box:
-      raise refusal("mask and box are given: give one of them.", "mask")
     with self._place(request):
-      sent = [files[name] for name in ("image", "mask") if name in files]
-      image, hole = await self._decoded(request, "image", *sent)
-      box = body.box if hole is None else tuple(hole)
-      task = await asyncio.to_thread(tasks.edit, self.engine.pipeline, body, image, box)
+      image = await self._decoded(request, "image", files["image"])
+      task = await asyncio.to_thread(tasks.edit, self.engine.pipeline, body, image)
       return await self._images(request, body, task, "image_edit")
 
   async def _chat(self, request: Request) -> Response:
@@ -105,7 +101,7 @@ class Server:
     image: np.ndarray | None = None
     with self._place(request):
       if sent is not None:
-        image, _ = await self._decoded(request, "image_url.url", sent)
+        image = await self._decoded(request, "image_url.url", sent)
       del sent  # Free the memory of the upload before the answer is computed.
       task = await asyncio.to_thread(tasks.chat, self.engine.pipeline, body, text, image)
       usage = body.stream_options.include_usage
@@ -120,12 +116,10 @@ class Server:
       request.state.place = place
       yield
 
-  async def _decoded(
-    self, request: Request, param: str, *files: bytes
-  ) -> tuple[np.ndarray, list[int] | None]:
-    """Decodes an image and its mask. Raises ApiError if one is invalid, or ClientDisconnect."""
+  async def _decoded(self, request: Request, param: str, image: bytes) -> np.ndarray:
+    """Decodes an image. Raises ApiError if it is invalid, or ClientDisconnect."""
     side, pixels = self._layout.resolution, self.limits.most_pixels
-    decoding = self._decoders.decode([*files], resolution=side, most_pixels=pixels, param=param)
+    decoding = self._decoders.decode(image, resolution=side, most_pixels=pixels, param=param)
     found = await self._in_time(request, unless_gone(request, decoding))
     if found is None:
       raise ClientDisconnect
@@ -251,10 +245,10 @@ class Server:
           raise refusal(f"{name} is given twice; this model takes only one.", name)
         if not isinstance(value, UploadFile):
           fields[name] = value
-        elif name in ("image", "mask"):
+        elif name == "image":
           files[name] = await value.read()
         else:
-          message = f"there is no file '{name[:80]}' here: the files are image and mask."
+          message = f"there is no file '{name[:80]}' here: the only file is image."
           raise ApiError(400, message, name[:80], "unknown_parameter")
     return fields, files
 
