@@ -14,7 +14,7 @@ from cm3leon_jax.decoding import grammar
 from cm3leon_jax.generation import calls
 from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.generation.tasks import BREAK, MASK, Task
+from cm3leon_jax.generation.tasks import MASK, Task
 from cm3leon_jax.generation.text_tasks import TEXT_LENGTH
 from cm3leon_jax.serving import schemas, uploads
 from cm3leon_jax.serving.errors import ApiError, refusal
@@ -24,9 +24,6 @@ FIELDS = {*schemas.EditBody.model_fields, *schemas.Chat.model_fields}
 
 def generation(pipeline: Pipeline, body: schemas.Generation) -> ImageTask:
   """Creates a task that generates an image for a prompt. Raises ApiError if a field is invalid."""
-  if not body.prompt.strip():
-    raise _absent("prompt", "write what the image shows.")
-  _check_no_mask(body.prompt)
   retrieve = pipeline.usual_retrieve if body.retrieve is None else body.retrieve
   return _task(pipeline, "text_to_image", body, {"prompt": body.prompt}, retrieve=retrieve)
 
@@ -40,10 +37,7 @@ def edit(pipeline: Pipeline, body: schemas.EditBody, image: np.ndarray) -> Image
     ApiError: a field is invalid or missing, or belongs to the other kind of edit.
   """
   inputs: dict[str, Any] = {"image": image, "prompt": body.prompt}
-  _check_no_mask(body.prompt)
   if body.box is None:
-    if not body.prompt.strip():
-      raise _absent("prompt", "write how the image should change, or send box.")
     if body.retrieve:
       raise refusal("an edit retrieves no documents: leave retrieve out.", "retrieve")
     return _task(pipeline, "edit", body, inputs)
@@ -97,8 +91,6 @@ def content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:
       "text should be filled in; this model does not chat.",
       "messages",
     )
-  if BREAK in text and MASK not in text:
-    raise refusal(f"the message has a {BREAK}, which only a text with {MASK} takes.", "messages")
   image = images[0] if images else None
   return text, None if image is None else uploads.from_data_url(image.url, "image_url.url")
 
@@ -122,16 +114,3 @@ def _task(pipeline: Pipeline, kind: str, body: schemas.Body, inputs: dict, **fie
     return task
   except UserError as error:
     raise refused(str(error)) from error
-
-
-def _absent(name: str, hint: str) -> ApiError:
-  return ApiError(
-    400, f"{name} is required, but not given: {hint}", name, "missing_required_parameter"
-  )
-
-
-def _check_no_mask(prompt: str) -> None:
-  if MASK in prompt:
-    raise refusal(
-      f"prompt has a {MASK}, which only a message of /v1/chat/completions takes.", "prompt"
-    )

@@ -183,7 +183,6 @@ CHATS = [
   "hello",
   [{"type": "audio"}],
   [{"type": "text", "words": "a"}],
-  about(IMAGE, "What? <break> x"),
 ]
 
 
