@@ -1,17 +1,14 @@
 import shutil
 
-from etils import epath
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 
 from cm3leon_jax import CM3Leon, UserError
-from cm3leon_jax.checkpoints import sealing
 from cm3leon_jax.commands import export, import_vqgan
 from cm3leon_jax.export import formats
 from cm3leon_jax.files import progress
-from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.importing import importer
 from cm3leon_jax.mesh import MeshConfig, create_mesh
@@ -136,13 +133,3 @@ def test_a_changed_file_of_an_export_is_named(exports, tmp_path, name, file):
   for read in reads:
     with pytest.raises(UserError, match=f"/{file} has changed since the export was written"):
       read()
-
-
-def test_exports_of_earlier_versions_are_loaded_without_digests_of_all_files(exports, tmp_path):
-  hf, orbax = (shutil.copytree(exports / name, tmp_path / name) for name in ("hf", "orbax"))
-  (hf / kinds.DIGESTS).unlink()
-  before = initial.find(SETTINGS, str(orbax))
-  write_json(orbax / kinds.DIGESTS, sealing.digests(epath.Path(orbax) / "params"))
-  assert before.digest == digest(orbax / kinds.DIGESTS) == initial.find(SETTINGS, str(orbax)).digest
-  for folder in (hf, orbax):
-    assert CM3Leon.load(folder, devices=jax.devices()[:1]).step == 7

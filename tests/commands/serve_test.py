@@ -96,6 +96,9 @@ def kept(folder) -> set[str]:
 def test_it_keeps_programs_logs_requests_and_lets_them_end_at_sigterm(run, tmp_path):
   with started(run, tmp_path) as (process, url):
     requests_end_at_sigterm(process, url)
+  log = (tmp_path / "stderr").read_text()
+  assert '"POST /v1/images/generations HTTP/1.1" 200' in log
+  assert "apple" not in log
   programs = kept(tmp_path)
   # The server compiles programs for running batches at the start, and the others at their first
   # use.

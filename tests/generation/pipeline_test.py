@@ -10,7 +10,7 @@ from cm3leon_jax.data.documents.store import group_id, write_documents
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.decoding.result import Result, sample_seed
 from cm3leon_jax.files.shards import Runner
-from cm3leon_jax.generation.image_tasks import Edit, TextToImage
+from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
 from cm3leon_jax.generation.text_tasks import Caption, Interleaved
 from cm3leon_jax.retrieval import neighbors
@@ -89,23 +89,6 @@ def test_queries_are_those_of_the_stage(pipeline, clip, tmp_path):
   ids = hybrid.retriever.retrieve(embedded[: len(pairs)])[0]
   stored = neighbors.load_neighbors(tmp_path / "neighbors", "heldout_pairs", text_only=True)
   np.testing.assert_array_equal(ids, stored)
-
-
-def test_an_image_may_be_a_file_a_pil_image_or_an_array(pipeline, tmp_path):
-  path = write_image(tmp_path / "a.png")
-  opened = Image.open(path)
-  codes = pipeline.image_tokenizer.encode(np.asarray(opened)[None])[0]
-  tasks = [Edit(image, "blue") for image in (path, opened, np.asarray(opened))]
-  expected = tasks[0].to_request(pipeline.layout, codes)
-  for request, _ in prepare(pipeline, *tasks):
-    np.testing.assert_array_equal(request.streams[0], expected.streams[0])
-
-
-def test_an_image_of_another_size_is_squared_and_scaled(workdir, layout, tmp_path):
-  wide = write_image(tmp_path / "wide.png", 30, 20)
-  large = write_image(tmp_path / "large.png", 16, 16)
-  given = check_tasks(layout, [Caption(image, length=9) for image in (wide, large)], workdir)
-  assert {pixels.shape for pixels in given.values()} == {(8, 8, 3)}
 
 
 def test_a_task_may_pad_its_image_instead_of_cutting_it(workdir, layout):

@@ -55,16 +55,6 @@ def test_all_fields_follow_from_the_counts_of_300_images():
   }
 
 
-def test_every_value_is_right_for_its_field():
-  for minutes in (1.0, 15.0, 600.0):
-    for counts in (COUNTS, Counts(24, 3, 9, 9, 99, 99_999, 9_999)):
-      config = own.get_config(str(minutes))
-      assert set(from_data.missing(config)) == set(from_data.values(counts, minutes))
-      config.update_from_flattened_dict(from_data.values(counts, config.train.minutes))
-      settings = settings_from_config(config)
-      assert settings.model.vocab_size == settings.vocab.text_size + 256
-
-
 def test_only_fields_that_are_none_get_values_and_flags_win(tmp_path):
   prepared(tmp_path)
   config = config_without("vocab.text_size", "train.steps")

@@ -15,20 +15,18 @@ CAPTION = "a red apple"
 
 def odd_requests(live):
   """Yields the responses to requests of unusual sizes."""
-  for top_k in (0, 9, 513, 2**20):
+  for top_k in (0, 2**20):
     yield live.generate(prompt=CAPTION, seed=1, top_k=top_k)
-  for words in (1, 20, 40, 60, 90):
+  for words in (1, 90):
     yield live.generate(prompt="car " * words, seed=1, retrieve=0)
     yield live.generate(prompt="car " * min(words, 60), seed=1, retrieve=1, n=3, top_k=100)
-  for box in ("0,0,1,1", "0,0,8,1", "1,0,3,8", "2,0,8,8"):
-    for prompt in ("", "a red apple", "car " * 40):
+  for box in ("0,0,1,1", "1,0,3,8"):
+    for prompt in ("", "car " * 40):
       yield live.edit(png(IMAGE), box=box, prompt=prompt, seed="1")
-  for words in (1, 30, 45):
-    yield live.edit(png(IMAGE), prompt="car " * words, seed="1", top_k="1000")
-  for length in (1, 40, 55):
-    for text in ("", "car " * 30):
-      yield live.chat(about(IMAGE, text), seed=1, max_tokens=length)
-  for masks in (1, 3, 6):
+  yield live.edit(png(IMAGE), prompt="car " * 45, seed="1", top_k="1000")
+  for length, text in ((1, ""), (55, "car " * 30)):
+    yield live.chat(about(IMAGE, text), seed=1, max_tokens=length)
+  for masks in (1, 6):
     yield live.chat("<mask> a " * masks, seed=1, max_tokens=2, top_k=1000)
 
 
@@ -43,7 +41,7 @@ def compiled(caplog):
 
 def test_odd_requests_compile_nothing(live, compiled):
   answers = list(odd_requests(live))
-  assert len(answers) > 30
+  assert len(answers) > 12
   assert [answer.text for answer in answers if answer.status_code != 200] == []
   assert compiled() == []
 

@@ -78,14 +78,6 @@ def test_rows_stream_before_the_image(live):
   assert [event["type"] for event in none] == ["image_generation.completed"] * 2
 
 
-def test_an_edit_follows_an_instruction(live, model):
-  found = live.edit(png(IMAGE), prompt="make it blue", seed="3", edit_guidance="2").json()
-  [data] = found["data"]
-  expected = model.edit(IMAGE, "make it blue", seed=3, edit_guidance=2.0)
-  np.testing.assert_array_equal(pixels(data["b64_json"]), expected)
-  assert data["clip_score"] is None
-
-
 def test_a_box_is_filled_in(live, model):
   box, other = (2, 2, 6, 6), (0, 4, 8, 8)
   for prompt in ("", CAPTION):
