@@ -25,9 +25,9 @@ if TYPE_CHECKING:
   import jax
   import numpy as np
 
-  from cm3leon_jax import keywords as kw
   from cm3leon_jax.decoding.request import Request
   from cm3leon_jax.evaluation.likelihood.pairs import PairScore
+  from cm3leon_jax.generation import keywords as kw
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.retrieved import Retrieved
   from cm3leon_jax.generation.sample import Sample

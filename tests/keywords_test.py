@@ -1,13 +1,12 @@
-"""Tests that types of keyword arguments match the fields, and that mypy finds wrong keywords."""
+"""Tests that types of keyword arguments match the fields of the config and of the tasks."""
 
 import typing
 
 import pytest
 
-from cm3leon_jax import keywords
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.generator import GeneratorConfig
-from cm3leon_jax.generation import prompt_file
+from cm3leon_jax.generation import keywords, prompt_file
 
 TYPED = {
   "text_to_image": keywords.ImageSampling,
