@@ -25,9 +25,9 @@ if TYPE_CHECKING:
   import jax
   import numpy as np
 
-  from cm3leon_jax import keywords as kw
   from cm3leon_jax.decoding.request import Request
   from cm3leon_jax.evaluation.likelihood.pairs import PairScore
+  from cm3leon_jax.generation import keywords as kw
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.retrieved import Retrieved
   from cm3leon_jax.generation.sample import Sample
@@ -62,7 +62,6 @@ class CM3Leon:
   mesh: jax.sharding.Mesh
   step: int
   show_progress: bool = False
-  adapter: str | None = None
 
   @classmethod
   def load(
@@ -85,7 +84,7 @@ class CM3Leon:
 
     Args:
       workdir: the folder of a run, local or in a GCS bucket, even while the run trains; or a bundle
-        that `cm3leon export --bundle` or `save` wrote; or the name of a bundle in this package,
+        that `cm3leon export --bundle` wrote; or the name of a bundle in this package,
         "scenes" or "scenes-instruct"; or an export that `cm3leon export` wrote in the format hf or
         orbax. An export has neither a CLIP model nor a bank.
       adapter: adapters of this model to add to it: the workdir of their run, or an export `peft`.
@@ -103,46 +102,32 @@ class CM3Leon:
     accelerators.use_cpu_if_alone()
     buckets.prepare_access()
     from cm3leon_jax import loading
+    from cm3leon_jax.files import progress
 
-    shown = loading.shows_progress(show_progress)
+    shown = progress.is_interactive() if show_progress is None else show_progress
     loaded = loading.load(workdir, adapter, clip, dtype, devices, mesh, options)
-    return cls(*loaded, shown, os.fspath(adapter) if adapter else None)
+    return cls(*loaded, shown)
 
   @classmethod
   def finetune(
-    cls, data: Any, workdir: str | os.PathLike[str], base: str | os.PathLike[str] = "scenes",
-    **options: Unpack[kw.FinetuneOptions],
-  ) -> CM3Leon:  # fmt: skip
+    cls,
+    data: Any,
+    workdir: str | os.PathLike[str],
+    base: str | os.PathLike[str] = "scenes",
+    **options: Any,
+  ) -> CM3Leon:
     """Tunes a model on your images and loads it. After Ctrl-C, the same call continues.
 
-    `data` is a folder, a list of pairs (image, caption) or a list of records. docs/finetune.md and
-    `runs.finetune.run` describe them and the options.
+    `data` is a folder or a list of pairs (image, caption). docs/finetune.md and
+    `finetune.run` describe them and the options.
     """
-    from cm3leon_jax.runs import finetune
+    from cm3leon_jax import finetune
 
     finetune.run(data, workdir, base, **options)
     return cls.load(workdir)
 
   def __repr__(self) -> str:
-    from cm3leon_jax import loading
-
-    return f"CM3Leon({loading.describe(self.workdir, self.pipeline, self.mesh, self.step)})"
-
-  def save(self, folder: str | os.PathLike[str]) -> None:
-    """Writes a bundle to `folder`, from which `load` and `cm3leon serve` can read the model.
-
-    >>> model.save(folder)
-    >>> CM3Leon.load(folder).step
-    7
-
-    An existing bundle in `folder` is replaced. A bundle contains the settings, all models in
-    float16, and a sample of the training images and captions (docs/export.md). A model
-    that was loaded from an export or with `adapter` cannot be saved.
-    """
-    from cm3leon_jax import loading
-
-    loading.check_saved(self.workdir, self.adapter)
-    loading.save(self.workdir, self.mesh, self.step, folder)
+    return f"CM3Leon({self.workdir!r}, step {self.step})"
 
   def sample(
     self, tasks: Sequence[Task], num_samples: int = 1, rank: bool = False
@@ -158,10 +143,6 @@ class CM3Leon:
     `rank`, the samples of each task are sorted by CLIP score, best first. Returns a list of
     `num_samples` samples for each task.
     """
-    from cm3leon_jax.generation import calls
-
-    tasks = calls.given_tasks(tasks)
-    num_samples = calls.check_samples(self.pipeline, tasks, num_samples, rank)
     if not tasks:
       return []
     with self._in_mesh():
@@ -176,9 +157,6 @@ class CM3Leon:
     >>> int((prompt >= model.pipeline.layout.vocab.text_size).sum())  # Number of image codes.
     16
     """
-    from cm3leon_jax.generation import calls
-
-    tasks = calls.given_tasks(tasks)
     with self._in_mesh():
       given = self.pipeline.check(tasks)
       return self.pipeline.requests(tasks, given, self.pipeline.retrieve(tasks))
@@ -258,7 +236,7 @@ class CM3Leon:
       retrieve: number of documents to retrieve with the image as query.
       **sampling: `text_temperature`, `text_top_k`, `text_top_p`.
     """
-    inputs = {"image": image, "question": question}
+    inputs = {"image": image, "prompt": question}
     return self._first("text", "question", seed, sampling, inputs, length=length, retrieve=retrieve)
 
   def infill(
@@ -292,7 +270,7 @@ class CM3Leon:
     Args:
       **sampling: `image_guidance`, `edit_guidance`, `guidance_schedule`, `temperature`, ...
     """
-    inputs = {"image": image, "instruction": instruction}
+    inputs = {"image": image, "prompt": instruction}
     return self._first("image", "edit", seed, sampling, inputs)
 
   def interleave(
@@ -335,7 +313,6 @@ class CM3Leon:
     from cm3leon_jax.evaluation.likelihood import pairs
     from cm3leon_jax.generation import calls
 
-    retrieve = calls.whole("retrieve", retrieve)
     single, rows = calls.rows(text=text, image=image)
     if not rows:
       return []
@@ -368,7 +345,11 @@ class CM3Leon:
     """
     from cm3leon_jax.generation import calls, retrieved
 
-    k, (single, queries) = calls.whole("k", k, 1), calls.queries(query)
+    single = not isinstance(query, list)
+    queries = [
+      ("text", value) if isinstance(value, str) else ("image", calls.expanded(value))
+      for value in ([query] if single else query)
+    ]
     if not queries:
       return []
     with self._in_mesh():

@@ -1,7 +1,6 @@
 import doctest
 import json
 import pathlib
-import re
 import tempfile
 
 from absl import flags
@@ -12,7 +11,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax import CM3Leon, UserError
+from cm3leon_jax import CM3Leon
 from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import common, generate
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
@@ -20,16 +19,11 @@ from cm3leon_jax.data.rows.cm3 import apply_cm3_mask
 from cm3leon_jax.data.rows.loader import join
 from cm3leon_jax.evaluation.config import EvaluationConfig
 from cm3leon_jax.evaluation.likelihood import bits
-from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.generation.image_tasks import TextToImage
-from cm3leon_jax.generation.text_tasks import Caption
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval.neighbors import Retriever
-from cm3leon_jax.settings import settings_of_run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import model_logits
-from tests.refusals import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -94,11 +88,6 @@ def test_every_call_has_an_example_and_a_wrong_one_is_noticed(model):
   assert failures(wrong, model=model) == 1
 
 
-def test_the_page_of_the_api_shows_every_call():
-  page = (ROOT / "docs" / "api.md").read_text()
-  assert not [name for name in EXAMPLES if not re.search(rf"`(CM3Leon\.)?{name}\(", page)]
-
-
 def test_samples_are_those_of_the_command(model, run, monkeypatch):
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
   if not flags.FLAGS.is_parsed():
@@ -119,16 +108,6 @@ def test_samples_are_those_of_the_command(model, run, monkeypatch):
     assert [d.key for d in sample.neighbors] == [n["key"] for n in record["neighbors"]]
     np.testing.assert_allclose(sample.log_probs, record["log_probs"], atol=1e-4)
   assert [s.tokens.tolist() for s in samples(6)] != [r["tokens"] for r in records]
-
-
-def test_requests_are_those_that_samples_are_generated_for(model):
-  tasks = [TextToImage(prompt="a red apple", retrieve=1, seed=3), Caption(image=IMAGE)]
-  requests = model.requests(tasks)
-  with jax.set_mesh(model.mesh):
-    results = model.pipeline.generator.generate(requests[:1], [3], sampling=tasks[0].sampling)
-  [[sample]] = model.sample(tasks[:1])
-  np.testing.assert_array_equal(results[0].tokens, sample.tokens)
-  assert [len(request.streams) for request in requests] == [2, 1]
 
 
 @pytest.mark.slow
@@ -270,15 +249,3 @@ def test_a_second_call_of_the_same_shape_compiles_nothing(model, compiled):
   assert compiled == []
   model.caption(IMAGE, length=9)
   assert compiled
-
-
-def test_the_settings_of_a_run_are_read_from_its_workdir(run, model, tmp_path):
-  assert settings_of_run(run) == model.pipeline.settings == SETTINGS
-  stored = read_json(run / "train" / "config.json")
-  stored["settings"]["sampling"]["top_k"] = 9
-  write_json(tmp_path / "new" / "train" / "config.json", stored)
-  assert settings_of_run(tmp_path / "new") != SETTINGS
-  del stored["settings"]
-  write_json(tmp_path / "old" / "train" / "config.json", stored)
-  with refused(UserError):
-    CM3Leon.load(tmp_path / "old")

@@ -1,7 +1,5 @@
 """Tests that positions count from a sample's images, and increase by one within a unit."""
 
-import itertools
-
 from hypothesis import given
 from hypothesis import strategies as st
 import numpy as np
@@ -62,28 +60,6 @@ def document(kinds, rng):
 
 some_kinds = st.lists(st.tuples(st.booleans(), st.integers(1, 5)), min_size=1, max_size=4)
 some_seeds = st.integers(0, 2**16)
-
-
-@given(st.integers(1, 6), st.booleans(), st.integers(0, 3), some_seeds)
-def test_without_neighbors_positions_differ_by_a_constant(words, whole_segments, num_spans, seed):
-  """In a pair, even with spans, and in a text, positions increase by one per token."""
-  rng = np.random.default_rng(seed)
-  for kinds in ([(False, words), (True, 4)], [(False, words)]):
-    sample = join([document(kinds, rng)], VOCAB)
-    spans = cm3.sample_spans([4 if i else n for i, n in kinds], num_spans, whole_segments, rng)
-    tokens = cm3.apply_cm3_mask(sample, spans, VOCAB)
-    assert (np.diff(positions_of(tokens, VOCAB, True)) == 1).all()
-
-
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), some_seeds)
-def test_images_of_pairs_stand_at_the_same_positions(words, seed):
-  rng = np.random.default_rng(seed)
-  sample = join([document([(False, n), (True, 4)], rng) for n in words], VOCAB)
-  positions = positions_of(sample, VOCAB, True)
-  assert positions[VOCAB.is_image(sample)].tolist() == [0, 1, 2, 3] * len(words)
-  # Before an image, positions count backwards from it.
-  expected = [range(-n - 1, 5) for n in words]
-  assert positions.tolist() == [-words[0] - 2, *itertools.chain(*expected)]
 
 
 @given(st.lists(some_kinds, min_size=1, max_size=3), st.integers(0, 3), some_seeds)

@@ -21,11 +21,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from benchmarks.evidence.own_images import nearest_caption, polygon
+from cm3leon_jax import finetune
 from cm3leon_jax.api import CM3Leon
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.intervals import mean_interval
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.runs import finetune
 from cm3leon_jax.scenes.config import COLORS
 
 DRAWINGS, DRAWN = 240, 96  # Numbers of drawings and of combinations that are drawn.

@@ -97,10 +97,6 @@ _WEIGHT_DTYPE = flags.DEFINE_enum(
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "compute", DTYPES, "Dtype of the cache entries.")
 
 MOST_TEXTS = 16  # Number of texts that are printed; results.jsonl has all texts.
-# Mean KL divergence, in nats per code, below which prompts count as having no effect. The demo's
-# decoder reaches 0.107 for a caption of two objects, with and without a neighbor, and 0.209 for a
-# nonsense caption.
-LEAST_DIVERGENCE = 1e-3
 
 
 def _numbers(
@@ -178,18 +174,6 @@ def _own_tasks(trained: Run, seed: int) -> list[Task]:
     for n, sampling in columns
     for row, pair in enumerate(pairs)
   ]
-
-
-def _check_rank(tasks: Sequence[Task]) -> None:
-  if _RANK.value and SAMPLES.value == 1:
-    raise UserError(
-      "--rank sorts the samples of each prompt, but there is only one sample: set e.g. --samples=8."
-    )
-  for task in tasks:
-    if _RANK.value and not task.is_scored:
-      raise task.error(
-        f"--rank is given, but CLIP cannot score task {task.name} without a caption: leave it out."
-      )
 
 
 def _bank(trained: Run, heldout: bool) -> Run | None:
@@ -298,19 +282,6 @@ def _print_results(records: Sequence[dict], scores: Sequence[dict]) -> None:
     print(describe_clip_score(row, noun))
 
 
-def _describe_divergence(mean: float) -> str:
-  """Returns a sentence on how much prompts change the distribution of codes, in nats per code."""
-  if mean < LEAST_DIVERGENCE:
-    return (
-      "warning: the model draws almost the same with and without these prompts (mean KL divergence "
-      f"{mean:.2g} nats per code): was it trained, and on prompts like these?"
-    )
-  return (
-    f"the prompts change the distributions of image codes by {mean:.3g} nats per code (mean KL "
-    "divergence from no prompt; near 0, prompts have no effect)."
-  )
-
-
 def _check_heldout(trained: Run, tasks: Sequence[Task]) -> None:
   if trained.kind == "bundle" and not tasks:
     raise UserError(
@@ -328,14 +299,12 @@ def _digests(given: dict) -> dict[str, str]:
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
-  from cm3leon_jax.generation import lookalikes
-  from cm3leon_jax.generation.doubts import doubts
   from cm3leon_jax.generation.heldout import heldout_tasks
   from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
   from cm3leon_jax.generation.tasks import PromptLayout
   from cm3leon_jax.generation.writer import Writer
   from cm3leon_jax.reports.summary import clip_scores
-  from cm3leon_jax.trained.run import Run, unseen_in
+  from cm3leon_jax.trained.run import Run
 
   seed = settings.seed if _SEED.value is None else _SEED.value
   trained = Run.open(workdir, settings)
@@ -344,7 +313,6 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   _check_heldout(trained, tasks)
   usual = [1.0, settings.sampling.guidance], [0, settings.data.num_neighbors]
   columns = [] if tasks else _columns(settings, *usual)
-  _check_rank(tasks)
   source = _bank(trained, heldout=not tasks)
   config = _identity(trained, source, tasks, columns, seed)
   bank = source.bank if source else None
@@ -353,8 +321,6 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   if given:
     config["images"] = _digests(given)
   folder = _folder(results_folder(trained, OUT.value), tasks, config)
-  for sentence in doubts(tasks, layout, settings, unseen_in(trained)):
-    print(f"generate: warning: {sentence}")
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
       clip = trained.clip if _needs_clip(tasks) else None
@@ -364,7 +330,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       pipeline = Pipeline.load(trained, params, clip, bank, **options)
       tasks = tasks or [*heldout_tasks(
         layout, trained.folder, _CAPTIONS.value or MOST_CAPTIONS, seed, columns, _KEEP.value,
-        pipeline.image_tokenizer, or_fewer=_CAPTIONS.value is None,
+        pipeline.image_tokenizer,
       )]  # fmt: skip
       writer = Writer(folder, SAMPLES.value)
       samples = pipeline.generate(
@@ -372,14 +338,10 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       )
       records = writer.finish(samples)
       scores = clip_scores([record for record in records if record["task"] == "text_to_image"])
-      alike = lookalikes.count([*itertools.chain(*samples)], settings.vocab)
-      summary.update(step=step, samples=len(records), clip_score=scores, lookalikes=alike)
+      summary.update(step=step, samples=len(records), clip_score=scores)
       _print_results(records, scores)
-      if alike:
-        print(f"generate: {lookalikes.describe(alike)}")
       if apart := [r["divergence"] for r in records if r["divergence"] is not None]:
         summary["divergence"] = sum(apart) / len(apart)
-        print(f"generate: {_describe_divergence(summary['divergence'])}")
   print(f"generate: results in {folder}, overview in {folder / 'contact_sheet.png'}.", flush=True)
 
 

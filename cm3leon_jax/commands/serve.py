@@ -5,13 +5,11 @@
   CM3LEON_TOKEN=a-long-secret cm3leon serve --workdir=scenes --host=0.0.0.0
 
 --workdir is the workdir of a run, the folder of a bundle, or the name of an installed bundle. The
-command needs no config. It prints its address when it is ready, and a line on stderr for each
-request. It keeps compiled programs for the next start (--cache_dir). docs/serving.md describes the
-requests.
+command needs no config. It prints its address when it is ready, and a line for each request. It
+keeps compiled programs for the next start (--cache_dir). docs/serving.md describes the requests.
 """
 
 import importlib.util
-import ipaddress
 import os
 import sys
 
@@ -23,6 +21,7 @@ from cm3leon_jax.commands import common, interrupts
 from cm3leon_jax.config import UserError
 
 TOKEN = "CM3LEON_TOKEN"
+PROGRAMS = "~/.cache/cm3leon_jax/programs"
 NEEDED = ("starlette", "uvicorn", "python_multipart")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0: all addresses.")
 _PORT = flags.DEFINE_integer("port", 8000, "Port to listen on; 0 selects a free port.", 0, 65_535)
@@ -41,7 +40,6 @@ _BUCKETS = flags.DEFINE_integer(
   "Largest number of decoding shapes that run in turn; each has memory for --slots samples.",
   lower_bound=1,
 )
-_LANES = flags.DEFINE_integer("lanes", None, "Deprecated name of --buckets.", lower_bound=1)
 _MOST_WAITING = flags.DEFINE_integer(
   "most_waiting", 64, "Requests that may wait; further requests get status 429.", lower_bound=1
 )
@@ -57,27 +55,17 @@ _STOP_SECONDS = flags.DEFINE_integer(
 _UPLOAD = flags.DEFINE_integer(
   "upload_mib", 16, "Largest body of a request, in MiB.", lower_bound=1, upper_bound=1024
 )
-_PIXELS = flags.DEFINE_float(
-  "upload_megapixels", 16.0, "Largest image, in megapixels.", lower_bound=0.01, upper_bound=32
-)
 _ADAPTERS = flags.DEFINE_multi_string(
   "adapter",
   [],
   "NAME=FOLDER: also serves adapters of the model, under a name. FOLDER is the workdir of their "
   "run, or an export in the format peft. May be given several times.",
 )
-_TOKEN_FILE = flags.DEFINE_string(
-  "token_file",
-  None,
-  f"File with a token that every request must contain. The variable {TOKEN} can contain the token "
-  "instead. Default: no token is required.",
-)
 _CACHE_DIR = flags.DEFINE_string(
   "cache_dir",
   None,
   "Folder that keeps compiled programs for the next start; an empty value disables it. Default: "
-  "JAX_COMPILATION_CACHE_DIR or, if that is not set, cm3leon_jax/programs in the user's cache "
-  "folder.",
+  f"JAX_COMPILATION_CACHE_DIR or, if that is not set, {PROGRAMS}.",
 )
 _WEIGHT_DTYPE = flags.DEFINE_enum(
   "weight_dtype", "compute", ("compute", "int8"), "Dtype of the model's matrices."
@@ -89,67 +77,46 @@ _CACHE_DTYPE = flags.DEFINE_enum(
 
 def _token() -> str:
   """Returns the token that requests must contain, or "". Raises UserError for an invalid token."""
-  if _TOKEN_FILE.value is None:
-    token = os.environ.get(TOKEN, "")
-    where = TOKEN
-  else:
-    where = f"--token_file={_TOKEN_FILE.value}"
-    try:
-      with open(_TOKEN_FILE.value, encoding="utf-8") as file:
-        token = file.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
-      raise UserError(f"{where} cannot be read: name a file with one line of text.") from error
-  if (token or _TOKEN_FILE.value is not None) and not (
+  token = os.environ.get(TOKEN, "")
+  if token and not (
     token.isascii() and token.isprintable() and len(token) >= 8 and " " not in token
   ):
     raise UserError(
-      f"{where} must contain a token of at least 8 printable characters without spaces."
+      f"{TOKEN} must contain a token of at least 8 printable characters without spaces."
     )
   return token
 
 
-def _check_host(host: str) -> None:
-  try:
-    ipaddress.ip_address(host)
-  except ValueError as error:
-    if host != "localhost":
-      raise UserError(f"--host is {host}; it must be an address such as 127.0.0.1.") from error
+def _keep_programs() -> None:
+  """Makes JAX keep all compiled programs in a folder, also those that compile in a second."""
+  import jax
 
-
-def _buckets() -> int:
-  """Returns the value of --buckets or --lanes, its old name. Raises UserError if both are given."""
-  if _LANES.value is None:
-    return _BUCKETS.value
-  if _BUCKETS.present:
-    raise UserError("--lanes is the old name of --buckets: give only --buckets.")
-  print("warning: --lanes is deprecated: use --buckets.", file=sys.stderr)
-  return _LANES.value
+  if _CACHE_DIR.value is not None or not jax.config.jax_compilation_cache_dir:
+    folder = PROGRAMS if _CACHE_DIR.value is None else _CACHE_DIR.value
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder) or None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def main(workdir: epath.Path) -> None:
   for package in NEEDED:
     if importlib.util.find_spec(package) is None:
       raise UserError(f"cm3leon serve needs {package}: {extras.install('serve')}.")
-  _check_host(_HOST.value)
-  token, buckets = _token(), _buckets()
+  token = _token()
   name = os.path.basename(os.path.normpath(os.fspath(workdir))) or "model"
   from cm3leon_jax import loading
 
   adapters = loading.adapters_of(_ADAPTERS.value, name)
   from cm3leon_jax.api import CM3Leon
-  from cm3leon_jax.serving import program_cache
   from cm3leon_jax.serving.engine import Engine
-  from cm3leon_jax.serving.web import request_log, server
+  from cm3leon_jax.serving.web import server
   from cm3leon_jax.serving.web.limits import Limits, is_loopback
 
   if not token and not is_loopback(_HOST.value):
     print(
-      f"warning: anyone who can reach --host={_HOST.value} may use this server: set {TOKEN} or "
-      "--token_file.",
+      f"warning: anyone who can reach --host={_HOST.value} may use this server: set {TOKEN}.",
       file=sys.stderr,
     )
-  if warning := program_cache.keep_programs(_CACHE_DIR.value):
-    print(f"warning: {warning}", file=sys.stderr)
+  _keep_programs()
   opened = server.listen(_HOST.value, _PORT.value)
   model = CM3Leon.load(
     os.fspath(workdir),
@@ -163,7 +130,6 @@ def main(workdir: epath.Path) -> None:
     most_samples=_MOST_SAMPLES.value,
     most_bytes=_UPLOAD.value * 2**20,
     all_bytes=16 * _UPLOAD.value * 2**20,
-    most_pixels=int(_PIXELS.value * 1e6),
     seconds=_SECONDS.value,
     token=token,
   )
@@ -172,7 +138,7 @@ def main(workdir: epath.Path) -> None:
     model.mesh,
     slots=_SLOTS.value,
     chunk=_CHUNK.value,
-    buckets=buckets,
+    buckets=_BUCKETS.value,
     queue_limit=_MOST_WAITING.value,
   )
   print(
@@ -180,7 +146,6 @@ def main(workdir: epath.Path) -> None:
     file=sys.stderr,
     flush=True,
   )
-  request_log.show()
   server.serve(engine, name, limits, _HOST.value, opened, _STOP_SECONDS.value)
   interrupts.end(0, "")  # Python would need seconds, and XLA's threads may crash while it exits.
 

@@ -1,7 +1,6 @@
 """Writes and copies bundles. `trained.bundles` describes their format."""
 
 import dataclasses
-import os
 
 from etils import epath
 import jax
@@ -11,12 +10,11 @@ from cm3leon_jax import parameters
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.clip.model import PARAMS as CLIP_PARAMS
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents import training_data, unseen_tokens
+from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.data.documents.store import DocumentStore, write_documents
 from cm3leon_jax.export import huggingface, replay
-from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.digests import digest
-from cm3leon_jax.files.json_files import plain, read_json, write_json
+from cm3leon_jax.files.json_files import plain, write_json
 from cm3leon_jax.retrieval.bank import copy_bank
 from cm3leon_jax.runs import from_data, stages
 from cm3leon_jax.settings import Settings
@@ -24,7 +22,7 @@ from cm3leon_jax.tokenizers import text
 from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained import base_documents, bundles
-from cm3leon_jax.trained.run import Run, unseen_in
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import layouts
 
 
@@ -69,8 +67,6 @@ def write(
     folder, params, settings.model, settings.vocab, workdir / "text_tokenizer", "float16"
   )
   write_json(folder / training_data.FILE, training_data.collect(workdir, bundles.folder_of))
-  if (unseen := unseen_in(run)) is not None:
-    write_json(folder / unseen_tokens.FILE, {"ids": sorted(unseen)})
   if base:
     settings = dataclasses.replace(settings, retrieval=of_base.retrieval)
   else:
@@ -95,28 +91,6 @@ def _names_in(folder: epath.Path) -> set[str]:
   files = [epath.Path(root) / name for root, _, found in folder.walk() for name in found]
   names = {file.relative_to(folder).as_posix() for file in files if file.name[0] != "."}
   return names - {"README.md", bundles.FILE}
-
-
-def copy(folder: epath.PathLike, to: epath.PathLike) -> None:
-  """Copies a bundle, which `bundles.read` has checked, to a folder; writes bundle.json last.
-
-  Replaces any bundle in the folder `to`. Does not copy a model card that is a link.
-
-  Raises:
-    UserError: `to` is the folder of this bundle, or contains other files than a bundle.
-  """
-  folder, to = epath.Path(folder), epath.Path(to)
-  _check_target(to)
-  if absolute(to) == absolute(folder):
-    raise UserError(f"{to} is the bundle itself: choose another folder.")
-  _begin(to)
-  card = folder / "README.md"
-  # It has no digest, so a link could lead to any file of the machine.
-  cards = [card.name] if card.exists() and not os.path.islink(card) else []
-  names = [huggingface.WEIGHTS, *read_json(folder / bundles.FILE, bundles.FIELDS)["digests"]]
-  for name in [*dict.fromkeys(names), *cards, bundles.FILE]:
-    (to / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).copy(to / name, overwrite=True)
 
 
 def _check_target(folder: epath.Path) -> None:
@@ -146,8 +120,7 @@ def _begin(folder: epath.Path) -> None:
     raise UserError(
       f"{folder} cannot be created ({error.strerror}): choose another folder for the bundle."
     ) from error
-  for name in (bundles.FILE, unseen_tokens.FILE):
-    (folder / name).unlink(missing_ok=True)
+  (folder / bundles.FILE).unlink(missing_ok=True)
   for part in bundles.PARTS:
     if (folder / part).exists():
       (folder / part).rmtree()

@@ -1,4 +1,4 @@
-"""Reads the input images of tasks and makes them square."""
+"""Reads the input images of tasks."""
 
 # H height, W width.
 
@@ -7,10 +7,9 @@ import io
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import printable
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.images import upright_rgb
-from cm3leon_jax.generation.tasks import GivenImage, Task, image_name
+from cm3leon_jax.generation.tasks import GivenImage, Task
 
 
 def load_image(image: GivenImage, resolution: int | None, crop: str = "center") -> np.ndarray:
@@ -21,23 +20,6 @@ def load_image(image: GivenImage, resolution: int | None, crop: str = "center") 
   image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
   upright_rgb(image).save(buffer, "PNG")
   return reader.load_image(buffer.getvalue(), resolution, crop)
-
-
-def square_image(task: Task, resolution: int) -> np.ndarray:
-  """Crops or scales the image of a task to the `resolution` of the model. Prints any change."""
-  image = task.image
-  pixels = load_image(image, None)
-  height, width = pixels.shape[:2]
-  if (height, width) == (resolution, resolution):
-    return pixels
-  name = printable(image) if isinstance(image, str) else image_name(image)
-  cut = f"the centered square of {min(height, width)} of "
-  print(
-    f"generate: {cut if height != width and task.crop == 'center' else ''}{name}, {width} x "
-    f"{height} pixels, is scaled to {resolution} x {resolution}.",
-    flush=True,
-  )
-  return load_image(image, resolution, task.crop)
 
 
 def image_key(image: GivenImage) -> str | int:

@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, DocumentStore, first_documents
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.generation.image_tasks import TextToImage
@@ -57,9 +56,8 @@ def heldout_tasks(
   columns: Sequence[tuple[int, SamplingConfig]],
   keep_neighbors: bool = False,
   image_tokenizer: ImageTokenizer | None = None,
-  or_fewer: bool = False,
 ) -> list[HeldoutCaption]:
-  """Returns a task per column for each of `count` evenly spaced held-out captions.
+  """Returns a task per column for each of `count` evenly spaced held-out captions, or for all.
 
   Args:
     workdir: workdir of the run. Its document stores and neighbors are read.
@@ -68,23 +66,12 @@ def heldout_tasks(
       settings).
     keep_neighbors: whether the unconditional stream contains the retrieved documents.
     image_tokenizer: decodes the original images. If None, the tasks have no original images.
-    or_fewer: whether to accept fewer than `count` held-out captions.
 
   Returns:
     The tasks of all captions for the first column, then those for the second column, etc.
-
-  Raises:
-    UserError: fewer than `count` captions are held out, and `or_fewer` is False.
   """
   heldout = DocumentStore(epath.Path(workdir) / "documents" / "heldout_pairs", layout.vocab)
-  if or_fewer:
-    count = min(count, len(heldout))
-  if count > len(heldout):
-    raise UserError(
-      f"--captions is {count}, but only {len(heldout)} pairs are held out: choose at most this "
-      "number."
-    )
-  rows = np.linspace(0, len(heldout) - 1, count).astype(int)
+  rows = np.linspace(0, len(heldout) - 1, min(count, len(heldout))).astype(int)
   return tasks_of_rows(layout, workdir, rows, seed, columns, keep_neighbors, image_tokenizer)
 
 
@@ -136,7 +123,7 @@ def sample_grids(run: Run, folder: epath.PathLike) -> Callable[[dict, int], Imag
   """
   settings, layout = run.settings, PromptLayout.of(run)
   count, columns = settings.train.num_samples, [(0, settings.sampling)]
-  tasks = heldout_tasks(layout, run.folder, count, settings.seed, columns, or_fewer=True)
+  tasks = heldout_tasks(layout, run.folder, count, settings.seed, columns)
 
   def generate_grid(params: dict, step: int) -> Image.Image:
     pipeline = Pipeline(params, settings, layout, run.images)

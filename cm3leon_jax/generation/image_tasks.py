@@ -19,6 +19,7 @@ from cm3leon_jax.generation.tasks import (
   IMAGE_SETTINGS,
   Decoded,
   GivenImage,
+  PartialImage,
   PromptLayout,
   Task,
   decode_segment,
@@ -34,6 +35,26 @@ class ImageTask(Task):
 
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     return (layout.vocab.image_codes(ids[layout.vocab.is_image(ids)]),), ()
+
+  def total_rows(self, layout: PromptLayout) -> int:
+    """Returns how many rows of codes the task generates."""
+    return layout.side
+
+  def partial(
+    self, layout: PromptLayout, tokens: np.ndarray, given: np.ndarray | None
+  ) -> PartialImage:
+    """Repeats the last complete row below it.
+
+    side 4, tokens 5 6 7 8 9 9: 1 complete row, codes 5 6 7 8 in each row
+    """
+    codes, side = layout.vocab.image_codes(tokens[layout.vocab.is_image(tokens)]), layout.side
+    rows = len(codes) // side
+    if not rows:
+      return PartialImage(0, np.zeros(side * side, np.int32), 0)
+    complete = codes[: rows * side].reshape(rows, side)
+    below = np.repeat(complete[-1:], side - rows, axis=0)
+    whole = np.concatenate([complete, below]).ravel()
+    return PartialImage(rows, whole, rows * (layout.resolution // side))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +151,23 @@ class InfillImage(ImageTask):
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     return (decode_segment(layout, document_segments(layout.vocab, request, ids)[-1]),), ()
 
+  def total_rows(self, layout: PromptLayout) -> int:
+    _, top, _, bottom = whole_codes(self.box, layout.resolution, layout.side)
+    return bottom - top
+
+  def partial(
+    self, layout: PromptLayout, tokens: np.ndarray, given: np.ndarray | None
+  ) -> PartialImage:
+    """Puts the complete rows of the box into the given image."""
+    assert given is not None
+    codes, side = layout.vocab.image_codes(tokens[layout.vocab.is_image(tokens)]), layout.side
+    left, top, right, bottom = whole_codes(self.box, layout.resolution, side)
+    places = np.arange(side * side).reshape(side, side)[top:bottom, left:right].ravel()
+    rows, whole = len(codes) // (right - left), given.copy()
+    done = rows * (right - left)
+    whole[places[:done]] = codes[:done]
+    return PartialImage(rows, whole)
+
   @property
   def is_scored(self) -> bool:
     return bool(self.prompt.strip())
@@ -200,35 +238,16 @@ def whole_codes(box: Sequence, resolution: int, side: int) -> tuple[int, int, in
   Raises:
     UserError: the box is not four whole numbers, is empty, or is not within the image.
   """
-  if len(box) != 4 or not all(isinstance(x, int) and not isinstance(x, bool) for x in box):
+  if len(box) != 4 or not all(isinstance(x, int) and 0 <= x <= resolution for x in box):
     raise UserError(
-      f"box is {_listed(box)}; it must be four whole numbers: left, top, right, bottom in pixels."
+      f"box is {_listed(box)}; it must be left, top, right, bottom in pixels: whole numbers from 0 "
+      f"to {resolution}."
     )
   left, top, right, bottom = box
-  if min(left, top) < 0 or max(right, bottom) > resolution:
-    raise UserError(
-      f"box is {_listed(box)}; it must be within the image, which has {resolution} x {resolution} "
-      "pixels."
-    )
   if left >= right or top >= bottom:
-    raise UserError(
-      f"box is {_listed(box)}, which is empty: left must be less than right, and top less than "
-      "bottom."
-    )
+    raise UserError(f"box is {_listed(box)}, which is empty.")
   pixels = resolution // side
   return left // pixels, top // pixels, -(-right // pixels), -(-bottom // pixels)
-
-
-def print_rounded_box(box: Sequence, resolution: int, side: int) -> None:
-  """Prints the expanded box if a box of pixels does not consist of whole codes."""
-  pixels = resolution // side
-  whole = tuple(pixels * x for x in whole_codes(box, resolution, side))
-  if whole != tuple(box):
-    print(
-      f"generate: box {_listed(box)} is rounded out to whole codes of {pixels} pixels: "
-      f"{_listed(whole)}.",
-      flush=True,
-    )
 
 
 def _listed(box: Sequence) -> str:

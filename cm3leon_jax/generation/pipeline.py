@@ -19,8 +19,7 @@ from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.result import Result
 from cm3leon_jax.files.progress import progress_bar
-from cm3leon_jax.generation.given_images import given_key, image_key, load_image, square_image
-from cm3leon_jax.generation.image_tasks import print_rounded_box
+from cm3leon_jax.generation.given_images import given_key, image_key, load_image
 from cm3leon_jax.generation.sample import Sample, ranked
 from cm3leon_jax.generation.tasks import GivenImage, PromptLayout, Task, has_image
 from cm3leon_jax.generation.text_tasks import Caption
@@ -50,11 +49,9 @@ def check_tasks(
   for task in tasks:
     task.validate()
     task.to_request(layout)
-    if task.box:
-      print_rounded_box(task.box, layout.resolution, layout.side)
     if has_image(task) and given_key(task) not in given:
       try:
-        given[given_key(task)] = square_image(task, layout.resolution)
+        given[given_key(task)] = load_image(task.image, layout.resolution, task.crop)
       except UserError as error:
         raise task.error(error) from error
   first = next((task for task in tasks if task.retrieve), None)
@@ -98,7 +95,6 @@ class Pipeline:
       **options: fields of GeneratorConfig.
     """
     self.settings, self.layout, self.bank = settings, layout, bank
-    self.unseen: frozenset[int] | None = None  # Text ids absent from training, if known.
     self.image_tokenizer = image_tokenizer
     self.generator = Generator(params, GeneratorConfig.of(settings, **options))
     # Generators with the same config and other parameters, by name. Only the server uses them.
@@ -170,8 +166,11 @@ class Pipeline:
       on_batch: function that is called with the samples of each batch before the next batch starts.
 
     Raises:
-      UserError: `check_tasks` rejects a task, or no document is found for it.
+      UserError: `check_tasks` rejects a task, no document is found for it, or CLIP cannot rank it.
     """
+    for task in tasks if rank else ():
+      if self.clip is None or not task.is_scored:
+        raise task.error(f"rank is given, but CLIP does not score task {task.name} here.")
     given = self.check(tasks) if given is None else given
     neighbors = self.retrieve(tasks)
     requests = self.requests(tasks, given, neighbors)
@@ -247,13 +246,15 @@ class Pipeline:
     above `retrieval.max_similarity`.
 
     Raises:
-      UserError: there is no bank, or `count` is above `retrieval.max_candidates`.
+      UserError: there is no bank, or `count` is not in [1, `retrieval.max_candidates`].
     """
     if self.bank is None:
       raise UserError("this model has no bank, so no documents can be retrieved.")
-    if count > (most := self.settings.retrieval.max_candidates):
+    most = self.settings.retrieval.max_candidates
+    if not 1 <= count <= most:
       raise UserError(
-        f"{count} documents are requested; the maximum is config.retrieval.max_candidates = {most}."
+        f"{count} documents are requested; at least 1 and at most config.retrieval.max_candidates "
+        f"= {most} can be retrieved."
       )
     if (embedded := len(self.retriever.bank)) != (held := len(self.documents)):
       raise UserError(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import difflib
 import os
 from typing import Any
 
@@ -27,7 +26,6 @@ TASKS = tuple(
 # Fields that a line may have in addition to those of SamplingConfig.
 FIELDS = dict.fromkeys(("task", "prompt", "image"), str) | {"box": list, "keep_neighbors": bool}
 FIELDS |= dict.fromkeys(("length", "seed", "retrieve"), int)
-TYPES = {str: "string", int: "integer", list: "list", bool: "boolean"}
 
 
 def task_class(name: str, where: str = "") -> type[Task]:
@@ -53,12 +51,7 @@ def make_task(name: str, fields: dict, **common: Any) -> Task:
   task = cls(**{k: v for k, v in fields.items() if k in taken}, **common)
   for field, value in fields.items():
     if value and field not in taken:
-      article = "an" if field == "image" else "a" if field in ("prompt", "box") else ""
-      value = ",".join(map(str, value)) if isinstance(value, tuple | list) else value
-      raise task.error(
-        f"task {name} takes no {field}: leave '{value}' out, or name a task that takes "
-        f"{article} {field}.".replace("  ", " ")
-      )
+      raise task.error(f"task {name} takes no {field}, but {short(value)} is given.")
   task.validate()
   return task
 
@@ -146,15 +139,13 @@ def read(
 
 def _checked(fields: dict, where: str) -> dict:
   """Returns the fields of a line. Raises UserError for an unknown name or a wrong type."""
-  known = [*FIELDS, *(f.name for f in dataclasses.fields(SamplingConfig))]
+  known = FIELDS | dict.fromkeys((f.name for f in dataclasses.fields(SamplingConfig)), object)
   for name, value in fields.items():
     if name not in known:
-      close = difflib.get_close_matches(name, known, 1)
-      hint = f"did you mean '{close[0]}'?" if close else f"the fields are {', '.join(known)}."
-      raise UserError(f"{where} has no field '{name}': {hint}")
-    kind = FIELDS.get(name, object)
+      raise UserError(f"{where} has no field '{name}'; the fields are {', '.join(known)}.")
+    kind = known[name]
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-      raise UserError(f"{where}: {name} is {short(value)}; it must be a valid {TYPES[kind]}.")
+      raise UserError(f"{where}: {name} is {short(value)}; its type must be {kind.__name__}.")
   return fields
 
 

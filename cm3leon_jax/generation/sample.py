@@ -8,7 +8,6 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import short
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.generation.tasks import Task
 
@@ -51,16 +50,6 @@ class Sample:
   rank: int | None = None
   divergence: float | None = None
 
-  def __repr__(self) -> str:
-    prompt = [short(self.task.prompt)] if self.task.prompt else []
-    parts = [short(s) if isinstance(s, str) else _size(s) for s in self.segments]
-    texts = [self.task.name, *prompt, *parts, f"seed {self.seed}"]
-    if self.clip_score is not None:
-      texts.append(f"CLIP score {self.clip_score:.3f}")
-    if self.neighbors:
-      texts.append(f"{len(self.neighbors)} retrieved")
-    return f"Sample({', '.join(texts)})"
-
   @property
   def parts(self) -> list[str | Image.Image]:
     """All texts and images of the sample, in order."""
@@ -79,10 +68,6 @@ class Sample:
   def text(self) -> str:
     """All texts of the sample, one per line."""
     return "\n".join(s for s in self.segments if isinstance(s, str))
-
-
-def _size(image: np.ndarray) -> str:
-  return f"image of {image.shape[1]} x {image.shape[0]}"
 
 
 def ranked(samples: Sequence[Sample]) -> list[Sample]:

@@ -8,6 +8,7 @@ Each task is a frozen dataclass in `image_tasks` or `text_tasks`; `prompt_file.T
 from collections.abc import Callable, Sequence
 import dataclasses
 import math
+import operator
 import pathlib
 import re
 from typing import Any, ClassVar, TypeAlias, cast
@@ -40,6 +41,7 @@ MASK, BREAK, IMAGE = "<mask>", "<break>", "<image>"
 IMAGE_SETTINGS = settings_of_codes(unconditional=True)
 ALONE_SETTINGS = settings_of_codes(unconditional=False)
 GUIDANCE = ("guidance", "guidance_schedule")
+TO_COME = 160  # Gray value of rows that are not generated yet.
 EDITING = ("image_guidance", "edit_guidance", "guidance_schedule")
 
 
@@ -92,6 +94,32 @@ class PromptLayout:
   def side(self) -> int:
     """Number of codes per row of an image."""
     return math.isqrt(self.image_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartialImage:
+  """Preview of an image during generation.
+
+  The decoder of the image tokenizer is not causal: pixels of a complete row still change a little
+  when the rows below it are generated.
+
+  Attributes:
+    rows: number of complete rows of codes of the image, or of the box of an infill.
+    codes: [I] codes, with missing rows filled in.
+    gray_from: first row of pixels that is not generated yet and shown gray; None: no row.
+  """
+
+  rows: int
+  codes: np.ndarray
+  gray_from: int | None = None
+
+  def shown(self, pixels: np.ndarray) -> np.ndarray:
+    """Grays out the rows of the decoded codes, [H, W, 3] uint8, that are not generated yet."""
+    if self.gray_from is None:
+      return pixels
+    shown = pixels.copy()
+    shown[self.gray_from :] = TO_COME
+    return shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,8 +176,6 @@ class Task:
 
   def validate(self) -> None:
     """Raises UserError if a required field is empty, or a field has an invalid value."""
-    if not isinstance(self.prompt, str):
-      raise self.error(f"the prompt is {short(self.prompt)}; it must be a text.")
     if any("\ud800" <= c <= "\udfff" for c in self.prompt):
       raise self.error(
         f"the prompt {short(self.prompt)} has half of a surrogate pair: write it as UTF-8."
@@ -157,14 +183,11 @@ class Task:
     for field in self.required:
       value = getattr(self, field)
       if isinstance(value, str) and not value.strip():
-        article = "an" if field == "image" else "a"
-        raise self.error(f"task {self.name} needs {article} {field}, but none is given.")
+        raise self.error(f"task {self.name} needs the field {field}, but it is not given.")
     self._check_masks()
     for field in ("length", "retrieve", "seed"):
       value = getattr(self, field)
-      if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise self.error(f"{field} is {short(value)}; it must be a whole number.")
-      if not 0 <= value < 2**32:
+      if not 0 <= operator.index(value) < 2**32:
         raise self.error(f"{field} is {short(value)}; it must lie in [0, 2^32).")
 
   def unread_settings(self) -> tuple[str, ...]:
@@ -241,6 +264,15 @@ class Task:
 
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     """Decodes ids [G]. Returns (texts and image codes, int32 [I], in order; texts of all holes)."""
+    raise NotImplementedError
+
+  def partial(
+    self, layout: PromptLayout, tokens: np.ndarray, given: np.ndarray | None
+  ) -> "PartialImage | str":
+    """Returns a preview of a sample from the ids [G] so far: rows of its image, or its text.
+
+    `given` contains the codes [I] of the input image.
+    """
     raise NotImplementedError
 
   @property

@@ -66,6 +66,13 @@ class TextTask(Task):
     shown: list[Any] = [decode_segment(layout, ids) for text, ids in texts if text != IMAGE]
     return ("\n".join(shown),), tuple(filled)
 
+  def partial(self, layout: PromptLayout, tokens: np.ndarray, given: np.ndarray | None) -> str:
+    """Leaves out an incomplete last character."""
+    vocab = layout.vocab
+    ends = np.flatnonzero(tokens < vocab.num_special)
+    first = tokens[: ends[0]] if len(ends) else tokens
+    return layout.decode(first).strip().rstrip("\ufffd")
+
 
 @dataclasses.dataclass(frozen=True)
 class Caption(TextTask):
@@ -115,6 +122,10 @@ class InfillText(TextTask):
   def validate(self) -> None:
     super().validate()
     split_prompt(self)
+
+  def partial(self, layout: PromptLayout, tokens: np.ndarray, given: np.ndarray | None) -> str:
+    """Shows nothing: the text is complete only when all holes are filled."""
+    return ""
 
   def query(self) -> tuple[str, GivenImage]:
     kind, value = super().query()

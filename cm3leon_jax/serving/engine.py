@@ -5,9 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 import logging
-import math
 import threading
-import time
 
 import jax
 import numpy as np
@@ -17,13 +15,20 @@ from cm3leon_jax.decoding.continuous.buckets import Bucket
 from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator, StepFailed
 from cm3leon_jax.decoding.continuous.slots import Update
 from cm3leon_jax.decoding.result import sample_seed
-from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.serving import partial
 from cm3leon_jax.serving.errors import ApiError, internal, stopping
-from cm3leon_jax.serving.jobs import Failed, Finished, Job, OpenJob, Progress, open_jobs
+from cm3leon_jax.serving.jobs import (
+  Failed,
+  Finished,
+  Job,
+  OpenJob,
+  Progress,
+  open_jobs,
+  usual_tasks,
+)
 from cm3leon_jax.serving.tasks import refused
 
+RETRY_SECONDS = "2"
 _LOG = logging.getLogger("cm3leon_jax.serving")
 _Part = tuple[OpenJob, int, Update]  # Job, index of a sample, its tokens so far.
 
@@ -68,7 +73,6 @@ class Engine:
     self._ready = threading.Event()
     self.failure: BaseException | None = None
     self.samples = self.tokens = 0
-    self._busy_seconds = 0.0
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
   def start(self) -> None:
@@ -121,9 +125,8 @@ class Engine:
     if self._closing or self.failure is not None:
       raise stopping()
     if self.waiting >= self.queue_limit:
-      seconds = self._seconds_to_wait()
-      message = f"{self.queue_limit} requests are already waiting: try again in {seconds} s."
-      raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
+      message = f"{self.queue_limit} requests are already waiting: try again later."
+      raise ApiError(429, message, code="queue_full", headers={"Retry-After": RETRY_SECONDS})
 
   def cancel(self, job: Job) -> None:
     """Cancels a job. It leaves the queue immediately, and frees its slots before the next chunk."""
@@ -149,13 +152,6 @@ class Engine:
   def running(self) -> int:
     """Number of samples that have a slot."""
     return len(self._running)
-
-  def _seconds_to_wait(self) -> int:
-    """Estimates in how many seconds the queue will have space, from the measured speed."""
-    each = self._busy_seconds / self.samples if self.samples else 1.0
-    samples = len(self._places) + sum(j.num_samples for j in self._incoming)
-    samples += sum(o.job.num_samples - o.finished for o in list(self._open))
-    return min(max(math.ceil(each * samples / max(self.queue_limit, 1)), 1), 600)
 
   def _run(self) -> None:
     try:
@@ -184,7 +180,7 @@ class Engine:
   def _warm_up(self) -> None:
     """Compiles the buckets of usual requests, then the largest buckets, which fit any request."""
     by_streams = {}
-    for task in partial.usual_tasks(self.pipeline):
+    for task in usual_tasks(self.pipeline):
       job = Job(task, 1, lambda event: None, shows_progress=True)
       self._prepare([job])
       if not self._open:
@@ -200,7 +196,6 @@ class Engine:
     for warm in by_streams.values():
       self._fresh().warm(*warm, in_largest=True)
     self.samples = self.tokens = 0
-    self._busy_seconds = 0.0
 
   def _turn(self) -> bool:
     """Waits for jobs and computes one chunk. Returns False if the engine is closing."""
@@ -212,14 +207,12 @@ class Engine:
       # together, because retrieval costs the same for one job and for a batch.
       most = self.slots if sum(o.begun == 0 for o in self._open) < self.slots else 0
       taken = [self._incoming.popleft() for _ in range(min(most, len(self._incoming)))]
-    began = time.monotonic()
     self._prepare([job for job in taken if not job.cancelled])
     try:
       self._compute()
     except Exception:
       _LOG.exception("decoding has failed")
       self._fail_running()
-    self._busy_seconds += time.monotonic() - began
     return True
 
   def _prepare(self, jobs: Sequence[Job]) -> None:
@@ -250,7 +243,7 @@ class Engine:
     """Converts an error of a job to an error for the client, without paths of the server."""
     message, bank = str(error), self.pipeline.bank
     message = message if bank is None else message.replace(str(bank), "the bank")
-    return refused(UserError(message), job.words)
+    return refused(message)
 
   def _compute(self) -> None:
     """Removes cancelled jobs, admits samples to free slots, decodes a chunk and delivers it."""
@@ -328,7 +321,6 @@ class Engine:
       opened, index = self._running[update.ticket]
       if update.finished:
         del self._running[update.ticket]
-        opened.finished += 1
         self.samples += 1
         self.tokens += len(update.result.tokens)
       if opened.job.cancelled or opened.failed:
@@ -375,16 +367,12 @@ class Engine:
     """Delivers new rows of images and new texts."""
     layout, images = self.pipeline.layout, []
     for opened, index, update in parts:
-      if not isinstance(opened.job.task, ImageTask):
-        opened.job.deliver(
-          Progress(index, text=partial.text(opened.job.task, layout, update.result.tokens))
-        )
-        continue
-      rows, codes = partial.image(opened.job.task, layout, update.result.tokens, opened.codes)
-      if rows > opened.rows.get(index, 0):
-        images.append((opened, index, rows, codes))
-    decoded = self._decoded([codes for *_, codes in images])
-    for (opened, index, rows, _), image in zip(images, decoded, strict=True):
-      opened.rows[index] = rows
-      image = partial.without_rows_to_come(opened.job.task, layout, image, rows)
-      opened.job.deliver(Progress(index, rows, image))
+      made = opened.job.task.partial(layout, update.result.tokens, opened.codes)
+      if isinstance(made, str):
+        opened.job.deliver(Progress(index, text=made))
+      elif made.rows > opened.rows.get(index, 0):
+        images.append((opened, index, made))
+    decoded = self._decoded([made.codes for *_, made in images])
+    for (opened, index, made), image in zip(images, decoded, strict=True):
+      opened.rows[index] = made.rows
+      opened.job.deliver(Progress(index, made.rows, made.shown(image)))

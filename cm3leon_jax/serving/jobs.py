@@ -2,7 +2,7 @@
 
 # I tokens of an image, H height, W width.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 
 import numpy as np
@@ -10,9 +10,11 @@ import numpy as np
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.given_images import given_key
+from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import PromptLayout, Task
+from cm3leon_jax.generation.text_tasks import Caption, Question
 from cm3leon_jax.serving.errors import ApiError
 
 Decode = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]
@@ -71,7 +73,6 @@ class Job:
     deliver: called with each event, in the thread of the engine.
     shows_progress: whether `Progress` events are delivered.
     adapter: name of the parameters, a key of `Pipeline.adapted`; "": the pipeline's own.
-    words: words in error messages -> words that the client knows; see `tasks.refused`.
     cancelled: whether the client no longer waits for the job.
   """
 
@@ -80,13 +81,12 @@ class Job:
   deliver: Callable[[Event], None]
   shows_progress: bool = False
   adapter: str = ""
-  words: Mapping[str, str] | None = None
   cancelled: bool = False
 
 
 @dataclasses.dataclass(eq=False)
 class OpenJob:
-  """Prepared job: the inputs of its samples, and how many samples have started and finished."""
+  """Prepared job: the inputs of its samples, and how many samples have started."""
 
   job: Job
   request: Request
@@ -94,7 +94,6 @@ class OpenJob:
   codes: np.ndarray | None
   neighbors: tuple[Document, ...]
   begun: int = 0
-  finished: int = 0
   rows: dict[int, int] = dataclasses.field(default_factory=dict)
   failed: bool = False
 
@@ -138,3 +137,26 @@ def _described(
     tuple(Neighbor(d, layout.decode(d.segments[0].tokens), next(images)) for d in found)
     for found in neighbors
   ]
+
+
+def usual_tasks(pipeline: Pipeline) -> list[Task]:
+  """Returns example tasks with the usual kinds and lengths of prompts.
+
+  Their buckets are compiled before the first request. Longer prompts use a larger bucket.
+  """
+  layout, sampling = pipeline.layout, pipeline.settings.sampling
+  blank = np.full((layout.resolution, layout.resolution, 3), 128, np.uint8)
+  caption, retrieve = "a red apple", pipeline.usual_retrieve
+  box = (0, 0, layout.resolution // 2, layout.resolution // 2)
+  tasks = [
+    TextToImage(caption, retrieve=0),
+    Caption(image=blank),
+    Question(image=blank, prompt="What color is the apple?"),
+    Edit(image=blank, prompt="make it blue"),
+    InfillImage(image=blank, box=box, prompt=caption),
+  ]
+  if retrieve and len(pipeline.documents):
+    # The caption of a document retrieves at least that document, even if no other is similar.
+    known = layout.decode(pipeline.documents[0].segments[0].tokens)
+    tasks.insert(0, TextToImage(known, retrieve=retrieve))
+  return [dataclasses.replace(task, sampling=sampling) for task in tasks]

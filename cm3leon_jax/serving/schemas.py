@@ -1,7 +1,6 @@
-"""Defines the bodies of requests, and rejects unknown fields and invalid values in one sentence."""
+"""Defines the bodies of requests, and rejects unknown fields and invalid values."""
 
 from collections.abc import Mapping
-import difflib
 import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -12,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from cm3leon_jax.config import short
 from cm3leon_jax.decoding.config import Schedule
-from cm3leon_jax.serving.errors import ApiError, refusal
+from cm3leon_jax.serving.errors import ApiError
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -21,18 +20,8 @@ MOST_MARKS = 10_000  # Largest number of brackets, braces and commas in a body.
 MOST_WIDE = 2**22  # Maximum bytes of a body that has a character of four bytes.
 FOUR_BYTES = re.compile(rb"[\xf0-\xf7]")
 MOST_PARTS = 64  # Largest number of messages, and of parts of a message.
-RULES = {  # First word of a pydantic error type -> rule for the value.
-  "bool": "be true or false",
-  "int": "be a whole number",
-  "float": "be a number",
-  "string": "be a text",
-  "list": "be a list",
-  "model": "be an object",
-}
 # Fields of the OpenAI API that the server always ignores. Their values may have any type.
 NO_MEANING = ("user", "safety_identifier", "metadata", "store", "service_tier")
-
-RENAMED = {"guidance_scale": "guidance"}  # Field of diffusers -> field of a body.
 
 
 class Body(pydantic.BaseModel):
@@ -40,7 +29,6 @@ class Body(pydantic.BaseModel):
 
   Attributes:
     ignored: fields of the OpenAI API that this server ignores.
-    words: words in error messages -> names of the body's fields; see `tasks.refused`.
     settings: fields that are settings of `SamplingConfig`.
     model: name of the served model; may be absent.
     seed: seed of the first sample. Without it, the server uses a random seed.
@@ -49,7 +37,6 @@ class Body(pydantic.BaseModel):
 
   model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
   ignored: ClassVar[tuple[str, ...]] = NO_MEANING
-  words: ClassVar[Mapping[str, str]] = {}
   settings: ClassVar[tuple[str, ...]] = ()
 
   model: str | None = None
@@ -160,14 +147,6 @@ class StreamOptions(pydantic.BaseModel):
 class Chat(Body):
   """Body of POST /v1/chat/completions."""
 
-  words: ClassVar[Mapping[str, str]] = {
-    "the prompt": "the message",
-    "a smaller length": "a smaller max_tokens",
-    "text_temperature": "temperature",
-    "text_top_k": "top_k",
-    "text_top_p": "top_p",
-  }
-
   messages: Annotated[list[Message], Field(max_length=MOST_PARTS)]
   stream_options: StreamOptions = StreamOptions()
   max_tokens: Annotated[int, Field(ge=1, le=2**20)] | None = None
@@ -227,45 +206,11 @@ def read(cls: type[B], values: Mapping[str, Any], strict: bool = True) -> B:
   given = {k: v for k, v in values.items() if v is not None and k not in cls.ignored}
   try:
     return cls.model_validate(given, strict=strict)
-  except (pydantic.ValidationError, RecursionError) as error:
-    if isinstance(error, RecursionError):
-      raise ApiError(400, "the body is nested too deeply.") from error
+  except RecursionError as error:
+    raise ApiError(400, "the body is nested too deeply.") from error
+  except pydantic.ValidationError as error:
     # Report unknown fields first: a field may be missing because its name is misspelled.
-    found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
-    raise _refusal(dict(found), cls) from error
-
-
-def _refusal(error: dict, cls: type[Body]) -> ApiError:
-  """Converts an error of pydantic to an error that is one sentence."""
-  field = ".".join(map(str, error["loc"]))
-  short_field = short(field).strip("'\"")
-  if error["type"] == "extra_forbidden":
-    name, names = short_field, list(cls.model_fields) if len(error["loc"]) == 1 else []
-    close = difflib.get_close_matches(RENAMED.get(name, name), names, 1)
-    hint = f"did you mean '{close[0]}'?" if close else f"the fields are {', '.join(names)}."
-    hint = hint if names else "leave it out."
-    return ApiError(400, f"there is no field '{name}' here: {hint}", name, "unknown_parameter")
-  if error["type"] == "missing":
-    message = f"{short_field} is required, but not given."
-    return ApiError(400, message, short_field, "missing_required_parameter")
-  if error["loc"] == ("response_format",):
-    return refusal(
-      f"response_format is {short(error['input'])}; images are returned only as b64_json, because "
-      "the server keeps no files that a URL could name.",
-      field,
-    )
-  return refusal(f"{short_field} is {short(error['input'])}; it must {_rule(error)}.", short_field)
-
-
-def _rule(error: dict) -> str:
-  """Returns the rule that a value violates, from an error of pydantic: "be a whole number"."""
-  if rule := RULES.get(error["type"].partition("_")[0]):
-    return rule
-  _, should, rule = error["msg"].partition(" should ")
-  rule = rule if should else f"satisfy: {error['msg']}"
-  for long, brief in (
-    ("greater than or equal to", "at least"),
-    ("less than or equal to", "at most"),
-  ):
-    rule = rule.replace(long, brief)
-  return rule
+    details = error.errors(include_url=False, include_context=False, include_input=False)
+    first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
+    field = short(".".join(map(str, first["loc"]))).strip("'\"")
+    raise ApiError(400, f"{field}: {first['msg']}.", field, first["type"]) from error

@@ -2,7 +2,6 @@
 
 # H height, W width.
 
-from collections.abc import Mapping
 import dataclasses
 import re
 import secrets
@@ -13,56 +12,36 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.generation import calls
+from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.generation.tasks import BREAK, MASK, Task
+from cm3leon_jax.generation.tasks import MASK, Task
 from cm3leon_jax.generation.text_tasks import TEXT_LENGTH
-from cm3leon_jax.serving import partial, schemas, uploads
+from cm3leon_jax.serving import schemas, uploads
 from cm3leon_jax.serving.errors import ApiError, refusal
 
-# First word of an error message -> field of the body that the message is about.
-FIELDS = {"message": "messages"} | {
-  name: name for cls in (schemas.EditBody, schemas.Chat) for name in cls.model_fields
-}
+FIELDS = {*schemas.EditBody.model_fields, *schemas.Chat.model_fields}
 
 
-def generation(pipeline: Pipeline, body: schemas.Generation) -> Task:
+def generation(pipeline: Pipeline, body: schemas.Generation) -> ImageTask:
   """Creates a task that generates an image for a prompt. Raises ApiError if a field is invalid."""
-  if not body.prompt.strip():
-    raise _absent("prompt", "write what the image shows.")
-  _check_no_mask(body.prompt)
   retrieve = pipeline.usual_retrieve if body.retrieve is None else body.retrieve
   return _task(pipeline, "text_to_image", body, {"prompt": body.prompt}, retrieve=retrieve)
 
 
-def edit(
-  pipeline: Pipeline, body: schemas.EditBody, image: np.ndarray, box: tuple[int, ...] | None
-) -> Task:
+def edit(pipeline: Pipeline, body: schemas.EditBody, image: np.ndarray) -> ImageTask:
   """Creates a task that edits an image by an instruction or, with a box, fills in the box.
 
-  `image` is [H, W, 3] uint8, as `uploads.decode` returns it. `box` is left, top, right, bottom in
-  pixels at the model's resolution; None means an edit by instruction.
+  `image` is [H, W, 3] uint8, as `uploads.decode` returns it.
 
   Raises:
     ApiError: a field is invalid or missing, or belongs to the other kind of edit.
   """
   inputs: dict[str, Any] = {"image": image, "prompt": body.prompt}
-  _check_no_mask(body.prompt)
-  given = body.sampling()
-  if box is None:
-    if not body.prompt.strip():
-      raise _absent("prompt", "write how the image should change, or send mask or box.")
+  if body.box is None:
     if body.retrieve:
       raise refusal("an edit retrieves no documents: leave retrieve out.", "retrieve")
-    if "guidance" in given:
-      raise refusal(
-        "guidance is for infills; an edit by instruction has image_guidance and edit_guidance.",
-        "guidance",
-      )
     return _task(pipeline, "edit", body, inputs)
-  for name in ("image_guidance", "edit_guidance"):
-    if name in given:
-      raise refusal(f"{name} is for edits by instruction; with mask or box, give guidance.", name)
-  inputs["box"] = partial.whole_box(pipeline.layout, box)
+  inputs["box"] = body.box
   return _task(pipeline, "infill_image", body, inputs, retrieve=body.retrieve or 0)
 
 
@@ -112,28 +91,20 @@ def content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:
       "text should be filled in; this model does not chat.",
       "messages",
     )
-  if BREAK in text and MASK not in text:
-    raise refusal(f"the message has a {BREAK}, which only a text with {MASK} takes.", "messages")
   image = images[0] if images else None
   return text, None if image is None else uploads.from_data_url(image.url, "image_url.url")
 
 
-def refused(error: UserError, words: Mapping[str, str] | None) -> ApiError:
-  """Converts the error of a task to an ApiError that names the invalid field of the body.
+def refused(message: str) -> ApiError:
+  """Makes an ApiError of a task's error. Its param is the first field that the message names.
 
-    in a chat, UserError("sampling.text_top_p is 0.0; ...") becomes "top_p is 0.0; ..." with the
-    param "top_p"
-
-  `words` maps words in the error to names of the body's fields.
+  refused("config.sampling.text_top_p is 0.0; ...") has the param "top_p"
   """
-  sentence = str(error).removeprefix("sampling.")
-  for word, own in (words or {}).items():
-    sentence = sentence.replace(word, own)
-  match = re.match(r"(?:the )?(\w+) ", sentence)
-  return refusal(sentence, FIELDS.get(match[1]) if match else None)
+  words = re.findall(r"\w+", message.replace("text_top", "top").replace("text_temp", "temp"))
+  return refusal(message, next((word for word in words if word in FIELDS), None))
 
 
-def _task(pipeline: Pipeline, kind: str, body: schemas.Body, inputs: dict, **fields: int) -> Task:
+def _task(pipeline: Pipeline, kind: str, body: schemas.Body, inputs: dict, **fields: int) -> Any:
   """Creates a task and checks that it fits the model. Raises ApiError instead of UserError."""
   seed = secrets.randbelow(2**31) if body.seed is None else body.seed
   defaults = pipeline.settings.sampling
@@ -142,17 +113,4 @@ def _task(pipeline: Pipeline, kind: str, body: schemas.Body, inputs: dict, **fie
     task.to_request(pipeline.layout)
     return task
   except UserError as error:
-    raise refused(error, body.words) from error
-
-
-def _absent(name: str, hint: str) -> ApiError:
-  return ApiError(
-    400, f"{name} is required, but not given: {hint}", name, "missing_required_parameter"
-  )
-
-
-def _check_no_mask(prompt: str) -> None:
-  if MASK in prompt:
-    raise refusal(
-      f"prompt has a {MASK}, which only a message of /v1/chat/completions takes.", "prompt"
-    )
+    raise refused(str(error)) from error

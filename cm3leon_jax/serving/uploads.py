@@ -17,7 +17,7 @@ import sys
 import threading
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
@@ -25,21 +25,17 @@ from cm3leon_jax.data.raw.image_parts import ImageFile
 from cm3leon_jax.serving.errors import ApiError, refusal
 
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
-Box = tuple[int, int, int, int]
 
 
 def from_data_url(url: str, param: str) -> bytes:
   """Returns the bytes of an image in a data: URL. Raises ApiError for any other URL."""
-  scheme = url.partition(":")[0][:12].lower()
-  if scheme in ("http", "https", "file", "ftp"):
-    raise refusal(
-      f"{param} begins with {scheme}:, but the server fetches nothing: send the image itself as "
-      "data:image/png;base64,...",
-      param,
-    )
   match = _DATA_URL.match(url)
   if match is None:
-    raise refusal(f"{param} must be data:image/png;base64,... with the bytes of an image.", param)
+    raise refusal(
+      f"{param} must be data:image/png;base64,... with the bytes of an image: the server fetches "
+      "nothing.",
+      param,
+    )
   try:
     return base64.b64decode(url[match.end() :], validate=True)
   except ValueError as error:
@@ -70,65 +66,19 @@ def _check_pixels(data: bytes, most_pixels: int, param: str) -> None:
     )
 
 
-def decode(
-  image: bytes, mask: bytes | None = None, *, resolution: int, most_pixels: int, param: str
-) -> tuple[np.ndarray, Box | None]:
-  """Decodes the centered square of an image, [resolution, resolution, 3] uint8, and its mask.
+def decode(image: bytes, resolution: int, most_pixels: int, param: str) -> np.ndarray:
+  """Decodes the centered square of an image, [resolution, resolution, 3] uint8.
 
   Raises:
-    ApiError: a file is not an image, has too many pixels or parts, or is damaged, or see
-      `box_of_mask`.
+    ApiError: a file is not an image, has too many pixels or parts, or is damaged.
   """
   _check_pixels(image, most_pixels, param)
   try:
-    pixels, size = reader.load_with_size(image, resolution)
+    return reader.load_image(image, resolution)
   except UserError as error:
     raise refusal(
       f"{param} is damaged; it must be a PNG, JPEG, WebP, GIF or AVIF file.", param
     ) from error
-  return pixels, None if mask is None else box_of_mask(mask, size, resolution, most_pixels)
-
-
-def box_of_mask(mask: bytes, size: tuple[int, int], resolution: int, most_pixels: int) -> Box:
-  """Returns the box around the fully transparent pixels of a mask.
-
-  The mask is first cropped and scaled like its image.
-
-    a mask of 4 x 4 pixels, transparent at rows 2 and 3 of column 0, resolution 8: (0, 4, 2, 8)
-
-  Args:
-    mask: PNG file with an alpha channel.
-    size: (width, height) of the upright image.
-
-  Raises:
-    ApiError: the mask is not a PNG file, has another size or no alpha channel, or no fully
-      transparent pixel.
-  """
-  _check_pixels(mask, most_pixels, "mask")
-  width, height = size
-  try:
-    with Image.open(ImageFile(mask, "mask"), formats=("PNG",)) as opened:
-      has_alpha = opened.has_transparency_data
-      alpha = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
-  except Exception as error:
-    raise refusal(
-      "mask cannot be read; it must be a PNG file with transparency.", "mask"
-    ) from error
-  if alpha.size != (width, height):
-    raise refusal(
-      f"mask has {alpha.width} x {alpha.height} pixels; it must have {width} x {height} like the "
-      "image.",
-      "mask",
-    )
-  hole = alpha.point(lambda value: 255 if value == 0 else 0)
-  # Crop the mask in the same way as `reader.load_image` crops its image. Pixels stay black or
-  # white.
-  hole = ImageOps.fit(hole, (resolution, resolution), Image.Resampling.NEAREST)
-  if has_alpha and (found := hole.getbbox()) is not None:
-    return found
-  raise refusal(
-    "mask has no fully transparent pixel: make the area to fill in transparent.", "mask"
-  )
 
 
 def png(image: np.ndarray) -> str:
@@ -141,8 +91,8 @@ def png(image: np.ndarray) -> str:
 def main() -> None:
   """Decodes the images that stdin has, one after the other, until stdin is closed.
 
-  A request is a line of JSON, with the sizes of the files and the other arguments of `decode`, and
-  then the files. An answer is a line with the box, and the pixels, or only a line with an ApiError.
+  A request is a line of JSON, with the size of the file and the other arguments of `decode`, and
+  then the file. An answer is an empty object and the pixels, or only an ApiError.
   """
   signal.signal(signal.SIGTERM, signal.SIG_IGN)  # The server decides when this process ends.
   closed = select.poll()
@@ -150,10 +100,10 @@ def main() -> None:
   threading.Thread(target=lambda: (closed.poll(), os._exit(0)), daemon=True).start()
   while line := sys.stdin.buffer.readline():
     request = json.loads(line)
-    files = [sys.stdin.buffer.read(size) for size in request.pop("sizes")]
+    image = sys.stdin.buffer.read(request.pop("size"))
+    answer: dict = {}
     try:
-      pixels, box = decode(*files, **request)
-      answer, content = {"box": box}, pixels.tobytes()
+      content = decode(image, **request).tobytes()
     except ApiError as error:
       answer, content = vars(error), b""
     sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n" + content)

@@ -6,7 +6,6 @@ A bundle contains:
   documents/ and neighbors/, if the run retrieves only from the split `bank`;
   replay/: a sample of the run's documents with their neighbors, for a tuning (`base_documents`);
   training_data.json: origins of the training data;
-  unseen_tokens.json: text ids that never occurred in training, if they are known;
   bundle.json: settings, step, training cost, and the SHA-256 of every file.
 All weights are float16: numpy can read it, and it rounds weights less than bfloat16 does.
 A bundle can name another bundle as its base. Then it contains only a decoder, and uses the
@@ -22,7 +21,6 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.data.documents import unseen_tokens
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.digests import describe, digest
@@ -140,7 +138,6 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
       f"{folder / FILE}: retrieval.clip is {short(settings.retrieval.clip)}, but a bundle contains "
       f"its own CLIP: {AGAIN}."
     )
-  unseen_tokens.find(folder, settings.vocab)
   size = about(folder)["bytes"]
   if (folder / "documents").exists():
     _check_bank(folder, settings, size)

@@ -13,7 +13,6 @@ from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents import unseen_tokens
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.digests import digest
@@ -166,13 +165,6 @@ def open_params(run: Run, average: bool | None) -> StoredParams:
     )
   params, step = run.params()
   return of_tree(params, step, bool(run.settings.optimizer.ema_decay))
-
-
-def unseen_in(run: Run) -> frozenset[int] | None:
-  """Returns the text ids that never occurred in training; None if they are unknown."""
-  if run.kind == "export":
-    return None
-  return unseen_tokens.find(run.folder, run.settings.vocab, bundles.folder_of)
 
 
 def _check_workdir(name: str, folder: epath.Path) -> None:

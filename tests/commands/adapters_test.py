@@ -174,8 +174,6 @@ def test_adapters_are_added_to_their_base_and_to_no_other(base, adapted, tmp_pat
   [sample], [same] = (one.generate("a red apple", seed=1, retrieve=0) for one in (model, whole))
   assert model.step == 3
   np.testing.assert_array_equal(sample.tokens, same.tokens)
-  with refused(UserError):
-    model.save(tmp_path / "bundle")
   other = tmp_path / "other"
   save_run(epath.Path(other))
   with refused(UserError):

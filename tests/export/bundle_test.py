@@ -57,17 +57,16 @@ def test_a_refused_bundle_leaves_what_is_there(run, bundled, tmp_path):
   assert {path: path.read_bytes() for path in [*files(workdir), *files(folder)]} == before
 
 
-def test_a_folder_with_files_of_others_is_refused_and_keeps_them(bundled, tmp_path):
+def test_a_folder_with_files_of_others_is_refused_and_keeps_them(run, tmp_path):
   kept = tmp_path / "documents" / "mine.txt"
   kept.parent.mkdir()
   kept.write_text("mine")
-  with refused(config.UserError):
-    bundle.copy(bundled, epath.Path(tmp_path))
+  with one_device():
+    params, step = reading.load_params(run / "train", SETTINGS.model)
+    for folder, fact in ((tmp_path, "'documents'"), (kept, "is a file"), ("/proc/x", "/proc/x")):
+      with refused(config.UserError, fact):
+        bundle.write(epath.Path(folder), Run(run, SETTINGS), params, step)
   assert kept.read_text() == "mine"
-  with refused(config.UserError):
-    bundle.copy(bundled, epath.Path(kept))
-  with refused(config.UserError):
-    bundle.copy(bundled, epath.Path("/proc/absent"))
 
 
 @pytest.mark.slow
@@ -184,7 +183,7 @@ def test_a_file_of_another_content_is_refused_by_name(bundled, tmp_path, name):
 def test_files_of_a_bundle_may_be_links(bundled, tmp_path):
   """Model hubs and package managers store files as symbolic links."""
   folder = epath.Path(tmp_path / "copy")
-  bundle.copy(bundled, folder)
+  shutil.copytree(bundled, folder)
   weights_file = tmp_path / "copy" / "model.safetensors"
   weights_file.rename(tmp_path / "blob")
   weights_file.symlink_to(tmp_path / "blob")

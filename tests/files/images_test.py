@@ -4,10 +4,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from cm3leon_jax import finetune
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.images import upright_rgb
 from cm3leon_jax.generation import calls, given_images
-from cm3leon_jax.runs import finetune
 
 RAMP = np.tile(np.arange(0, 65_536, 257, dtype=np.uint16), (3, 1))  # 0 to 255, times 257.
 GRAY = RAMP // 257
@@ -47,7 +47,7 @@ def test_a_folder_a_pair_and_an_argument_of_the_api_are_read_alike(kind, tmp_pat
   assert [*of_folder.shape[:2], of_folder.mean()] == expected
   with Image.open(path) as opened:
     for given in (str(path), opened):
-      stored = Image.open(io.BytesIO(finetune._png(given, "data[0]")))
+      stored = Image.open(io.BytesIO(finetune.as_png(given)))
       np.testing.assert_array_equal(np.asarray(stored), of_folder)
-      of_api = given_images.load_image(calls.image(given), None)
+      of_api = given_images.load_image(calls.expanded(given), None)
       np.testing.assert_array_equal(of_api, of_folder)

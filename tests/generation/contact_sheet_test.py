@@ -17,20 +17,3 @@ def test_contact_sheet_places_images(tmp_path):
     for j, color in enumerate(row):
       y, x = writer.LABEL_HEIGHT + i * step, writer.LABEL_WIDTH + j * step
       assert (sheet[y : y + size, x : x + size] == color).all()
-
-
-def test_contact_sheet_holds_texts_beside_images():
-  image = np.full((64, 64, 3), 255, np.uint8)
-  sheet = np.asarray(writer.contact_sheet([[image, "a red apple"], ["alone"]], ["", ""]))
-  step, left = 128 + writer.GAP, writer.LABEL_WIDTH
-  cells = [sheet[writer.GAP + i * step :, left + j * step :] for i in range(2) for j in range(2)]
-  assert [bool((cell[:128, :128] < 128).any()) for cell in cells] == [False, True, True, False]
-  size = (left + 2 * step, writer.GAP + step)
-  assert writer.contact_sheet([["only", "texts"]], [""]).size == size
-
-
-def test_a_long_text_ends_in_an_ellipsis():
-  lines = writer.wrapped("word " * 100, 150, 42).split("\n")
-  assert len(lines) == 3
-  assert lines[-1].endswith("…")
-  assert writer.wrapped("two words", 150, 42) == "two words"

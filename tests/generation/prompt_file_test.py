@@ -7,7 +7,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.generation.image_tasks import TextToImage
-from cm3leon_jax.generation.prompt_file import TASKS, make_task, pair, read
+from cm3leon_jax.generation.prompt_file import TASKS, pair, read, task_class
 from tests.refusals import refused
 
 
@@ -19,48 +19,6 @@ def test_a_class_with_a_name_is_a_task_and_stands_on_the_page():
   assert len(TASKS) == len(named) == 9
 
 
-@pytest.mark.parametrize(
-  "fields",
-  [
-    {"task": "paint"},
-    {"task": "text_to_image"},
-    {"task": "text_to_image", "prompt": " "},
-    {"task": "caption"},
-    {"task": "question", "prompt": "what"},
-    {"task": "edit", "image": "a.png"},
-    {"task": "caption", "image": "a.png", "prompt": "cat"},
-    {"task": "text_to_image", "prompt": "cat", "image": "a.png"},
-    {"task": "unconditional", "prompt": "cat"},
-    {"task": "infill_text", "prompt": "a cat"},
-    {"prompt": "a <mask> cat"},
-    {"task": "instruct", "prompt": "draw <break> <image>"},
-    {"task": "instruct", "prompt": "draw", "image": "a.png"},
-    {"task": "infill_text", "prompt": "see <image> <break> <mask>", "image": "a.png"},
-    {"task": "infill_text", "prompt": "<break> <mask>"},
-    {"task": "infill_image", "image": "a.png"},
-    {"prompt": "cat", "box": (0, 0, 1, 1)},
-    {"task": "unconditional", "retrieve": 2},
-    {"prompt": "cat", "length": 9},
-    {"task": "interleaved", "length": -1},
-    {"prompt": "cat", "seed": -1},
-    {"prompt": "cat", "retrieve": -1},
-  ],
-)
-def test_a_mistake_is_reported_in_one_sentence(fields):
-  fields = {"task": "text_to_image", **fields}
-  common = {"seed": fields.pop("seed", 0)}
-  name = fields.pop("task")
-  with refused(UserError):
-    make_task(name, fields, **common)
-  with refused(UserError):
-    make_task(name, fields, where="my.jsonl, line 3", **common)
-
-
-def test_every_task_has_a_name_of_its_own_and_documents_its_fields():
-  assert len({cls.name for cls in TASKS}) == len(TASKS)
-  assert all(cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}(") for cls in TASKS)
-
-
 def test_prompts_and_images_are_paired():
   prompts = [{"prompt": "p"}, {"prompt": "q"}]
   assert pair(["p", "q"], ["a", "b"]) == [
@@ -70,7 +28,7 @@ def test_prompts_and_images_are_paired():
   assert pair(["p", "q"], ["a"]) == [{**fields, "image": "a"} for fields in prompts]
   assert pair([], ["a", "b"]) == [{"image": "a"}, {"image": "b"}]
   assert pair([], []) == [{}]
-  with refused(UserError):
+  with refused(UserError, "2 prompts and 3 images"):
     pair(["p", "q"], ["a", "b", "c"])
 
 
@@ -104,31 +62,62 @@ def test_a_file_has_one_task_per_line(tmp_path):
   assert [t.retrieve for t in read(write(path, lines[0], lines[2]), retrieve=0)] == [0, 1]
 
 
+VALID = {
+  "text_to_image": {"prompt": "a bell", "retrieve": 1, "seed": 3, "guidance": 2.0, "top_k": 4},
+  "caption": {"image": "a.png", "length": 9},
+  "infill_image": {"image": "a.png", "box": [0, 0, 4, 4]},
+  "instruct": {"prompt": "draw <break> <image>", "image": "a.png"},
+}
+WRONG = [None, True, -1, 2**33, 1.5, "x", "", [], {}, [[1]], "<mask>", "<break>"]
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_each_wrong_field_of_a_line_is_named_with_its_place(tmp_path, name):
+  """A value may also be right, or empty, which counts as absent."""
+  valid, path, refusals = {"task": name, **VALID[name]}, tmp_path / "my.jsonl", []
+  assert len(read(write(path, valid))) == 1
+  for field in (*valid, "guidanse"):
+    for value in WRONG:
+      try:
+        read(write(path, {"prompt": "right"}, {**valid, field: value}))
+      except UserError as error:
+        refusals.append((field, str(error)))
+  assert len(refusals) > 5 * len(valid)
+  place = f"{path}, line 2"
+  assert [one for one in refusals if not (place in one[1] and one[0] in one[1])] == []
+  required = [field for field in ("prompt", "image") if field in task_class(name).required]
+  for field in required:
+    with refused(UserError, f"{path}, line 1", field):
+      read(write(path, {k: v for k, v in valid.items() if k != field}))
+
+
 @pytest.mark.parametrize(
-  "line",
+  ("fields", "fact"),
   [
-    "{",
-    "[1]",
-    {"prompt": "a", "guidanse": 3},
-    {"prompt": "a", "sampling": 3},
-    {"prompt": 3},
-    {"prompt": "a", "seed": 1.5},
-    {"prompt": "a", "top_p": 2.0},
-    {"prompt": "a", "guidance": "much"},
-    {"task": "caption"},
+    ({"task": "paint"}, "'paint'"),
+    ({"task": "caption", "image": "a.png", "prompt": "cat"}, "no prompt"),
+    ({"prompt": "cat", "length": 9}, "no length"),
+    ({"task": "infill_text", "prompt": "a cat"}, "<mask>"),
+    ({"prompt": "a <mask> cat"}, "<mask>"),
+    ({"task": "instruct", "prompt": "draw <break> <image>"}, "<image>"),
+    ({"task": "instruct", "prompt": "draw", "image": "a.png"}, "<image>"),
+    ({"task": "infill_text", "prompt": "see <image> <break> <mask>", "image": "a.png"}, "<image>"),
+    ({"task": "infill_text", "prompt": "<break> <mask>"}, "<break>"),
+    ({"task": "infill_image", "image": "a.png"}, "box"),
   ],
 )
-def test_a_wrong_line_is_reported_with_its_number(tmp_path, line):
-  path = write(tmp_path / "my.jsonl", {"prompt": "right"}, line)
-  with refused(UserError):
+def test_fields_that_do_not_belong_together_are_refused(tmp_path, fields, fact):
+  path = write(tmp_path / "my.jsonl", {"prompt": "right"}, fields)
+  with refused(UserError, f"{path}, line 2", fact):
     read(path)
 
 
 def test_a_missing_or_empty_file_is_refused(tmp_path):
-  with refused(UserError):
-    read(tmp_path / "my.jsonl")
-  with refused(UserError):
-    read(write(tmp_path / "my.jsonl", ""))
+  path = tmp_path / "my.jsonl"
+  with refused(UserError, str(path)):
+    read(path)
+  with refused(UserError, str(path)):
+    read(write(path, ""))
 
 
 @pytest.mark.parametrize(("neighbors", "first"), [(None, 2), (1, 1), (0, 0)])

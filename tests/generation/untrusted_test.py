@@ -14,15 +14,13 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.grammar import DONE, Grammar, Part, max_new_tokens, plan_array
-from cm3leon_jax.generation import calls, prompt_file
-from cm3leon_jax.generation.image_tasks import TextToImage
+from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import Task, has_image
 from cm3leon_jax.mesh import shard
 from tests.data.stores import IMAGE_TOKENS, VOCAB
 from tests.generation.run import one_device
 from tests.refusals import refused
 
-HUGE = 10**4_400  # Python does not print integers of this length by default.
 # Inputs that caused a traceback in earlier versions.
 FOUND = {
   "not UTF-8": b'{"prompt": "caf\xe9"}',
@@ -56,7 +54,7 @@ def made(make):
 def test_what_was_found_is_refused_with_its_line(name, tmp_path):
   path = tmp_path / "my.jsonl"
   path.write_bytes(b'{"prompt": "right"}\n' + FOUND[name] + b"\n")
-  with refused(UserError) as error:
+  with refused(UserError, f"{path}, line 2") as error:
     prompt_file.read(path)
   assert str(error.value).isprintable()
 
@@ -85,71 +83,12 @@ LINES = st.fixed_dictionaries(
 
 
 @given(LINES, st.dictionaries(st.sampled_from(NAMES), JSON, max_size=2))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_line_makes_a_task_or_one_sentence(tmp_path_factory, fields, others):
   path = tmp_path_factory.mktemp("lines", numbered=True) / "my.jsonl"
   path.write_text(json.dumps({**fields, **others}))
   tasks = made(lambda: prompt_file.read(path))
   assert tasks is None or isinstance(tasks[0], Task)
-
-
-@given(st.binary(max_size=60))
-@example(b"\xef\xbb\xbf{}")
-@example(b"\n\n")
-@settings(max_examples=100, deadline=None)
-def test_any_bytes_make_tasks_or_one_sentence(tmp_path_factory, data):
-  path = tmp_path_factory.mktemp("bytes", numbered=True) / "my.jsonl"
-  path.write_bytes(data)
-  assert made(lambda: prompt_file.read(path)) != []
-
-
-@pytest.mark.parametrize(
-  "fields",
-  [
-    {"seed": None},
-    {"seed": float("inf")},
-    {"seed": 1.5},
-    {"seed": True},
-    {"seed": HUGE},
-    {"retrieve": -HUGE},
-    {"retrieve": "2"},
-    {"prompt": "a\udcff"},
-    {"prompt": None},
-    {"prompt": b"a"},
-  ],
-)
-def test_a_wrong_field_of_a_task_is_refused(fields):
-  with refused(UserError):
-    TextToImage(**{"prompt": "a", **fields}).validate()
-
-
-VALUES = (
-  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just(HUGE)
-)
-
-
-@given(
-  st.sampled_from([task.name for task in prompt_file.TASKS]),
-  VALUES,
-  st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=2),
-  st.fixed_dictionaries(
-    {}, optional={"prompt": PROMPTS | VALUES, "image": VALUES, "box": st.lists(VALUES) | VALUES}
-  ),
-  st.fixed_dictionaries({}, optional={"retrieve": VALUES, "length": VALUES}),
-)
-@example("text_to_image", None, {}, {"prompt": "a"}, {})
-@example("text_to_image", float("inf"), {}, {"prompt": "a"}, {})
-@example("text_to_image", HUGE, {}, {"prompt": "a"}, {})
-@example("text_to_image", 0, {"top_k": HUGE}, {"prompt": "a"}, {})
-@example("infill_image", 0, {}, {"image": "a.png", "box": [HUGE]}, {})
-@settings(max_examples=200, deadline=None)
-def test_any_call_makes_tasks_or_one_sentence(name, seed, chosen, inputs, fields):
-  taken = {"text_to_image": ("retrieve",), "caption": ("retrieve", "length")}.get(name, ())
-  fields = {k: v for k, v in fields.items() if k in taken}
-  allowed = prompt_file.task_class(name).__dataclass_fields__
-  inputs = {k: v for k, v in inputs.items() if k in allowed}
-  result = made(lambda: calls.tasks(name, SamplingConfig(), seed, chosen, inputs, **fields))
-  assert result is None or all(isinstance(task, Task) for task in result[1])
 
 
 PARTS = 64  # All plans are padded to this length, so that they share a compiled program.
@@ -191,7 +130,7 @@ def walk(plan, rng) -> np.ndarray:
 @example(fields={"task": "infill_image", "image": "a.png", "box": [0, 0, 3, 9]}, seed=0)
 @example(fields={"task": "interleaved", "length": 1}, seed=0)
 @example(fields={"task": "question", "prompt": "{0} {x}", "image": "a.png"}, seed=0)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_request_ends_and_what_it_generates_is_read(layout, fields, seed):
   """Random legal tokens end within the limit and are readable as the result of any task."""
   fields, rng = dict(fields), np.random.default_rng(seed)

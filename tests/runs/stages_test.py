@@ -1,9 +1,7 @@
 import contextlib
 import dataclasses
-import importlib.util
 import os
 import pathlib
-import time
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages, table
-from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
+from cm3leon_jax.settings import default_config, settings_from_config
 from tests.refusals import refused
 
 SETTINGS = settings_from_config(default_config())
@@ -78,18 +76,9 @@ def test_files_are_on_the_disk_before_done_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan")])
 def test_a_stage_whose_numbers_are_not_finite_is_not_finished(tmp_path, value):
-  with refused(UserError), stages.once(tmp_path, {"n": 1}) as summary:
+  with refused(UserError, "losses.heldout"), stages.once(tmp_path, {"n": 1}) as summary:
     summary.update(steps=3, losses={"train": 1.0, "heldout": value})
   assert not (tmp_path / stages.DONE).exists()
-
-
-def test_redo_runs_again_under_a_new_id(tmp_path):
-  ids = []
-  for _ in range(2):
-    with stages.once(tmp_path, {"n": 1}, redo=True) as summary:
-      assert summary == {}
-    ids.append(read_json(tmp_path / stages.DONE)["id"])
-  assert ids[0] != ids[1]
 
 
 def write_stage(workdir, name="vqgan", content=b"weights"):
@@ -117,10 +106,11 @@ def test_a_damaged_file_of_a_stage_is_refused_with_what_to_do(tmp_path, content)
   if content is not None:
     path.write_bytes(content)
   for named in (path, tmp_path / "vqgan"):
-    with refused(UserError):
+    with refused(UserError, str(path)):
       stages.check_files(named)
   stages.check_files(tmp_path / "vqgan" / "config.json")
-  with refused(UserError), stages.once(tmp_path / "vqgan", {}, files=table.STAGES["vqgan"].files):
+  files = table.STAGES["vqgan"].files
+  with refused(UserError, str(path)), stages.once(tmp_path / "vqgan", {}, files=files):
     pytest.fail("the body must not run")
 
 
@@ -128,12 +118,8 @@ def test_a_damaged_file_of_a_stage_is_refused_with_what_to_do(tmp_path, content)
   "change",
   [
     lambda done: done.update(id="0123456789abcdef"),
-    lambda done: done["files"]["config.json"].update(sha256="0" * 64),
     lambda done: done["files"].popitem(),
     lambda done: done["files"].update(more={"bytes": 1}),
-    lambda done: done["files"]["config.json"].update(bytes="7"),
-    lambda done: done["files"]["config.json"].pop("bytes"),
-    lambda done: done["files"].update(more={"bytes": 1, "sha256": "0" * 64}),
     lambda done: done.update(files=[1]),
     lambda done: done.update(files={"config.json": 1}),
   ],
@@ -150,7 +136,7 @@ def test_an_id_of_other_files_is_refused(tmp_path, change):
     lambda: stages.check_files(tmp_path / "vqgan" / "params.safetensors"),
     lambda: stages.once(tmp_path / "vqgan", {}).__enter__(),
   ):
-    with refused(UserError):
+    with refused(UserError, str(path.parent)):
       read()
 
 
@@ -168,37 +154,8 @@ def test_files_that_do_not_count_for_an_id_may_change(tmp_path):
     ids.add(done["id"])
   assert len(ids) == 1
   write_json(folder / stages.DONE, {**done, "id": "0123456789abcdef"})
-  with refused(UserError):
+  with refused(UserError, str(folder)):
     stages.require(tmp_path, "neighbors")
-
-
-def test_files_of_an_earlier_version_pass(tmp_path):
-  done = write_stage(tmp_path)
-  write_json(tmp_path / "vqgan" / stages.DONE, {"id": done["id"], "config": {}, "summary": {}})
-  (tmp_path / "vqgan" / "params.safetensors").write_bytes(b"other")
-  stages.check_files(tmp_path / "vqgan")
-  stages.check_files(tmp_path / "nothing" / "there")
-
-
-def test_another_config_is_refused_with_the_fields_that_differ(tmp_path):
-  with stages.once(tmp_path, {"model": {"width": 8, "depth": 2}}):
-    pass
-  with refused(UserError), stages.once(tmp_path, {"model": {"width": 16, "depth": 2}}):
-    pytest.fail("the body must not run")
-
-
-def test_a_stage_that_fails_is_not_finished(tmp_path):
-  with pytest.raises(RuntimeError), stages.once(tmp_path / "vqgan", {}):
-    raise RuntimeError
-  with refused(UserError):
-    stages.require(tmp_path, "vqgan")
-
-
-def test_configs_compare_as_json(tmp_path):
-  with stages.once(tmp_path, {"shape": (1, 2), "n": np.int64(3)}):
-    pass
-  with stages.once(tmp_path, {"shape": [1, 2], "n": 3}) as summary:
-    assert summary is None
 
 
 def test_differences_literal():
@@ -237,87 +194,26 @@ def test_of_a_jobs_processes_one_writes_and_all_read_first(tmp_path, capsys):
   assert read == [False, False, True, True]
 
 
-def test_every_row_of_the_table_names_what_exists():
-  fields = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
-  order = list(table.STAGES)
-  for name, stage in table.STAGES.items():
-    assert importlib.util.find_spec(f"cm3leon_jax.commands.{stage.command}")
-    assert set(stage.same) <= {"seed", *SECTIONS, *fields}
-    assert all(order.index(read) < order.index(name) for read in stage.reads)
-  assert fields >= table.FREE
-
-
-@pytest.mark.parametrize(
-  ("name", "parts"),
-  [
-    ("raw", "raw scenes"),
-    ("text_tokenizer", "vocab text_tokenizer"),
-    ("vqgan", "vqgan vocab seed"),
-    ("documents", "vocab text_tokenizer"),
-    ("clip", "clip vocab seed"),
-    ("neighbors", "retrieval seed"),
-    ("train", "vocab data model optimizer train seed"),
-    ("samples", "retrieval"),
-    ("evaluation", "evaluation data seed"),
-    ("export", "model"),
-  ],
-)
-def test_the_parts_of_the_config_that_a_stage_depends_on(name, parts):
-  identity = table.identity(SETTINGS, name)
-  assert set(identity) == set(parts.split())
-  for section, values in identity.items():
-    if section != "seed":
-      stored = dataclasses.asdict(getattr(SETTINGS, section))
-      assert values.items() <= stored.items()
-
-
-def test_identity_literals():
-  assert table.identity(SETTINGS, "documents") == {
-    "vocab": {"num_special": 256, "text_size": 56_320, "image_size": 8_192},
-    "text_tokenizer": {"max_caption_tokens": 512},
-  }
-  assert table.identity(SETTINGS, "text_tokenizer")["text_tokenizer"] == {
-    "min_frequency": 2,
-    "model_max_length": 4_096,
-  }
-  assert table.identity(SETTINGS, "vqgan")["vocab"] == {"image_size": 8_192}
-  assert table.identity(SETTINGS, "train")["train"] == {"global_batch_size": 8_192}
-
-
 @pytest.mark.parametrize(
   ("name", "part", "value", "same"),
   [
-    ("raw", "raw.num_threads", 1, True),
     ("raw", "raw.max_rejected", 0.5, True),
     ("raw", "raw.resolution", 64, False),
     ("raw", "scenes.train", 9, True),
-    ("raw", "scenes.heldout", 9, True),
-    ("raw", "scenes.seed", 9, False),
     ("text_tokenizer", "text_tokenizer.max_caption_tokens", 9, True),
     ("documents", "text_tokenizer.max_caption_tokens", 9, False),
     ("vqgan", "vqgan.steps", 9, True),
-    ("vqgan", "vqgan.checkpoint_every", 9, True),
     ("vqgan", "vqgan.batch_size", 9, False),
     ("vqgan", "seed", 9, False),
     ("clip", "clip.steps", 9, True),
-    ("clip", "clip.checkpoint_every", 9, True),
-    ("clip", "clip.embed_dim", 9, False),
-    ("neighbors", "retrieval.kept_per_side", 9, False),
     ("neighbors", "retrieval.lexical_weight", 0.5, False),
-    ("neighbors", "retrieval.lexical_width", 9, False),
     ("train", "train.steps", 9, True),
     ("train", "train.global_batch_size", 9, False),
-    ("train", "train.rows_per_device", 4, True),
     ("train", "data.read_threads", 9, True),
-    ("train", "data.on_bad_record", "skip", True),
-    ("train", "data.max_skipped", 9, True),
     ("train", "data.num_neighbors", 9, False),
-    ("train", "model.remat_policy", "none", True),
     ("train", "model.attention", "plain", True),
-    ("train", "model.loss_chunk", 9, True),
     ("train", "optimizer.learning_rate", 9.0, False),
     ("evaluation", "evaluation.num_documents", 9, False),
-    ("export", "model.attention", "plain", True),
   ],
 )
 def test_fields_that_make_another_run(name, part, value, same):
@@ -332,7 +228,7 @@ def test_a_stage_runs_again_after_a_stage_that_it_reads(tmp_path):
     with stages.stage(tmp_path, "vqgan", SETTINGS) as summary:
       ran.append(summary is not None)
 
-  with refused(UserError):
+  with refused(UserError, str(tmp_path / "raw"), "prepare_data"):
     run()
   finish(tmp_path, "raw")
   run()
@@ -345,28 +241,12 @@ def test_a_stage_runs_again_after_a_stage_that_it_reads(tmp_path):
   )
 
 
-def test_more_inputs_than_stages(tmp_path):
-  ran = []
-  for digest in ("a", "a", "b"):
-    with stages.stage(tmp_path, "raw", SETTINGS, {"files": digest}) as summary:
-      ran.append(summary is not None)
-  assert ran == [True, False, True]
-
-
 def test_a_stage_of_another_config_is_refused(tmp_path):
   with stages.stage(tmp_path, "raw", SETTINGS):
     pass
   other = changed("raw.resolution", 64)
-  with refused(UserError), stages.stage(tmp_path, "raw", other):
+  with refused(UserError, "raw.resolution", "64"), stages.stage(tmp_path, "raw", other):
     pytest.fail("the body must not run")
-
-
-def test_a_published_clip_is_read_instead_of_the_runs_own(tmp_path):
-  finish(tmp_path, "raw", "text_tokenizer", "clip")
-  assert set(stages.inputs(SETTINGS, tmp_path, "neighbors")) == {"raw", "text_tokenizer", "clip"}
-  published = changed("retrieval.clip", "folder")
-  assert set(stages.inputs(published, tmp_path, "neighbors")) == {"raw"}
-  assert set(stages.inputs(published, tmp_path, "clip")) == {"raw", "text_tokenizer"}
 
 
 def test_a_training_of_another_model_is_refused(tmp_path):
@@ -374,12 +254,5 @@ def test_a_training_of_another_model_is_refused(tmp_path):
   assert set(stages.inputs(SETTINGS, tmp_path, "export")) == {"text_tokenizer", "vqgan", "train"}
   stages.inputs(changed("model.attention", "plain"), tmp_path, "export")
   stages.inputs(changed("optimizer.learning_rate", 9.0), tmp_path, "export")
-  with refused(UserError):
+  with refused(UserError, "model.width", "1024"):
     stages.inputs(changed("model.width", 1_024), tmp_path, "export")
-
-
-def test_a_clock_that_is_set_back_changes_no_seconds(tmp_path, monkeypatch):
-  with stages.once(tmp_path / "s", {}) as summary:
-    monkeypatch.setattr(time, "time", lambda: 0.0)
-    summary["steps"] = 1
-  assert 0 <= read_json(tmp_path / "s" / stages.DONE)["seconds"] < 60

@@ -1,13 +1,12 @@
 import logging
 
 import jax
-import numpy as np
 import pytest
 
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.continuous.buckets import bucket_of
-from tests.serving.live import about, image, pixels, png
+from tests.serving.live import about, image, png
 
 pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
 IMAGE = image(0)
@@ -16,20 +15,18 @@ CAPTION = "a red apple"
 
 def odd_requests(live):
   """Yields the responses to requests of unusual sizes."""
-  for top_k in (0, 9, 513, 2**20):
+  for top_k in (0, 2**20):
     yield live.generate(prompt=CAPTION, seed=1, top_k=top_k)
-  for words in (1, 20, 40, 60, 90):
+  for words in (1, 90):
     yield live.generate(prompt="car " * words, seed=1, retrieve=0)
     yield live.generate(prompt="car " * min(words, 60), seed=1, retrieve=1, n=3, top_k=100)
-  for box in ("0,0,1,1", "0,0,8,1", "1,0,3,8", "2,0,8,8"):
-    for prompt in ("", "a red apple", "car " * 40):
+  for box in ("0,0,1,1", "1,0,3,8"):
+    for prompt in ("", "car " * 40):
       yield live.edit(png(IMAGE), box=box, prompt=prompt, seed="1")
-  for words in (1, 30, 45):
-    yield live.edit(png(IMAGE), prompt="car " * words, seed="1", top_k="1000")
-  for length in (1, 40, 55):
-    for text in ("", "car " * 30):
-      yield live.chat(about(IMAGE, text), seed=1, max_tokens=length)
-  for masks in (1, 3, 6):
+  yield live.edit(png(IMAGE), prompt="car " * 45, seed="1", top_k="1000")
+  for length, text in ((1, ""), (55, "car " * 30)):
+    yield live.chat(about(IMAGE, text), seed=1, max_tokens=length)
+  for masks in (1, 6):
     yield live.chat("<mask> a " * masks, seed=1, max_tokens=2, top_k=1000)
 
 
@@ -44,26 +41,9 @@ def compiled(caplog):
 
 def test_odd_requests_compile_nothing(live, compiled):
   answers = list(odd_requests(live))
-  assert len(answers) > 30
+  assert len(answers) > 12
   assert [answer.text for answer in answers if answer.status_code != 200] == []
   assert compiled() == []
-
-
-@pytest.mark.slow
-def test_an_odd_request_gets_the_samples_of_the_python_call(live, model):
-  """Uses the largest top_k."""
-  settings = {"retrieve": 0, "top_k": 2**20, "top_p": 1.0, "temperature": 3.0}
-  found = live.generate(prompt=CAPTION, n=2, seed=5, **settings).json()["data"]
-  expected = model.generate(CAPTION, num_samples=2, seed=5, **settings)
-  for data, sample in zip(found, expected, strict=True):
-    np.testing.assert_array_equal(pixels(data["b64_json"]), sample.image)
-
-
-@pytest.mark.slow
-def test_a_box_of_one_code_in_a_bucket_of_two_streams_gets_that_of_the_python_call(live, model):
-  [data] = live.edit(png(IMAGE), box="0,0,1,1", prompt=CAPTION, seed="3").json()["data"]
-  expected = model.infill(IMAGE, (0, 0, 2, 2), CAPTION, seed=3)
-  np.testing.assert_array_equal(pixels(data["b64_json"]), expected)
 
 
 def test_the_usual_buckets_are_known_after_a_failure(idle):

@@ -2,11 +2,10 @@ import asyncio
 import contextlib
 import dataclasses
 import threading
-import types
 
 import pytest
 
-from cm3leon_jax.serving.web import app, decoders
+from cm3leon_jax.serving.web import decoders
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live, about, error, image, png
 
@@ -78,22 +77,19 @@ def test_a_request_without_an_image_does_not_wait_for_those_with_one(live, decod
 
 
 def test_a_full_queue_refuses_images_before_they_are_decoded(idle, run, decoder):
-  with Live(idle, dataclasses.replace(LIMITS, seconds=3), secret=str(run)) as live:
+  with Live(idle, dataclasses.replace(LIMITS, seconds=2), secret=str(run)) as live:
+    assert live.http.get("/readyz").status_code == 503
+    assert live.http.get("/healthz").status_code == 200
     with uploaded(live, 2) as answers:
       live.wait_for("requests_waiting", 2)
       for answer in (live.edit(png(IMAGE), **EDIT), live.chat(about(IMAGE)), live.generate(**BODY)):
-        assert error(answer) == (429, "2 requests are already waiting: try again in 1 s.")
-        assert answer.headers["retry-after"] == "1"
+        assert error(answer)[0] == 429
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert int(answer.headers["retry-after"]) > 0
       assert decoder.calls == 2
     # Both requests timed out while their images were decoded.
     assert [answer.status_code for answer in answers] == [504] * 2
     live.wait_for("requests_waiting", 0)
-
-
-def test_a_wrong_image_leaves_its_place(live):
-  assert error(live.edit(png(IMAGE)[:-40], **EDIT))[0] == 400
-  assert error(live.chat(about(IMAGE, "car " * 200)))[0] == 400
-  assert live.gauge("requests_waiting") == live.gauge("requests_active") == 0
 
 
 def test_a_client_that_leaves_is_not_decoded(live, decoder):
@@ -107,18 +103,3 @@ def test_a_client_that_leaves_is_not_decoded(live, decoder):
     decoder.may_go.set()
   live.wait_for("requests_active", 0)
   assert decoder.calls == decoders.COUNT
-
-
-def test_an_event_that_comes_as_its_client_leaves_keeps_no_request(idle):
-  async def leave():
-    server, queue = app.Server(idle, "tiny", LIMITS), asyncio.Queue()
-    ends = asyncio.get_running_loop().time() + 60
-    request = types.SimpleNamespace(state=types.SimpleNamespace(ends=ends))
-    waiting = asyncio.ensure_future(server._in_time(request, queue.get()))
-    await asyncio.sleep(0.01)
-    queue.put_nowait("an event")
-    waiting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-      await waiting
-
-  asyncio.run(leave())

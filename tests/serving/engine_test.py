@@ -13,7 +13,6 @@ import pytest
 from cm3leon_jax.data.documents.store import write_documents
 from cm3leon_jax.decoding.continuous.engine import StepFailed
 from cm3leon_jax.generation.image_tasks import TextToImage
-from cm3leon_jax.serving import engine as engine_module
 from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.jobs import Failed, Finished, Job
@@ -67,17 +66,6 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_slots(live, sl
   assert live.generate(**BODY).status_code == 200
 
 
-def test_a_client_that_leaves_before_its_answer_frees_its_slots(live, slow):
-  before = live.gauge("samples_total")
-  opened = send(live, {**BODY, "n": 8})
-  live.wait_for("requests_active", 1)
-  opened.close()
-  live.wait_for("requests_active", 0, seconds=5)
-  assert live.gauge("samples_total") < before + 8
-  counted = '{endpoint="/v1/images/generations",status="499"} '
-  assert counted in live.http.get("/metrics").text
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="needs Linux")
 def test_a_client_that_reads_nothing_loses_its_connection(engine, monkeypatch):
@@ -104,30 +92,6 @@ def test_too_many_connections_are_refused(engine):
     ends = time.monotonic() + 10
     while httpx.get(f"{live.url}/healthz").status_code != 200:
       assert time.monotonic() < ends
-
-
-def test_a_short_request_does_not_wait_for_a_long_one(live, slow, engine):
-  with contextlib.closing(send(live, {**BODY, "n": 8, "seed": 3})) as long:
-    live.wait_for("samples_running", engine.slots)
-    assert live.generate(**BODY).status_code == 200
-    assert live.gauge("requests_active") == 1
-    assert long.recv(64).startswith(b"HTTP/1.1 200")
-
-
-def test_too_many_waiting_requests_are_refused_with_a_time_to_come_again(idle, run):
-  with Live(idle, dataclasses.replace(LIMITS, seconds=3), secret=str(run)) as live:
-    assert live.http.get("/readyz").status_code == 503
-    assert live.http.get("/healthz").status_code == 200
-    with contextlib.ExitStack() as stack:
-      for _ in range(2):
-        stack.enter_context(contextlib.closing(send(live, BODY)))
-      live.wait_for("requests_waiting", 2)
-      answer = live.generate(**BODY)
-      status, sentence = error(answer)
-      assert (status, sentence[:24]) == (429, "2 requests are already w")
-      assert 1 <= int(answer.headers["retry-after"]) <= 600
-      assert answer.json()["error"]["type"] == "rate_limit_error"
-    live.wait_for("requests_waiting", 0)
 
 
 def test_a_request_that_takes_too_long_is_answered_and_dropped(live, slow, engine, run):
@@ -166,23 +130,6 @@ def test_a_failed_chunk_fails_its_requests_and_no_others(live, engine, monkeypat
   assert live.generate(**BODY).status_code == 200
 
 
-@pytest.mark.parametrize("where", ["_prepare", "_finish"])
-def test_an_error_in_the_engine_is_logged_and_the_server_lives_on(
-  live, engine, monkeypatch, caplog, where
-):
-  name = {"_prepare": "_decoded", "_finish": "_finish"}[where]
-
-  def broken(*_):
-    raise RuntimeError("broken at /a/path/of/the/server")
-
-  monkeypatch.setattr(engine, name, broken)
-  with caplog.at_level(logging.ERROR):
-    assert error(live.generate(**BODY))[0] == 500
-  assert "broken at" in caplog.text
-  monkeypatch.undo()
-  assert live.generate(**BODY).status_code == 200
-
-
 def job(task, count=1):
   """Returns (job, list of its events, threading event that is set at its end)."""
   events, ended = [], threading.Event()
@@ -194,24 +141,6 @@ def job(task, count=1):
       ended.set()
 
   return Job(task, count, deliver), events, ended
-
-
-def test_jobs_that_wait_are_prepared_together(engine, monkeypatch):
-  """Prepares as many waiting jobs at once as there are slots, even if only one slot is free."""
-  sizes, opens = [], engine_module.open_jobs
-
-  def open_jobs(pipeline, jobs, decoded):
-    sizes.append(len(jobs))
-    return opens(pipeline, jobs, decoded)
-
-  monkeypatch.setattr(engine_module, "open_jobs", open_jobs)
-  task = TextToImage("a red apple", retrieve=0, sampling=engine.pipeline.settings.sampling)
-  asked = [job(dataclasses.replace(task, seed=seed)) for seed in range(3 * engine.slots)]
-  with engine._changed:  # All jobs arrive together.
-    for one, _, _ in asked:
-      engine.submit(one)
-  assert all(ended.wait(60) for _, _, ended in asked)
-  assert sizes == [engine.slots] * 3
 
 
 def test_samples_of_jobs_take_turns(engine):

@@ -69,10 +69,8 @@ class Live:
   def generate(self, **body) -> httpx.Response:
     return self.http.post("/v1/images/generations", json=body)
 
-  def edit(self, image: bytes, mask: bytes | None = None, **fields) -> httpx.Response:
+  def edit(self, image: bytes, **fields) -> httpx.Response:
     files = {"image": ("a.png", image, "image/png")}
-    if mask is not None:
-      files["mask"] = ("m.png", mask, "image/png")
     return self.http.post("/v1/images/edits", files=files, data=fields)
 
   def chat(self, content, **body) -> httpx.Response:

@@ -67,5 +67,5 @@ def test_models_and_errors(client):
   assert [m.id for m in client.models.list()] == ["tiny"]
   with pytest.raises(openai.NotFoundError, match="this server has only the model 'tiny'"):
     client.images.generate(model="gpt-image-2", prompt="a")
-  with pytest.raises(openai.BadRequestError, match="response_format is 'url'; images are"):
+  with pytest.raises(openai.BadRequestError, match="response_format: Input should be 'b64_json'"):
     client.images.generate(model="tiny", prompt="a", response_format="url")

@@ -1,6 +1,7 @@
+"""Breaks requests in many ways: each is answered with 4xx that names the field, and never 5xx."""
+
 import dataclasses
 import io
-import json
 import socket
 import struct
 import zlib
@@ -8,78 +9,104 @@ import zlib
 from PIL import Image
 import pytest
 
-from tests.refusals import check_sentence
+from cm3leon_jax.serving import schemas
+from cm3leon_jax.serving.errors import ApiError
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live, about, error, image, png
 
 IMAGE = image(0)
+MESSAGES = [{"role": "user", "content": about(IMAGE)}]
+JSON_BODIES = {
+  "/v1/images/generations": (schemas.Generation, {"prompt": "a", "seed": 1, "retrieve": 0}),
+  "/v1/chat/completions": (
+    schemas.Chat,
+    {"messages": MESSAGES, "seed": 1, "max_tokens": 2, "retrieve": 0},
+  ),
+}
+WRONG = [-1, 10**60, 1.5, "x", True, [], {}, 1e-30, ["x"], {"x": 1}, [MESSAGES]]
+
+
+def param(cls, values, strict=True) -> str | None:
+  """Returns the field that the refusal of a body names; None if the body is right."""
+  try:
+    schemas.read(cls, values, strict)
+  except ApiError as error:
+    return error.param and error.param.partition(".")[0]
+  return None
+
+
+def check(answer, field):
+  """Expects that an answer names `field`, in the message and in `param`."""
+  found = answer.json()["error"]
+  assert answer.status_code == 400, found
+  assert found["param"].partition(".")[0] == field, found
+  assert "\n" not in found["message"]
+  assert len(found["message"]) < 500
+
+
+@pytest.mark.parametrize("path", JSON_BODIES)
+def test_each_field_of_a_body_is_named_if_its_value_is_wrong(live, path):
+  cls, valid = JSON_BODIES[path]
+  assert live.http.post(path, json=valid).status_code == 200
+  for field in (*cls.model_fields, "guidence"):
+    broken = [{**valid, field: value} for value in WRONG]
+    broken += [{k: v for k, v in valid.items() if k != field}]
+    refused = [body for body in broken if param(cls, body) is not None]
+    assert {param(cls, body) for body in refused} == {field}
+    check(live.http.post(path, json=refused[0]), field)
+
+
+def test_each_field_of_a_form_is_named_if_its_value_is_wrong(live):
+  assert live.edit(png(IMAGE), prompt="a", seed="1").status_code == 200
+  texts = ("prompt", "model", "size")  # Any text is right.
+  for field in (*schemas.EditBody.model_fields, "guidence"):
+    fields = {"prompt": "a", "seed": "1", field: "-"}
+    if field not in texts:
+      assert param(schemas.EditBody, fields, strict=False) == field
+      check(live.edit(png(IMAGE), **fields), field)
+
+
+# What no type can say: a wrong field, and the other fields of a request for an image.
 GENERATIONS = [
-  {},
-  {"prompt": None},
-  {"prompt": " "},
-  {"prompt": 5},
-  {"prompt": "a", "guidence": 2},
-  {"prompt": "a", "n": 0},
-  {"prompt": "a", "n": 9},
-  {"prompt": "a", "n": "2"},
-  {"prompt": "a", "n": 1.5},
-  {"prompt": "a", "n": True},
-  {"prompt": "a", "stream": 1},
-  {"prompt": "a", "top_p": "x"},
-  {"prompt": "a", "n": 10**60},
-  {"prompt": "a", "seed": -1},
-  {"prompt": "a", "size": "1024x1024"},
-  {"prompt": "a", "response_format": "url"},
-  {"prompt": "a", "output_format": "webp"},
-  {"prompt": "a", "background": "transparent"},
-  {"prompt": "a", "temperature": 0},
-  {"prompt": "a", "temperature": 1e-30},
-  {"prompt": "a", "top_p": 1.5},
-  {"prompt": "a", "guidance_schedule": "x"},
-  {"prompt": "a", "retrieve": 65},
-  {"prompt": "a", "retrieve": 10**6},
-  {"prompt": "car " * 200},
-  {"prompt": "a <mask>"},
+  ("prompt", {"prompt": " "}),
+  ("prompt", {"prompt": "car " * 200}),
+  ("prompt", {"prompt": "a <mask>"}),
+  ("n", {"prompt": "a", "n": 9}),
+  ("size", {"prompt": "a", "size": "1024x1024"}),
+  ("response_format", {"prompt": "a", "response_format": "url"}),
+  ("temperature", {"prompt": "a", "temperature": 0}),
+  ("retrieve", {"prompt": "a", "retrieve": 65}),
 ]
 
 
-@pytest.mark.parametrize("body", GENERATIONS)
-def test_wrong_fields_of_generations(live, body):
+@pytest.mark.parametrize(("field", "body"), GENERATIONS)
+def test_wrong_fields_of_generations(live, field, body):
   answer = live.generate(**body)
   status, found = error(answer)
-  assert status == 400
-  check_sentence(found)
-  [field] = [name for name in (*body, "prompt") if name in found][:1]
-  assert answer.json()["error"]["param"] == field
+  assert (status, answer.json()["error"]["param"]) == (400, field)
   assert error(live.generate(**{"stream": True, **body})) == (400, found)
 
 
-def test_fields_without_a_meaning_here_are_taken(live):
-  body = {"prompt": "a", "user": "u", "quality": "hd", "style": "vivid", "moderation": "low"}
-  assert live.generate(**body, seed=1).status_code == 200
-
-
 BODIES = [
-  (b"", "the body is not valid JSON"),
-  (b"{", "the body is not valid JSON"),
-  (b"[]", "the body is a JSON list; it must be an object."),
-  (b'{"prompt": "a", "guidance": NaN}', "the body is not valid JSON ('expected value at line 1 c"),
-  (b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}", "the body is not valid JSON"),
-  (b'{"prompt": "a", "guidance": 1e999}', "guidance is inf; it must"),
-  (b"[" * 9_000, "the body is not valid JSON ('recursion limit exceeded"),
-  (b'{"prompt": ' + b"[" * 4_000 + b"]" * 4_000 + b"}", "the body is not valid JSON"),
-  (b"[" * 100_000, "the body has 100,000 brackets, braces and commas; at most 10,000 are allowed."),
-  (b'{"prompt": "\\ud800"}', "the body is not valid JSON"),
-  ('{"prompt": "é"}'.encode("latin-1"), "the body is not valid JSON"),
+  (b"", "not valid JSON"),
+  (b"[]", "must be an object"),
+  (b'{"prompt": "a", "guidance": NaN}', "not valid JSON"),
+  (b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}", "not valid JSON"),
+  (b'{"prompt": "a", "guidance": 1e999}', "guidance: "),
+  (b"[" * 9_000, "recursion limit"),
+  (b'{"prompt": ' + b"[" * 4_000 + b"]" * 4_000 + b"}", "not valid JSON"),
+  (b"[" * 100_000, "at most 10,000 are allowed"),
+  (b'{"prompt": "\\ud800"}', "not valid JSON"),
+  ('{"prompt": "é"}'.encode("latin-1"), "not valid JSON"),
 ]
 
 
-@pytest.mark.parametrize(("body", "sentence"), BODIES)
-def test_damaged_bodies(live, body, sentence):
+@pytest.mark.parametrize(("body", "fact"), BODIES)
+def test_damaged_bodies(live, body, fact):
   headers = {"Content-Type": "application/json"}
-  answer = live.http.post("/v1/images/generations", content=body, headers=headers)
-  status, found = error(answer)
-  assert (status, found[: len(sentence)]) == (400, sentence)
+  status, found = error(live.http.post("/v1/images/generations", content=body, headers=headers))
+  assert status == 400
+  assert fact in found
   assert "\n" not in found
 
 
@@ -104,52 +131,42 @@ def bomb() -> bytes:
   return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
 
 
-TRUNCATED = png(IMAGE)[:-40]
+def eps() -> bytes:
+  """Returns an image that Pillow would start a program for."""
+  buffer = io.BytesIO()
+  Image.new("RGB", (8, 8)).save(buffer, "EPS")
+  return buffer.getvalue()
+
+
 FORMS = [
-  ((bomb(), None, {"prompt": "a"}), 413),
-  ((png(image(0, (65, 64))), None, {"prompt": "a"}), 413),
-  ((TRUNCATED, None, {"prompt": "a"}), 400),
-  ((b"%!PS-Adobe", None, {"prompt": "a"}), 400),
-  ((png(IMAGE), None, {}), 400),
-  ((png(IMAGE), None, {"box": "0,0,9,2"}), 400),
-  ((png(IMAGE), None, {"box": "-1,0,2,2"}), 400),
-  ((png(IMAGE), None, {"box": "4,0,4,2"}), 400),
-  ((png(IMAGE), None, {"box": "1,2,3"}), 400),
-  ((png(IMAGE), None, {"box": "abc"}), 400),
-  ((png(IMAGE), png(IMAGE), {}), 400),
-  ((png(IMAGE), bomb(), {}), 413),
-  ((png(IMAGE), png(image(1, (4, 4))), {}), 400),
-  ((png(IMAGE), png(IMAGE), {"box": "0,0,2,2"}), 400),
-  ((png(IMAGE), None, {"prompt": "a", "retrieve": "1"}), 400),
-  ((png(IMAGE), None, {"prompt": "a", "guidance": "2"}), 400),
-  ((png(IMAGE), None, {"box": "0,0,2,2", "edit_guidance": "2"}), 400),
-  ((png(IMAGE), None, {"box": "0,0,2,2", "guidance": "2"}), 400),
-  ((png(IMAGE), None, {"prompt": "a <mask>"}), 400),
-  ((png(IMAGE), None, {"prompt": "a", "n": "x"}), 400),
-  ((png(IMAGE), None, {"prompt": "a", "stream": "x"}), 400),
+  ("image", 413, bomb(), {"prompt": "a"}),
+  ("image", 413, png(image(0, (65, 64))), {"prompt": "a"}),
+  ("image", 400, png(IMAGE)[:-40], {"prompt": "a"}),
+  ("image", 400, eps(), {"prompt": "a"}),
+  ("prompt", 400, png(IMAGE), {}),
+  ("box", 400, png(IMAGE), {"box": "0,0,9,2"}),
+  ("box", 400, png(IMAGE), {"box": "4,0,4,2"}),
+  ("retrieve", 400, png(IMAGE), {"prompt": "a", "retrieve": "1"}),
+  ("guidance", 400, png(IMAGE), {"prompt": "a", "guidance": "2"}),
+  ("edit_guidance", 400, png(IMAGE), {"box": "0,0,2,2", "edit_guidance": "2"}),
+  ("guidance", 400, png(IMAGE), {"box": "0,0,2,2", "guidance": "2"}),
 ]
 
 
-@pytest.mark.parametrize(("form", "status"), FORMS)
-def test_wrong_forms_of_edits(live, form, status):
-  data, mask, fields = form
-  answer = live.edit(data, mask, **fields)
-  found, sentence = error(answer)
-  assert found == status
-  check_sentence(sentence)
-  param = answer.json()["error"]["param"]
-  assert param == ("retrieve" if "retrieves" in sentence else sentence.split()[0])
+@pytest.mark.parametrize(("field", "status", "data", "fields"), FORMS)
+def test_wrong_forms_of_edits(live, field, status, data, fields):
+  answer = live.edit(data, **fields)
+  assert (answer.status_code, answer.json()["error"]["param"]) == (status, field)
 
 
 def test_a_form_without_an_image_or_with_other_files(live):
-  answer = live.http.post("/v1/images/edits", files={"prompt": (None, "a")})
-  assert error(answer) == (400, "image is required: send a file.")
-  files = [("image", ("a.png", png(IMAGE))), ("image[]", ("b.png", png(IMAGE)))]
-  answer = live.http.post("/v1/images/edits", files=files)
-  assert error(answer) == (400, "image is given twice; this model takes only one.")
-  answer = live.http.post("/v1/images/edits", files={"script": ("a.png", png(IMAGE))})
-  assert error(answer)[1].startswith("there is no file 'script' here")
-  assert answer.json()["error"]["param"] == "script"
+  for files, field in (
+    ({"prompt": (None, "a")}, "image"),
+    ([("image", ("a.png", png(IMAGE))), ("image[]", ("b.png", png(IMAGE)))], "image"),
+    ({"mask": ("a.png", png(IMAGE))}, "mask"),
+  ):
+    answer = live.http.post("/v1/images/edits", files=files)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
 
 
 def url(value: str) -> list[dict]:
@@ -166,37 +183,28 @@ CHATS = [
   "hello",
   [{"type": "audio"}],
   [{"type": "text", "words": "a"}],
-  [5],
-  5,
-  about(IMAGE, "What? <break> x"),
 ]
 
 
 @pytest.mark.parametrize("content", CHATS)
 def test_wrong_chats(live, content):
   answer = live.chat(content)
-  status, sentence = error(answer)
-  assert status == 400
-  check_sentence(sentence)
-  param = answer.json()["error"]["param"]
-  assert param.startswith("image_url" if sentence.startswith("image_url") else "messages")
+  assert answer.status_code == 400
+  assert answer.json()["error"]["param"].startswith(("messages", "image_url"))
 
 
 CHAT_FIELDS = [
-  ("", {"max_tokens": 0}, "max_tokens"),
   ("", {"max_tokens": 107}, "max_tokens"),
   ("", {"max_completion_tokens": 2000, "max_tokens": 4}, "max_completion_tokens"),
   ("", {"temperature": 1e-30}, "temperature"),
-  ("car " * 200, {"max_tokens": 4}, "messages"),
+  ("car " * 200, {"max_tokens": 4}, "prompt"),
 ]
 
 
 @pytest.mark.parametrize(("text", "body", "field"), CHAT_FIELDS)
 def test_wrong_fields_of_chats(live, text, body, field):
   answer = live.chat(about(IMAGE, text), **body)
-  status, sentence = error(answer)
-  assert (status, answer.json()["error"]["param"]) == (400, field)
-  check_sentence(sentence)
+  assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
 
 
 def test_a_chat_has_one_message_of_a_user(live):
@@ -205,10 +213,8 @@ def test_a_chat_has_one_message_of_a_user(live):
     [{"role": "system", "content": "a"}],
     [{"role": "user", "content": "a"}] * 2,
   ):
-    status, found = error(live.http.post("/v1/chat/completions", json={"messages": messages}))
-    assert (status, found[:14]) == (400, f"messages has {len(messages)}"[:14])
-  status, found = error(live.chat(about(IMAGE), tools=[]))
-  assert (status, found[:29]) == (400, "there is no field 'tools' her")
+    answer = live.http.post("/v1/chat/completions", json={"messages": messages})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
 
 
 def test_a_body_that_is_too_large_is_not_read(live):
@@ -231,30 +237,18 @@ def raw(live, text: str) -> str:
     return opened.recv(4096).decode().splitlines()[0]
 
 
-@pytest.mark.parametrize(
-  ("host", "status"),
-  [
-    ("localhost", 200),
-    ("127.0.0.1:8000", 200),
-    ("[::1]:8000", 200),
-    ("evil.example", 403),
-    ("localhost.evil.example:8000", 403),
-    ("127.0.0.1@evil.example", 403),
-    ("evil.example@localhost", 403),
-    ("[::1", 403),
-    ("", 403),
-    ("localhost#evil.example", 403),
-    ("localhost/evil.example", 403),
-    ("localhost?evil.example", 403),
-    ("localhost:abc", 403),
-    ("localhost:99999", 403),
-    ("LocalHost:8000", 200),
-  ],
-)
-def test_a_local_server_answers_to_names_of_this_machine_only(live, host, status):
+HOSTS = {200: ["localhost", "127.0.0.1:8000", "[::1]:8000", "LocalHost:8000"]}
+HOSTS[403] = ["evil.example", "localhost.evil.example:8000", "127.0.0.1@evil.example", "[::1", ""]
+HOSTS[403] += ["evil.example@localhost", "localhost#evil.example", "localhost/evil.example"]
+HOSTS[403] += ["localhost?evil.example", "localhost:abc", "localhost:99999"]
+
+
+def test_a_local_server_answers_to_names_of_this_machine_only(live):
   """Otherwise, a web page could point its host name to 127.0.0.1 and read responses."""
-  line = raw(live, f"GET /v1/models HTTP/1.1\nHost: {host}\nConnection: close\n\n")
-  assert line.split()[1] == str(status)
+  for status, hosts in HOSTS.items():
+    for host in hosts:
+      line = raw(live, f"GET /v1/models HTTP/1.1\nHost: {host}\nConnection: close\n\n")
+      assert line.split()[1] == str(status), host
 
 
 def test_pages_of_other_origins_are_refused(live):
@@ -283,19 +277,3 @@ def test_a_token_must_be_right(engine):
     assert locked.http.get("/v1/models", headers=right).status_code == 200
     odd = {"Authorization": b"Bearer \xff\xfe"}
     assert locked.http.get("/v1/models", headers=odd).status_code == 401
-
-
-def test_no_image_is_opened_that_pillow_would_start_a_program_for(live):
-  eps = Image.new("RGB", (8, 8))
-
-  buffer = io.BytesIO()
-  eps.save(buffer, "EPS")
-  status, found = error(live.edit(buffer.getvalue(), prompt="a"))
-  assert (status, found[:21]) == (400, "image cannot be read;")
-
-
-def test_errors_are_json_of_one_shape(live):
-  body = live.generate(prompt="a", n=0).json()
-  message = {"message": "n is 0; it must be at least 1.", "type": "invalid_request_error"}
-  about = {"param": "n", "code": "invalid_value"}
-  assert json.dumps(body) == json.dumps({"error": {**message, **about}})

@@ -80,14 +80,3 @@ def test_a_connection_that_waits_between_requests_stays_and_a_slow_second_one_do
   connection.sendall(REQUEST)
   assert answer(connection).startswith(b"HTTP/1.1 200")
   assert SECONDS / 2 < seconds_until_closed(connection, b"GET /") < 10 * SECONDS
-
-
-@pytest.mark.slow
-def test_a_body_may_take_longer_than_the_headers(connect):
-  body = b'{"prompt": "a", "n": 0}'
-  start = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
-  start += b"Content-Type: application/json\r\n"
-  connection = connect(start + b"Content-Length: %d\r\n\r\n" % len(body))
-  time.sleep(1.5 * SECONDS)
-  connection.sendall(body)
-  assert answer(connection).startswith(b"HTTP/1.1 400")

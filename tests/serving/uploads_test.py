@@ -36,7 +36,7 @@ def with_decoders(test):
 
 async def stopped(decoders):
   """Returns the process that waits for an image. It is stopped, so it answers no more."""
-  pixels, _ = await decoders.decode([IMAGE], **LIMITS)
+  pixels = await decoders.decode(IMAGE, **LIMITS)
   np.testing.assert_array_equal(pixels, reader.load_image(IMAGE, 8))
   [process] = decoders._idle
   os.kill(process.pid, signal.SIGSTOP)
@@ -48,22 +48,9 @@ async def test_the_process_of_a_request_that_is_over_is_killed_and_replaced(deco
   process = await stopped(decoders)
   with pytest.raises(TimeoutError):
     async with asyncio.timeout(0.2):
-      await decoders.decode([IMAGE], **LIMITS)
+      await decoders.decode(IMAGE, **LIMITS)
   assert process.returncode == -signal.SIGKILL
   assert (await stopped(decoders)).pid != process.pid
-
-
-@with_decoders
-async def test_a_process_that_ends_fails_only_its_request(decoders):
-  process = await stopped(decoders)
-  asyncio.get_running_loop().call_later(0.2, process.kill)
-  with pytest.raises(ApiError, match="image cannot be decoded") as error:
-    await decoders.decode([IMAGE], **LIMITS)
-  assert error.value.status == 400
-  process = await stopped(decoders)
-  process.kill()
-  await process.wait()
-  await stopped(decoders)
 
 
 @with_decoders
@@ -71,10 +58,8 @@ async def test_a_refused_image_keeps_its_process(decoders):
   scans = SLOW["more than 100 scans"][0]
   for data, why in ((scans, "more than"), (IMAGE[:-30], "is damaged"), (b"", "cannot be read")):
     with pytest.raises(ApiError, match=f"image .*{why}") as error:
-      await decoders.decode([data], **LIMITS)
+      await decoders.decode(data, **LIMITS)
     assert (error.value.status, error.value.param) == (400, "image")
-  with pytest.raises(ApiError, match="mask cannot be read"):
-    await decoders.decode([IMAGE, b""], **LIMITS)
   [process] = decoders._idle
   assert (await stopped(decoders)).pid == process.pid
 
@@ -91,7 +76,7 @@ uploads.main()
 def test_a_process_ends_with_its_server_while_it_decodes_and_not_before():
   program = [sys.executable, "-c", SLEEPS]
   with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-    process.stdin.write(json.dumps({"sizes": [1]}).encode() + b"\nx")
+    process.stdin.write(json.dumps({"size": 1}).encode() + b"\nx")
     process.stdin.flush()
     assert process.stdout.readline() == b"begun\n"
     process.terminate()

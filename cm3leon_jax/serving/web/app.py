@@ -17,10 +17,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from cm3leon_jax.config import short
+from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.tasks import Task
-from cm3leon_jax.serving import partial, schemas, tasks
+from cm3leon_jax.serving import schemas, tasks
 from cm3leon_jax.serving.engine import Engine
-from cm3leon_jax.serving.errors import ApiError, refusal
+from cm3leon_jax.serving.errors import ApiError, internal, refusal
 from cm3leon_jax.serving.jobs import Event, Failed, Finished, Job
 from cm3leon_jax.serving.web.answers import ChatAnswer, ImageAnswer
 from cm3leon_jax.serving.web.decoders import Decoders
@@ -88,13 +89,9 @@ class Server:
     self._check(body)
     if "image" not in files:
       raise ApiError(400, "image is required: send a file.", "image", "missing_required_parameter")
-    if "mask" in files and body.box:
-      raise refusal("mask and box are given: give one of them.", "mask")
     with self._place(request):
-      sent = [files[name] for name in ("image", "mask") if name in files]
-      image, hole = await self._decoded(request, "image", *sent)
-      box = body.box if hole is None else tuple(hole)
-      task = await asyncio.to_thread(tasks.edit, self.engine.pipeline, body, image, box)
+      image = await self._decoded(request, "image", files["image"])
+      task = await asyncio.to_thread(tasks.edit, self.engine.pipeline, body, image)
       return await self._images(request, body, task, "image_edit")
 
   async def _chat(self, request: Request) -> Response:
@@ -104,7 +101,7 @@ class Server:
     image: np.ndarray | None = None
     with self._place(request):
       if sent is not None:
-        image, _ = await self._decoded(request, "image_url.url", sent)
+        image = await self._decoded(request, "image_url.url", sent)
       del sent  # Free the memory of the upload before the answer is computed.
       task = await asyncio.to_thread(tasks.chat, self.engine.pipeline, body, text, image)
       usage = body.stream_options.include_usage
@@ -119,12 +116,10 @@ class Server:
       request.state.place = place
       yield
 
-  async def _decoded(
-    self, request: Request, param: str, *files: bytes
-  ) -> tuple[np.ndarray, list[int] | None]:
-    """Decodes an image and its mask. Raises ApiError if one is invalid, or ClientDisconnect."""
+  async def _decoded(self, request: Request, param: str, image: bytes) -> np.ndarray:
+    """Decodes an image. Raises ApiError if it is invalid, or ClientDisconnect."""
     side, pixels = self._layout.resolution, self.limits.most_pixels
-    decoding = self._decoders.decode([*files], resolution=side, most_pixels=pixels, param=param)
+    decoding = self._decoders.decode(image, resolution=side, most_pixels=pixels, param=param)
     found = await self._in_time(request, unless_gone(request, decoding))
     if found is None:
       raise ClientDisconnect
@@ -174,9 +169,9 @@ class Server:
     return min(2 * pipeline.usual_retrieve, pipeline.settings.retrieval.max_candidates)
 
   async def _images(
-    self, request: Request, body: schemas.ImageBody, task: Task, prefix: str
+    self, request: Request, body: schemas.ImageBody, task: ImageTask, prefix: str
   ) -> Response:
-    rows = partial.total_rows(task, self._layout)
+    rows = task.total_rows(self._layout)
     answer = ImageAnswer(task, self._layout.resolution, rows, prefix, body.partial_images)
     return await self._answer(request, body, task, answer)
 
@@ -208,7 +203,7 @@ class Server:
         loop.call_soon_threadsafe(queue.put_nowait, event)
 
     adapter = "" if body.model in (None, self.name) else body.model
-    job = Job(task, body.n, deliver, body.stream, adapter, body.words)
+    job = Job(task, body.n, deliver, body.stream, adapter)
     self.engine.submit(job, request.state.place)
     try:
       remaining = body.n
@@ -217,7 +212,6 @@ class Server:
         if isinstance(event, Failed):
           raise event.error
         remaining -= isinstance(event, Finished)
-        request.state.made.add(task, event)
         yield event
     finally:
       self.engine.cancel(job)
@@ -251,10 +245,10 @@ class Server:
           raise refusal(f"{name} is given twice; this model takes only one.", name)
         if not isinstance(value, UploadFile):
           fields[name] = value
-        elif name in ("image", "mask"):
+        elif name == "image":
           files[name] = await value.read()
         else:
-          message = f"there is no file '{name[:80]}' here: the files are image and mask."
+          message = f"there is no file '{name[:80]}' here: the only file is image."
           raise ApiError(400, message, name[:80], "unknown_parameter")
     return fields, files
 
@@ -309,22 +303,16 @@ async def _api_error(_: Request, error: Exception) -> Response:
   return JSONResponse(error.body(), error.status, error.headers)
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+async def _http_error(_: Request, error: Exception) -> Response:
   """Answers errors of Starlette: an unknown path, a wrong method, an invalid form."""
   assert isinstance(error, HTTPException)
-  sentences = {
-    404: "there is nothing at this path: docs/serving.md lists the paths.",
-    405: f"{request.method[:16]} is not allowed here.",
-  }
-  detail = re.sub(r"\s+", " ", str(error.detail))[:200]
-  own = ApiError(error.status_code, sentences.get(error.status_code, detail))
+  own = ApiError(error.status_code, re.sub(r"\s+", " ", str(error.detail))[:200])
   return JSONResponse(own.body(), error.status_code, dict(error.headers or {}))
 
 
 async def _unknown_error(_: Request, error: Exception) -> Response:
   """Answers unknown errors. Starlette raises them again afterwards, so that uvicorn logs them."""
-  own = ApiError(500, "the server failed to answer this request; its log has the reason.")
-  return JSONResponse(own.body(), 500)
+  return JSONResponse(internal().body(), 500)
 
 
 async def _nobody(_: Request, error: Exception) -> Response:

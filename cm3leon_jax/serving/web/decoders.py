@@ -24,15 +24,13 @@ class Decoders:
     self._free = asyncio.Semaphore(COUNT)
     self._idle: list[subprocess.Process] = []
 
-  async def decode(
-    self, files: list[bytes], **arguments: Any
-  ) -> tuple[np.ndarray, list[int] | None]:
+  async def decode(self, image: bytes, **arguments: Any) -> np.ndarray:
     """Calls `uploads.decode` in a process, which is killed if this call is cancelled."""
     async with self._free:
       self._idle = [process for process in self._idle if process.returncode is None]
       process = self._idle.pop() if self._idle else await _started()
       try:
-        answer, pixels = await ask(process, files, arguments)
+        answer, pixels = await ask(process, image, arguments)
       except BaseException as error:
         await _end(process)
         if isinstance(error, OSError | EOFError | ValueError):
@@ -43,7 +41,7 @@ class Decoders:
     if "message" in answer:
       raise ApiError(**answer)
     side = arguments["resolution"]
-    return np.frombuffer(pixels, np.uint8).reshape(side, side, 3), answer["box"]
+    return np.frombuffer(pixels, np.uint8).reshape(side, side, 3)
 
   async def close(self) -> None:
     """Ends the processes that wait for an image."""
@@ -52,13 +50,13 @@ class Decoders:
 
 
 async def ask(
-  process: subprocess.Process, files: list[bytes], arguments: dict[str, Any]
+  process: subprocess.Process, image: bytes, arguments: dict[str, Any]
 ) -> tuple[dict[str, Any], bytes]:
   """Sends a request to `uploads.main`. Returns both parts of the answer."""
   assert process.stdin is not None
   assert process.stdout is not None
-  line = json.dumps({**arguments, "sizes": [*map(len, files)]})
-  process.stdin.writelines([line.encode() + b"\n", *files])
+  line = json.dumps({**arguments, "size": len(image)})
+  process.stdin.writelines([line.encode() + b"\n", image])
   await process.stdin.drain()
   answer = json.loads(await process.stdout.readline())
   size = 0 if "message" in answer else 3 * arguments["resolution"] ** 2

@@ -11,7 +11,6 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cm3leon_jax.serving.errors import ApiError
-from cm3leon_jax.serving.web import request_log
 from cm3leon_jax.serving.web.metrics import Metrics
 
 # The page loads scripts, styles and images only from this server, and cannot be framed.
@@ -26,7 +25,7 @@ HEADERS = {
   "X-Content-Type-Options": "nosniff",
   "X-Frame-Options": "DENY",
 }
-CLIENT_LEFT = 499  # Status for logs and metrics; it is never sent.
+CLIENT_LEFT = 499  # Status for metrics; it is never sent.
 SMALL = 2**16  # Bytes at the start of each body that do not count for `Limits.all_bytes`.
 
 
@@ -46,7 +45,7 @@ class Limits:
   most_samples: int = 8
   most_bytes: int = 16 * 2**20
   all_bytes: int = 256 * 2**20
-  most_pixels: int = 2**24
+  most_pixels: int = 16_000_000
   seconds: float = 120.0
   body_seconds: float = 30.0
   token: str = ""
@@ -69,7 +68,7 @@ def _name_of(host: str) -> str:
 
 
 class Guard:
-  """Checks the headers of requests, limits their bodies, and counts and logs them."""
+  """Checks the headers of requests, limits their bodies, and counts them."""
 
   def __init__(
     self, app: ASGIApp, limits: Limits, metrics: Metrics, endpoints: Iterable[str], local: bool
@@ -89,8 +88,6 @@ class Guard:
     if scope["type"] != "http":  # There are no WebSocket endpoints.
       return await self._app(scope, receive, send)
     began, status, received, held = time.monotonic(), CLIENT_LEFT, 0, 0
-    made = request_log.Made()
-    scope.setdefault("state", {})["made"] = made  # Becomes `Request.state.made`.
 
     async def limited() -> Message:
       nonlocal received, held
@@ -126,8 +123,6 @@ class Guard:
       self._held -= held
       path, seconds = scope["path"], time.monotonic() - began
       self._metrics.count(path if path in self._endpoints else "other", status, seconds)
-      request_id = headers.get(request_log.ID_HEADER, "")
-      request_log.log(scope["method"], path, status, seconds, made, request_id)
 
   def _check(self, path: str, headers: Mapping[str, str]) -> None:
     """Raises ApiError if a header of a request is invalid."""

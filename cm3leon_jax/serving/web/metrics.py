@@ -1,8 +1,6 @@
 """Reports the metrics of the server in the text format of Prometheus (version 0.0.4)."""
 
 from collections.abc import Iterator
-import resource
-import sys
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -52,14 +50,8 @@ class Metrics:
       ("slots", gauge, engine.slots, "Number of slots of each bucket."),
       ("samples_total", counter, engine.samples, "Samples that were completed."),
       ("tokens_total", counter, engine.tokens, "Tokens of these samples."),
-      ("peak_memory_bytes", gauge, _peak_bytes(), "Largest resident memory of the process."),
     ):
       yield kind(f"cm3leon_serve_{name}", meaning, value)
     for metric in (*self._requests.collect(), *self._seconds.collect()):
       metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
       yield metric
-
-
-def _peak_bytes() -> int:
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return peak if sys.platform == "darwin" else 1024 * peak

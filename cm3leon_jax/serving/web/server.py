@@ -1,6 +1,7 @@
 """Runs the application with uvicorn in one process until SIGTERM or Ctrl-C."""
 
 import asyncio
+import copy
 import signal
 import socket
 import threading
@@ -118,12 +119,14 @@ def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Ser
       with status 503.
     stop_seconds: time limit for running requests when the server stops.
   """
+  log_config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)  # One line per request.
+  log_config["handlers"]["access"]["stream"] = "ext://sys.stderr"
+  log_config["loggers"]["uvicorn.error"]["level"] = "WARNING"
   config = uvicorn.Config(
     app,
     http=HttpProtocol,
     loop="asyncio",  # uvloop would call the fork handlers of JAX when it starts a process.
-    log_level="warning",
-    access_log=False,
+    log_config=log_config,
     server_header=False,
     lifespan="on",
     ws="none",

@@ -2,7 +2,6 @@ from concurrent import futures
 import dataclasses
 
 import numpy as np
-from PIL import Image
 import pytest
 
 from cm3leon_jax.decoding.config import METHODS
@@ -79,15 +78,7 @@ def test_rows_stream_before_the_image(live):
   assert [event["type"] for event in none] == ["image_generation.completed"] * 2
 
 
-def test_an_edit_follows_an_instruction(live, model):
-  found = live.edit(png(IMAGE), prompt="make it blue", seed="3", edit_guidance="2").json()
-  [data] = found["data"]
-  expected = model.edit(IMAGE, "make it blue", seed=3, edit_guidance=2.0)
-  np.testing.assert_array_equal(pixels(data["b64_json"]), expected)
-  assert data["clip_score"] is None
-
-
-def test_a_box_and_a_mask_are_filled_in(live, model):
+def test_a_box_is_filled_in(live, model):
   box, other = (2, 2, 6, 6), (0, 4, 8, 8)
   for prompt in ("", CAPTION):
     found = live.edit(png(IMAGE), box="3,2,6,5", prompt=prompt, seed="3").json()
@@ -95,12 +86,6 @@ def test_a_box_and_a_mask_are_filled_in(live, model):
     np.testing.assert_array_equal(pixels(found["data"][0]["b64_json"]), expected)
   found = live.edit(png(IMAGE), box=",".join(map(str, other)), prompt=prompt, seed="3").json()
   assert (pixels(found["data"][0]["b64_json"]) != np.asarray(expected)).any()
-  # The central square of a 24 x 16 image begins in column 4.
-  wide, mask = image(1, (24, 16)), Image.new("RGBA", (24, 16), "black")
-  mask.paste((0, 0, 0, 0), (8, 4, 16, 12))
-  found = live.edit(png(wide), png(mask), seed="3").json()
-  expected = model.infill(wide, box, seed=3)
-  np.testing.assert_array_equal(pixels(found["data"][0]["b64_json"]), expected)
 
 
 def test_a_box_fills_row_by_row_within_the_given_image(live, model):
@@ -136,15 +121,6 @@ def test_captions_and_answers_are_those_of_the_python_calls(live, model):
   )
   assert greedy["message"]["content"] == same["message"]["content"]
   assert greedy["finish_reason"] in ("stop", "length")
-
-
-@pytest.mark.slow
-def test_a_greedy_and_the_longest_caption_are_those_of_the_python_calls(live, model):
-  greedy = live.chat(about(IMAGE), temperature=0, max_tokens=8).json()["choices"][0]
-  assert greedy["message"]["content"] == model.caption(IMAGE, length=8, text_top_k=1)
-  # 106 tokens is the most that the model has space for.
-  most = live.chat(about(IMAGE), seed=4, max_tokens=106).json()
-  assert most["choices"][0]["message"]["content"] == model.caption(IMAGE, length=106, seed=4)
 
 
 def test_a_text_streams_in_pieces_that_make_the_whole(live):
@@ -201,13 +177,6 @@ def test_many_mixed_requests_get_what_each_gets_alone(live, model):
   live.wait_for("requests_active", 0)
 
 
-def test_the_model_is_described(live):
-  [found] = live.http.get("/v1/models").json()["data"]
-  assert (found["id"], found["resolution"], found["rows"]) == ("tiny", 8, 4)
-  assert live.http.get("/v1/models/tiny").json() == found
-  assert error(live.http.get("/v1/models/gpt-9"))[0] == 404
-
-
 def test_health_readiness_and_metrics(live):
   for path in ("/health", "/healthz"):
     assert (live.http.get(path).status_code, live.http.get(path).text) == (200, "ok\n")
@@ -223,15 +192,3 @@ def test_health_readiness_and_metrics(live):
   endpoint = '{endpoint="/v1/images/generations",status="400"}'
   assert f"cm3leon_serve_requests_total{endpoint} " in text.text
   assert "cm3leon_serve_ready 1" in text.text
-
-
-def test_the_page_and_its_files_come_from_the_package_alone(live):
-  page = live.http.get("/")
-  assert page.headers["content-type"].startswith("text/html")
-  for name in ("app.css", "app.js", "canvas.js"):
-    found = live.http.get(f"/{name}")
-    assert found.status_code == 200
-    assert "://" not in found.text
-  assert "://" not in page.text
-  for path in ("/nothing", "/app.py", "/..%2fengine.py", "/page/index.html"):
-    assert live.http.get(path).status_code == 404

@@ -1,21 +1,8 @@
 """Types the keyword arguments of `CM3Leon`'s methods, so that type checkers find mistakes."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from cm3leon_jax.decoding.config import Method, Schedule
-
-
-class FinetuneOptions(TypedDict, total=False):
-  """Options of `CM3Leon.finetune`."""
-
-  minutes: float
-  tokenizer: Literal["base", "own"]
-  max_forgetting: float
-  min_psnr: float | None
-  max_color_difference: float | None
-  fields: Mapping[str, Any]
-  show_progress: bool | None
 
 
 class TextSampling(TypedDict, total=False):
