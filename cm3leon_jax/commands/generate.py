@@ -299,6 +299,7 @@ def _digests(given: dict) -> dict[str, str]:
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
+  from cm3leon_jax.generation import lookalikes
   from cm3leon_jax.generation.heldout import heldout_tasks
   from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
   from cm3leon_jax.generation.tasks import PromptLayout
@@ -338,8 +339,11 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       )
       records = writer.finish(samples)
       scores = clip_scores([record for record in records if record["task"] == "text_to_image"])
-      summary.update(step=step, samples=len(records), clip_score=scores)
+      alike = lookalikes.count([*itertools.chain(*samples)], settings.vocab)
+      summary.update(step=step, samples=len(records), clip_score=scores, lookalikes=alike)
       _print_results(records, scores)
+      if alike:
+        print(f"generate: {lookalikes.describe(alike)}")
       if apart := [r["divergence"] for r in records if r["divergence"] is not None]:
         summary["divergence"] = sum(apart) / len(apart)
   print(f"generate: results in {folder}, overview in {folder / 'contact_sheet.png'}.", flush=True)

@@ -14,6 +14,7 @@ from cm3leon_jax.evaluation import world as world_lib
 from cm3leon_jax.evaluation.headlines import NEIGHBORS, RETRIEVAL, Headline
 from cm3leon_jax.evaluation.intervals import describe_groups, mean_interval
 from cm3leon_jax.files.json_files import lacks, plain, read_json, read_json_lines
+from cm3leon_jax.generation import lookalikes
 from cm3leon_jax.runs import table
 from cm3leon_jax.runs.stages import DONE
 from cm3leon_jax.settings import settings_from_stored
@@ -220,7 +221,8 @@ LOSSES = {"heldout_loss": "loss", "heldout_image_loss": "image loss", OF_PAIRS: 
 
 def findings(summary: dict, metrics: list[dict]) -> list[str]:
   """Says what a user should know first about a run, from its numbers and the lines of its log."""
-  found = []
+  counts = summary.get("samples", {}).get("lookalikes")
+  found = [lookalikes.describe(counts)] if counts else []
   name = next((decisive(line) for line in metrics if line.get("heldout_loss")), "heldout_loss")
   losses = {x["step"]: x[name] for x in metrics if x.get(name) and x["step"]}  # 0: the base.
   used = summary.get("train", {}).get("best")
