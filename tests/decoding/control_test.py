@@ -14,15 +14,6 @@ PARTS = 8
 OTHER = dataclasses.replace(MIXTURE, temperature=2.0, top_k=3, guidance=5.0)
 
 
-def test_rows_without_samples_are_done():
-  control = without_samples(3, 2, MIXTURE, IMAGE, PARTS)
-  assert (control.plan[..., 0] == grammar.DONE).all()
-  assert control.plan.shape == (3, PARTS, 3)
-  assert control.guidance.shape == (3, IMAGE + 1, 2)
-  assert not any(used.any() for used in control.uses.values())
-  assert control.values.top_k.tolist() == [MIXTURE.top_k] * 3
-
-
 def test_samples_in_rows_are_those_of_a_batch():
   requests, seeds, methods = guided_requests()[:2], [5, 6], [TOP_P, CONTRASTIVE]
   control = without_samples(3, 2, OTHER, IMAGE, PARTS)

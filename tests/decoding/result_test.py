@@ -1,7 +1,6 @@
 import numpy as np
-import pytest
 
-from cm3leon_jax.decoding.result import Result, cut
+from cm3leon_jax.decoding.result import Result
 from cm3leon_jax.decoding.sampling.contrastive import CONTRASTIVE
 from cm3leon_jax.decoding.sampling.top_p import TOP_P
 from tests.decoding.small import CODES, VOCAB, A
@@ -26,11 +25,3 @@ def test_what_a_result_says():
   assert (one.request, one.sample, one.seed, one.contrastive) == (3, 1, 7, True)
   assert not result().contrastive
   np.testing.assert_array_equal(one.codes(VOCAB), CODES[:4] - VOCAB.text_size)
-
-
-@pytest.mark.parametrize("padding", [0, 1, 3])
-def test_a_row_is_cut_at_its_padding(padding):
-  ids = np.pad(TOKENS, (0, padding), constant_values=VOCAB.pad)
-  tokens, log_probs = cut(ids, np.pad(LOG_PROBS, (0, padding)), VOCAB.pad)
-  np.testing.assert_array_equal(tokens, TOKENS)
-  np.testing.assert_array_equal(log_probs, LOG_PROBS)

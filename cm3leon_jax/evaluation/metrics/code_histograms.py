@@ -1,9 +1,9 @@
 """Compares how often two sets of images use each image code.
 
 The frequencies ignore the arrangement of codes: the distance between an image and its shuffled
-codes is 0. The distances of this module detect a model that uses codes (colors, textures, flat
-areas) too often or never, but they do not detect wrong shapes. The distances need no extractor.
-Their values depend on the image tokenizer.
+codes is 0. The distance detects a model that uses codes (colors, textures, flat
+areas) too often or never, but it does not detect wrong shapes. It needs no extractor.
+Its value depends on the image tokenizer.
 """
 
 # C number of codes in the codebook of the tokenizer.
@@ -11,8 +11,6 @@ Their values depend on the image tokenizer.
 import numpy as np
 import numpy.typing as npt
 from scipy import special
-
-from cm3leon_jax.config import UserError
 
 
 def jensen_shannon_bits(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
@@ -27,37 +25,8 @@ def jensen_shannon_bits(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
   (C - 1) (1 / n + 1 / m) / (8 ln 2) bits for n and m independent codes. Codes of one image depend
   on each other, so the actual difference is larger. Compare the result with the divergence of two
   sets of real images.
-
-  Raises:
-    UserError: a set has no codes, a count is negative, or the histograms differ in length.
   """
-  first, second = _shares(first, second)
+  first, second = (np.asarray(x, np.float64) / np.sum(x) for x in (first, second))
   middle = (first + second) / 2
   nats = (special.rel_entr(first, middle) + special.rel_entr(second, middle)).sum() / 2
   return min(1.0, max(0.0, float(nats / np.log(2))))
-
-
-def total_variation(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
-  """Returns the total variation: the share of codes that must change to make histograms equal.
-
-    first = [3, 1], second = [1, 3]
-    result = (|3/4 - 1/4| + |1/4 - 3/4|) / 2 = 0.5
-
-  Raises:
-    UserError: a set has no codes, a count is negative, or the histograms differ in length.
-  """
-  first, second = _shares(first, second)
-  return float(np.abs(first - second).sum() / 2)
-
-
-def _shares(first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-  first, second = (np.asarray(counts, np.float64) for counts in (first, second))
-  if first.shape != second.shape or first.ndim != 1:
-    raise UserError(
-      f"the histograms have the shapes {first.shape} and {second.shape}; both must have one count "
-      "for each code: use one tokenizer."
-    )
-  for counts in (first, second):
-    if (counts < 0).any() or not counts.sum() > 0:
-      raise UserError("a histogram must have at least one code and no negative counts.")
-  return first / first.sum(), second / second.sum()

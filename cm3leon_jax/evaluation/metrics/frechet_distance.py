@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy import linalg
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.metrics.feature_sets import two_sets
 
@@ -62,13 +61,13 @@ def frechet_interval(
     of each resample, before `bias` is subtracted. Calls with equal groups and equal seeds draw the
     same groups, so their resamples can be compared in pairs. `low`, `high`, `bias` and `resamples`
     are None if a set has only one group.
-
-  Raises:
-    UserError: a set has fewer than 2 rows, a row has no group, the groups of one set are names and
-      the groups of the other set are ids, or the sets differ in width.
   """
-  sets = two_sets(rows, reference, at_least=2)
-  places = _group_numbers(sets, (groups, reference_groups))
+  sets = two_sets(rows, reference)
+  # Groups with equal names get equal numbers: ["fox", "cat"] and ["fox", "dog"] become [2, 0] and
+  # [2, 1].
+  names = [np.asarray(groups), np.asarray(reference_groups)]
+  _, numbers = np.unique(np.concatenate(names), return_inverse=True)
+  places = np.split(numbers, [len(names[0])])
   found = frechet_distance(sets)
   sizes = [np.bincount(where)[np.unique(where)] for where in places]
   effective = min(map(intervals.effective_number, sizes))
@@ -83,27 +82,6 @@ def frechet_interval(
     low, high = (end - bias for end in intervals.percentiles(distances, effective))
     result |= {"low": max(0.0, low), "high": high, "bias": bias, "resamples": distances}
   return {**result, "groups": len(sizes[0]), "effective_groups": effective}
-
-
-def _group_numbers(
-  sets: Sequence[np.ndarray], groups: Sequence[Sequence[Hashable] | np.ndarray]
-) -> list[np.ndarray]:
-  """Returns, for each of the two sets, the group number [n] of every row.
-
-  Groups with equal names get equal numbers: ["fox", "cat"] and ["fox", "dog"] become [2, 0] and
-  [2, 1].
-  """
-  for one, own in zip(sets, groups):
-    if len(one) != len(own):
-      raise UserError(
-        f"the features have {len(one)} rows, but {len(own)} groups are given: give one group per "
-        "row."
-      )
-  names = [np.asarray(own) for own in groups]
-  if len({own.dtype.kind in "iu" for own in names}) > 1:
-    raise UserError("groups and reference_groups must both be names, or both integers.")
-  _, places = np.unique(np.concatenate(names), return_inverse=True)
-  return np.split(places, [len(names[0])])
 
 
 def _strata(places: Sequence[np.ndarray]) -> list[np.ndarray]:

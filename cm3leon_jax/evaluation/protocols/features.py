@@ -18,6 +18,7 @@ import numpy as np
 from cm3leon_jax import distributed
 from cm3leon_jax.clip.model import Embedder
 from cm3leon_jax.data.raw import reader
+from cm3leon_jax.evaluation.metrics.extractors import Extractor
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.samples import PART
 from cm3leon_jax.files.atomic import replacing
@@ -63,7 +64,7 @@ class Networks:
 
   folder: epath.Path
   needs: frozenset[str]
-  extractor: Callable[[np.ndarray], np.ndarray] | None
+  extractor: Extractor | None
   scorer: Embedder | None
   image_tokenizer: ImageTokenizer
   identity: dict
@@ -99,7 +100,7 @@ class Networks:
     found = {}
     if "features" in self.needs:
       assert self.extractor is not None
-      found["features"] = np.asarray(self.extractor(pixels), np.float32)
+      found["features"] = np.asarray(self.extractor.embed(pixels), np.float32)
     if "embeddings" in self.needs:
       assert self.scorer is not None
       found["embeddings"] = np.asarray(self.scorer.embed_images(pixels), np.float32)

@@ -48,7 +48,6 @@ def code_distance(column: ColumnSamples) -> dict:
   made, real = (np.bincount(codes.ravel(), minlength=size) for codes in sets)
   return {
     "value": code_histograms.jensen_shannon_bits(made, real),
-    "total_variation": code_histograms.total_variation(made, real),
     "samples": len(column.groups),
   }
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from cm3leon_jax import distributed
 from cm3leon_jax.evaluation.likelihood import pairs
-from cm3leon_jax.evaluation.likelihood.answer_scores import score_answers
 from cm3leon_jax.evaluation.metrics.extractors import Extractor
 from cm3leon_jax.evaluation.protocols import features
 from cm3leon_jax.evaluation.protocols import samples as samples_lib
@@ -202,7 +201,7 @@ def _agreements(
   codes = np.array([line["codes"] for line in part])
   shown = [line["prompt"] if prompts is None else prompts[line["row"]] for line in part]
   asked = [AGREES.format(text.replace(MASK, " ")) for text in shown]
-  scores = score_answers(job.pipeline, job.params, asked, [("yes", "no")] * len(part), codes)
+  scores = pairs.score_answers(job.pipeline, job.params, asked, [("yes", "no")] * len(part), codes)
   return [float(1 / (1 + np.exp(no - yes))) for yes, no in scores]
 
 
@@ -214,7 +213,7 @@ def _candidates(job: ProtocolRun, part: list[dict]) -> list[list[float]]:
   codes = job.pipeline.image_tokenizer.encode(images)
   texts = [job.protocol.text_of(example) for example in examples]
   answers = [example.candidates for example in examples]
-  scores = score_answers(job.pipeline, job.params, texts, answers, codes)
+  scores = pairs.score_answers(job.pipeline, job.params, texts, answers, codes)
   return [row.tolist() for row in scores]
 
 

@@ -11,8 +11,6 @@ from cm3leon_jax.decoding.sampling.methods import (
   OTHERS,
   choose_method,
   settings_of_codes,
-  unread_settings,
-  without_unconditional,
 )
 from cm3leon_jax.decoding.sampling.top_p import TEXT_SETTINGS, TOP_P
 
@@ -41,20 +39,6 @@ def test_what_a_method_says_of_itself(name):
     assert method.temperature in method.numbers
     assert set(method.numbers) <= set(method.settings)
     assert isinstance(hash(method.compiled(SamplingConfig())), int)
-
-
-def test_settings_literals():
-  cdk = ("contrastive_k", "contrastive_alpha", "contrastive_temperature", "amateur_temperature")
-  top = ("temperature", "top_k", "top_p")
-  assert settings_of_codes(unconditional=True)[:8] == (*top, "method", *cdk)
-  alone = settings_of_codes(unconditional=False)
-  assert alone[:3] == top
-  assert not {*alone} & {*cdk}
-  assert unread_settings("top_p")[:4] == cdk
-  assert unread_settings("contrastive")[:3] == top
-  assert not {*unread_settings("mixture")} & {*top, *cdk}
-  assert without_unconditional()[0] == "top_p"
-  assert not {*without_unconditional()} & {"contrastive", "mixture"}
 
 
 def test_the_method_of_a_sample():
