@@ -28,7 +28,8 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import table
 
 if TYPE_CHECKING:
-  from cm3leon_jax.evaluation.likelihood.documents import Documents, Search
+  from cm3leon_jax.evaluation.likelihood.document_files import Documents
+  from cm3leon_jax.evaluation.likelihood.documents import Search
   from cm3leon_jax.generation.tasks import PromptLayout
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.run import Run
@@ -43,6 +44,7 @@ _DOCUMENTS = flags.DEFINE_string(
 
 def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax import distributed
+  from cm3leon_jax.evaluation.likelihood import document_files
   from cm3leon_jax.evaluation.likelihood import documents as documents_lib
   from cm3leon_jax.generation.tasks import PromptLayout, slug
   from cm3leon_jax.trained.run import Run, ids
@@ -59,7 +61,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   layout, path = PromptLayout.of(trained), epath.Path(_DOCUMENTS.value)
   with common.use_mesh(settings):
     with distributed.together():
-      documents, digest = documents_lib.open_documents(
+      documents, digest = document_files.open_documents(
         path,
         layout,
         {name: inputs[name] for name in table.TOKENIZERS},

@@ -14,7 +14,7 @@ from PIL import Image
 
 from cm3leon_jax.config import UserError, build, short
 from cm3leon_jax.decoding.config import SamplingConfig
-from cm3leon_jax.decoding.sampling.methods import METHODS
+from cm3leon_jax.decoding.sampling.methods import is_guided
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.doubts import doubts
 from cm3leon_jax.generation.pipeline import Pipeline
@@ -255,7 +255,7 @@ def tasks(
 
 def _unread(task: Task, field: str) -> str:
   """Returns a message that explains why a given setting has no effect."""
-  if field in GUIDANCE and METHODS[task.sampling.method].is_guided:
+  if field in GUIDANCE and is_guided(task.sampling.method):
     return f"{field} is given without a prompt for guidance: give a prompt, or leave {field} out."
   return (
     f"{field} is given, which sampling.method = '{task.sampling.method}' does not read: leave it "

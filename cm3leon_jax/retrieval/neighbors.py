@@ -336,10 +336,6 @@ def load_neighbors(
     UserError: the neighbors are absent or damaged, or an id is not in the bank.
   """
   path = epath.Path(folder) / name
-  if not path.exists():
-    raise UserError(f"{path} does not exist: run `cm3leon build_neighbors` first.")
-  if text_only and not (path / "text_ids").exists():
-    raise UserError(f"{path} has no neighbors by caption only; only held-out pairs have them.")
   store = ArrayStore(path / (f"text_{array}" if text_only else array))
   values = store.read_all()
   if bank is not None:

@@ -286,5 +286,5 @@ def test_batches_come_in_order(plain_generator):
 
 def test_bad_calls(generator):
   long = request_lib.text_to_image(VOCAB, IMAGE, np.full(POSITIONS - 2, 20))
-  with refused(UserError, "127 tokens", "128"):
+  with refused(UserError, "128 tokens", "121"):
     generator.generate([long], [0])

@@ -184,7 +184,7 @@ TEXT_HOLE, IMAGE_HOLE = Hole(most_text=2), Hole(codes=IMAGE)
     (lambda: request_lib.edit(VOCAB, IMAGE, [15], PICTURE[:3], [17]), "3 codes"),
     (lambda: request_lib.infill(VOCAB, IMAGE, [([17],)]), "no mask"),
     (lambda: request_lib.infill(VOCAB, IMAGE, [([17], TEXT_HOLE)] * 3), "3 masks"),
-    (lambda: request_lib.infill(VOCAB, IMAGE, [([17], Hole(codes=2))]), "2 codes"),
+    (lambda: request_lib.infill(VOCAB, IMAGE, [([17], Hole(codes=2))]), "mixes"),
     (lambda: request_lib.infill(VOCAB, IMAGE, [([17], TEXT_HOLE, TEXT_HOLE)]), "adjacent"),
     (lambda: request_lib.infill(VOCAB, IMAGE, [([271], IMAGE_HOLE)]), "5 codes"),
     (lambda: request_lib.infill(VOCAB, IMAGE, [([17, 271], TEXT_HOLE)]), "mixes"),

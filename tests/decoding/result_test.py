@@ -1,17 +1,15 @@
 import numpy as np
 
 from cm3leon_jax.decoding.result import Result
-from cm3leon_jax.decoding.sampling.contrastive import CONTRASTIVE
-from cm3leon_jax.decoding.sampling.top_p import TOP_P
 from tests.decoding.small import CODES, VOCAB, A
 
 TOKENS = np.concatenate([A, CODES[:4]]).astype(np.int32)
 LOG_PROBS = np.linspace(-1, 0, len(TOKENS), dtype=np.float32)
 
 
-def result(tokens=TOKENS, method=TOP_P, streams=2):
+def result(tokens=TOKENS, contrastive=False, streams=2):
   total = np.float32(0.1)
-  return Result.of((3, 1), 7, method, tokens, LOG_PROBS[: len(tokens)], total, streams, VOCAB)
+  return Result.of((3, 1), 7, contrastive, tokens, LOG_PROBS[: len(tokens)], total, streams, VOCAB)
 
 
 def test_divergence_is_the_mean_over_the_codes():
@@ -21,7 +19,7 @@ def test_divergence_is_the_mean_over_the_codes():
 
 
 def test_what_a_result_says():
-  one = result(method=CONTRASTIVE)
+  one = result(contrastive=True)
   assert (one.request, one.sample, one.seed, one.contrastive) == (3, 1, 7, True)
   assert not result().contrastive
   np.testing.assert_array_equal(one.codes(VOCAB), CODES[:4] - VOCAB.text_size)

@@ -109,9 +109,8 @@ def run(job: ProtocolRun) -> dict:
     measured = {}
     for name in job.metrics:
       measured[name] = METRICS[name].compute(data)
-      for kind in ("values", "resamples"):
-        if (rows := measured[name].pop(kind, None)) is not None:
-          values[f"{column.name}/{name}/{kind}"] = np.array(rows, np.float64)
+      if (rows := measured[name].pop("values", None)) is not None:
+        values[f"{column.name}/{name}/values"] = np.array(rows, np.float64)
     apart = [line["divergence"] for line in data.lines if line["divergence"] is not None]
     result["columns"][column.name] = {
       "retrieve": column.retrieve,
@@ -242,8 +241,8 @@ def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
     for name in names:
       if len(column.groups) >= METRICS[name].least:
         found = METRICS[name].compute(column)
-        kept = {k: v for k, v in found.items() if k not in ("values", "resamples")}
-        result.setdefault(title, {})[name] = kept
+        found.pop("values", None)
+        result.setdefault(title, {})[name] = found
 
   distances = [n for n in job.metrics if METRICS[n].needs in (("features",), ("codes",))]
   if distances:

@@ -20,7 +20,7 @@ from cm3leon_jax.data.raw import reader as raw_pairs
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from cm3leon_jax.data.sources.records import Rejected, images_of
-from cm3leon_jax.evaluation.likelihood.documents import read_documents
+from cm3leon_jax.evaluation.likelihood.document_files import read_documents
 from cm3leon_jax.files.atomic import open_filesystem
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import PromptLayout

@@ -314,7 +314,7 @@ def test_a_warm_bucket_compiles_nothing(generator, cases, caplog):
 def test_bad_calls(generator):
   long = request_lib.text_to_image(VOCAB, IMAGE, np.full(POSITIONS - 2, A[0]))
   engine = ContinuousGenerator(generator)
-  with refused(UserError, "127 tokens"):
+  with refused(UserError, "128 tokens"):
     engine.admit(long, 0)
   for seed in (-1, 2**32):
     with refused(UserError, str(seed)):

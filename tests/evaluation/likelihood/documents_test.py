@@ -12,7 +12,8 @@ from cm3leon_jax.data.documents.store import Bank, Document, DocumentStore, Segm
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.evaluation.config import EvaluationConfig
 from cm3leon_jax.evaluation.likelihood import bits, documents, pairs
-from cm3leon_jax.evaluation.likelihood.documents import Scorer, Search, open_documents
+from cm3leon_jax.evaluation.likelihood.document_files import open_documents
+from cm3leon_jax.evaluation.likelihood.documents import Scorer, Search
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout
