@@ -26,7 +26,7 @@ title: memory
 task: image
 data: {format: coco_2014, split: val, count: 0}
 columns: [{name: plain}]
-metrics: [frechet_distance, code_distance, clip_score]
+metrics: [frechet_distance, clip_score]
 extractor: clip
 """
 

@@ -239,11 +239,6 @@ def build_neighbors(
   embedded = embed(job, width, {**inputs, **counted}, runner)
   retriever = Retriever(folder, config)
   backend, bank, blocks = retriever.index.backend, len(retriever), retriever.index.blocks
-  if bank < index_lib.EXACT_BELOW and config.backend == "auto":
-    print(
-      f"neighbors: exact search, because {bank} documents are fewer than {index_lib.EXACT_BELOW}.",
-      flush=True,
-    )
   digest = hashlib.sha256(json.dumps(plain(embedded), sort_keys=True).encode())
   depends: dict[str, Any] = {"bank": digest.hexdigest()}
   if backend == "scann":

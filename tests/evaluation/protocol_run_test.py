@@ -35,7 +35,7 @@ data: {format: heldout, count: 5}
 columns:
   - {name: one document, retrieve: 1, sampling: {guidance: 2.0}}
   - {name: best of two, samples: 2, sampling: {guidance: 1.0}}
-metrics: [frechet_distance, kernel_distance, precision_recall, cmmd, code_distance, clip_score,
+metrics: [frechet_distance, kernel_distance, precision_recall, cmmd, clip_score,
   likelihood, vqa_score]
 extractor: clip
 published:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from cm3leon_jax.evaluation.metrics import code_histograms, kernel_distance
 from cm3leon_jax.evaluation.metrics import frechet_distance as frechet
+from cm3leon_jax.evaluation.metrics import kernel_distance
 from cm3leon_jax.evaluation.metrics.precision_recall import precision_recall as shares_inside
 from cm3leon_jax.evaluation.protocols.column import ColumnSamples, mean, present
 
@@ -37,17 +37,6 @@ def cmmd(column: ColumnSamples) -> dict:
   """Computes CMMD. Its paper uses features of CLIP ViT-L/14 at 336 pixels."""
   made, real = _features(column)
   return {"value": kernel_distance.cmmd(made, real), "samples": len(made)}
-
-
-def code_distance(column: ColumnSamples) -> dict:
-  """Computes the Jensen-Shannon divergence in bits between image code frequencies."""
-  sets = [present(present(images).codes) for images in (column.images, column.reference)]
-  size = 1 + max(int(codes.max()) for codes in sets)
-  made, real = (np.bincount(codes.ravel(), minlength=size) for codes in sets)
-  return {
-    "value": code_histograms.jensen_shannon_bits(made, real),
-    "samples": len(column.groups),
-  }
 
 
 def clip_score(column: ColumnSamples) -> dict:

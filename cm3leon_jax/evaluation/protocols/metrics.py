@@ -17,7 +17,7 @@ class Metric:
     compute: function that maps `ColumnSamples` to a result, as described in `protocols.column`.
     title: name in tables, with the unit.
     task: "image" or "text".
-    needs: the inputs that it uses. "features", "embeddings" and "codes" are fields of `Images`;
+    needs: the inputs that it uses. "features" and "embeddings" are fields of `Images`;
       "likelihoods", "agreements", "candidates" and "verdicts" are fields of `ColumnSamples`.
     least: smallest number of samples.
     higher_is_better: whether larger values are better; None if no direction is better.
@@ -31,10 +31,8 @@ class Metric:
   higher_is_better: bool | None = True
 
 
-def _distance(
-  compute: Callable[[ColumnSamples], dict], title: str, need: str = "features"
-) -> Metric:
-  return Metric(compute, title, "image", (need,), higher_is_better=False)
+def _distance(compute: Callable[[ColumnSamples], dict], title: str) -> Metric:
+  return Metric(compute, title, "image", ("features",), higher_is_better=False)
 
 
 METRICS = {
@@ -42,7 +40,6 @@ METRICS = {
   "kernel_distance": _distance(image_metrics.kernel, "kernel distance"),
   "precision_recall": Metric(image_metrics.precision, "precision", "image", ("features",), least=4),
   "cmmd": _distance(image_metrics.cmmd, "CMMD"),
-  "code_distance": _distance(image_metrics.code_distance, "code distance (bits)", "codes"),
   "clip_score": Metric(image_metrics.clip_score, "CLIP score", "image", ("embeddings",)),
   "likelihood": Metric(
     image_metrics.likelihood, "log p(caption | image) - log p(caption)", "image", ("likelihoods",)

@@ -79,7 +79,6 @@ class ProtocolRun:
       needs=self.needs & frozenset(features.KINDS),
       extractor=self.extractor,
       scorer=self.scorer,
-      image_tokenizer=self.pipeline.image_tokenizer,
       identity={"extractor": extractor, "scorer": self.scorer_identity},
     )
 
@@ -99,7 +98,9 @@ def run(job: ProtocolRun) -> dict:
   samples_lib.generate(job.protocol, job.evaluated, tasks, job.pipeline, job.samples)
   reference, captions = None, None
   if job.networks.needs:
-    reference = features.real_images(job.networks, job.evaluated.images)
+    reference = features.real_images(
+      job.networks, job.evaluated.images, job.pipeline.layout.resolution
+    )
   if "embeddings" in job.needs:
     captions = embed_captions(job)
   result: dict = {"columns": {}, "controls": {}}
@@ -137,10 +138,9 @@ def _column(
   images = None
   if job.networks.needs:
 
-    def load(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def load(start: int, stop: int) -> np.ndarray:
       part = samples_lib.read_part(job.samples, name, start)
-      codes = np.array([line["codes"] for line in part])
-      return job.pipeline.image_tokenizer.decode(codes), codes
+      return job.pipeline.image_tokenizer.decode(np.array([line["codes"] for line in part]))
 
     images = job.networks.images(f"column {name}", job.groups, load)
   of_parts = {
@@ -244,20 +244,21 @@ def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
         found.pop("values", None)
         result.setdefault(title, {})[name] = found
 
-  distances = [n for n in job.metrics if METRICS[n].needs in (("features",), ("codes",))]
+  distances = [n for n in job.metrics if METRICS[n].needs == ("features",)]
   if distances:
     real = present(first.reference)
     unique = sorted(set(real.groups))
     chosen = set(rng.permutation(unique)[: len(unique) // 2])
     mask = np.array([group in chosen for group in real.groups])
-    noise = features.noise(job.networks, len(real.groups), job.protocol.seed)
+    side = job.pipeline.layout.resolution
+    noise = features.noise(job.networks, len(real.groups), side, job.protocol.seed)
     for title, made, other in ((REAL, real[mask], real[~mask]), (NOISE, noise, real)):
       column = job.column(title, groups=made.groups, images=made, reference=other)
       measure(title, column, distances)
   if "clip_score" in job.metrics:
     places = {path: i for i, path in enumerate(job.evaluated.images)}
     rows = [places[present(example.image)] for example in job.evaluated.examples]
-    real = Images(None, present(present(first.reference).embeddings)[rows], None, job.groups)
+    real = Images(None, present(present(first.reference).embeddings)[rows], job.groups)
     measure(REAL, job.column(REAL, images=real, captions=first.captions), ["clip_score"])
     column = dataclasses.replace(first, captions=present(first.captions)[shuffled])
     measure(SHUFFLED, column, ["clip_score"])

@@ -31,17 +31,6 @@ def test_each_image_of_a_scene_is_on_the_sheet():
   assert 0.9 < count(sheet, SAMPLE) / (6 * SIDE**2) < 1  # The mark covers a corner of each sample.
 
 
-def test_a_column_of_neighbors_is_there_if_any_scene_has_one():
-  without, mixed = pixels_of(scene(0), scene(0)), pixels_of(scene(0), scene(1))
-  assert mixed.shape[1] - without.shape[1] == 2 * (SIDE + 2 * scene_sheet.FRAME + scene_sheet.GAP)
-  assert count(without, NEIGHBOR) == 0
-  assert count(mixed, NEIGHBOR) == SIDE**2
-  columns = [np.flatnonzero((mixed == color).all(-1).any(0)) for color in (ORIGINAL, SAMPLE)]
-  steps = np.diff([x.min() for x in columns])
-  # A scene without a neighbor has an empty cell.
-  assert steps == 2 * (SIDE + 2 * scene_sheet.FRAME + scene_sheet.GAP)
-
-
 def test_right_and_wrong_samples_differ_in_shape_and_not_only_in_color():
   right, wrong = (pixels_of(scene(right=(value,))) for value in (True, False))
   frame = 4 * scene_sheet.FRAME * (SIDE + scene_sheet.FRAME)
