@@ -2,6 +2,7 @@ import functools
 import json
 import os
 import pathlib
+from unittest import mock
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -121,15 +122,9 @@ def prompts(root, name, allow_outside):
   return [task.image for task in prompt_file.read(root / "my.jsonl", **options)]
 
 
-class Tokenizer:
-  def encode(self, images):
-    return np.zeros((len(images), IMAGE_TOKENS), np.int32)
-
-
 def documents(fields, root, name, allow_outside):
   write(root, "docs.jsonl", fields(name))
   layout = PromptLayout(VOCAB, IMAGE_TOKENS, 8, 64, lambda text: np.zeros(1, np.int32), None)
-  options = {"allow_outside": True} if allow_outside else {}
   loaded = []
   patch = pytest.MonkeyPatch()
   with patch.context() as patched:
@@ -137,7 +132,8 @@ def documents(fields, root, name, allow_outside):
     patched.setattr(
       raw_pairs, "open_image", lambda path, name: loaded.append(path) or opened(path, name)
     )
-    list(read_documents(root / "docs.jsonl", layout, Tokenizer(), **options))
+    tokenizer = mock.Mock(encode=lambda images: np.zeros((len(images), IMAGE_TOKENS), np.int32))
+    list(read_documents(root / "docs.jsonl", layout, tokenizer, allow_outside=allow_outside))
   return [path for path in loaded if isinstance(path, str)]
 
 
