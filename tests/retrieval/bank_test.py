@@ -108,14 +108,6 @@ def test_documents_of_the_bank_are_found_and_search_for_nothing(tmp_path):
     ids = neighbors.load_neighbors(tmp_path / "alone", f"{split}_pairs")
     assert len(ids) == count
     assert set(ids[ids >= 0].tolist()) == set(range(12, 18))
-  # Control: documents have the same embeddings if all of them are training documents.
-  make_raw(tmp_path / "all")
-  job = EmbedJob(str(tmp_path / "all"), str(tmp_path / "trained"), tiny_clip, 0.2, 0, {})
-  bank_lib.embed(job, WIDTH, {}, Runner())
-  trained = Embeddings(tmp_path / "trained" / "train")
-  place = {key: i for i, key in enumerate(trained.keys[:].tolist())}
-  order = [place[key] for key in keys + alone]
-  np.testing.assert_array_equal(rows.documents[:], trained.documents[:][order])
 
 
 def test_the_stage_writes_neighbors_of_both_splits(built):
