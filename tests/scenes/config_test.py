@@ -27,7 +27,7 @@ from tests.refusals import refused
 )  # fmt: skip
 def test_wrong_configs_are_refused_in_one_sentence(fields):
   [name] = fields
-  with refused(FieldError, f"config.scenes.{name}") as error:
+  with refused(FieldError, "config.scenes", name) as error:
     build(ScenesConfig, fields, "scenes")
   assert "\n" not in str(error.value)
 
