@@ -109,7 +109,8 @@ def read_documents(
   """
   path = epath.Path(path)
   folder = ImageFolder(os.fspath(path.parent), BY_FLAG, allow_outside)
-  records, paths = [], []
+  records: list[Record] = []
+  paths: list[list[str]] = []
   for where, values in json_lines(*open_filesystem(path), []):
     record = _record(values, where, f"{path.name}/{len(records)}")
     records.append(record)

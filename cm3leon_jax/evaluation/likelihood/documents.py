@@ -238,7 +238,8 @@ def summary(lines: Iterable[dict], num_resamples: int, seed: int) -> dict:
     `perplexity_high`, `groups` and `effective_groups`. If there is one group, intervals are None.
   """
   groups: dict[str, int] = {}
-  places, neighbors = [], 0
+  places: list[int] = []
+  neighbors = 0
   counts: dict[str, list[int]] = {name: [] for name in MODALITIES}
   sums: dict[str, list[float]] = {name: [] for name in MODALITIES}
   for line in lines:

@@ -59,7 +59,7 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
       row |= {"difference": other["value"] - found["value"], "low": None, "high": None}
       pair = [of[name] for of in values if (name := f"{column}/{metric}/values") in of]
       if len(pair) == 2:
-        row |= paired(*pair, values[0]["groups"], num_resamples)
+        row |= paired(pair[0], pair[1], values[0]["groups"], num_resamples)
       rows.append(row)
   return rows
 

@@ -56,8 +56,8 @@ def _texts(column: ColumnSamples) -> tuple[list[str], list[Sequence[str]]]:
 def _tokens(column: ColumnSamples) -> tuple[dict, dict]:
   """Returns ({example: its references}, {example: [its text]}), tokenized."""
   texts, references = _texts(column)
-  sets = (references, [[text] for text in texts])
-  references, texts = (
-    {i: [" ".join(ptb.tokenize(text)) for text in some] for i, some in enumerate(of)} for of in sets
-  )
-  return references, texts
+
+  def tokenized(sets: Sequence[Sequence[str]]) -> dict[int, list[str]]:
+    return {i: [" ".join(ptb.tokenize(text)) for text in some] for i, some in enumerate(sets)}
+
+  return tokenized(references), tokenized([[text] for text in texts])
