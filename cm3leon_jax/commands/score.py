@@ -28,12 +28,8 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import table
 
 if TYPE_CHECKING:
-  from cm3leon_jax.evaluation.likelihood.document_scores import Search
-  from cm3leon_jax.evaluation.likelihood.given_documents import (
-    Checked,
-    DocumentFile,
-    StoredDocuments,
-  )
+  from cm3leon_jax.evaluation.likelihood.document_files import Documents
+  from cm3leon_jax.evaluation.likelihood.documents import Search
   from cm3leon_jax.generation.tasks import PromptLayout
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.run import Run
@@ -48,7 +44,8 @@ _DOCUMENTS = flags.DEFINE_string(
 
 def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax import distributed
-  from cm3leon_jax.evaluation.likelihood import document_scores, given_documents
+  from cm3leon_jax.evaluation.likelihood import document_files
+  from cm3leon_jax.evaluation.likelihood import documents as documents_lib
   from cm3leon_jax.generation.tasks import PromptLayout, slug
   from cm3leon_jax.trained.run import Run, ids
 
@@ -61,43 +58,37 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     raise UserError(f"--retrieve is {retrieve}, but {trained.folder} has no bank: leave it out.")
   retrieval = ["documents", "neighbors", *table.own_clip(settings)] if retrieve else []
   inputs = ids(trained, dict.fromkeys([*table.TOKENIZERS, "train", *retrieval]))
-  layout, raw = PromptLayout.of(trained), settings.raw
-  tokenizers = {name: inputs[name] for name in table.TOKENIZERS}
-  documents = given_documents.open_documents(
-    _DOCUMENTS.value,
-    layout,
-    tokenizers,
-    crop=raw.crop,
-    num_threads=raw.num_threads,
-    allow_outside=ALLOW_OUTSIDE.value,
-  )
-  with distributed.together():
-    checked = documents.check()
-  if retrieve and not checked.pairs:
-    raise UserError(
-      f"--retrieve is {retrieve}, but no document of {_DOCUMENTS.value} is a text followed by an "
-      "image, and other documents have no neighbors, as in training: leave --retrieve out."
-    )
-  path = epath.Path(_DOCUMENTS.value)
-  identity = {
-    "inputs": inputs,
-    "documents": {"name": path.name, "digest": checked.digest},
-    "retrieve": retrieve,
-    "retrieval": table.identity(settings, "neighbors")["retrieval"] if retrieve else None,
-    "num_resamples": settings.evaluation.num_resamples,
-    "seed": settings.seed,
-  }
-  distributed.check_same_config(identity)
-  name = f"{slug(path.stem)}-{digest_of_json(identity)[:8]}"
-  folder = results_folder(trained, OUT.value) / "scores" / name
-  with distributed.once(folder, identity) as summary, common.use_mesh(settings):
-    if summary is not None:
-      summary.update(_score(trained, documents, checked, folder, retrieve))
-      if distributed.is_first():
-        write_json(folder / document_scores.SUMMARY, summary)
+  layout, path = PromptLayout.of(trained), epath.Path(_DOCUMENTS.value)
+  with common.use_mesh(settings):
+    with distributed.together():
+      documents, digest = document_files.open_documents(
+        path,
+        layout,
+        {name: inputs[name] for name in table.TOKENIZERS},
+        trained.images,
+        crop=settings.raw.crop,
+        num_threads=settings.raw.num_threads,
+        allow_outside=ALLOW_OUTSIDE.value,
+      )
+    identity = {
+      "inputs": inputs,
+      "documents": {"name": path.name, "digest": digest},
+      "retrieve": retrieve,
+      "retrieval": table.identity(settings, "neighbors")["retrieval"] if retrieve else None,
+      "num_resamples": settings.evaluation.num_resamples,
+      "seed": settings.seed,
+    }
+    distributed.check_same_config(identity)
+    name = f"{slug(path.stem)}-{digest_of_json(identity)[:8]}"
+    folder = results_folder(trained, OUT.value) / "scores" / name
+    with distributed.once(folder, identity) as summary:
+      if summary is not None:
+        summary.update(_score(trained, layout, documents, folder, retrieve))
+        if distributed.is_first():
+          write_json(folder / documents_lib.SUMMARY, summary)
   if distributed.is_first():
-    scores, name = folder / document_scores.SCORES, document_scores.SUMMARY
-    print(f"score: {document_scores.describe(read_json(folder / name))}.")
+    scores, name = folder / documents_lib.SCORES, documents_lib.SUMMARY
+    print(f"score: {documents_lib.describe(read_json(folder / name))}.")
     print(f"score: each token is in {scores}, all numbers in {name} in that folder.", flush=True)
 
 
@@ -114,30 +105,27 @@ def _number_of_neighbors(settings: Settings) -> int:
 
 
 def _score(
-  trained: Run,
-  documents: DocumentFile | StoredDocuments,
-  checked: Checked,
-  folder: epath.Path,
-  retrieve: int,
+  trained: Run, layout: PromptLayout, documents: Documents, folder: epath.Path, retrieve: int
 ) -> dict:
   """Scores the documents, and returns the content of summary.json."""
-  from cm3leon_jax.evaluation.likelihood import bits, document_scores
+  from cm3leon_jax.evaluation.likelihood import bits
+  from cm3leon_jax.evaluation.likelihood import documents as documents_lib
 
   settings = trained.settings
   config = settings.evaluation
   bits.check_batch(config)
-  find = _search(trained, documents.layout, retrieve) if retrieve else None
+  find = _search(trained, layout, retrieve) if retrieve else None
   params, step = trained.params()
-  sizes = (documents.layout.positions, config.batch_size)
-  scorer = document_scores.Scorer(params, settings.model, settings.vocab, *sizes, find)
+  sizes = (layout.positions, config.batch_size)
+  scorer = documents_lib.Scorer(params, settings.model, settings.vocab, *sizes, find)
   resampling = {"num_resamples": config.num_resamples, "seed": settings.seed}
-  found = document_scores.run(scorer, documents, checked, trained.images, folder, **resampling)
+  found = documents_lib.run(scorer, documents, folder, **resampling)
   return {"step": step, "retrieve": retrieve, **found}
 
 
 def _search(trained: Run, layout: PromptLayout, count: int) -> Search:
   """Opens the bank and CLIP of the run, which find the neighbors of a document."""
-  from cm3leon_jax.evaluation.likelihood.document_scores import Search
+  from cm3leon_jax.evaluation.likelihood.documents import Search
   from cm3leon_jax.generation.pipeline import open_bank
   from cm3leon_jax.retrieval.neighbors import Retriever
 

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
-from jaxtyping import Float32, Int32, UInt32
+from jaxtyping import Bool, Float32, Int32, UInt32
 import numpy as np
 
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.decoding.sampling.method import TokenMethod
-from cm3leon_jax.decoding.sampling.rows import SamplingValues, Uses, uses_of
-from cm3leon_jax.decoding.sampling.top_p import TOP_P
+from cm3leon_jax.decoding.sampling.rows import SamplingValues
 
 Array: TypeAlias = jax.Array | np.ndarray
 
@@ -26,7 +24,7 @@ class Control(NamedTuple):
     plan: result of `grammar.plan_array`.
     guidance: weights of the streams at each code of an image; the last entry is for text.
     seeds: seed of each sample. A sample does not depend on the seeds of other samples.
-    uses: name of each sampling method except top-p -> mask of the samples that use it.
+    contrastive: samples that use contrastive decoding, and not top-p.
     values: sampling settings that do not cause recompilation. Each is a scalar for all samples or
       an array with one number per sample.
   """
@@ -34,28 +32,28 @@ class Control(NamedTuple):
   plan: Int32[Array, "B M 3"]
   guidance: Float32[Array, "B I+1 S"]
   seeds: UInt32[Array, " B"]
-  uses: Uses
+  contrastive: Bool[Array, " B"]
   values: SamplingValues
 
 
 def control_of(
   requests: Sequence[Request],
   seeds: Sequence[int],
-  methods: Sequence[TokenMethod],
+  contrastive: Sequence[bool],
   sampling: SamplingConfig,
   image_tokens: int,
   parts: int = 0,
 ) -> Control:
   """Makes the control of B requests with the same number of streams.
 
-  `requests`, `seeds` and `methods` have one element per sample. `sampling` applies to all samples,
-  so `values` are scalars. `parts` is M; 0 means as many parts as the plans need.
+  `requests`, `seeds` and `contrastive` have one element per sample. `sampling` applies to all
+  samples, so `values` are scalars. `parts` is M; 0 means as many parts as the plans need.
   """
   return Control(
     grammar.plan_array([request.plan for request in requests], parts),
     np.stack([request.guidance_weights(sampling, image_tokens) for request in requests]),
     np.asarray(seeds, np.uint32),
-    uses_of(methods),
+    np.asarray(contrastive, bool),
     SamplingValues.of(sampling),
   )
 
@@ -71,7 +69,7 @@ def without_samples(
     np.zeros((rows, parts, 3), np.int32),
     np.zeros((rows, image_tokens + 1, streams), np.float32),
     np.zeros(rows, np.uint32),
-    uses_of([TOP_P] * rows),
+    np.zeros(rows, bool),
     SamplingValues(*(np.repeat(x, rows) for x in SamplingValues.of(sampling))),
   )
 

@@ -22,10 +22,8 @@ from cm3leon_jax.decoding.grammar import Grammar
 from cm3leon_jax.decoding.loop import Static
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.result import Result, cut, sample_seed
-from cm3leon_jax.decoding.sampling.method import TokenMethod
-from cm3leon_jax.decoding.sampling.methods import choose_method
+from cm3leon_jax.decoding.sampling.methods import is_contrastive
 from cm3leon_jax.decoding.sampling.rows import Sampler
-from cm3leon_jax.decoding.sampling.top_p import TOP_P
 from cm3leon_jax.mesh import batch_shards
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.settings import Settings
@@ -60,13 +58,6 @@ class GeneratorConfig:
         raise ValueError(
           f"{field} is '{getattr(self, field)}'; it must be one of {', '.join(allowed)}."
         )
-    if self.batch_size < 1:
-      raise ValueError(f"batch_size is {self.batch_size}; it must be positive.")
-    if not 1 <= self.positions <= self.model.max_positions:
-      raise ValueError(
-        f"positions is {self.positions}; it must be in [1, model.max_positions = "
-        f"{self.model.max_positions}]."
-      )
 
   @classmethod
   def of(cls, settings: Settings, **fields: Any) -> "GeneratorConfig":
@@ -78,23 +69,28 @@ class GeneratorConfig:
     self,
     requests: Sequence[Request],
     seeds: Sequence[int],
-    methods: Sequence[TokenMethod] | None = None,
+    contrastive: Sequence[bool] | None = None,
     sampling: SamplingConfig | None = None,
   ) -> tuple[Batch, Static]:
     """Makes the arrays of a batch on the current mesh, and the static arguments of its programs.
 
-    `requests`, `seeds` and `methods` have one element per sample. All requests have the same number
-    of streams. The default method is top-p, and `sampling` defaults to the config's. Requests are
-    repeated until the batch has the size that `batch.rounded` returns.
+    `requests`, `seeds` and `contrastive` have one element per sample. All requests have the same
+    number of streams. By default, samples use top-p, and `sampling` defaults to the config's.
+    Requests are repeated until the batch has the size that `batch.rounded` returns.
     """
-    sampling, methods = sampling or self.sampling, methods or [TOP_P] * len(requests)
+    sampling = sampling or self.sampling
+    contrastive = contrastive or [False] * len(requests)
     devices, align_images = batch_shards(), self.model.align_images
     rows = [i % len(requests) for i in range(batch_lib.rounded(len(requests), devices))]
     repeated = [requests[i] for i in rows]
     read = [x for r in repeated for x in batch_lib.prompts_of(r, self.vocab, align_images)]
     prompts = batch_lib.prompt_arrays(read, self.vocab.pad, devices)
     control = control_of(
-      repeated, [seeds[i] for i in rows], [methods[i] for i in rows], sampling, self.image_tokens
+      repeated,
+      [seeds[i] for i in rows],
+      [contrastive[i] for i in rows],
+      sampling,
+      self.image_tokens,
     )
     batch = Batch(prompts, control)
     widths = batch_lib.stream_widths(prompts, len(requests[0].streams))
@@ -155,11 +151,6 @@ class Generator:
       UserError: there is no request, a seed is missing, or a request needs more positions than were
         trained. It is raised before anything is compiled.
     """
-    if not len(requests) or len(requests) != len(seeds):
-      raise UserError(
-        f"{len(requests)} prompts and {len(seeds)} seeds: give at least one prompt and one seed "
-        "for each."
-      )
     for request in requests:
       self.check(request)
     sampling = sampling or self.config.sampling
@@ -171,7 +162,7 @@ class Generator:
         batch = alike[start : start + self.config.batch_size]
         seeds_of = [sample_seed(seeds[i], s) for i, s in batch]
         used = [
-          choose_method(sampling.method, seed, streams[i]) for (i, _), seed in zip(batch, seeds_of)
+          is_contrastive(sampling.method, seed, streams[i]) for (i, _), seed in zip(batch, seeds_of)
         ]
         ids, log_probs, divergence = self._generate_batch(
           [requests[i] for i, _ in batch], seeds_of, used, sampling, progress
@@ -203,7 +194,7 @@ class Generator:
     self,
     requests: Sequence[Request],
     seeds: Sequence[int],
-    methods: Sequence[TokenMethod],
+    contrastive: Sequence[bool],
     sampling: SamplingConfig,
     progress: Callable[[int], None],
   ) -> list[np.ndarray]:
@@ -211,7 +202,7 @@ class Generator:
 
     Returns [ids, log_probs, divergence].
     """
-    batch, static = self.config.batch(requests, seeds, methods, sampling)
+    batch, static = self.config.batch(requests, seeds, contrastive, sampling)
     params, control, programs = self.params, batch.control, self.programs
     loop, steps = programs.prefill(params, batch, static)
     done, capacity = 0, min(static.capacities[0], static.max_new_tokens)

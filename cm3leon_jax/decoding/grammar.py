@@ -92,10 +92,6 @@ class Grammar:
   vocab: VocabLayout
   image_tokens: int
 
-  def __post_init__(self) -> None:
-    if self.image_tokens < 1:
-      raise ValueError(f"image_tokens is {self.image_tokens}; an image has at least one code.")
-
   def start(self, plan: Plan) -> State:
     """Returns the state before the first token."""
     # Since jax 0.11, a slice of length 1 loses its sharding, so a batch of one sample needs this.

@@ -20,8 +20,7 @@ from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.grammar import Grammar, Plan, State
 from cm3leon_jax.decoding.params import DecodeParams, dequantized, head_axis, head_ids
 from cm3leon_jax.decoding.sampling.guidance import combine_streams, divergence
-from cm3leon_jax.decoding.sampling.method import StreamLogits
-from cm3leon_jax.decoding.sampling.rows import Sampler, sample, select
+from cm3leon_jax.decoding.sampling.rows import Sampler, StreamLogits, sample, select
 from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.attention import wide
@@ -246,9 +245,9 @@ def _sample_ids(
     logits = [shard(x, "batch", None) for x in logits]
     if legal is not None:
       logits = [jnp.where(legal, x, -jnp.inf) for x in logits]
-    rows = select(is_image, control.uses, control.values)
+    rows = select(is_image, control.contrastive, control.values)
     apart = jnp.where(is_image, apart, 0)
-    return *sample(StreamLogits(*logits), keys, rows, candidates, sampler.others), apart
+    return *sample(StreamLogits(*logits), keys, rows, candidates, sampler.contrastive_k), apart
 
   def among_codes() -> Sampled:
     every = jnp.ones_like(in_image)

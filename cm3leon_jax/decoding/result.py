@@ -7,8 +7,6 @@ import dataclasses
 from jaxtyping import Float, Float32, Int32
 import numpy as np
 
-from cm3leon_jax.decoding.sampling.contrastive import CONTRASTIVE
-from cm3leon_jax.decoding.sampling.method import TokenMethod
 from cm3leon_jax.vocab import VocabLayout
 
 
@@ -38,7 +36,7 @@ class Result:
     cls,
     place: tuple[int, int],
     seed: int,
-    method: TokenMethod,
+    contrastive: bool,
     tokens: Int32[np.ndarray, " G"],
     log_probs: Float32[np.ndarray, " G"],
     divergence: Float[np.ndarray, ""] | np.floating | float,
@@ -53,7 +51,7 @@ class Result:
     """
     codes = int(vocab.is_image(tokens).sum()) if streams > 1 else 0
     mean = float(divergence) / codes if codes else None
-    return cls(*place, seed, tokens, log_probs, method is CONTRASTIVE, mean)
+    return cls(*place, seed, tokens, log_probs, contrastive, mean)
 
   def codes(self, vocab: VocabLayout) -> Int32[np.ndarray, " C"]:
     """Returns the image codes among the tokens."""

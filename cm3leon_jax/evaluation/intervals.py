@@ -73,13 +73,6 @@ def effective_number(weights: np.ndarray) -> float:
   return float(weights.sum() ** 2 / (weights**2).sum())
 
 
-def percentiles(resamples: np.ndarray, effective: float) -> tuple[float, float]:
-  """Returns the expanded 95% percentile interval of a statistic from its values in resamples."""
-  level = percentile_level(effective)
-  low, high = np.quantile(resamples, [(1 - level) / 2, (1 + level) / 2])
-  return float(low), float(high)
-
-
 def percentile_level(n: float) -> float:
   """Returns the level at which a percentile interval of `n` > 1 groups is as wide as a t interval.
 

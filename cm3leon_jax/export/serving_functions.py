@@ -27,7 +27,6 @@ from cm3leon_jax.decoding.grammar import CODES, Grammar, Part, Plan, plan_array
 from cm3leon_jax.decoding.loop import LoopState, Static
 from cm3leon_jax.decoding.params import DecodeParams
 from cm3leon_jax.decoding.sampling.guidance import scheduled
-from cm3leon_jax.decoding.sampling.methods import OTHERS
 from cm3leon_jax.decoding.sampling.rows import Sampler, SamplingValues
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.tokenizers import vqgan
@@ -126,7 +125,7 @@ class Functions:
     self, plan: Plan, seeds: Seeds, guidance: Float32[Array, "b I+1 S"], settings: Named
   ) -> Control:
     values = {**SamplingValues.of(self.sampling)._asdict(), **settings}
-    off = {method.name: jnp.zeros_like(seeds, bool) for method in OTHERS}
+    off = jnp.zeros_like(seeds, bool)
     return Control(plan, guidance, seeds, off, SamplingValues(**values))
 
   def _prefill(

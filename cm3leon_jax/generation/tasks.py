@@ -23,10 +23,10 @@ from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling.methods import (
-  METHODS,
+  WITHOUT_UNCONDITIONAL,
+  is_guided,
   settings_of_codes,
   unread_settings,
-  without_unconditional,
 )
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.vocab import VocabLayout
@@ -193,7 +193,7 @@ class Task:
   def unread_settings(self) -> tuple[str, ...]:
     """Returns the fields in `settings` that have no effect with the other fields of the task."""
     name = self.sampling.method
-    return (*unread_settings(name), *(() if METHODS[name].is_guided else (*GUIDANCE, *EDITING)))
+    return (*unread_settings(name), *(() if is_guided(name) else (*GUIDANCE, *EDITING)))
 
   def _check_masks(self) -> None:
     if MASK in self.prompt:
@@ -248,11 +248,11 @@ class Task:
         )
       makes_images = any(part.kind in (grammar.CODES, grammar.DOCUMENT) for part in request.plan)
       name = self.sampling.method
-      if makes_images and METHODS[name].needs_unconditional and len(request.streams) == 1:
+      if makes_images and name not in WITHOUT_UNCONDITIONAL and len(request.streams) == 1:
         raise UserError(
           f"sampling.method is '{name}', which needs a second stream without the prompt, but task "
           f"{self.name} has only one stream here: set sampling.method to "
-          f"{' or '.join(without_unconditional())}."
+          f"{' or '.join(WITHOUT_UNCONDITIONAL)}."
         )
       return request
     except UserError as error:

@@ -8,7 +8,7 @@ import numpy as np
 
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.request import Hole, Request
-from cm3leon_jax.decoding.sampling.top_p import TEXT_SETTINGS
+from cm3leon_jax.decoding.sampling.methods import TEXT_SETTINGS
 from cm3leon_jax.generation.tasks import (
   ALONE_SETTINGS,
   IMAGE,

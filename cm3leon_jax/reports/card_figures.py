@@ -194,6 +194,4 @@ def _how_by_protocol(result: dict) -> str:
   if result.get("scorer"):
     parts.append(f"CLIP scores by the CLIP {result['scorer']['tensors'][:12]}")
   parts.append(f"cm3leon_jax {result['version']}")
-  if result.get("git"):
-    parts.append(f"commit {result['git'][:12]}")
   return f"{', '.join(parts)}, on {result['device']}."

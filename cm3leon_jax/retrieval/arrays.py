@@ -111,7 +111,7 @@ class ArrayStore:
   def __getitem__(self, rows: slice | npt.ArrayLike) -> np.ndarray:
     """Reads the rows of a slice or of an array of indices in [0, n).
 
-    Raises UserError if a row is missing or damaged. The message names the first rows that are.
+    Raises UserError if a row is missing or damaged.
     """
     if isinstance(rows, slice):
       rows = slice(*rows.indices(self._rows))
@@ -123,7 +123,7 @@ class ArrayStore:
       return self._array[rows].read().result()
     except ValueError as error:  # TensorStore raises ValueError for missing or damaged chunks.
       reason = str(error).splitlines()[0].partition(" [")[0]
-      raise UserError(f"{self._first_damaged()} ({reason}): {self._again()}.") from error
+      raise UserError(f"rows of {self.path} cannot be read ({reason}): {self._again()}.") from error
 
   def read_all(self) -> np.ndarray:
     """Reads all rows. Raises UserError if a row is damaged or the rows differ from their digest."""
@@ -132,18 +132,6 @@ class ArrayStore:
       raise UserError(f"{self.path} was changed after its rows were written: {self._again()}.")
     return rows
 
-  def _first_damaged(self) -> str:
-    """Names the first rows that cannot be read."""
-    chunk = self._array.chunk_layout.read_chunk.shape
-    size = (chunk and chunk[0]) or 1
-    for start in range(0, self._rows, size):
-      stop = min(start + size, self._rows)
-      try:
-        self._array[start:stop].read().result()
-      except ValueError:
-        return f"rows {start} to {stop - 1} of {self.path} cannot be read"
-    return f"rows of {self.path} cannot be read"
-
   def _again(self) -> str:
     stage = next((p for p in self.path.parents if p.name in table.STAGES), self.path.parent)
     return stages.again(stage, f"the folder {self.path}")
@@ -151,11 +139,6 @@ class ArrayStore:
   def write(self, start: int, rows: np.ndarray) -> None:
     """Writes rows [m, ...] at `start`, cast to the dtype of the store. Call `prepare` first."""
     rows = np.asarray(rows)
-    if rows.shape[1:] != self.shape[1:]:
-      raise UserError(
-        f"{self.path} has rows of shape {self.shape[1:]}; rows of shape {rows.shape[1:]} cannot "
-        "be written."
-      )
     self._array[start : start + len(rows)].write(rows.astype(self.dtype)).result()
 
   def commit(self, digest: bool = False) -> None:

@@ -235,11 +235,6 @@ def build_neighbors(
   embedded = embed(job, width, {**inputs, **counted}, runner)
   retriever = Retriever(folder, config)
   backend, bank, blocks = retriever.index.backend, len(retriever), retriever.index.blocks
-  if bank < index_lib.EXACT_BELOW and config.backend == "auto":
-    print(
-      f"neighbors: exact search, because {bank} documents are fewer than {index_lib.EXACT_BELOW}.",
-      flush=True,
-    )
   digest = hashlib.sha256(json.dumps(plain(embedded), sort_keys=True).encode())
   depends: dict[str, Any] = {"bank": digest.hexdigest()}
   if backend == "scann":
@@ -332,10 +327,6 @@ def load_neighbors(
     UserError: the neighbors are absent or damaged, or an id is not in the bank.
   """
   path = epath.Path(folder) / name
-  if not path.exists():
-    raise UserError(f"{path} does not exist: run `cm3leon build_neighbors` first.")
-  if text_only and not (path / "text_ids").exists():
-    raise UserError(f"{path} has no neighbors by caption only; only held-out pairs have them.")
   store = ArrayStore(path / (f"text_{array}" if text_only else array))
   values = store.read_all()
   if bank is not None:

@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import common, score
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
@@ -110,27 +109,23 @@ def test_a_store_is_scored_after_neighbors(run, workdir):
 
 
 @pytest.mark.parametrize(
-  ("documents", "retrieve"),
+  ("documents", "retrieve", "fact"),
   [
-    (None, None),
-    ("no.jsonl", None),
-    ("{file}", "1,2"),
-    ("{file}", "-1"),
-    ("{file}", "65"),
-    ("{texts}", "1"),
-    ("{wrong}", None),
+    (None, None, "--documents"),
+    ("no.jsonl", None, "no.jsonl"),
+    ("{file}", "1,2", "--retrieve"),
+    ("{file}", "65", "--retrieve"),
+    ("{wrong}", None, "wrong.jsonl, line 1"),
   ],
 )
 def test_mistakes_end_the_command_before_any_work(
-  run, workdir, file, tmp_path, monkeypatch, documents, retrieve
+  run, workdir, file, tmp_path, documents, retrieve, fact
 ):
-  monkeypatch.setattr(reading, "load_params", None)  # Reading parameters would fail.
-  names = {"file": file, "texts": tmp_path / "texts.jsonl", "wrong": tmp_path / "wrong.jsonl"}
-  names["texts"].write_text('{"text": "red apple"}\n')
-  names["wrong"].write_text('{"text"\n')
+  wrong = tmp_path / "wrong.jsonl"
+  wrong.write_text('{"text"\n')
   folders = sorted((workdir / "scores").glob("*"))
-  with refused(UserError):
-    run(documents and documents.format(**names), retrieve)
+  with refused(UserError, fact):
+    run(documents and documents.format(file=file, wrong=wrong), retrieve)
   assert sorted((workdir / "scores").glob("*")) == folders
 
 
@@ -138,7 +133,7 @@ def test_images_are_in_the_folder_of_the_file_unless_it_is_trusted(run, workdir,
   (tmp_path / "set").mkdir()
   path = tmp_path / "set" / "outside.jsonl"
   path.write_text('{"image": "../a.png", "caption": "green apple"}')
-  with refused(UserError):
+  with refused(UserError, "../a.png"):
     run(path)
   run(path, allow_outside=True)
   assert list((workdir / "scores").glob("outside-*"))

@@ -39,9 +39,7 @@ def scored(model, params, prompt, ids):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "kind", ["apart", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("shared", "edits"))]
-)
+@pytest.mark.parametrize("kind", ["shared", "edits"])
 def test_aligned_positions_are_those_of_training(kind, monkeypatch):
   """Compares greedy codes and log_probs with scores of whole samples (`bits.score_samples`)."""
   if kind == "shared":

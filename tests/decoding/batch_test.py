@@ -158,15 +158,6 @@ def test_every_row_can_be_put_together(some, shards):
     assert all((used == p).sum() > 1 for p in set(used) if made.prefixes[1][p].any())
 
 
-def test_equal_prompts_are_read_once():
-  """Shares prompts of one request, and prompts that differ only in the last token."""
-  made = plain_arrays([[1, 2], [1, 2], [1, 3], [7, 2]])
-  assert made.prefixes is None
-  assert made.row.tolist() == [0, 0, 0, 1]
-  assert made.last.tolist() == [2, 2, 3, 2]
-  assert made.rests[1].sum() == 2
-
-
 def test_a_stream_of_short_prompts_needs_few_entries():
   """A stream of short prompts needs few cache entries. A shared prefix needs all of its entries."""
   short, other = [7, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9]

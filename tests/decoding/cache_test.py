@@ -82,22 +82,6 @@ def test_int8_is_near(qkv):
   assert error(layer._replace(key_scales=layer.key_scales[:, :, ::-1])) > INT8_ERROR
 
 
-def test_a_key_of_zeros_stays_zero():
-  zeros = shard(jnp.zeros((R, 1, N, H)), "batch", "length", "heads", "head_dim")
-  layer = cache_lib.empty(CONFIG, R, T, "int8")[0].write(0, zeros, zeros)
-  assert all(np.isfinite(np.asarray(x)).all() for x in layer)
-  assert (np.asarray(layer.keys) == 0).all()
-
-
-@pytest.mark.parametrize("dtype", cache_lib.DTYPES)
-def test_rows_and_heads_are_split_over_the_mesh(dtype):
-  with jax.set_mesh(mesh_of(1, 2, 4)):
-    layers = cache_lib.empty(CONFIG, R, T, dtype)
-    assert len(layers) == CONFIG.num_layers
-    for x in jax.tree.leaves(layers):
-      assert x.sharding.shard_shape(x.shape) == (R // 2, N // 4, *x.shape[2:])
-
-
 @pytest.mark.parametrize("dtype", cache_lib.DTYPES)
 def test_rows_of_a_shard_are_gathered_without_a_transfer(dtype):
   """Given 8 rows on 4 devices and heads on 2, each device gathers only rows that it stores."""

@@ -6,25 +6,14 @@ import numpy as np
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.control import control_of, put_sample, without_samples
 from cm3leon_jax.decoding.request import Hole, infill, text_to_image
-from cm3leon_jax.decoding.sampling.contrastive import CONTRASTIVE
-from cm3leon_jax.decoding.sampling.top_p import TOP_P
 from tests.decoding.small import CODES, IMAGE, MIXTURE, VOCAB, A, guided_requests
 
 PARTS = 8
 OTHER = dataclasses.replace(MIXTURE, temperature=2.0, top_k=3, guidance=5.0)
 
 
-def test_rows_without_samples_are_done():
-  control = without_samples(3, 2, MIXTURE, IMAGE, PARTS)
-  assert (control.plan[..., 0] == grammar.DONE).all()
-  assert control.plan.shape == (3, PARTS, 3)
-  assert control.guidance.shape == (3, IMAGE + 1, 2)
-  assert not any(used.any() for used in control.uses.values())
-  assert control.values.top_k.tolist() == [MIXTURE.top_k] * 3
-
-
 def test_samples_in_rows_are_those_of_a_batch():
-  requests, seeds, methods = guided_requests()[:2], [5, 6], [TOP_P, CONTRASTIVE]
+  requests, seeds, methods = guided_requests()[:2], [5, 6], [False, True]
   control = without_samples(3, 2, OTHER, IMAGE, PARTS)
   for row, one in zip((2, 0), zip(requests, seeds, methods)):
     sample = control_of(*([x] for x in one), MIXTURE, IMAGE, PARTS)
@@ -32,8 +21,8 @@ def test_samples_in_rows_are_those_of_a_batch():
   batch = control_of(requests, seeds, methods, MIXTURE, IMAGE, PARTS)
   for field in ("plan", "guidance", "seeds"):
     np.testing.assert_array_equal(getattr(control, field)[[2, 0]], getattr(batch, field))
-  assert control.uses["contrastive"].tolist() == [True, False, False]
-  assert batch.uses["contrastive"].tolist() == [False, True]
+  assert control.contrastive.tolist() == [True, False, False]
+  assert batch.contrastive.tolist() == [False, True]
   assert control.values.top_k.tolist() == [MIXTURE.top_k, OTHER.top_k, MIXTURE.top_k]
   assert (control.plan[1] == 0).all()
   types = [(x.dtype, x.ndim) for x in jax.tree.leaves(control)]
@@ -47,6 +36,6 @@ def test_a_row_is_written_whole():
   long, short = infill(VOCAB, IMAGE, [(A,), pieces]), text_to_image(VOCAB, IMAGE, A)
   control = without_samples(1, 2, MIXTURE, IMAGE, PARTS)
   for request in (long, short):
-    put_sample(control, 0, control_of([request], [0], [TOP_P], MIXTURE, IMAGE, PARTS))
+    put_sample(control, 0, control_of([request], [0], [False], MIXTURE, IMAGE, PARTS))
   assert len(short.plan) < len(long.plan)
   np.testing.assert_array_equal(control.plan, grammar.plan_array([short.plan], PARTS))

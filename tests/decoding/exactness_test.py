@@ -99,12 +99,9 @@ def check(model, count: int, guidance: float):
     assert (ours(params, requests, guidance + 0.5)[0] != ids).any(axis=1).all()
 
 
-@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.slow), 3.0])
-def test_64_greedy_tokens(model, guidance):
-  check(model, 64, guidance)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_1024_greedy_tokens(model, guidance):
-  check(model, 1_024, guidance)
+@pytest.mark.parametrize(
+  ("count", "guidance"),
+  [(64, 3.0), *(pytest.param(1_024, x, marks=pytest.mark.slow) for x in (1.0, 3.0))],
+)
+def test_greedy_tokens(model, count, guidance):
+  check(model, count, guidance)

@@ -2,7 +2,6 @@
 
 # B rows, V vocabulary, T steps.
 
-import functools
 import itertools
 import re
 
@@ -25,13 +24,11 @@ from cm3leon_jax.decoding.grammar import (
   Grammar,
   Part,
   State,
-  max_new_tokens,
   plan_array,
 )
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.vocab import VocabLayout
 from tests.models.tiny import mesh_of
-from tests.refusals import refused
 
 VOCAB = VocabLayout(num_special=9, text_size=268, image_size=16)
 # Letter -> ids: p <pad>, e </s>, u <unk>, b <break>, s <eoss>, A to D <mask:0> to <mask:3>,
@@ -72,12 +69,6 @@ def languages(image: int, lengths):
     for place, pattern in documents(image).items()
     for length in lengths
   ]
-
-
-def long_infill(image: int):
-  plan = (Part(CODES, image), Part(EOSS), Part(MASK, 1), Part(TEXT, 9))
-  plan += (Part(MASK, 2), Part(CODES, 2), Part(EOSS))
-  return plan, rf"i{{{image}}}sBt{{1,9}}sCi{{2}}s", image + 16
 
 
 def is_legal(text: str, pattern: str, most: int) -> bool:
@@ -165,65 +156,6 @@ def test_admits_exactly_the_language(image):
     assert found == {s for s in strings if is_legal(s, pattern, most)}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def random_runs(grammar, plan, key, steps: int):
-  """Samples legal ids at random; every second row prefers some classes of ids, chosen at random.
-
-  Returns:
-    ids [B, T]; for each row, whether it had no legal id before its end, and whether it did not end.
-  """
-  ids = jnp.arange(VOCAB.size)
-  kind = jnp.where(ids < VOCAB.num_special, ids, VOCAB.num_special + VOCAB.is_image(ids))
-
-  def run(carry, key):
-    state, dead = carry
-    noise, liking = jax.random.split(key)
-    liking = jax.random.normal(liking, (len(plan), VOCAB.num_special + 2))[:, kind]
-    liking = jnp.where(jnp.arange(len(plan))[:, None] % 2 == 0, liking, 0)
-    legal, active = grammar.legal(plan, state, ids), grammar.active(plan, state)
-    scores = jnp.where(legal, jax.random.uniform(noise, legal.shape) + liking, -jnp.inf)
-    token = jnp.where(active, jnp.argmax(scores, axis=-1), VOCAB.pad).astype(jnp.int32)
-    return (grammar.advance(plan, state, token), dead | (active != legal.any(axis=-1))), token
-
-  plan = shard(plan, "batch", None, None)
-  begin = grammar.start(plan), shard(jnp.zeros(len(plan), bool), "batch")
-  (state, dead), out = jax.lax.scan(run, begin, jax.random.split(key, steps))
-  return out.T, dead, grammar.active(plan, state)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
-def test_ten_thousand_random_runs():
-  cases, others = (
-    [*languages(image, [2, 3, 6, 7, 8, 13, 14, 24]), long_infill(image)] for image in (5, 6)
-  )
-  of_row = np.arange(10_000) % len(cases)
-  plan, steps = rows_of([cases[n][0] for n in of_row]), 1 + max(most for _, _, most in cases)
-  assert [max_new_tokens(p) for p, _, _ in cases] == [most for _, _, most in cases]
-  ids, dead, active = (
-    np.asarray(x)
-    for x in random_runs(Grammar(VOCAB, 5), plan, jax.random.key(0, impl="rbg"), steps)
-  )
-  texts = ["".join(row).rstrip("p") for row in LETTERS[ids]]
-  assert not dead.any()
-  assert not active.any()
-  assert all(is_legal(text, *cases[n][1:]) for text, n in zip(texts, of_row))
-  # Samples of a plan vary: in their ends, in their lengths, and documents mix text and images.
-  for n, (_, pattern, most) in enumerate(cases):
-    found = {text for text, row in zip(texts, of_row) if row == n}
-    if "[eb]" in pattern:
-      assert {text[-1] for text in found} == set("eb")
-    if "{1,4}" in pattern or "{1,9}" in pattern:
-      assert len({len(text) for text in found}) == (4 if most == 5 else 9)
-    if most == 24:
-      assert any("tbiiiiib" in text for text in found)
-      assert any(len(text) == 24 for text in found)
-  # Negative controls: no match with another image length, one token too few, or one too many.
-  assert sum(not is_legal(text, *others[n][1:]) for text, n in zip(texts, of_row)) > 1_000
-  assert not any(is_legal(text[:-1], *cases[n][1:]) for text, n in zip(texts, of_row) if text)
-  assert not any(is_legal(text + "e", *cases[n][1:]) for text, n in zip(texts, of_row))
-
-
 def test_what_may_follow_an_image():
   """Counts the codes so far of a part and of an image in a document; None if text may follow."""
   grammar = Grammar(VOCAB, 3)
@@ -234,8 +166,3 @@ def test_what_may_follow_an_image():
     found.append([int(n) if yes else None for yes, n in zip(inside, done)])
     state = step(grammar, plan, state, np.array([FIRST[x] for x in taken], np.int32))
   assert found == [[0, None], [1, 1], [None, 2], [None, None]]
-
-
-def test_refuses_an_empty_image():
-  with refused(ValueError):
-    Grammar(VOCAB, 0)

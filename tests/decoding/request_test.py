@@ -30,7 +30,7 @@ from tests.refusals import refused
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
 IMAGE = 4
 EOS, BRK, EOSS_ID = VOCAB.eos, VOCAB.brk, VOCAB.eoss
-M0, M1, M2 = map(VOCAB.mask, range(3))
+M0, M1 = VOCAB.mask(0), VOCAB.mask(1)
 PICTURE = [271, 272, 273, 274]
 DRAWN = (Part(CODES, IMAGE), Part(END))
 
@@ -178,23 +178,19 @@ TEXT_HOLE, IMAGE_HOLE = Hole(most_text=2), Hole(codes=IMAGE)
 
 
 @pytest.mark.parametrize(
-  "make",
+  ("make", "fact"),
   [
-    lambda: request_lib.text_to_image(VOCAB, IMAGE, []),
-    lambda: request_lib.edit(VOCAB, IMAGE, [15], PICTURE, []),
-    lambda: request_lib.edit(VOCAB, IMAGE, [15], PICTURE[:3], [17]),
-    lambda: request_lib.infill(VOCAB, IMAGE, [([17],)]),
-    lambda: request_lib.infill(VOCAB, IMAGE, [([17], TEXT_HOLE)] * 3),
-    lambda: request_lib.infill(VOCAB, IMAGE, [(Hole(),)]),
-    lambda: request_lib.infill(VOCAB, IMAGE, [([271, 272, 273], Hole(most_text=1))]),
-    lambda: request_lib.infill(VOCAB, IMAGE, [([17], Hole(codes=2))]),
-    lambda: request_lib.infill(VOCAB, IMAGE, [([17], TEXT_HOLE, TEXT_HOLE)]),
-    lambda: request_lib.infill(VOCAB, IMAGE, [([271], IMAGE_HOLE)]),
-    lambda: request_lib.infill(VOCAB, IMAGE, [([17, 271], TEXT_HOLE)]),
-    lambda: request_lib.document(VOCAB, IMAGE, [PICTURE[:2]], 9),
-    lambda: request_lib.document(VOCAB, IMAGE, [[17]], 1),
+    (lambda: request_lib.text_to_image(VOCAB, IMAGE, []), "empty"),
+    (lambda: request_lib.edit(VOCAB, IMAGE, [15], PICTURE[:3], [17]), "3 codes"),
+    (lambda: request_lib.infill(VOCAB, IMAGE, [([17],)]), "no mask"),
+    (lambda: request_lib.infill(VOCAB, IMAGE, [([17], TEXT_HOLE)] * 3), "3 masks"),
+    (lambda: request_lib.infill(VOCAB, IMAGE, [([17], Hole(codes=2))]), "mixes"),
+    (lambda: request_lib.infill(VOCAB, IMAGE, [([17], TEXT_HOLE, TEXT_HOLE)]), "adjacent"),
+    (lambda: request_lib.infill(VOCAB, IMAGE, [([271], IMAGE_HOLE)]), "5 codes"),
+    (lambda: request_lib.infill(VOCAB, IMAGE, [([17, 271], TEXT_HOLE)]), "mixes"),
+    (lambda: request_lib.document(VOCAB, IMAGE, [[17]], 1), "length is 1"),
   ],
 )
-def test_bad_requests(make):
-  with refused(UserError):
+def test_bad_requests(make, fact):
+  with refused(UserError, fact):
     make()

@@ -1,18 +1,15 @@
 import numpy as np
-import pytest
 
-from cm3leon_jax.decoding.result import Result, cut
-from cm3leon_jax.decoding.sampling.contrastive import CONTRASTIVE
-from cm3leon_jax.decoding.sampling.top_p import TOP_P
+from cm3leon_jax.decoding.result import Result
 from tests.decoding.small import CODES, VOCAB, A
 
 TOKENS = np.concatenate([A, CODES[:4]]).astype(np.int32)
 LOG_PROBS = np.linspace(-1, 0, len(TOKENS), dtype=np.float32)
 
 
-def result(tokens=TOKENS, method=TOP_P, streams=2):
+def result(tokens=TOKENS, contrastive=False, streams=2):
   total = np.float32(0.1)
-  return Result.of((3, 1), 7, method, tokens, LOG_PROBS[: len(tokens)], total, streams, VOCAB)
+  return Result.of((3, 1), 7, contrastive, tokens, LOG_PROBS[: len(tokens)], total, streams, VOCAB)
 
 
 def test_divergence_is_the_mean_over_the_codes():
@@ -22,15 +19,7 @@ def test_divergence_is_the_mean_over_the_codes():
 
 
 def test_what_a_result_says():
-  one = result(method=CONTRASTIVE)
+  one = result(contrastive=True)
   assert (one.request, one.sample, one.seed, one.contrastive) == (3, 1, 7, True)
   assert not result().contrastive
   np.testing.assert_array_equal(one.codes(VOCAB), CODES[:4] - VOCAB.text_size)
-
-
-@pytest.mark.parametrize("padding", [0, 1, 3])
-def test_a_row_is_cut_at_its_padding(padding):
-  ids = np.pad(TOKENS, (0, padding), constant_values=VOCAB.pad)
-  tokens, log_probs = cut(ids, np.pad(LOG_PROBS, (0, padding)), VOCAB.pad)
-  np.testing.assert_array_equal(tokens, TOKENS)
-  np.testing.assert_array_equal(log_probs, LOG_PROBS)

@@ -45,11 +45,6 @@ def test_intervals_of_few_equal_concepts_cover_at_their_level():
   assert 0.91 * 300 <= covered <= 0.98 * 300  # A plain percentile interval would cover only 84%.
 
 
-def test_levels_are_those_of_the_docstring():
-  levels = [intervals.percentile_level(n) for n in (6, 100, 1e6)]
-  assert levels == pytest.approx([0.995, 0.954, 0.95], abs=5e-4)
-
-
 @given(st.integers(0, 2**32 - 1))
 def test_copies_of_documents_do_not_change_the_interval(seed):
   rng = np.random.default_rng(seed)
@@ -58,23 +53,6 @@ def test_copies_of_documents_do_not_change_the_interval(seed):
   order = rng.permutation(24)
   copied = (np.repeat(values, 3)[order] for values in (sums, weights, np.arange(8)))
   assert intervals.mean_interval(*copied, num_resamples=100) == pytest.approx(once)
-
-
-def test_one_group_has_no_interval():
-  found = intervals.mean_interval([1.0, 2.0], [1, 1], ["fox", "fox"])
-  assert (found["mean"], found["low"], found["high"], found["groups"]) == (1.5, None, None, 1)
-
-
-def test_pairing_removes_variation_that_two_conditions_share():
-  rng = np.random.default_rng(2)
-  hard = sample_documents(rng)[0]
-  easier = hard - rng.normal(0.1, 0.05, len(hard))
-
-  def width(sums):
-    found = intervals.mean_interval(sums, np.ones(len(sums)), GROUPS, num_resamples=300)
-    return found["high"] - found["low"]
-
-  assert width(easier - hard) < 0.1 * width(hard)
 
 
 @pytest.mark.parametrize(

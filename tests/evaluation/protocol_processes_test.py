@@ -22,7 +22,7 @@ data: {format: coco_2014, split: val, count: 0}
 columns:
   - {name: one document, retrieve: 1, sampling: {guidance: 2.0}}
   - {name: best of two, samples: 2}
-metrics: [frechet_distance, code_distance, clip_score, likelihood]
+metrics: [frechet_distance, clip_score, likelihood]
 extractor: clip
 """
 TEXTS = """

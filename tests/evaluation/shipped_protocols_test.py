@@ -1,7 +1,6 @@
 """Tests every protocol of the package on tiny files in the format of its release."""
 
 import dataclasses
-import functools
 import html
 import json
 import math
@@ -11,24 +10,16 @@ import shutil
 from absl import flags
 from absl.testing import flagsaver
 from etils import epath
-import numpy as np
 import pytest
-import safetensors.numpy
 
 from cm3leon_jax.commands import evaluate, evaluate_protocol
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.published.files import open_examples
-from cm3leon_jax.data.raw import reader
-from cm3leon_jax.evaluation.metrics import extractors
-from cm3leon_jax.evaluation.metrics.inception import Inception
 from cm3leon_jax.evaluation.protocols import compare, run
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.trained.run import Run
-from tests.evaluation.metrics.inception_test import random_tensors
 from tests.evaluation.protocol_runs import make_data, make_workdir
 from tests.generation.run import make_config
-from tests.refusals import refused
 
 # One protocol for answers and one for captions. `protocol_run_test.py` covers one for images.
 FAST = ("cm3leon_table2/vqa_v2", "cm3leon_table2/coco")
@@ -101,40 +92,6 @@ def test_every_protocol_runs_to_its_results(name, protocol, settings, workdir, d
   assert all(row["difference"] == 0 for row in compare.compare(folder, folder))
 
 
-@pytest.mark.parametrize(
-  ("name", "needs_data", "fields"),
-  [
-    # The protocol needs images of 256 pixels.
-    ("cm3leon_table1", True, {"metrics": ("clip_score",)}),
-    ("cm3leon_table1", True, {}),  # The FID needs the published Inception weights.
-    # The protocol needs more examples than exist.
-    ("scenes_decoding", False, {"metrics": ("clip_score",)}),
-  ],
-)
-def test_a_protocol_that_does_not_fit_is_refused(settings, workdir, data, name, needs_data, fields):
-  protocol = dataclasses.replace(protocol_lib.load(name)[0], **fields)
-  options = evaluate_protocol.Options(data=data if needs_data else None)
-  with refused(UserError):
-    measure(settings, workdir, "x", protocol, options)
-
-
-def test_weights_of_another_network_are_refused_by_their_hash(settings, workdir, data):
-  protocol = tiny(protocol_lib.load("cm3leon_table1")[0])
-  protocol = dataclasses.replace(protocol, extractor_tensors="0" * 64)
-  with refused(UserError):
-    measure(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
-
-
-def test_too_few_examples_for_a_metric_are_refused(settings, workdir, data):
-  protocol, _ = protocol_lib.load("scenes")
-  for examples, metrics in ((2, ("precision_recall",)), (0, ("precision_recall",))):
-    options = evaluate_protocol.Options(metrics, examples, data if examples == 0 else None)
-    if examples == 0:  # 0 means all examples: 3 of COCO, 5 of the other releases.
-      protocol = tiny(protocol_lib.load("tutorial_decoding")[0])
-    with refused(UserError):
-      measure(settings, workdir, "x", protocol, options)
-
-
 @pytest.mark.slow
 def test_images_are_in_the_folder_of_the_files_unless_they_are_trusted(
   settings, workdir, data, tmp_path
@@ -148,28 +105,6 @@ def test_images_are_in_the_folder_of_the_files_unless_they_are_trusted(
     measure(settings, workdir, "x", protocol, evaluate_protocol.Options(data=linked))
   options = evaluate_protocol.Options(data=linked, allow_outside=True)
   assert measure(settings, workdir, "x", protocol, options)[1]["columns"]
-
-
-def test_flags_of_protocols_need_a_protocol(settings, workdir):
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
-  with flagsaver.flagsaver(metrics=["cmmd"]), refused(UserError):
-    evaluate.main(settings, workdir)
-  with flagsaver.flagsaver(allow_outside=True), refused(UserError):
-    evaluate.main(settings, workdir)
-  with flagsaver.flagsaver(compare=["a"]), refused(UserError):
-    evaluate.main(settings, workdir)
-  for wrong in ({"export": "geneval"}, {"last_params": True}):
-    with flagsaver.flagsaver(protocol="scenes", **wrong), refused(UserError):
-      evaluate.main(settings, workdir)
-
-
-def test_a_flag_without_effect_is_refused(settings, workdir, data):
-  [protocol] = protocol_lib.load("scenes_decoding")
-  for fields in ({"data": data}, {"clip": "x", "metrics": ("copy_rate",)}):
-    options = evaluate_protocol.Options(examples=4, **fields)
-    with refused(UserError):
-      measure(settings, workdir, "x", protocol, options)
 
 
 def test_other_metrics_are_measured_on_the_same_samples(settings, workdir, data):
@@ -215,27 +150,3 @@ metrics: [cider]
   assert "captions b: 2 examples\n  greedy: BLEU-4 " in printed
   folders = sorted(path.name[:7] for path in (workdir / "evaluations").glob("mine-*"))
   assert folders == ["mine-a-", "mine-b-"]
-
-
-@pytest.mark.slow
-def test_distances_are_of_the_features_of_inception(settings, workdir, data, tmp_path, monkeypatch):
-  # Larger padded batches would be slow for so few images.
-  load = functools.partial(extractors.load_inception, rows_per_device=1)
-  monkeypatch.setattr(extractors, "load_inception", load)
-  path = tmp_path / "inception.safetensors"
-  safetensors.numpy.save_file(random_tensors(), path)
-  [protocol] = protocol_lib.load("tutorial_decoding")
-  protocol = dataclasses.replace(tiny(protocol), extractor=protocol.extractor)
-  protocol = dataclasses.replace(protocol, columns=protocol.columns[:1], published=())
-  options = evaluate_protocol.Options(data=data, weights=str(path))
-  folder, result = measure(settings, workdir, "inception", protocol, options)
-  assert result["extractor"]["name"] == "inception-v3 (torch resize)"
-  [stored] = folder.parent.glob("samples/inception-*/features/reference-*/part_00000.npz")
-  examples = open_examples("coco_2014", data, "val")
-  images = np.stack([reader.load_image(example.image, 8) for example in examples])
-  expected = Inception.load(path, "torch").embed_images(images)
-  with stored.open("rb") as file, np.load(file) as arrays:
-    found = arrays["features"]
-  order = [np.abs(expected - row).sum(1).argmin() for row in found]
-  assert sorted(order) == list(range(len(expected)))
-  np.testing.assert_allclose(found, expected[order], rtol=1e-4, atol=1e-4)

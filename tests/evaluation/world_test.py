@@ -36,10 +36,3 @@ def test_every_task_of_scenes_is_judged_and_others_are_not():
   fields = {"templates": ("{caption} <break> {image}",), "target": "image", "name": "x"}
   assert world_lib.of_answers(dataclasses.replace(task, format="coco_2017", **fields)) is None
   assert world_lib.of_answers(dataclasses.replace(task, heldout="")) is None
-
-
-def test_the_tasks_of_all_worlds_have_their_names():
-  tasks = world_lib.drawn_tasks(SETTINGS)
-  assert list(tasks) == list(worlds.MODULES)
-  [record] = tasks["scenes"].records("count", "heldout", 1)
-  assert record.key == "scenes/count/heldout/0000000"

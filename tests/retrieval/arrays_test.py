@@ -1,11 +1,7 @@
-import concurrent.futures
-import multiprocessing
-
 import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.retrieval import arrays
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from tests.refusals import refused
@@ -53,16 +49,6 @@ def test_an_append_that_was_killed_is_not_read_and_can_be_made_again(tmp_path, r
   np.testing.assert_array_equal(ArrayStore(tmp_path / "a")[:], rows[:30])
 
 
-def test_rows_count_once_they_are_committed(tmp_path, rows):
-  ArrayStore.prepare(tmp_path / "a", (6,), np.float16, 50)
-  writers = [ArrayStore(tmp_path / "a") for _ in range(2)]
-  writers[0].write(20, rows[20:])
-  writers[1].write(0, rows[:20])
-  assert len(ArrayStore(tmp_path / "a")) == 0
-  writers[0].commit()
-  np.testing.assert_array_equal(ArrayStore(tmp_path / "a")[:], rows.astype(np.float16))
-
-
 def test_preparing_keeps_what_fits(tmp_path, rows):
   ArrayStore.create(tmp_path / "a", (6,), np.float32).append(rows[:30])
   assert ArrayStore.prepare(tmp_path / "a", (6,), np.float32, 50)
@@ -75,31 +61,8 @@ def test_preparing_keeps_what_fits(tmp_path, rows):
   store = ArrayStore(tmp_path / "a")
   store.commit()
   assert store.dtype == np.float16
-  with refused(UserError):
+  with refused(UserError, str(tmp_path / "a")):
     store[:]  # No row was written.
-
-
-def write_rows(path, start, stop):
-  store = ArrayStore(path)
-  for i in range(start, stop):
-    store.write(i, np.full((1, 6), i, np.float16))
-
-
-@pytest.mark.slow
-def test_processes_write_into_one_file_at_the_same_time(tmp_path):
-  ArrayStore.prepare(tmp_path / "a", (6,), np.float16, 200)
-  with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-    list(pool.map(write_rows, [tmp_path / "a"] * 2, (0, 100), (100, 200)))
-  store = ArrayStore(tmp_path / "a")
-  store.commit()
-  np.testing.assert_array_equal(
-    store[:], np.repeat(np.arange(200, dtype=np.float16)[:, None], 6, 1)
-  )
-
-
-def test_creating_replaces(tmp_path, rows):
-  ArrayStore.create(tmp_path / "a", (6,), np.float32).append(rows)
-  assert ArrayStore.create(tmp_path / "a", (2, 3), np.int32).shape == (0, 2, 3)
 
 
 def files_of(path):
@@ -129,10 +92,10 @@ def test_zeros_are_rows_and_a_lost_file_is_an_error(tmp_path, small_files):
   files_of(path)[1].unlink()
   store = ArrayStore(path)
   for read in (store.read_all, lambda: store[:], lambda: store[np.array([0, 9])]):
-    with refused(UserError):
+    with refused(UserError, str(path)):
       read()
   np.testing.assert_array_equal(store[:8], zeros[:8])
-  with refused(UserError):
+  with refused(UserError, str(path)):
     store.commit(digest=True)
 
 
@@ -141,11 +104,11 @@ def test_every_flipped_bit_of_a_file_is_an_error(tmp_path, small_files):
   write_ids(tmp_path / "a", ids)
   for path in files_of(tmp_path / "a"):
     whole = path.read_bytes()
-    for bit in range(0, 8 * len(whole), 29):
+    for bit in range(0, 8 * len(whole), 97):
       flipped = bytearray(whole)
       flipped[bit // 8] ^= 1 << bit % 8
       path.write_bytes(flipped)
-      with refused(UserError):
+      with refused(UserError, str(tmp_path / "a")):
         ArrayStore(tmp_path / "a")[:]
     path.write_bytes(whole)
   np.testing.assert_array_equal(ArrayStore(tmp_path / "a").read_all(), ids)
@@ -157,7 +120,7 @@ def test_every_flipped_bit_of_the_metadata_is_an_error_or_harmless(tmp_path, sma
   write_ids(tmp_path / "a", ids)
   path = tmp_path / "a" / arrays.METADATA
   whole = path.read_bytes()
-  for bit in range(8 * len(whole)):
+  for bit in range(0, 8 * len(whole), 7):
     flipped = bytearray(whole)
     flipped[bit // 8] ^= 1 << bit % 8
     path.write_bytes(flipped)
@@ -178,20 +141,5 @@ def test_rows_of_another_array_are_an_error(tmp_path, small_files):
   second.write_bytes(first.read_bytes())
   store = ArrayStore(tmp_path / "a")
   np.testing.assert_array_equal(store[8:16], ids[:8])
-  with refused(UserError):
+  with refused(UserError, str(tmp_path / "a")):
     store.read_all()
-
-
-def test_refusals(tmp_path, rows):
-  with refused(UserError):
-    ArrayStore(tmp_path / "none")
-  store = ArrayStore.create(tmp_path / "a", (6,), np.float32)
-  with refused(UserError):
-    store.write(0, rows[:, :5])
-  store.append(rows)
-  for wrong in ([50], [-1]):
-    with refused(IndexError):
-      store[np.array(wrong)]
-  write_json(tmp_path / "a" / arrays.INDEX, {"schema_version": 9, "rows": 50})
-  with refused(UserError):
-    ArrayStore(tmp_path / "a")

@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval import index
 from tests.refusals import refused
 
@@ -38,14 +37,6 @@ def test_exact_search_is_the_oracle(clustered):
   assert index.recall_at_k(ids, oracle(vectors, np.roll(queries, 1, 0), 5)) < 0.5
 
 
-def test_exact_search_in_literals():
-  ids, scores = index.ExactIndex(np.array([[1, 0], [0, 1], [0.6, 0.8]])).search(
-    np.array([[1, 0], [0, 2]]), 4
-  )
-  assert ids.tolist() == [[0, 2, 1, -1], [1, 2, 0, -1]]
-  np.testing.assert_allclose(scores, [[1, 0.6, 0, -np.inf], [2, 1.6, 0, -np.inf]], rtol=1e-6)
-
-
 def test_blocks_and_devices_do_not_matter(clustered, monkeypatch):
   vectors, queries = clustered
   vectors = vectors[:333]  # 333 is a multiple of neither 8 (devices) nor the block size.
@@ -56,13 +47,6 @@ def test_blocks_and_devices_do_not_matter(clustered, monkeypatch):
     np.testing.assert_array_equal(ids, expected[0])
     np.testing.assert_allclose(scores, expected[1], atol=1e-6)
   np.testing.assert_array_equal(expected[0], oracle(vectors, queries[:9], 20))
-
-
-def test_the_callers_mesh_does_not_matter(clustered):
-  vectors, queries = clustered
-  with jax.set_mesh(create_mesh(MeshConfig(2, 2, 2))):
-    ids, _ = index.ExactIndex(vectors).search(queries, 5)
-  np.testing.assert_array_equal(ids, oracle(vectors, queries, 5))
 
 
 def test_equal_scores_come_in_the_order_of_their_ids():
@@ -98,7 +82,7 @@ def test_scann_agrees_with_exact_search(clustered, tmp_path, monkeypatch):
   loaded_ids, loaded_scores = index.ScannIndex.load("moved", len(vectors)).search(queries, 2)
   np.testing.assert_array_equal(loaded_ids, ids)
   np.testing.assert_array_equal(loaded_scores, scores)
-  with refused(UserError):
+  with refused(UserError, "relative"):
     index.ScannIndex.load("relative", len(vectors))
 
 
@@ -135,22 +119,6 @@ def test_merge_in_literals():
   assert index.merge(results, 4)[0].tolist() == [[4, 8, 7, -1]]
 
 
-@pytest.mark.parametrize(
-  ("n", "leaves"),
-  [
-    (1, (1, 1)),
-    (20, (4, 2)),
-    (1_000, (32, 11)),
-    (99_999, (316, 64)),
-    (100_000, (316, 60)),
-    (1_000_000, (1_000, 60)),
-    (400_000_000, (20_000, 100)),
-  ],
-)
-def test_leaves_in_literals(n, leaves):
-  assert index._leaves(n) == leaves
-
-
 def test_vectors_of_a_large_index_are_in_two_leaves(clustered, tmp_path, monkeypatch):
   pytest.importorskip("scann")
   vectors, queries = clustered
@@ -163,16 +131,6 @@ def test_vectors_of_a_large_index_are_in_two_leaves(clustered, tmp_path, monkeyp
     assert all(len(set(row[row >= 0])) == (row >= 0).sum() > 2 for row in ids)
 
 
-def test_scann_with_8_bits(clustered, monkeypatch):
-  pytest.importorskip("scann")
-  vectors, queries = clustered
-  monkeypatch.setattr(index, "LARGE", 100)
-  ids, scores = index.ScannIndex.build(vectors).search(queries, 2)
-  assert index.recall_at_k(ids, oracle(vectors, queries, 2)) >= 0.9
-  exact = np.take_along_axis(queries @ vectors.T, ids, 1)
-  assert 1e-5 < np.abs(scores - exact).max() < 0.03
-
-
 def test_scann_fills_up_when_there_are_too_few(clustered):
   pytest.importorskip("scann")
   vectors, queries = clustered
@@ -180,24 +138,3 @@ def test_scann_fills_up_when_there_are_too_few(clustered):
   assert (ids[:, 20:] == -1).all()
   assert np.isneginf(scores[ids == -1]).all()
   assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in ids)
-
-
-def test_auto_is_exact_for_few_vectors():
-  pytest.importorskip("scann")
-  assert [index.choose_backend(n) for n in (1, 999, 1_000)] == ["exact", "exact", "scann"]
-  assert index.choose_backend(5_000, "exact") == "exact"
-
-
-def test_recall_in_literals():
-  exact = np.array([[1, 2], [3, 4]])
-  assert index.recall_at_k(np.array([[2, 1], [3, 9]]), exact) == 0.75
-  with refused(ValueError):
-    index.recall_at_k(exact[:, :1], exact)
-
-
-def test_refusals():
-  with refused(UserError):
-    index.choose_backend(0)
-  for vectors in (np.ones((0, 3)), np.ones(3)):
-    with refused(UserError):
-      index.ExactIndex(vectors)

@@ -6,7 +6,6 @@ import pytest
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.config import UserError
 from cm3leon_jax.retrieval import neighbors
-from cm3leon_jax.retrieval.bank import Embeddings
 from cm3leon_jax.retrieval.config import RetrievalConfig
 from cm3leon_jax.retrieval.neighbors import Retriever, select_neighbors
 from tests.refusals import refused
@@ -37,10 +36,6 @@ def test_selection_in_literals():
   assert select([[5, 3, 8], [3, 9, 8]], {5}, 1, vectors=vectors) == ([3, 8], rejected)
 
 
-def test_sides_alternate_best_first():
-  assert select([[1, 3, 5], [6, 5]]) == ([1, 6, 3, 5], {})
-
-
 def test_similar_to_the_query_is_skipped():
   assert select([[0, 1, 3], [5, 6]]) == ([1, 5, 3, 6], {"similar_to_query": 1})
   assert select([[0, 1], [5, 6]], limit=0.99)[0] == [0, 5, 1, 6]  # Negative control.
@@ -56,18 +51,6 @@ def test_unlike_the_query_is_skipped():
 def test_similar_to_a_kept_one_is_skipped():
   assert select([[1, 2, 3], [4, 6]]) == ([1, 4, 6], {"similar_to_kept": 2})
   assert select([[1, 2, 3], [4, 6]], limit=0.997)[0] == [1, 4, 2, 6]  # Negative control.
-
-
-def test_a_candidate_of_both_sides_is_kept_once():
-  assert select([[3, 1], [3, 5]], kept=1, limit=1.0) == ([3, 5], {"similar_to_kept": 1})
-
-
-def test_own_group_is_skipped():
-  assert select([[1, 3], [5, 1]], {1, 5}) == ([3], {"own_group": 3})
-
-
-def test_empty_places_of_a_list_are_skipped():
-  assert select([[-1, -1], [5, -1]]) == ([5], {})
 
 
 @dataclasses.dataclass
@@ -126,23 +109,8 @@ def test_the_rules_hold_on_a_bank(tmp_path, monkeypatch):
     np.testing.assert_allclose(scores[i, : len(kept)], vectors[kept] @ vectors[i], atol=1e-6)
 
 
-def test_without_groups_only_itself_is_excluded(tmp_path):
-  bank = dataclasses.replace(bank_of(30), groups=np.full(30, ""))
-  ids, _, rejected = neighbors_of(bank.retriever(tmp_path))
-  assert (ids != np.arange(30)[:, None]).all()
-  assert (ids >= 0).all()
-  assert rejected["own_group"] > 0
-
-
-def test_two_documents_of_one_group_have_no_neighbors(tmp_path):
-  ids, scores, _ = neighbors_of(bank_of(2).retriever(tmp_path))
-  assert (ids == -1).all()
-  assert (scores == 0).all()
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_order_of_the_bank_does_not_matter(tmp_path, seed):
-  bank, order = bank_of(24), np.random.default_rng(seed).permutation(24)
+def test_the_order_of_the_bank_does_not_matter(tmp_path):
+  bank, order = bank_of(24), np.random.default_rng(0).permutation(24)
   shuffled = bank.reordered(order)
 
   def names(bank, ids):
@@ -165,18 +133,6 @@ def test_retrieval_by_caption_is_best_first(tmp_path):
   assert (ids[0] != retriever.retrieve(bank.texts[5:6])[0][0]).any()
 
 
-def test_absent_neighbors_are_reported(tmp_path):
-  with refused(UserError):
-    Embeddings(tmp_path / "train")
-  with refused(UserError):
-    neighbors.load_neighbors(tmp_path, "train_pairs")
-  ids = np.array([[3, 1, -1, -1]], np.int32)
-  write_neighbors(tmp_path / "train_pairs", ids=ids)
-  np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path, "train_pairs"), ids)
-  with refused(UserError):
-    neighbors.load_neighbors(tmp_path, "train_pairs", text_only=True)
-
-
 @pytest.mark.parametrize("wrong", [-5, 30, 2**31 - 1])
 def test_neighbors_outside_of_the_bank_are_refused(tmp_path, wrong):
   ids = np.array([[3, 1, -1, -1], [29, 0, 4, 2]], np.int32)
@@ -184,5 +140,5 @@ def test_neighbors_outside_of_the_bank_are_refused(tmp_path, wrong):
   np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path, "train_pairs", bank=30), ids)
   ids[1, 2] = wrong
   write_neighbors(tmp_path / "train_pairs", ids=ids)
-  with refused(UserError):
+  with refused(UserError, "row 1", str(wrong)):
     neighbors.load_neighbors(tmp_path, "train_pairs", bank=30)

@@ -26,7 +26,8 @@ from tests.refusals import refused
   ],
 )  # fmt: skip
 def test_wrong_configs_are_refused_in_one_sentence(fields):
-  with refused(FieldError) as error:
+  [name] = fields
+  with refused(FieldError, "config.scenes", name) as error:
     build(ScenesConfig, fields, "scenes")
   assert "\n" not in str(error.value)
 

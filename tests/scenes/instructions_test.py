@@ -22,7 +22,6 @@ from cm3leon_jax.scenes.instructions import (
   may_be_trained,
   record,
 )
-from cm3leon_jax.scenes.judge.judge import find_objects
 from cm3leon_jax.scenes.world import (
   HELDOUT_COLOR,
   ICONS,
@@ -39,15 +38,6 @@ from tests.refusals import refused
 
 CONFIG = ScenesConfig(rare_objects=100)
 SINGULARS = {many: name for name, many in PLURALS.items()}
-# Relation -> function of the boxes a and b, (left, top, right, bottom) each, that tests it.
-SIDES = {
-  "left of": lambda a, b: a[2] <= b[0],
-  "right of": lambda a, b: a[0] >= b[2],
-  "above": lambda a, b: a[3] <= b[1],
-  "over": lambda a, b: a[3] <= b[1],
-  "below": lambda a, b: a[1] >= b[3],
-  "under": lambda a, b: a[1] >= b[3],
-}
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +56,6 @@ def scene_of(objects) -> Scene:
 
 def last_image(record) -> np.ndarray:
   return list(record.images.values())[-1]
-
-
-def shown(record, image="image"):
-  """Returns (name, color, box) of each object that the judge finds in an image."""
-  return [(x.name, x.color, x.box) for x in find_objects(record.images[image][None])[0]]
 
 
 def word_of(text: str) -> str:
@@ -141,40 +126,6 @@ def test_images_show_the_scene_of_the_facts(task, made):
         assert (one.images["before"] != one.images["after"]).any()
 
 
-def test_images_have_the_style_of_the_config():
-  config = ScenesConfig(style="outlined")
-  for task in TASKS:
-    one = record(config, task, "train", 3)
-    expected = render(scene_of(one.facts["objects"]), "outlined")
-    np.testing.assert_array_equal(last_image(one), expected)
-    if task in EDITS:
-      expected = render(Scene.parse(one.group), "outlined")
-      np.testing.assert_array_equal(one.images["before"], expected)
-
-
-@pytest.mark.slow
-def test_answers_follow_from_the_pixels(made):
-  """Computes answers from objects that the judge finds, without the code that makes questions."""
-  words = {"one": 1, "two": 2, "three": 3, "four": 4}
-  some = {key: records[:50] for key, records in made.items()}  # The judge is slow.
-  for split in ("train", "heldout"):
-    for one in some["count", split]:
-      name = word_of(one.texts["question"])
-      assert [x[0] for x in shown(one)].count(name) == words[one.texts["answer"]]
-    for one in some["color", split]:
-      name = word_of(one.texts["question"])
-      assert {color for x, color, _ in shown(one) if x == name} == {one.texts["answer"]}
-    for one in some["exists", split]:
-      name = word_of(one.texts["question"])
-      assert (name in [x[0] for x in shown(one)]) == (one.texts["answer"] == "yes")
-    for one in some["relation", split]:
-      (relation,) = (side for side in SIDES if f"{side} the " in one.texts["question"])
-      objects = shown(one)
-      (of,) = (box for x, _, box in objects if x == word_of(one.texts["question"]))
-      there = [x for x, _, box in objects if SIDES[relation](box, of)]
-      assert there == [one.texts["answer"]]
-
-
 def test_edits_do_what_the_instruction_says(made):
   for split in ("train", "heldout"):
     for one in made["recolor", split]:
@@ -216,19 +167,6 @@ def test_answers_are_balanced(made):
   first = [one.texts["answer"] for one in made["exists", "train"][::2]]
   # In each pair of records, "yes" and "no" have a random order.
   assert 30 < first.count("yes") < 70
-
-
-def test_the_name_alone_does_not_say_whether_an_object_is_there():
-  asked = collections.defaultdict(list)
-  few = ScenesConfig(objects=tuple(COMMON)[:12], rare_objects=10)
-  for one in ScenesTasks(few).records("exists", "train", 3_000):
-    asked[word_of(one.texts["question"])].append(one.texts["answer"] == "yes")
-  common = [asked[name] for name in few.objects]
-  assert min(map(len, common)) > 100
-  for answers in common:
-    assert abs(np.mean(answers) - 0.5) < 4 * 0.5 / len(answers) ** 0.5
-  rare = [x for name, answers in asked.items() if name in RARE for x in answers]
-  assert abs(np.mean(rare) - 0.5) < 4 * 0.5 / len(rare) ** 0.5
 
 
 @pytest.mark.parametrize("task", [*QUESTIONS, *EDITS])
@@ -278,14 +216,6 @@ def test_training_records_show_nothing_that_is_held_out(task, made):
     assert one.facts["heldout"] in KINDS
 
 
-def test_absent_objects_of_training_could_stand_beside_the_others(made):
-  for one in made["exists", "train"]:
-    name = word_of(one.texts["question"])
-    for x in Scene.parse(one.group).objects:
-      if {name, x.object} <= set(COMMON) and name != x.object:
-        assert not is_heldout_objects(name, x.object)
-
-
 def test_a_rare_object_is_trained_alone():
   name = next(x for x in RARE if not is_heldout_rare(x))
   alone = Placed(name, rare_color(name), rare_place(name))
@@ -295,21 +225,6 @@ def test_a_rare_object_is_trained_alone():
   # `split_of_scene` considers only the rare object.
   assert split_of_scene(Scene.of([alone, beside])) == "train"
   assert not may_be_trained(Scene.of([alone, beside]))
-
-
-@pytest.mark.parametrize("task", EDITS)
-def test_half_of_the_edits_in_training_show_rare_objects(task, made):
-  scenes_of = {
-    split: [Scene.parse(one.group).objects for one in made[task, split]]
-    for split in ("train", "heldout")
-  }
-  rare = [any(x.object in RARE for x in objects) for objects in scenes_of["train"]]
-  assert abs(np.mean(rare) - 0.5) < 4 * 0.5 / len(rare) ** 0.5
-  assert not any(x.object in RARE for objects in scenes_of["heldout"] for x in objects)
-  # An edit could not distinguish two rare objects, whose names are invented.
-  for objects in scenes_of["train"]:
-    several = len({x.object for x in objects if x.object in RARE}) > 1
-    assert not several or task == "mirror"
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -367,12 +282,6 @@ def test_one_half_is_hidden_and_shows_an_object(made):
   assert len(halves) == 4
 
 
-def test_a_config_without_a_scene_for_a_task_is_named():
-  config = ScenesConfig(objects=("bell",), categories=("colors",))
-  with refused(UserError):
-    record(config, "relation", "train", 0)
-
-
 def test_an_unknown_task_is_named():
-  with refused(UserError):
+  with refused(UserError, "rotate"):
     record(CONFIG, "rotate", "train", 0)

@@ -75,7 +75,7 @@ class EncodeJob:
       summary[kind] = {**counts, "text_tokens": sum(map(len, texts))}
       images = [image for record in records for image in images_of(record)]
       codes = self._codes(images, image_tokenizer, f"{split} {name}")
-      documents = _documents(records, iter(texts), codes, self.vocab, code_counts)
+      documents = documents_of(records, iter(texts), codes, self.vocab, code_counts)
       write_shard(epath.Path(self.folder) / f"{split}_{kind}", name, documents, self.vocab)
     return {**summary, "code_counts": code_counts.tolist()}
 
@@ -106,7 +106,7 @@ def texts_of(record: Record) -> list[str]:
   return [record.caption if isinstance(record, RawPair) else record.text]
 
 
-def _documents(
+def documents_of(
   records: Iterable[Record],
   texts: Iterator[np.ndarray],
   codes: Iterator[np.ndarray],

@@ -59,7 +59,7 @@ class Bucket(NamedTuple):
     number of candidates.
     """
     sampler = self.static.sampler
-    all_candidates = Sampler(0, 0, own.static.sampler.others)
+    all_candidates = Sampler(0, 0, own.static.sampler.contrastive_k)
     sampler = sampler if sampler == all_candidates else own.static.sampler
     if not own._compiled_as(self, sampler) or own.parts > self.parts:
       return False
@@ -83,11 +83,11 @@ class Bucket(NamedTuple):
 def bucket_of(request: Request, sampling: SamplingConfig, generator: Generator) -> Bucket:
   """Returns the smallest bucket for a request. It has the lengths of the request, rounded up."""
   config, usual = generator.config, Sampler.of(generator.config.sampling)
-  own = Sampler.of(sampling).for_streams(len(request.streams))
+  own = Sampler.of(sampling, len(request.streams))
   sampler = Sampler(
     _candidates(own.of_codes, usual.of_codes),
     _candidates(own.of_all, usual.of_all),
-    own.others,
+    own.contrastive_k,
   )
   most = batch_lib.bucket_length(config.positions)
   # The first prompt may be long. The other prompts are usually short and get a small width.
@@ -121,7 +121,7 @@ def largest(own: Bucket, config: GeneratorConfig) -> Bucket:
   # With one stream, the entries for the prompt cover all positions, so generated tokens fit into
   # them, too.
   new_tokens = batch_lib.BUCKET if streams == 1 else image + 1
-  sampler = Sampler(0, 0, own.static.sampler.others)
+  sampler = Sampler(0, 0, own.static.sampler.contrastive_k)
   parts = 1 << min(3 * config.vocab.num_masks, config.positions).bit_length()
   static = own.static._replace(
     sampler=sampler, widths=widths, max_new_tokens=new_tokens, capacities=(new_tokens,)

@@ -64,15 +64,12 @@ class ContinuousGenerator:
         name share batches.
 
     Raises:
-      UserError: a number is out of range.
+      UserError: `slots` is not a multiple of the number of devices.
     """
     self.generator, self.mesh = generator, generator.programs.mesh
     self._generators = {"": generator, **(adapted or {})}
     with jax.set_mesh(self.mesh):
       self.shards = shards = batch_shards()
-    for name, value in (("slots", slots), ("chunk", chunk), ("buckets", buckets)):
-      if value < 1:
-        raise UserError(f"{name} is {value}; it must be positive.")
     if slots % shards:
       raise UserError(
         f"slots is {slots}; it must be a multiple of {shards}, the number of devices that share a "

@@ -20,8 +20,7 @@ from cm3leon_jax.decoding.generator import Generator
 from cm3leon_jax.decoding.programs import jit_before, lower_loop
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.result import Result, cut
-from cm3leon_jax.decoding.sampling.method import TokenMethod
-from cm3leon_jax.decoding.sampling.methods import choose_method
+from cm3leon_jax.decoding.sampling.methods import is_contrastive
 from cm3leon_jax.mesh import abstract
 
 FIXED = (grammar.CODES, grammar.EOSS, grammar.MASK, grammar.END)  # Parts with a fixed length.
@@ -62,8 +61,8 @@ class ActiveRequest:
     return grammar.max_new_tokens(plan) - len(self.tokens) if fixed else None
 
   @property
-  def method(self) -> TokenMethod:
-    return choose_method(self.sampling.method, self.seed, len(self.request.streams))
+  def contrastive(self) -> bool:
+    return is_contrastive(self.sampling.method, self.seed, len(self.request.streams))
 
 
 class RunningBatch:
@@ -222,8 +221,8 @@ class RunningBatch:
   def _write_control(self, slot: int) -> None:
     active, codes = self.slots[slot], self.generator.config.image_tokens
     assert active is not None
-    requests, seeds, methods = [active.request], [active.seed], [active.method]
-    one = control_of(requests, seeds, methods, active.sampling, codes, self.bucket.parts)
+    requests, seeds, contrastive = [active.request], [active.seed], [active.contrastive]
+    one = control_of(requests, seeds, contrastive, active.sampling, codes, self.bucket.parts)
     put_sample(self.control, slot, one)
 
   def _prompts(self, slot: int | None) -> list[StreamPrompt]:
@@ -251,7 +250,7 @@ class RunningBatch:
       active.tokens = np.append(active.tokens, tokens)
       active.log_probs = np.append(active.log_probs, of_tokens)
       finished = bool(self.control.plan[slot, parts[slot], 0] == grammar.DONE)
-      known = active.seed, active.method, active.tokens, active.log_probs
+      known = active.seed, active.contrastive, active.tokens, active.log_probs
       result = Result.of((0, 0), *known, apart[slot], len(active.request.streams), vocab)
       updates.append(Update(active.ticket, result, finished, int(steps)))
       if finished:

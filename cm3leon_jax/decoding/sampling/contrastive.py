@@ -2,66 +2,11 @@
 
 # B rows, V vocabulary (all ids, or only image codes).
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int, Key
+from jaxtyping import Array, Float
 
-from cm3leon_jax.decoding.config import SamplingConfig
-from cm3leon_jax.decoding.sampling.method import StreamLogits, TokenMethod
 from cm3leon_jax.decoding.sampling.top_p import largest
-
-
-class ContrastiveRows(NamedTuple):
-  """Settings of CD-K for each row.
-
-  Attributes:
-    alpha: smallest allowed ratio of a token's probability to the k-th largest probability.
-    amateur_temperature: divisor of the logits of the amateur, which is the unconditional stream.
-  """
-
-  alpha: Float32[Array, " B"]
-  amateur_temperature: Float32[Array, " B"]
-
-
-class ContrastiveMethod(TokenMethod):
-  """CD-K with the conditional stream as expert and the unconditional stream as amateur."""
-
-  name = "contrastive"
-  settings = (
-    *("contrastive_k", "contrastive_alpha"),
-    *("contrastive_temperature", "amateur_temperature"),
-  )
-  is_guided = False
-  needs_unconditional = True
-  numbers = ("contrastive_temperature", "contrastive_alpha", "amateur_temperature")
-  temperature = "contrastive_temperature"
-
-  def compiled(self, config: SamplingConfig) -> int:
-    """Returns k, for which the program is compiled."""
-    return config.contrastive_k
-
-  def rows(self, is_image: Bool[Array, " B"], values: Any) -> ContrastiveRows:
-    return ContrastiveRows(
-      alpha=jnp.full_like(is_image, values.contrastive_alpha, jnp.float32),
-      amateur_temperature=jnp.full_like(is_image, values.amateur_temperature, jnp.float32),
-    )
-
-  def sample(
-    self,
-    logits: StreamLogits,
-    keys: Key[Array, " B"],
-    temperature: Float[Array, "B 1"],
-    rows: ContrastiveRows,
-    compiled: int,
-  ) -> Int[Array, " B"]:
-    amateur = logits.unconditional / rows.amateur_temperature[:, None]
-    scores = contrastive_scores(logits.conditional, amateur, compiled, rows.alpha[:, None])
-    return jax.vmap(jax.random.categorical)(keys, scores / temperature)
-
-
-CONTRASTIVE = ContrastiveMethod()
 
 
 def contrastive_scores(

@@ -1,18 +1,26 @@
-"""Lists all sampling methods by name and chooses the method of each sample."""
+"""Lists the settings of each sampling method and chooses the method of each sample.
 
-from cm3leon_jax.decoding.sampling.contrastive import CONTRASTIVE
-from cm3leon_jax.decoding.sampling.method import SamplingMethod, TokenMethod
-from cm3leon_jax.decoding.sampling.mixture import MIXTURE
-from cm3leon_jax.decoding.sampling.top_p import TOP_P
+Texts are always sampled by top-p, and so are codes without an unconditional stream.
+"""
 
-METHODS: dict[str, SamplingMethod] = {
-  method.name: method for method in (TOP_P, CONTRASTIVE, MIXTURE)
-}
-# All programs contain top-p, which samples texts. They contain another method only if a row may use
-# it.
-OTHERS: tuple[TokenMethod, ...] = tuple(
-  method for method in METHODS.values() if isinstance(method, TokenMethod) and method is not TOP_P
+import numpy as np
+
+from cm3leon_jax.decoding.config import METHODS
+
+TEXT_SETTINGS = ("text_temperature", "text_top_k", "text_top_p")
+_TOP_P = ("temperature", "top_k", "top_p")
+_CONTRASTIVE = (
+  *("contrastive_k", "contrastive_alpha"),
+  *("contrastive_temperature", "amateur_temperature"),
 )
+# Fields of SamplingConfig that each method reads, except `method` and guidance fields.
+SETTINGS = {
+  "top_p": _TOP_P,
+  "contrastive": _CONTRASTIVE,
+  "mixture": (*_TOP_P, *_CONTRASTIVE),
+}
+assert tuple(SETTINGS) == METHODS
+WITHOUT_UNCONDITIONAL = ("top_p",)  # Methods that need no unconditional stream.
 
 
 def settings_of_codes(*, unconditional: bool) -> tuple[str, ...]:
@@ -21,31 +29,31 @@ def settings_of_codes(*, unconditional: bool) -> tuple[str, ...]:
   Guidance fields are not included, because they depend on the streams. `unconditional` is whether
   the task may have an unconditional stream.
   """
-  first, *others = (m for m in METHODS.values() if unconditional or not m.needs_unconditional)
-  fields = [*first.settings]
-  if others:
-    fields.append("method")
-  for method in others:
-    fields += [field for field in method.settings if field not in fields]
-  return tuple(fields)
+  return (*_TOP_P, "method", *_CONTRASTIVE) if unconditional else _TOP_P
 
 
 def unread_settings(name: str) -> tuple[str, ...]:
   """Returns the fields in `settings_of_codes` that the method `name` does not read."""
-  read = {"method", *METHODS[name].settings}
-  return tuple(x for x in settings_of_codes(unconditional=True) if x not in read)
+  return tuple(field for field in SETTINGS["mixture"] if field not in SETTINGS[name])
 
 
-def without_unconditional() -> list[str]:
-  """Returns the names of the methods that do not need an unconditional stream."""
-  return [name for name, method in METHODS.items() if not method.needs_unconditional]
+def is_guided(name: str) -> bool:
+  """Returns whether guidance weights have an effect on a method."""
+  return name != "contrastive"
 
 
-def choose_method(name: str, seed: int, streams: int) -> TokenMethod:
-  """Chooses the token method of the sample with the seed `seed`.
+def is_contrastive(name: str, seed: int, streams: int) -> bool:
+  """Returns whether the sample with this seed uses contrastive decoding, and not top-p.
 
-  A prompt with one stream uses top-p if the chosen method needs an unconditional stream. `streams`
-  is the number of streams of the prompt.
+  A mixture chooses with equal probability, by a bit of the seed's hash, because all seeds of a user
+  may have one parity.
+
+    seeds 0 to 9: 0 1 1 1 0 1 0 0 1 0
+
+  `streams` is the number of streams of the prompt.
   """
-  method = METHODS[name].choose(seed)
-  return TOP_P if method.needs_unconditional and streams == 1 else method
+  if name == "mixture":
+    chosen = bool(np.random.SeedSequence(seed).generate_state(1)[0] % 2)
+  else:
+    chosen = name == "contrastive"
+  return chosen and streams > 1

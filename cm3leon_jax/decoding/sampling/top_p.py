@@ -3,60 +3,29 @@
 # B rows, V vocabulary (all ids, or only image codes), C candidates that top-k keeps.
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
-
-from cm3leon_jax.decoding.config import SamplingConfig
-from cm3leon_jax.decoding.sampling.method import StreamLogits, TokenMethod
-
-TEXT_SETTINGS = ("text_temperature", "text_top_k", "text_top_p")
+from jaxtyping import Array, Float, Float32, Int, Int32, Key
 
 
-class TopPRows(NamedTuple):
-  """Settings of top-k and top-p for each row. `top_k` = 0 keeps all candidates."""
+def sample_top_p(
+  logits: Float[Array, "B V"],
+  keys: Key[Array, " B"],
+  top_k: Int[Array, " B"],
+  top_p: Float[Array, " B"],
+  candidates: int,
+) -> Int[Array, " B"]:
+  """Samples one id for each row (nucleus sampling: Holtzman et al. 2020).
 
-  top_k: Int32[Array, " B"]
-  top_p: Float32[Array, " B"]
-
-
-class TopPMethod(TokenMethod):
-  """Nucleus sampling (Holtzman et al. 2020) from the top-k candidates."""
-
-  name = "top_p"
-  settings = ("temperature", "top_k", "top_p")
-  numbers = settings
-  temperature = "temperature"
-
-  def compiled(self, config: SamplingConfig) -> tuple[int, int]:
-    """Returns (C if only image codes are sampled, C if texts may also be sampled)."""
-    both = config.top_k, config.text_top_k
-    return config.top_k, 0 if 0 in both else max(both)  # 0 keeps all candidates.
-
-  def rows(self, is_image: Bool[Array, " B"], values: Any) -> TopPRows:
-    return TopPRows(
-      top_k=jnp.where(is_image, values.top_k, values.text_top_k),
-      top_p=jnp.where(is_image, values.top_p, values.text_top_p),
-    )
-
-  def sample(
-    self,
-    logits: StreamLogits,
-    keys: Key[Array, " B"],
-    temperature: Float[Array, "B 1"],
-    rows: TopPRows,
-    compiled: int,
-  ) -> Int[Array, " B"]:
-    values, ids = filter_candidates(logits.guided / temperature, rows.top_k, rows.top_p, compiled)
-    noisy = values + _noise(keys, ids)
-    # If rounding makes several noisy logits equal, take the smallest id.
-    best = noisy == jnp.max(noisy, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(best, ids, logits.guided.shape[-1]), axis=-1)
-
-
-TOP_P = TopPMethod()
+  `keys` has one key per row, so the sample of a row does not depend on other rows. `logits` are
+  divided by the temperature; for the other arguments, see `filter_candidates`.
+  """
+  values, ids = filter_candidates(logits, top_k, top_p, candidates)
+  noisy = values + _noise(keys, ids)
+  # If rounding makes several noisy logits equal, take the smallest id.
+  best = noisy == jnp.max(noisy, axis=-1, keepdims=True)
+  return jnp.min(jnp.where(best, ids, logits.shape[-1]), axis=-1)
 
 
 def filter_candidates(

@@ -93,8 +93,8 @@ def fit_neighbors(document: Document, neighbors: Iterable[Document], length: int
   left = length - _num_positions(document)
   if left < 0:
     raise UserError(
-      f"held-out document '{document.key}' needs {length - left} positions; "
-      f"data.sequence_length is {length}."
+      f"document '{document.key}' needs {length - left} positions; the model was trained on "
+      f"{length}."
     )
   kept = []
   for neighbor in neighbors:

@@ -1,6 +1,9 @@
-"""Computes log-probabilities of a text, of an image given a text, and of a text given an image."""
+"""Computes log-probabilities of texts, of images given texts, and of texts given images.
 
-# n pairs, I codes of an image.
+`score_answers` computes the probability of given answers in the place of a mask.
+"""
+
+# n pairs, Q questions, C answers to each, I codes of an image.
 
 from collections.abc import Sequence
 import dataclasses
@@ -16,7 +19,8 @@ from cm3leon_jax.decoding.batch import rounded
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.generation.given_images import load_image
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.generation.tasks import GivenImage, PromptLayout
+from cm3leon_jax.generation.tasks import MASK, GivenImage, PromptLayout
+from cm3leon_jax.generation.text_tasks import text_pieces
 from cm3leon_jax.mesh import batch_shards
 
 
@@ -84,9 +88,7 @@ def score_codes(
     stop = len(sample) - len(image) - 2  # <break> follows the text, and </s> follows the image.
     span = (stop - len(segments[0].tokens), stop)
     masked.append(apply_cm3_mask(sample, [span], vocab))
-  size = rounded(min(len(texts), pipeline.generator.config.batch_size), batch_shards())
-  scored = bits.score_samples(params, pipeline.settings.model, [*plain, *masked], vocab, size)
-  nats = [-np.log(2) * x for x in scored]
+  nats = [-np.log(2) * x for x in _bits(pipeline, params, [*plain, *masked], len(texts))]
   scores = []
   for sample, document, first, last in zip(plain, documents, nats, nats[len(texts) :]):
     own = bits.own_targets(sample, document, vocab)
@@ -96,6 +98,61 @@ def score_codes(
     sums = (float(text.sum()), image_sum, span_sum)
     scores.append(PairScore(*sums, len(text), layout.image_tokens))
   return scores
+
+
+def score_answers(
+  pipeline: Pipeline,
+  params: dict,
+  texts: Sequence[str],
+  answers: Sequence[Sequence[str]],
+  codes: npt.ArrayLike,
+) -> list[np.ndarray]:
+  """Computes log p(answer, <eoss>) for each answer to each question.
+
+    text = "Question: how many? Answer: <mask>.", answers = ["two", "two of them"]:
+    </s> Question: how many? Answer: <mask:0>. <break> image </s> <mask:0> two <eoss>
+    and the same sample with the second answer
+
+  The log-probability of <eoss> is included. Without it, an answer such as "two" could never score
+  below a longer answer with the same beginning.
+
+  Args:
+    params: parameters of the decoder as it was trained, on the current mesh.
+    texts: Q texts with one MASK each.
+    answers: C answers to each question.
+    codes: [Q, I] codes of the image that follows each text.
+
+  Returns:
+    For each question, [C] log-probabilities in nats.
+
+  Raises:
+    UserError: an answer is empty, or a text and its image take more positions than the model has.
+  """
+  layout, samples, lengths = pipeline.layout, [], []
+  for text, image, of_question in zip(texts, layout.vocab.image_ids(np.asarray(codes)), answers):
+    before, after = text_pieces(layout.encode, text)
+    for answer in of_question:
+      hole = layout.encode(answer)
+      if not len(hole):
+        raise UserError(f"an answer to '{text.replace(MASK, '?')}' is empty.")
+      words = np.concatenate([before, hole, after]).astype(np.int32)
+      _check_length(len(words), layout)
+      document = Document("", (Segment(False, words), Segment(True, image)), "", "", "")
+      sample, start = rows.join([document], layout.vocab), 1 + len(before)
+      samples.append(apply_cm3_mask(sample, [(start, start + len(hole))], layout.vocab))
+      lengths.append(len(hole) + 1)
+  scored = _bits(pipeline, params, samples, len(samples))
+  sums = np.array([-np.log(2) * x[-n:].sum() for x, n in zip(scored, lengths)])
+  return np.split(sums, np.cumsum([len(of_question) for of_question in answers])[:-1])
+
+
+def _bits(
+  pipeline: Pipeline, params: dict, samples: Sequence[np.ndarray], most: int
+) -> list[np.ndarray]:
+  """Computes the bits of each target, in batches of up to about `most` samples."""
+  size = rounded(min(most, pipeline.generator.config.batch_size), batch_shards())
+  model, vocab = pipeline.settings.model, pipeline.layout.vocab
+  return bits.score_samples(params, model, samples, vocab, size)
 
 
 def _check_length(text: int, layout: PromptLayout) -> None:

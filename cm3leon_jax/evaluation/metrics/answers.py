@@ -11,8 +11,6 @@ import re
 import numpy as np
 import numpy.typing as npt
 
-from cm3leon_jax.config import UserError
-
 NUMBERS = {
   "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
   "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
@@ -91,19 +89,9 @@ def vqa_accuracies(candidates: Sequence[str], answers: Sequence[Sequence[str]]) 
   As in the official code, answers are normalized only if the people disagree. If all people gave
   the same answer, the candidate must equal it exactly: "Yes" is wrong if all people wrote "yes".
   VQA has 10 answers per question. Returns [n] fp64 from 0 to 1, whose mean is the accuracy.
-
-  Raises:
-    UserError: the numbers of candidates and questions differ, or a question has fewer than 4
-      answers. With fewer answers, no candidate could reach 1.
   """
-  _check(candidates, answers)
   values = []
-  for i, (candidate, given) in enumerate(zip(candidates, answers)):
-    if len(given) < 4:
-      raise UserError(
-        f"Question {i} has {len(given)} answers, but VQA accuracy needs at least 4: give more, or"
-        " use exact_matches."
-      )
+  for candidate, given in zip(candidates, answers, strict=True):
     candidate, given = _clean(candidate), [_clean(answer) for answer in given]
     if len(set(given)) > 1:
       candidate, given = normalize(candidate), [normalize(answer) for answer in given]
@@ -119,12 +107,8 @@ def exact_matches(candidates: Sequence[str], answers: Sequence[Sequence[str]]) -
 
   All answers are normalized, even if the people agree. Returns [n] fp64, whose mean is the share of
   exact matches.
-
-  Raises:
-    UserError: the numbers of candidates and questions differ, or a question has no answers.
   """
-  _check(candidates, answers)
-  pairs = zip(candidates, answers)
+  pairs = zip(candidates, answers, strict=True)
   return np.array([normalize(one) in map(normalize, given) for one, given in pairs], np.float64)
 
 
@@ -139,25 +123,8 @@ def ndcg(scores: npt.ArrayLike, relevance: npt.ArrayLike) -> np.ndarray:
   discounts, so that their order does not matter. The official code orders them arbitrarily. Scores
   and relevance are [n, C], and relevance is from 0 to 1. To use ranks, of which 1 is best, pass
   their negatives as scores. Returns [n] fp64 from 0 to 1, whose mean is the NDCG of the model.
-
-  Raises:
-    UserError: the shapes differ, a score is NaN, a relevance is negative or NaN, or a question has
-      no relevant candidate.
   """
   scores, relevance = np.asarray(scores, np.float64), np.asarray(relevance, np.float64)
-  if scores.ndim != 2 or scores.shape != relevance.shape:
-    raise UserError(
-      f"scores have the shape {scores.shape} and relevance {relevance.shape}: give both as [number"
-      " of questions, number of candidates]."
-    )
-  if np.isnan(scores).any():
-    raise UserError(f"Question {np.isnan(scores).any(1).argmax()} has a score that is NaN.")
-  if not (relevance >= 0).all():
-    question = (~(relevance >= 0)).any(1).argmax()
-    raise UserError(f"Question {question} has a relevance that is negative or NaN.")
-  if not relevance.any(1).all():
-    question = (~relevance.any(1)).argmax()
-    raise UserError(f"Question {question} has no relevant candidate: leave it out.")
   return np.array([_ndcg(*question) for question in zip(scores, relevance)], np.float64)
 
 
@@ -169,14 +136,3 @@ def _ndcg(scores: np.ndarray, relevance: np.ndarray) -> float:
   shared = np.bincount(levels, discounts[np.argsort(np.argsort(-scores))]) / np.bincount(levels)
   best = np.sort(relevance)[::-1]
   return float((relevance * shared[levels]).sum() / (best * discounts).sum())
-
-
-def _check(candidates: Sequence[str], answers: Sequence[Sequence[str]]) -> None:
-  """Raises a UserError unless each question has a candidate and answers."""
-  if len(candidates) != len(answers):
-    raise UserError(
-      f"There are {len(candidates)} candidates for {len(answers)} questions: give one for each."
-    )
-  for i, given in enumerate(answers):
-    if not given:
-      raise UserError(f"Question {i} has no answers: give at least one, or leave it out.")

@@ -1,28 +1,35 @@
 """Loads the networks whose image features are compared by distances such as the FID.
 
-`load_inception`, `load_clip` and `load_dinov2` return an `Extractor`.
+`load_inception`, `load_clip` and `load_dinov2` return an `Extractor`. Inception-v3 of the FID
+(Heusel et al. 2017, arXiv 1706.08500) is the network of torch-fidelity, and DINOv2 (Oquab et al.
+2023, arXiv 2304.07193) that of transformers. Both compute on the CPU, in float32 on torch.
 """
 
 # B batch, H height, W width, D width of the features.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+import io
+from typing import Any, Literal
 
 from etils import epath
 from flax import traverse_util
 import jax
-from jaxtyping import Float32, UInt8
 import numpy as np
 
+from cm3leon_jax import extras
+from cm3leon_jax.clip.checkpoint import WEIGHTS, preprocess
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import published_weights
-from cm3leon_jax.evaluation.metrics.dinov2 import DINOv2
-from cm3leon_jax.evaluation.metrics.inception import NETWORK, WIDTH, Inception, Resize
 from cm3leon_jax.files.json_files import plain
 
+BATCH = 32
+SIDE = 299  # Of the images that Inception-v3 reads.
+Resize = Literal["tf1", "torch"]
+# Suffix of the names of PyTorch's batch counters, which inference ignores and some files lack.
+COUNTER = "num_batches_tracked"
 # Settings of a `transformers` image processor that affect the features.
 PREPROCESSING = (
   "do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale",
@@ -39,31 +46,55 @@ class Extractor:
     identity: JSON values: `network`, `tensors` (see `published_weights.digest`), and everything
       else that affects the features. Do not compare features of extractors with different
       identities.
-    width: D.
-    embed: computes the features of images that `__call__` has checked.
+    embed: computes features [B, D] float32 of images [B, H, W, 3] uint8.
   """
 
   name: str
   identity: dict
-  width: int
   embed: Callable[[np.ndarray], np.ndarray]
 
-  def __call__(self, images: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B D"]:
-    """Computes features. Raises UserError if the images are not uint8 [B, H, W, 3]."""
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-      raise UserError(
-        f"images for {self.name} are {images.dtype}{list(images.shape)}; "
-        "they must be uint8[B, H, W, 3]."
-      )
-    return self.embed(images)
 
+def load_inception(path: epath.PathLike, resize: Resize = "tf1") -> Extractor:
+  """Loads the Inception-v3 of the FID from a safetensors file.
 
-def load_inception(path: epath.PathLike, resize: Resize = "tf1", **options: Any) -> Extractor:
-  """Loads the Inception-v3 that the FID uses. See `Inception.load` for arguments and errors."""
-  network = Inception.load(path, resize, **options)
-  identity = {"network": NETWORK, "tensors": network.digest, "resize": resize}
-  return Extractor(f"inception-v3 ({resize} resize)", identity, WIDTH, network.embed_images)
+  Args:
+    path: a file with the tensors of torch-fidelity's or pytorch-fid's state dict.
+    resize: "tf1" resizes images as torch-fidelity and TensorFlow 1 do, "torch" as pytorch-fid does.
+      The two give different values of the FID.
+
+  Raises:
+    UserError: a package is not installed, or the file is absent or damaged.
+  """
+  torch = _torch()
+  from torch_fidelity import feature_extractor_inceptionv3, interpolate_compat_tensorflow
+
+  tensors = published_weights.read_tensors(path)
+  tensors = {name: x for name, x in tensors.items() if not name.endswith("." + COUNTER)}
+  # The network reads its weights only from a file.
+  file = io.BytesIO()
+  torch.save({name: torch.from_numpy(x) for name, x in tensors.items()}, file)
+  file.seek(0)
+  make = feature_extractor_inceptionv3.FeatureExtractorInceptionV3
+  *layers, _ = make("inception-v3-compat", ["2048"], file).children()  # The last is a classifier.
+  network = torch.nn.Sequential(*layers, torch.nn.Flatten()).eval()
+
+  def scale(images: np.ndarray) -> Any:
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    if resize == "torch":
+      return 2 * torch.nn.functional.interpolate(pixels / 255, (SIDE, SIDE), mode="bilinear") - 1
+    resized = interpolate_compat_tensorflow.interpolate_bilinear_2d_like_tensorflow1x(
+      pixels, (SIDE, SIDE), align_corners=False
+    )
+    return (resized - 128) / 128
+
+  identity = {
+    "network": "Inception-v3 of the FID",
+    "tensors": published_weights.digest(tensors),
+    "resize": resize,
+  }
+  return Extractor(
+    f"inception-v3 ({resize} resize)", identity, _batched(lambda images: network(scale(images)))
+  )
 
 
 def load_clip(folder: str, workdir: epath.PathLike) -> Extractor:
@@ -77,7 +108,7 @@ def load_clip(folder: str, workdir: epath.PathLike) -> Extractor:
       UserError if images have another size than the images that the CLIP was trained on.
   """
   clip = HFCLIP.load(folder, "float32") if folder else CLIP.load(epath.Path(workdir) / "clip")
-  return Extractor("clip", clip_identity(clip), clip.config.embed_dim, clip.embed_images)
+  return Extractor("clip", clip_identity(clip), clip.embed_images)
 
 
 def clip_identity(clip: CLIP | HFCLIP) -> dict:
@@ -92,17 +123,62 @@ def clip_identity(clip: CLIP | HFCLIP) -> dict:
 
 
 def load_dinov2(folder: epath.PathLike) -> Extractor:
-  """Loads a DINOv2 from a Hugging Face folder. See `DINOv2.load` for arguments and errors."""
-  network = DINOv2.load(folder)
+  """Loads a DINOv2 from a Hugging Face folder. Features are the normalized outputs at CLS.
+
+  Raises:
+    UserError: torch is not installed, the weights are absent or damaged, or tensors are missing.
+  """
+  torch = _torch()
+  import transformers
+
+  path = epath.Path(folder) / WEIGHTS
+  digest = published_weights.digest(published_weights.read_tensors(path))
+  model, info = transformers.Dinov2Model.from_pretrained(
+    str(folder),
+    local_files_only=True,
+    use_safetensors=True,
+    dtype=torch.float32,
+    output_loading_info=True,
+  )
+  if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers.
+    raise UserError(f"{path} has no tensor '{missing[0]}', which DINOv2 needs.")
+  model = model.eval()
+  processor = transformers.BitImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
+
+  def features(images: np.ndarray) -> Any:
+    pixels = torch.from_numpy(preprocess(processor, images))
+    return model(pixel_values=pixels).last_hidden_state[:, 0]
+
   # Settings that cannot be read from the weights.
   names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
   identity = {
     "network": "dinov2",
-    "tensors": network.digest,
-    "config": {name: getattr(network.config, name) for name in names},
-    "preprocessing": _preprocessing(network.processor),
+    "tensors": digest,
+    "config": {name: getattr(model.config, name) for name in names},
+    "preprocessing": _preprocessing(processor),
   }
-  return Extractor("dinov2", identity, network.config.hidden_size, network.embed_images)
+  return Extractor("dinov2", identity, _batched(features))
+
+
+def _torch() -> Any:
+  try:
+    import torch
+    import torch_fidelity  # noqa: F401
+  except ImportError as error:
+    raise UserError(f"features need a package ({error}): {extras.install('eval')}.") from error
+  return torch
+
+
+def _batched(features: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], np.ndarray]:
+  """Makes a function that computes the features of any number of images."""
+  import torch
+
+  def embed(images: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+      starts = range(0, len(images), BATCH)
+      return np.concatenate([features(images[i : i + BATCH]).numpy() for i in starts])
+
+  return embed
 
 
 def _preprocessing(processor: Any) -> dict[str, Any]:

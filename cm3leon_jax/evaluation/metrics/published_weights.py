@@ -1,4 +1,7 @@
-"""Reads published weights of feature extractors from safetensors files, and checks them."""
+"""Reads published weights of feature extractors from safetensors files, and checks them.
+
+Unlike a pickle of torch, such a file cannot run code.
+"""
 
 from collections.abc import Mapping
 import hashlib
@@ -13,43 +16,17 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import check_foreign
 from cm3leon_jax.parameters import not_finite
 
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-
-
-def is_pickle(path: epath.PathLike) -> bool:
-  """Returns whether a file is a pickle, judged by its suffix or its first bytes.
-
-  A zip archive counts as a pickle, because torch.save writes pickles into zip archives.
-  """
-  path = epath.Path(path)
-  with path.open("rb") as file:
-    start = file.read(9)
-  # A safetensors file begins with the length of its header, in eight bytes. If the length is 640,
-  # the file begins with the same bytes as a pickle of protocol 2.
-  if start[8:9] == b"{":
-    pickled = False
-  else:
-    pickled = start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05")
-  return pickled or path.suffix in PICKLE_SUFFIXES
-
 
 def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
   """Reads all tensors of a safetensors file.
 
   Raises:
-    UserError: the file is absent or damaged, a tensor is not finite, or the file is a pickle.
-      Pickles are rejected because they can run code.
+    UserError: the file is absent or damaged, or a tensor is not finite.
   """
   path = epath.Path(path)
   if not path.exists() or path.is_dir():
     raise UserError(f"{path} is not a file; it must be a safetensors file with the weights.")
   check_foreign(path)
-  if is_pickle(path):
-    raise UserError(
-      f"{path} is a pickle, which can run code when it is read; it must be a safetensors file. "
-      "Convert it on a machine without secrets: safetensors.torch.save_file("
-      f"torch.load('{path.name}', weights_only=True), '{path.stem}.safetensors')."
-    )
   try:
     tensors = safetensors.numpy.load(path.read_bytes())
   except safetensors.SafetensorError as error:

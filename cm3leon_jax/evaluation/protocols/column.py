@@ -1,8 +1,8 @@
 """Defines the input of a metric: the samples of a column, and the data to compare them with.
 
 The result of a metric has `value` and, if an interval can be computed, the bounds `low` and `high`
-of a 95% confidence interval. The result may also have `values` (one per example) or `resamples`,
-which allow a paired comparison of two evaluations.
+of a 95% confidence interval. The result may also have `values` (one per example), which allow a
+paired comparison of two evaluations.
 """
 
 # n examples, E embedding width, C candidate answers.

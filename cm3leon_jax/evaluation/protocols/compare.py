@@ -22,9 +22,7 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
   """Computes second - first for each metric that both evaluations have.
 
   Means over examples are compared example by example, so that the difficulty of an example cancels.
-  Their confidence intervals resample groups of examples. Frechet distances and BLEU are compared
-  resample by resample, because resample i draws the same groups in both evaluations. Other
-  distances have no interval.
+  Their confidence intervals resample groups of examples. Distances and BLEU have no interval.
 
   Returns {"column", "metric", "first", "second", "difference", "low", "high"} per column and
   metric. `low` and `high` are None if there is no interval.
@@ -59,23 +57,21 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
         continue
       row = {"column": column, "metric": metric, "first": found["value"], "second": other["value"]}
       row |= {"difference": other["value"] - found["value"], "low": None, "high": None}
-      for kind, interval in (("values", paired), ("resamples", resampled)):
-        pair = [of[name] for of in values if (name := f"{column}/{metric}/{kind}") in of]
-        if len(pair) == 2:
-          groups = values[0]["groups"]
-          row |= interval(pair[0], pair[1], groups, row["difference"], num_resamples)
+      pair = [of[name] for of in values if (name := f"{column}/{metric}/values") in of]
+      if len(pair) == 2:
+        row |= paired(pair[0], pair[1], values[0]["groups"], num_resamples)
       rows.append(row)
   return rows
 
 
 def read_values(folder: epath.PathLike) -> dict[str, np.ndarray]:
-  """Reads the values per example and per resample of an evaluation, by column and metric."""
+  """Reads the values per example of an evaluation, by column and metric."""
   with (epath.Path(folder) / VALUES).open("rb") as file, np.load(file) as stored:
     return {name: stored[name] for name in stored.files}
 
 
 def paired(
-  first: np.ndarray, second: np.ndarray, groups: np.ndarray, difference: float, num_resamples: int
+  first: np.ndarray, second: np.ndarray, groups: np.ndarray, num_resamples: int
 ) -> dict[str, Any]:
   """Computes the mean difference, with an interval, over the examples that have both values."""
   both = ~np.isnan(first) & ~np.isnan(second)
@@ -84,22 +80,6 @@ def paired(
   apart = (second - first)[both]
   found = intervals.mean_interval(apart, np.ones(len(apart)), groups[both], num_resamples)
   return {"difference": found["mean"], "low": found["low"], "high": found["high"]}
-
-
-def resampled(
-  first: np.ndarray, second: np.ndarray, groups: np.ndarray, difference: float, num_resamples: int
-) -> dict[str, Any]:
-  """Computes the interval of a difference from the two values of each resample.
-
-  Resamples are more biased than the values themselves (see `frechet_distance`). Therefore
-  `difference` minus the mean difference of the resamples is added to the percentiles.
-  """
-  if len(first) != len(second):
-    return {}
-  apart = second - first - (np.mean(second - first) - difference)
-  sizes = np.unique(groups, return_counts=True)[1]
-  low, high = intervals.percentiles(apart, intervals.effective_number(sizes))
-  return {"low": low, "high": high}
 
 
 def describe(rows: list[dict]) -> str:

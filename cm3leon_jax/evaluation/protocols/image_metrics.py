@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from cm3leon_jax.evaluation.metrics import code_histograms, kernel_distance
-from cm3leon_jax.evaluation.metrics.frechet_distance import frechet_interval
+from cm3leon_jax.evaluation.metrics import frechet_distance as frechet
+from cm3leon_jax.evaluation.metrics import kernel_distance
 from cm3leon_jax.evaluation.metrics.precision_recall import precision_recall as shares_inside
 from cm3leon_jax.evaluation.protocols.column import ColumnSamples, mean, present
 
@@ -15,10 +15,8 @@ def _features(column: ColumnSamples) -> list[np.ndarray]:
 
 def frechet_distance(column: ColumnSamples) -> dict:
   """Computes the Frechet distance between the samples and the real images."""
-  groups = present(column.images).groups, present(column.reference).groups
   made, real = _features(column)
-  found = frechet_interval(made, groups[0], real, groups[1], seed=column.seed)
-  return {"value": found.pop("distance"), **found, "samples": len(made)}
+  return {"value": frechet.frechet_distance(made, real), "samples": len(made)}
 
 
 def kernel(column: ColumnSamples) -> dict:
@@ -39,18 +37,6 @@ def cmmd(column: ColumnSamples) -> dict:
   """Computes CMMD. Its paper uses features of CLIP ViT-L/14 at 336 pixels."""
   made, real = _features(column)
   return {"value": kernel_distance.cmmd(made, real), "samples": len(made)}
-
-
-def code_distance(column: ColumnSamples) -> dict:
-  """Computes the Jensen-Shannon divergence in bits between image code frequencies."""
-  sets = [present(present(images).codes) for images in (column.images, column.reference)]
-  size = 1 + max(int(codes.max()) for codes in sets)
-  made, real = (np.bincount(codes.ravel(), minlength=size) for codes in sets)
-  return {
-    "value": code_histograms.jensen_shannon_bits(made, real),
-    "total_variation": code_histograms.total_variation(made, real),
-    "samples": len(column.groups),
-  }
 
 
 def clip_score(column: ColumnSamples) -> dict:

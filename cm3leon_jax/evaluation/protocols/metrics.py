@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 
-from cm3leon_jax.config import UserError, short
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data.published.examples import Example
 from cm3leon_jax.evaluation.protocols import image_metrics, text_metrics
 from cm3leon_jax.evaluation.protocols.column import ColumnSamples
@@ -17,7 +17,7 @@ class Metric:
     compute: function that maps `ColumnSamples` to a result, as described in `protocols.column`.
     title: name in tables, with the unit.
     task: "image" or "text".
-    needs: the inputs that it uses. "features", "embeddings" and "codes" are fields of `Images`;
+    needs: the inputs that it uses. "features" and "embeddings" are fields of `Images`;
       "likelihoods", "agreements", "candidates" and "verdicts" are fields of `ColumnSamples`.
     least: smallest number of samples.
     higher_is_better: whether larger values are better; None if no direction is better.
@@ -31,10 +31,8 @@ class Metric:
   higher_is_better: bool | None = True
 
 
-def _distance(
-  compute: Callable[[ColumnSamples], dict], title: str, need: str = "features"
-) -> Metric:
-  return Metric(compute, title, "image", (need,), higher_is_better=False)
+def _distance(compute: Callable[[ColumnSamples], dict], title: str) -> Metric:
+  return Metric(compute, title, "image", ("features",), higher_is_better=False)
 
 
 METRICS = {
@@ -42,7 +40,6 @@ METRICS = {
   "kernel_distance": _distance(image_metrics.kernel, "kernel distance"),
   "precision_recall": Metric(image_metrics.precision, "precision", "image", ("features",), least=4),
   "cmmd": _distance(image_metrics.cmmd, "CMMD"),
-  "code_distance": _distance(image_metrics.code_distance, "code distance (bits)", "codes"),
   "clip_score": Metric(image_metrics.clip_score, "CLIP score", "image", ("embeddings",)),
   "likelihood": Metric(
     image_metrics.likelihood, "log p(caption | image) - log p(caption)", "image", ("likelihoods",)
@@ -62,11 +59,9 @@ def check(names: Sequence[str], task: str, count: int) -> None:
   """Checks the names of metrics, their task and the number of samples, before sampling.
 
   Raises:
-    UserError: a name is unknown or occurs twice, a metric is for another task, or there are too few
+    UserError: a name is unknown, a metric is for another task, or there are too few
       samples.
   """
-  if len(set(names)) < len(names):
-    raise UserError(f"a metric is listed twice among {', '.join(names)}: list it once.")
   for name in names:
     if name not in METRICS:
       raise UserError(f"'{name}' is not a metric; the metrics are {', '.join(METRICS)}.")
@@ -109,27 +104,4 @@ def check_examples(
         raise UserError(
           f"metric '{name}' needs {what}, which example {example.key} does not have: omit the "
           "metric, or choose other data."
-        )
-
-
-def check_published(rows: Sequence[dict], columns: Sequence[str]) -> None:
-  """Checks the published figures of a protocol.
-
-  Raises:
-    UserError: a field is absent, unknown or of a wrong type, or the protocol has no such column.
-  """
-  for row in rows:
-    for field in ("model", "source"):
-      if not isinstance(row.get(field), str):
-        raise UserError(f"published: {short(row)} has no text in its field '{field}': add it.")
-    if row.get("column", columns[0]) not in columns:
-      raise UserError(
-        f"published: the column of {row['model']} is '{row['column']}'; it must be one of "
-        f"{', '.join(columns)}."
-      )
-    for name in set(row) - {"model", "source", "column"}:
-      if name not in METRICS or not isinstance(row[name], int | float):
-        raise UserError(
-          f"published: '{name}' of {row['model']} is {short(row[name])}; it must be a metric with "
-          f"a number ({', '.join(METRICS)})."
         )

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import importlib.resources
 import json
-import string
 from typing import Annotated, Any, Literal
 
 from etils import epath
@@ -118,14 +117,11 @@ class Protocol:
         "a column of task text has samples > 1, but only images are ranked: set samples to 1."
       )
     try:
-      parts = [part for part in string.Formatter().parse(self.template) if part[1] is not None]
-    except ValueError as error:
-      raise ValueError(f"the template '{self.template}' cannot be parsed ({error}).") from error
-    fields = {f"{name}{':' * bool(spec)}{spec}" for _, name, spec, _ in parts}
-    if unknown := fields - set(FIELDS):
+      self.template.format(**dict.fromkeys(FIELDS, ""))
+    except (KeyError, ValueError, IndexError) as error:
       raise ValueError(
-        f"the template contains {{{min(unknown)}}}; it may contain only {', '.join(FIELDS)}."
-      )
+        f"the template '{self.template}' is wrong ({error!r}); it may contain {', '.join(FIELDS)}."
+      ) from error
     masks = (self.template or TASKS[self.task]).count(MASK)
     if masks != (self.task == "text"):
       should = f"one {MASK}" if self.task == "text" else f"no {MASK}"

@@ -1,7 +1,6 @@
 """Writes the results of a protocol as JSON, and formats them as text."""
 
 import dataclasses
-import subprocess
 
 import jax
 
@@ -17,21 +16,6 @@ from cm3leon_jax.files.json_files import plain, write_json
 RESULTS = "results.json"
 
 
-def git_revision() -> str | None:
-  """Returns the git commit of this package, with "+" if files were changed; None without git."""
-  folder = cm3leon_jax.__path__[0]
-
-  def git(*arguments: str) -> str:
-    command = ["git", "-C", folder, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-  try:
-    revision, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
-  except (OSError, subprocess.CalledProcessError):
-    return None
-  return revision + ("+" if changed else "")
-
-
 def fingerprint(evaluated: Evaluated) -> str:
   """Returns the SHA-256 of the evaluated data: the examples, and the bytes of their images."""
   images = {path: digest(path) for path in sorted(evaluated.images)}
@@ -44,7 +28,7 @@ def fingerprint(evaluated: Evaluated) -> str:
 
 
 def write(job: ProtocolRun, about: dict, measured: dict) -> dict:
-  """Writes results.json with the figures, data and git commit, and returns its content."""
+  """Writes results.json with the figures and data, and returns its content."""
   result = {
     **about,
     "title": job.protocol.title,
@@ -55,7 +39,6 @@ def write(job: ProtocolRun, about: dict, measured: dict) -> dict:
     "data": fingerprint(job.evaluated),
     "extractor": job.extractor and {"name": job.extractor.name, **job.extractor.identity},
     "scorer": job.scorer_identity,
-    "git": git_revision(),
     "version": cm3leon_jax.__version__,
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,

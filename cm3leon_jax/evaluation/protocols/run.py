@@ -12,7 +12,6 @@ import numpy as np
 
 from cm3leon_jax import distributed
 from cm3leon_jax.evaluation.likelihood import pairs
-from cm3leon_jax.evaluation.likelihood.answer_scores import score_answers
 from cm3leon_jax.evaluation.metrics.extractors import Extractor
 from cm3leon_jax.evaluation.protocols import features
 from cm3leon_jax.evaluation.protocols import samples as samples_lib
@@ -80,7 +79,6 @@ class ProtocolRun:
       needs=self.needs & frozenset(features.KINDS),
       extractor=self.extractor,
       scorer=self.scorer,
-      image_tokenizer=self.pipeline.image_tokenizer,
       identity={"extractor": extractor, "scorer": self.scorer_identity},
     )
 
@@ -100,7 +98,9 @@ def run(job: ProtocolRun) -> dict:
   samples_lib.generate(job.protocol, job.evaluated, tasks, job.pipeline, job.samples)
   reference, captions = None, None
   if job.networks.needs:
-    reference = features.real_images(job.networks, job.evaluated.images)
+    reference = features.real_images(
+      job.networks, job.evaluated.images, job.pipeline.layout.resolution
+    )
   if "embeddings" in job.needs:
     captions = embed_captions(job)
   result: dict = {"columns": {}, "controls": {}}
@@ -110,9 +110,8 @@ def run(job: ProtocolRun) -> dict:
     measured = {}
     for name in job.metrics:
       measured[name] = METRICS[name].compute(data)
-      for kind in ("values", "resamples"):
-        if (rows := measured[name].pop(kind, None)) is not None:
-          values[f"{column.name}/{name}/{kind}"] = np.array(rows, np.float64)
+      if (rows := measured[name].pop("values", None)) is not None:
+        values[f"{column.name}/{name}/values"] = np.array(rows, np.float64)
     apart = [line["divergence"] for line in data.lines if line["divergence"] is not None]
     result["columns"][column.name] = {
       "retrieve": column.retrieve,
@@ -139,10 +138,9 @@ def _column(
   images = None
   if job.networks.needs:
 
-    def load(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def load(start: int, stop: int) -> np.ndarray:
       part = samples_lib.read_part(job.samples, name, start)
-      codes = np.array([line["codes"] for line in part])
-      return job.pipeline.image_tokenizer.decode(codes), codes
+      return job.pipeline.image_tokenizer.decode(np.array([line["codes"] for line in part]))
 
     images = job.networks.images(f"column {name}", job.groups, load)
   of_parts = {
@@ -202,7 +200,7 @@ def _agreements(
   codes = np.array([line["codes"] for line in part])
   shown = [line["prompt"] if prompts is None else prompts[line["row"]] for line in part]
   asked = [AGREES.format(text.replace(MASK, " ")) for text in shown]
-  scores = score_answers(job.pipeline, job.params, asked, [("yes", "no")] * len(part), codes)
+  scores = pairs.score_answers(job.pipeline, job.params, asked, [("yes", "no")] * len(part), codes)
   return [float(1 / (1 + np.exp(no - yes))) for yes, no in scores]
 
 
@@ -214,7 +212,7 @@ def _candidates(job: ProtocolRun, part: list[dict]) -> list[list[float]]:
   codes = job.pipeline.image_tokenizer.encode(images)
   texts = [job.protocol.text_of(example) for example in examples]
   answers = [example.candidates for example in examples]
-  scores = score_answers(job.pipeline, job.params, texts, answers, codes)
+  scores = pairs.score_answers(job.pipeline, job.params, texts, answers, codes)
   return [row.tolist() for row in scores]
 
 
@@ -243,23 +241,24 @@ def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
     for name in names:
       if len(column.groups) >= METRICS[name].least:
         found = METRICS[name].compute(column)
-        kept = {k: v for k, v in found.items() if k not in ("values", "resamples")}
-        result.setdefault(title, {})[name] = kept
+        found.pop("values", None)
+        result.setdefault(title, {})[name] = found
 
-  distances = [n for n in job.metrics if METRICS[n].needs in (("features",), ("codes",))]
+  distances = [n for n in job.metrics if METRICS[n].needs == ("features",)]
   if distances:
     real = present(first.reference)
     unique = sorted(set(real.groups))
     chosen = set(rng.permutation(unique)[: len(unique) // 2])
     mask = np.array([group in chosen for group in real.groups])
-    noise = features.noise(job.networks, len(real.groups), job.protocol.seed)
+    side = job.pipeline.layout.resolution
+    noise = features.noise(job.networks, len(real.groups), side, job.protocol.seed)
     for title, made, other in ((REAL, real[mask], real[~mask]), (NOISE, noise, real)):
       column = job.column(title, groups=made.groups, images=made, reference=other)
       measure(title, column, distances)
   if "clip_score" in job.metrics:
     places = {path: i for i, path in enumerate(job.evaluated.images)}
     rows = [places[present(example.image)] for example in job.evaluated.examples]
-    real = Images(None, present(present(first.reference).embeddings)[rows], None, job.groups)
+    real = Images(None, present(present(first.reference).embeddings)[rows], job.groups)
     measure(REAL, job.column(REAL, images=real, captions=first.captions), ["clip_score"])
     column = dataclasses.replace(first, captions=present(first.captions)[shuffled])
     measure(SHUFFLED, column, ["clip_score"])

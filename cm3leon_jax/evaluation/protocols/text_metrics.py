@@ -3,42 +3,32 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from cm3leon_jax.evaluation import intervals
+from cm3leon_jax import extras
+from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import answers, ptb
-from cm3leon_jax.evaluation.metrics import captions as caption_metrics
 from cm3leon_jax.evaluation.protocols.column import ColumnSamples, mean, present
-
-BLEU_RESAMPLES = 1000
 
 
 def cider(column: ColumnSamples) -> dict:
   """Computes CIDEr-D times 100. The references of all examples determine the n-gram weights."""
-  captions, references = _tokens(column)
-  return mean((100 * caption_metrics.cider(captions, references)).tolist(), column)
+  _, scores = _scorers().cider.cider.Cider().compute_score(*_tokens(column))
+  return mean((100 * scores).tolist(), column)
 
 
 def bleu4(column: ColumnSamples) -> dict:
-  """Computes BLEU-4 times 100, with all captions as one corpus. Its interval resamples groups."""
-  counts = caption_metrics.bleu_counts(*_tokens(column))
-  _, places = np.unique(np.asarray(column.groups), return_inverse=True)
-  of_groups = np.zeros((places.max() + 1, counts.shape[1]))
-  np.add.at(of_groups, places, counts)
-  result: dict[str, Any] = {
-    "value": 100 * float(caption_metrics.bleu(counts.sum(0))[-1]),
-    "low": None,
-    "high": None,
-    "samples": len(counts),
-  }
-  if (size := len(of_groups)) > 1:
-    rng = np.random.default_rng(column.seed)
-    drawn = rng.multinomial(size, np.full(size, 1 / size), BLEU_RESAMPLES) @ of_groups
-    resamples = 100 * caption_metrics.bleu(drawn)[:, -1]
-    effective = intervals.effective_number(np.bincount(places))
-    low, high = intervals.percentiles(resamples, effective)
-    result |= {"low": low, "high": high, "resamples": resamples}
-  return result
+  """Computes BLEU-4 times 100, with all captions as one corpus. It has no interval."""
+  scores, _ = _scorers().bleu.bleu.Bleu(4).compute_score(*_tokens(column), verbose=0)
+  return {"value": 100 * scores[-1], "low": None, "high": None, "samples": len(column.lines)}
+
+
+def _scorers() -> Any:
+  """Returns the package with which publications score captions."""
+  try:
+    import pycocoevalcap.bleu.bleu
+    import pycocoevalcap.cider.cider
+  except ImportError as error:
+    raise UserError(f"captions need a package ({error}): {extras.install('eval')}.") from error
+  return pycocoevalcap
 
 
 def vqa_accuracy(column: ColumnSamples) -> dict:
@@ -63,7 +53,11 @@ def _texts(column: ColumnSamples) -> tuple[list[str], list[Sequence[str]]]:
   return texts, [example.references for example in column.examples]
 
 
-def _tokens(column: ColumnSamples) -> tuple[list, list]:
+def _tokens(column: ColumnSamples) -> tuple[dict, dict]:
+  """Returns ({example: its references}, {example: [its text]}), tokenized."""
   texts, references = _texts(column)
-  tokens = [[ptb.tokenize(text) for text in of_example] for of_example in references]
-  return [ptb.tokenize(text) for text in texts], tokens
+
+  def tokenized(sets: Sequence[Sequence[str]]) -> dict[int, list[str]]:
+    return {i: [" ".join(ptb.tokenize(text)) for text in some] for i, some in enumerate(sets)}
+
+  return tokenized(references), tokenized([[text] for text in texts])

@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import random
+from unittest import mock
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from cm3leon_jax.data.raw import reader as raw_pairs
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from cm3leon_jax.data.sources.records import Rejected, images_of
-from cm3leon_jax.evaluation.likelihood.given_documents import DocumentFile
+from cm3leon_jax.evaluation.likelihood.document_files import read_documents
 from cm3leon_jax.files.atomic import open_filesystem
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import PromptLayout
@@ -54,15 +55,15 @@ def prompts(root, name, allow_outside):
 def documents(fields, root, name, allow_outside):
   write(root, "docs.jsonl", fields(name))
   layout = PromptLayout(VOCAB, IMAGE_TOKENS, 8, 64, lambda text: np.zeros(1, np.int32), None)
-  options = {"allow_outside": True} if allow_outside else {}
-  file, loaded = DocumentFile(root / "docs.jsonl", layout, **options), []
+  loaded = []
   patch = pytest.MonkeyPatch()
   with patch.context() as patched:
     opened = raw_pairs.open_image
     patched.setattr(
       raw_pairs, "open_image", lambda path, name: loaded.append(path) or opened(path, name)
     )
-    file.check()
+    tokenizer = mock.Mock(encode=lambda images: np.zeros((len(images), IMAGE_TOKENS), np.int32))
+    list(read_documents(root / "docs.jsonl", layout, tokenizer, allow_outside=allow_outside))
   return [path for path in loaded if isinstance(path, str)]
 
 

@@ -72,15 +72,6 @@ def test_requests_of_any_lengths_need_one_more_bucket_for_each_number_of_streams
   assert found == {*usual, *any_candidates}
 
 
-def test_a_request_takes_the_usual_bucket_if_its_cache_holds_prompt_and_text(generator):
-  usual = bucket_of(plain_requests()[0], MIXTURE, generator)
-  engine = ContinuousGenerator(generator, usual=[usual])
-  [capacity] = usual.stream_capacities
-  left = capacity - len(text(5, 2).streams[0]) + 1
-  assert engine._bucket(text(5, left), MIXTURE) == usual
-  assert engine._bucket(text(5, left + 1), MIXTURE) == largest(usual, generator.config)
-
-
 BEFORE = POSITIONS - IMAGE - 3  # Number of text tokens in the longest prompt for an image.
 EXTREMES = {
   1: [text(POSITIONS - 9, 7), text(1, POSITIONS - 9), text(60, 60)],

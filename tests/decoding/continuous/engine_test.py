@@ -5,18 +5,15 @@ import dataclasses
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.continuous import state as state_lib
-from cm3leon_jax.decoding.continuous.buckets import new_tokens_bucket, width_bucket
 from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator, NoFreeSlot, StepFailed
 from cm3leon_jax.decoding.generator import Generator
 from cm3leon_jax.decoding.programs import Programs
-from tests.decoding.generator_test import edits
 from tests.decoding.small import (
   IMAGE,
   MIXTURE,
@@ -127,7 +124,7 @@ def test_a_removed_sample_frees_its_slot_at_once(generator, cases):
   one, two, three, four, *_ = (case for case in cases if len(case[0].streams) == 2)
   first, second = engine.admit(*one[:3]), engine.admit(*two[:3])
   assert not engine.can_admit(three[0], three[2])
-  with refused(NoFreeSlot):
+  with refused(NoFreeSlot, "slot"):
     engine.admit(*three[:3])
   assert {u.ticket for u in engine.step()} == {first, second}
   engine.remove(first)
@@ -174,31 +171,6 @@ def test_any_schedule_gives_the_samples_of_generate(generator, cases):
   assert len(engine._batches) == 2
 
 
-@pytest.mark.slow
-def test_any_schedule_of_samples_of_three_streams(generator, cases):
-  engine = ContinuousGenerator(generator, slots=2, chunk=3)
-  run_often(engine, [*cases, *cases_of(generator, [edits()])])
-  assert len(engine._batches) == 3
-
-
-def count_of_the_batch(monkeypatch):
-  plain = state_lib.decode_step
-
-  def step(*args, counts, **static):
-    return plain(*args, counts=jnp.full_like(counts, counts[0]), **static)
-
-  monkeypatch.setattr(state_lib, "decode_step", step)
-
-
-def prompts_one_entry_late(monkeypatch):
-  plain = state_lib._read_stream
-
-  def read(static, model, prompts, end, *args):
-    return plain(static, model, prompts, end + 1, *args)
-
-  monkeypatch.setattr(state_lib, "_read_stream", read)
-
-
 def seeds_of_other_slots(monkeypatch):
   plain = state_lib.steps
 
@@ -206,16 +178,6 @@ def seeds_of_other_slots(monkeypatch):
     return plain(params, control._replace(seeds=control.seeds[::-1]), *args, **static)
 
   monkeypatch.setattr(state_lib, "steps", steps)
-
-
-def entries_of_the_last_sample(monkeypatch):
-  """Simulates a bug: a slot keeps the mask of its previous sample, and reads its cache entries."""
-  plain = state_lib._put
-
-  def put(into, x, slots):
-    return plain(into, x | into[: len(x)] if x.dtype == bool else x, slots)
-
-  monkeypatch.setattr(state_lib, "_put", put)
 
 
 def compiled_again(generator, *names):
@@ -228,19 +190,10 @@ def compiled_again(generator, *names):
   return generator
 
 
-@pytest.mark.parametrize(
-  ("damage", "program"),
-  [
-    pytest.param(count_of_the_batch, "running batch", marks=pytest.mark.slow),
-    pytest.param(prompts_one_entry_late, "admit", marks=pytest.mark.slow),
-    (seeds_of_other_slots, "running batch"),
-    pytest.param(entries_of_the_last_sample, "admit", marks=pytest.mark.slow),
-  ],
-)
-def test_a_broken_batch_is_found(generator, cases, monkeypatch, damage, program):
-  """Negative control: given a bug in one program, some samples differ."""
-  damage(monkeypatch)
-  broken = compiled_again(generator, program)
+def test_a_broken_batch_is_found(generator, cases, monkeypatch):
+  """Negative control: given a bug in the program, some samples differ."""
+  seeds_of_other_slots(monkeypatch)
+  broken = compiled_again(generator, "running batch")
   plain, same = [case for case in cases if len(case[0].streams) == 1], []
   run(
     ContinuousGenerator(broken, slots=2, chunk=3),
@@ -277,39 +230,6 @@ def test_few_samples_are_made_by_the_steps_of_the_first_slots(generator, cases):
   assert used.index(False) < len(used) - used[::-1].index(True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  "lost", ["cache", *(pytest.param(name, marks=pytest.mark.slow) for name in ("counts", "ids"))]
-)
-def test_a_part_of_the_first_slots_that_is_lost_is_found(generator, cases, monkeypatch, lost):
-  """Negative control: steps of only the first slots do not update one array of the state."""
-  plain, same = state_lib._with_first_slots, []
-
-  def put(whole, first):
-    if lost == "counts":
-      return plain(whole, first)._replace(counts=whole.counts)
-    made = plain(whole, first)
-    return made._replace(loop=made.loop._replace(**{lost: getattr(whole.loop, lost)}))
-
-  monkeypatch.setattr(state_lib, "_with_first_slots", put)
-  broken = compiled_again(generator, "first slots")
-  few_at_once(broken, cases, check=lambda update, case: same.append(is_case(update, case)))
-  assert not all(same)
-
-
-@pytest.mark.slow
-def test_an_idle_batch_is_replaced_by_another(generator, cases):
-  engine, samples = ContinuousGenerator(generator, slots=2, chunk=3, buckets=1), []
-  for streams in (1, 2, 1):
-    case = next(case for case in cases if len(case[0].streams) == streams)
-    assert engine.can_admit(case[0], case[2])
-    engine.admit(*case[:3])
-    assert len(engine._batches) == 1
-    while engine.active:
-      samples += [update for update in engine.step() if update.finished]
-    check(samples[-1], case)
-
-
 def test_a_short_request_is_admitted_to_an_active_batch_of_longer_ones(generator, cases, long_case):
   short = [case for case in cases if len(case[0].streams) == 1][:3]
   long = long_case
@@ -327,14 +247,6 @@ def test_a_short_request_is_admitted_to_an_active_batch_of_longer_ones(generator
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   tickets = {engine.admit(*case[:3]): case for case in (*short[:1], long)}
   assert [batch.bucket.static.widths for batch in engine._batches] == [(32,), (64,)]
-
-
-def test_a_short_request_leaves_an_idle_batch_of_longer_ones_alone(generator):
-  """Otherwise, decoding one short sample would attend over a long cache."""
-  engine = ContinuousGenerator(generator, slots=2, chunk=3)
-  engine.remove(engine.admit(LONG, SEEDS[0]))
-  engine.admit(plain_requests()[0], SEEDS[0])
-  assert [batch.bucket.static.widths for batch in engine._batches] == [(64,), (32,)]
 
 
 def test_batches_take_turns_and_are_bounded(generator, cases, long_case):
@@ -364,9 +276,8 @@ def test_a_chunk_that_fails_loses_its_batch_alone(generator, cases):
   engine.step()
   jax.tree.map(lambda x: x.delete(), engine._places[lost][0].state)
   engine.step()
-  with refused(StepFailed) as error:
+  with refused(StepFailed, tickets=[lost]):
     engine.step()
-  assert error.value.tickets == [lost]
   again = engine.admit(*of[1][:3])
   finished = set()
   while engine.active:
@@ -374,17 +285,6 @@ def test_a_chunk_that_fails_loses_its_batch_alone(generator, cases):
       check(update, of[2 if update.ticket == kept else 1])
       finished |= {update.ticket} if update.finished else set()
   assert finished == {kept, again}
-
-
-@pytest.mark.slow
-def test_more_candidates_than_the_configs_sort_all(generator):
-  cases = cases_of(generator, [plain_requests()], [dataclasses.replace(MIXTURE, top_k=40)])
-  engine = ContinuousGenerator(generator, slots=4, chunk=2)
-  of = {engine.admit(*case[:3]): case for case in cases}
-  assert [batch.bucket.static.sampler for batch in engine._batches] == [(0, 0, ())]
-  while engine.active:
-    for update in engine.step():
-      check(update, of[update.ticket])
 
 
 @pytest.mark.slow
@@ -409,28 +309,14 @@ def test_a_warm_bucket_compiles_nothing(generator, cases, caplog):
     assert not engine.active
     assert run(engine, plain, np.random.default_rng(0), removed=0) == len(plain)
     assert "Compiling jit" not in caplog.text
-  engine.admit(*plain[0][:3])
-  with refused(ValueError):
-    engine.warm(plain[0][0])
 
 
 def test_bad_calls(generator):
-  for fields in ({"slots": 0}, {"chunk": 0}, {"buckets": 0}):
-    with refused(UserError):
-      ContinuousGenerator(generator, **fields)
   long = request_lib.text_to_image(VOCAB, IMAGE, np.full(POSITIONS - 2, A[0]))
   engine = ContinuousGenerator(generator)
-  with refused(UserError):
+  with refused(UserError, "128 tokens"):
     engine.admit(long, 0)
   for seed in (-1, 2**32):
-    with refused(UserError):
+    with refused(UserError, str(seed)):
       engine.admit(guided_requests()[0], seed)
   assert not engine.active
-
-
-def test_buckets():
-  assert (width_bucket(2, 8), width_bucket(9, 8)) == (8, 32)
-  assert [width_bucket(n) for n in (0, 32, 33, 65, 129, 200, 257)] == [
-    32, 32, 64, 96, 192, 256, 384,
-  ]  # fmt: skip
-  assert [new_tokens_bucket(n, 65) for n in (1, 33, 34, 65, 66, 131)] == [33, 33, 65, 65, 130, 260]

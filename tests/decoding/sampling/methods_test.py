@@ -1,65 +1,36 @@
 import dataclasses
 
-import pytest
-
-from cm3leon_jax.decoding.config import METHODS as NAMES
 from cm3leon_jax.decoding.config import SamplingConfig
-from cm3leon_jax.decoding.sampling.contrastive import CONTRASTIVE
-from cm3leon_jax.decoding.sampling.method import TokenMethod
 from cm3leon_jax.decoding.sampling.methods import (
-  METHODS,
-  OTHERS,
-  choose_method,
+  SETTINGS,
+  TEXT_SETTINGS,
+  is_contrastive,
+  is_guided,
   settings_of_codes,
   unread_settings,
-  without_unconditional,
 )
-from cm3leon_jax.decoding.sampling.top_p import TEXT_SETTINGS, TOP_P
 
-FIELDS = {field.name for field in dataclasses.fields(SamplingConfig)}
 GUIDANCE = {"guidance", "guidance_schedule", "image_guidance", "edit_guidance"}
-
-
-def test_every_method_of_the_config_is_an_object_and_no_other():
-  assert tuple(METHODS) == NAMES
-  assert all(SamplingConfig(name).method == name for name in METHODS)
+CDK = ("contrastive_k", "contrastive_alpha", "contrastive_temperature", "amateur_temperature")
+TOP = ("temperature", "top_k", "top_p")
 
 
 def test_every_field_of_the_config_is_read():
-  assert {*settings_of_codes(unconditional=True), *TEXT_SETTINGS, *GUIDANCE} == FIELDS
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_what_a_method_says_of_itself(name):
-  method = METHODS[name]
-  assert set(method.settings) <= FIELDS
-  assert set(method.members) <= {TOP_P, *OTHERS}
-  assert {*method.settings} == {field for member in method.members for field in member.settings}
-  assert method.needs_unconditional == any(m.needs_unconditional for m in method.members)
-  assert {method.choose(seed) for seed in range(10)} == {*method.members}
-  if isinstance(method, TokenMethod):
-    assert method.temperature in method.numbers
-    assert set(method.numbers) <= set(method.settings)
-    assert isinstance(hash(method.compiled(SamplingConfig())), int)
+  fields = {field.name for field in dataclasses.fields(SamplingConfig)}
+  assert {*settings_of_codes(unconditional=True), *TEXT_SETTINGS, *GUIDANCE} == fields
 
 
 def test_settings_literals():
-  cdk = ("contrastive_k", "contrastive_alpha", "contrastive_temperature", "amateur_temperature")
-  top = ("temperature", "top_k", "top_p")
-  assert settings_of_codes(unconditional=True)[:8] == (*top, "method", *cdk)
-  alone = settings_of_codes(unconditional=False)
-  assert alone[:3] == top
-  assert not {*alone} & {*cdk}
-  assert unread_settings("top_p")[:4] == cdk
-  assert unread_settings("contrastive")[:3] == top
-  assert not {*unread_settings("mixture")} & {*top, *cdk}
-  assert without_unconditional()[0] == "top_p"
-  assert not {*without_unconditional()} & {"contrastive", "mixture"}
+  assert settings_of_codes(unconditional=True) == (*TOP, "method", *CDK)
+  assert settings_of_codes(unconditional=False) == TOP
+  assert [unread_settings(name) for name in SETTINGS] == [CDK, TOP, ()]
+  assert [is_guided(name) for name in SETTINGS] == [True, False, True]
 
 
 def test_the_method_of_a_sample():
   """Samples of one stream use top-p, because contrastive decoding needs a second stream."""
-  assert [choose_method("mixture", seed, 2) for seed in (4, 5)] == [TOP_P, CONTRASTIVE]
-  assert [choose_method("mixture", seed, 1) for seed in (4, 5)] == [TOP_P, TOP_P]
-  assert [choose_method("contrastive", 4, streams) for streams in (3, 1)] == [CONTRASTIVE, TOP_P]
-  assert choose_method("top_p", 5, 3) == TOP_P
+  chosen = [is_contrastive("mixture", seed, 2) for seed in range(10)]
+  assert chosen == [False, True, True, True, False, True, False, False, True, False]
+  assert [is_contrastive("contrastive", 4, streams) for streams in (3, 2, 1)] == [True, True, False]
+  assert not is_contrastive("mixture", 5, 1)
+  assert not is_contrastive("top_p", 5, 3)

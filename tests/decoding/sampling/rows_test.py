@@ -9,26 +9,19 @@ import pytest
 from scipy import stats
 
 from cm3leon_jax.decoding.config import SamplingConfig
-from cm3leon_jax.decoding.sampling.contrastive import CONTRASTIVE as CDK
-from cm3leon_jax.decoding.sampling.guidance import combine_streams
-from cm3leon_jax.decoding.sampling.method import StreamLogits
-from cm3leon_jax.decoding.sampling.methods import choose_method
 from cm3leon_jax.decoding.sampling.rows import (
   RowSettings,
   Sampler,
   SamplingValues,
+  StreamLogits,
   sample,
   select,
-  uses_of,
 )
-from cm3leon_jax.decoding.sampling.top_p import TOP_P
 from cm3leon_jax.mesh import MeshConfig, create_mesh, shard
 from tests.decoding.sampling.small_rows import (
   cdk,
-  contrastive_uses,
   exact_scores,
   rows_of,
-  sample_top_p,
   top,
 )
 
@@ -47,24 +40,23 @@ traces = []
 @functools.partial(jax.jit, static_argnames=("candidates", "contrastive_k"))
 def sample_rows(guided, keys, rows, expert, amateur, candidates=0, contrastive_k=K):
   traces.append(guided.shape)
-  others = (("contrastive", contrastive_k),)
-  return sample(StreamLogits(guided, expert, amateur), keys, rows, candidates, others)
+  return sample(StreamLogits(guided, expert, amateur), keys, rows, candidates, contrastive_k)
 
 
 def test_candidates_bound_the_sort():
   """The program sorts only the candidates, and omits contrastive decoding if no row uses it."""
   logits, keys = jnp.zeros((2, 500)), jax.random.split(jax.random.key(0), 2)
 
-  def program(candidates, *others):
+  def program(candidates, contrastive_k=0):
     streams = StreamLogits(logits, logits, logits)
-    traced = jax.make_jaxpr(lambda rows: sample(streams, keys, rows, candidates, others))
+    traced = jax.make_jaxpr(lambda rows: sample(streams, keys, rows, candidates, contrastive_k))
     return str(traced(rows_of(top(), top())))
 
   assert "sort[" not in program(8)
   assert program(8).count("top_k[") == 1
   assert "k=8" in program(8)
   assert "k=500" in program(0)
-  assert program(8, ("contrastive", K)).count("top_k[") == 2
+  assert program(8, K).count("top_k[") == 2
 
 
 def exact_top(temperature=1.0, top_k=0, top_p=1.0):
@@ -136,10 +128,11 @@ def mixture_counts():
   config = SamplingConfig(
     "mixture", 0.9, 9, 0.8, text_temperature=1.3, text_top_p=0.95, contrastive_k=K
   )
-  methods = [choose_method("mixture", seed, 2) for seed in (0, 1)]
-  uses = jax.tree.map(jnp.asarray, uses_of([*methods, *methods]))
+  contrastive = jnp.array([False, True, False, True])
   is_image = jnp.array([True, True, False, False])
-  return dict(zip(MIXTURE, counts(select(is_image, uses, SamplingValues.of(config)), len(MIXTURE))))
+  return dict(
+    zip(MIXTURE, counts(select(is_image, contrastive, SamplingValues.of(config)), len(MIXTURE)))
+  )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -158,27 +151,6 @@ def test_a_batch_mixes_methods_and_modalities(case):
   assert p_value(histogram, other) < 1e-6
 
 
-def test_three_streams_follow_the_exact_distribution():
-  """The streams are those of an edit: none, image with instruction, image only."""
-  generator = np.random.default_rng(11)
-  streams = generator.normal(size=(3, 1, VOCABULARY)).astype(np.float32)
-  streams[:, :, ILLEGAL] = -1e9
-  weights = np.array([0.4, 1.7, -1.1], np.float32)
-
-  def distribution(weights):
-    logits = np.einsum("s,sv->v", weights, streams[:, 0].astype(np.float64))
-    logits[ILLEGAL] = -np.inf
-    probabilities = np.exp(logits - logits.max())
-    return probabilities / probabilities.sum()
-
-  guided = combine_streams(jnp.asarray(streams), jnp.asarray(weights)).at[:, ILLEGAL].set(-jnp.inf)
-  keys = jax.random.split(jax.random.key(2), DRAWS)
-  tokens = sample_top_p(jnp.tile(guided, (DRAWS, 1)), keys, rows_of(*[top()] * DRAWS), 0)[0]
-  histogram = np.bincount(np.asarray(tokens), minlength=VOCABULARY)
-  assert p_value(histogram, distribution(weights)) > 1e-3
-  assert p_value(histogram, distribution(weights[[0, 2, 1]])) < 1e-6
-
-
 SMALL = _rng.normal(size=(3, 6, 30)).astype(np.float32)
 SMALL_ROWS = [top(1.0, 20, 0.9), cdk(alpha=0.1), top(0.5, 3), cdk(2.0), top(1.5, 0, 0.6), top(3.0)]
 
@@ -190,24 +162,12 @@ def small(rows, part=slice(None)):
   )
 
 
-def test_greedy_is_the_argmax():
-  tokens, log_probs = small([top(1.0, 1, 0.9)] * 6)
-  np.testing.assert_array_equal(tokens, np.argmax(SMALL[0], -1))
-  np.testing.assert_allclose(log_probs, jax.nn.log_softmax(SMALL[0]).max(-1), rtol=1e-6)
-
-
 def test_log_probs_are_those_of_the_guided_distribution():
   tokens, log_probs = small(SMALL_ROWS)
   assert (tokens.dtype, log_probs.dtype) == (jnp.int32, jnp.float32)
   np.testing.assert_allclose(
     log_probs, np.asarray(jax.nn.log_softmax(SMALL[0]))[range(6), tokens], rtol=1e-6
   )
-
-
-def test_a_row_does_not_depend_on_the_others():
-  together = np.asarray(small(SMALL_ROWS)[0])
-  alone = [int(small(SMALL_ROWS, slice(i, i + 1))[0][0]) for i in range(6)]
-  assert together.tolist() == alone
 
 
 def test_settings_of_rows_are_those_of_separate_calls():
@@ -228,9 +188,9 @@ def test_a_batch_split_over_devices_samples_the_same():
   @jax.jit
   def tokens(guided, expert, amateur, seeds, is_image, contrastive, values):
     keys = jax.vmap(jax.random.key)(seeds)
-    rows = select(is_image, contrastive_uses(contrastive), values)
+    rows = select(is_image, contrastive, values)
     streams = StreamLogits(guided, expert, amateur)
-    return sample(streams, keys, rows, sampler.of_all, sampler.others)
+    return sample(streams, keys, rows, sampler.of_all, sampler.contrastive_k)
 
   seeds = np.arange(8, dtype=np.uint32)
   whole = tokens(*streams, seeds, *flags, SamplingValues.of(config))
@@ -247,36 +207,14 @@ def test_a_batch_split_over_devices_samples_the_same():
 
 def test_text_is_sampled_by_top_p():
   values = SamplingValues.of(SamplingConfig("contrastive", top_k=3, text_top_k=4))
-  uses = contrastive_uses(jnp.array([True, True]))
-  rows = select(jnp.array([True, False]), uses, values)
-  used, settings = rows.others["contrastive"]
-  assert used.tolist() == [True, False]
+  rows = select(jnp.array([True, False]), jnp.array([True, True]), values)
+  assert rows.contrastive.tolist() == [True, False]
   np.testing.assert_allclose(rows.temperature, [0.8, 1.0])
-  assert rows.top_p.top_k.tolist() == [3, 4]
-  floats = (rows.temperature, rows.top_p.top_p, *settings)
-  assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
-  assert (used.dtype, rows.top_p.top_k.dtype) == (jnp.bool, jnp.int32)
-
-
-def test_values_have_the_kinds_of_the_config():
-  """The order and dtypes of values are fixed, because others would compile other programs."""
-  values = SamplingValues.of(SamplingConfig(temperature=2))
-  assert values._fields[:9] == (
-    *("temperature", "top_k", "top_p", "text_temperature", "text_top_k", "text_top_p"),
-    *("contrastive_temperature", "contrastive_alpha", "amateur_temperature"),
-  )
-  whole = {name for name in values._fields[:9] if getattr(values, name).dtype == np.int32}
-  assert whole == {"top_k", "text_top_k"}
-  assert values.temperature == np.float32(2)
+  assert rows.top_k.tolist() == [3, 4]
 
 
 def test_a_sampler_compiles_for_its_candidates():
   sampling = SamplingConfig(top_k=5, text_top_k=9, contrastive_k=3)
-  assert Sampler.of(sampling) == (5, 9, ())
-  mixture = Sampler.of(SamplingConfig("mixture", top_k=5, text_top_k=0, contrastive_k=3))
-  assert mixture == (5, 0, (("contrastive", 3),))
-  assert (mixture.for_streams(2), mixture.for_streams(1)) == (mixture, (5, 0, ()))
-
-
-def test_which_rows_use_a_method():
-  assert uses_of([TOP_P, CDK, TOP_P])["contrastive"].tolist() == [False, True, False]
+  assert Sampler.of(sampling) == (5, 9, 0)
+  mixture = SamplingConfig("mixture", top_k=5, text_top_k=0, contrastive_k=3)
+  assert [Sampler.of(mixture, streams) for streams in (2, 1)] == [(5, 0, 3), (5, 0, 0)]

@@ -67,15 +67,3 @@ def test_files_have_the_shares_and_the_page_shows_examples_and_the_worst(records
   assert instruction_section.read(tmp_path / "grades", str) is None
   assert "18/24" not in files.describe(result)
   assert "75.0% [" in files.describe(result)
-
-
-def test_a_long_label_does_not_touch_its_figure():
-  share = {"share": 0.5, "low": 0.4, "high": 0.6}
-  table = {"before": {"right": share}, "after": {"right": share}}
-  means = {"edits, kept": {"before": 0.25, "after": 0.5}}
-  lines = files.describe({"tasks": {"recolor": table}, "means": means}).split("\n")
-  assert [line.split("  ")[0] for line in lines] == ["", "recolor", "mean edits, kept"]
-  columns = [lines[0].index(title) for title in ("before", "after")]
-  assert [[line[c:].split()[0] for c in columns] for line in lines[1:]] == [
-    ["50.0%", "50.0%"], ["25.0%", "50.0%"],
-  ]  # fmt: skip

@@ -5,7 +5,7 @@ import pytest
 
 from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.likelihood.answer_scores import score_answers
+from cm3leon_jax.evaluation.likelihood.pairs import score_answers
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.models import transformer
 from cm3leon_jax.trained.run import Run
@@ -64,7 +64,7 @@ def test_an_empty_answer_and_a_long_text_are_refused(run):
   pipeline, params = run
   codes = np.zeros((1, 16), np.int32)
   with one_device():
-    with refused(UserError):
+    with refused(UserError, "empty"):
       score_answers(pipeline, params, TEXTS[:1], [[""]], codes)
-    with refused(UserError):
+    with refused(UserError, "positions"):
       score_answers(pipeline, params, ["word " * 200 + "<mask>."], [["yes"]], codes)

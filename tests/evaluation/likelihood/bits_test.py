@@ -64,11 +64,6 @@ def test_unigram_bits_are_those_of_the_docstring():
   np.testing.assert_allclose(bits.unigram_bits([3, 0, 1]), [0.807, 2.807, 1.807], atol=5e-4)
 
 
-@given(st.lists(st.integers(0, 1000), min_size=1, max_size=50))
-def test_unigram_probabilities_sum_to_one(counts):
-  assert np.sum(2 ** -bits.unigram_bits(counts)) == pytest.approx(1)
-
-
 def test_unigram_table_has_one_distribution_per_modality(stores):
   table = bits.unigram_table(stores[0], VOCAB)
   probability = 2**-table
@@ -92,24 +87,6 @@ def test_partners_are_other_documents_of_other_concepts(concepts, seed):
     assert (concepts[partner] != concepts).all()
 
 
-def test_partners_are_those_of_the_docstring():
-  rng = np.random.default_rng(0)
-  found = {tuple(bits.partners(["fox", "fox", "cat", "owl"], rng).tolist()) for _ in range(50)}
-  assert found == {(2, 3, 0, 1), (3, 2, 1, 0)}
-
-
-def test_own_targets_are_those_of_the_docstring():
-  def make(ids, code):
-    text, image = np.array(ids, np.int32), VOCAB.image_ids([code])
-    segments = documents.Segment(False, text), documents.Segment(True, image)
-    return documents.Document("k", segments, "s", "l", "a")
-
-  neighbor, document = make([27], 1), make([28, 29], 2)
-  masks = bits.own_targets(loader.join([neighbor, document], VOCAB), document, VOCAB)
-  np.testing.assert_array_equal(masks["text"], [0, 0, 0, 0, 1, 1, 0, 0, 0])
-  np.testing.assert_array_equal(masks["image"], [0, 0, 0, 0, 0, 0, 0, 1, 0])
-
-
 @given(st.integers(0, 3), st.integers(0, 2**32 - 1))
 def test_own_targets_are_exactly_the_documents_tokens(num_neighbors, seed):
   rng = np.random.default_rng(seed)
@@ -131,7 +108,7 @@ def test_neighbors_that_do_not_fit_a_row_are_left_out():
   assert bits.fit_neighbors(document, neighbors, num_positions(neighbors)) == neighbors
   assert bits.fit_neighbors(document, neighbors, num_positions(neighbors) - 1) == neighbors[:2]
   assert bits.fit_neighbors(document, neighbors, num_positions([])) == []
-  with refused(config.UserError):
+  with refused(config.UserError, "'0'"):
     bits.fit_neighbors(document, neighbors, num_positions([]) - 1)
 
 
@@ -188,14 +165,6 @@ def test_evaluate_differs_between_neighbors_and_repeats_exactly(stores, params):
   assert alone["image"]["none"]["bits"] == pytest.approx(result["image"]["none"]["bits"], rel=1e-5)
 
 
-def test_fewer_than_two_documents_are_refused(tmp_path, stores, params):
-  documents.write_documents(tmp_path / "one", [pair(0, np.random.default_rng(0))], VOCAB)
-  one = documents.DocumentStore(tmp_path / "one", VOCAB)
-  ids = np.zeros((1, 2), np.int32)
-  with refused(config.UserError):
-    bits.evaluate(params, MODEL, stores[0], one, ids, VOCAB, DATA, CONFIG, seed=0)
-
-
 def test_intervals_are_over_the_concepts_of_the_documents(tmp_path, stores, params):
   rng = np.random.default_rng(4)
   # All documents without a concept count as one concept.
@@ -219,13 +188,5 @@ def test_documents_of_one_concept_are_refused(tmp_path, stores, params):
   documents.write_documents(tmp_path / "foxes", written, VOCAB)
   foxes = documents.DocumentStore(tmp_path / "foxes", VOCAB)
   ids = np.zeros((3, 2), np.int32)
-  with refused(config.UserError):
+  with refused(config.UserError, "two concepts"):
     bits.evaluate(params, MODEL, stores[0], foxes, ids, VOCAB, DATA, CONFIG, seed=0)
-
-
-def test_the_unigram_table_reads_counts_and_no_document(stores):
-  table = bits.unigram_table(stores[0], VOCAB)
-  for path in stores[0].folder.glob("*.array_record"):
-    path.unlink()
-  reopened = documents.DocumentStore(stores[0].folder, VOCAB)
-  np.testing.assert_array_equal(bits.unigram_table(reopened, VOCAB), table)

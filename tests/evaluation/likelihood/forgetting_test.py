@@ -50,17 +50,6 @@ def test_equal_models_forget_nothing_and_a_model_without_a_judge_has_bits_only()
   assert "correct" not in forgetting.compare(plain, plain)
 
 
-def test_the_sentences_name_the_base_and_the_intervals():
-  lines = forgetting.describe(forgetting.compare(BEFORE, AFTER), "scenes")
-  assert lines[0] == (
-    "forgetting: 2 held-out documents of scenes: bits per image code 1.500 -> 1.875, +25.0% "
-    "(95% interval +12.5% to +50.0%)."
-  )
-  assert lines[2].startswith(
-    "forgetting: 4 held-out captions of scenes: 75.0% of images correct -> 25.0%, -50.0 points ("
-  )
-
-
 def test_without_a_judge_only_bits_are_measured(settings, workdir, mesh, monkeypatch, capsys):  # noqa: F811
   drawn = dataclasses.replace(settings, raw=dataclasses.replace(settings.raw, source="scenes"))
   base = Base(drawn, workdir)

@@ -8,12 +8,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import answers as answer_metrics
-from tests.refusals import refused
-
-ANSWER = st.text("ab e,.'-/12", max_size=8)
-ANSWERS = st.lists(st.sampled_from(["yes", "no", "2", "Two", "a cat.", "cat"]), min_size=4)
 
 
 @pytest.mark.parametrize(
@@ -92,31 +87,12 @@ def test_answers_are_normalized(answer, normalized):
   assert answer_metrics.normalize(answer) == normalized
 
 
-def test_the_table_of_contractions_has_the_size_of_the_official_one():
-  # The official 120, without 4 that never match (Id've, I'dve, Im, Ive) and 2 that change nothing
-  # (let's, she's).
-  assert len(answer_metrics.SPELLINGS) == 114
-  assert answer_metrics.SPELLINGS["hed've"] == "he'd've"
-
-
-@given(ANSWER)
-def test_normalized_answers_have_single_spaces_and_no_capitals(answer):
-  found = answer_metrics.normalize(answer)
-  assert found == " ".join(found.lower().split())
-  assert answer_metrics.normalize(f"\t{answer}\n") == found
-
-
 @pytest.mark.parametrize(
   ("matches", "accuracy"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (9, 1), (10, 1)]
 )
 def test_accuracy_is_the_mean_over_sets_of_nine(matches, accuracy):
   answers = [["yes"] * matches + ["no"] * (10 - matches)]
   assert answer_metrics.vqa_accuracies(["yes"], answers) == pytest.approx([accuracy])
-
-
-def test_accuracies_are_those_of_the_docstring():
-  found = answer_metrics.vqa_accuracies(["two"], [["2", "2", "two", *7 * ["3"]]])
-  assert found == pytest.approx([0.9])
 
 
 @pytest.mark.parametrize(
@@ -142,24 +118,6 @@ def test_answers_are_normalized_only_if_people_disagree(candidate, answers, accu
   assert answer_metrics.vqa_accuracies([candidate], [answers]) == pytest.approx([accuracy])
 
 
-@given(ANSWERS, st.randoms())
-def test_the_order_of_answers_does_not_matter(answers, random):
-  shuffled = random.sample(answers, len(answers))
-  for candidate in ("yes", "two", "cat"):
-    found = answer_metrics.vqa_accuracies([candidate, candidate], [answers, shuffled])
-    assert found[0] == pytest.approx(found[1])
-    assert 0 <= found[0] <= 1
-
-
-@given(ANSWERS)
-def test_a_more_frequent_answer_scores_higher_and_an_empty_one_0(answers):
-  normalized = [answer_metrics.normalize(answer) for answer in [*answers, "other"]]
-  order = sorted(set(normalized), key=normalized.count)
-  found = answer_metrics.vqa_accuracies(order, [normalized] * len(order))
-  assert (np.diff(found) >= -1e-12).all()
-  assert answer_metrics.vqa_accuracies([""], [answers])[0] == 0
-
-
 def test_exact_match_is_normalized():
   answers = [["2", "three"]] * 5
   candidates = ["Two.", "3", "2", "three", "23"]
@@ -167,13 +125,6 @@ def test_exact_match_is_normalized():
   assert found.tolist() == [1, 1, 1, 1, 0]
   # Exact match always normalizes, unlike VQA accuracy.
   assert answer_metrics.exact_matches(["Yes"], [["yes"]]).tolist() == [1]
-
-
-def test_ndcg_is_that_of_the_docstring():
-  found = answer_metrics.ndcg([[3, 2, 1, 0]], [[0, 1, 0, 0.5]])
-  second = 1 / np.log2(3)
-  assert found == pytest.approx([second / (1 + 0.5 * second)])
-  assert found == pytest.approx([0.480], abs=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -226,22 +177,3 @@ def test_the_order_of_candidates_and_the_scale_of_scores_do_not_matter(seed):
   best = answer_metrics.ndcg(relevance, relevance)
   np.testing.assert_allclose(best, 1, rtol=1e-12)
   assert (found <= 1 + 1e-12).all()
-
-
-@pytest.mark.parametrize(
-  "call",
-  [
-    lambda: answer_metrics.vqa_accuracies(["a"], []),
-    lambda: answer_metrics.vqa_accuracies(["a"], [["a"] * 3]),
-    lambda: answer_metrics.exact_matches(["a", "b"], [["a"], []]),
-    lambda: answer_metrics.ndcg([1, 2], [1, 2]),
-    lambda: answer_metrics.ndcg([[1, 2]], [[1]]),
-    lambda: answer_metrics.ndcg([[1], [np.nan]], [[1], [1]]),
-    lambda: answer_metrics.ndcg([[1]], [[-1]]),
-    lambda: answer_metrics.ndcg([[1]], [[np.nan]]),
-    lambda: answer_metrics.ndcg([[1], [1]], [[1], [0]]),
-  ],
-)
-def test_wrong_inputs_are_named(call):
-  with refused(UserError):
-    call()

@@ -1,28 +1,32 @@
-import dataclasses
+"""Tests the features of Inception-v3, CLIP and DINOv2, and what identifies them.
+
+Tests cannot download the published weights, so weights and statistics are random, such that
+features are not tiny and differ between images.
+"""
+
 import json
+import sys
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 import safetensors.numpy
+import transformers
 
 from cm3leon_jax.clip.config import CLIPConfig
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, init_params
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.metrics import published_weights
-from cm3leon_jax.evaluation.metrics.extractors import (
-  Extractor,
-  load_clip,
-  load_dinov2,
-  load_inception,
-)
-from cm3leon_jax.evaluation.metrics.inception import WIDTH, Inception
+from cm3leon_jax.evaluation.metrics import extractors, published_weights
+from cm3leon_jax.evaluation.metrics.extractors import load_clip, load_dinov2, load_inception
 from tests.clip import huggingface_test
-from tests.evaluation.metrics import dinov2_test
-from tests.evaluation.metrics.inception_test import random_tensors
 from tests.refusals import refused
 
+torch = pytest.importorskip("torch")
+pytorch_fid = pytest.importorskip("pytorch_fid.inception")
+torch_fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+TOLERANCE = 3e-5  # Relative to the largest feature difference between two images; float32.
 TINY = CLIPConfig(
   resolution=16, patch=8, image_width=64, image_layers=1, text_width=64, text_layers=1,
   text_length=6, embed_dim=8,
@@ -33,30 +37,83 @@ def some_images(n, height=16, width=16):
   return np.random.default_rng(0).integers(0, 256, (n, height, width, 3), np.uint8)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+  threads = torch.get_num_threads()
+  torch.set_num_threads(1)  # torch is slower with more threads.
+  yield
+  torch.set_num_threads(threads)
+
+
+def random_state():
+  """Returns a random state dict of the Inception-v3 of the FID."""
+  generator = torch.Generator().manual_seed(0)
+
+  def draw(name, like):
+    if name.endswith("conv.weight"):
+      return torch.randn(like.shape, generator=generator) * (2 / like[0].numel()) ** 0.5
+    if name.endswith(("bn.weight", "running_var")):
+      return 0.5 + torch.rand(like.shape, generator=generator)
+    return 0.3 * torch.randn(like.shape, generator=generator)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(torch.nn.Module, "load_state_dict", lambda self, state: None)
+    patch.setattr(torch_fidelity, "load_state_dict_from_url", lambda *args, **kwargs: None)
+    network = torch_fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+  return {
+    name: draw(name, like)
+    for name, like in network.state_dict().items()
+    if "num_batches" not in name
+  }
+
+
+def oracle(module, state, make):
+  """Calls `make` with `state` in place of downloaded weights."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: state)
+    return make().eval()
+
+
+def test_features_of_inception_equal_both_scripts_of_the_fid(tmp_path):
+  state, path, images = random_state(), tmp_path / "fid.safetensors", some_images(2, 48, 64)
+  tensors = {name: x.numpy() for name, x in state.items()}
+  safetensors.numpy.save_file(tensors, path)
+  first = oracle(
+    torch_fidelity,
+    state,
+    lambda: torch_fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]),
+  )
+  second = oracle(pytorch_fid, state, lambda: pytorch_fid.InceptionV3([3]))
+  pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+  with torch.inference_mode():
+    expected = {
+      "tf1": first(pixels)[0].numpy(), "torch": second(pixels / 255)[0][:, :, 0, 0].numpy()
+    }  # fmt: skip
+  for resize, other in (("tf1", "torch"), ("torch", "tf1")):
+    extractor = load_inception(path, resize)
+    found = extractor.embed(images)
+    spread = np.ptp(expected[resize], axis=0).max()
+    assert (found.dtype, found.shape) == (np.float32, (2, 2048))
+    assert spread > 0.5
+    assert np.abs(found - expected[resize]).max() / spread < TOLERANCE
+    # Negative control: the other resize method, which also scales pixels differently.
+    assert np.abs(found - expected[other]).max() / spread > 100 * TOLERANCE
+    assert extractor.name == f"inception-v3 ({resize} resize)"
+    assert extractor.identity == {
+      "network": "Inception-v3 of the FID",
+      "tensors": published_weights.digest(tensors),
+      "resize": resize,
+    }
+  safetensors.numpy.save_file({**tensors, "fc.weight": tensors["fc.weight"][:1000]}, path)
+  with pytest.raises(RuntimeError, match=r"fc\.weight"):  # Weights of torchvision.
+    load_inception(path)
+
+
 def check(extractor, images, expected):
-  features = extractor(images)
+  features = extractor.embed(images)
   assert features.dtype == np.float32
-  assert features.shape == (len(images), extractor.width)
   np.testing.assert_array_equal(features, expected)
   assert json.loads(json.dumps(extractor.identity)) == extractor.identity
-  assert len(extractor.identity["tensors"]) == 64
-
-
-@pytest.mark.slow
-def test_inception(tmp_path):
-  tensors, path = random_tensors(), tmp_path / "fid.safetensors"
-  safetensors.numpy.save_file(tensors, path)
-  options = {"devices": jax.devices()[:1], "rows_per_device": 1}
-  extractor = load_inception(path, **options)
-  assert extractor.name == "inception-v3 (tf1 resize)"
-  assert extractor.width == WIDTH
-  images = some_images(1)
-  check(extractor, images, Inception.load(path, "tf1", **options).embed_images(images))
-  about = {"network": "Inception-v3 of the FID", "resize": "tf1"}
-  assert extractor.identity == {**about, "tensors": published_weights.digest(tensors)}
-  other = load_inception(path, "torch", **options)
-  assert other.name == "inception-v3 (torch resize)"
-  assert other.identity == extractor.identity | {"resize": "torch"}
 
 
 def test_the_clip_of_the_run(tmp_path):
@@ -64,11 +121,10 @@ def test_the_clip_of_the_run(tmp_path):
   clip = CLIP(TINY, 32, params)
   clip.save(tmp_path / "clip")
   extractor, images = load_clip("", tmp_path), some_images(3)
-  assert (extractor.name, extractor.width) == ("clip", 8)
   check(extractor, images, clip.embed_images(images))
   assert extractor.identity["image"] == {"encoder": "vit", "resolution": 16}
-  with refused(UserError):
-    extractor(some_images(1, 16, 20))
+  with refused(UserError, "16, 20"):
+    extractor.embed(some_images(1, 16, 20))
   # With other parameters in the same folder, the identity changes.
   CLIP(TINY, 32, init_params(TINY, 32, jax.random.key(1))).save(tmp_path / "clip")
   assert load_clip("", tmp_path).identity["tensors"] != extractor.identity["tensors"]
@@ -80,33 +136,72 @@ def test_a_published_clip(tmp_path):
   extractor, images = load_clip(str(tmp_path), "no workdir"), some_images(2, 20, 28)
   check(extractor, images, HFCLIP.load(tmp_path, "float32").embed_images(images))
   assert extractor.identity["image"]["activation"] == "quick_gelu"
-  side = huggingface_test.SIDE
-  assert extractor.identity["preprocessing"]["crop_size"] == {"height": side, "width": side}
   path = tmp_path / "preprocessor_config.json"
-  dinov2_test.change_json(path, resample=2)
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": 2}))
   changed = load_clip(str(tmp_path), "no workdir").identity
   assert changed != extractor.identity
   assert changed["tensors"] == extractor.identity["tensors"]
 
 
-def test_dinov2(tmp_path):
-  pytest.importorskip("torch")
-  dinov2_test.write_folder(tmp_path)
-  extractor, images = load_dinov2(tmp_path), some_images(2, 25, 40)
-  assert extractor.name == "dinov2"
-  check(extractor, images, dinov2_test.DINOv2.load(tmp_path).embed_images(images))
-  config = {"num_attention_heads": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
-  assert extractor.identity["config"] == config
-  stored = dict(dinov2_test.PREPROCESSING)
-  stored.pop("image_processor_type")
-  assert extractor.identity["preprocessing"] == json.loads(json.dumps(stored))
+SHORTEST, CROP = 20, 14
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def test_images_must_be_pixels():
-  extractor = Extractor("some", {}, 2, lambda images: np.zeros((len(images), 2), np.float32))
-  assert extractor(some_images(3)).shape == (3, 2)
-  for images in (some_images(1)[0], some_images(1)[..., :1], some_images(1) / 255):
-    with refused(UserError):
-      extractor(images)
-  with pytest.raises(dataclasses.FrozenInstanceError):
-    extractor.name = "other"
+@pytest.fixture
+def dinov2(tmp_path):
+  """Saves and returns a Dinov2Model with random tensors that are not tiny."""
+  config = transformers.Dinov2Config(
+    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7
+  )
+  model = transformers.Dinov2Model(config).eval()
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for value in model.parameters():
+      value.normal_(0, 0.5, generator=generator)
+  model.save_pretrained(tmp_path)
+  transformers.BitImageProcessorPil(
+    size={"shortest_edge": SHORTEST},
+    crop_size={"height": CROP, "width": CROP},
+    image_mean=MEAN,
+    image_std=DEVIATION,
+  ).save_pretrained(tmp_path)
+  return model
+
+
+def test_features_of_dinov2_are_the_normalized_first_token(dinov2, tmp_path):
+  images = some_images(35, 25, 40)
+  extractor = load_dinov2(tmp_path)
+  pixels = []
+  for image in images:  # Resizes the shorter side from 25 to 20, then crops 14 x 14.
+    small = Image.fromarray(image).resize((32, SHORTEST), Image.Resampling.BICUBIC)
+    levels = np.asarray(small.crop((9, 3, 9 + CROP, 3 + CROP)), np.float32) / 255
+    pixels.append(((levels - MEAN) / DEVIATION).transpose(2, 0, 1).astype(np.float32))
+  with torch.no_grad():
+    outputs = dinov2(torch.from_numpy(np.stack(pixels)), output_hidden_states=True)
+    expected = dinov2.layernorm(outputs.hidden_states[-1])[:, 0].numpy()
+  features = extractor.embed(images)
+  np.testing.assert_allclose(features, expected, atol=1e-5, rtol=0)
+  # Negative controls: without the final norm; the token of a patch instead of the class token.
+  for wrong in (outputs.hidden_states[-1][:, 0], outputs.last_hidden_state[:, 1]):
+    assert np.abs(features - wrong.numpy()).max() > 1e-2
+  identity = extractor.identity
+  tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+  assert identity["tensors"] == published_weights.digest(tensors)
+  assert identity["config"]["num_attention_heads"] == 2
+  assert identity["preprocessing"]["crop_size"] == {"height": CROP, "width": CROP}
+
+
+def test_dinov2_is_not_filled_with_random_numbers(dinov2, tmp_path):
+  path = tmp_path / "model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  del tensors["layernorm.bias"]
+  safetensors.numpy.save_file(tensors, path, {"format": "pt"})
+  with refused(UserError, str(path), "layernorm.bias"):
+    load_dinov2(tmp_path)
+
+
+def test_without_torch_the_extra_is_named(monkeypatch):
+  monkeypatch.setattr(extractors.extras, "install", lambda extra: f"install {extra}")
+  monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+  with refused(UserError, "install eval"):
+    load_dinov2("absent")

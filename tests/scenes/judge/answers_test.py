@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from cm3leon_jax.scenes.drawings import render
 from cm3leon_jax.scenes.instructions import EDITS, TASKS, TEXT_TASKS, ScenesTasks, record
 from cm3leon_jax.scenes.judge.answers import (
   answer_of,
-  any_object_answer,
   is_right,
   judge_images,
   judge_objects,
@@ -104,11 +102,6 @@ def test_a_caption_may_name_other_facts_of_the_image():
     assert not is_right(one, caption)
 
 
-def test_captions_of_other_images_are_wrong(made):
-  of = made["describe"]
-  assert not any(is_right(one, other.texts["caption"]) for one, other in itertools.pairwise(of))
-
-
 @pytest.mark.parametrize("task", IMAGE_TASKS)
 def test_true_images_are_right_and_hold_all_facts(task, made, found):
   verdicts = list(map(judge_objects, made[task], found[task]))
@@ -119,13 +112,6 @@ def test_true_images_are_right_and_hold_all_facts(task, made, found):
     assert ("kept" in verdict.holds) == (task in EDITS or task == "complete")
     assert ("instruction" in verdict.holds) == (task in EDITS)
   assert judge_images(made[task][:10], targets(made[task][:10])) == verdicts[:10]
-
-
-@pytest.mark.parametrize("task", IMAGE_TASKS)
-def test_images_of_other_records_are_wrong(task, made, found):
-  others = [*found[task][1:], found[task][0]]
-  right = [judge_objects(one, objects).correct for one, objects in zip(made[task], others)]
-  assert np.mean(right) <= 0.01  # Neighboring records may have equal scenes.
 
 
 @pytest.mark.parametrize("task", IMAGE_TASKS)
@@ -169,22 +155,6 @@ def test_an_edit_that_also_changes_another_object_does_not_keep_it(task, made):
 
 def scene_key(one: Record) -> str:
   return ", ".join(f"{x['color']} {x['class']} {x['place']}" for x in one.facts["objects"])
-
-
-def test_a_surplus_object_makes_a_faithful_edit_wrong(made):
-  wrong, of = [], []
-  for one in made["recolor"]:
-    scene = Scene.parse(scene_key(one))
-    free = {"top left", "top right", "bottom left", "bottom right"}
-    free -= {x.place for x in scene.objects}
-    if free:
-      name = next(x for x in COMMON if all(x != y.object for y in scene.objects))
-      wrong.append(render(Scene.parse(f"{scene.facts_key}, red {name} {min(free)}")))
-      of.append(one)
-  for verdict in judge_images(of, np.stack(wrong)):
-    assert verdict.holds["instruction"]
-    assert verdict.holds["kept"]
-    assert not verdict.correct
 
 
 def test_a_completion_keeps_the_given_half(made):
@@ -239,19 +209,3 @@ def test_the_majority_answer_of_each_task(made):
   assert (shares["count"], shares["exists"]) == (0.25, 0.5)
   assert max(shares["color"], shares["relation"]) < 0.25
   assert shares["describe"] < 0.05
-
-
-def test_an_answer_by_any_object_of_the_image_beats_the_majority():
-  """With mostly two objects, any color is correct half of the time, and related objects often."""
-  made = {task: of_both_splits(task, 100) for task in TEXT_TASKS}
-  shares = {
-    task: np.mean([is_right(one, any_object_answer(one)) for one in made[task]])
-    for task in ("count", "color", "relation")
-  }
-  assert 0.5 < shares["color"] < 0.7
-  assert 0.8 < shares["relation"] < 0.95
-  assert 0.25 < shares["count"] < 0.9
-  assert any_object_answer(made["exists"][0]) is None
-  for one in made["relation"]:
-    assert any_object_answer(one) in {thing["class"] for thing in one.facts["objects"]}
-    assert f" {any_object_answer(one)}?" not in one.texts["question"]

@@ -17,10 +17,6 @@ def test_a_sheet_is_spread_over_the_categories(tags, count, seed):
   assert all(taken[tag] >= min(all_of[tag], most - 1) for tag in all_of)
 
 
-def test_the_seed_chooses_the_scenes_of_a_sheet():
-  assert len({tuple(samples.spread(["a", "b"] * 50, 12, seed)) for seed in range(5)}) == 5
-
-
 def table(correct):
   row = {"images": 4, "correct": {"share": correct}, "place": {"share": 0.5, "low": 0.4}}
   new = {**row, "lookup": {"share": 0.25}}

@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 
 from cm3leon_jax.scenes.judge import sheet as scene_sheet
 from cm3leon_jax.scenes.judge.sheet import SIDE, SheetScene
@@ -32,23 +31,6 @@ def test_each_image_of_a_scene_is_on_the_sheet():
   assert 0.9 < count(sheet, SAMPLE) / (6 * SIDE**2) < 1  # The mark covers a corner of each sample.
 
 
-def test_scenes_stand_side_by_side():
-  one, two, three = (pixels_of(*[scene()] * n) for n in (1, 2, 3))
-  assert two.shape[0] == one.shape[0] < three.shape[0]
-  assert one.shape[1] < two.shape[1] == three.shape[1]
-
-
-def test_a_column_of_neighbors_is_there_if_any_scene_has_one():
-  without, mixed = pixels_of(scene(0), scene(0)), pixels_of(scene(0), scene(1))
-  assert mixed.shape[1] - without.shape[1] == 2 * (SIDE + 2 * scene_sheet.FRAME + scene_sheet.GAP)
-  assert count(without, NEIGHBOR) == 0
-  assert count(mixed, NEIGHBOR) == SIDE**2
-  columns = [np.flatnonzero((mixed == color).all(-1).any(0)) for color in (ORIGINAL, SAMPLE)]
-  steps = np.diff([x.min() for x in columns])
-  # A scene without a neighbor has an empty cell.
-  assert steps == 2 * (SIDE + 2 * scene_sheet.FRAME + scene_sheet.GAP)
-
-
 def test_right_and_wrong_samples_differ_in_shape_and_not_only_in_color():
   right, wrong = (pixels_of(scene(right=(value,))) for value in (True, False))
   frame = 4 * scene_sheet.FRAME * (SIDE + scene_sheet.FRAME)
@@ -60,13 +42,3 @@ def test_right_and_wrong_samples_differ_in_shape_and_not_only_in_color():
   )
   assert min(check.sum(), cross.sum()) > 0.1 * check.size
   assert (check != cross).sum() > 0.5 * (check | cross).sum()
-
-
-@pytest.mark.parametrize(("words", "lines"), [(4, 1), (12, 2), (90, 2)])
-def test_captions_take_up_to_two_lines(words, lines):
-  font = scene_sheet.ImageFont.load_default(scene_sheet.FONT)
-  found = scene_sheet._lines(" ".join(["sailboat"] * words), 640, font)
-  assert len(found) == lines
-  assert found[-1].endswith("...") == (words == 90)
-  height = pixels_of(scene(caption=" ".join(["sailboat"] * words))).shape[0]
-  assert height - pixels_of(scene(caption="a bell")).shape[0] == (lines - 1) * scene_sheet.LINE

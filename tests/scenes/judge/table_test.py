@@ -48,14 +48,6 @@ def test_shares_are_over_the_captions_that_name_a_fact():
   assert table["geneval"] == pytest.approx((0.5 + 0 + 2 / 3) / 3)
 
 
-def test_images_with_more_and_with_fewer_objects_than_asked_for_are_counted():
-  shown = [(1, 1), (1, 2), (3, 4), (2, 0), (3, 3)]
-  images = [judged("counting", "scene", a == s, asked=a, shown=s) for a, s in shown]
-  table = scene_table.table([*images, judged("colors", "scene", False, shown=2)], 200)
-  assert (table["all"]["more"], table["all"]["fewer"]) == (0.5, pytest.approx(1 / 6))
-  assert (table["tag"]["colors"]["more"], table["tag"]["colors"]["fewer"]) == (1, 0)
-
-
 def test_a_lookup_stands_beside_the_model_and_new_claims_are_rows_of_their_own():
   old, drawn, new = Known(True, True, True), Known(False, False, True), Known(False, False, False)
   cases = [("scene", True, old), ("scene", True, drawn), ("scene", False, new), ("pair", True, new)]

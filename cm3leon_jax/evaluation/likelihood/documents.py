@@ -1,14 +1,12 @@
 """Scores documents token by token: log-probabilities, sums by modality, perplexity.
 
-Sums and perplexity have confidence intervals.
-
 Documents are scored in parts, and each part is a file. Therefore a command that was killed can
-continue after the last finished part, and memory does not grow with the number of documents.
+continue after the last finished part.
 """
 
 # T tokens of a sample: </s>, the neighbors, the document, </s>.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import json
 from typing import Any, SupportsFloat
@@ -23,20 +21,17 @@ from cm3leon_jax.data.documents.store import Bank, Document, first_documents, gr
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.likelihood import bits
-from cm3leon_jax.evaluation.likelihood.given_documents import Checked, DocumentFile, StoredDocuments
+from cm3leon_jax.evaluation.likelihood.document_files import Documents
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.retrieval.neighbors import Retriever
-from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
 SCORES, SUMMARY, PARTS = "scores.jsonl", "summary.json", "parts"
 PART = 256  # Number of documents per part.
 MODALITIES = ("text", "image", "special")  # "special": <break> and the </s> at the end.
-# Largest number of groups for a confidence interval. If there are more, some are merged.
-MAX_GROUPS = 10_000
 DIGITS = 6  # Number of decimal places of written log-probabilities.
 
 
@@ -53,7 +48,8 @@ class Search:
   def __call__(self, documents: Sequence[Document]) -> list[tuple[Document, ...]]:
     """Returns the neighbors of each document, best first. Only pairs have neighbors."""
     found: list[tuple[Document, ...]] = [()] * len(documents)
-    pairs = [i for i, document in enumerate(documents) if is_pair(document)]
+    kinds = [[segment.is_image for segment in document.segments] for document in documents]
+    pairs = [i for i, of_document in enumerate(kinds) if of_document == [False, True]]
     if not pairs:
       return found
     encode = self.clip.encode
@@ -67,11 +63,6 @@ class Search:
     for i, row in zip(pairs, ids):
       found[i] = first_documents(self.bank, row, self.count)
     return found
-
-
-def is_pair(document: Document) -> bool:
-  """Returns whether a document is a text followed by an image."""
-  return [segment.is_image for segment in document.segments] == [False, True]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,9 +177,7 @@ def _rounded(log_prob: SupportsFloat) -> float:
 
 def run(
   scorer: Scorer,
-  documents: DocumentFile | StoredDocuments,
-  checked: Checked,
-  image_tokenizer: ImageTokenizer,
+  documents: Documents,
   folder: epath.PathLike,
   *,
   part: int = PART,
@@ -198,108 +187,86 @@ def run(
   """Scores all documents and writes scores.jsonl. Existing parts are kept.
 
   All processes of a job must call this function. The first process writes the files. Until all
-  parts are done, they are in parts/ in `folder`. A part has `part` documents. `checked` is the
-  result of `documents.check`. `num_resamples` and `seed` are for the confidence intervals. Returns
-  the summary, see `Totals.summary`.
+  parts are done, they are in parts/ in `folder`. A part has `part` documents. `num_resamples` and
+  `seed` are for the confidence intervals. Returns the result of `summary`.
   """
   folder = epath.Path(folder)
-  count = -(-checked.documents // part)
-  files = [folder / PARTS / f"{i:06d}.jsonl" for i in range(count)]
+  starts = range(0, len(documents), part)
+  files = [folder / PARTS / f"{start // part:06d}.jsonl" for start in starts]
   # The first process decides which parts all processes score.
-  absent = set(distributed.gather([i for i, file in enumerate(files) if not file.exists()])[0])
-  bar = progress_bar(
-    total=checked.documents,
-    initial=min(checked.documents, part * (count - len(absent))),
-    desc="score",
-    unit="doc",
-    disable=not distributed.is_first(),
-  )
-  with bar:
-    for i, some in documents.parts(part, absent, image_tokenizer):
-      lines = scorer.score(some)
-      if distributed.is_first():
-        with replacing(files[i], "w") as file:
-          file.writelines(json.dumps(line) + "\n" for line in lines)
-      bar.update(len(lines))
-  summary = None
+  absent = distributed.gather([i for i, file in enumerate(files) if not file.exists()])[0]
+  for i in progress_bar(absent, desc="score", unit="part", disable=not distributed.is_first()):
+    rows = range(starts[i], min(starts[i] + part, len(documents)))
+    lines = scorer.score([documents[row] for row in rows])
+    if distributed.is_first():
+      with replacing(files[i], "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+  result = None
   with distributed.together():
     if distributed.is_first():
-      summary = _join(files, folder).summary(num_resamples, seed)
-  return distributed.gather(summary)[0]
+      result = summary(_join(files, folder), num_resamples, seed)
+  return distributed.gather(result)[0]
 
 
-def _join(files: Sequence[epath.Path], folder: epath.Path) -> "Totals":
-  """Concatenates the parts into scores.jsonl, and removes them."""
-  totals = Totals()
+def _join(files: Sequence[epath.Path], folder: epath.Path) -> Iterator[dict]:
+  """Concatenates the parts into scores.jsonl, yields their lines, and removes the parts."""
   with replacing(folder / SCORES, "w") as file:
     for path in files:
       for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         file.write(line)
-        totals.add(json.loads(line))
+        yield json.loads(line)
   (folder / PARTS).rmtree()
-  return totals
 
 
-class Totals:
-  """Sums of log-probabilities by modality and group, for any number of documents.
+def summary(lines: Iterable[dict], num_resamples: int, seed: int) -> dict:
+  """Computes the figures of all documents and of each modality.
 
-  A group is all documents with one concept, or a single document without a concept. If there are
-  more than `most` groups, several groups share a row.
-  """
+    2 tokens with log-probabilities -1.386 and 0: bits 1.0, perplexity 2.0
 
-  def __init__(self, most: int = MAX_GROUPS):
-    self.most = most
-    self.rows: dict[int, int] = {}
-    self.documents = self.neighbors = 0
-    self.of_modality = dict.fromkeys(MODALITIES, 0)  # Number of documents with each modality.
-    self.tokens = {name: np.zeros(most, np.int64) for name in MODALITIES}
-    self.log_probs = {name: np.zeros(most) for name in MODALITIES}
+  Intervals resample groups. A group is all documents with one concept, or a single document without
+  a concept.
 
-  def row(self, name: str) -> int:
-    """Returns the index of the row to which the sums of a group are added."""
-    group = group_id(name)
-    if group not in self.rows and len(self.rows) == self.most:
-      return group % self.most
-    return self.rows.setdefault(group, len(self.rows))
+  Args:
+    lines: the line of each document, see `line_of`.
+    num_resamples: number of resamples for the confidence intervals.
+    seed: seed of the resamples.
 
-  def add(self, line: dict) -> None:
-    """Adds the line of a document, see `line_of`."""
-    row = self.row(line["concept"] or f"document {self.documents}")
-    self.documents += 1
-    self.neighbors += len(line["neighbors"])
-    for name in MODALITIES:
-      self.of_modality[name] += line[name]["tokens"] > 0
-      self.tokens[name][row] += line[name]["tokens"]
-      self.log_probs[name][row] += line[name]["log_prob"]
-
-  def summary(self, num_resamples: int, seed: int) -> dict:
-    """Returns the figures of all documents and of each modality.
-
-      2 tokens with log-probabilities -1.386 and 0: bits 1.0, perplexity 2.0
-
-    Returns {"documents", "mean_neighbors", "text", "image", "special"}. A modality without tokens
-    is None. The others have `documents`, `tokens`, `log_prob` (nats), `bits` (per token) with the
-    95% interval `low` and `high`, `perplexity` with the 95% interval `perplexity_low` and
+  Returns:
+    {"documents", "mean_neighbors", "text", "image", "special"}. A modality without tokens is None.
+    The others have `documents`, `tokens`, `log_prob` (nats), `bits` (per token) with the 95%
+    interval `low` and `high`, `perplexity` with the 95% interval `perplexity_low` and
     `perplexity_high`, `groups` and `effective_groups`. If there is one group, intervals are None.
-    """
-    result: dict[str, Any] = {
-      "documents": self.documents,
-      "mean_neighbors": self.neighbors / self.documents,
-    }
+  """
+  groups: dict[str, int] = {}
+  places: list[int] = []
+  neighbors = 0
+  counts: dict[str, list[int]] = {name: [] for name in MODALITIES}
+  sums: dict[str, list[float]] = {name: [] for name in MODALITIES}
+  for line in lines:
+    name = line["concept"] or f"document {len(places)}"
+    places.append(groups.setdefault(name, len(groups)))
+    neighbors += len(line["neighbors"])
     for name in MODALITIES:
-      filled = np.flatnonzero(self.tokens[name])
-      result[name] = None
-      if len(filled):
-        sums = (self.tokens[name][filled], self.log_probs[name][filled])
-        numbers = _numbers_of_groups(*sums, num_resamples, seed)
-        result[name] = {"documents": self.of_modality[name], **numbers}
-    return result
+      counts[name].append(line[name]["tokens"])
+      sums[name].append(line[name]["log_prob"])
+  result: dict[str, Any] = {
+    "documents": len(places),
+    "mean_neighbors": neighbors / len(places),
+  }
+  for name in MODALITIES:
+    tokens, log_probs = (np.bincount(places, values) for values in (counts[name], sums[name]))
+    result[name] = None
+    if tokens.any():
+      used = tokens > 0
+      numbers = _numbers_of_groups(tokens[used], log_probs[used], num_resamples, seed)
+      result[name] = {"documents": int(np.count_nonzero(counts[name])), **numbers}
+  return result
 
 
 def _numbers_of_groups(
   tokens: np.ndarray, log_probs: np.ndarray, num_resamples: int, seed: int
 ) -> dict[str, Any]:
-  """Computes the figures of a modality from the sums of its groups, see `Totals.summary`."""
+  """Computes the figures of a modality from the sums of its groups, see `summary`."""
   groups = np.arange(len(tokens))
   found = intervals.mean_interval(-log_probs / np.log(2), tokens, groups, num_resamples, seed)
   ends = {f"perplexity_{end}": found[end] for end in ("low", "high")}
@@ -313,17 +280,17 @@ def _numbers_of_groups(
   }
 
 
-def describe(summary: dict) -> str:
-  """Formats the figures of text and image in a `Totals.summary` as one line."""
+def describe(result: dict) -> str:
+  """Formats the figures of text and image in a `summary` as one line."""
   parts = []
   for name in ("text", "image"):
-    if (found := summary[name]) is not None:
+    if (found := result[name]) is not None:
       ends = "" if found["low"] is None else " [{perplexity_low:.4g}, {perplexity_high:.4g}]"
       parts.append(
         f"{name}: perplexity {found['perplexity']:.4g}{ends.format(**found)}, "
         f"{found['bits']:.3f} bits a token, {_counted(found['tokens'], 'token')}"
       )
-  return f"{_counted(summary['documents'], 'document')}; {'; '.join(parts)}"
+  return f"{_counted(result['documents'], 'document')}; {'; '.join(parts)}"
 
 
 def _counted(count: int, noun: str) -> str:

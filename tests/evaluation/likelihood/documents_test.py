@@ -7,22 +7,26 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Bank, Document, DocumentStore, Segment
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.evaluation.config import EvaluationConfig
-from cm3leon_jax.evaluation.likelihood import bits, document_scores, pairs
-from cm3leon_jax.evaluation.likelihood.document_scores import Scorer, Search, Totals
-from cm3leon_jax.evaluation.likelihood.given_documents import StoredDocuments, open_documents
+from cm3leon_jax.evaluation.likelihood import bits, documents, pairs
+from cm3leon_jax.evaluation.likelihood.document_files import open_documents
+from cm3leon_jax.evaluation.likelihood.documents import Scorer, Search
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.retrieval.neighbors import Retriever
+from cm3leon_jax.runs import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
-from tests.data.stores import VOCAB
+from tests.data.stores import IMAGE_TOKENS, VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import model_logits, random_params
+from tests.refusals import refused
 
 ORIGIN = ("s", "l", "a")
 
@@ -71,7 +75,7 @@ def test_log_probs_are_those_of_a_plain_forward_pass(scorer, align_images):
   if align_images:
     model = dataclasses.replace(SETTINGS.model, family="modern", align_images=True)
     scorer = dataclasses.replace(scorer, params=random_params(model), model=model)
-  documents = [
+  docs = [
     document("text", 7),
     document("pair", 5, -16),
     document("mixed", 3, -16, 4, -16),
@@ -79,9 +83,9 @@ def test_log_probs_are_those_of_a_plain_forward_pass(scorer, align_images):
     document("long", 100),  # Needs a longer row.
   ]
   neighbors = [(), (document("n", 4, -16), document("m", 6, -16)), (), (), ()]
-  together = dataclasses.replace(scorer, find=lambda _: neighbors).score(documents)
-  alone = scorer.score(documents)
-  for i, (one, line) in enumerate(zip(documents, together, strict=True)):
+  together = dataclasses.replace(scorer, find=lambda _: neighbors).score(docs)
+  alone = scorer.score(docs)
+  for i, (one, line) in enumerate(zip(docs, together, strict=True)):
     sample = loader.join([*neighbors[i], one], VOCAB)
     expected = forward(scorer.params, scorer.model, sample)
     tokens = loader.join([one], VOCAB)
@@ -108,7 +112,7 @@ def test_a_line_has_the_tokens_of_the_document_alone():
   neighbor = Document("n", (Segment(False, np.array([60])),), *ORIGIN)
   sample = loader.join([neighbor, one], VOCAB)
   log_probs = np.array([-100, -200, -1, -2, -4, -8, -16.0])
-  assert document_scores.line_of(one, sample, log_probs, ["n"], VOCAB) == {
+  assert documents.line_of(one, sample, log_probs, ["n"], VOCAB) == {
     "key": "k",
     "concept": "c",
     "neighbors": ["n"],
@@ -125,12 +129,6 @@ def test_a_line_has_the_tokens_of_the_document_alone():
   }
 
 
-def test_rows_have_few_lengths():
-  assert [document_scores.row_length(n, 400) for n in (3, 64, 65, 300)] == [
-    64, 64, 128, 400,
-  ]  # fmt: skip
-
-
 def search(workdir, layout, count):
   clip = load_clip("", workdir, VOCAB)
   retriever = Retriever(workdir / "neighbors", SETTINGS.retrieval)
@@ -145,12 +143,11 @@ def test_sums_are_those_of_pairs(workdir, layout, scorer, tmp_path, retrieve):
     Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{i}.png")
     lines.append(json.dumps({"image": f"{i}.png", "caption": text}))
   (tmp_path / "docs.jsonl").write_text("\n".join(lines))
-  file = open_documents(tmp_path / "docs.jsonl", layout, {})
+  images = ImageTokenizer.load(workdir / "vqgan")
+  docs, _ = open_documents(tmp_path / "docs.jsonl", layout, {}, images)
   if retrieve:
     scorer = dataclasses.replace(scorer, find=search(workdir, layout, retrieve))
-  found = document_scores.run(
-    scorer, file, file.check(), ImageTokenizer.load(workdir / "vqgan"), tmp_path / "out"
-  )
+  found = documents.run(scorer, docs, tmp_path / "out")
   images = [str(tmp_path / f"{i}.png") for i in range(2)]
   run = Pipeline.load(Run(workdir, SETTINGS), scorer.params, load_clip("", workdir, VOCAB))
   expected = pairs.score(run, scorer.params, list(zip(texts, images)), retrieve)
@@ -166,30 +163,29 @@ def test_sums_are_those_of_pairs(workdir, layout, scorer, tmp_path, retrieve):
 
 
 def read(folder):
-  path = epath.Path(folder) / document_scores.SCORES
+  path = epath.Path(folder) / documents.SCORES
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def heldout(workdir, layout):
-  store = DocumentStore(workdir / "documents" / "heldout_pairs", VOCAB)
-  return StoredDocuments(store, layout, "made")
+def heldout(workdir):
+  return DocumentStore(workdir / "documents" / "heldout_pairs", VOCAB)
 
 
 @pytest.mark.parametrize(("retrieve", "condition"), [(0, "none"), (2, "true")])
 def test_bits_of_a_store_are_those_of_the_evaluation(
   workdir, layout, scorer, tmp_path, retrieve, condition
 ):
-  documents, config = heldout(workdir, layout), EvaluationConfig(batch_size=2)
+  store, config = heldout(workdir), EvaluationConfig(batch_size=2)
   find = search(workdir, layout, 2)
-  texts = [layout.decode(documents.store[i].segments[0].tokens) for i in range(5)]
+  texts = [layout.decode(store[i].segments[0].tokens) for i in range(5)]
   queries = find.clip.embed_texts([layout.encode(text) for text in texts])
   ids, _ = find.retriever.retrieve(queries)
   expected = bits.evaluate(
-    scorer.params, SETTINGS.model, find.bank, documents.store, ids, VOCAB, SETTINGS.data, config, 0
+    scorer.params, SETTINGS.model, find.bank, store, ids, VOCAB, SETTINGS.data, config, 0
   )
   if retrieve:
     scorer = dataclasses.replace(scorer, find=find)
-  found = document_scores.run(scorer, documents, documents.check(), None, tmp_path)
+  found = documents.run(scorer, store, tmp_path)
   assert found["mean_neighbors"] == expected["mean_neighbors"][condition]
   for modality in bits.MODALITIES:
     assert found[modality]["tokens"] == expected[modality]["tokens"]
@@ -208,49 +204,30 @@ def line(text=(0, 0.0), image=(0, 0.0), concept="", neighbors=()):
 
 
 def test_perplexity_is_that_of_all_tokens_of_a_modality():
-  totals = Totals()
-  totals.add(line(text=(2, -np.log(4)), neighbors=["a"]))
-  totals.add(line(text=(1, -np.log(16)), image=(4, -4 * np.log(8))))
-  found = totals.summary(num_resamples=200, seed=0)
+  lines = [
+    line(text=(2, -np.log(4)), neighbors=["a"]),
+    line(text=(1, -np.log(16)), image=(4, -4 * np.log(8))),
+  ]
+  found = documents.summary(lines, num_resamples=200, seed=0)
   assert (found["documents"], found["mean_neighbors"]) == (2, 0.5)
-  text, image, special = (found[name] for name in document_scores.MODALITIES)
+  text, image, special = (found[name] for name in documents.MODALITIES)
   # The texts have 2 + 4 bits and 3 tokens.
   assert (text["documents"], text["tokens"], text["groups"]) == (2, 3, 2)
   assert text["bits"] == pytest.approx(2)
   assert text["perplexity"] == pytest.approx(4)
-  assert text["log_prob"] == pytest.approx(-6 * np.log(2))
   # The mean bits of each of the two documents.
   assert (text["low"], text["high"]) == pytest.approx((1, 4))
   assert (text["perplexity_low"], text["perplexity_high"]) == pytest.approx((2, 16))
   assert (image["documents"], image["bits"], image["perplexity"]) == pytest.approx((1, 3, 8))
-  assert [image[f"{p}{end}"] for p in ("", "perplexity_") for end in ("low", "high")] == [None] * 4
-  assert (special["tokens"], special["perplexity"]) == (2, pytest.approx(4))
-  assert document_scores.describe(found) == (
+  assert image["low"] is image["perplexity_high"] is None
+  assert special["tokens"] == 2
+  assert documents.describe(found) == (
     "2 documents; text: perplexity 4 [2, 16], 2.000 bits a token, 3 tokens; image: perplexity 8, "
     "3.000 bits a token, 4 tokens"
   )
-
-
-def test_a_modality_without_tokens_has_no_numbers():
-  totals = Totals()
-  totals.add(line(text=(1, -1.0)))
-  found = totals.summary(200, 0)
-  assert found["image"] is None
-  sentence = "1 document; text: perplexity 2.718, 1.443 bits a token, 1 token"
-  assert document_scores.describe(found) == sentence
-
-
-def test_intervals_resample_concepts_of_any_number_of_documents():
-  totals = Totals(most=3)
-  for concept in ("fox", "fox", "", "cat"):
-    totals.add(line(text=(2, -1.0), concept=concept))
-  assert totals.summary(200, 0)["text"]["groups"] == 3
-  for i in range(50):
-    totals.add(line(text=(2, -1.0), concept=f"more {i}"))
-  found = totals.summary(200, 0)["text"]
-  assert len(totals.rows) == 3
-  assert (found["documents"], found["tokens"], found["groups"]) == (54, 108, 3)
-  assert totals.row("more 7") == totals.row("more 7")
+  assert documents.summary(lines[:1], 200, 0)["image"] is None
+  concepts = [line(text=(2, -1.0), concept=concept) for concept in ("fox", "fox", "", "cat")]
+  assert documents.summary(concepts, 200, 0)["text"]["groups"] == 3
 
 
 def test_pairs_have_neighbors_and_none_is_its_own(workdir, layout):
@@ -281,19 +258,126 @@ class Dying:
     return self.scorer.score(documents)
 
 
-def test_a_killed_command_continues_after_its_last_part(workdir, layout, scorer, tmp_path):
-  documents = heldout(workdir, layout)
-  checked = documents.check()
-  whole = document_scores.run(scorer, documents, checked, None, tmp_path / "whole", part=2)
+def test_a_killed_command_continues_after_its_last_part(workdir, scorer, tmp_path):
+  store = heldout(workdir)
+  whole = documents.run(scorer, store, tmp_path / "whole", part=2)
   first, second = Dying(scorer, 2, []), Dying(scorer, 9, [])
   with pytest.raises(KeyboardInterrupt):
-    document_scores.run(first, documents, checked, None, tmp_path / "killed", part=2)
-  assert not (tmp_path / "killed" / document_scores.SCORES).exists()
-  found = document_scores.run(second, documents, checked, None, tmp_path / "killed", part=2)
+    documents.run(first, store, tmp_path / "killed", part=2)
+  assert not (tmp_path / "killed" / documents.SCORES).exists()
+  found = documents.run(second, store, tmp_path / "killed", part=2)
   assert first.scored == [["h0", "h1"], ["h2", "h3"]]
   assert second.scored == [["h4"]]
   assert found == whole
-  names = [tmp_path / name / document_scores.SCORES for name in ("whole", "killed")]
+  names = [tmp_path / name / documents.SCORES for name in ("whole", "killed")]
   assert names[0].read_bytes() == names[1].read_bytes()
   assert [line["key"] for line in read(tmp_path / "killed")] == [f"h{i}" for i in range(5)]
-  assert [path.name for path in (tmp_path / "killed").iterdir()] == [document_scores.SCORES]
+  assert [path.name for path in (tmp_path / "killed").iterdir()] == [documents.SCORES]
+
+
+POSITIONS = 64
+TOKENIZERS = {"text_tokenizer": "t1", "vqgan": "v1"}
+
+
+def encode(text):
+  return np.array([VOCAB.num_special + len(word) for word in text.split()], np.int32)
+
+
+class Tokenizer:
+  """Fake tokenizer: all codes of an image are the red value of its first pixel, modulo 64."""
+
+  def encode(self, images):
+    return np.repeat(images[:, 0, 0, :1].astype(np.int32) % 64, IMAGE_TOKENS, axis=1)
+
+
+@pytest.fixture
+def write(tmp_path):
+  (tmp_path / "photos").mkdir()
+  for name, red, size in (("a", 5, (8, 8)), ("photos/b", 9, (8, 8)), ("wide", 5, (24, 8))):
+    Image.new("RGB", size, (red, 0, 0)).save(tmp_path / f"{name}.png")
+  layout = PromptLayout(VOCAB, IMAGE_TOKENS, 8, POSITIONS, encode, None)
+
+  def call(*lines, **options):
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(x if isinstance(x, str) else json.dumps(x) + "\n" for x in lines))
+    return open_documents(path, layout, TOKENIZERS, Tokenizer(), **options)
+
+  return call
+
+
+def test_every_form_is_read_as_training_documents_are(write, tmp_path):
+  origin = {"source": "s", "license": "CC0-1.0", "attribution": "me"}
+  found, _ = write(
+    {"text": "a bell"},
+    "\n",
+    {"key": "p", "image": "a.png", "caption": "two red keys", "concept": "key", **origin},
+    {"group": "g", "segments": [{"image": "photos/b.png"}, {"text": "so"}, {"image": "a.png"}]},
+    {"image": str(tmp_path / "a.png"), "caption": "c", "facts": {}, "split": "heldout"},
+  )
+  assert [d.key for d in found] == ["docs.jsonl/0", "p", "docs.jsonl/2", "docs.jsonl/3"]
+  pair, mixed = found[1:3]
+  assert (pair.source, pair.license, pair.attribution, pair.concept) == (*origin.values(), "key")
+  assert mixed.group == mixed.concept == "g"
+  five, nine = (np.full(IMAGE_TOKENS, VOCAB.text_size + code) for code in (5, 9))
+  expected = [
+    [(False, encode("a bell"))],
+    [(False, encode("two red keys")), (True, five)],
+    [(True, nine), (False, encode("so")), (True, five)],
+    [(False, encode("c")), (True, five)],
+  ]
+  for one, segments in zip(found, expected, strict=True):
+    for segment, (is_image, tokens) in zip(one.segments, segments, strict=True):
+      assert segment.is_image == is_image
+      np.testing.assert_array_equal(segment.tokens, tokens)
+
+
+def test_images_are_cropped_or_padded_and_the_digest_tells_all_apart(write):
+  line = {"image": "wide.png", "caption": "a"}
+  codes, digests = [], []
+  for crop in ("center", "pad"):
+    [one], digest = write(line, crop=crop)
+    codes.append(one.segments[1].tokens[0] - VOCAB.text_size)
+    digests.append(digest)
+  assert codes == [5, 255 % 64]  # The padding is white.
+  assert write(line)[1] == digests[0]
+  others = [write({**line, **change})[1] for change in ({"caption": "bb"}, {"key": "k"})]
+  assert len({*digests, *others}) == 4
+
+
+@pytest.mark.parametrize(
+  ("line", "fact"),
+  [
+    ('{"text": \n', "JSON"),
+    ([1], "JSON"),
+    ({"txt": "a"}, "text"),
+    ({"text": "a", "licence": "x"}, "licence"),
+    ({"text": " "}, "'text'"),
+    ({"text": 5}, "'text'"),
+    ({"key": "k", "segments": []}, "segments"),
+    ({"image": "a.png"}, "'caption'"),
+    ({"image": "../a.png", "caption": "a"}, "../a.png"),
+  ],
+  ids=str,
+)
+def test_a_wrong_line_is_refused_by_file_line_and_field(write, line, fact):
+  with refused(UserError, "docs.jsonl, line 2", fact):
+    write({"text": "all right"}, line)
+
+
+def test_files_that_are_no_documents_are_refused(write, tmp_path):
+  with refused(UserError, "docs.jsonl"):
+    write("\n\n")
+  with refused(UserError, "no.png"):
+    write({"image": "no.png", "caption": "a"})
+  with refused(UserError, "none.jsonl"):
+    open_documents(tmp_path / "none.jsonl", None, TOKENIZERS, Tokenizer())
+
+
+def test_a_store_of_other_tokenizers_is_refused(workdir, layout):
+  folder = workdir / "documents" / "heldout_pairs"
+  done = workdir / "documents" / stages.DONE
+  write_json(done, {"config": {"inputs": {"raw": "r", **TOKENIZERS}}, "id": "made"})
+  store, _ = open_documents(folder, layout, TOKENIZERS, None)
+  assert len(store) == 5
+  with refused(UserError, "vqgan"):
+    open_documents(folder, layout, {**TOKENIZERS, "vqgan": "v2"}, None)
