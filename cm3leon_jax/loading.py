@@ -64,7 +64,7 @@ def load(
       invalid, or the adapters were trained on other parameters.
   """
   source = calls.folder("workdir", source)
-  buckets.check_path(source, "workdir")
+  buckets.check_path(source)
   if jax.process_count() > 1:
     raise UserError(
       f"this job has {jax.process_count()} processes: load a run in a job with one process."

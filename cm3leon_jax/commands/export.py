@@ -95,13 +95,12 @@ def main(
     from cm3leon_jax.export import peft_adapter
 
     peft_adapter.adapters_of(trained)
-  with common.writing("export"):
-    _export(trained, choice, output or "export" * (trained.kind == "bundle"))
-    if bundle_folder:
-      with common.use_mesh(trained.settings):
-        step, numbers = loading.write_bundle(trained, bundle_folder, base, replayed=replayed)
-      size = f"{numbers['bytes'] / 1e6:.1f} MB"
-      print(f"export: bundle of step {step}, {size}, in {bundle_folder}.", flush=True)
+  _export(trained, choice, output or "export" * (trained.kind == "bundle"))
+  if bundle_folder:
+    with common.use_mesh(trained.settings):
+      step, numbers = loading.write_bundle(trained, bundle_folder, base, replayed=replayed)
+    size = f"{numbers['bytes'] / 1e6:.1f} MB"
+    print(f"export: bundle of step {step}, {size}, in {bundle_folder}.", flush=True)
 
 
 def _export(trained: Run, choice: formats.Choice, output: str) -> None:

@@ -108,6 +108,4 @@ def main(settings: Settings, workdir: epath.Path, source: str, family: Family | 
 
 
 if __name__ == "__main__":
-  common.run(
-    lambda settings, workdir: main(settings, workdir, _SOURCE.value, _FAMILY.value), begins=True
-  )
+  common.run(lambda settings, workdir: main(settings, workdir, _SOURCE.value, _FAMILY.value))

@@ -44,9 +44,7 @@ def main(settings: Settings, workdir: epath.Path, source: str, given: Collection
   if not source:
     raise UserError("name the folder of the checkpoint: --source=DIR.")
   found = importer.plan(settings, source)
-  with common.writing("import"):
-    lines = importer.write(settings, workdir, found)
-  for line in lines:
+  for line in importer.write(settings, workdir, found):
     print(f"import_weights: {line}", flush=True)
   needed = importer.flags(found.fields, given)
   print(
@@ -60,6 +58,5 @@ if __name__ == "__main__":
   common.run(
     lambda settings, workdir: main(
       settings, workdir, _SOURCE.value, config_flags.get_override_values(flags.FLAGS["config"])
-    ),
-    begins=True,
+    )
   )

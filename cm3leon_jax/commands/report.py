@@ -6,30 +6,16 @@ cm3leon report --config=scenes --workdir=workdir/scenes
 from __future__ import annotations
 
 import shlex
-import sys
 from typing import TYPE_CHECKING
 
-from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
-from cm3leon_jax.commands import arguments, common
+from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
-
-
-def config_flag(argv: list[str], name: str) -> str:
-  """Returns what follows "--config=" in the commands of the page: config and changed fields.
-
-  config_flag(["--config=own:8", "--config.raw.source=my images", "--workdir=w"], "own:8")
-  "own:8 '--config.raw.source=my images'"
-  """
-  given, _ = arguments.split(argv)
-  changed = given[2:] if given[:1] == ["--config"] else given[1:]
-  return shlex.join([name, *changed])
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
@@ -42,8 +28,8 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.reports.summary import describe_clip_score
 
   del settings  # The report uses what the stages recorded in their folders.
-  name = config_flags.get_config_filename(flags.FLAGS["config"])
-  summary = report.write(workdir, config_flag(sys.argv[1:], name))
+  given = shlex.join(common.config_arguments()).removeprefix("--config=")
+  summary = report.write(workdir, given)
   for finding in summary["findings"]:
     print(finding)
   for line in summary["headlines"]:

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
   from cm3leon_jax.settings import Settings
 
-# Flags that some stages do not accept.
-OWN_FLAGS = [x.name for x in (INIT_FROM, RECORDS, OWN_IMAGE_TOKENIZER, *LIMITS)]
 STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
 # Share of each stage in the time of a run, for the configs that train for minutes. Other stages
 # take 1% each.
@@ -66,23 +64,6 @@ def commands(settings: Settings, given: bool, own_images: bool = False) -> dict[
   found = {"copy_tokenizers": ""} if given else {}
   found |= {table.STAGES[name].command: name for name in names}
   return {**found, "report": ""}
-
-
-def passed_on(argv: list[str]) -> list[str]:
-  """Returns the arguments without the flags that some stages do not accept.
-
-  passed_on(["--config=c", "--init_from=scenes", "--records", "9", "--workdir=w"]) = ["--config=c",
-  "--workdir=w"]
-  """
-  kept, rest = [], list(argv)
-  while rest:
-    argument = rest.pop(0)
-    name, is_whole, _ = argument.lstrip("-").partition("=")
-    if name.removeprefix("no") not in OWN_FLAGS:
-      kept.append(argument)
-    elif not is_whole and name.removeprefix("no") != OWN_IMAGE_TOKENIZER.name:
-      rest.pop(0)
-  return kept
 
 
 def seconds_left(seconds: dict[str, float], remaining: list[str]) -> float | None:
@@ -145,7 +126,7 @@ def main(
   base_documents.check_limit(settings)
   published_check.check(settings, workdir, copied=bool(init_from) and not own_images)
   names = commands(settings, bool(init_from), own_images)
-  order, given = list(names), passed_on(sys.argv[1:])
+  order, given = list(names), [*common.config_arguments(), f"--workdir={workdir}"]
   more = {**more, **{name: [f"--init_from={init_from}"] for name in STARTED if init_from}}
   if own_images:
     more["copy_tokenizers"].append("--own_image_tokenizer")

@@ -25,7 +25,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
 
   if stages.is_given(workdir, "clip"):
     return
-  with common.use_mesh(settings, "clip"), stages.stage(workdir, "clip", settings) as summary:
+  with common.use_mesh(settings), stages.stage(workdir, "clip", settings) as summary:
     if summary is not None:
       encode = TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode
       text_size = settings.vocab.text_size
@@ -46,4 +46,4 @@ def main(settings: Settings, workdir: epath.Path) -> None:
 
 
 if __name__ == "__main__":
-  common.run(main, saves=True, stage="clip")
+  common.run(main, saves=True)

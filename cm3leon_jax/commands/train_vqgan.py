@@ -97,7 +97,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     return
   features, digests = _features(settings.vqgan.perceptual)
   stage = stages.stage(workdir, "vqgan", settings, digests)
-  with common.use_mesh(settings, "vqgan"), stage as summary:
+  with common.use_mesh(settings), stage as summary:
     if summary is not None:
       images, heldout = (
         reader.open_images(workdir / "raw", split, settings.vqgan.resolution)

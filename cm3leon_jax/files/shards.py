@@ -136,9 +136,8 @@ class _Worker:
       reason = buckets.failure(error)
       if not reason and not isinstance(error, UserError):
         raise
-      again = isinstance(error, TryAgain) or bool(reason and not buckets.refuses(error))
-      message = f"{reason}{': the same command continues.' * again}" if reason else str(error)
-      return {"shard": name, "summary": "", "error": message, "again": again}
+      again = isinstance(error, TryAgain) or bool(reason)
+      return {"shard": name, "summary": "", "error": reason or str(error), "again": again}
     return {"shard": name, "summary": json.dumps(summary), "error": "", "again": False}
 
 
