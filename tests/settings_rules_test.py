@@ -63,8 +63,6 @@ from tests.settings_test import settings_with
   ],
 )
 def test_contradictions_and_unknown_fields_are_refused(fields):
-  with refused(UserError) as error:
-    settings_with(**fields)
   [name, *_] = fields
-  field = (name.rpartition("__")[2],)
-  assert name == "moddel" or error.value.path in ((), field)
+  with refused(UserError, name.rpartition("__")[2]):
+    settings_with(**fields)

@@ -125,4 +125,4 @@ def main(settings: Settings, workdir: epath.Path) -> None:
 
 
 if __name__ == "__main__":
-  common.run(main, saves=True, stage="vqgan")
+  common.run(main, saves=True)

@@ -121,7 +121,7 @@ def test_no_sealed_checkpoint_is_said_by_every_action(workdir):
     lambda: upkeep.rollback(train, 4),
     lambda: upkeep.rollback(train, 4, dry_run=True),
   ):
-    with refused(UserError):
+    with refused(UserError, "checkpoint", "train"):
       function()
   check_verified(workdir)
   for step in (2, 4, 6):
@@ -162,7 +162,7 @@ def test_prune_removes_nothing_if_the_newest_is_damaged(workdir):
   check_refused(command(workdir, "prune", "--keep_last=2"))
   flip(workdir, 4)
   flip(workdir, 2)
-  with refused(UserError):
+  with refused(UserError, "checkpoint", "removed"):
     upkeep.prune(train, 2, 0, 0)
   assert steps(workdir) == list(STEPS)
 
@@ -210,12 +210,12 @@ def test_rollback_of_one_checkpoint_says_so_in_the_singular(workdir):
 
 def test_rollback_to_a_step_that_is_not_whole_changes_nothing(workdir):
   flip(workdir, 4)
-  with refused(UserError):
+  with refused(UserError, "4", "2"):
     upkeep.rollback(workdir / "train", 4)
-  with refused(UserError):
+  with refused(UserError, "5", "2"):
     upkeep.rollback(workdir / "train", 5)
   (workdir / "train" / "checkpoints.digests" / "6.json").rename(workdir / "6.json")
-  with refused(UserError):
+  with refused(UserError, "6", "2"):
     upkeep.rollback(workdir / "train", 6)
   (workdir / "6.json").rename(workdir / "train" / "checkpoints.digests" / "6.json")
   assert steps(workdir) == list(STEPS)
@@ -229,7 +229,7 @@ def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch, action):
     "prune": lambda: upkeep.prune(workdir / "train", 2, 0, 0),
     "rollback": lambda: upkeep.rollback(workdir / "train", 2),
   }
-  with lease.Lease(workdir / "train"), refused(UserError):
+  with lease.Lease(workdir / "train"), refused(UserError, "--workdir", "process"):
     functions[action]()
   assert steps(workdir) == list(STEPS)
 

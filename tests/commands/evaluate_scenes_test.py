@@ -156,15 +156,15 @@ def test_scenes_are_spread_over_categories_and_kinds_by_the_seed(made):
   assert strata.choose(facts, 12, seed=1) != chosen
   assert strata.choose(facts, 14, seed=0)[:12] == chosen
   assert sorted(strata.choose(facts, NUM_SCENES, 0)) == list(range(NUM_SCENES))
-  with refused(UserError):
+  with refused(UserError, "config.evaluation.scenes", "config.raw.source"):
     strata.choose(facts, 25, seed=0)
-  with refused(UserError):
+  with refused(UserError, "config.evaluation.scenes", "config.raw.source"):
     strata.choose([{}, {}], 1, seed=0)
 
 
 def test_too_many_scenes_end_the_command_before_anything_is_measured(made, run, capsys):
   (made / "evaluation").rmtree(missing_ok=True)
-  with refused(UserError):
+  with refused(UserError, "config.evaluation.scenes", "config.raw.source"):
     run(settings_of(scenes=25))
   assert "bits per image code" not in capsys.readouterr().out
 

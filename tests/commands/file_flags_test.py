@@ -165,14 +165,14 @@ def test_what_a_bundle_lacks_is_one_sentence(
 
 
 def test_a_bundle_is_neither_bundled_again_nor_exported_without_its_average(call, bundled):
-  with refused(UserError):
+  with refused(UserError, "--bundle", "bundled"):
     call(export, bundled, "b")
-  with refused(UserError):
+  with refused(UserError, "--merge_ema", "merge_ema"):
     call(export, bundled, "", "", formats.Choice(average=True))
 
 
 def test_a_file_in_place_of_a_folder_is_one_sentence(call, bundled, documents):
-  with refused(UserError):
+  with refused(UserError, "--out", "my.jsonl"):
     call(score, bundled, documents=str(documents), out=str(documents))
 
 

@@ -87,7 +87,7 @@ def test_heldout_captions_go_to_samples(run, workdir, capsys):
   assert f"generate: results in {workdir / 'samples'}, overview in " in out
   run(captions=2, guidance=["1", "3"], retrieve=["0"])
   assert "finished already, skipped" in capsys.readouterr().out
-  with refused(UserError):
+  with refused(UserError, "--workdir", "1"):
     run(captions=2, guidance=["1", "3"], retrieve=["0"], samples=2)
 
 
@@ -150,7 +150,7 @@ def test_a_run_that_started_from_a_bundle_retrieves_from_it(run, workdir, bundle
 
 
 def test_the_bank_of_a_bundle_with_other_tokenizers_is_refused(run, bundled):
-  with refused(UserError):
+  with refused(UserError, "--bank", "different"):
     run(prompt=["red house"], bank=str(bundled))
 
 
@@ -158,7 +158,7 @@ def test_a_bundle_without_documents_is_no_bank(run, workdir, tmp_path):
   folder = tmp_path / "bundle"
   with one_device():
     bundle.write(epath.Path(folder), Run(workdir, SETTINGS), random_params(SETTINGS.model), 7)
-  with refused(UserError):
+  with refused(UserError, "--bank", "without"):
     run(prompt=["red house"], bank=str(folder))
 
 
@@ -187,7 +187,7 @@ def test_images_of_a_file_of_prompts_are_in_its_folder(run, workdir, image_file,
   (tmp_path / "set").mkdir()
   path = tmp_path / "set" / "outside.jsonl"
   path.write_text('{"task": "caption", "image": "../a.png", "length": 5}')
-  with refused(UserError):
+  with refused(UserError, "--allow_outside", "allow_outside"):
     run(prompts=str(path))
   run(prompts=str(path), allow_outside=True)
   (folder,) = (workdir / "prompts").glob("outside-*")

@@ -112,9 +112,9 @@ def test_the_tokenizer_of_an_export_needs_no_family(tmp_path, capsys):
   page = report.render(tmp_path, report.summary_lib.collect(tmp_path), "cm3leon_350m")
   assert "The image tokenizer of an export, " in page
   import_vqgan.main(SETTINGS, tmp_path / "again", str(tmp_path / "vqgan"), None)
-  with refused(UserError):
+  with refused(UserError, "config.vqgan.resolution", "config.vqgan.downsample"):
     import_vqgan.main(make_settings(resolution=512), tmp_path / "b", str(folder), None)
-  with refused(UserError):
+  with refused(UserError, "--family", "image_tokenizer"):
     import_vqgan.main(SETTINGS, tmp_path / "b", str(folder), "amused")
 
 
@@ -123,15 +123,15 @@ def test_another_tokenizer_is_not_overwritten(source, tmp_path):
   import_vqgan.main(SETTINGS, tmp_path, str(folder), "amused")
   other = dataclasses.replace(tokenizer, params=jax.tree.map(lambda x: 2 * x, tokenizer.params))
   published_files.save_diffusers(tmp_path / "other", other)
-  with refused(UserError):
+  with refused(UserError, "--workdir", "another"):
     import_vqgan.main(SETTINGS, tmp_path, str(tmp_path / "other"), "amused")
-  with refused(UserError):
+  with refused(UserError, "--workdir", "another"):
     import_vqgan.main(make_settings(resolution=512), tmp_path, str(folder), "amused")
   for name in ("config.json", "training/1/file"):
     path = tmp_path / name.partition(".")[0] / "vqgan" / name
     path.parent.mkdir(parents=True)
     path.write_text('{"vqgan": {}, "num_codes": 64}')
-    with refused(UserError):
+    with refused(UserError, "--workdir", "another"):
       import_vqgan.main(SETTINGS, tmp_path / name.partition(".")[0], str(folder), "amused")
 
 
@@ -143,7 +143,7 @@ def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monk
   write_data(run)
   import_vqgan.main(SETTINGS, run, str(source[0]), "amused")
   monkeypatch.setattr(copies, "settings_of_run", lambda folder: SETTINGS)
-  with refused(UserError):
+  with refused(UserError, "--init_from", "init_from"):
     copies.copy_tokenizers(Run(tuned, make_settings(resolution=512)), str(run))
   other = make_settings(code_dim=4 * SETTINGS.vqgan.code_dim)
   made = copies.copy_tokenizers(Run(tuned, other), str(run))
@@ -178,10 +178,10 @@ def test_a_damaged_or_unfinished_import_says_to_import_again(source, tmp_path):
   import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")
   path = tmp_path / "vqgan" / "params.safetensors"
   path.write_bytes(path.read_bytes()[:-1])
-  with refused(UserError):
+  with refused(UserError, "import_vqgan", "params.safetensors"):
     ImageTokenizer.load(tmp_path / "vqgan")
   (tmp_path / "vqgan" / stages.DONE).unlink()
-  with refused(UserError):
+  with refused(UserError, "import_vqgan", "tokenizer"):
     train_vqgan.main(SETTINGS, tmp_path)
   import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")
   ImageTokenizer.load(tmp_path / "vqgan")

@@ -59,14 +59,14 @@ def test_data_that_the_config_needs_is_enough():
   ],
 )
 def test_data_that_a_later_stage_would_refuse_is_refused(summary, data):
-  with refused(UserError):
+  with refused(UserError, "0", "source"):
     check_enough(summary, **data)
 
 
 def test_data_that_cannot_fill_a_batch_is_refused():
   batch = (9 * 1_024 + 4 * 180 + 8 * 9) // 2  # Half the largest number of tokens of `PAIRS`.
   check_batch(PAIRS, batch)
-  with refused(UserError):
+  with refused(UserError, "--config.train.global_batch_size.", "config.train"):
     check_batch(PAIRS, batch + 1)
   check_batch(PAIRS, batch + 1, base_documents=5)
   check_batch(PAIRS, batch + 1, tasks="scenes")

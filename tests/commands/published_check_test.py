@@ -42,7 +42,7 @@ def test_an_import_and_a_clip_are_accepted_and_nothing_is_trained(folders, capsy
 def test_a_tokenizer_that_is_not_imported_is_refused(folders, tmp_path):
   settings = settings_of(retrieval__clip=str(folders[1]))
   for check in (published_check.check, train_vqgan.main):
-    with refused(UserError):
+    with refused(UserError, "--source", "--config"):
       check(settings, epath.Path(tmp_path))
   published_check.check(settings, epath.Path(tmp_path), copied=True)
 
@@ -50,21 +50,21 @@ def test_a_tokenizer_that_is_not_imported_is_refused(folders, tmp_path):
 def test_another_grid_of_codes_is_refused(folders, tmp_path):
   tokenizer, clip, run = folders
   large = settings_of(retrieval__clip=str(clip), vqgan__resolution=512)
-  with refused(UserError):
+  with refused(UserError, "--workdir", "256"):
     published_check.check(large, run)
-  with refused(UserError):
+  with refused(UserError, "--family", "config.vqgan.resolution"):
     import_vqgan.main(settings_of(vqgan__resolution=128), tmp_path, str(tokenizer), None)
 
 
 def test_another_family_than_that_of_the_config_is_refused(folders, tmp_path):
-  with refused(UserError):
+  with refused(UserError, "--family", "--config.vqgan.published"):
     import_vqgan.main(settings_of(), tmp_path, str(folders[0]), "chameleon")
 
 
 def test_a_folder_that_is_no_clip_is_refused_until_the_neighbors_are_found(folders, tmp_path):
   tokenizer, _, run = folders
   for clip in (tokenizer, "nowhere"):
-    with refused(UserError):
+    with refused(UserError, "config.retrieval.clip", "clip"):
       published_check.check(settings_of(retrieval__clip=str(clip)), run)
   settings = settings_of(vqgan__published="", retrieval__clip="nowhere")
   (tmp_path / "neighbors").mkdir()

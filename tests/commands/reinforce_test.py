@@ -153,7 +153,7 @@ def test_neighbors_without_a_bank_are_refused(source, prepared, tmp_path):
     folder.mkdir()
     for stage in stages_of:
       (folder / stage).symlink_to(str(of / stage))
-  with one_mesh(), refused(UserError):
+  with one_mesh(), refused(UserError, "config.reinforce.retrieve", "1"):
     reinforce.main(settings_to_learn(retrieve=1), epath.Path(workdir), str(start))
 
 

@@ -138,7 +138,7 @@ def test_images_are_in_the_folder_of_the_file_unless_it_is_trusted(run, workdir,
   (tmp_path / "set").mkdir()
   path = tmp_path / "set" / "outside.jsonl"
   path.write_text('{"image": "../a.png", "caption": "green apple"}')
-  with refused(UserError):
+  with refused(UserError, "--allow_outside", "allow_outside"):
     run(path)
   run(path, allow_outside=True)
   assert list((workdir / "scores").glob("outside-*"))

@@ -34,7 +34,7 @@ def test_a_workdir_of_another_run_is_refused(workdir):
   write_json(workdir / "train" / "config.json", config)
   optimizer = dataclasses.replace(first.optimizer, learning_rate=0.5)
   other = dataclasses.replace(first, optimizer=optimizer)
-  with refused(UserError):
+  with refused(UserError, "--workdir", "--allow_changed"):
     train.main(other, workdir)
 
 
@@ -44,7 +44,7 @@ def test_checkpoints_without_their_config_are_refused(workdir, name, changes):
   """Without the stored config, no given config can be checked, so each is rejected."""
   folder = pathlib.Path(workdir) / "train"
   (folder / name).mkdir(parents=True)
-  with refused(UserError):
+  with refused(UserError, "config.json", "missing"):
     train.main(dataclasses.replace(settings_with(), **changes), workdir)
   assert sorted(path.name for path in folder.iterdir()) == ["checkpoints"]
 
@@ -122,9 +122,9 @@ def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(root, capsys):
 
   name = "optimizer.learning_rate"
   start(1e-3, 4)
-  with refused(UserError):
+  with refused(UserError, "--workdir", "--allow_changed"):
     start(0.5, 5)
-  with refused(UserError):
+  with refused(UserError, "config.train.steps", "learning_rate"):
     start(0.5, 4, name)
   start(0.5, 5, name)
   assert f"train: continues with {name}: 0.001 -> 0.5: the learning rate" in capsys.readouterr().out
@@ -176,6 +176,6 @@ def test_a_finished_run_goes_back_and_leaves_rows_out_once(root, monkeypatch, ca
 
 
 def test_wrong_profile_steps_are_refused_before_training(workdir):
-  with refused(UserError):
+  with refused(UserError, "--profile_steps", "profile_steps"):
     train.main(settings_with(), workdir, profile_steps="5")
   assert not (workdir / "train").exists()
