@@ -31,12 +31,6 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       "config.instructions names no tasks: set config.instructions.tasks to a YAML file or to one "
       f"of {', '.join(shipped())}."
     )
-  for name in table.TOKENIZERS:
-    if not (workdir / name / stages.DONE).exists():
-      raise UserError(
-        f"{workdir / name} is not finished: run `cm3leon copy_tokenizers --init_from=RUN` "
-        "with the same --config and --workdir first; RUN is the trained run that you tune."
-      )
   tasks = load_tasks(settings.instructions)
   more = {"tasks": sources.digest_of(tasks, settings.instructions)}
   with sharded.stage(workdir, "instructions", settings, more) as (summary, runner):

@@ -71,8 +71,6 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       raise UserError(f"--{flag.name} is given without --protocol: add e.g. --protocol=scenes.")
   compares, protocol = _is_given(protocol_flags.COMPARE), protocol_flags.PROTOCOL.value
   if compares or protocol is not None:
-    if _EXPORT.value is not None or _LAST_PARAMS.value:
-      raise UserError("--protocol and --compare take neither --export nor --last_params.")
     from cm3leon_jax.commands import evaluate_protocol
 
     if compares:
@@ -95,8 +93,6 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   if jax.distributed.is_initialized():
     raise UserError("cm3leon evaluate runs in several processes only with --protocol: add it.")
   if _EXPORT.value is not None:
-    if _LAST_PARAMS.value:
-      raise UserError("--export uses the average of the parameters: leave --last_params out.")
     _export(settings, workdir)
     return
   inputs: dict[str, Any] = {}

@@ -52,31 +52,10 @@ def run_all(settings: Settings, workdir: epath.Path, name: str, options: Options
 
   trained = Run.open(workdir, settings)
   found = [_checked(protocol, options, trained.settings) for protocol in protocol_lib.load(name)]
-  for protocol in found if trained.kind == "bundle" else ():
-    _check_bundle(trained, protocol, options)
   path = epath.Path(name)
   file = path.stem if path.suffix else name.partition("/")[0]
   for protocol in found:
     run(trained, file, protocol, options)
-
-
-def _check_bundle(trained: Run, protocol: Protocol, options: Options) -> None:
-  """Raises UserError if a protocol or option needs something that a bundle lacks."""
-  from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
-
-  name = trained.folder.name
-  if protocol.data.format == protocol_lib.HELDOUT:
-    raise UserError(
-      f"{name} is a bundle, which has no held-out documents, but the protocol reads them: name a "
-      "protocol that reads files, with --data=FOLDER, or give the workdir of a run in --workdir."
-    )
-  if options.before:
-    raise UserError(f"--before is given, but {name} is a bundle: name the workdir of its run.")
-  if trained.bank is None and any(column.retrieve for column in protocol.columns):
-    raise UserError(
-      f"{name} is a bundle without a bank, but a column of the protocol retrieves documents: set "
-      "retrieve to 0 in a copy of the protocol."
-    )
 
 
 def _checked(protocol: Protocol, options: Options, settings: Settings) -> Protocol:
@@ -84,7 +63,7 @@ def _checked(protocol: Protocol, options: Options, settings: Settings) -> Protoc
 
   Raises:
     UserError: a metric is unknown, does not fit the task or needs more examples; a field of a
-      sampler or a published figure is wrong; a file is absent; or an option has no effect.
+      sampler or a published figure is wrong; or a file is absent.
   """
   from cm3leon_jax.data.published.files import open_examples
   from cm3leon_jax.evaluation.protocols import metrics
@@ -98,17 +77,8 @@ def _checked(protocol: Protocol, options: Options, settings: Settings) -> Protoc
   metrics.check_published(protocol.published, [column.name for column in protocol.columns])
   for column in protocol.columns:
     protocol_lib.sampling_of(column, settings.sampling)
-  needs = {need for name in names for need in metrics.METRICS[name].needs}
-  for flag, value, need in (
-    ("extractor", options.weights, "features"),
-    ("clip", options.clip, "embeddings"),
-  ):
-    if value is not None and need not in needs:
-      raise UserError(f"--{flag} is given, but no metric of {', '.join(names)} reads it.")
-  if protocol.data.format == protocol_lib.HELDOUT:
-    if options.data is not None:
-      raise UserError("--data is given, but the protocol reads the held-out pairs of the run.")
-  elif options.data is not None:  # Report absent files before sampling.
+  if protocol.data.format != protocol_lib.HELDOUT and options.data is not None:
+    # Report absent files before sampling.
     open_examples(protocol.data.format, options.data, protocol.data.split)
   return protocol
 

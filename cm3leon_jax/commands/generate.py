@@ -192,7 +192,7 @@ def _check_rank(tasks: Sequence[Task]) -> None:
       )
 
 
-def _bank(trained: Run, heldout: bool) -> Run | None:
+def _bank(trained: Run) -> Run | None:
   """Returns the run that has the bank, or None. Checks the tokenizers and the CLIP of --bank."""
   from cm3leon_jax.trained import bundles
   from cm3leon_jax.trained.run import Run, ids
@@ -200,15 +200,7 @@ def _bank(trained: Run, heldout: bool) -> Run | None:
   settings = trained.settings
   if _BANK.value is None:
     return trained if trained.bank else None
-  if heldout:
-    raise UserError(
-      "--bank is given without --prompt, but held-out captions use the neighbors of their run: "
-      "leave --bank out."
-    )
-  if not (folder := bundles.folder_of(_BANK.value)).exists():
-    raise UserError(
-      f"--bank is {folder}, which does not exist: give the workdir of a run or a bundle."
-    )
+  folder = bundles.folder_of(_BANK.value)
   read = (*table.TOKENIZERS, *table.own_clip(settings))
   if bundles.is_bundle(folder):
     bank = Run.open(folder)
@@ -345,7 +337,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   usual = [1.0, settings.sampling.guidance], [0, settings.data.num_neighbors]
   columns = [] if tasks else _columns(settings, *usual)
   _check_rank(tasks)
-  source = _bank(trained, heldout=not tasks)
+  source = _bank(trained)
   config = _identity(trained, source, tasks, columns, seed)
   bank = source.bank if source else None
   layout = PromptLayout.of(trained)

@@ -56,11 +56,6 @@ def main(settings: Settings, workdir: epath.Path, source: str, family: Family | 
   if not source:
     raise UserError("name the file or folder with the weights: --source=amused-256")
   named = settings.vqgan.published
-  if named and family not in (None, named):
-    raise UserError(
-      f"--family is {family}, but config.vqgan.published is {named}: leave out --family, or give "
-      f"--config.vqgan.published={family}."
-    )
   if named and not published_files.is_own(source):
     family = named
   if family is None and not published_files.is_own(source):

@@ -92,11 +92,9 @@ def check_fact_leaks(drawn: DrawnSource, workdir: epath.Path) -> None:
 
 
 def check_enough(settings: Settings, summary: dict) -> None:
-  """Checks the data early for errors that a later stage would raise.
+  """Raises UserError if the held-out pairs have fewer than two concepts.
 
-  Raises:
-    UserError: the held-out pairs have fewer than two concepts, or `config.data` gives a share to a
-      kind of document that the source lacks.
+  Otherwise the evaluation, long after, would raise it.
   """
   data = settings.data
   if settings.instructions.any:
@@ -110,48 +108,6 @@ def check_enough(settings: Settings, summary: dict) -> None:
       "needs held-out pairs of at least 2 concepts: add pairs, or delete raw/ in the --workdir and "
       f"raise config.raw.heldout_fraction = {settings.raw.heldout_fraction}."
     )
-  for kind, share in (("text", data.text_share), ("interleaved", data.interleaved_share)):
-    counted, records = ("texts",) * 2 if kind == "text" else (kind, f"{kind} documents")
-    for split, name in (("train", "training"), ("heldout", "held-out")):
-      if share and not summary.get(f"{split}_{counted}"):
-        raise UserError(
-          f"config.data.{kind}_share is {share}, but the source has no {name} {records}: add some, "
-          f"or give --config.data.{kind}_share=0.0 to the next commands. The data is prepared."
-        )
-
-
-def check_batch(settings: Settings, summary: dict) -> None:
-  """Raises UserError if all training data is smaller than one batch, which `train` would reject."""
-  data, batch = settings.data, settings.train.global_batch_size
-  if settings.instructions.any or data.base_documents or data.interleaved_share:
-    return
-  pairs, texts = (summary.get(f"train_{kind}", 0) for kind in ("pairs", "texts"))
-  characters = (summary.get(f"train_{kind}_characters", 0) for kind in ("caption", "text"))
-  # A character has at most 4 tokens, and a document at most 8 special tokens.
-  most = pairs * settings.vqgan.image_tokens + 4 * sum(characters) + 8 * (pairs + texts)
-  if most < batch * data.sequence_length:
-    raise UserError(
-      f"the source has at most {most:,} training tokens, but one batch of config.train takes "
-      f"{batch * data.sequence_length:,} (global_batch_size = {batch:,} x data.sequence_length): "
-      "add data, or give a lower --config.train.global_batch_size. The data is prepared."
-    )
-
-
-def batch_warnings(settings: Settings, pairs: int) -> list[str]:
-  """Returns a warning for each of the stages vqgan and clip whose batch is larger than the data.
-
-  The stage would reject this batch size. It is not an error yet, because a published tokenizer or
-  CLIP may replace the stage.
-  """
-  replaced = {"vqgan": settings.vqgan.published, "clip": settings.retrieval.clip}
-  names = [name for name, published in replaced.items() if not published]
-  return [
-    f"config.{name}.batch_size is {size:,}, but there are only {pairs:,} training pairs: give "
-    f"--config.{name}.batch_size={pairs}, or less, to all commands of the run, unless a published "
-    "model replaces this stage."
-    for name in names
-    if (size := getattr(settings, name).batch_size) > pairs > 0
-  ]
 
 
 def conclude(settings: Settings, folder: epath.Path, summary: dict) -> None:
@@ -236,17 +192,10 @@ def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
     _print_computed(settings, workdir)
   summary = stages.require(workdir, "raw", summary=dict)["summary"]
   check_enough(settings, summary)
-  if not settings.instructions.any:
-    for warning in batch_warnings(settings, summary.get("train_pairs", 0)):
-      print(f"prepare_data: warning: {warning}")
-
-
-def _main(settings: Settings, workdir: epath.Path) -> None:
-  main(settings, workdir, bool(from_data.missing(flags.FLAGS.config)))
-  if not _CHECK_LEAKS.value:
-    summary = stages.require(workdir, "raw", summary=dict)["summary"]
-    check_batch(common.completed(workdir), summary)
 
 
 if __name__ == "__main__":
-  common.run(_main, prepares=True)
+  common.run(
+    lambda settings, workdir: main(settings, workdir, bool(from_data.missing(flags.FLAGS.config))),
+    prepares=True,
+  )

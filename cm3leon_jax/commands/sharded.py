@@ -22,7 +22,7 @@ _ADDRESS = flags.DEFINE_string(
   "ray_address", "", "Ray cluster, e.g. auto or ray://host:10001; empty: start one on this machine."
 )
 _WORKERS = flags.DEFINE_integer(
-  "ray_workers", 1, "Number of Ray workers; each processes one shard at a time."
+  "ray_workers", 1, "Number of Ray workers; each processes one shard at a time.", 1
 )
 _CPUS = flags.DEFINE_float("ray_worker_cpus", 1.0, "CPUs that Ray reserves for each worker.")
 
@@ -40,8 +40,8 @@ def stage(
   Yields the summary (None if the stage is finished), and the runner that the flags select.
 
   Raises:
-    UserError: see `stages.stage`. Also if a flag is out of range, or another job holds the lease on
-      the folder or has taken the lease from this job.
+    UserError: see `stages.stage`. Also if another job holds the lease on the folder, or has taken
+      it from this job.
   """
   from cm3leon_jax.training.faults.lease import Lease  # Imported here, because it imports JAX.
 
