@@ -221,26 +221,26 @@ def test_bad_starts_are_refused_before_a_step_is_compiled(
   monkeypatch.setattr("cm3leon_jax.training.decoder.train", None)  # Training would fail.
   new = tmp_path / "new"
   shutil.copytree(base, new, ignore=shutil.ignore_patterns("train"))
-  with refused(UserError, "adapter", "config"):
+  with refused(UserError, "config.adapter.rank", "--init_from"):
     train.main(settings_with(), new)
-  with refused(UserError, "adapter", "config"):
+  with refused(UserError, "adapter.rank is 33", "model.width"):
     settings_with(rank=33)
-  with refused(UserError, "adapter", "config"):
+  with refused(UserError, "adapter.targets", "gate"):
     settings_with(targets=("q", "gate"))
-  with refused(UserError, "adapter", "config"):
+  with refused(UserError, "adapter.targets.1", "w"):
     settings_with(targets=("q", "w"))
-  with refused(UserError, "adapter", "config"):
+  with refused(UserError, "('q', 'q')"):
     settings_with(targets=("q", "q"))
   for tokens in (("words",), ("7",), ("7:7",), ("0:100000",), ("image", "300:302", "301:302")):
-    with refused(UserError, "adapter", "config"):
+    with refused(UserError, "adapter.tokens"):
       settings_with(tokens=tokens)
-  with refused(UserError, "adapter", "config"):
+  with refused(UserError, "adapter.tokens", "adapter.rank"):
     settings_with(rank=0, tokens=("image",))
-  with refused(UserError, "adapter", "config"):
+  with refused(UserError, "adapter.rank: 4 -> 2"):
     train.main(settings_with(steps=9, rank=2), adapted)
-  with refused(UserError, "adapter", "config"):
+  with refused(UserError, "config.adapter.rank is 4"):
     reinforce._check(settings_with(), adapted, "")
-  with refused(UserError, "adapter", "config"):
+  with refused(UserError, "--format is peft"):
     export.main(settings_with(), base, choice=formats.Choice(format="peft"), output=str(tmp_path))
 
 

@@ -97,7 +97,7 @@ def check_verified(workdir):
   with upkeep.open_run(workdir / "train") as checkpoints:
     found = upkeep.entries(checkpoints)
     damages = upkeep.verify(checkpoints, found)
-  with refused(UserError):
+  with refused(UserError, "checkpoint", "train"):
     upkeep.check_verified(workdir / "train", found, damages)
 
 
@@ -152,14 +152,14 @@ def test_prune_keeps_what_the_config_says_or_the_flags(workdir):
   assert upkeep.prune(train, 2, 3, 0)[0].startswith("removed checkpoint 4, ")
   assert steps(workdir) == [6, 8]
   assert upkeep.prune(train, 2, 3, 0) == ["removed nothing; kept 6, 8."]
-  check_refused(command(workdir, "prune", "--keep_best=1"))
+  check_refused(command(workdir, "prune", "--keep_best=1"), "--keep_last")
 
 
 def test_prune_removes_nothing_if_the_newest_is_damaged(workdir):
   train = workdir / "train"
   flip(workdir, 8)
   flip(workdir, 6)
-  check_refused(command(workdir, "prune", "--keep_last=2"))
+  check_refused(command(workdir, "prune", "--keep_last=2"), "8", "damaged")
   flip(workdir, 4)
   flip(workdir, 2)
   with refused(UserError, "checkpoint", "removed"):
@@ -235,26 +235,16 @@ def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch, action):
 
 
 @pytest.mark.parametrize(
-  "arguments",
+  ("arguments", "fact"),
   [
-    [],
-    ["lsit"],
-    ["list", "4"],
-    ["rollback"],
-    ["rollback", "--step=abc"],
-    ["rollback", "--step=1,59"],
-    ["verify", "--step=4"],
-    ["list", "--keep_best=1"],
-    ["rollback", "--step=1", "--keep_last=2"],
-    ["list", "--dry_run"],
-    ["prune", "--keep_last=1"],
-    ["list", "--config=scenes"],
-    ["list", "--noprint_config"],
-    ["list"],
-    ["prune"],
-    ["rollback", "--step=1,596"],
+    (["rollback"], "--step"),
+    (["rollback", "--step=abc"], "--step"),
+    (["verify", "--step=4"], "--step"),
+    (["list", "--keep_best=1"], "--keep_best"),
+    (["prune", "--keep_last=1"], "--keep_last"),
+    (["list"], "no checkpoints"),
   ],
 )
-def test_a_mistake_ends_in_one_sentence(tmp_path, arguments):
-  check_refused(command(tmp_path, *arguments))
+def test_a_mistake_ends_in_one_sentence(tmp_path, arguments, fact):
+  check_refused(command(tmp_path, *arguments), fact)
   assert list(tmp_path.iterdir()) == []

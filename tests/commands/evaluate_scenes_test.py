@@ -283,20 +283,20 @@ def test_an_export_without_prompts_has_the_heldout_scenes(made, run, capsys):
 
 
 def test_mistakes_in_prompts_are_named(run, tmp_path):
-  with refused(UserError):
+  with refused(UserError, "--prompts", "--export"):
     run(settings_of(), prompts="p.jsonl")
-  with refused(UserError):
+  with refused(UserError, "--samples", "--export"):
     run(settings_of(), samples=2)
   path = tmp_path / "p.jsonl"
-  for text in (
-    None,
-    "\n",
-    '{"prompt": "a"}\n{',
-    '{"tag": "colors"}',
-    '["a"]',
-    json.dumps({"prompt": "word " * 300}),
+  for text, fact in (
+    (None, "not exist"),
+    ("\n", "empty"),
+    ('{"prompt": "a"}\n{', "line 2"),
+    ('{"tag": "colors"}', "line 1"),
+    ('["a"]', "line 1"),
+    (json.dumps({"prompt": "word " * 300}), "prompt 1"),
   ):
     if text is not None:
       path.write_text(text)
-    with refused(UserError):
+    with refused(UserError, "p.jsonl", fact):
       run(settings_of(), export="geneval", prompts=str(path))

@@ -222,30 +222,27 @@ def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys, 
   assert printed.count("generate: warning: no token of the prompt 'red car' occurred in train") == 1
 
 
-MISTAKES = [
-  {"prompt": ["a"], "rank": True},
-  {"task": "unconditional", "rank": True, "samples": 2},
-  {"prompt": ["a"], "guidance": ["much"]},
-  {"prompt": ["a"], "retrieve": ["-1"]},
-  {"task": "caption", "image": ["a.png"], "guidance": ["3"]},
-  {"task": "infill_text", "prompt": ["<mask>"], "retrieve": ["0", "1"]},
-  {"prompts": "a.jsonl", "guidance": ["1", "3"]},
-  {"prompts": "a.jsonl", "prompt": ["b"]},
-  {"prompts": "nowhere.jsonl"},
-  {"bank": "elsewhere"},
-  {"task": "infill_image", "image": ["a.png"], "box": ["0", "x"]},
-  {"task": "infill_image", "image": ["a.png"], "box": ["0", "0", "9", "2"]},
-  {"task": "question", "image": ["nowhere.png"], "prompt": ["a"], "length": 9},
-  {"prompt": ["car " * 200], "retrieve": ["0"]},
+MISTAKES = [  # The values of the flags, and a fact of the sentence.
+  ({"prompt": ["a"], "guidance": ["much"]}, "--guidance is 'much'"),
+  ({"prompt": ["a"], "retrieve": ["-1"]}, "--retrieve is [-1]"),
+  ({"task": "caption", "image": ["a.png"], "guidance": ["3"]}, "--guidance"),
+  ({"task": "infill_text", "prompt": ["<mask>"], "retrieve": ["0", "1"]}, "--retrieve"),
+  ({"prompts": "a.jsonl", "prompt": ["b"]}, "--prompts and --prompt"),
+  ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl"),
+  ({"prompt": ["a"], "bank": "elsewhere"}, "elsewhere"),
+  ({"task": "infill_image", "image": ["a.png"], "box": ["0", "x"]}, "--box is '0,x'"),
+  ({"task": "infill_image", "image": ["a.png"], "box": ["0", "0", "9", "2"]}, "0,0,9,2"),
+  ({"task": "question", "image": ["nowhere.png"], "prompt": ["a"], "length": 9}, "nowhere.png"),
+  ({"prompt": ["car " * 200], "retrieve": ["0"]}, "203 tokens"),
 ]
 
 
-@pytest.mark.parametrize("values", MISTAKES)
-def test_a_mistake_ends_the_command_before_any_work(run, workdir, values, monkeypatch):
+@pytest.mark.parametrize(("values", "fact"), MISTAKES)
+def test_a_mistake_ends_the_command_before_any_work(run, workdir, values, fact, monkeypatch):
   monkeypatch.setattr(Pipeline, "generate", None)
   monkeypatch.setattr(reading, "load_params", None)
   before = sorted(workdir.glob("*/*"))
-  with refused(UserError):
+  with refused(UserError, fact):
     run(**values)
   assert sorted(workdir.glob("*/*")) == before
 

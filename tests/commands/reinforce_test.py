@@ -158,12 +158,17 @@ def test_neighbors_without_a_bank_are_refused(source, prepared, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "changes", [{}, {"instructions": InstructionsConfig()}, {"train": TrainConfig(replay_every=2)}]
+  ("changes", "fact"),
+  [
+    ({}, "--init_from"),
+    ({"instructions": InstructionsConfig()}, "config.instructions"),
+    ({"train": TrainConfig(replay_every=2)}, "config.train.replay_every"),
+  ],
 )
-def test_a_run_without_a_start_or_tasks_is_refused(prepared, tmp_path, changes):
+def test_a_run_without_a_start_or_tasks_is_refused(prepared, tmp_path, changes, fact):
   settings = dataclasses.replace(settings_to_learn(), **changes)
   for stage in ("text_tokenizer", "vqgan", "clip", "instructions"):
     (tmp_path / stage).symlink_to(prepared / stage)
-  with refused(UserError):
+  with refused(UserError, fact):
     reinforce.main(settings, epath.Path(tmp_path))
   assert not (tmp_path / "train").exists()

@@ -5,8 +5,6 @@ import pytest
 
 from cm3leon_jax.commands import config_file, run, stage_process
 from cm3leon_jax.config import UserError
-from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from tests.refusals import refused
 
@@ -48,12 +46,6 @@ def test_only_tasks_that_are_judged_are_graded():
   names = list(run.commands(settings_of("sft_350m"), given=True))
   assert "encode_instructions" in names
   assert "grade_instructions" not in names
-
-
-def test_the_time_left_follows_from_the_stages_that_ended():
-  assert run.seconds_left({"train_vqgan": 200.0}, ["train"]) == pytest.approx(1000)
-  assert run.seconds_left({"prepare_data": 5.0}, ["train_vqgan", "train"]) is None
-  assert run.seconds_left({"train": 500.0}, []) == 0
 
 
 @pytest.fixture
@@ -100,15 +92,6 @@ def test_a_run_that_tunes_names_its_start_to_two_stages(started, tmp_path):
   extra = {command: flags[2:] for command, flags in started if flags[2:]}
   start = ["--init_from=scenes"]
   assert extra == {"copy_tokenizers": start, "train": start, "grade_instructions": ["--records=9"]}
-
-
-def test_skipped_stages_count_with_the_time_that_they_took(started, tmp_path, capsys):
-  for name, seconds in (("raw", 10.0), ("vqgan", 6_000.0)):
-    (tmp_path / name).mkdir()
-    write_json(tmp_path / name / stages.DONE, {"seconds": seconds})
-  run.main(settings_of("scenes"), epath.Path(tmp_path), "", False, {})
-  lines = [line for line in capsys.readouterr().out.splitlines() if "train_vqgan: " in line]
-  assert lines == ["[3/11] train_vqgan: 0 s, about 580 min left"]
 
 
 def test_a_run_on_a_base_measures_what_it_forgets():

@@ -110,26 +110,25 @@ def test_a_store_is_scored_after_neighbors(run, workdir):
 
 
 @pytest.mark.parametrize(
-  ("documents", "retrieve"),
+  ("documents", "retrieve", "fact"),
   [
-    (None, None),
-    ("no.jsonl", None),
-    ("{file}", "1,2"),
-    ("{file}", "-1"),
-    ("{file}", "65"),
-    ("{texts}", "1"),
-    ("{wrong}", None),
+    (None, None, "--documents"),
+    ("no.jsonl", None, "no.jsonl"),
+    ("{file}", "1,2", "--retrieve is '1,2'"),
+    ("{file}", "65", "--retrieve is 65"),
+    ("{texts}", "1", "texts.jsonl"),
+    ("{wrong}", None, "line 1"),
   ],
 )
 def test_mistakes_end_the_command_before_any_work(
-  run, workdir, file, tmp_path, monkeypatch, documents, retrieve
+  run, workdir, file, tmp_path, monkeypatch, documents, retrieve, fact
 ):
   monkeypatch.setattr(reading, "load_params", None)  # Reading parameters would fail.
   names = {"file": file, "texts": tmp_path / "texts.jsonl", "wrong": tmp_path / "wrong.jsonl"}
   names["texts"].write_text('{"text": "red apple"}\n')
   names["wrong"].write_text('{"text"\n')
   folders = sorted((workdir / "scores").glob("*"))
-  with refused(UserError):
+  with refused(UserError, fact):
     run(documents and documents.format(**names), retrieve)
   assert sorted((workdir / "scores").glob("*")) == folders
 

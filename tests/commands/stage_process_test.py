@@ -94,7 +94,7 @@ def test_a_signal_reaches_the_stage_which_saves_before_the_run_ends(run, number,
     if line == "waits":
       threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
 
-  with refused(UserError, "saved", "signal", exit_code=code):
+  with refused(UserError, "saved at signal", exit_code=code):
     run(WAITS.replace("CODE", str(code)), send)
 
 

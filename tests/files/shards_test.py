@@ -87,10 +87,3 @@ def test_what_was_done_before_a_mistake_stays_done(tmp_path):
 def test_what_may_succeed_later_stays_so(tmp_path):
   with refused(TryAgain, "05", "shard"):
     run(tmp_path, Copy(str(tmp_path), wrong="05", error=TryAgain))
-
-
-def test_a_runner_is_checked():
-  with refused(UserError, "slurm", "runner"):
-    Runner("slurm")
-  with refused(UserError, "ray_workers", "ray_worker_cpus"):
-    Runner(workers=0)
