@@ -3,7 +3,6 @@
 import pytest
 
 from cm3leon_jax.config import UserError
-from tests.refusals import refused
 from tests.settings_test import settings_with
 
 
@@ -63,6 +62,6 @@ from tests.settings_test import settings_with
   ],
 )
 def test_contradictions_and_unknown_fields_are_refused(fields):
-  [name, *_] = fields
-  with refused(UserError, name.rpartition("__")[2]):
+  with pytest.raises(UserError) as error:
     settings_with(**fields)
+  assert any(name.rpartition("__")[2] in str(error.value) for name in fields)

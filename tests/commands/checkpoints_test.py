@@ -101,18 +101,6 @@ def check_verified(workdir):
     upkeep.check_verified(workdir / "train", found, damages)
 
 
-def test_verify_says_what_a_damaged_newest_checkpoint_means(workdir):
-  train = workdir / "train"
-  flip(workdir, 8)
-  flip(workdir, 4)
-  check_verified(workdir)
-  (train / "done.json").unlink()
-  check_verified(workdir)
-  flip(workdir, 2)
-  flip(workdir, 6)
-  check_verified(workdir)
-
-
 def test_no_sealed_checkpoint_is_said_by_every_action(workdir):
   train = workdir / "train"
   shutil.rmtree(train / "checkpoints.digests")
@@ -192,20 +180,6 @@ def test_rollback_removes_what_is_newer_and_says_so(workdir):
   lines = read_json_lines(train / "metrics" / "metrics.jsonl")
   assert max(line["step"] for line in lines) == 4
   assert lines[-1] == {"step": 4, "event": "rolled_back", "from_step": 9, "time": 109.0}
-
-
-def test_rollback_to_the_newest_step_of_a_finished_run_removes_nothing(workdir):
-  assert upkeep.rollback(workdir / "train", 8) == ["Step 8 is the newest: nothing to remove."]
-  assert steps(workdir) == list(STEPS)
-  assert (workdir / "train" / "done.json").exists()
-
-
-def test_rollback_of_one_checkpoint_says_so_in_the_singular(workdir):
-  with (workdir / "train" / "metrics" / "metrics.jsonl").open("w") as file:
-    file.write('{"step": 7, "loss": 1.0}\n')
-  assert upkeep.rollback(workdir / "train", 6)[1:3] == [
-    "removed checkpoint 8.", "removed step 7 from metrics/metrics.jsonl."
-  ]  # fmt: skip
 
 
 def test_rollback_to_a_step_that_is_not_whole_changes_nothing(workdir):

@@ -127,9 +127,3 @@ def test_a_mesh_that_splits_parameters_unevenly_is_refused():
   with refused(UserError, "--config.mesh.fsdp", "--config.mesh.fsdp_inner"):
     common.make_mesh(dataclasses.replace(settings, model=model))
   common.make_mesh(settings)
-
-
-def test_a_mesh_that_does_not_fit_is_refused(workdir):
-  other = dataclasses.replace(tiny_settings(), mesh=MeshConfig(3, 1, 1))
-  with refused(UserError, "config.mesh", "fsdp_inner"):
-    evaluate.main(other, workdir)

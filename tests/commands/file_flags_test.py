@@ -14,7 +14,6 @@ from cm3leon_jax.commands import common, evaluate, export, generate, score
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import bundle, formats
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.runs import stages
 from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS, one_device, save_run
@@ -103,15 +102,6 @@ def test_a_bundled_model_draws_without_a_config_into_the_current_folder(tmp_path
   red, green, blue = np.asarray(Image.open(file), float).mean((0, 1))
   assert red > max(green, blue) + 5
   assert names(installed) == before
-
-
-@pytest.mark.slow
-def test_a_run_needs_no_config_either_and_keeps_its_results(run, documents, tmp_path):
-  done = cm3leon("score", f"--workdir={run}", f"--documents={documents}", cwd=tmp_path)
-  assert done.returncode == 0, done.stderr
-  (folder,) = run.glob("scores/my-*")
-  assert (folder / stages.DONE).exists()
-  assert names(tmp_path) == {"my.jsonl"}
 
 
 def test_results_of_a_bundle_go_to_the_current_folder_or_to_out(

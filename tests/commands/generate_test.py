@@ -91,18 +91,6 @@ def test_heldout_captions_go_to_samples(run, workdir, capsys):
     run(captions=2, guidance=["1", "3"], retrieve=["0"], samples=2)
 
 
-@pytest.mark.slow
-def test_a_prompt_has_a_folder_for_every_set_of_settings(run, workdir, capsys):
-  for guidance in ("1", "3"):
-    run(prompt=["red apple"], guidance=[guidance], retrieve=["0"], seed=5, batch_size=2)
-    out = capsys.readouterr().out
-    assert re.search(r"CLIP score -?0\.\d{3} no interval, 1 sample of 1 prompt\.", out)
-  folders = sorted((workdir / "prompts").glob("red-apple-*"))
-  assert len(folders) == 2
-  assert {read_lines(folder)[0]["guidance"] for folder in folders} == {1.0, 3.0}
-  assert {p.suffix for folder in folders for p in folder.iterdir()} == {".png", ".json", ".jsonl"}
-
-
 def test_a_run_without_documents_retrieves_from_the_given_bank(run, workdir, tmp_path):
   other = tmp_path / "other"
   shutil.copytree(workdir, other)

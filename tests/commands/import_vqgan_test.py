@@ -164,16 +164,6 @@ def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monk
   assert f"Copied from <code>{run}</code>, with its codes" in page
 
 
-def test_the_report_says_what_was_imported(source, tmp_path):
-  import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")
-  page = report.render(tmp_path, report.summary_lib.collect(tmp_path), "cm3leon_350m")
-  numbers = sum(x.size for x in jax.tree.leaves(source[1].params))
-  assert f"Published weights, <code>amused</code>, {numbers:,} parameters: nothing was tra" in page
-  assert "<code>cm3leon import_vqgan</code>" in page
-  assert "--workdir=DIR --source=WEIGHTS --family=FAMILY" in page
-  assert "cm3leon train_vqgan" not in page
-
-
 def test_a_damaged_or_unfinished_import_says_to_import_again(source, tmp_path):
   import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")
   path = tmp_path / "vqgan" / "params.safetensors"

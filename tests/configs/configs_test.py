@@ -113,14 +113,6 @@ def test_minutes_scale_the_training_stages_and_nothing_else(demo):
       assert two[name][field] == fifteen[name][field]
 
 
-def test_the_long_run_is_another_decoder_on_the_same_tokenizers_clip_and_rows():
-  fifteen, long = (openmoji.get_config(v) for v in ("15", "long"))
-  for name in set(SECTIONS) - {"model", "optimizer", "train"}:
-    assert long[name] == fifteen[name]
-  rows, few = (c.train.steps * c.train.global_batch_size for c in (long, fifteen))
-  assert rows >= 3 * few
-
-
 def test_the_bundled_tuned_model_saw_more_records_half_of_them_redrawn():
   fifteen, long = (scenes_instruct.get_config(v) for v in ("15", "long"))
   for name in ("vocab", "vqgan", "model", "data"):
