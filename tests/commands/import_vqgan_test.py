@@ -11,6 +11,7 @@ import pytest
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.commands import (
   common,
+  config_file,
   encode_documents,
   generate,
   import_vqgan,
@@ -35,8 +36,7 @@ from cm3leon_jax.trained.run import Run
 from tests.data.raw_folder import write_raw
 from tests.data.stores import VOCAB
 from tests.generation.run import make_config
-from tests.launched import launch
-from tests.refusals import check_refused, refused
+from tests.refusals import refused
 from tests.retrieval.stores import write_neighbors
 from tests.tokenizers.published_random import FAMILY, save_random
 from tests.tokenizers.tiny import tiny_config
@@ -178,20 +178,21 @@ def test_a_damaged_or_unfinished_import_says_to_import_again(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("argv", "fact"),
+  ("path", "family", "fact"),
   [
-    (["--family=amused"], "--source"),
-    (["--source=a"], "--family"),
-    (["--source=a", "--family=amused"], "--source is a"),
-    (["--source=last.ckpt", "--family=chameleon"], "last.ckpt is a pickle"),
-    (["--source=FOLDER", "--family=amused"], "config.vocab.image_size"),
+    ("", "amused", "--source"),
+    ("a", None, "--family"),
+    ("a", "amused", "--source is a"),
+    ("last.ckpt", "chameleon", "last.ckpt is a pickle"),
+    ("FOLDER", "amused", "config.vocab.image_size"),
   ],
 )
-def test_a_mistake_is_one_sentence(source, tmp_path, argv, fact):
+def test_a_mistake_is_one_sentence(source, tmp_path, monkeypatch, path, family, fact):
+  monkeypatch.chdir(tmp_path)
   (tmp_path / "last.ckpt").write_bytes(b"")
-  config = "--config=cm3leon_350m"
-  argv = [argument.replace("FOLDER", str(source[0])) for argument in argv]
-  check_refused(launch("import_vqgan", config, "--workdir=run", *argv, cwd=tmp_path), fact)
+  settings = settings_from_config(config_file.load("cm3leon_350m"))
+  with refused(UserError, fact):
+    import_vqgan.main(settings, epath.Path("run"), path.replace("FOLDER", str(source[0])), family)
   assert not (tmp_path / "run").exists()
 
 

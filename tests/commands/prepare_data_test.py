@@ -75,7 +75,7 @@ def test_what_follows_from_the_data_is_counted_printed_and_used_by_later_stages(
   check_refused(early, "config.clip.batch_size", "prepare_data")
 
 
-@pytest.mark.parametrize(("source", "workdir"), [("~/in", "~/in/run"), (".", "."), (".", "run")])
+@pytest.mark.parametrize(("source", "workdir"), [("~/in", "~/in/run"), (".", ".")])
 def test_a_repeated_command_does_not_read_its_own_output(source, workdir, tmp_path):
   """Regression: with `=`, shells leave "~", which named a folder; and pairs doubled."""
   folder = write_source(tmp_path / "in", photos("train", range(4)) | photos("heldout", [7, 9]))
@@ -110,15 +110,6 @@ def test_check_leaks_names_the_pairs_and_fails(tmp_path):
     "near: heldout 'heldout3', train 'train3', PSNR inf dB, hash distance 0.00" in checked.stdout
   )
   assert "error: 1 of 2 held-out images" in checked.stderr
-
-
-def test_check_leaks_passes_where_nothing_leaks(tmp_path):
-  source = write_source(tmp_path / "in", photos("train", range(4)) | photos("heldout", [8, 9]))
-  flags = [f"--config.raw.source={source}", "--config.raw.resolution=64", f"--workdir={tmp_path}"]
-  assert command(*flags).returncode == 0
-  checked = command(*flags, "--check_leaks")
-  assert checked.returncode == 0
-  assert "near_pairs 0, leaked_heldout_images 0" in checked.stdout
 
 
 def test_scenes_are_checked_by_their_facts(tmp_path):
