@@ -17,7 +17,7 @@ from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.evaluation.config import EvaluationConfig
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.mesh_config import MeshConfig
+from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.retrieval.config import RetrievalConfig
 from cm3leon_jax.scenes.config import ScenesConfig

@@ -20,14 +20,14 @@ from cm3leon_jax import accelerators
 from cm3leon_jax.commands import config_file, interrupts
 from cm3leon_jax.config import TryAgain, UserError, printable
 from cm3leon_jax.files import buckets
-from cm3leon_jax.mesh_config import MeshConfig
+from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.runs import from_data
 from cm3leon_jax.settings import Settings, describe, settings_from_config
 
 with epy.lazy_imports():  # Flags are parsed before JAX is imported, which takes seconds.
   import jax
 
-  from cm3leon_jax import distributed, mesh
+  from cm3leon_jax import distributed
   from cm3leon_jax.trained import run as run_lib
 
 FOLDERS = ("workdir", "out", "output", "bundle")  # Flags that name a folder.
@@ -99,7 +99,7 @@ def make_mesh(settings: Settings) -> "jax.sharding.Mesh":
       "--protocol and cm3leon score need --distributed; other commands run on a single host."
     )
   try:
-    made = mesh.create_mesh(settings.mesh)
+    made = create_mesh(settings.mesh)
     settings.check_split(made.shape)
   except ValueError as error:
     raise UserError(f"config.mesh: {error}") from error

@@ -164,14 +164,6 @@ def test_flags_of_protocols_need_a_protocol(settings, workdir):
       evaluate.main(settings, workdir)
 
 
-def test_a_flag_without_effect_is_refused(settings, workdir, data):
-  [protocol] = protocol_lib.load("scenes_decoding")
-  for fields in ({"data": data}, {"clip": "x", "metrics": ("copy_rate",)}):
-    options = evaluate_protocol.Options(examples=4, **fields)
-    with refused(UserError):
-      measure(settings, workdir, "x", protocol, options)
-
-
 def test_other_metrics_are_measured_on_the_same_samples(settings, workdir, data):
   [protocol] = protocol_lib.parse(
     """

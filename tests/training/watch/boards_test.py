@@ -120,7 +120,7 @@ def test_a_login_that_fails_is_one_line(tmp_path, watch, capsys, monkeypatch):
   [board] = open_boards(epath.Path(tmp_path), config, 1, watch)
   use(board)
   (line,) = capsys.readouterr().out.splitlines()
-  assert "(RuntimeError: No API key configured.): pip install" in line
+  assert "(RuntimeError: No API key configured.): install cm3leon_jax" in line
   assert "set WANDB_API_KEY" in line
   assert not (tmp_path / "wandb.json").exists()
 
