@@ -19,7 +19,8 @@ CLIENTS = ("aiohttp.", "gcsfs.", "google.", "requests.")
 # Of TensorStore, ArrayRecord (both in C++) and gcsfs, which also raise built-in exceptions.
 LIBRARY = re.compile(
   r"^(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED): "
-  r"|^(Forbidden|Bad Request|\w+\(\) failed): |Retry policy exhausted|CURL error|os_error_code="
+  r"|^(Forbidden|Bad Request|\w+\(\) failed): |retry attempts failed|Retry policy exhausted"
+  r"|CURL error|os_error_code="
 )
 # Values of errno that say nothing about a file's content: the disk is full or fails, or access is
 # denied.
