@@ -214,7 +214,7 @@ def main(_) -> None:
 
 
 def _run(to: str) -> None:
-  buckets.check_path(to, "--out")
+  buckets.check_path(to)
   buckets.prepare_access()
   in_bucket = "://" in to
   out = pathlib.Path(tempfile.mkdtemp(prefix="first_run-") if in_bucket else to).absolute()

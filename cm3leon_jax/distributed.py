@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -56,25 +57,13 @@ def initialize(
     timeout: number of seconds for which the processes wait for each other.
 
   Raises:
-    UserError: only some of the first three arguments are given, a value is out of range, or no
-      cluster was found.
+    UserError: an argument is missing or wrong, or no cluster was found.
     TryAgain: the other processes did not start in time.
   """
-  given = {
-    "coordinator_address": coordinator,
-    "num_processes": num_processes,
-    "process_id": process_id,
-  }
-  missing = [f"--{name}" for name, value in given.items() if value is None]
-  if 0 < len(missing) < len(given):
-    present = [f"--{name}" for name, value in given.items() if value is not None]
-    raise UserError(
-      f"{', '.join(present)} without {', '.join(missing)}: give all three, or --distributed alone."
-    )
-  if coordinator is not None and num_processes is not None and process_id is not None:
-    _check(coordinator, num_processes, process_id)
   # JAX's preemption service would catch SIGTERM; see training/faults/preemption.py.
   jax.config.update("jax_enable_preemption_service", False)
+  if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+    raise UserError(f"--coordinator_address is '{coordinator}'; it must be host:port.")
   if coordinator is not None and process_id:
     _wait_for(coordinator, timeout)
   try:
@@ -88,29 +77,13 @@ def initialize(
     )
   except ValueError as error:
     raise UserError(
-      f"--distributed found no known cluster ({error}): leave it out on a single machine, "
-      "or give --coordinator_address, --num_processes and --process_id."
+      f"this process cannot join its job ({error}): give --coordinator_address, --num_processes "
+      "and --process_id, or, if the cluster sets them, --distributed alone."
     ) from error
   except RuntimeError as error:
     raise TryAgain(
       f"the processes of the job did not connect within {timeout} s ({error}): start all of them."
     ) from error
-
-
-def _check(coordinator: str, num_processes: int, process_id: int) -> None:
-  host, _, port = coordinator.rpartition(":")
-  if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
-    raise UserError(
-      f"--coordinator_address is '{coordinator}'; "
-      "it must be host:port of process 0, such as 10.0.0.1:8476."
-    )
-  if num_processes < 1:
-    raise UserError(f"--num_processes is {num_processes}; it must be positive.")
-  if not 0 <= process_id < num_processes:
-    raise UserError(
-      f"--process_id is {process_id}; "
-      f"with --num_processes={num_processes} it must be from 0 to {num_processes - 1}."
-    )
 
 
 def _wait_for(coordinator: str, timeout: int) -> None:

@@ -48,7 +48,7 @@ def load(
       invalid, or the adapters were trained on other parameters.
   """
   source = os.path.expanduser(source)
-  buckets.check_path(source, "workdir")
+  buckets.check_path(source)
   if mesh is None:
     mesh = create_mesh(MeshConfig(), None if devices is None else list(devices))
   elif devices is not None:

@@ -6,16 +6,16 @@ import contextvars
 import math
 from typing import Annotated, Any
 
-import jax
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, PyTree
+from etils import epy
 import numpy as np
 from pydantic import Field
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
+
+with epy.lazy_imports():  # The settings import this module, and are read before JAX is imported.
+  import jax
+  from jax.experimental import mesh_utils
 
 AXES = ("data", "fsdp", "fsdp_inner", "tensor")
 FSDP = ("fsdp", "fsdp_inner")
@@ -99,8 +99,8 @@ def _shown(shape: Sequence[int]) -> str:
 
 
 def create_mesh(
-  config: MeshConfig, devices: Sequence[jax.Device] | None = None
-) -> jax.sharding.Mesh:
+  config: MeshConfig, devices: "Sequence[jax.Device] | None" = None
+) -> "jax.sharding.Mesh":
   """Creates a mesh of `devices`, by default all, with explicit axes.
 
   Slices (TPU slices or GPU hosts) are placed along the axis `data`, because the network between
@@ -118,7 +118,7 @@ def create_mesh(
       f"mesh.data is {shape[0]}; the devices are in {slices} slices, so it must be a multiple of "
       f"{slices}."
     )
-  types = (AxisType.Explicit,) * len(AXES)
+  types = (jax.sharding.AxisType.Explicit,) * len(AXES)
   # An axis may span a part of a torus dimension, such as tensor = 8 on 16 x 16 chips.
   if slices > 1:
     inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * len(shape[1:]))
@@ -149,21 +149,21 @@ def unsplit() -> Iterator[None]:
     _unsplit.reset(token)
 
 
-def spec(*axes: str | None) -> P | None:
+def spec(*axes: str | None) -> "jax.P | None":
   """Returns the PartitionSpec of an array with the logical `axes`. None means not sharded.
 
   >>> spec("vocab_stored", None)
   PartitionSpec(('tensor', 'fsdp', 'fsdp_inner'), None)
   """
-  return None if _unsplit.get() else P(*(RULES[a] if a else None for a in axes))
+  return None if _unsplit.get() else jax.P(*(RULES[a] if a else None for a in axes))
 
 
-def shard(x: Array | np.ndarray, *axes: str | None) -> Array:
+def shard(x: "jax.Array | np.ndarray", *axes: str | None) -> "jax.Array":
   """Reshards `x` by its logical `axes`. Needs a current mesh (`jax.set_mesh`)."""
   return x if _unsplit.get() else jax.sharding.reshard(x, spec(*axes))
 
 
-def gathered(w: Array) -> Array:
+def gathered(w: "jax.Array") -> "jax.Array":
   """Gathers a parameter over the fsdp axes. The result is sharded only over `tensor`.
 
   `w` has the sharding in which it is stored, and the dtype in which devices exchange it. The fsdp
@@ -180,30 +180,30 @@ def gathered(w: Array) -> Array:
   for axis in ("data", *reversed(FSDP)):
     split = [tuple(a for a in axes if a != axis) for axes in split]
     done.add(axis)
-    w = jax.sharding.reshard(w, P(*(axes or None for axes in split), reduced=frozenset(done)))
+    w = jax.sharding.reshard(w, jax.P(*(axes or None for axes in split), reduced=frozenset(done)))
   return w
 
 
-def shardings(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+def shardings(tree: Any, mesh: "jax.sharding.Mesh") -> Any:
   """Returns the NamedSharding of each array, or `jax.eval_shape` result, in a tree."""
-  return jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), tree)
+  return jax.tree.map(lambda x: jax.sharding.NamedSharding(mesh, jax.typeof(x).sharding.spec), tree)
 
 
-def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+def abstract(tree: Any, mesh: "jax.sharding.Mesh") -> Any:
   """Returns the shapes, dtypes and shardings of a tree on `mesh`. Host arrays become replicated."""
 
-  def place(x: Any) -> jax.ShapeDtypeStruct:
-    spec = P()
-    if isinstance(sharding := getattr(x, "sharding", None), NamedSharding):
+  def place(x: Any) -> "jax.ShapeDtypeStruct":
+    spec = jax.P()
+    if isinstance(sharding := getattr(x, "sharding", None), jax.sharding.NamedSharding):
       spec = sharding.spec  # Includes automatic axes, which `jax.typeof` omits.
     elif isinstance(x, jax.Array | jax.ShapeDtypeStruct):
       spec = jax.typeof(x).sharding.spec
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
   return jax.tree.map(place, tree)
 
 
-def batch_shards(mesh: jax.sharding.Mesh | None = None) -> int:
+def batch_shards(mesh: "jax.sharding.Mesh | None" = None) -> int:
   """Returns the number of devices over which a mesh, by default the current one, shards a batch."""
   shape = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
   return math.prod(shape[axis] for axis in BATCH)

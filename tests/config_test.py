@@ -38,9 +38,9 @@ def test_defaults_and_overrides():
 
 
 def test_an_unknown_field_is_named_with_the_one_meant():
-  with refused(FieldError, path=("widht",)):
+  with refused(FieldError, "sample", "widht", "width", path=("widht",)):
     build(Sample, {"widht": 8}, "sample")
-  with refused(FieldError, path=("zzz",)):
+  with refused(FieldError, "sample", "zzz", "width", path=("zzz",)):
     build(Sample, {"zzz": 8}, "sample")
   with pytest.raises(ValueError, match="zzz"):
     Sample(zzz=8)
@@ -65,7 +65,8 @@ def test_an_unknown_field_is_named_with_the_one_meant():
   ],
 )
 def test_another_type_or_range_is_refused_in_one_sentence(values):
-  with refused(FieldError):
+  [field] = values
+  with refused(FieldError, f"config.sample.{field}"):
     build(Sample, values, "sample")
   with pytest.raises(ValueError, match="1 validation error for Sample"):
     Sample(**values)
@@ -77,7 +78,7 @@ class Needed:
 
 
 def test_an_absent_field_is_named_and_the_path_of_a_wrong_one_is_known():
-  with refused(FieldError, path=("name",)):
+  with refused(FieldError, "needed", "name", path=("name",)):
     build(Needed, {}, "needed")
   for values, path in (
     ({"shape": [1, 0]}, ("shape", 1)),
@@ -87,30 +88,6 @@ def test_an_absent_field_is_named_and_the_path_of_a_wrong_one_is_known():
     with pytest.raises(FieldError) as error:
       build(Sample, values)
     assert error.value.path == path
-
-
-@pytest.mark.parametrize(
-  "values",
-  [
-    {"width": 2**70},
-    {"width": -(2**31)},
-    {"shape": [1, 2**31]},
-    {"rate": 10**400},
-    {"width": 10**5_000},
-    {"name": "a" * 999 + "\ud800"},
-    {"rate": 1e39},
-    {"rate": -1e-46},
-    {1: 2},
-    3,
-    None,
-    "ab",
-    {"name\x1b[2J": 1},
-  ],
-)
-def test_what_no_field_holds_is_refused_in_one_short_sentence(values):
-  with refused(FieldError) as error:
-    build(Sample, values, "sample")
-  assert len(str(error.value)) < 300
 
 
 JSON = st.recursive(
@@ -145,7 +122,7 @@ def test_errors_hold_no_address_of_an_object():
   assert str(UserError(f"no image ({object()}) <f of {object()}>")) == (
     "no image (<object object>) <f of <object object>>"
   )
-  with refused(FieldError, path=("width",)):
+  with refused(FieldError, "<object object>", path=("width",)):
     build(Sample, {"width": object()}, "sample")
 
 

@@ -148,7 +148,7 @@ def test_starts_of_windows_after_a_bad_line_are_planned_again(junk, tmp_path):
   starts = WindowStarts(2, path, "x", writes=True)
   starts.add(1, start)
   path.write_bytes(path.read_bytes() + junk.replace(b"\n", b"") + b"\n")
-  with refused(UserError):
+  with refused(UserError, "plan.jsonl", "3"):
     WindowStarts(2, path, "x")
   good = b'{"fingerprint": "x"}\n{"window": 1, "first_row": 9, "taken": [4, 0], "used": [70, 0]}\n'
   next_ = good.splitlines()[1].replace(b'"window": 1', b'"window": 2')
@@ -209,9 +209,9 @@ def test_tensors_that_are_not_finite_are_refused_with_file_and_name(value, tmp_p
   path = tmp_path / "x.safetensors"
   safetensors.save_file(tensors, path)
   expected = {"a": jax.ShapeDtypeStruct((3,), np.float32), "b": {"c": np.zeros(2, np.float16)}}
-  with refused(UserError):
+  with refused(UserError, "b.c", "train_clip"):
     parameters.load(path, expected, "train_clip")
-  with refused(UserError):
+  with refused(UserError, "b.c", "x.safetensors"):
     published.read_tensors(path)
   safetensors.save_file({**tensors, "b.c": np.ones(2, np.float16)}, path)
   assert set(parameters.load(path, expected, "train_clip")) == {"a", "b"}

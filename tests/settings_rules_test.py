@@ -3,7 +3,6 @@
 import pytest
 
 from cm3leon_jax.config import UserError
-from tests.refusals import refused
 from tests.settings_test import settings_with
 
 
@@ -62,8 +61,6 @@ from tests.settings_test import settings_with
   ],
 )
 def test_contradictions_and_unknown_fields_are_refused(fields):
-  with refused(UserError) as error:
+  with pytest.raises(UserError) as error:
     settings_with(**fields)
-  [name, *_] = fields
-  field = (name.rpartition("__")[2],)
-  assert name == "moddel" or error.value.path in ((), field)
+  assert any(name.rpartition("__")[2] in str(error.value) for name in fields)

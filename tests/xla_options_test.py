@@ -31,8 +31,3 @@ def test_this_compiler_knows_the_options_of_its_kind():
   assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
   with pytest.raises(Exception, match="xla_cpu_no_such_option"):
     jax.jit(lambda x: x + 1, compiler_options={"xla_cpu_no_such_option": True})(1)
-
-
-def test_every_option_has_a_reason():
-  for table in (*OPTIONS.values(), *DECODE_OPTIONS.values()):
-    assert all(reason for _, reason in table.values())

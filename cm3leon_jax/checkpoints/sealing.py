@@ -11,7 +11,6 @@ from etils import epath
 import jax
 
 from cm3leon_jax.config import TryAgain
-from cm3leon_jax.files import buckets
 from cm3leon_jax.files.digests import digest
 
 
@@ -104,16 +103,10 @@ def reading(path: epath.PathLike) -> Iterator[None]:
 
   A failed read does not prove that a file is absent or damaged. A network disk may be unavailable,
   or the process may have too many open files.
-
-  Raises:
-    TryAgain: its message names the file.
-    OSError: a GCS bucket did not answer, see `buckets.failure`.
   """
   try:
     yield
   except OSError as error:
-    if buckets.failure(error):
-      raise
     where = error.filename or os.fspath(path)
     raise TryAgain(
       f"{where} cannot be read ({error.strerror or error}), so its content is unknown and nothing "

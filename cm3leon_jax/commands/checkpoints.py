@@ -14,10 +14,14 @@ It does not ask for confirmation, fails while another job trains in the workdir,
 """
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+
+with epy.lazy_imports():
+  from cm3leon_jax.training.faults import skipped_rows
+  from cm3leon_jax.training.saves import upkeep
 
 ACTIONS = ("list", "verify", "rollback")
 _STEP = flags.DEFINE_integer("step", None, "rollback: step to return to.", lower_bound=1)
@@ -35,8 +39,6 @@ def _check_flags(action: str) -> None:
 
 def _show(folder: epath.Path, check: bool) -> None:
   """Prints the checkpoints. If `check`, raises UserError if one is damaged or none is sealed."""
-  from cm3leon_jax.training.saves import upkeep
-
   with upkeep.open_run(folder) as checkpoints:
     found = upkeep.entries(checkpoints)
     damages = upkeep.verify(checkpoints, found) if check else {}
@@ -48,9 +50,6 @@ def _show(folder: epath.Path, check: bool) -> None:
 
 
 def main(action: str, workdir: epath.Path) -> None:
-  from cm3leon_jax.training.faults import skipped_rows
-  from cm3leon_jax.training.saves import upkeep
-
   _check_flags(action)
   skip_rows = skipped_rows.parse(_SKIP_ROWS.value)
   folder = workdir / "train"

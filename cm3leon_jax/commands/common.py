@@ -1,138 +1,114 @@
-"""Runs a command: parses its flags, checks its config, and reports errors in one sentence."""
+"""Runs a command: defines common flags, parses all flags, and reports errors in one sentence."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
-import errno
 import functools
 import os
 import re
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from etils import epath
+from etils import epath, epy
+import ml_collections
 from ml_collections import config_flags
 
 from cm3leon_jax import accelerators
-from cm3leon_jax.commands import arguments, bucket_paths, config_file, help_text, interrupts
-from cm3leon_jax.config import TryAgain, UserError, causes, printable
-from cm3leon_jax.files import buckets, disk_errors
+from cm3leon_jax.commands import config_file, interrupts
+from cm3leon_jax.config import TryAgain, UserError, printable
+from cm3leon_jax.files import buckets
+from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.runs import from_data
-from cm3leon_jax.runs.table import STAGES
+from cm3leon_jax.settings import Settings, describe, settings_from_config
 
-if TYPE_CHECKING:
+with epy.lazy_imports():  # Flags are parsed before JAX is imported, which takes seconds.
   import jax
 
-  from cm3leon_jax.settings import Settings
+  from cm3leon_jax import distributed
+  from cm3leon_jax.trained import run as run_lib
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  None,
-  f"Config: a Python file, e.g. path/own.py, or one of {', '.join(config_file.SHIPPED)}. "
-  "A variant follows a colon: scenes:15.",
-)
-_PARSER = config_file.Parser()
-flags.FLAGS["config"].parser = _PARSER
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run; each stage writes to a subfolder."
-)
-_PRINT_CONFIG = flags.DEFINE_bool(
-  "print_config", False, "Print every field of the checked config, one per line, and exit."
-)
-
-_DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Join the processes that the cluster (TPU pod, SLURM, ...) started."
-)
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator_address", None, "host:port of process 0; for jobs without --distributed."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the job.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
-_TIMEOUT = flags.DEFINE_integer(
-  "coordinator_timeout", 300, "Seconds that the processes wait for each other.", lower_bound=1
-)
+FOLDERS = ("workdir", "out", "output", "bundle")  # Flags that name a folder.
 
 
-# errno values of a full or failing disk. Other OSErrors may come from transformers, which raises
-# OSError if it cannot load a model.
-NOT_WRITTEN = (*disk_errors.FULL, errno.EIO)
-NAME_A_CONFIG = "name a config: --config=scenes"
+class _Parser(flags.ArgumentParser):
+  """Parses --config for `config_flags`, which adds the flags --config.SECTION.FIELD."""
+
+  def parse(self, argument: str) -> ml_collections.ConfigDict:
+    return config_file.load(argument).lock()  # Locked: flags cannot add fields.
+
+  def flag_type(self) -> str:
+    return "config"
 
 
-def _instead(stage: str) -> str:
-  """Returns the end of an error message: what a pod uses instead of a stage for one host."""
-  if not stage:
-    return ""
-  return f"; {STAGES[stage].command} trains on one host: on a pod use {STAGES[stage].instead}"
+def _define_flags(workdir: bool | None, config: bool | None, several_processes: bool) -> None:
+  """Defines the flags that several commands take; see `run` for the arguments."""
+  if workdir is not False:
+    flags.DEFINE_string("workdir", None, "Folder of the run; each stage writes to a subfolder.")
+  if config is not False:
+    config_flags.DEFINE_config_file(
+      "config",
+      None,
+      f"Config: a Python file, e.g. path/own.py, or one of {', '.join(config_file.SHIPPED)}. A "
+      "variant follows a colon: scenes:15. --config.SECTION.FIELD=VALUE, given after --config, "
+      "sets a field, e.g. --config.train.steps=100.",
+    )
+    flags.FLAGS["config"].parser = _Parser()
+    flags.DEFINE_bool(
+      "print_config", False, "Print every field of the checked config, one per line, and exit."
+    )
+  if several_processes:
+    flags.DEFINE_bool(
+      "distributed", False, "Join the processes that the cluster (TPU pod, SLURM, ...) started."
+    )
+    flags.DEFINE_string(
+      "coordinator_address", None, "host:port of process 0; for jobs without --distributed."
+    )
+    flags.DEFINE_integer("num_processes", None, "Number of processes of the job.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+    flags.DEFINE_integer(
+      "coordinator_timeout", 300, "Seconds that the processes wait for each other.", lower_bound=1
+    )
 
 
-def _join_processes(several: bool, saves: bool, stage: str) -> None:
+def _join_processes(saves: bool) -> None:
   """Joins the other processes of the job if flags request it.
 
-  If `saves`, a SIGTERM or Ctrl-C must stop all processes at the same step. For `stage`, see `run`.
-
-  Raises:
-    UserError: the flags contradict each other, or the command runs only in one process.
+  If `saves`, a SIGTERM or Ctrl-C must stop all processes at the same step.
   """
-  explicit = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
-  given = [flag.name for flag in explicit if flag.value is not None]
-  given += ["distributed"] * _DISTRIBUTED.value
-  if not given:
+  given = flags.FLAGS
+  job = (given.coordinator_address, given.num_processes, given.process_id)
+  if not given.distributed and job == (None, None, None):
     return
-  if not several:
-    raise UserError(
-      f"--{given[0]} is given, but this command runs in one process; "
-      "only cm3leon train, cm3leon evaluate --protocol and cm3leon score run in "
-      f"several{_instead(stage)}."
-    )
-  if _DISTRIBUTED.value and len(given) > 1:
-    raise UserError(
-      f"--distributed and --{given[0]} are given: leave one of them out. With --distributed, the "
-      "cluster provides the addresses and numbers of the processes."
-    )
-  from cm3leon_jax import distributed
-
-  distributed.initialize(
-    _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _TIMEOUT.value
-  )
+  distributed.initialize(*job, given.coordinator_timeout)
   if saves and distributed.are_several():
     distributed.stop_together()
 
 
-def make_mesh(settings: Settings, stage: str = "") -> jax.sharding.Mesh:
-  """Creates the mesh of the config. `stage` is for the error message, see `run`.
+def make_mesh(settings: Settings) -> "jax.sharding.Mesh":
+  """Creates the mesh of the config.
 
   Raises:
     UserError: the mesh does not fit the devices, or this host of a pod runs without the others.
   """
-  import jax
-
-  from cm3leon_jax.mesh import create_mesh
-
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise UserError(
       f"this is one of the {jax.process_count()} hosts of a pod: cm3leon train, cm3leon evaluate "
-      "--protocol and cm3leon score need --distributed, and other commands need a single "
-      f"host{_instead(stage)}."
+      "--protocol and cm3leon score need --distributed; other commands run on a single host."
     )
   try:
-    mesh = create_mesh(settings.mesh)
-    settings.check_split(mesh.shape)
+    made = create_mesh(settings.mesh)
+    settings.check_split(made.shape)
   except ValueError as error:
     raise UserError(f"config.mesh: {error}") from error
-  return mesh
+  return made
 
 
-def use_mesh(settings: Settings, stage: str = "") -> contextlib.AbstractContextManager:
+def use_mesh(settings: Settings) -> contextlib.AbstractContextManager:
   """Sets the mesh of the config (`jax.set_mesh`). Raises the errors of `make_mesh`."""
-  import jax
-
-  return jax.set_mesh(make_mesh(settings, stage))
+  return jax.set_mesh(make_mesh(settings))
 
 
 def keep_compiled(workdir: epath.Path) -> None:
@@ -141,28 +117,8 @@ def keep_compiled(workdir: epath.Path) -> None:
   JAX_COMPILATION_CACHE_DIR selects another folder. CPU programs are not cached, because they depend
   on the machine's instruction set.
   """
-  import jax
-
   if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
-
-
-@contextlib.contextmanager
-def writing(what: str) -> Iterator[None]:
-  """Raises `TryAgain` if the body raises OSError because the disk is full or fails.
-
-  `what` names the output in the message, such as "export". The message says that partial output is
-  ignored.
-  """
-  try:
-    yield
-  except OSError as error:
-    if error.errno not in NOT_WRITTEN:
-      raise
-    raise TryAgain(
-      f"the {what} could not be written ({error}), and the partial {what} is ignored: free "
-      "some disk space or fix the disk, and run the same command again."
-    ) from error
 
 
 def _fail(message: str, code: int = UserError.exit_code) -> NoReturn:
@@ -171,46 +127,61 @@ def _fail(message: str, code: int = UserError.exit_code) -> NoReturn:
   sys.exit(code)
 
 
-def _parse_flags(
-  workdir: bool | None,
-  begins: bool,
-  several_processes: bool,
-  config: bool | None,
-  actions: tuple[str, ...],
-  argv: list[str],
-) -> list[str]:
+@contextlib.contextmanager
+def _reporting() -> Iterator[None]:
+  """Reports an expected error of the body in one sentence, and exits with its exit code."""
+  try:
+    yield
+  except TryAgain as error:
+    _fail(str(error), error.exit_code)
+  except Exception as error:
+    # Check this first, because a UserError may wrongly report an access error as a damaged file.
+    if reason := buckets.failure(error):
+      _fail(reason, TryAgain.exit_code)
+    if isinstance(error, UserError):
+      _fail(str(error), error.exit_code)
+    raise
+
+
+def with_homes(arguments: Sequence[str]) -> list[str]:
+  """Replaces `~` at the start of paths, because shells leave `--workdir=~/run` as it is.
+
+  with_homes(["--workdir=~/run", "--prompt=~"]) = ["--workdir=/home/ada/run", "--prompt=~"]
+  """
+  found = [re.fullmatch(r"(--?(?!prompt=)[\w.]+=)(~.*)", one, re.DOTALL) for one in arguments]
+  return [m[1] + os.path.expanduser(m[2]) if m else one for m, one in zip(found, arguments)]
+
+
+def _help() -> str:
+  """Returns the docstring of the command, with examples, and its flags."""
+  modules = flags.FLAGS.flags_by_module_dict()
+  own = [name for name in modules if name == sys.argv[0] or name.startswith("cm3leon_jax.")]
+  parts = [sys.modules["__main__"].__doc__ or "", *map(flags.FLAGS.module_help, own)]
+  return "\n".join(part.strip("\n") for part in parts)
+
+
+def _parse_flags(actions: Sequence[str], argv: Sequence[str]) -> list[str]:
   """Parses the flags, prints --help, and reports errors in one sentence.
 
-  The flags of the config are parsed last, because the config imports JAX, which takes seconds.
+  `actions` has the allowed values of the first argument; without them, no argument is allowed.
   """
-  argv = arguments.with_homes(argv)
-  if help_text.REQUESTS.intersection(argv[1:]):
-    docstring = sys.modules["__main__"].__doc__ or ""
-    print(help_text.page(docstring, workdir is not False, several_processes, config is not False))
+  if {"--help", "-h"}.intersection(argv):
+    print(_help())
     sys.exit(0)
-  of_config, _ = arguments.split(argv[1:])
-  with _reporting():
-    if config is False:
-      arguments.refuse_config(argv[1:])
-    words = arguments.parse(argv, config is not False)
-    arguments.check_words(words[1:], actions, argv[1:])
-    arguments.check_fields(of_config)
-    if of_config and not re.match(r"--?config(=|$)", of_config[0]):
-      name = of_config[0].partition("=")[0]
-      raise UserError(f"{name} is given, but no config before it: {NAME_A_CONFIG}")
-    # If the config is missing, `_settings` reports that instead of a wrong --workdir.
-    needs_config = config is True and not of_config
-    if workdir and not needs_config and not _PRINT_CONFIG.value:
-      arguments.check_workdir(os.fspath(_folder()), begins, config is not True)
-    arguments.check_places()
-    accelerators.check_platforms()
   try:
-    return [*words, *flags.FLAGS([argv[0], *of_config])[1:]]
-  except (AttributeError, KeyError):
-    _fail(config_file.unknown_field(config_file.config_fields(_PARSER.config), of_config))
-  except flags.Error as error:
-    mistakes = [str(found) for found in causes(error) if isinstance(found, UserError)]
-    _fail(mistakes[0] if mistakes else arguments.wrong_value(error))
+    program, *words = flags.FLAGS(with_homes(argv))
+  # For a wrong field of the config, ml_collections raises AttributeError or KeyError.
+  except (flags.Error, ValueError, AttributeError, KeyError) as error:
+    _fail(f"{error.args[0]} (--help lists the flags)")
+  if actions and (not words or words[0] not in actions):
+    _fail(f"the first argument must be one of {', '.join(actions)}.")
+  if surplus := words[1:] if actions else words:
+    _fail(f"unexpected argument '{surplus[0]}': give --name=value, and quotes around spaces.")
+  for name in FOLDERS:
+    value = flags.FLAGS[name].value if name in flags.FLAGS else None
+    if value and "://" not in value and os.path.isfile(value):
+      _fail(f"--{name} is {value}, which is a file: name a folder.")
+  return [program, *words]
 
 
 def _settings(optional: bool, prepares: bool) -> Settings:
@@ -219,16 +190,13 @@ def _settings(optional: bool, prepares: bool) -> Settings:
   Raises:
     UserError: --config is missing, or --workdir has no trained model; see `completed`.
   """
-  if _CONFIG.value is None:
-    if not optional:
-      raise UserError(NAME_A_CONFIG)
-    from cm3leon_jax.mesh import MeshConfig
-    from cm3leon_jax.trained.run import Run
-
-    stored = Run.open(_folder()).settings
-    # The stored mesh may not fit this machine; the default mesh does.
-    return dataclasses.replace(stored, mesh=MeshConfig())
-  return completed(_WORKDIR.value, prepares)
+  if flags.FLAGS.config is not None:
+    return completed(flags.FLAGS.workdir if "workdir" in flags.FLAGS else None, prepares)
+  if not optional:
+    raise UserError("name a config: --config=scenes")
+  stored = run_lib.Run.open(_folder()).settings
+  # The stored mesh may not fit this machine; the default mesh does.
+  return dataclasses.replace(stored, mesh=MeshConfig())
 
 
 def completed(
@@ -241,43 +209,24 @@ def completed(
   Raises:
     UserError: the config is wrong, or some fields are computed from data that is not prepared.
   """
-  from cm3leon_jax.settings import settings_from_config
+  given = list(config_flags.get_override_values(flags.FLAGS["config"]))
+  config = from_data.complete(flags.FLAGS.config, workdir, prepares, of_base, given)
+  return settings_from_config(config)
 
-  given = arguments.given_fields(sys.argv[1:])
-  return settings_from_config(from_data.complete(_CONFIG.value, workdir, prepares, of_base, given))
+
+def config_arguments() -> list[str]:
+  """Returns the flags --config and --config.SECTION.FIELD that were given."""
+  flag = flags.FLAGS["config"]
+  changed = config_flags.get_override_values(flag)
+  name = config_flags.get_config_filename(flag)
+  return [f"--config={name}", *(f"--config.{field}={value}" for field, value in changed.items())]
 
 
 def _folder() -> epath.Path:
   """Returns the folder of --workdir. Raises UserError if the flag is missing."""
-  if not _WORKDIR.value:
+  if not flags.FLAGS.workdir:
     raise UserError("name the folder of the run: --workdir=workdir")
-  return epath.Path(_WORKDIR.value)
-
-
-@contextlib.contextmanager
-def _reporting() -> Iterator[None]:
-  """Reports an expected error of the body in one sentence, and exits with its exit code."""
-  try:
-    yield
-  except TryAgain as error:
-    _fail(str(error), error.exit_code)
-  except ImportError as error:
-    if "gcsfs" not in str(error):
-      raise
-    _fail(f"a path of the config is in a GCS bucket, which {bucket_paths.NEEDS_GCSFS}")
-  except Exception as error:
-    # Check this first, because a UserError may wrongly report an access error as a damaged file.
-    if reason := buckets.failure(error):
-      if buckets.refuses(error):
-        _fail(f"{bucket_paths.where()}: {reason}: grant it the permission, or use another account.")
-      _fail(f"{bucket_paths.where()}: {reason}: the same command continues.", TryAgain.exit_code)
-    if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
-      _fail(f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')}: {error}")
-    if reason := disk_errors.failure(error):
-      _fail(reason, TryAgain.exit_code)
-    if not isinstance(error, UserError):
-      raise
-    _fail(str(error), error.exit_code)
+  return epath.Path(flags.FLAGS.workdir)
 
 
 def run_app(main: Callable[[list[str]], None], parse: Callable[[list[str]], list[str]]) -> None:
@@ -303,15 +252,13 @@ def run(
   several_processes: bool = False,
   saves: bool = False,
   config: bool | None = True,
-  actions: tuple[str, ...] = (),
-  begins: bool = False,
-  stage: str = "",
+  actions: Sequence[str] = (),
   prepares: bool = False,
 ) -> None:
   """Runs a command as an absl app. A UserError becomes one sentence on stderr and exit code 2.
 
-  An unreachable GCS bucket or disk is also reported in one sentence. The exit code then makes
-  launchers start the command again, unless the account has no permission for the GCS bucket.
+  A GCS bucket or disk that fails is also reported in one sentence. The exit code then makes
+  launchers start the command again.
 
   Args:
     main: called as `main(settings, workdir)`, or as `main(settings)` without a workdir.
@@ -322,30 +269,23 @@ def run(
     config: whether the command takes a config. If not, `main` gets no settings. None: --config is
       optional, and its default is the stored settings of the run or bundle in --workdir.
     actions: allowed values of the first argument, which is then the first argument of `main`.
-    begins: whether the folder of --workdir may be absent.
-    stage: stage that trains on one host only. The error for several hosts says what to use instead.
-    prepares: whether the command prepares the data, which some fields need. Implies `begins`.
+    prepares: whether the command prepares the data, which some fields of the config need.
   """
 
   def checked(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes.
-    disk_errors.prepare_logging()
     with _reporting():
-      arguments.check_words(argv[1:], actions, sys.argv[1:])
       given: list = argv[1:]
-      if workdir is not None:
-        bucket_paths.check()
       buckets.prepare_access()
       if config is not False:
         given.append(_settings(config is None, prepares))
-        if _PRINT_CONFIG.value:
-          from cm3leon_jax.settings import describe
-
+        if flags.FLAGS.print_config:
           print("\n".join(describe(given[-1])))
           return
       if workdir:
         given.append(_folder())
-      _join_processes(several_processes, saves, stage)
+      if several_processes:
+        _join_processes(saves)
       main(*given)
 
   for number in (signal.SIGTERM, signal.SIGINT) if saves else ():
@@ -353,7 +293,5 @@ def run(
     if signal.getsignal(number) is not signal.SIG_IGN:
       signal.signal(number, interrupts.stop_early)
   accelerators.use_cpu_if_alone()
-  parse = functools.partial(
-    _parse_flags, workdir, begins or prepares, several_processes, config, actions
-  )
-  run_app(checked, parse)
+  _define_flags(workdir, config, several_processes)
+  run_app(checked, functools.partial(_parse_flags, actions))

@@ -6,20 +6,18 @@ cm3leon encode_documents --config=scenes --workdir=workdir/scenes
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax.commands import common, sharded, tokenizer_check
 from cm3leon_jax.runs import stages, table
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.settings import Settings
+with epy.lazy_imports():
+  from cm3leon_jax.data.documents import encode
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
-  from cm3leon_jax.data.documents import encode
-
   with sharded.stage(workdir, "documents", settings) as (summary, runner):
     if summary is not None:
       tokenizer_check.of_pairs(settings, workdir)

@@ -184,15 +184,7 @@ def _bank(trained: Run, heldout: bool) -> Run | None:
   settings = trained.settings
   if _BANK.value is None:
     return trained if trained.bank else None
-  if heldout:
-    raise UserError(
-      "--bank is given without --prompt, but held-out captions use the neighbors of their run: "
-      "leave --bank out."
-    )
-  if not (folder := bundles.folder_of(_BANK.value)).exists():
-    raise UserError(
-      f"--bank is {folder}, which does not exist: give the workdir of a run or a bundle."
-    )
+  folder = bundles.folder_of(_BANK.value)
   read = (*table.TOKENIZERS, *table.own_clip(settings))
   if bundles.is_bundle(folder):
     bank = Run.open(folder)

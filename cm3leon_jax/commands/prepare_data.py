@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import TYPE_CHECKING
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax import worlds
 from cm3leon_jax.commands import common, sharded
 from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.runs import from_data, stages
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.data.sources.drawn import DrawnSource
-  from cm3leon_jax.data.sources.formats import SourcePart
-  from cm3leon_jax.files.shards import Runner
-  from cm3leon_jax.settings import Settings
+with epy.lazy_imports():
+  from cm3leon_jax.data.checks import duplicates, leaks
+  from cm3leon_jax.data.raw import counting, ingest, writer
+  from cm3leon_jax.data.raw import summary as raw_statistics
+  from cm3leon_jax.data.sources import drawn as drawn_lib
+  from cm3leon_jax.data.sources import formats
+  from cm3leon_jax.evaluation import world as world_lib
+  from cm3leon_jax.files import shards
 
 _CHECK_LEAKS = flags.DEFINE_bool(
   "check_leaks",
@@ -42,18 +45,14 @@ _LEAK_PSNR = flags.DEFINE_float(
 )
 
 
-def drawn_source(settings: Settings) -> DrawnSource | None:
+def drawn_source(settings: Settings) -> drawn_lib.DrawnSource | None:
   """Returns the source of a world, which draws its images. None for any other source."""
-  from cm3leon_jax.evaluation.world import of_source
-
-  world = of_source(settings)
+  world = world_lib.of_source(settings)
   return None if world is None else world.source(settings)
 
 
 def check_leaks(settings: Settings, workdir: epath.Path) -> None:
   """Prints the most similar held-out and training images. Raises UserError for near duplicates."""
-  from cm3leon_jax.data.checks import duplicates, leaks
-
   stages.require(workdir, "raw")
   psnr = duplicates.MIN_PSNR if _LEAK_PSNR.value is None else _LEAK_PSNR.value
   report = leaks.check(workdir / "raw", settings.raw.num_threads, psnr)
@@ -71,7 +70,7 @@ def check_leaks(settings: Settings, workdir: epath.Path) -> None:
     )
 
 
-def check_fact_leaks(drawn: DrawnSource, workdir: epath.Path) -> None:
+def check_fact_leaks(drawn: drawn_lib.DrawnSource, workdir: epath.Path) -> None:
   """Raises UserError if the training scenes together show all facts of a held-out scene.
 
   Prints the numbers of held-out, training and leaked scenes.
@@ -92,11 +91,9 @@ def check_fact_leaks(drawn: DrawnSource, workdir: epath.Path) -> None:
 
 
 def check_enough(settings: Settings, summary: dict) -> None:
-  """Checks the data early for errors that a later stage would raise.
+  """Raises UserError if the held-out pairs have fewer than two concepts.
 
-  Raises:
-    UserError: the held-out pairs have fewer than two concepts, or `config.data` gives a share to a
-      kind of document that the source lacks.
+  Otherwise the evaluation, long after, would raise it.
   """
   data = settings.data
   if settings.instructions.any:
@@ -110,55 +107,10 @@ def check_enough(settings: Settings, summary: dict) -> None:
       "needs held-out pairs of at least 2 concepts: add pairs, or delete raw/ in the --workdir and "
       f"raise config.raw.heldout_fraction = {settings.raw.heldout_fraction}."
     )
-  for kind, share in (("text", data.text_share), ("interleaved", data.interleaved_share)):
-    counted, records = ("texts",) * 2 if kind == "text" else (kind, f"{kind} documents")
-    for split, name in (("train", "training"), ("heldout", "held-out")):
-      if share and not summary.get(f"{split}_{counted}"):
-        raise UserError(
-          f"config.data.{kind}_share is {share}, but the source has no {name} {records}: add some, "
-          f"or give --config.data.{kind}_share=0.0 to the next commands. The data is prepared."
-        )
-
-
-def check_batch(settings: Settings, summary: dict) -> None:
-  """Raises UserError if all training data is smaller than one batch, which `train` would reject."""
-  data, batch = settings.data, settings.train.global_batch_size
-  if settings.instructions.any or data.base_documents or data.interleaved_share:
-    return
-  pairs, texts = (summary.get(f"train_{kind}", 0) for kind in ("pairs", "texts"))
-  characters = (summary.get(f"train_{kind}_characters", 0) for kind in ("caption", "text"))
-  # A character has at most 4 tokens, and a document at most 8 special tokens.
-  most = pairs * settings.vqgan.image_tokens + 4 * sum(characters) + 8 * (pairs + texts)
-  if most < batch * data.sequence_length:
-    raise UserError(
-      f"the source has at most {most:,} training tokens, but one batch of config.train takes "
-      f"{batch * data.sequence_length:,} (global_batch_size = {batch:,} x data.sequence_length): "
-      "add data, or give a lower --config.train.global_batch_size. The data is prepared."
-    )
-
-
-def batch_warnings(settings: Settings, pairs: int) -> list[str]:
-  """Returns a warning for each of the stages vqgan and clip whose batch is larger than the data.
-
-  The stage would reject this batch size. It is not an error yet, because a published tokenizer or
-  CLIP may replace the stage.
-  """
-  replaced = {"vqgan": settings.vqgan.published, "clip": settings.retrieval.clip}
-  names = [name for name, published in replaced.items() if not published]
-  return [
-    f"config.{name}.batch_size is {size:,}, but there are only {pairs:,} training pairs: give "
-    f"--config.{name}.batch_size={pairs}, or less, to all commands of the run, unless a published "
-    "model replaces this stage."
-    for name in names
-    if (size := getattr(settings, name).batch_size) > pairs > 0
-  ]
 
 
 def conclude(folder: epath.Path, summary: dict) -> None:
   """Prints the summary of the data, and warnings."""
-  from cm3leon_jax.data.raw import summary as raw_statistics
-  from cm3leon_jax.data.raw import writer
-
   print("prepare_data:", ", ".join(f"{name} {value}" for name, value in summary.items()))
   if (folder / writer.REJECTED).stat().length:
     print(f"prepare_data: {folder / writer.REJECTED} lists what is left out.")
@@ -167,11 +119,13 @@ def conclude(folder: epath.Path, summary: dict) -> None:
 
 
 def _prepare(
-  settings: Settings, parts: list[SourcePart], folder: epath.Path, runner: Runner, counts: bool
+  settings: Settings,
+  parts: list[formats.SourcePart],
+  folder: epath.Path,
+  runner: shards.Runner,
+  counts: bool,
 ) -> dict:
   """Writes the raw data. Returns the stage's summary, with counts for `from_data` if `counts`."""
-  from cm3leon_jax.data.raw import counting, ingest
-
   raw = settings.raw
   if not raw.resolution:
     raw = dataclasses.replace(raw, resolution=counting.resolution_of(parts, raw.allow_outside))
@@ -201,9 +155,6 @@ def _print_computed(settings: Settings, workdir: epath.Path) -> None:
 
 
 def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
-  from cm3leon_jax.data.raw import ingest
-  from cm3leon_jax.data.sources import formats
-
   if _CHECK_LEAKS.value:
     if (drawn := drawn_source(settings)) is not None:
       check_fact_leaks(drawn, workdir)
@@ -226,17 +177,10 @@ def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
     _print_computed(settings, workdir)
   summary = stages.require(workdir, "raw", summary=dict)["summary"]
   check_enough(settings, summary)
-  if not settings.instructions.any:
-    for warning in batch_warnings(settings, summary.get("train_pairs", 0)):
-      print(f"prepare_data: warning: {warning}")
-
-
-def _main(settings: Settings, workdir: epath.Path) -> None:
-  main(settings, workdir, bool(from_data.missing(flags.FLAGS.config)))
-  if not _CHECK_LEAKS.value:
-    summary = stages.require(workdir, "raw", summary=dict)["summary"]
-    check_batch(common.completed(workdir), summary)
 
 
 if __name__ == "__main__":
-  common.run(_main, prepares=True)
+  common.run(
+    lambda settings, workdir: main(settings, workdir, bool(from_data.missing(flags.FLAGS.config))),
+    prepares=True,
+  )

@@ -6,30 +6,17 @@ cm3leon report --config=scenes --workdir=workdir/scenes
 from __future__ import annotations
 
 import shlex
-import sys
-from typing import TYPE_CHECKING
 
-from absl import flags
-from etils import epath
-from ml_collections import config_flags
+from etils import epath, epy
 
-from cm3leon_jax.commands import arguments, common
+from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.settings import Settings
-
-
-def config_flag(argv: list[str], name: str) -> str:
-  """Returns what follows "--config=" in the commands of the page: config and changed fields.
-
-  config_flag(["--config=own:8", "--config.raw.source=my images", "--workdir=w"], "own:8")
-  "own:8 '--config.raw.source=my images'"
-  """
-  given, _ = arguments.split(argv)
-  changed = given[2:] if given[:1] == ["--config"] else given[1:]
-  return shlex.join([name, *changed])
+with epy.lazy_imports():
+  from cm3leon_jax.reports import report
+  from cm3leon_jax.reports import summary as summary_lib
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
@@ -38,12 +25,10 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       f"--workdir {workdir} has no finished stage: run `cm3leon prepare_data` with the "
       "same --config and --workdir first."
     )
-  from cm3leon_jax.reports import report
-  from cm3leon_jax.reports.summary import describe_clip_score
 
   del settings  # The report uses what the stages recorded in their folders.
-  name = config_flags.get_config_filename(flags.FLAGS["config"])
-  summary = report.write(workdir, config_flag(sys.argv[1:], name))
+  given = shlex.join(common.config_arguments()).removeprefix("--config=")
+  summary = report.write(workdir, given)
   for finding in summary["findings"]:
     print(finding)
   for line in summary["headlines"]:
@@ -59,7 +44,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       interval = f" [{report.show(found['low'])}, {report.show(found['high'])}]"
     print(f"{line['title']}: {report.show(line['value'])}{interval}{target}")
   for row in summary.get("samples", {}).get("clip_score", []):
-    print(describe_clip_score(row))
+    print(summary_lib.describe_clip_score(row))
   print(f"report: {workdir / 'report.html'}")
 
 

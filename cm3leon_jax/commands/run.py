@@ -19,35 +19,28 @@ import re
 import shutil
 import sys
 import time
-from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath, epy
 
-from cm3leon_jax.commands import common, published_check
+from cm3leon_jax.commands import common
 from cm3leon_jax.commands.grade_instructions import RECORDS
 from cm3leon_jax.commands.init_from_flag import INIT_FROM, OWN_IMAGE_TOKENIZER
 from cm3leon_jax.commands.stage_process import StageProcesses
 from cm3leon_jax.commands.tokenizer_check import LIMITS
 from cm3leon_jax.config import UserError
-from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.runs import from_data, stages, table
+from cm3leon_jax.runs import from_data, table
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from etils import epath
+with epy.lazy_imports():
+  from cm3leon_jax.data.instructions import task_files
+  from cm3leon_jax.evaluation import world
+  from cm3leon_jax.trained import base_documents
 
-  from cm3leon_jax.settings import Settings
-
-# Flags that some stages do not accept.
-OWN_FLAGS = [x.name for x in (INIT_FROM, RECORDS, OWN_IMAGE_TOKENIZER, *LIMITS)]
 STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
-# Share of each stage in the time of a run, for the configs that train for minutes. Other stages
-# take 1% each.
-SHARES = {"train_vqgan": 0.12, "train_clip": 0.07, "build_neighbors": 0.02, "train": 0.6}
-SHARES |= {"generate": 0.03, "evaluate": 0.06, "grade_instructions": 0.2}
 # Matches lines of a progress bar, and the counts that `prepare_data` also prints as a sentence.
 HIDDEN = re.compile(r"\d%\||^prepare_data: shards \d")
 SHOWN = re.compile(r"(\w+: )?warning|reconstructions:", re.IGNORECASE)
-LEAST_KNOWN = 0.1  # The remaining time is estimated after this share of the run.
 
 
 def commands(settings: Settings, given: bool, own_images: bool = False) -> dict[str, str]:
@@ -56,49 +49,15 @@ def commands(settings: Settings, given: bool, own_images: bool = False) -> dict[
   If `given`, the run starts from another run and copies its tokenizers and CLIP; if `own_images`,
   it trains its own image tokenizer.
   """
-  from cm3leon_jax.data.instructions.task_files import load_tasks
-  from cm3leon_jax.evaluation.world import of_answers
-
   names = table.order(settings, given, own_images)
   # Grades need a task whose answers can be judged exactly.
-  if "grades" in names and not any(map(of_answers, load_tasks(settings.instructions))):
+  if "grades" in names and not any(
+    map(world.of_answers, task_files.load_tasks(settings.instructions))
+  ):
     names.remove("grades")
   found = {"copy_tokenizers": ""} if given else {}
   found |= {table.STAGES[name].command: name for name in names}
   return {**found, "report": ""}
-
-
-def passed_on(argv: list[str]) -> list[str]:
-  """Returns the arguments without the flags that some stages do not accept.
-
-  passed_on(["--config=c", "--init_from=scenes", "--records", "9", "--workdir=w"]) = ["--config=c",
-  "--workdir=w"]
-  """
-  kept, rest = [], list(argv)
-  while rest:
-    argument = rest.pop(0)
-    name, is_whole, _ = argument.lstrip("-").partition("=")
-    if name.removeprefix("no") not in OWN_FLAGS:
-      kept.append(argument)
-    elif not is_whole and name.removeprefix("no") != OWN_IMAGE_TOKENIZER.name:
-      rest.pop(0)
-  return kept
-
-
-def seconds_left(seconds: dict[str, float], remaining: list[str]) -> float | None:
-  """Estimates the remaining seconds from the finished commands. None if it is too early.
-
-  seconds_left({"train_vqgan": 200.0}, ["train"]) = 1000.0, because `SHARES` of these commands are
-  0.12 and 0.6.
-  """
-  known, ahead = (sum(SHARES.get(n, 0.01) for n in names) for names in (seconds, remaining))
-  if known < LEAST_KNOWN * (known + ahead):
-    return None
-  return sum(seconds.values()) * ahead / known
-
-
-def _duration(seconds: float) -> str:
-  return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 class _Lines:
@@ -138,42 +97,27 @@ def main(
   `own_images` is the value of --own_image_tokenizer. `more` has the flags that only one command
   takes.
   """
-  from cm3leon_jax.trained import base_documents
-
   if own_images and not init_from:
     raise UserError("--own_image_tokenizer is given without --init_from, which it belongs to.")
   base_documents.check_limit(settings)
-  published_check.check(settings, workdir, copied=bool(init_from) and not own_images)
   names = commands(settings, bool(init_from), own_images)
-  order, given = list(names), passed_on(sys.argv[1:])
+  order, given = list(names), [*common.config_arguments(), f"--workdir={workdir}"]
   more = {**more, **{name: [f"--init_from={init_from}"] for name in STARTED if init_from}}
   if own_images:
     more["copy_tokenizers"].append("--own_image_tokenizer")
-  processes, seconds = StageProcesses(workdir / "logs"), {}
+  processes = StageProcesses(workdir / "logs")
   for number, name in enumerate(order, 1):
     start, lines = time.monotonic(), _Lines(f"[{number}/{len(order)}]", name)
     try:
       processes.run(name, [*given, *more.get(name, [])], lines.show)
     finally:
       lines.clear()
-    took = time.monotonic() - start
-    seconds[name] = max(took, _recorded(workdir, names[name]))
-    left = seconds_left(seconds, order[number:])
-    estimate = f", about {_duration(left)} left" if left and order[number:] else ""
-    print(f"[{number}/{len(order)}] {name}: {took:.0f} s{estimate}", flush=True)
-
-
-def _recorded(workdir: epath.Path, folder: str) -> float:
-  """Returns the recorded run time of a finished stage in seconds; 0.0 if it has no folder."""
-  done = workdir / folder / stages.DONE
-  return float(read_json(done, {}).get("seconds", 0.0)) if folder and done.exists() else 0.0
+    print(f"[{number}/{len(order)}] {name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def _main(settings: Settings, workdir: epath.Path) -> None:
   init_from, own_images = INIT_FROM.value, OWN_IMAGE_TOKENIZER.value
   if init_from and from_data.missing(flags.FLAGS.config):
-    from cm3leon_jax.trained import base_documents
-
     settings = common.completed(workdir, True, base_documents.fields(init_from, own_images))
   more = {"grade_instructions": [f"--records={RECORDS.value}"]}
   limits = [f"--{x.name}={x.value}" for x in LIMITS if not flags.FLAGS[x.name].using_default_value]

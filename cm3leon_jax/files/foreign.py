@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from etils import epath
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.files import buckets, disk_errors
+from cm3leon_jax.files import buckets
 from cm3leon_jax.files.atomic import exists
 from cm3leon_jax.files.json_files import check_foreign, check_foreign_json
 
@@ -59,7 +59,7 @@ def reads(kind: str, place: int = 0) -> Callable[[F], F]:
       except UserError:
         raise
       except WRONG as error:
-        if buckets.failure(error) or disk_errors.failure(error):
+        if buckets.failure(error):
           raise
         folder = getattr(args[place], "folder", args[place])
         reason = f"{type(error).__name__}: {short(str(error))}"

@@ -166,7 +166,7 @@ common.run(main, config=False)
 def test_a_save_that_fails_is_reported_in_the_loop_and_leaves_the_one_before(tmp_path):
   result = python(FULL_DISK, f"--workdir={tmp_path}")
   assert result.returncode == TryAgain.exit_code
-  [line] = result.stderr.splitlines()
+  [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
   assert line.startswith(f"error: checkpoint 2 could not be written to {tmp_path}/checkpoints (")
   assert line.endswith("): the same command continues from checkpoint 1.")
   checkpoints = checkpoint.Checkpoints(tmp_path, 2)

@@ -176,11 +176,11 @@ def test_adapters_are_added_to_their_base_and_to_no_other(base, adapted, tmp_pat
   np.testing.assert_array_equal(sample.tokens, same.tokens)
   other = tmp_path / "other"
   save_run(epath.Path(other))
-  with refused(UserError):
+  with refused(UserError, "adapters", "trained"):
     initial.over(str(other), folder)
-  with refused(UserError):
+  with refused(UserError, "--format", "config.adapter.rank"):
     initial.over(str(base), base)
-  with refused(UserError):
+  with refused(UserError, "adapters", "adapter"):
     loading.load(str(folder), *[None] * 5, {})
 
 
@@ -194,7 +194,7 @@ def test_rows_of_tokens_are_trained_saved_merged_and_exported(base, adapted, mak
   settings = settings_with(**fields, steps=4)
   ids = list(settings.adapter.ids(settings.vocab.size))
   assert ids == [*range(settings.vocab.num_special), 300, 301]
-  with refused(UserError):
+  with refused(UserError, "--workdir", "0"):
     train.main(settings_with(**{**fields, "tokens": ("special",)}, steps=5), folder)
   for name in ("orbax", "peft"):
     choice = formats.Choice(format=name)
@@ -219,26 +219,26 @@ def test_bad_starts_are_refused_before_a_step_is_compiled(
   monkeypatch.setattr("cm3leon_jax.training.decoder.train", None)  # Training would fail.
   new = tmp_path / "new"
   shutil.copytree(base, new, ignore=shutil.ignore_patterns("train"))
-  with refused(UserError):
+  with refused(UserError, "config.adapter.rank", "--init_from"):
     train.main(settings_with(), new)
-  with refused(UserError):
+  with refused(UserError, "adapter.rank is 33", "model.width"):
     settings_with(rank=33)
-  with refused(UserError):
+  with refused(UserError, "adapter.targets", "gate"):
     settings_with(targets=("q", "gate"))
-  with refused(UserError):
+  with refused(UserError, "adapter.targets.1", "w"):
     settings_with(targets=("q", "w"))
-  with refused(UserError):
+  with refused(UserError, "('q', 'q')"):
     settings_with(targets=("q", "q"))
   for tokens in (("words",), ("7",), ("7:7",), ("0:100000",), ("image", "300:302", "301:302")):
-    with refused(UserError):
+    with refused(UserError, "adapter.tokens"):
       settings_with(tokens=tokens)
-  with refused(UserError):
+  with refused(UserError, "adapter.tokens", "adapter.rank"):
     settings_with(rank=0, tokens=("image",))
-  with refused(UserError):
+  with refused(UserError, "adapter.rank: 4 -> 2"):
     train.main(settings_with(steps=9, rank=2), adapted)
-  with refused(UserError):
+  with refused(UserError, "config.adapter.rank is 4"):
     reinforce._check(settings_with(), adapted, "")
-  with refused(UserError):
+  with refused(UserError, "--format is peft"):
     export.main(settings_with(), base, choice=formats.Choice(format="peft"), output=str(tmp_path))
 
 
@@ -251,9 +251,9 @@ def test_a_base_that_is_absent_or_has_changed_is_refused(base, adapted, tmp_path
   write_json(folder / "train" / "config.json", config)
   monkeypatch.setattr("cm3leon_jax.training.decoder.train", None)
   for change in ("another", "gone", None):
-    with refused(UserError), one_device():
+    with refused(UserError, "adapters", "copy"), one_device():
       Run.open(folder).params()
-    with refused(UserError):
+    with refused(UserError, "adapters", "copy"):
       train.main(settings_with(steps=9), folder)
     if change == "another":
       save_run(epath.Path(moved))  # The digest of its checkpoint differs.
@@ -270,5 +270,5 @@ def test_a_bundle_has_the_rounded_sum_and_needs_no_base(adapted, tmp_path):
   assert step == 3
   rounded = jax.tree.map(lambda x: x.astype("float16").astype("float32"), merged)
   jax.tree.map(np.testing.assert_array_equal, found, rounded)
-  with refused(UserError):
+  with refused(UserError, "adapters", "trained"):
     initial.over(str(tmp_path / "bundle"), adapted)

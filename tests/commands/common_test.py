@@ -52,49 +52,26 @@ def test_compiled_programs_are_kept_in_the_workdir_of_an_accelerator(
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-@pytest.mark.parametrize("stage", ["", "vqgan", "clip"])
-def test_a_host_of_a_pod_that_trains_alone_is_refused_with_a_remedy(monkeypatch, stage):
+def test_a_host_of_a_pod_that_trains_alone_is_refused(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 4)
   monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
   settings = settings_from_config(config_file.load("cm3leon_7b"))
-  with refused(UserError):
-    common.use_mesh(settings, stage)
+  with refused(UserError, "4 hosts", "--distributed"):
+    common.use_mesh(settings)
 
 
-@pytest.mark.parametrize(
-  "number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.EROFS]
-)
-def test_a_file_that_cannot_be_read_is_one_sentence_and_may_be_tried_again(number, capsys):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES])
+def test_an_error_of_a_disk_is_one_sentence_and_may_be_tried_again(number, capsys):
   with pytest.raises(SystemExit) as end, common._reporting():
     raise OSError(number, os.strerror(number), "run/train/config.json")
   assert end.value.code == TryAgain.exit_code
-  sentence = f"error: run/train/config.json could not be read or written ({os.strerror(number)})"
-  assert capsys.readouterr().err.startswith(sentence)
+  printed = capsys.readouterr().err
+  assert printed.startswith("error: ")
+  assert printed.count("\n") == 1
+  assert "run/train/config.json" in printed
   # Errors caused by bugs keep their traceback.
   with pytest.raises(FileNotFoundError), common._reporting():
     raise FileNotFoundError(errno.ENOENT, "no such file", "x")
-
-
-READ_ONLY = "Read-only file system"
-OF_TENSORSTORE = (
-  'PERMISSION_DENIED: Error opening "zarr3" driver: Error writing local file "/w/x/zarr.json": '
-  f"Failed to create directory: \"/w/x\": {READ_ONLY} [os_error_code='30']"
-)
-OF_ARRAY_RECORD = f"open() failed: {READ_ONLY}; opening /w/x.partial; Failed to create the file"
-
-
-@pytest.mark.parametrize(
-  ("error", "file"),
-  [(ValueError(OF_TENSORSTORE), "/w/x/zarr.json"), (RuntimeError(OF_ARRAY_RECORD), "/w/x.partial")],
-)
-def test_a_disk_that_libraries_cannot_write_is_one_sentence_and_no_bucket(error, file, capsys):
-  with pytest.raises(SystemExit) as end, common._reporting():
-    raise error
-  assert end.value.code == TryAgain.exit_code
-  sentence = f"error: {file} could not be read or written ({READ_ONLY}): fix the disk"
-  assert capsys.readouterr().err.startswith(sentence)
-  with pytest.raises(type(error)), common._reporting():
-    raise type(error)(str(error).replace(READ_ONLY, "another reason"))
 
 
 @pytest.mark.parametrize(

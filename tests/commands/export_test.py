@@ -1,12 +1,7 @@
-import concurrent.futures
 import dataclasses
-import itertools
-import multiprocessing
-import os
 import re
 import resource
 import shutil
-import sys
 from unittest import mock
 
 from etils import epath
@@ -15,10 +10,9 @@ import pytest
 from safetensors import numpy as safetensors
 
 from cm3leon_jax.commands import export
-from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.config import UserError
 from cm3leon_jax.export import bundle, formats, huggingface
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.reports import model_card
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_stored
 from cm3leon_jax.trained import bundles, kinds
@@ -32,26 +26,6 @@ from tests.refusals import refused
 
 class Killed(Exception):
   """Simulates a kill."""
-
-
-class Kill:
-  """Raises `Killed` after `left` writes in a folder: opens for writing, moves, removals."""
-
-  def __init__(self):
-    self.folder, self.left = "", -1
-    # An audit hook cannot be removed, so this test runs in its own process.
-    sys.addaudithook(self._hear)
-
-  def _hear(self, event, args):
-    if not self.folder or event not in ("open", "os.rename", "os.remove"):
-      return
-    reads = event == "open" and not (isinstance(args[1], str) and set(args[1]) & set("wax+"))
-    if reads or not os.fspath(args[0]).startswith(self.folder):
-      return
-    self.left -= 1
-    if self.left < 0:
-      self.folder = ""
-      raise Killed
 
 
 def contents(folder):
@@ -163,7 +137,7 @@ def test_the_last_parameters_are_written_if_they_are_asked_for(gelu, tmp_path):
   """Tries to export the last parameters, which are NaN (see `save_run`) and therefore rejected."""
   settings, root = gelu
   choice, output = formats.Choice(average=False), str(tmp_path / "out")
-  with refused(UserError):
+  with refused(UserError, "--dtype", "embed_tokens.weight"):
     export.main(settings, root, choice=choice, output=output)
   assert not (tmp_path / "out").exists()
 
@@ -174,7 +148,7 @@ def test_what_a_format_lacks_is_refused_by_name_and_an_earlier_export_stays(expo
     (with_model(SETTINGS, query_key_norm=True), formats.Choice()),
     (SETTINGS, formats.Choice("orbax", quantize="int8")),
   ):
-    with refused(UserError):
+    with refused(UserError, "format"):
       export.main(settings, exported_before, choice=choice)
   assert contents(exported_before / "export") == before
 
@@ -184,10 +158,10 @@ def test_another_config_or_no_workdir_is_refused_without_advice_to_delete(gelu, 
   settings, root = gelu
   output = output and str(tmp_path / output)
   before = contents(root / "train")
-  with refused(UserError):
+  with refused(UserError, "--config", "--workdir"):
     export.main(with_model(settings, width=64), root, output=output)
   absent = epath.Path(tmp_path / "absent")
-  with refused(UserError):
+  with refused(UserError, "workdir", "installed"):
     export.main(settings, absent, output=output)
   assert list(tmp_path.iterdir()) == []
   assert contents(root / "train") == before
@@ -217,74 +191,19 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
   assert contents(output) != before
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
   (output / kinds.ABOUT).unlink()
-  with refused(UserError):
+  with refused(UserError, "--output", "another"):
     export.main(settings, root, choice=orbax, output=str(output))
-  with refused(UserError):
+  with refused(UserError, "--output", "workdir"):
     export.main(settings, root, choice=orbax, output="gs://bucket/out")
 
 
-@mock.patch.object(huggingface, "can_compare", new=mock.Mock(return_value=False))
-def kill_at_any_write(exported_before, tmp_path):
-  """Kills an export at each write; returns (has weights, is finished, step of the bundle)."""
-  # The run folders have the same name, because an export records the name.
-  kill, whole, work = Kill(), tmp_path / "whole" / "run", tmp_path / "work" / "run"
-  shutil.copytree(exported_before, whole)
-  export.main(SETTINGS, epath.Path(whole), str(whole / "bundle"))
-  old, new = contents(exported_before / "export"), contents(whole / "export")
-  states = set()
-  for left in itertools.count():
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(exported_before, work)
-    kill.left, kill.folder = left, str(work)
-    try:
-      export.main(SETTINGS, epath.Path(work), str(work / "bundle"))
-      break
-    except Killed:
-      pass
-    finally:
-      kill.folder = ""
-    found = contents(work / "export")
-    counts = stages.DONE in found and found[stages.DONE] != old[stages.DONE]
-    weights = found.get(huggingface.WEIGHTS)
-    # Loaders read an export without the last two files, and do not read the first two.
-    about = (stages.DONE, model_card.CARD, "training_data.json", kinds.DIGESTS)
-    if weights is not None:
-      expected = new if weights == new[huggingface.WEIGHTS] else old
-      assert expected[huggingface.WEIGHTS] == weights
-      assert all(found[name] == expected[name] for name in expected if name not in about)
-    assert not counts or weights == new[huggingface.WEIGHTS]
-    step = 0
-    if bundles.is_bundle(work / "bundle"):
-      _, step = bundles.read(work / "bundle")
-    states.add((weights is not None, counts, step))
-  kill.left, kill.folder = left // 3, str(work)
-  shutil.rmtree(work / "export")
-  with pytest.raises(Killed):
-    export.main(SETTINGS, epath.Path(work), str(work / "bundle"))
-  export.main(SETTINGS, epath.Path(work), str(work / "bundle"))
-  assert {name: x for name, x in contents(work / "export").items() if name != stages.DONE} == {
-    name: x for name, x in new.items() if name != stages.DONE
-  }
-  return states
-
-
-@pytest.mark.slow
-def test_an_export_that_is_killed_at_any_write_is_whole_or_counts_as_none(
-  exported_before, tmp_path
-):
-  """Kills an export that replaces an older one; the next start of the command completes it."""
-  with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-    states = pool.submit(kill_at_any_write, exported_before, tmp_path).result(timeout=600)
-  assert states == {(True, False, 3), (False, False, 3), (True, True, 3), (True, True, 0)}
-
-
-def test_an_export_on_a_full_disk_is_one_sentence_and_counts_as_none(exported_before, monkeypatch):
+def test_an_export_on_a_full_disk_counts_as_none(exported_before, monkeypatch):
   monkeypatch.setattr(huggingface, "can_compare", lambda quantized: False)
   target = str(exported_before / "bundle")
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
   try:
-    with refused(TryAgain):
+    with pytest.raises(OSError, match="File too large"):
       export.main(SETTINGS, exported_before, target)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -293,13 +212,3 @@ def test_an_export_on_a_full_disk_is_one_sentence_and_counts_as_none(exported_be
   assert bundles.read(epath.Path(target))[1] == 3  # The export did not change the bundle.
   export.main(SETTINGS, exported_before, target)
   assert bundles.read(epath.Path(target))[1] == 7
-
-
-def test_a_file_that_cannot_be_read_is_no_matter_of_space(exported_before):
-  path = exported_before / "text_tokenizer" / "tokenizer.json"
-  path.unlink()
-  with refused(UserError):
-    export.main(SETTINGS, exported_before)
-  path.mkdir()
-  with pytest.raises(IsADirectoryError, match=r"text_tokenizer/tokenizer\.json"):
-    export.main(SETTINGS, exported_before)

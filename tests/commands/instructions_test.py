@@ -138,7 +138,7 @@ def test_a_protocol_measures_the_run_before_and_after_tuning(tuned, source, tmp_
       assert result["step"] == (0 if before else 2)
     rows = compare.compare(folders[True], folders[False])
     assert [row["metric"] for row in rows] == ["vqa_accuracy", "exact_match"]
-    with refused(UserError):
+    with refused(UserError, "--before", "parameters"):
       evaluate_protocol.run(
         Run.open(source, settings), "x", protocol, dataclasses.replace(options, before=True)
       )
@@ -176,31 +176,31 @@ def test_only_edits_are_encoded_again_with_their_instruction_first(source, tmp_p
 def test_tokenizers_of_another_config_or_run_are_refused(source, tmp_path):
   workdir = epath.Path(tmp_path)
   vqgan = dataclasses.replace(SETTINGS.vqgan, width=16)
-  with refused(UserError):
+  with refused(UserError, "--init_from", "init_from"):
     copy(dataclasses.replace(SETTINGS, vqgan=vqgan), workdir, source)
   assert not (workdir / "text_tokenizer").exists()
-  with refused(UserError):
+  with refused(UserError, "--init_from", "--bundle"):
     copy(SETTINGS, workdir, tmp_path / "absent")
   copy(SETTINGS, workdir, source)
   done = workdir / "vqgan" / stages.DONE
   about = read_json(done)
   done.write_text(done.read_text().replace('"id": "', '"id": "other'))
-  with refused(UserError):
+  with refused(UserError, "done.json", "damaged"):
     copy(SETTINGS, workdir, source)
   about["files"]["config.json"]["sha256"] = "0" * 64
   digests = "".join(described["sha256"] for described in about["files"].values())
   write_json(done, {**about, "id": hashlib.sha256(digests.encode()).hexdigest()[:16]})
-  with refused(UserError):
+  with refused(UserError, "--init_from", "--workdir"):
     copy(SETTINGS, workdir, source)
 
 
 def test_a_run_without_tasks_is_refused(tmp_path):
-  with refused(UserError):
+  with refused(UserError, "config.instructions", "config.instructions.tasks"):
     encode_instructions.main(SETTINGS, epath.Path(tmp_path))
 
 
 def test_a_tuned_run_needs_its_stores_before_it_trains(source, tmp_path):
   workdir, settings = epath.Path(tmp_path), settings_of()
   copy(settings, workdir, source)
-  with one_mesh(), refused(UserError):
+  with one_mesh(), refused(UserError, "--config", "--workdir"):
     train.main(settings, workdir, init_from=str(source))

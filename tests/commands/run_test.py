@@ -1,13 +1,10 @@
 import pathlib
-import sys
 
 from etils import epath
 import pytest
 
 from cm3leon_jax.commands import config_file, run, stage_process
 from cm3leon_jax.config import UserError
-from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from tests.refusals import refused
 
@@ -51,18 +48,6 @@ def test_only_tasks_that_are_judged_are_graded():
   assert "grade_instructions" not in names
 
 
-def test_flags_that_not_every_stage_takes_are_left_out():
-  given = ["--config=c", "--init_from=scenes", "--records", "9", "--config.train.steps=3"]
-  assert run.passed_on(given) == ["--config=c", "--config.train.steps=3"]
-  assert run.passed_on(["--config", "c", "--workdir", "w"]) == ["--config", "c", "--workdir", "w"]
-
-
-def test_the_time_left_follows_from_the_stages_that_ended():
-  assert run.seconds_left({"train_vqgan": 200.0}, ["train"]) == pytest.approx(1000)
-  assert run.seconds_left({"prepare_data": 5.0}, ["train_vqgan", "train"]) is None
-  assert run.seconds_left({"train": 500.0}, []) == 0
-
-
 @pytest.fixture
 def started(monkeypatch):
   """Fakes each stage of a run: it only prints some lines. Returns the calls (command, flags)."""
@@ -77,18 +62,18 @@ def started(monkeypatch):
     show("error: which the end of the run says")
     show("50%|##   | 1/2 [00:01<00:01, 1.0s/it]")
 
+  monkeypatch.setattr(run.common, "config_arguments", lambda: ["--config=c"])
   monkeypatch.setattr(stage_process.StageProcesses, "run", start)
   monkeypatch.setattr(stage_process.StageProcesses, "__init__", lambda self, logs: None)
   return calls
 
 
 def test_each_stage_prints_one_line_and_data_and_report_say_what_they_found(
-  started, tmp_path, monkeypatch, capsys
+  started, tmp_path, capsys
 ):
-  monkeypatch.setattr(sys, "argv", ["run", "--config=scenes", "--workdir=w", "--records=9"])
   run.main(settings_of("scenes"), epath.Path(tmp_path), "", False, {})
   assert [command for command, _ in started] == DEMO
-  assert all(flags == ["--config=scenes", "--workdir=w"] for _, flags in started)
+  assert all(flags == ["--config=c", f"--workdir={tmp_path}"] for _, flags in started)
   lines = capsys.readouterr().out.splitlines()
   assert lines[:3] == [
     "  prepare_data: 3 pairs", "  Warning: one is odd", "  train: warning: it ended",
@@ -101,23 +86,12 @@ def test_each_stage_prints_one_line_and_data_and_report_say_what_they_found(
   assert lines[-1] == "[11/11] report: 0 s"
 
 
-def test_a_run_that_tunes_names_its_start_to_two_stages(started, tmp_path, monkeypatch):
-  monkeypatch.setattr(sys, "argv", ["run", "--config=c", "--init_from=scenes"])
+def test_a_run_that_tunes_names_its_start_to_two_stages(started, tmp_path):
   more = {"grade_instructions": ["--records=9"]}
   run.main(settings_of("scenes_instruct"), epath.Path(tmp_path), "scenes", False, more)
-  extra = {command: flags[1:] for command, flags in started if flags[1:]}
+  extra = {command: flags[2:] for command, flags in started if flags[2:]}
   start = ["--init_from=scenes"]
   assert extra == {"copy_tokenizers": start, "train": start, "grade_instructions": ["--records=9"]}
-
-
-def test_skipped_stages_count_with_the_time_that_they_took(started, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(sys, "argv", ["run"])
-  for name, seconds in (("raw", 10.0), ("vqgan", 6_000.0)):
-    (tmp_path / name).mkdir()
-    write_json(tmp_path / name / stages.DONE, {"seconds": seconds})
-  run.main(settings_of("scenes"), epath.Path(tmp_path), "", False, {})
-  lines = [line for line in capsys.readouterr().out.splitlines() if "train_vqgan: " in line]
-  assert lines == ["[3/11] train_vqgan: 0 s, about 580 min left"]
 
 
 def test_a_run_on_a_base_measures_what_it_forgets():
@@ -135,19 +109,14 @@ def test_a_run_on_a_base_measures_what_it_forgets():
 
 
 def test_an_own_image_tokenizer_belongs_to_a_base(tmp_path):
-  assert run.passed_on(["--own_image_tokenizer", "--workdir=w"]) == ["--workdir=w"]
-  assert (
-    run.passed_on(["--noown_image_tokenizer", "--min_psnr=3", "--max_color_difference=3"]) == []
-  )
-  with refused(UserError):
+  with refused(UserError, "--own_image_tokenizer", "--init_from"):
     run.main(settings_of("scenes"), epath.Path(tmp_path), "", True, {})
 
 
-def test_a_limit_of_forgetting_needs_documents_of_the_base(started, tmp_path, monkeypatch):
-  monkeypatch.setattr(sys, "argv", ["run"])
+def test_a_limit_of_forgetting_needs_documents_of_the_base(started, tmp_path):
   fields = {"train.max_forgetting": 0.03}
   folder = epath.Path(tmp_path)
-  with refused(UserError):
+  with refused(UserError, "max_forgetting", "base_documents"):
     run.main(settings_of("scenes_instruct", **fields), folder, "scenes", False, {})
   assert started == []
   assert not list(folder.iterdir())

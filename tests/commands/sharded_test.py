@@ -15,7 +15,7 @@ from tests.refusals import refused
 
 
 def settings_of(config):
-  return settings_from_config(config_file.Parser().parse(config))
+  return settings_from_config(config_file.load(config))
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,9 @@ def test_the_lease_is_given_back_after_the_stage_is_finished(tmp_path, parsed, m
 
 def test_a_job_that_lost_its_lease_finishes_no_stage(tmp_path, parsed):
   folder = epath.Path(tmp_path / "raw")
-  with refused(UserError), sharded.stage(folder.parent, "raw", settings_of("scenes")):
+  with (
+    refused(UserError, "lease.json"),
+    sharded.stage(folder.parent, "raw", settings_of("scenes")),
+  ):
     write_json(folder / lease.NAME, {"token": "other", "host": "elsewhere", "pid": 7})
   assert not (folder / stages.DONE).exists()

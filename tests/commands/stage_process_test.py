@@ -67,13 +67,13 @@ def test_the_program_is_that_of_the_package_or_of_the_checkout(monkeypatch):
 
 def test_a_stage_that_fails_ends_the_run_with_its_sentence_and_exit_code(run, capsys):
   text = "import sys; print('step 1'); print('error: no images.', file=sys.stderr); sys.exit(7)"
-  with refused(UserError, exit_code=7):
+  with refused(UserError, "images", exit_code=7):
     run(text)
   assert capsys.readouterr().err == ""
 
 
 def test_a_stage_that_crashes_shows_its_last_lines_and_its_log(run, tmp_path, capsys):
-  with refused(UserError, exit_code=1):
+  with refused(UserError, "1", "train", exit_code=1):
     run("print(*range(50), sep='\\n')\n1 / 0")
   shown = capsys.readouterr().err
   assert "49\n" in shown
@@ -82,7 +82,7 @@ def test_a_stage_that_crashes_shows_its_last_lines_and_its_log(run, tmp_path, ca
 
 
 def test_a_killed_stage_says_that_the_same_command_continues(run):
-  with refused(UserError, exit_code=128 + signal.SIGKILL):
+  with refused(UserError, "SIGKILL", "command", exit_code=128 + signal.SIGKILL):
     run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
 
 
@@ -94,7 +94,7 @@ def test_a_signal_reaches_the_stage_which_saves_before_the_run_ends(run, number,
     if line == "waits":
       threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
 
-  with refused(UserError, exit_code=code):
+  with refused(UserError, "saved at signal", exit_code=code):
     run(WAITS.replace("CODE", str(code)), send)
 
 
@@ -105,5 +105,5 @@ def test_a_signal_that_a_stage_does_not_answer_ends_the_run(run, program):
   def send(line):
     os.kill(os.getpid(), signal.SIGTERM)
 
-  with refused(UserError, exit_code=INTERRUPTED):
+  with refused(UserError, "stopped", "command", exit_code=INTERRUPTED):
     run(program, send)

@@ -1,63 +1,16 @@
 """Tests that messages with text from untrusted flags and sources are safe for a terminal."""
 
 import json
-import sys
 
-from absl import flags
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from ml_collections import config_flags
 import pytest
 
-from cm3leon_jax.commands import config_file
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.task_files import parse_tasks
 from cm3leon_jax.evaluation.protocols import protocol
-from cm3leon_jax.settings import Settings, settings_from_config
 from tests.launched import launch
 from tests.reports.hostile import CONTROLS, HOSTILE
-
-# Errors that `common` prints as one sentence.
-KNOWN = (UserError, flags.Error, AttributeError, KeyError)
-SECTIONS = [
-  "seed", "train.steps", "vqgan.multipliers", "vqgan.discriminator_layers", "raw.source", "train",
-  "sampling.guidance", "raw.licenses", "instructions.own_tasks", "instructions.only", "x.y",
-]  # fmt: skip
-
-
-def parse(monkeypatch, argument: str) -> Settings:
-  """Parses --config.FIELD=VALUE from sys.argv, as a command does."""
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", None, "", values)
-  values["config"].parser = config_file.Parser()
-  monkeypatch.setattr(sys, "argv", ["command", "--config=cm3leon_350m", argument])
-  values(sys.argv)
-  return settings_from_config(values["config"].value)
-
-
-VALUES = st.text(max_size=12) | st.sampled_from(
-  [
-    "None", "inf", "nan", "-1", "1e400", "9" * 30, "9" * 5_000, "(1,)", "[1]", "{}", "(" * 500,
-    "[" * 3_000, "({'name': 1},)", "__import__('os').system('id')", "9**9**9", "\udcff", "\0",
-  ]
-)  # fmt: skip
-
-
-@given(st.sampled_from(SECTIONS), VALUES)
-@example("seed", "None")
-@example("seed", "inf")
-@example("vqgan.discriminator_layers", str(2**70))
-@example("seed", "9" * 5_000)
-@example("vqgan.multipliers", "(9**9**9,)")
-@settings(max_examples=150, deadline=None)
-def test_any_value_of_a_field_makes_settings_or_one_sentence(field, value):
-  with pytest.MonkeyPatch.context() as monkeypatch:
-    try:
-      found = parse(monkeypatch, f"--config.{field}={value}")
-    except KNOWN as error:
-      found = error
-  assert isinstance(found, Settings | Exception)
-
 
 TASKS = """
 - name: a

@@ -86,7 +86,7 @@ def test_a_tuning_is_the_papers_of_the_same_model_and_tokens(size, variant):
     "cm3leon", "all", 0.0,
   )  # fmt: skip
   assert len(load_tasks(instructions)) > 20
-  assert config_file.find(f"sft_{size}").is_file()
+  assert f"sft_{size}" in config_file.SHIPPED
 
 
 def test_settings_come_back_from_json():
@@ -113,14 +113,6 @@ def test_minutes_scale_the_training_stages_and_nothing_else(demo):
       assert two[name][field] == fifteen[name][field]
 
 
-def test_the_long_run_is_another_decoder_on_the_same_tokenizers_clip_and_rows():
-  fifteen, long = (openmoji.get_config(v) for v in ("15", "long"))
-  for name in set(SECTIONS) - {"model", "optimizer", "train"}:
-    assert long[name] == fifteen[name]
-  rows, few = (c.train.steps * c.train.global_batch_size for c in (long, fifteen))
-  assert rows >= 3 * few
-
-
 def test_the_bundled_tuned_model_saw_more_records_half_of_them_redrawn():
   fifteen, long = (scenes_instruct.get_config(v) for v in ("15", "long"))
   for name in ("vocab", "vqgan", "model", "data"):
@@ -133,7 +125,7 @@ def test_the_bundled_tuned_model_saw_more_records_half_of_them_redrawn():
   assert (stored.instructions, stored.optimizer) == (settings.instructions, settings.optimizer)
   assert stored.instructions.instruction_first
   assert step == settings.train.steps
-  with refused(UserError):
+  with refused(UserError, "other", "long"):
     scenes_instruct.get_config("other")
 
 
@@ -157,7 +149,7 @@ def test_the_world_that_needs_its_bank_shows_each_rare_object_where_training_and
 @pytest.mark.parametrize("variant", ["", "0", "-3", "inf", "nan", "soon"])
 def test_an_unknown_variant_is_refused(variant):
   for module in (openmoji, scenes, cm3leon_7b) if variant else (openmoji,):
-    with refused(UserError):
+    with refused(UserError, "variant", variant):
       module.get_config(variant)
 
 
@@ -166,7 +158,7 @@ def test_the_config_for_own_images_leaves_to_the_data_what_follows_from_it():
   assert set(from_data.missing(config)) == {name for names in own.FOLLOW.values() for name in names}
   assert config.model.vocab_size is None
   assert (own.get_config("30").train.minutes, config.train.minutes) == (30.0, 15.0)
-  with refused(UserError):
+  with refused(UserError, "soon", "variant"):
     own.get_config("soon")
 
 
@@ -184,5 +176,5 @@ def test_published_models_leave_the_decoder_of_350m_and_the_variant_counts_image
   tokens = ten.train.steps * ten.train.global_batch_size * ten.data.sequence_length
   assert tokens == pytest.approx(1e7 * 3 * (256 + 26), rel=1e-3)
   for variant in ("", "0", "many", "inf", "nan"):
-    with refused(UserError):
+    with refused(UserError, "published_350m.py", variant):
       published_350m.get_config(variant)

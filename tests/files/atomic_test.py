@@ -41,10 +41,3 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
   with pytest.raises(TypeError), atomic.replacing(path) as file:
     file.write("text into a binary file")
   assert path.read_text(encoding="utf-8") == "ä"
-
-
-def test_of_a_file_whose_writing_fails_nothing_is_left(tmp_path):
-  (tmp_path / "x").write_text("old")
-  with pytest.raises(TypeError), atomic.replacing(tmp_path / "x") as file:
-    file.writelines([b"new", "text into a binary file"])
-  assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "old")]

@@ -1,15 +1,9 @@
-import io
 import os
 import pathlib
 import pty
 import subprocess
 import sys
 import termios
-
-import tqdm.auto
-
-from cm3leon_jax.files import progress
-from tests.launched import python
 
 ROOT = pathlib.Path(__file__).parents[1]
 WORK = """
@@ -38,20 +32,6 @@ def test_a_log_has_whole_lines(tmp_path):
   assert 3 <= len(lines) <= 12  # 20 steps take 0.4 s and print a line every 0.05 s.
   assert all(line.startswith("vqgan: ") for line in lines)
   assert "| 20/20 [" in lines[-1]
-
-
-def test_a_part_that_is_done_soon_leaves_no_line(tmp_path):
-  code = WORK.replace("0.05", "30").format(name="part", leave=False)
-  result = python(code, cwd=ROOT, check=True, timeout=60)
-  assert result.stderr == "done\n"
-
-
-def test_a_cell_of_a_notebook_has_a_bar_and_a_pipe_has_none(monkeypatch):
-  cell = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
-  for stream, expected in ((cell(), True), (io.StringIO(), False)):
-    monkeypatch.setattr(sys, "stderr", stream)
-    assert progress.is_interactive() is expected
-  assert progress.tqdm is tqdm.auto.tqdm  # In a notebook, the progress bar is a widget.
 
 
 def test_a_terminal_has_a_bar_in_one_line():

@@ -77,7 +77,7 @@ def test_a_shard_whose_files_are_gone_is_done_again(tmp_path):
 
 
 def test_what_was_done_before_a_mistake_stays_done(tmp_path):
-  with refused(UserError):
+  with refused(UserError, "05", "shard"):
     run(tmp_path, Copy(str(tmp_path), wrong="05"))
   assert log(tmp_path) == [f"{i:02d}" for i in range(5)]
   run(tmp_path)
@@ -85,12 +85,5 @@ def test_what_was_done_before_a_mistake_stays_done(tmp_path):
 
 
 def test_what_may_succeed_later_stays_so(tmp_path):
-  with refused(TryAgain):
+  with refused(TryAgain, "05", "shard"):
     run(tmp_path, Copy(str(tmp_path), wrong="05", error=TryAgain))
-
-
-def test_a_runner_is_checked():
-  with refused(UserError):
-    Runner("slurm")
-  with refused(UserError):
-    Runner(workers=0)

@@ -36,33 +36,16 @@ def test_what_no_launcher_could_start_is_refused(topology, field, value):
 
 def test_a_launcher_that_cannot_run_a_job_is_left_out_with_a_sentence():
   job = launchers.PodJob("run", hardware.load("v5e-256", 2), tuple(FLAGS))
-<<<<<<< ours
-  assert list(launchers.files(job)) == ["offline_ray.sh", "tpu_vm.sh"]
-  assert launchers.remarks(job) == ["gke_jobset.yaml needs a container image: give --image."]
-=======
   assert list(launchers.files(job)) == ["tpu_vm.sh"]
-  (image,) = launchers.remarks(job)
-  assert image.startswith("gke_jobset.yaml and xpk.sh need a container image")
->>>>>>> theirs
+  assert launchers.remarks(job) == ["gke_jobset.yaml needs a container image: give --image."]
   assert launchers.remarks(launchers.PodJob("run", job.hardware, job.flags, IMAGE)) == []
 
 
 def test_gke_does_not_connect_slices_of_one_host():
   small = hardware.load("v5e-8", 2)
   job = launchers.PodJob("run", small, tuple(FLAGS), IMAGE)
-<<<<<<< ours
-  assert list(launchers.files(job)) == ["offline_ray.sh", "tpu_vm.sh"]
-  assert launchers.remarks(job) == ["gke_jobset.yaml: GKE connects only slices of several hosts."]
-=======
-  for option in ("queue", "secret"):
-    with refused(UserError):
-      launchers.check(dataclasses.replace(job, **{option: "own"}))
   assert list(launchers.files(job)) == ["tpu_vm.sh"]
-  assert launchers.remarks(job) == [
-    "gke_jobset.yaml and xpk.sh: GKE connects only slices of several hosts."
-  ]
-  assert launchers.remarks(dataclasses.replace(job, image="")) == launchers.remarks(job)
->>>>>>> theirs
+  assert launchers.remarks(job) == ["gke_jobset.yaml: GKE connects only slices of several hosts."]
   one = dataclasses.replace(job, hardware=hardware.load("v5e-8"))
   assert "gke_jobset.yaml" in launchers.files(one)
 
@@ -111,11 +94,7 @@ def test_every_file_says_what_it_needs(topology):
   port = {"metrics_port": 9464, "queue": "q" if topology == "v5e-256" else ""}
   job = launchers.PodJob("run", hardware.load(topology), tuple(FLAGS), IMAGE, **port)
   texts = launchers.files(job)
-<<<<<<< ours
-  assert len(texts) == (3 if topology == "v5e-256" else 2)
-=======
-  assert len(texts) == (4 if topology == "v5e-256" else 1)
->>>>>>> theirs
+  assert len(texts) == (2 if topology == "v5e-256" else 1)
   for name, text in texts.items():
     head = [line for line in text.splitlines()[:8] if line.startswith("# Needs: ")]
     assert len(head) == 1, name

@@ -13,7 +13,6 @@ from etils import epath
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.files import buckets
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.training.loop import Hook
 
@@ -69,8 +68,7 @@ class Lease(Hook):
       time.sleep(SETTLE_SECONDS)
       found = self._read()
     except OSError as error:
-      kind = UserError if buckets.refuses(error) else TryAgain
-      raise kind(f"{self._path} cannot be read or written ({error}).") from error
+      raise TryAgain(f"{self._path} cannot be read or written ({error}).") from error
     if found.get("token") != self._token:
       raise UserError(f"{_name(found)} works in {self._folder}: it started at the same time.")
     self._thread.start()

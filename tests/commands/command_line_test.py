@@ -1,0 +1,132 @@
+"""Tests that commands show their flags, and name a wrong flag in one sentence, without JAX."""
+
+import html
+import json
+import pathlib
+
+import pytest
+
+from cm3leon_jax.commands import COMMANDS, common
+from tests.launched import cm3leon, launch
+from tests.refusals import check_refused
+
+FOLDER = pathlib.Path(common.__file__).parent
+RUN = ["--config=scenes", "--workdir=w"]
+WITHOUT_CONFIG = ("checkpoints", "serve")
+
+
+def test_every_command_is_listed():
+  assert sorted(COMMANDS) == sorted(
+    path.stem for path in FOLDER.glob("*.py") if "common.run(" in path.read_text()
+  )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_an_example_and_the_flags_that_the_command_takes(name):
+  result = launch(name, "--help", missing=["jax"])
+  assert (result.returncode, result.stderr) == (0, "")
+  assert f"cm3leon {name} " in result.stdout
+  takes = {
+    flag: f"\n  --{flag}: " in result.stdout for flag in ("config", "workdir", "num_processes")
+  }
+  assert takes == {
+    "config": name not in WITHOUT_CONFIG,
+    "workdir": name != "aot_compile",
+    "num_processes": name in ("train", "evaluate", "score"),
+  }
+
+
+MISTAKES = [
+  (["trian"], ["trian", "train"]),
+  (["train", *RUN, "--workdri=x"], ["workdri", "workdir"]),
+  (["train", *RUN, "--config.train.stepz=5"], ["stepz", "steps"]),
+  (["train", *RUN, "--config.foo.bar=5"], ["foo"]),
+  (["train", *RUN, "--config.train.steps=abc"], ["--config.train.steps", "abc"]),
+  (["train", *RUN, "--config.train=abc"], ["--config.train", "abc"]),
+  (["train", "--config.seed=5", *RUN], ["config.seed"]),
+  (["train", "--config=nowhere.py", "--workdir=w"], ["nowhere.py", "scenes"]),
+  (["train", "--config=scenes:soon", "--workdir=w"], ["soon", "scenes.py"]),
+  (["train", "--workdir=w"], ["--config"]),
+  (["train", "--config=scenes"], ["--workdir"]),
+  (["train", "--workdir=w", "--resume_from=x"], ["--resume_from", "x"]),
+  (["train", "--config=scenes", "--workdir=a.txt"], ["--workdir", "a.txt"]),
+  (["report", *RUN, "--num_processes=2"], ["num_processes"]),
+  (["generate", *RUN, "--task=draw"], ["--task", "draw", "edit"]),
+  (["generate", *RUN, "--prompt=a", "red", "bell"], ["red", "quotes"]),
+  (["export", "--workdir=scenes", "--output=a.txt"], ["--output", "a.txt"]),
+  (["checkpoints", "lisst", "--workdir=w"], ["list", "rollback"]),
+  (["checkpoints", "list", "4", "--workdir=w"], ["4"]),
+  (["serve", *RUN], ["config"]),
+]
+
+
+@pytest.mark.parametrize(("argv", "facts"), MISTAKES)
+def test_a_wrong_command_line_is_one_sentence_before_jax_is_imported(argv, facts, tmp_path):
+  (tmp_path / "a.txt").touch()
+  check_refused(cm3leon(*argv, cwd=tmp_path, missing=["jax"]), *facts)
+  assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+LATER = [
+  (["train", "--config=scenes", "--config.mesh.fsdp=3"], ["config.mesh", "3"]),
+  (["train", "--config=scenes", "--config.train.wandb=cats"], ["wandb"]),
+  (["evaluate", "--config=scenes", "--config.evaluation.num_documents=1"], ["num_documents"]),
+  (["prepare_data", "--config=cm3leon_7b"], ["config.raw.source"]),
+  (["prepare_data", "--config=scenes", "--config.vqgan.resolution=50"], ["vqgan", "50"]),
+  (["train_clip", "--config=scenes", "--config.clip.resolution=50"], ["clip", "50"]),
+  (["report", "--config=scenes"], ["w", "prepare_data"]),
+  (["prepare_data", "--config=scenes", "--config.raw.source=s3://b/p"], ["s3://b/p", "S3"]),
+]
+
+
+@pytest.mark.parametrize(("argv", "facts"), LATER)
+def test_a_mistake_is_found_before_anything_is_written(argv, facts, tmp_path):
+  (tmp_path / "w").mkdir()
+  check_refused(cm3leon(*argv, "--workdir=w", cwd=tmp_path, missing=["wandb"]), *facts)
+  assert not list((tmp_path / "w").iterdir())
+
+
+def test_home_folders_are_replaced_in_paths_and_not_in_prompts(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/ada")
+  given = ["--workdir=~/run", "-config.raw.source=~/in", "--prompts=~/p", "--config", "~/c.py"]
+  kept = ["--prompt=~/x", "--out=gs://b/~/x", "--out=./~", "~/y"]
+  replaced = ["--workdir=/home/ada/run", "-config.raw.source=/home/ada/in", "--prompts=/home/ada/p"]
+  assert common.with_homes([*given, *kept]) == [*replaced, *given[3:], *kept]
+
+
+def test_the_console_script_lists_the_commands(tmp_path):
+  result = cm3leon(cwd=tmp_path)
+  assert (result.returncode, result.stderr) == (0, "")
+  names = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("  ")]
+  assert names == list(COMMANDS)
+
+
+OWN = """
+from cm3leon_jax.configs import base
+def get_config(seed="3"):
+  config = base.get_config()
+  config.seed = int(seed)
+  return config
+"""
+
+
+def test_print_config_prints_every_field_of_a_config_of_ones_own(tmp_path):
+  (tmp_path / "own.py").write_text(OWN)
+  flags = ["--config=own.py:7", "--config.train.steps=5", "--print_config"]
+  result = launch("train", *flags, cwd=tmp_path)
+  assert result.returncode == 0, result.stderr
+  lines = result.stdout.splitlines()
+  assert {"seed = 7  # default: 0", "train.steps = 5  # default: 41723"} <= set(lines)
+  assert "model.family = 'opt'" in lines
+
+
+def test_report_lists_what_has_not_run(tmp_path):
+  (tmp_path / "raw").mkdir()
+  done = {"config": {}, "summary": {}, "seconds": 1.0, "id": "1"}
+  (tmp_path / "raw" / "done.json").write_text(json.dumps(done))
+  changed = "--config.raw.source=my images"
+  result = launch("report", "--config=scenes:2", changed, f"--workdir={tmp_path}")
+  assert result.returncode == 0, result.stderr
+  assert "not run" in result.stdout
+  page = html.unescape((tmp_path / "report.html").read_text())
+  assert f"cm3leon train --config=scenes:2 '{changed}' --workdir=DIR" in page
