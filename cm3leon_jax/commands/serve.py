@@ -60,12 +60,6 @@ _UPLOAD = flags.DEFINE_integer(
 _PIXELS = flags.DEFINE_float(
   "upload_megapixels", 16.0, "Largest image, in megapixels.", lower_bound=0.01, upper_bound=32
 )
-_ADAPTERS = flags.DEFINE_multi_string(
-  "adapter",
-  [],
-  "NAME=FOLDER: also serves adapters of the model, under a name. FOLDER is the workdir of their "
-  "run, or an export in the format peft. May be given several times.",
-)
 _TOKEN_FILE = flags.DEFINE_string(
   "token_file",
   None,
@@ -133,9 +127,6 @@ def main(workdir: epath.Path) -> None:
   _check_host(_HOST.value)
   token, buckets = _token(), _buckets()
   name = os.path.basename(os.path.normpath(os.fspath(workdir))) or "model"
-  from cm3leon_jax import loading
-
-  adapters = loading.adapters_of(_ADAPTERS.value, name)
   from cm3leon_jax.api import CM3Leon
   from cm3leon_jax.serving import program_cache
   from cm3leon_jax.serving.engine import Engine
@@ -157,8 +148,6 @@ def main(workdir: epath.Path) -> None:
     weight_dtype=_WEIGHT_DTYPE.value,
     cache_dtype=_CACHE_DTYPE.value,
   )
-  for adapter, folder in adapters.items():
-    loading.add_adapter(model.workdir, model.pipeline, model.mesh, adapter, folder)
   limits = Limits(
     most_samples=_MOST_SAMPLES.value,
     most_bytes=_UPLOAD.value * 2**20,

@@ -70,7 +70,6 @@ class Job:
   Attributes:
     deliver: called with each event, in the thread of the engine.
     shows_progress: whether `Progress` events are delivered.
-    adapter: name of the parameters, a key of `Pipeline.adapted`; "": the pipeline's own.
     words: words in error messages -> words that the client knows; see `tasks.refused`.
     cancelled: whether the client no longer waits for the job.
   """
@@ -79,7 +78,6 @@ class Job:
   num_samples: int
   deliver: Callable[[Event], None]
   shows_progress: bool = False
-  adapter: str = ""
   words: Mapping[str, str] | None = None
   cancelled: bool = False
 

@@ -101,12 +101,7 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
       version wrote the export, the export has a published image tokenizer, or a file is wrong.
   """
   check(folder)
-  if (kind := kind_of(folder)) == "peft":
-    raise UserError(
-      f"{folder} is an export {KINDS[kind]}: load their base, and name this folder by adapter, as "
-      "in CM3Leon.load(BASE, adapter=FOLDER)."
-    )
-  if kind not in ("", "orbax"):
+  if (kind := kind_of(folder)) not in ("", "orbax"):
     raise UserError(
       f"{folder} is an export {KINDS[kind]}, which is for other programs: load the workdir of its "
       "run, or an export in the format hf or orbax."

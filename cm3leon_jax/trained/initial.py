@@ -276,12 +276,15 @@ def check_base(found: Adapters, settings: Settings) -> None:
 def over(source: str, adapter: str | os.PathLike[str]) -> Adapters:
   """Opens adapters to add them to the parameters of `source`, see `bundles.folder_of`.
 
-  `adapter` is described in `adapters.open_at`.
+  `adapter` is the workdir of the run that trained them.
 
   Raises:
     UserError: `adapter` contains no adapters, or they were trained on other parameters.
   """
-  found = adapters.open_at(adapter)
+  if (found := adapters.of_run(adapter)) is None:
+    raise UserError(
+      f"{adapter} contains no adapters: name the workdir of a run with config.adapter.rank > 0."
+    )
   try:
     given = find(found.settings, source, found.base.step)
   except UserError as error:

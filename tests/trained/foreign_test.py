@@ -1,6 +1,5 @@
 """Tests that a bundle or export of a stranger is read, or refused in one sentence."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -18,7 +17,6 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.export import bundle, formats
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import FOREIGN_VALUES, read_json, write_json
-from cm3leon_jax.trained import adapters
 from cm3leon_jax.trained.run import Run, unseen_in
 from tests.export.conftest import with_bank
 from tests.generation.run import SETTINGS, one_device
@@ -173,14 +171,3 @@ def test_a_link_without_a_digest_is_not_copied(models, tmp_path):
   bundle.copy(tmp_path / "model", tmp_path / "copy")
   assert Run.open(tmp_path / "copy").step == 7
   assert not (tmp_path / "copy" / "README.md").exists()
-
-
-def test_a_wrong_adapter_is_refused_in_one_sentence(tmp_path):
-  write_json(tmp_path / "adapter_config.json", {})
-  settings = dataclasses.asdict(SETTINGS)
-  for base in ({"foo": 1}, {}):
-    write_json(tmp_path / "export.json", {"settings": settings, "base": base})
-    with pytest.raises(UserError, match=f"{tmp_path} is not an adapter"):
-      adapters.open_at(tmp_path)
-  with pytest.raises(UserError, match=r"http://a\.b/c is not an adapter"):
-    adapters.open_at("http://a.b/c")
