@@ -36,7 +36,9 @@ STRICT: "pydantic.ConfigDict" = {
   "use_attribute_docstrings": True,
 }
 # Fields that earlier versions stored. They no longer have an effect.
-REMOVED_FIELDS = frozenset({"adapter.tokens", "draft_window", "raw.max_texts", "reinforce.credit"})
+REMOVED_FIELDS = frozenset(
+  {"adapter.tokens", "draft_window", "published.gumbel", "raw.max_texts", "reinforce.credit"}
+)
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+(?=>)")
 
 

@@ -6,8 +6,8 @@
 --source is a .safetensors file or a folder that contains one. Pickle files are refused. For an
 export of this project, --source is EXPORT/image_tokenizer; leave out --family if that tokenizer was
 trained with this project. docs/published_tokenizers.md lists the supported weights, how to convert
-them, and their configs: amused has 256 codes for 256x256 pixels, taming_gumbel_f8 1,024 codes for
-256x256 pixels, chameleon 1,024 codes for 512x512 pixels.
+them, and their configs: amused has 256 codes for 256x256 pixels, chameleon 1,024 codes for 512x512
+pixels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.tokenizers.config import Family
 
-FAMILIES = ("amused", "taming_gumbel_f8", "chameleon")
+FAMILIES = ("amused", "chameleon")
 _SOURCE = flags.DEFINE_string("source", "", "File or folder with the weights, as safetensors.")
 _FAMILY = flags.DEFINE_enum(
   "family",
@@ -61,21 +61,19 @@ def main(settings: Settings, workdir: epath.Path, source: str, family: Family | 
       f"--family is {family}, but config.vqgan.published is {named}: leave out --family, or give "
       f"--config.vqgan.published={family}."
     )
-  if named and not published_files.is_own(source):
-    family = named
-  if family is None and not published_files.is_own(source):
+  is_own = published_files.is_own(source)
+  if not (family or named or is_own):
     raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
   for parent in filter(exported.is_export, epath.Path(source).parents[:2]):
     exported.check(parent, f"{IMAGES}/")
   folder = workdir / "vqgan"
   _check_folder(folder)
-  if family is None:
+  if is_own:
     found = published_files.read_own(source)
   else:
-    found = published_files.read(source, family)
+    found = published_files.read(source, family or named)
   tokenizer = published_files.fit(found.tokenizer, settings.vocab.image_size, settings.vqgan)
-  of_file: str = getattr(tokenizer.config, "family", "")  # "": trained with this project.
-  name = family or of_file
+  name: str = getattr(tokenizer.config, "family", "")  # "": trained with this project.
   digests = [digest(path) for path in found.files]
   left = f", without {found.num_left} tensors of other networks" if found.num_left else ""
   kind = name or "trained by cm3leon train_vqgan"

@@ -10,7 +10,6 @@ BASE is the base of the adapters, exported in the format hf.
 import dataclasses
 
 from etils import epath
-import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export.formats import TrainedRun
@@ -21,7 +20,7 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.trained import adapters, kinds
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import stored, tensor_files
-from cm3leon_jax.weights.layouts import QKV, layout_of
+from cm3leon_jax.weights.layouts import QKV, layout_of, transposed
 from cm3leon_jax.weights.tensor_files import Tensor
 
 FILE = "adapter_model.safetensors"
@@ -66,32 +65,15 @@ def modules(model: ModelConfig) -> dict[str, str]:
 
 def tensors_of(model: ModelConfig, params: stored.StoredParams, dtype: str) -> list[Tensor]:
   """Lists the tensors of adapters: for each matrix, lora_A [R, in] and lora_B [out, R]."""
-  names = {name.partition(".")[0] for name in params.shapes}
-  return [
-    _tensor(
-      f"{layout_of(model).prefix}.layers.{layer}.{module}", params, name, factor, layer, dtype
-    )
-    for layer in range(model.num_layers)
-    for name, module in modules(model).items()
-    if name in names
-    for factor in "ab"
-  ]
-
-
-def _tensor(
-  module: str, params: stored.StoredParams, name: str, factor: str, layer: int, dtype: str
-) -> Tensor:
-  """Returns a factor of the adapter of a matrix, whose stored shape is (in, R) or (R, out)."""
-  shape = params.shapes[f"{name}.{factor}"][1:]
-  rank = shape[-1] if factor == "a" else shape[0]
-  size = int(np.prod(shape)) // rank
-  stored_shape = (size, rank) if factor == "a" else (rank, size)
-
-  def make() -> np.ndarray:
-    return params.read(f"{name}.{factor}", layer).reshape(stored_shape).T
-
-  path = f"base_model.model.{module}.lora_{factor.upper()}.weight"
-  return Tensor(path, stored_shape[::-1], dtype, make)
+  layers, tensors = f"base_model.model.{layout_of(model).prefix}.layers", []
+  for layer in range(model.num_layers):
+    for name, module in modules(model).items():
+      for factor in "ab" if f"{name}.a" in params.shapes else "":
+        source = f"{name}.{factor}"
+        axes_in = len(params.shapes[source]) - 2 if factor == "a" else 1
+        theirs = f"{layers}.{layer}.{module}.lora_{factor.upper()}.weight"
+        tensors.append(transposed(theirs, params, source, layer, dtype=dtype, axes_in=axes_in))
+  return tensors
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:

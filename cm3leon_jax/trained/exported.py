@@ -98,7 +98,7 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
 
   Raises:
     UserError: the format is only for other programs or rounds the parameters to int8, an earlier
-      version wrote the export, the export has a published image tokenizer, or a file is wrong.
+      version wrote the export, or a file is wrong.
   """
   check(folder)
   if (kind := kind_of(folder)) not in ("", "orbax"):
@@ -111,11 +111,6 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
     raise UserError(
       f"{folder} was written by an older version and has no settings: run "
       "`cm3leon export` again, or load the workdir of its run."
-    )
-  if "vqgan" not in read_json(folder / IMAGES / "config.json"):
-    raise UserError(
-      f"{folder} has a published image tokenizer in the format of its release, which cannot be "
-      "loaded here: load the workdir of its run."
     )
   return settings_from_stored(stored["settings"]), stored["step"]
 
