@@ -1,22 +1,16 @@
 import os
 import shutil
 
-from etils import epath
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 
 from cm3leon_jax import CM3Leon, UserError
-from cm3leon_jax.checkpoints import sealing
 from cm3leon_jax.commands import export, import_vqgan
 from cm3leon_jax.export import formats
-from cm3leon_jax.files import progress
-from cm3leon_jax.files.digests import digest
-from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.importing import importer
-from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.trained import bundles, initial, kinds
+from cm3leon_jax.trained import bundles, initial
 from tests.export.conftest import run  # noqa: F401
 from tests.generation.run import SETTINGS
 from tests.refusals import refused
@@ -52,46 +46,6 @@ def test_devices_and_dtype_are_those_that_are_asked_for(run, model):  # noqa: F8
   assert CM3Leon.load(run, dtype=jax.numpy.bfloat16).pipeline.settings.model.dtype == "bfloat16"
 
 
-@pytest.mark.parametrize(
-  "options",
-  [
-    {"dtype": "float16"},
-    {"dtype": "float64"},
-    {"dtype": 3},
-    {"devices": "cpu"},
-    {"devices": 0},
-    {"devices": []},
-    {"devices": [0]},
-    {"device": "cpu"},
-    {"torch_dtype": "float32"},
-    {"guidance_scale": 3},
-  ],
-)
-def test_a_wrong_option_is_one_sentence(run, options):  # noqa: F811
-  with refused(UserError):
-    CM3Leon.load(run, **options)
-
-
-def test_an_edit_by_a_model_that_never_learned_edits_warns(model):
-  image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
-  with pytest.warns(UserWarning, match="^this model was not trained to edit images by instr"):
-    model.edit(image, "make it blue")
-
-
-@pytest.mark.parametrize("shown", [True, False])
-def test_progress_shows_by_default_where_somebody_looks(run, monkeypatch, shown):  # noqa: F811
-  monkeypatch.setattr(progress, "is_interactive", lambda: shown)
-  devices = jax.devices()[:1]
-  assert CM3Leon.load(run, devices=devices).show_progress is shown
-  assert CM3Leon.load(run, devices=devices, show_progress=not shown).show_progress is not shown
-
-
-def test_a_mesh_and_devices_exclude_each_other(run):  # noqa: F811
-  mesh = create_mesh(MeshConfig(), jax.devices()[:1])
-  with refused(UserError):
-    CM3Leon.load(run, mesh=mesh, devices=jax.devices()[:1])
-
-
 def test_a_model_is_described_in_one_line(run, model):  # noqa: F811
   text = repr(model)
   assert text.startswith(f"CM3Leon({str(run)!r}, step 7, ")
@@ -124,19 +78,6 @@ def test_an_export_generates_what_its_run_does(model, exports, name):
       call()
 
 
-def test_exports_for_other_programs_and_of_earlier_versions_are_refused(run, exports, tmp_path):  # noqa: F811
-  other = tmp_path / "int8"
-  export.main(SETTINGS, run, choice=formats.Choice(quantize="int8"), output=str(other))
-  with refused(UserError):
-    CM3Leon.load(other)
-  shutil.copytree(exports / "orbax", tmp_path / "orbax")
-  stored = read_json(tmp_path / "orbax" / kinds.ABOUT)
-  write_json(tmp_path / "orbax" / kinds.ABOUT, {k: v for k, v in stored.items() if k != "settings"})
-  (tmp_path / "orbax" / kinds.DIGESTS).unlink()
-  with refused(UserError):
-    CM3Leon.load(tmp_path / "orbax")
-
-
 IMAGES = "image_tokenizer/params.safetensors"
 
 
@@ -158,17 +99,6 @@ def test_a_changed_file_of_an_export_is_named(exports, tmp_path, name, file):
   for read in reads:
     with pytest.raises(UserError, match=f"/{file} has changed since the export was written"):
       read()
-
-
-def test_exports_of_earlier_versions_are_loaded_without_digests_of_all_files(exports, tmp_path):
-  hf, orbax = (shutil.copytree(exports / name, tmp_path / name) for name in ("hf", "orbax"))
-  (hf / kinds.DIGESTS).unlink()
-  before = initial.find(SETTINGS, str(orbax))
-  write_json(orbax / kinds.DIGESTS, sealing.digests(epath.Path(orbax) / "params"))
-  assert before.digest == digest(orbax / kinds.DIGESTS) == initial.find(SETTINGS, str(orbax)).digest
-  for folder in (hf, orbax):
-    with pytest.warns(UserWarning, match="is an export"):
-      assert CM3Leon.load(folder, devices=jax.devices()[:1]).step == 7
 
 
 def test_a_saved_model_is_a_bundle_that_generates_alike_and_is_saved_again(model, run, tmp_path):  # noqa: F811

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from cm3leon_jax.commands import common, published_check
+from cm3leon_jax.commands import common
 from cm3leon_jax.commands.grade_instructions import RECORDS
 from cm3leon_jax.commands.init_from_flag import INIT_FROM, OWN_IMAGE_TOKENIZER
 from cm3leon_jax.commands.stage_process import StageProcesses
@@ -143,7 +143,6 @@ def main(
   if own_images and not init_from:
     raise UserError("--own_image_tokenizer is given without --init_from, which it belongs to.")
   base_documents.check_limit(settings)
-  published_check.check(settings, workdir, copied=bool(init_from) and not own_images)
   names = commands(settings, bool(init_from), own_images)
   order, given = list(names), passed_on(sys.argv[1:])
   more = {**more, **{name: [f"--init_from={init_from}"] for name in STARTED if init_from}}

@@ -16,7 +16,7 @@ import functools
 import importlib.util
 from typing import TYPE_CHECKING
 
-from cm3leon_jax.commands import common, published_check
+from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
@@ -54,7 +54,11 @@ def _check_import(settings: Settings, folder: epath.Path) -> None:
   if (folder / stages.DONE).exists():
     return
   if settings.vqgan.published and not vqgan.is_published(folder):
-    raise UserError(published_check.not_imported(settings, folder))
+    raise UserError(
+      f"config.vqgan.published is {settings.vqgan.published}, but {folder} has no image tokenizer: "
+      "run `cm3leon import_vqgan --source=FOLDER` with the same --config and --workdir first "
+      "(docs/published_350m.md)."
+    )
   if vqgan.is_published(folder):
     raise UserError(
       f"{folder} has an image tokenizer whose import did not finish: run "

@@ -140,12 +140,7 @@ def _begin(folder: epath.Path) -> None:
 
   Removes bundle.json first, because a folder without bundle.json does not count as a bundle.
   """
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f"{folder} cannot be created ({error.strerror}): choose another folder for the bundle."
-    ) from error
+  folder.mkdir(parents=True, exist_ok=True)
   for name in (bundles.FILE, unseen_tokens.FILE):
     (folder / name).unlink(missing_ok=True)
   for part in bundles.PARTS:

@@ -11,6 +11,7 @@ import dataclasses
 
 from etils import epath
 
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.files.atomic import replacing
@@ -52,7 +53,7 @@ def adapters_of(run: Run) -> adapters.Adapters:
 def open_params(run: Run, average: bool | None) -> stored.StoredParams:
   """Opens the adapters of a run, which needs a current mesh. For `average`, see `stored.choose`."""
   found = adapters_of(run)
-  chosen = adapters.choose(found, average)
+  chosen = reading.open_params(found.folder / "train", average=average)
   params, step = found.load(chosen.step, average is not False)
   return stored.of_tree(params, step, chosen.averaged)
 

@@ -9,6 +9,7 @@ from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import training_data
+from cm3leon_jax.files import foreign
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.importing import qwen3, tokenizer
@@ -72,18 +73,13 @@ def _own_tensors(source: SourceCheckpoint, config: ModelConfig) -> list[Tensor]:
   ]
 
 
+@foreign.reads("an export of this project")
 def _own_fields(source: SourceCheckpoint) -> dict[str, dict]:
   """Returns the config fields that an export of this project needs.
 
   A model with rotary positions accepts any `max_positions`.
   """
-  path, remedy = source.folder / CONFIG, "write it again with `cm3leon export`."
-  try:
-    needed = exported.config_of(source.folder, dict(source.described))
-  except KeyError as error:
-    raise UserError(f"{path} has no field {error}: {remedy}") from error
-  except (TypeError, ValueError, AttributeError) as error:
-    raise UserError(f"{path} is damaged ({error}): {remedy}") from error
+  needed = exported.config_of(source.folder, dict(source.described))
   if FAMILIES[needed["model"]["family"]].rotary:
     del needed["model"]["max_positions"]
   return needed

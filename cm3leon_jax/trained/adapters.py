@@ -9,7 +9,6 @@ from cm3leon_jax.config import UserError, build
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.models.config import AdapterConfig
 from cm3leon_jax.settings import Settings, settings_of_run
-from cm3leon_jax.weights import stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +74,3 @@ def of_run(workdir: epath.PathLike) -> Adapters | None:
     )
   config = build(AdapterConfig, fields, "adapter")
   return Adapters(folder, config, Weights(**run["init_from"]))
-
-
-def choose(found: Adapters, average: bool | None) -> stored.StoredParams:
-  """Opens the adapters in the newest checkpoint of a run. For `average`, see `stored.choose`."""
-  return reading.open_params(found.folder / "train", average=average)

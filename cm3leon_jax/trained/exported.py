@@ -62,7 +62,7 @@ def check(folder: epath.Path, part: str = "") -> list[str]:
   files = foreign.check_folder(folder, PLACES)
   if (folder / ABOUT).exists() and (folder / DIGESTS).exists():
     listed = {name: x for name, x in _digests(folder)[1].items() if name.startswith(part)}
-    bundles.check_digests(folder, listed, files, "export", AGAIN)
+    bundles.check_digests(folder, listed, files, AGAIN)
   return files
 
 
@@ -97,8 +97,8 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
   """Reads the settings and the step of an export.
 
   Raises:
-    UserError: the format is only for other programs or rounds the parameters to int8, an earlier
-      version wrote the export, or a file is wrong.
+    UserError: the format is only for other programs or rounds the parameters to int8, or a file
+      is wrong.
   """
   check(folder)
   if (kind := kind_of(folder)) not in ("", "orbax"):
@@ -106,12 +106,7 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
       f"{folder} is an export {KINDS[kind]}, which is for other programs: load the workdir of its "
       "run, or an export in the format hf or orbax."
     )
-  stored = read_json(folder / ABOUT, {"step": int})
-  if "settings" not in stored:
-    raise UserError(
-      f"{folder} was written by an older version and has no settings: run "
-      "`cm3leon export` again, or load the workdir of its run."
-    )
+  stored = read_json(folder / ABOUT, {"step": int, "settings": dict})
   return settings_from_stored(stored["settings"]), stored["step"]
 
 
@@ -141,7 +136,4 @@ def load_params(folder: epath.PathLike, config: ModelConfig) -> dict:
     with ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(os.fspath(params), types)
   with distributed.together():
-    try:
-      return placed.load(StoredTensors(folder), config)
-    except UserError as error:
-      raise UserError(f"{error} Run `cm3leon export` again.") from error
+    return placed.load(StoredTensors(folder), config)

@@ -9,7 +9,6 @@ import transformers
 
 from cm3leon_jax.clip import checkpoint as clip_checkpoint
 from cm3leon_jax.clip import huggingface as hf_clip
-from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.config import UserError
 from tests.clip.huggingface_files import CAPTIONS, END, load, some_images, write_checkpoint
 from tests.refusals import refused
@@ -107,12 +106,3 @@ def test_load_names_what_does_not_fit(mistake, copy):
   MISTAKES[mistake](copy)
   with refused(UserError):
     load(copy)
-
-
-def test_other_mistakes(folder):
-  with refused(UserError):
-    HFCLIP.load("openai/clip")
-  with refused(ValueError):
-    HFCLIP.load(folder, "float16")
-  with refused(UserError):
-    load(folder).embed_images(np.zeros((1, 8, 8, 3)))

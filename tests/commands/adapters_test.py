@@ -13,7 +13,7 @@ from safetensors import numpy as safetensors
 from cm3leon_jax import loading
 from cm3leon_jax.api import CM3Leon
 from cm3leon_jax.checkpoints import reading
-from cm3leon_jax.commands import common, export, reinforce, train
+from cm3leon_jax.commands import common, export, train
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import formats
 from cm3leon_jax.files.json_files import read_json, write_json
@@ -124,18 +124,6 @@ def test_several_adapters_share_a_base_that_never_changes(base, adapted, make):
   assert files(base) == before
 
 
-def test_a_run_that_began_before_there_were_adapters_continues(make, capsys):
-  folder = make(rank=0, steps=1)
-  path = folder / "train" / "config.json"
-  stored = read_json(path)
-  del stored["settings"]["adapter"]
-  write_json(path, stored)
-  assert Run.open(folder).settings == settings_with(rank=0, steps=1)
-  train.main(settings_with(rank=0, steps=2), folder)
-  assert "train: 2 steps" in capsys.readouterr().out
-  assert "changes" not in read_json(path)
-
-
 @pytest.mark.parametrize("tokens", [[], ["5:7"]])
 def test_only_adapters_of_an_earlier_version_without_rows_of_tables_are_read(
   adapted, tmp_path, tokens
@@ -202,30 +190,6 @@ def test_adapters_are_added_to_their_base_and_to_no_other(base, adapted, tmp_pat
     initial.over(str(base), base)
   with refused(UserError, str(folder), "peft"):
     loading.load(str(folder), *[None] * 5, {})
-
-
-def test_bad_starts_are_refused_before_a_step_is_compiled(
-  base, adapted, make, tmp_path, monkeypatch
-):
-  monkeypatch.setattr("cm3leon_jax.training.decoder.train", None)  # Training would fail.
-  new = tmp_path / "new"
-  shutil.copytree(base, new, ignore=shutil.ignore_patterns("train"))
-  with refused(UserError):
-    train.main(settings_with(), new)
-  with refused(UserError):
-    settings_with(rank=33)
-  with refused(UserError):
-    settings_with(targets=("q", "gate"))
-  with refused(UserError):
-    settings_with(targets=("q", "w"))
-  with refused(UserError):
-    settings_with(targets=("q", "q"))
-  with refused(UserError):
-    train.main(settings_with(steps=9, rank=2), adapted)
-  with refused(UserError):
-    reinforce._check(settings_with(), adapted, "")
-  with refused(UserError):
-    export.main(settings_with(), base, choice=formats.Choice(format="peft"), output=str(tmp_path))
 
 
 def test_a_base_that_is_absent_or_has_changed_is_refused(base, adapted, tmp_path, monkeypatch):

@@ -33,8 +33,7 @@ from cm3leon_jax.trained.run import Run
 from tests.data.raw_folder import write_raw
 from tests.data.stores import VOCAB
 from tests.generation.run import make_config
-from tests.launched import launch
-from tests.refusals import check_refused, refused
+from tests.refusals import refused
 from tests.retrieval.stores import write_neighbors
 from tests.tokenizers.published_random import FAMILY, save_random
 from tests.tokenizers.tiny import tiny_config
@@ -159,16 +158,6 @@ def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monk
   assert f"Copied from <code>{run}</code>, with its codes" in page
 
 
-def test_the_report_says_what_was_imported(source, tmp_path):
-  import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")
-  page = report.render(tmp_path, report.summary_lib.collect(tmp_path), "cm3leon_350m")
-  numbers = sum(x.size for x in jax.tree.leaves(source[1].params))
-  assert f"Published weights, <code>amused</code>, {numbers:,} parameters: nothing was tra" in page
-  assert "<code>cm3leon import_vqgan</code>" in page
-  assert "--workdir=DIR --source=WEIGHTS --family=FAMILY" in page
-  assert "cm3leon train_vqgan" not in page
-
-
 def test_a_damaged_or_unfinished_import_says_to_import_again(source, tmp_path):
   import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")
   path = tmp_path / "vqgan" / "params.safetensors"
@@ -182,39 +171,8 @@ def test_a_damaged_or_unfinished_import_says_to_import_again(source, tmp_path):
   ImageTokenizer.load(tmp_path / "vqgan")
 
 
-@pytest.mark.parametrize(
-  "argv",
-  [
-    ["--family=amused"],
-    ["--source=a"],
-    ["--source=a", "--family=amused"],
-    ["--source=last.ckpt", "--family=chameleon"],
-    ["--source=FOLDER", "--family=amused"],
-  ],
-)
-def test_a_mistake_is_one_sentence(source, tmp_path, argv):
-  (tmp_path / "last.ckpt").write_bytes(b"")
-  config = "--config=cm3leon_350m"
-  argv = [argument.replace("FOLDER", str(source[0])) for argument in argv]
-  check_refused(launch("import_vqgan", config, "--workdir=run", *argv, cwd=tmp_path))
-  assert not (tmp_path / "run").exists()
-
-
 def test_the_flag_has_all_families():
   assert tuple(published.FAMILIES) == import_vqgan.FAMILIES
-
-
-def test_the_config_of_the_page_fits_the_grid():
-  """Covers the config of Chameleon on docs/published_tokenizers.md: `base` at 512 pixels."""
-  from cm3leon_jax.configs import base
-
-  config = base.get_config("")
-  config.vqgan.resolution = 512
-  tokenizer = ImageTokenizer(published.FAMILIES["chameleon"], 8_192, {})
-  settings = settings_from_config(config)
-  fitted = published_files.fit(tokenizer, settings.vocab.image_size, settings.vqgan)
-  assert fitted.config == published.FAMILIES["chameleon"]
-  assert settings.vqgan.image_tokens == 1_024
 
 
 def write_data(root) -> np.ndarray:

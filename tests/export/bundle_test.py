@@ -71,21 +71,6 @@ def test_a_folder_with_files_of_others_is_refused_and_keeps_them(bundled, tmp_pa
 
 
 @pytest.mark.slow
-def test_it_generates_without_the_run_and_retrieves_nothing(bundled, tmp_path):
-  moved = tmp_path / "moved"
-  shutil.copytree(bundled, moved)
-  with one_device() as mesh:
-    model = CM3Leon.load(moved, mesh=mesh)
-  assert model.step == 7
-  assert model.pipeline.settings == SETTINGS
-  [sample] = model.generate("a red bell", seed=1)
-  assert (sample.neighbors, sample.image.size) == ((), (8, 8))
-  assert sample.clip_score is not None
-  with pytest.raises(config.UserError, match="retrieve is 1, but there is no bank"):
-    model.generate("a red bell", retrieve=1)
-
-
-@pytest.mark.slow
 def test_it_has_the_bank_of_a_run_that_retrieves_from_nothing_else(run, tmp_path):
   """Given a run that retrieves only from the split `bank`, the bundle has only these documents."""
   copied, folder = with_bank(run, epath.Path(tmp_path / "run")), tmp_path / "bundle"
@@ -144,13 +129,6 @@ def test_a_bundle_on_a_base_generates_what_a_whole_one_does(tuned, bundled, tmp_
     bundle.write(tmp_path / "third", Run(tuned, SETTINGS), {}, 7, base=str(based))
 
 
-def test_a_base_of_other_tokenizers_is_refused_and_nothing_is_written(run, bundled, tmp_path):
-  """The bundle's tokenizers are rounded, so they differ from those of the run."""
-  with refused(config.UserError):
-    bundle.write(tmp_path / "based", Run(run, SETTINGS), {}, 7, base=str(bundled))
-  assert not (tmp_path / "based").exists()
-
-
 def test_another_base_than_the_one_named_is_refused(tuned, bundled, tmp_path):
   base, based = tmp_path / "base", tmp_path / "based"
   shutil.copytree(bundled, base)
@@ -189,15 +167,3 @@ def test_files_of_a_bundle_may_be_links(bundled, tmp_path):
   weights_file.rename(tmp_path / "blob")
   weights_file.symlink_to(tmp_path / "blob")
   assert bundles.read(folder) == bundles.read(bundled)
-
-
-def test_a_run_starts_from_a_bundle(bundled):
-  found = initial.find(SETTINGS, str(bundled))
-  with one_device():
-    assert initial.load(found, SETTINGS).keys() == {"embed", "blocks", "positions"}
-
-
-def test_the_clip_of_another_project_is_not_bundled(run, tmp_path):
-  retrieval = dataclasses.replace(SETTINGS.retrieval, clip="clip-vit-base-patch16")
-  with refused(config.UserError):
-    bundle.write(tmp_path, Run(run, dataclasses.replace(SETTINGS, retrieval=retrieval)), {}, 7)

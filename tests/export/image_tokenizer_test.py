@@ -50,20 +50,6 @@ def test_this_package_reads_it_and_encodes_with_it(workdir, tmp_path):
   np.testing.assert_array_equal(found, ImageTokenizer.load(workdir / "vqgan").encode(images))
 
 
-def test_an_export_that_ends_early_leaves_no_config(workdir, tmp_path, monkeypatch):
-  image_tokenizer.write(tmp_path, Run(workdir, SETTINGS))
-
-  def fail(*_):
-    raise OSError("no space left")
-
-  monkeypatch.setattr(image_tokenizer.shutil, "copyfileobj", fail)
-  with pytest.raises(OSError, match="no space left"):
-    image_tokenizer.write(tmp_path, Run(workdir, SETTINGS))
-  assert not (tmp_path / "image_tokenizer" / "config.json").exists()
-  with pytest.raises(UserError, match="config"):
-    ImageTokenizer.load(tmp_path / "image_tokenizer")
-
-
 def test_a_network_that_the_script_does_not_compute_is_refused(workdir, tmp_path, monkeypatch):
   torch = pytest.importorskip("torch")
   monkeypatch.setattr(torch.nn.functional, "silu", torch.relu)
@@ -89,27 +75,3 @@ def test_a_published_tokenizer_is_copied(tmp_path):
   found = ImageTokenizer.load(folder)
   assert (found.config, found.num_codes) == (config, K)
   jax.tree.map(np.testing.assert_array_equal, found.params, params)
-
-
-def test_without_torch_an_export_is_written_unchecked(workdir, tmp_path, monkeypatch):
-  monkeypatch.setattr(image_tokenizer.importlib.util, "find_spec", lambda name: None)
-  monkeypatch.setattr(image_tokenizer, "difference", None)
-  image_tokenizer.write(tmp_path, Run(workdir, SETTINGS))
-  assert (tmp_path / "image_tokenizer" / "config.json").exists()
-
-
-def test_a_tensor_that_is_absent_is_named(workdir):
-  pytest.importorskip("torch")
-  tokenizer = ImageTokenizer.load(workdir / "vqgan")
-  described = {"format": image_tokenizer.FORMAT, "vqgan": {}, "num_codes": K, "levels": ()}
-  assert image_tokenizer.difference(tokenizer, described) == "it has no 'resolution'"
-  described["vqgan"] = read_json(workdir / "vqgan" / "config.json")["vqgan"]
-  assert image_tokenizer.difference(tokenizer, described) == ""
-  described["vqgan"]["decoder_blocks"] = [1]
-  wrong = image_tokenizer.difference(tokenizer, described)
-  assert wrong == "it has no 'decoder.levels.0.0.conv1.kernel'"
-
-
-def test_a_run_without_image_tokenizer_is_refused(tmp_path):
-  with refused(UserError):
-    image_tokenizer.write(tmp_path, Run(tmp_path, SETTINGS))

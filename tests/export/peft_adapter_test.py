@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
-from cm3leon_jax.export import formats, huggingface, peft_adapter
+from cm3leon_jax.export import formats, huggingface
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.models import adapters
 from cm3leon_jax.models.config import AdapterConfig
@@ -18,7 +17,6 @@ from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.adapters_test import random_factors
 from tests.models.tiny import model_logits, random_params
-from tests.refusals import refused
 
 CHOICES = {
   "opt-all": ("opt", AdapterConfig(rank=3, alpha=6.0)),
@@ -47,14 +45,6 @@ def exported(request, tmp_path):
   numbers = formats.write(folder, of_run)
   assert numbers["parameters"] == adapters.count(model, adapter)
   return settings, base, factors, folder
-
-
-@pytest.mark.parametrize("exported", ["opt-all"], indirect=True)
-def test_a_run_without_adapters_is_refused(exported, tmp_path):
-  settings = exported[0]
-  write_json(tmp_path / "full" / "train" / "config.json", {"run": {}})
-  with refused(UserError):
-    peft_adapter.adapters_of(Run(epath.Path(tmp_path / "full"), settings))
 
 
 # peft 0.21 reads an attribute that transformers 5.24 has renamed.

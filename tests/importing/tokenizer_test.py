@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 import tokenizers
-import transformers
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.importing.tokenizer import read_tokenizer, rewrite
@@ -82,14 +81,6 @@ def test_tokens_keep_their_order_and_names_of_two_are_told_apart(rewritten):
   assert [found.id_to_token(i) for i in range(32)] == VOCAB.special_tokens()
   assert any("1 added tokens, such as <think>" in note for note in notes)
   assert any("10 rows have no token" in note for note in notes)
-
-
-def test_transformers_loads_it(rewritten, tokenizer):
-  auto = transformers.AutoTokenizer.from_pretrained(str(rewritten[1]))
-  ids = auto("a red bell").input_ids
-  assert ids == tokenizer.encode("a red bell").tolist()
-  assert auto.decode(ids) == "a red bell"
-  assert (auto.eos_token_id, auto.pad_token_id, len(auto)) == (1, 0, VOCAB.text_size)
 
 
 @pytest.mark.parametrize(

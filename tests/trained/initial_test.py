@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import formats, huggingface
+from cm3leon_jax.export import huggingface
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.importing import importer
 from cm3leon_jax.runs import table
 from cm3leon_jax.trained import initial, kinds
-from cm3leon_jax.trained.run import Run
-from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
 from tests.refusals import refused
@@ -63,14 +61,6 @@ def test_another_model_or_vocabulary_is_refused_with_its_fields(run, exported):
     initial.find(dataclasses.replace(settings, model=model, vocab=vocab), str(folder))
 
 
-@pytest.mark.parametrize("exported", ["modern"], indirect=True)
-def test_an_export_with_other_positions_is_refused(exported):
-  settings, _, folder = exported
-  model = dataclasses.replace(settings.model, align_images=True)
-  with refused(UserError):
-    initial.find(dataclasses.replace(settings, model=model), str(folder))
-
-
 @pytest.mark.parametrize("colors", [0, 8])
 def test_an_export_with_other_colors_of_codes_is_refused(colors, tmp_path):
   own, other = (with_model(code_colors=x) for x in (colors, 8 - colors))
@@ -88,51 +78,6 @@ def test_an_export_with_other_colors_of_codes_is_refused(colors, tmp_path):
       initial.find(other, str(tmp_path))
     with pytest.raises(UserError, match=f"the flags --config.model.code_colors={colors}"):
       importer.plan(other, str(tmp_path))
-
-
-def test_fields_that_say_only_how_to_compute_may_differ(run):
-  assert initial.find(with_model(remat_policy="none", loss_chunk=8), str(run)).step == 7
-
-
-def test_other_folders_and_damaged_files_are_refused(exported, tmp_path):
-  settings, _, folder = exported
-  with refused(UserError):
-    initial.find(settings, "nowhere")
-  found, path = initial.find(settings, str(folder)), folder / huggingface.WEIGHTS
-  path.write_bytes(path.read_bytes()[:-9])
-  with one_device(), refused(UserError):
-    initial.load(found, settings)
-  with one_device(), refused(UserError):
-    initial.load(initial.find(settings, str(folder)), settings)
-  write_json(folder / "config.json", {"model_type": "opt", "vocab_size": 9})
-  with refused(UserError):
-    initial.find(settings, str(folder))
-
-
-def test_an_export_with_other_numbers_is_refused_by_its_name(run, tmp_path):
-  settings = with_model()
-  with one_device():
-    params = stored.of_tree(jax.device_get(random_params(settings.model)))
-  about = formats.TrainedRun(Run(run, settings), params, formats.Choice(quantize="int8"))
-  huggingface.write(tmp_path, about)
-  with refused(UserError):
-    initial.find(settings, str(tmp_path))
-  write_json(tmp_path / "config.json", {"model_type": "gpt2"})
-  with refused(UserError):
-    initial.find(settings, str(tmp_path))
-  for path in tmp_path.iterdir():
-    path.unlink()
-  write_json(tmp_path / "manifest.json", {})
-  with refused(UserError):
-    initial.find(settings, str(tmp_path))
-
-
-def test_the_image_tokenizer_of_an_export_is_compared(run, tmp_path):
-  shutil.copytree(run / "vqgan", tmp_path / "image_tokenizer")
-  assert initial.other_tokenizers(str(tmp_path), run) == []
-  path = tmp_path / "image_tokenizer" / "params.safetensors"
-  path.write_bytes(path.read_bytes() + b" ")
-  assert initial.other_tokenizers(str(tmp_path), run) == ["image tokenizer"]
 
 
 def test_a_checkpoint_of_the_same_step_that_was_trained_anew_is_refused(run, tmp_path):
