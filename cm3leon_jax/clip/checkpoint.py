@@ -187,10 +187,7 @@ def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.n
   """
   tensors = StoredTensors(folder)
   for name, shape in tensor_shapes(config).items():
-    if (found := tensors.shape(name)) != shape:
-      raise UserError(
-        f"{folder}: tensor '{name}' is {list(found)}; {CONFIG} requires {list(shape)}."
-      )
+    tensors.check_shape(name, shape)
   return {name: tensors.read(name) for name in tensor_shapes(config)}
 
 

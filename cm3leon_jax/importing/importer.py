@@ -66,7 +66,7 @@ def _own_tensors(source: SourceCheckpoint, config: ModelConfig) -> list[Tensor]:
   shapes = layouts.shapes_of(config)
   source.check_names(shapes)
   for name, shape in shapes.items():
-    source.check_shape(name, shape)
+    source.tensors.check_shape(name, shape)
   return [
     Tensor(name, shape, "float32", functools.partial(source.tensors.read, name))
     for name, shape in shapes.items()

@@ -173,8 +173,8 @@ def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tens
       "tie_word_embeddings: set tie_word_embeddings to false if the model has two tables."
     )
   for name in (EMBED, head):
-    source.check_shape(name, (tables.rows, width))
-  source.check_shape("model.norm.weight", (width,))
+    source.tensors.check_shape(name, (tables.rows, width))
+  source.tensors.check_shape("model.norm.weight", (width,))
   result = [
     tables.tensor(EMBED, width, functools.partial(read, EMBED)),
     Tensor("model.norm.weight", (width,), "float32", functools.partial(read, "model.norm.weight")),
@@ -213,7 +213,7 @@ def _layer(
   groups: int,
 ) -> Iterator[Tensor]:
   for name, shape in shapes.items():
-    source.check_shape(f"{layer}.{name}", shape)
+    source.tensors.check_shape(f"{layer}.{name}", shape)
     read = functools.partial(source.tensors.read, f"{layer}.{name}")
     if name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
       repeated = functools.partial(_repeated, read, groups, times)

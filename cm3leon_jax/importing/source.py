@@ -55,13 +55,6 @@ class SourceCheckpoint:
       )
     return found
 
-  def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-    """Raises UserError if a tensor is missing or has a different shape."""
-    if (found := self.tensors.shape(name)) != shape:
-      raise UserError(
-        f"{self.folder}: tensor '{name}' has shape {list(found)}; {CONFIG} requires {list(shape)}."
-      )
-
   def check_names(self, expected: Collection[str]) -> None:
     """Raises UserError if the checkpoint has tensors that are not in `expected`."""
     surplus = [name for name in self.tensors.names if name not in expected]

@@ -262,11 +262,7 @@ def check_base(found: Adapters, settings: Settings) -> None:
       f"{what}, {source}, which does not exist: put it back, or, if it has moved, enter its "
       f"path as run.init_from.source in {found.folder / 'train' / 'config.json'}."
     )
-  try:
-    same = find(settings, source, found.base.step) == found.base
-  except UserError as error:
-    raise UserError(f"{what}: {error}") from error
-  if not same:
+  if find(settings, source, found.base.step) != found.base:
     raise UserError(
       f"{what}, but the parameters in {source} have changed since: restore the parameters of "
       f"SHA-256 {str(found.base.digest)[:12]}."
@@ -285,10 +281,7 @@ def over(source: str, adapter: str | os.PathLike[str]) -> Adapters:
     raise UserError(
       f"{adapter} contains no adapters: name the workdir of a run with config.adapter.rank > 0."
     )
-  try:
-    given = find(found.settings, source, found.base.step)
-  except UserError as error:
-    raise UserError(f"the adapters in {found.folder} do not fit {source}: {error}") from error
+  given = find(found.settings, source, found.base.step)
   if (given.step, given.digest) != (found.base.step, found.base.digest):
     raise UserError(
       f"the adapters in {found.folder} were trained on other parameters than those of {source}: "

@@ -63,7 +63,7 @@ def test_pad_texts_in_literals():
     [7, 8, 0],
     [5, 6, 7],
   ]
-  with refused(UserError):
+  with refused(UserError, "no tokens"):
     clip_lib.pad_texts([np.array([], np.int32)], 3)
 
 
@@ -94,5 +94,5 @@ def test_clip_score_is_the_cosine_of_each_pair():
     @ clip.embed_texts(TEXTS).astype(np.float64).T
   )
   np.testing.assert_allclose(scores, np.diag(expected), atol=1e-6)
-  with refused(ValueError):
+  with refused(ValueError, "one caption per image"):
     clip_lib.clip_score(clip, some_images(3), TEXTS)

@@ -180,7 +180,7 @@ def test_adapters_are_added_to_their_base_and_to_no_other(base, adapted, tmp_pat
   [sample], [same] = (one.generate("a red apple", seed=1, retrieve=0) for one in (model, whole))
   assert model.step == 3
   np.testing.assert_array_equal(sample.tokens, same.tokens)
-  with refused(UserError):
+  with refused(UserError, str(adapted)):
     model.save(tmp_path / "bundle")
   other = tmp_path / "other"
   save_run(epath.Path(other))
@@ -201,9 +201,9 @@ def test_a_base_that_is_absent_or_has_changed_is_refused(base, adapted, tmp_path
   write_json(folder / "train" / "config.json", config)
   monkeypatch.setattr("cm3leon_jax.training.decoder.train", None)
   for change in ("another", "gone", None):
-    with refused(UserError), one_device():
+    with refused(UserError, str(moved)), one_device():
       Run.open(folder).params()
-    with refused(UserError):
+    with refused(UserError, str(moved)):
       train.main(settings_with(steps=9), folder)
     if change == "another":
       save_run(epath.Path(moved))  # The digest of its checkpoint differs.
@@ -220,5 +220,5 @@ def test_a_bundle_has_the_rounded_sum_and_needs_no_base(adapted, tmp_path):
   assert step == 3
   rounded = jax.tree.map(lambda x: x.astype("float16").astype("float32"), merged)
   jax.tree.map(np.testing.assert_array_equal, found, rounded)
-  with refused(UserError):
+  with refused(UserError, str(tmp_path / "bundle")):
     initial.over(str(tmp_path / "bundle"), adapted)

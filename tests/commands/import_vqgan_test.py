@@ -109,7 +109,7 @@ def test_the_tokenizer_of_an_export_needs_no_family(tmp_path, capsys):
   page = report.render(tmp_path, report.summary_lib.collect(tmp_path), "cm3leon_350m")
   assert "The image tokenizer of an export, " in page
   import_vqgan.main(SETTINGS, tmp_path / "again", str(tmp_path / "vqgan"), None)
-  with refused(UserError):
+  with refused(UserError, "--config.vqgan.resolution=256"):
     import_vqgan.main(make_settings(resolution=512), tmp_path / "b", str(folder), None)
 
 
@@ -117,15 +117,15 @@ def test_another_tokenizer_is_not_overwritten(source, tmp_path):
   folder, _ = source
   import_vqgan.main(SETTINGS, tmp_path, str(folder), "amused")
   save_random(tmp_path / "other", VOCAB.image_size, seed=1)
-  with refused(UserError):
+  with refused(UserError, str(tmp_path / "vqgan")):
     import_vqgan.main(SETTINGS, tmp_path, str(tmp_path / "other"), "amused")
-  with refused(UserError):
+  with refused(UserError, str(tmp_path / "vqgan")):
     import_vqgan.main(make_settings(resolution=512), tmp_path, str(folder), "amused")
   for name in ("config.json", "training/1/file"):
     path = tmp_path / name.partition(".")[0] / "vqgan" / name
     path.parent.mkdir(parents=True)
     path.write_text('{"vqgan": {}, "num_codes": 64}')
-    with refused(UserError):
+    with refused(UserError, "vqgan"):
       import_vqgan.main(SETTINGS, tmp_path / name.partition(".")[0], str(folder), "amused")
 
 
@@ -137,7 +137,7 @@ def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monk
   write_data(run)
   import_vqgan.main(SETTINGS, run, str(source[0]), "amused")
   monkeypatch.setattr(copies, "settings_of_run", lambda folder: SETTINGS)
-  with refused(UserError):
+  with refused(UserError, "vqgan"):
     copies.copy_tokenizers(Run(tuned, make_settings(resolution=512)), str(run))
   other = make_settings(code_dim=4 * SETTINGS.vqgan.code_dim)
   made = copies.copy_tokenizers(Run(tuned, other), str(run))
@@ -162,10 +162,10 @@ def test_a_damaged_or_unfinished_import_says_to_import_again(source, tmp_path):
   import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")
   path = tmp_path / "vqgan" / "params.safetensors"
   path.write_bytes(path.read_bytes()[:-1])
-  with refused(UserError):
+  with refused(UserError, "params.safetensors"):
     ImageTokenizer.load(tmp_path / "vqgan")
   (tmp_path / "vqgan" / stages.DONE).unlink()
-  with refused(UserError):
+  with refused(UserError, str(tmp_path / "vqgan")):
     train_vqgan.main(SETTINGS, tmp_path)
   import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")
   ImageTokenizer.load(tmp_path / "vqgan")

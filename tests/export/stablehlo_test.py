@@ -168,22 +168,6 @@ def test_the_manifest_names_what_a_server_needs_and_no_folder_of_this_machine(fo
       assert part not in artifact.read_bytes()
 
 
-@pytest.mark.parametrize("source", ["", "scenes-instruct"])
-def test_a_workdir_or_a_bundle_is_exported_by_name(run, tmp_path, monkeypatch, source):
-  """Given scenes-instruct, reads the tokenizers of the bundle on which it is based."""
-  monkeypatch.setattr(stablehlo, "export", lambda *arguments: arguments)
-  written = stablehlo.write_model(tmp_path, source or run, "bfloat16", "int8")
-  folder, params, changed, image_tokenizer, texts, weight_dtype = written
-  assert (folder, weight_dtype, changed.model.dtype) == (tmp_path, "int8", "bfloat16")
-  assert image_tokenizer.num_codes == changed.vocab.image_size
-  assert (texts / "tokenizer.json").exists()
-  assert params.shapes["embed"] == (changed.vocab.size, changed.model.width)
-  if not source:
-    with one_device():
-      average = random_params(SETTINGS.model)
-    np.testing.assert_array_equal(params.read("blocks.up", 0), average["blocks"]["up"][0])
-
-
 def test_several_devices_split_the_batch_of_one_artifact(folder, monkeypatch):
   loader = runpy.run_path(str(folder / "artifacts.py"))
   mesh = jax.make_mesh((8,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -32,7 +32,7 @@ def altered(folder, target, config=(), tensors=()) -> pathlib.Path:
 
 def refuses(settings, source) -> None:
   """Asserts that planning an import raises the stored error."""
-  with refused(UserError):
+  with refused(UserError, str(source)):
     importer.plan(settings, str(source))
 
 
@@ -89,7 +89,7 @@ def test_a_base_of_rope_outside_of_rope_parameters_is_read(qwen3_folder, tmp_pat
 def test_values_that_are_no_numbers_are_refused_and_leave_no_weights(x, qwen3_folder, tmp_path):
   name = "model.layers.1.mlp.down_proj.weight"
   source = altered(qwen3_folder, tmp_path / "source", tensors={name: x})
-  with refused(UserError):
+  with refused(UserError, str(source), name):
     imported(source, tmp_path / "run", settings_for(QWEN3))
   assert not (tmp_path / "run" / "init" / "model.safetensors").exists()
   assert not (tmp_path / "run" / "init" / stages.DONE).exists()
@@ -114,7 +114,7 @@ def test_an_index_that_names_other_files_is_refused(place, qwen3_folder, tmp_pat
   safetensors.save_file({"x": ZEROS}, source / "empty.safetensors")
   index = {"metadata": {}, "weight_map": {"model.norm.weight": place}}
   (source / "model.safetensors.index.json").write_text(json.dumps(index))
-  with refused(UserError):
+  with refused(UserError, str(source)):
     open_source(str(source))
 
 

@@ -123,10 +123,10 @@ def test_other_tokenizers_are_refused(change, tmp_path):
       value = value(described[name])
     described[name] = described[name] | value if name == "model" and value != 3 else value
   path.write_text(json.dumps(described))
-  with refused(UserError):
+  with refused(UserError, "tokenizer.json"):
     rewrite(read_tokenizer(tmp_path, published.ROWS), published.ROWS, VOCAB)
   path.unlink()
-  with refused(UserError):
+  with refused(UserError, str(path)):
     read_tokenizer(tmp_path, published.ROWS)
 
 
@@ -144,5 +144,5 @@ def test_a_pattern_that_tries_too_many_ways_ends_with_a_sentence(tmp_path):
     (tokenizer.encode, "a" * 60 + "!"),
     (tokenizer.encode_batch, ["a" * 60 + "!"]),
   ):
-    with refused(UserError):
+    with refused(UserError, "text"):
       encode(texts)

@@ -74,6 +74,6 @@ def test_a_run_does_not_begin_with_half_an_import(imported, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(imported, folder, symlinks=True)
   (folder / "init" / stages.DONE).unlink()
-  with refused(UserError):
+  with refused(UserError, str(folder)):
     train.main(settings_of_run(), epath.Path(folder))
   assert not (folder / "train").exists()

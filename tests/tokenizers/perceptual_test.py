@@ -124,10 +124,10 @@ def test_a_file_of_another_network_is_refused(tensors, tmp_path):
   path = tmp_path / "other.safetensors"
   some = {k: v for k, v in tensors.items() if k != "lin3.model.1.weight"}
   save_file(some, path)
-  with refused(UserError):
+  with refused(UserError, str(path)):
     command._features(str(path))
   save_file({"conv.weight": np.zeros((1,), np.float32)}, path)
-  with refused(UserError):
+  with refused(UserError, str(path)):
     command._features(str(path))
-  with refused(UserError):
+  with refused(UserError, "absent"):
     command._features(str(tmp_path / "absent"))

@@ -90,21 +90,21 @@ def test_padding_and_truncation_of_a_file_change_no_ids(folder, tokenizer, tmp_p
 
 
 def test_another_vocabulary_is_refused(folder, tmp_path):
-  with refused(UserError):
+  with refused(UserError, str(folder)):
     TextTokenizer(folder, VocabLayout(num_special=8, text_size=301, image_size=16))
-  with refused(UserError):
+  with refused(UserError, str(folder)):
     TextTokenizer(folder, VocabLayout(num_special=9, text_size=300, image_size=16))
-  with refused(UserError):
+  with refused(UserError, "absent"):
     TextTokenizer(tmp_path / "absent", VOCAB)
 
 
 @pytest.mark.parametrize("content", ["{}", "", "[[[", '{"model": {"type": "BPE"}}'])
 def test_a_file_that_is_no_tokenizer_is_refused_with_what_to_do(tmp_path, content):
   (tmp_path / "tokenizer.json").write_text(content)
-  with refused(UserError):
+  with refused(UserError, str(tmp_path)):
     TextTokenizer(tmp_path, VOCAB)
   (tmp_path / stages.DONE).write_text('{"id": "a"}')
-  with refused(UserError):
+  with refused(UserError, str(tmp_path)):
     TextTokenizer(tmp_path, VOCAB)
 
 
@@ -119,5 +119,5 @@ def test_the_same_texts_make_the_same_stage_and_a_damaged_file_is_refused(tmp_pa
   assert ids[0] == ids[1]
   path = folder / "tokenizer.json"
   path.write_text(path.read_text().replace("Ġ", "ġ", 1))
-  with refused(UserError):
+  with refused(UserError, str(folder)):
     TextTokenizer(folder, VOCAB)

@@ -186,5 +186,5 @@ def test_damaged_parameters_are_refused(tokenizer, tmp_path):
   params = bytearray((folder / "params.safetensors").read_bytes())
   params[-1] ^= 1
   (folder / "params.safetensors").write_bytes(params)
-  with refused(UserError):
+  with refused(UserError, str(folder)):
     ImageTokenizer.load(folder)

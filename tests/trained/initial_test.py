@@ -52,12 +52,12 @@ def test_an_exported_model_is_loaded_as_it_was_and_split_over_the_mesh(exported)
 
 
 def test_another_model_or_vocabulary_is_refused_with_its_fields(run, exported):
-  with refused(UserError):
+  with refused(UserError, "mlp_width"):
     initial.find(with_model(mlp_width=64), str(run))
   settings, _, folder = exported
   model = dataclasses.replace(settings.model, num_heads=4, max_positions=256)
   vocab = dataclasses.replace(settings.vocab, num_special=settings.vocab.num_special + 1)
-  with refused(UserError):
+  with refused(UserError, str(folder), "num_heads"):
     initial.find(dataclasses.replace(settings, model=model, vocab=vocab), str(folder))
 
 
@@ -86,7 +86,7 @@ def test_a_checkpoint_of_the_same_step_that_was_trained_anew_is_refused(run, tmp
   found = initial.find(SETTINGS, str(copy))
   digests = copy / "train" / "checkpoints.digests" / "7.json"
   digests.write_text(digests.read_text() + " ")
-  with one_device(), refused(UserError):
+  with one_device(), refused(UserError, found.source):
     initial.load(found, SETTINGS)
 
 
@@ -99,11 +99,11 @@ def test_a_run_remembers_where_it_began(run, tmp_path, capsys):
   assert f"starts from the parameters of {run}, step 7" in capsys.readouterr().out
   stored = table.identity(SETTINGS, "train") | {"init_from": dataclasses.asdict(begun)}
   assert start("", stored) == start(str(run), stored) == begun
-  with refused(UserError):
+  with refused(UserError, "other"):
     start("other", stored)
   del stored["init_from"]
   assert start("", stored) is None
-  with refused(UserError):
+  with refused(UserError, str(run)):
     start(str(run), stored)
 
 

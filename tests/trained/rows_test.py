@@ -84,7 +84,7 @@ def test_interleaved_documents_get_their_share(workdir):
 
 def test_neighbors_of_other_documents_are_refused(workdir):
   write_neighbors(workdir / "neighbors" / "train_pairs", ids=np.zeros((3, 4), np.int32))
-  with refused(UserError):
+  with refused(UserError, "neighbors"):
     Run(workdir, settings_with()).rows("train")
 
 
@@ -94,7 +94,7 @@ def test_neighbors_outside_of_the_bank_are_refused(workdir, split, wrong):
   ids = np.zeros((50, 4), np.int32)
   ids[7, 1] = wrong
   write_neighbors(workdir / "neighbors" / f"{split}_pairs", ids=ids, text_ids=ids)
-  with refused(UserError):
+  with refused(UserError, "neighbors"):
     Run(workdir, settings_with()).rows(split)
 
 

@@ -70,7 +70,7 @@ def test_the_config_of_a_bundle_may_set_what_its_files_do_not_decide():
   assert Run.open("scenes", asked).settings == dataclasses.replace(stored, sampling=sampling)
   # The model of this config is smaller than that of the bundle.
   other = settings_from_config(scenes.get_config())
-  with refused(UserError):
+  with refused(UserError, "model."):
     Run.open("scenes", other)
 
 
@@ -87,7 +87,7 @@ def test_an_export_is_opened_where_it_will_do(run, tmp_path, name):
   jax.tree.map(np.testing.assert_array_equal, found, expected)
   assert opened.text.encode("a red cat").tolist() == Run.open(run).text.encode("a red cat").tolist()
   assert opened.images.config == Run.open(run).images.config
-  with refused(UserError):
+  with refused(UserError, str(folder)):
     Run.open(folder)
 
 
