@@ -61,17 +61,16 @@ def main(settings: Settings, workdir: epath.Path, source: str, family: Family | 
       f"--family is {family}, but config.vqgan.published is {named}: leave out --family, or give "
       f"--config.vqgan.published={family}."
     )
-  is_own = published_files.is_own(source)
-  if not (family or named or is_own):
-    raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
   for parent in filter(exported.is_export, epath.Path(source).parents[:2]):
     exported.check(parent, f"{IMAGES}/")
   folder = workdir / "vqgan"
   _check_folder(folder)
-  if is_own:
+  if published_files.is_own(source):
     found = published_files.read_own(source)
+  elif chosen := family or named:
+    found = published_files.read(source, chosen)
   else:
-    found = published_files.read(source, family or named)
+    raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
   tokenizer = published_files.fit(found.tokenizer, settings.vocab.image_size, settings.vqgan)
   name: str = getattr(tokenizer.config, "family", "")  # "": trained with this project.
   digests = [digest(path) for path in found.files]

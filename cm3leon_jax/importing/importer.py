@@ -195,12 +195,9 @@ def describe(found: Import) -> list[str]:
   source, tables, model = found.source, found.tables, found.fields["model"]
   names = source.tensors.names
   dtypes = sorted({source.tensors.dtype(name) for name in names})
-  heads = f"{model['num_heads']} heads"
-  if model["head_size"]:
-    heads += f" of {model['head_size']}"
   lines = [
     f"{source.folder}: {source.described['model_type']}, {model['num_layers']} layers of width "
-    f"{model['width']:,}, {heads}, {source.tensors.count:,} parameters in {', '.join(dtypes)}."
+    f"{model['width']:,}, {source.tensors.count:,} parameters in {', '.join(dtypes)}."
   ]
   if source.is_own:
     lines.append("a model of this project: parameters and vocabulary do not change.")
@@ -210,7 +207,6 @@ def describe(found: Import) -> list[str]:
         f"`cm3leon import_vqgan --source={images}` instead of cm3leon train_vqgan."
       )
     return lines
-  lines += qwen3.notes(source, model)
   vocab = tables.vocab
   start = "" if tables.end is None else f"</s> starts as the source's id {tables.end}, "
   lines.append(

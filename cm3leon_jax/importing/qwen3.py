@@ -133,21 +133,6 @@ def is_tied(source: SourceCheckpoint) -> bool:
   return bool(source.described.get("tie_word_embeddings", False))
 
 
-def notes(source: SourceCheckpoint, fields: dict) -> list[str]:
-  """Lists the differences between the source and the imported model, except for the vocabulary."""
-  groups, lines = source.size("num_key_value_heads", 32), []
-  if (times := fields["num_heads"] // groups) > 1:
-    lines.append(
-      f"attention: {groups} key and value heads become {fields['num_heads']}, each {times} times; "
-      f"this is exact, but parameters and cache of keys and values take {times} times the memory."
-    )
-  if is_tied(source):
-    lines.append(
-      "tables: the source has one table; the output table starts as a copy of the input table."
-    )
-  return lines
-
-
 def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tensor]:
   """Returns the tensors of the imported model, in the layout of `cm3leon export`.
 
