@@ -272,6 +272,7 @@ class ImageTokenizer:
       )
     if published.SECTION in stored:
       section = published.SECTION
+      stored = read_json(folder / CONFIG, {section: dict, "num_codes": int})
       fields = {k: v for k, v in stored[section].items() if f"{section}.{k}" not in REMOVED_FIELDS}
       other = build(published.PublishedConfig, fields, section)
       expected = parameters.to_dict(published.structure(other, stored["num_codes"])[1])

@@ -6,6 +6,7 @@ from etils import epath
 
 from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError, build
+from cm3leon_jax.files import foreign
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.models.config import AdapterConfig
 from cm3leon_jax.settings import Settings, settings_of_run
@@ -55,6 +56,7 @@ class Adapters:
     return reading.load_params(self.folder / "train", model, step, average, self.config)
 
 
+@foreign.reads("a run with adapters")
 def of_run(workdir: epath.PathLike) -> Adapters | None:
   """Returns the adapters that a run trains; None if it trains all parameters.
 
