@@ -242,14 +242,14 @@ def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageT
   Raises:
     UserError: the codebook, its colors or the grid of codes differ from the config.
   """
-  config = tokenizer.config
-  colors, sides = 0, (config.resolution,)
+  config, colors = tokenizer.config, 0
+  sides: tuple[int, ...] = (config.resolution,)
   if isinstance(config, VQGANConfig):
     colors = config.code_colors
   else:
     sides = RESOLUTIONS[config.family]
   side = vqgan.resolution if vqgan.resolution in sides else sides[0]
-  needed = {
+  needed: dict[str, tuple] = {
     "vocab.image_size": (num_codes, tokenizer.num_codes),
     "vqgan.resolution": (vqgan.resolution, side),
     "vqgan.downsample": (vqgan.downsample, config.downsample),
