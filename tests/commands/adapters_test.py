@@ -129,7 +129,7 @@ def test_only_adapters_of_an_earlier_version_without_rows_of_tables_are_read(
   adapted, tmp_path, tokens
 ):
   """`adapter.tokens` was a field. Without its trained rows, the sum would be wrong."""
-  folder = shutil.copytree(adapted, tmp_path / "copy")
+  folder = epath.Path(shutil.copytree(adapted, tmp_path / "copy"))
   path = folder / "train" / "config.json"
   stored = read_json(path)
   for section in ("run", "settings"):

@@ -66,7 +66,6 @@ def a_bias(value: float, place: int = 3) -> np.ndarray:
     ({"model_type": "llama"}, {}),
     ({"model_type": "opt"}, {}),
     ({"model_type": None}, {}),
-    ({"quantization_config": {"bits": 4}}, {}),
     ({"cm3leon": {"num_special": 8, "text_size": 9}, "rope_theta": 1e6}, {}),
     ({"cm3leon": 3, "rope_theta": 1e6}, {}),
   ],
