@@ -21,7 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
     {"batches": 4},
     {"batch_size": "many"},
     {"show_progress": "yes"},
-    {"mesh": "auto"},
     {"clip": "elsewhere"},
   ],
 )
