@@ -1,7 +1,5 @@
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
@@ -94,31 +92,6 @@ def test_captions_equal_torch(checkpoint):
   np.testing.assert_allclose(clip.embed_texts(ids[1:2])[0], expected[1], atol=TOLERANCE, rtol=0)
   # A caption without words still has a start token and an end token.
   assert clip.embed_texts([ids[0][:0]]).shape == (1, 24)
-
-
-def test_every_tensor_matters(folder):
-  """Changing any tensor changes the embeddings, except key biases, which cancel in the softmax."""
-  clip, tokens = load(folder), some_tokens()
-  pixels = np.random.default_rng(0).normal(size=(1, 3, SIDE, SIDE)).astype(np.float32)
-
-  def embed(params):
-    texts = hf_clip.embed_tokens(clip.config, params, tokens)
-    return texts, hf_clip.embed_pixels(clip.config, params, pixels)
-
-  before = embed(clip.params)
-  paths = jax.tree_util.tree_leaves_with_path(clip.params)
-  assert len(paths) == 13 + 2 * 16
-  for path, value in paths:
-    noise = 0.1 * jnp.sin(jnp.arange(value.size).reshape(value.shape))
-    changed = jax.tree_util.tree_map_with_path(
-      lambda p, x, path=path, noise=noise: x + noise if p == path else x, clip.params
-    )
-    after = embed(changed)
-    difference = max(float(jnp.abs(a - b).max()) for a, b in zip(before, after))
-    assert (difference > 100 * TOLERANCE) != ("k_proj.bias" in jax.tree_util.keystr(path)), (
-      path,
-      value.shape,
-    )
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 28), (16, 16), (48, 16), (3, 5)])

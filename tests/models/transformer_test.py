@@ -161,20 +161,6 @@ def test_sharded_equals_one_device(family, shape):
     np.testing.assert_allclose(found, expected, atol=5e-5)
 
 
-def test_opt_starts_with_equal_logits_up_to_the_tied_table():
-  """Initially, residual outputs are 0: every layer is the identity, and the depth has no effect."""
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    deep = model_logits(
-      CONFIG, transformer.init_params(CONFIG, jax.random.key(0)), TOKENS, POSITIONS, SEGMENTS
-    )
-    params = transformer.init_params(CONFIG, jax.random.key(0))
-    model = transformer.bind(CONFIG, params)
-    x = model.final_norm(model.embed_tokens(jnp.asarray(TOKENS), jnp.asarray(POSITIONS)))
-    np.testing.assert_allclose(deep, transformer.logits(x, model.output_table()), atol=1e-6)
-    assert float(jnp.std(params["embed"])) == pytest.approx(0.006, rel=0.05)
-    assert float(jnp.max(jnp.abs(params["embed"]))) <= 3 * 0.006 + 1e-9
-
-
 def test_rotation_depends_on_distance_alone():
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
 

@@ -7,7 +7,6 @@ import pytest
 
 from cm3leon_jax.tokenizers import published, published_files
 from cm3leon_jax.tokenizers.published import FAMILIES, PublishedConfig
-from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.tokenizers import published_oracles
 from tests.tokenizers.published_oracles import small
 
@@ -83,32 +82,6 @@ def test_codes_and_pixels_equal_torch(family, fields):
   assert num_different(config, NUM_CODES, encoder, oracle, images) > 5
   assert largest_difference(config, NUM_CODES, params, oracle, codes) < TOLERANCE
   assert largest_difference(config, NUM_CODES, decoder, oracle, codes) > 100 * TOLERANCE
-
-
-@pytest.mark.slow
-def test_a_tokenizer_is_saved_whole_and_runs_in_batches(tmp_path):
-  config = small("amused", widths=(32, 64), blocks=1, resolution=16)
-  oracle, params = make(config)
-  tokenizer = ImageTokenizer(config, NUM_CODES, params, batch_size=2)
-  tokenizer.save(tmp_path)
-  loaded = ImageTokenizer.load(tmp_path)
-  assert (loaded.config, loaded.num_codes, loaded.batch_size) == (config, NUM_CODES, 4096)
-  jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
-  assert tokenizer.codebook().dtype == np.float32
-  table = oracle.tensors()["quantize.embedding.weight"]
-  np.testing.assert_array_equal(loaded.codebook(), table)
-  images = some_images(16, 16, 3)
-  codes = tokenizer.encode(images)
-  assert codes.shape == (3, config.image_tokens) == (3, 64)
-  np.testing.assert_array_equal(tokenizer.encode(images[:0:-1]), codes[:0:-1])
-  decoded = tokenizer.decode(codes)
-  with torch.no_grad():
-    pixels = oracle.decode(torch.tensor(codes).long().reshape(3, 8, 8)).numpy()
-  expected = np.clip((pixels - oracle.lowest) * 255 / (1 - oracle.lowest), 0, 255)
-  assert (decoded.shape, decoded.dtype) == (images.shape, np.uint8)
-  assert np.abs(decoded - expected).max() < 0.5 + 0.01
-  with pytest.raises(ValueError, match=r"must be uint8 \[B, 16, 16, 3\]"):
-    tokenizer.encode(images[:, :8])
 
 
 # Published (levels, codes per image, code width) and number of parameters of each family.
