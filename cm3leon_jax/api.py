@@ -87,7 +87,7 @@ class CM3Leon:
         that `cm3leon export --bundle` wrote; or the name of a bundle in this package,
         "scenes" or "scenes-instruct"; or an export that `cm3leon export` wrote in the format hf or
         orbax. An export has neither a CLIP model nor a bank.
-      adapter: adapters of this model to add to it: the workdir of their run, or an export `peft`.
+      adapter: workdir of a run that trained adapters of this model, to add them.
       dtype: compute dtype, `float32` or `bfloat16`; default: the run's.
       devices: devices over which parameters and batches are sharded; default: `jax.devices()`.
       mesh: a mesh from `mesh.create_mesh`, given instead of `devices` for another sharding.

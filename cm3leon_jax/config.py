@@ -33,7 +33,9 @@ STRICT: "pydantic.ConfigDict" = {
 # Fields that earlier versions stored. They no longer have an effect.
 REMOVED_FIELDS = frozenset(
   {
+    "adapter.tokens",
     "draft_window",
+    "published.gumbel",
     "raw.max_texts",
     "reinforce.credit",
     "train.histogram_every",

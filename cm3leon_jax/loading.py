@@ -10,7 +10,7 @@ import numpy as np
 
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.config import UserError
-from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
+from cm3leon_jax.decoding.generator import GeneratorConfig
 from cm3leon_jax.export import bundle
 from cm3leon_jax.files import buckets
 from cm3leon_jax.generation.pipeline import Pipeline
@@ -33,7 +33,7 @@ def load(
 
   Args:
     source: workdir of a run, folder of an export or bundle, or name of an installed bundle.
-    adapter: adapters to add to the parameters, see `adapters.open_at`.
+    adapter: workdir of a run that trained adapters of these parameters, which are added to them.
     clip: folder of the Hugging Face CLIP model. Default: the path in the run's config.
     dtype: compute dtype. Default: the dtype in the run's config.
     devices: devices over which parameters are sharded. Default: all.
@@ -74,26 +74,6 @@ def load(
     return os.fspath(run.folder), pipeline, jax.sharding.get_mesh(), step
 
 
-def add_adapter(
-  workdir: str,
-  pipeline: Pipeline,
-  mesh: jax.sharding.Mesh,
-  name: str,
-  adapter: str | os.PathLike[str],
-) -> None:
-  """Adds adapters to a loaded model, for requests of a server that name them.
-
-  They take as much memory as the model, because they are added to a copy of its parameters.
-
-  Raises:
-    UserError: see `initial.over`.
-  """
-  found = initial.over(workdir, os.path.expanduser(adapter))
-  with jax.set_mesh(mesh):
-    params, _ = initial.merged(found, initial.load_base(found))
-    pipeline.adapted[name] = Generator(params, pipeline.generator.config)
-
-
 def write_bundle(
   trained: Run,
   folder: str | os.PathLike[str],
@@ -111,20 +91,3 @@ def write_bundle(
     cost["train_seconds"] += initial.seconds_before(workdir)
   params, found = trained.params()
   return found, bundle.write(folder, trained, params, found, cost, base, **options)
-
-
-def adapters_of(values: Sequence[str], model: str) -> dict[str, str]:
-  """Returns the folders of adapters by name, from the values of --adapter.
-
-  Raises:
-    UserError: a value is wrong, or a name is given twice or is the name of the model.
-  """
-  found: dict[str, str] = {}
-  for given in values:
-    name, _, folder = given.partition("=")
-    if not (name and folder and name.isprintable() and "/" not in name):
-      raise UserError(f"--adapter is {given}; it must be NAME=FOLDER, and NAME must have no slash.")
-    if name in (model, *found):
-      raise UserError(f"--adapter names {name} twice, or like the model: choose another name.")
-    found[name] = folder
-  return found

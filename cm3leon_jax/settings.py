@@ -69,7 +69,6 @@ class Settings:
       )
     if self.adapter.rank:
       self.adapter.matrices(self.model)
-    self.adapter.ids(self.model.vocab_size)  # Raises if one does not exist.
     if self.vocab.image_size % self.vqgan.num_colors and self.vqgan.code_colors:
       raise ValueError(
         f"vqgan.num_colors is {self.vqgan.num_colors}; it must divide vocab.image_size = "
@@ -137,7 +136,6 @@ def settings_from_config(config: Mapping[str, Any] | ml_collections.ConfigDict) 
     model["code_colors"] = build(VQGANConfig, config["vqgan"], "vqgan").code_colors
   values = {**dict(config), "model": model}
   sections = {name: build(cls, values[name], name) for name, cls in SECTIONS.items()}
-  sections["adapter"] = sections["adapter"].over(vocab)
   return build(Settings, {"seed": config["seed"], **sections})
 
 

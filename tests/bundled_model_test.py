@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.evidence import scene_card
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.configs import scenes_instruct
 from cm3leon_jax.scenes import instructions, source, world
@@ -61,13 +60,6 @@ def test_a_tuning_starts_from_it_by_its_name_on_any_mesh():
   assert loaded[0]["embed"].std() > 0.01
 
 
-def test_it_says_what_it_cost():
-  about = bundles.about(bundles.folder_of("scenes"))
-  assert about["bytes"] <= MOST_BYTES
-  assert about["cost"].keys() == {"train_seconds", "other_seconds", "machine"}
-  assert about["cost"]["train_seconds"] > 600
-
-
 def test_it_never_trained_on_what_other_runs_of_scenes_hold_out():
   settings, _ = bundles.read(bundles.folder_of("scenes"))
   trained = [source.pair(settings.scenes, "train", i).image for i in range(1_000)]
@@ -104,25 +96,6 @@ def test_it_draws_objects_that_it_never_saw_from_its_bank_alone(model):
   )
   assert right(samples, facts) >= 0.6
   assert right(model.generate(captions, seed=0, retrieve=0), facts) <= 0.1
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
-def test_it_draws_objects_in_colors_that_it_never_saw_them_in(model):
-  pairs = [pair for pair in heldout("pair") if scene_card.group_of(pair, None) == "color named"]
-  facts = [pair.facts for pair in pairs]
-  samples = model.generate([pair.caption for pair in pairs], seed=0)
-  assert right(samples, facts) >= 0.6
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
-def test_it_draws_an_object_at_another_place_than_its_document_shows(model):
-  asked = scene_card.spaced(list(scene_card.rare(model.pipeline.settings.scenes)), 32)
-  images, documents = scene_card.draw_moved(model, asked, seed=0)
-  verdicts = scene_card.judged(asked, images, documents)
-  assert np.mean([verdict["right"] for verdict in verdicts]) >= 0.5
-  assert not any(verdict["at_neighbor"] or verdict["copied"] for verdict in verdicts)
 
 
 TUNED = "scenes-instruct"
@@ -184,11 +157,3 @@ def test_the_tuned_one_edits_new_scenes(tuned):
   drawn = list(tokenizer.decode(tokenizer.encode(np.stack(before))))
   edited = tuned.edit(drawn, [record.texts["instruction"] for record in records])
   assert share_of_right(edited) >= 0.8
-
-
-@pytest.mark.slow
-def test_the_card_measures_that_its_own_document_helps_at_every_place(model):
-  asked = list(scene_card.rare(model.pipeline.settings.scenes))[:12]
-  bits = {name: of.mean() for name, of in scene_card.neighbor_bits(model, asked).items()}
-  assert max(bits["own"], bits["own elsewhere"]) < 0.5 * bits["none"]
-  assert min(bits["another's"], bits["another's elsewhere"]) > 1.3 * bits["none"]

@@ -131,5 +131,5 @@ def test_a_changed_file_of_an_export_is_named(exports, tmp_path, name, file):
     source = str((folder / file).parent)
     reads.append(lambda: import_vqgan.main(SETTINGS, tmp_path / "run", source, None))
   for read in reads:
-    with pytest.raises(UserError, match=f"/{file} has changed since the export was written"):
+    with pytest.raises(UserError, match=f"/{file} has changed since it was written"):
       read()

@@ -13,17 +13,13 @@ import jax
 from jaxtyping import Float32, UInt8
 import numpy as np
 import numpy.typing as npt
-import safetensors
-import safetensors.numpy
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.files.json_files import check_foreign, read_foreign_json
-from cm3leon_jax.parameters import files_of_index, not_finite
+from cm3leon_jax.files.json_files import read_foreign_json
+from cm3leon_jax.weights.stored_tensors import StoredTensors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # Before transformers 4.31, config.json files had this wrong value of `eos_token_id`. In these
 # checkpoints, the end token is the largest id of the tokenizer.
 OLD_EOS_ID = 2
@@ -81,17 +77,11 @@ def read_config(folder: epath.PathLike) -> HFCLIPConfig:
   from huggingface_hub.errors import StrictDataclassError
   import transformers  # Imported here, because the import takes seconds.
 
-  folder = epath.Path(folder)
-  if not folder.is_dir():
-    raise UserError(
-      f"{folder} is not a folder; it must be the folder of a Hugging Face CLIP, from "
-      "`hf download NAME --local-dir FOLDER`."
-    )
-  path = folder / CONFIG
+  path = epath.Path(folder) / CONFIG
   if not path.exists():
     raise UserError(
-      f"{path} does not exist; the folder must contain a Hugging Face CLIP with {CONFIG} and "
-      f"{WEIGHTS}."
+      f"{path} does not exist; name the folder of a Hugging Face CLIP, from `hf download NAME "
+      "--local-dir FOLDER`."
     )
   stored = read_foreign_json(path, {})
   if stored.get("model_type") != "clip":
@@ -195,38 +185,10 @@ def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.n
     UserError: a file is absent or damaged, or a tensor is absent, is not finite, or has a wrong
       shape.
   """
-  folder = epath.Path(folder)
-  if (folder / WEIGHTS).exists():
-    names = [WEIGHTS]
-  elif (folder / INDEX).exists():
-    names = sorted(set(files_of_index(folder / INDEX).values()))
-  else:
-    raise UserError(
-      f"{folder / WEIGHTS} does not exist, nor does {INDEX}; other formats are not supported."
-    )
-  tensors: dict[str, np.ndarray] = {}
-  for path in (folder / name for name in names):
-    if not path.exists():
-      raise UserError(f"{path} does not exist, but {folder / INDEX} names it; download it again.")
-    check_foreign(path)
-    try:
-      tensors |= safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-      raise UserError(f"{path} is damaged ({error}); download it again.") from error
+  tensors = StoredTensors(folder)
   for name, shape in tensor_shapes(config).items():
-    if name not in tensors:
-      raise UserError(
-        f"{folder / WEIGHTS} has no tensor '{name}'; it must contain the text encoder and the "
-        "image encoder of a CLIPModel."
-      )
-    if tensors[name].shape != shape:
-      raise UserError(
-        f"{folder / WEIGHTS}: tensor '{name}' is {list(tensors[name].shape)}; "
-        f"{folder / CONFIG} requires {list(shape)}."
-      )
-  if bad := not_finite({name: tensors[name] for name in tensor_shapes(config)}):
-    raise UserError(f"{folder / WEIGHTS}: tensor '{bad}' has values that are not finite.")
-  return tensors
+    tensors.check_shape(name, shape)
+  return {name: tensors.read(name) for name in tensor_shapes(config)}
 
 
 def read_processing(folder: epath.PathLike, config: HFCLIPConfig) -> tuple[Any, Any]:
@@ -238,13 +200,6 @@ def read_processing(folder: epath.PathLike, config: HFCLIPConfig) -> tuple[Any, 
   import transformers
 
   folder = epath.Path(folder)
-  bpe = all((folder / name).exists() for name in ("vocab.json", "merges.txt"))
-  if not bpe and not (folder / "tokenizer.json").exists():
-    raise UserError(
-      f"{folder} has no tokenizer; it must contain tokenizer.json, or vocab.json and merges.txt."
-    )
-  if not any((folder / name).exists() for name in PROCESSORS):
-    raise UserError(f"{folder} has no image processor; it must contain {' or '.join(PROCESSORS)}.")
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     pil = transformers.CLIPImageProcessorPil

@@ -6,8 +6,8 @@
 --source is a .safetensors file or a folder that contains one. Pickle files are refused. For an
 export of this project, --source is EXPORT/image_tokenizer; leave out --family if that tokenizer was
 trained with this project. docs/published_tokenizers.md lists the supported weights, how to convert
-them, and their configs: amused has 256 codes for 256x256 pixels, taming_gumbel_f8 1,024 codes for
-256x256 pixels, chameleon 1,024 codes for 512x512 pixels.
+them, and their configs: amused has 256 codes for 256x256 pixels, chameleon 1,024 codes for 512x512
+pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ with epy.lazy_imports():
   from cm3leon_jax.trained import exported, kinds
   from cm3leon_jax.training.small import trainer
 
-FAMILIES = ("amused", "taming_gumbel_f8", "chameleon")
+FAMILIES = ("amused", "chameleon")
 _SOURCE = flags.DEFINE_string("source", "", "File or folder with the weights, as safetensors.")
 _FAMILY = flags.DEFINE_enum(
   "family",
@@ -52,21 +52,23 @@ def main(
   if not source:
     raise UserError("name the file or folder with the weights: --source=amused-256")
   named = settings.vqgan.published
-  if named and not published_files.is_own(source):
-    family = named
-  if family is None and not published_files.is_own(source):
-    raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
+  if named and family not in (None, named):
+    raise UserError(
+      f"--family is {family}, but config.vqgan.published is {named}: leave out --family, or give "
+      f"--config.vqgan.published={family}."
+    )
   for parent in filter(exported.is_export, epath.Path(source).parents[:2]):
     exported.check(parent, f"{kinds.IMAGES}/")
   folder = workdir / "vqgan"
   _check_folder(folder)
-  if family is None:
+  if published_files.is_own(source):
     found = published_files.read_own(source)
+  elif chosen := family or named:
+    found = published_files.read(source, chosen)
   else:
-    found = published_files.read(source, family)
+    raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
   tokenizer = published_files.fit(found.tokenizer, settings.vocab.image_size, settings.vqgan)
-  of_file: str = getattr(tokenizer.config, "family", "")  # "": trained with this project.
-  name = family or of_file
+  name: str = getattr(tokenizer.config, "family", "")  # "": trained with this project.
   digests = [digests_lib.digest(path) for path in found.files]
   left = f", without {found.num_left} tensors of other networks" if found.num_left else ""
   kind = name or "trained by cm3leon train_vqgan"

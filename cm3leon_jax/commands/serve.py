@@ -55,12 +55,6 @@ _STOP_SECONDS = flags.DEFINE_integer(
 _UPLOAD = flags.DEFINE_integer(
   "upload_mib", 16, "Largest body of a request, in MiB.", lower_bound=1, upper_bound=1024
 )
-_ADAPTERS = flags.DEFINE_multi_string(
-  "adapter",
-  [],
-  "NAME=FOLDER: also serves adapters of the model, under a name. FOLDER is the workdir of their "
-  "run, or an export in the format peft. May be given several times.",
-)
 _CACHE_DIR = flags.DEFINE_string(
   "cache_dir",
   None,
@@ -103,9 +97,6 @@ def main(workdir: epath.Path) -> None:
       raise UserError(f"cm3leon serve needs {package}: {extras.install('serve')}.")
   token = _token()
   name = os.path.basename(os.path.normpath(os.fspath(workdir))) or "model"
-  from cm3leon_jax import loading
-
-  adapters = loading.adapters_of(_ADAPTERS.value, name)
   from cm3leon_jax.api import CM3Leon
   from cm3leon_jax.serving.engine import Engine
   from cm3leon_jax.serving.web import server
@@ -124,8 +115,6 @@ def main(workdir: epath.Path) -> None:
     weight_dtype=_WEIGHT_DTYPE.value,
     cache_dtype=_CACHE_DTYPE.value,
   )
-  for adapter, folder in adapters.items():
-    loading.add_adapter(model.workdir, model.pipeline, model.mesh, adapter, folder)
   limits = Limits(
     most_samples=_MOST_SAMPLES.value,
     most_bytes=_UPLOAD.value * 2**20,

@@ -114,12 +114,7 @@ def _begin(folder: epath.Path) -> None:
 
   Removes bundle.json first, because a folder without bundle.json does not count as a bundle.
   """
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f"{folder} cannot be created ({error.strerror}): choose another folder for the bundle."
-    ) from error
+  folder.mkdir(parents=True, exist_ok=True)
   (folder / bundles.FILE).unlink(missing_ok=True)
   for part in bundles.PARTS:
     if (folder / part).exists():

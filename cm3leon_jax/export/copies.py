@@ -3,14 +3,12 @@
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import huggingface
 from cm3leon_jax.files.digests import describe
 from cm3leon_jax.files.json_files import plain, write_json
 from cm3leon_jax.runs import from_data, stages, table
 from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.trained import bundles
-from cm3leon_jax.trained.kinds import ABOUT
 from cm3leon_jax.trained.run import Run
 
 
@@ -73,12 +71,6 @@ def _open(source: str) -> tuple[Settings, epath.Path]:
   """Returns the settings of a workdir or bundle, and the folder with its tokenizers."""
   folder = bundles.folder_of(source)
   is_bundle = bundles.is_bundle(folder)
-  if not is_bundle and ((folder / ABOUT).exists() or (folder / huggingface.WEIGHTS).exists()):
-    raise UserError(
-      f"--init_from is {source}, an export, which has no CLIP and no record of how its tokenizers "
-      "were trained: give the workdir that it was exported from, or a folder that `cm3leon export "
-      "--bundle` wrote."
-    )
   bundles.check_is_base(source)
   trained = bundles.read(folder)[0] if is_bundle else settings_of_run(folder)
   return trained, bundles.stages_folder(folder)

@@ -4,8 +4,8 @@ For a tokenizer of `cm3leon train_vqgan`, DIR/image_tokenizer/ has three files: 
 params.safetensors from the run's vqgan/, and decode_image.py, which needs PyTorch but not JAX.
 config.json adds fields to the run's file, so `ImageTokenizer.load` can read the folder.
 decode_image.py reads `vqgan`, `num_codes`, the `levels` of FSQ, and `token_offset` from
-config.json. Code c is token `token_offset + c` of the language model. A published tokenizer keeps
-the file names of its release, see `published_files.save`.
+config.json. Code c is token `token_offset + c` of the language model. Of a published tokenizer, the
+run's files are copied, which only this project reads; other programs read its release.
 """
 
 # K codes, T codes per image.
@@ -22,8 +22,7 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import replacing
-from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.tokenizers import published_files
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.tokenizers.config import VQGANConfig, levels_of
 from cm3leon_jax.tokenizers.published import PublishedConfig
 from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
@@ -47,26 +46,33 @@ def write(folder: epath.PathLike, run: Run) -> dict:
   """
   source, target = run.stages / "vqgan", epath.Path(folder) / IMAGES
   tokenizer = ImageTokenizer.load(source)
-  family, name = "", PARAMS
+  family = ""
   if isinstance(tokenizer.config, PublishedConfig):
-    family, name = tokenizer.config.family, published_files.save(target, tokenizer)
+    family = tokenizer.config.family
+    described = read_json(source / CONFIG)
   else:
-    _write_trained(target, source, tokenizer, run.settings.vocab.text_size)
+    described = _describe(source, tokenizer, run.settings.vocab.text_size)
+  target.mkdir(parents=True, exist_ok=True)
+  (target / CONFIG).unlink(missing_ok=True)  # A tokenizer without config.json is unfinished.
+  with replacing(target / PARAMS) as file, (source / PARAMS).open("rb") as given:
+    shutil.copyfileobj(given, file)
+  if not family:
+    with replacing(target / SCRIPT, "w") as file:
+      file.write(importlib.resources.files(__package__).joinpath(SCRIPT).read_text("utf-8"))
+  write_json(target / CONFIG, described)
   about = {
     "resolution": tokenizer.config.resolution,
     "image_tokens": tokenizer.config.image_tokens,
     "num_codes": tokenizer.num_codes,
-    "bytes": (target / name).stat().length,
+    "bytes": (target / PARAMS).stat().length,
     "family": family,
     "code_dim": tokenizer.config.code_dim,
   }
   return {IMAGES: about}
 
 
-def _write_trained(
-  target: epath.Path, source: epath.Path, tokenizer: ImageTokenizer, token_offset: int
-) -> None:
-  """Writes a tokenizer of `cm3leon train_vqgan`. The weights are copied byte for byte."""
+def _describe(source: epath.Path, tokenizer: ImageTokenizer, token_offset: int) -> dict:
+  """Returns config.json of a tokenizer of `cm3leon train_vqgan`, see the module docstring."""
   assert isinstance(tokenizer.config, VQGANConfig)
   is_fsq = tokenizer.config.quantizer == "fsq"
   described = {
@@ -81,13 +87,7 @@ def _write_trained(
       f"the image tokenizer in {source} cannot be exported, because {SCRIPT} does not decode the "
       f"same images ({wrong})."
     )
-  target.mkdir(parents=True, exist_ok=True)
-  (target / CONFIG).unlink(missing_ok=True)  # A tokenizer without config.json is unfinished.
-  with replacing(target / PARAMS) as file, (source / PARAMS).open("rb") as given:
-    shutil.copyfileobj(given, file)
-  with replacing(target / SCRIPT, "w") as file:
-    file.write(importlib.resources.files(__package__).joinpath(SCRIPT).read_text(encoding="utf-8"))
-  write_json(target / CONFIG, described)
+  return described
 
 
 def difference(tokenizer: ImageTokenizer, described: dict) -> str:

@@ -2,25 +2,29 @@
 
   peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)
 
-BASE is the base of the adapters, exported in the format hf. CM3Leon.load(BASE, adapter=FOLDER) adds
-the adapters to the run, bundle or export that they were trained on.
+BASE is the base of the adapters, exported in the format hf.
 """
+
+# R rank.
 
 import dataclasses
 
 from etils import epath
-import jax
-import numpy as np
 
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.models.adapters import TABLES, add_rows, count
-from cm3leon_jax.models.config import AdapterConfig
-from cm3leon_jax.trained import adapters, initial, kinds
+from cm3leon_jax.models.adapters import count
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.trained import adapters, kinds
 from cm3leon_jax.trained.run import Run
-from cm3leon_jax.weights import adapter_tensors, layouts, stored, tensor_files
+from cm3leon_jax.weights import stored, tensor_files
+from cm3leon_jax.weights.layouts import QKV, layout_of, transposed
+from cm3leon_jax.weights.tensor_files import Tensor
+
+FILE = "adapter_model.safetensors"
 
 _CARD = """# Adapters of a CM3Leon decoder
 
@@ -32,7 +36,6 @@ from transformers import AutoModelForCausalLM
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), ".")
 ```
-With cm3leon_jax: `CM3Leon.load("{base}", adapter=".")`.
 """
 
 
@@ -48,23 +51,30 @@ def adapters_of(run: Run) -> adapters.Adapters:
 
 
 def open_params(run: Run, average: bool | None) -> stored.StoredParams:
-  """Opens the adapters of a run, which needs a current mesh. For `average`, see `stored.choose`.
-
-  If rows of token tables are trained, loads the base to add them to it.
-  """
+  """Opens the adapters of a run, which needs a current mesh. For `average`, see `stored.choose`."""
   found = adapters_of(run)
-  chosen = adapters.choose(found, average)
+  chosen = reading.open_params(found.folder / "train", average=average)
   params, step = found.load(chosen.step, average is not False)
-  if found.config.tokens:
-    params |= {adapter_tensors.SUMS: sums(initial.load_base(found), params, found.config)}
   return stored.of_tree(params, step, chosen.averaged)
 
 
-def sums(base: dict, params: dict, config: AdapterConfig) -> dict[str, np.ndarray]:
-  """Returns the rows of the token tables that are trained, after the training."""
-  tables = {name: x for name, x in add_rows(base, params, config).items() if name in TABLES}
-  ids = list(config.ids(len(base["embed"])))
-  return {name: jax.device_get(x)[ids] for name, x in tables.items() if name in params}
+def modules(model: ModelConfig) -> dict[str, str]:
+  """Maps each matrix of a layer to its module in transformers, relative to the layer."""
+  layout = layout_of(model)
+  return {**dict(zip("qkv", QKV)), "out": layout.out, **layout.products}
+
+
+def tensors_of(model: ModelConfig, params: stored.StoredParams, dtype: str) -> list[Tensor]:
+  """Lists the tensors of adapters: for each matrix, lora_A [R, in] and lora_B [out, R]."""
+  layers, tensors = f"base_model.model.{layout_of(model).prefix}.layers", []
+  for layer in range(model.num_layers):
+    for name, module in modules(model).items():
+      for factor in "ab" if f"{name}.a" in params.shapes else "":
+        source = f"{name}.{factor}"
+        axes_in = len(params.shapes[source]) - 2 if factor == "a" else 1
+        theirs = f"{layers}.{layer}.{module}.lora_{factor.upper()}.weight"
+        tensors.append(transposed(theirs, params, source, layer, dtype=dtype, axes_in=axes_in))
+  return tensors
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
@@ -75,7 +85,7 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   folder = epath.Path(folder)
   found = adapters_of(run.trained)
   model, config = found.settings.model, found.config
-  names = adapter_tensors.modules(model)
+  names = modules(model)
   described = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -88,19 +98,12 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
     "fan_in_fan_out": False,
     "inference_mode": True,
   }
-  if config.tokens:
-    tables = [layouts.layout_of(model).tables[name] for name in TABLES if name in run.params.shapes]
-    ids = config.ids(model.vocab_size)
-    described["trainable_token_indices"] = {path.rpartition(".")[2]: ids for path in tables}
-    rows = adapter_tensors.rows_of(run.params, run.choice.dtype)
-    tensor_files.write_file(folder / adapter_tensors.ROWS, rows)
   write_json(folder / kinds.ADAPTER, described)
   about = {"base": dataclasses.asdict(found.base)}
   write_json(folder / kinds.ABOUT, {**run.about, **about})
   card = _CARD.format(rank=config.rank, step=run.params.step, base=found.base.source)
   with replacing(folder / "README.md", "w") as file:
     file.write(card)
-  tensors = adapter_tensors.tensors_of(model, run.params, run.choice.dtype)
-  tensor_files.write_file(folder / adapter_tensors.FILE, tensors)
-  size = (folder / adapter_tensors.FILE).stat().length
+  tensor_files.write_file(folder / FILE, tensors_of(model, run.params, run.choice.dtype))
+  size = (folder / FILE).stat().length
   return {"parameters": count(model, config), "bytes": size}

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.resources
-import os
 from typing import Any
 
 from etils import epath
@@ -29,7 +28,6 @@ import cm3leon_jax
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.cache import Size
 from cm3leon_jax.decoding.params import prepare, prepare_layer
-from cm3leon_jax.export import formats
 from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.export.serving_functions import (
   IMAGE_SETTINGS,
@@ -41,12 +39,11 @@ from cm3leon_jax.export.serving_functions import (
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.mesh import MeshConfig, create_mesh, unsplit
+from cm3leon_jax.mesh import unsplit
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained.run import Run
-from cm3leon_jax.weights import stored, tensor_files
+from cm3leon_jax.weights import tensor_files
 from cm3leon_jax.weights.stored import StoredParams
 from cm3leon_jax.weights.tensor_files import Tensor
 
@@ -65,32 +62,6 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   texts = run.text_tokenizer
   weight_dtype = run.choice.quantize or "compute"
   return export(folder, run.params, settings, run.trained.images, texts, weight_dtype)
-
-
-def write_model(
-  folder: epath.PathLike,
-  source: str | os.PathLike[str],
-  dtype: str = "float32",
-  weight_dtype: str = "compute",
-) -> dict:
-  """Exports the newest checkpoint of a workdir, or a bundle, that `CM3Leon.load` can load.
-
-  `source` may be a bundle such as "scenes", see `bundles.folder_of`. `dtype` is `float32` or
-  `bfloat16`. It applies to the weights and to the computation. For the other arguments and the
-  result, see `export`.
-
-  Raises:
-    UserError: `source` was not trained, a file is damaged, or the format does not support the
-      model, see `formats.check`.
-  """
-  trained = Run.open(source)
-  settings = trained.settings
-  formats.check(formats.Choice(format="stablehlo", dtype=dtype), settings)
-  settings = dataclasses.replace(settings, model=settings.model.computing_in(dtype))
-  with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
-    params = stored.of_tree(trained.params()[0])
-  texts = trained.stages / "text_tokenizer"
-  return export(folder, params, settings, trained.images, texts, weight_dtype)
 
 
 def export(

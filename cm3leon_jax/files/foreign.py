@@ -1,4 +1,4 @@
-"""Reads folders from untrusted sources: bundles, exports and adapters."""
+"""Reads folders from untrusted sources: bundles and exports."""
 
 from collections.abc import Callable, Iterable
 import functools

@@ -9,6 +9,7 @@ from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import training_data
+from cm3leon_jax.files import foreign
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.importing import qwen3, tokenizer
@@ -65,25 +66,20 @@ def _own_tensors(source: SourceCheckpoint, config: ModelConfig) -> list[Tensor]:
   shapes = layouts.shapes_of(config)
   source.check_names(shapes)
   for name, shape in shapes.items():
-    source.check_shape(name, shape)
+    source.tensors.check_shape(name, shape)
   return [
     Tensor(name, shape, "float32", functools.partial(source.tensors.read, name))
     for name, shape in shapes.items()
   ]
 
 
+@foreign.reads("an export of this project")
 def _own_fields(source: SourceCheckpoint) -> dict[str, dict]:
   """Returns the config fields that an export of this project needs.
 
   A model with rotary positions accepts any `max_positions`.
   """
-  path, remedy = source.folder / CONFIG, "write it again with `cm3leon export`."
-  try:
-    needed = exported.config_of(source.folder, dict(source.described))
-  except KeyError as error:
-    raise UserError(f"{path} has no field {error}: {remedy}") from error
-  except (TypeError, ValueError, AttributeError) as error:
-    raise UserError(f"{path} is damaged ({error}): {remedy}") from error
+  needed = exported.config_of(source.folder, dict(source.described))
   if FAMILIES[needed["model"]["family"]].rotary:
     del needed["model"]["max_positions"]
   return needed
@@ -199,12 +195,9 @@ def describe(found: Import) -> list[str]:
   source, tables, model = found.source, found.tables, found.fields["model"]
   names = source.tensors.names
   dtypes = sorted({source.tensors.dtype(name) for name in names})
-  heads = f"{model['num_heads']} heads"
-  if model["head_size"]:
-    heads += f" of {model['head_size']}"
   lines = [
     f"{source.folder}: {source.described['model_type']}, {model['num_layers']} layers of width "
-    f"{model['width']:,}, {heads}, {source.tensors.count:,} parameters in {', '.join(dtypes)}."
+    f"{model['width']:,}, {source.tensors.count:,} parameters in {', '.join(dtypes)}."
   ]
   if source.is_own:
     lines.append("a model of this project: parameters and vocabulary do not change.")
@@ -214,7 +207,6 @@ def describe(found: Import) -> list[str]:
         f"`cm3leon import_vqgan --source={images}` instead of cm3leon train_vqgan."
       )
     return lines
-  lines += qwen3.notes(source, model)
   vocab = tables.vocab
   start = "" if tables.end is None else f"</s> starts as the source's id {tables.end}, "
   lines.append(

@@ -103,9 +103,7 @@ def model_fields(source: SourceCheckpoint) -> dict:
   given = (part.get("rope_theta") for part in (rope, source.described))
   base = next((value for value in given if value is not None), ROPE_BASE)
   if not isinstance(base, int | float) or isinstance(base, bool) or not 0 < base <= 1e12:
-    raise UserError(
-      f"{path}: rope_theta is {short(base)}; it must be positive and at most 1e12."
-    )
+    raise UserError(f"{path}: rope_theta is {short(base)}; it must be positive and at most 1e12.")
   return {
     "family": "modern",
     "num_layers": source.size("num_hidden_layers", 32),
@@ -133,21 +131,6 @@ def is_tied(source: SourceCheckpoint) -> bool:
   return bool(source.described.get("tie_word_embeddings", False))
 
 
-def notes(source: SourceCheckpoint, fields: dict) -> list[str]:
-  """Lists the differences between the source and the imported model, except for the vocabulary."""
-  groups, lines = source.size("num_key_value_heads", 32), []
-  if (times := fields["num_heads"] // groups) > 1:
-    lines.append(
-      f"attention: {groups} key and value heads become {fields['num_heads']}, each {times} times; "
-      f"this is exact, but parameters and cache of keys and values take {times} times the memory."
-    )
-  if is_tied(source):
-    lines.append(
-      "tables: the source has one table; the output table starts as a copy of the input table."
-    )
-  return lines
-
-
 def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tensor]:
   """Returns the tensors of the imported model, in the layout of `cm3leon export`.
 
@@ -173,8 +156,8 @@ def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tens
       "tie_word_embeddings: set tie_word_embeddings to false if the model has two tables."
     )
   for name in (EMBED, head):
-    source.check_shape(name, (tables.rows, width))
-  source.check_shape("model.norm.weight", (width,))
+    source.tensors.check_shape(name, (tables.rows, width))
+  source.tensors.check_shape("model.norm.weight", (width,))
   result = [
     tables.tensor(EMBED, width, functools.partial(read, EMBED)),
     Tensor("model.norm.weight", (width,), "float32", functools.partial(read, "model.norm.weight")),
@@ -213,7 +196,7 @@ def _layer(
   groups: int,
 ) -> Iterator[Tensor]:
   for name, shape in shapes.items():
-    source.check_shape(f"{layer}.{name}", shape)
+    source.tensors.check_shape(f"{layer}.{name}", shape)
     read = functools.partial(source.tensors.read, f"{layer}.{name}")
     if name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
       repeated = functools.partial(_repeated, read, groups, times)

@@ -9,9 +9,8 @@ from etils import epath
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import FOREIGN_BYTES, NAMES, check_foreign, read_foreign_json
-from cm3leon_jax.tokenizers.published_source import PICKLES
 from cm3leon_jax.tokenizers.text import TOKENIZER
-from cm3leon_jax.trained import exported, kinds
+from cm3leon_jax.trained import exported
 from cm3leon_jax.weights import stored_tensors
 from cm3leon_jax.weights.layouts import LAYOUTS
 from cm3leon_jax.weights.stored_tensors import StoredTensors
@@ -56,13 +55,6 @@ class SourceCheckpoint:
       )
     return found
 
-  def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-    """Raises UserError if a tensor is missing or has a different shape."""
-    if (found := self.tensors.shape(name)) != shape:
-      raise UserError(
-        f"{self.folder}: tensor '{name}' has shape {list(found)}; {CONFIG} requires {list(shape)}."
-      )
-
   def check_names(self, expected: Collection[str]) -> None:
     """Raises UserError if the checkpoint has tensors that are not in `expected`."""
     surplus = [name for name in self.tensors.names if name not in expected]
@@ -89,11 +81,6 @@ def open_source(source: str) -> SourceCheckpoint:
     UserError: the folder contains no checkpoint that can be read safely and imported exactly.
   """
   folder = epath.Path(source)
-  if (kind := kinds.kind_of(folder)) in ("orbax", "stablehlo"):
-    raise UserError(
-      f"--source is {source}, an export {kinds.KINDS[kind]}; only exports in the format hf can be "
-      "imported" + (": `cm3leon train --init_from` can start from it." if kind == "orbax" else ".")
-    )
   if not (folder / CONFIG).exists():
     raise UserError(
       f"--source is {source}; it must be a local folder with {CONFIG} and {WEIGHTS}, as written by "
@@ -101,33 +88,17 @@ def open_source(source: str) -> SourceCheckpoint:
     )
   described = read_foreign_json(folder / CONFIG, {})
   check_foreign(folder / TOKENIZER, FOREIGN_BYTES)
-  if not isinstance(described.get("model_type"), str):
-    raise UserError(
-      f"{folder / CONFIG} has no model_type, so the folder contains no text model of transformers "
-      "(to import an image tokenizer, use `cm3leon import_vqgan`)."
-    )
   own = [layout.model_type for layout in LAYOUTS.values()] if OWN in described else []
-  if described["model_type"] not in (QWEN3, *own):
+  if (found := described.get("model_type")) not in (QWEN3, *own):
     raise UserError(
-      f"{folder / CONFIG}: model_type is {short(described['model_type'])}; it must be '{QWEN3}', "
+      f"{folder / CONFIG}: model_type is {short(found)}; it must be '{QWEN3}', "
       "the decoder of config.model.family 'modern', unless the folder is an export of this "
       "project."
     )
-  if described.get("quantization_config"):
-    raise UserError(
-      f"{folder / CONFIG} has a quantization_config, but the weights must be float32, float16 or "
-      "bfloat16: import the checkpoint without quantization."
-    )
   if not stored_tensors.are_in(folder):
-    pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
-    if pickles:
-      raise UserError(
-        f"{folder} has weights in pickles ({pickles[0]}), which can run any code when they are "
-        "read. Convert them with transformers on a machine without secrets: "
-        "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OTHER)` writes safetensors."
-      )
     raise UserError(
-      f"{folder} has no weights; it must contain {WEIGHTS}, or {INDEX} and its files."
+      f"{folder} has no weights; it must contain {WEIGHTS}, or {INDEX} and its files (pickles are "
+      "never read)."
     )
   exported.check(folder)
   return SourceCheckpoint(folder, described, StoredTensors(folder))

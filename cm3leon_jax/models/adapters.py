@@ -2,12 +2,9 @@
 
 A matrix W of a layer, seen as [in, out], is replaced by W + alpha / R x A B. A [in, R] and B
 [R, out] are trained, and W is frozen. B starts at 0, so that the first step has the losses of W.
-
-Rows of the token tables can be trained, too: to the rows of T tokens in a table, a trained array
-[T, D], which starts at 0, is added.
 """
 
-# K layers, R rank, D width, N heads, H head size, F feed-forward, V vocabulary, T trained tokens.
+# K layers, R rank, D width, N heads, H head size, F feed-forward.
 
 from collections.abc import Mapping, Sequence
 import math
@@ -15,10 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Key
-import numpy as np
+from jaxtyping import Array, Float, Key
 
-from cm3leon_jax.mesh import RULES, shard, spec
+from cm3leon_jax.mesh import RULES, spec
 from cm3leon_jax.models.attention import wide
 from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 
@@ -30,7 +26,6 @@ AXES = {
   "gate": (("embed",), ("mlp",)),
   "down": (("mlp",), ("embed",)),
 }
-TABLES = ("embed", "head")  # Token tables. If embeddings are tied, there is no "head".
 # Logical axis -> its letter in an einsum.
 _LETTERS = {"embed": "D", "heads": "N", "head_dim": "H", "mlp": "F"}
 
@@ -38,11 +33,9 @@ _LETTERS = {"embed": "D", "heads": "N", "head_dim": "H", "mlp": "F"}
 def init(model: ModelConfig, config: AdapterConfig, key: Key[Array, ""]) -> dict:
   """Initializes fp32 adapters of all layers, sharded like the matrices over the current mesh.
 
-    {"q": {"a": [K, D, R], "b": [K, R, N, H]}, ..., "down": {"a": [K, F, R], "b": [K, R, D]},
-     "embed": [T, D]}
+    {"q": {"a": [K, D, R], "b": [K, R, N, H]}, ..., "down": {"a": [K, F, R], "b": [K, R, D]}}
 
-  A is normally distributed with variance 1 / in, so that x A has the size of x. B is 0, and so are
-  the rows of tables, "embed" and "head", which exist only if `config` has tokens.
+  A is normally distributed with variance 1 / in, so that x A has the size of x. B is 0.
   """
   sizes = _sizes(model)
   adapters: dict = {}
@@ -62,15 +55,7 @@ def init(model: ModelConfig, config: AdapterConfig, key: Key[Array, ""]) -> dict
       out_sharding=spec("layers", "rank", *outs),
     )
     adapters[name] = {"a": a / math.sqrt(math.prod(shape)), "b": b}
-  rows = (len(config.ids(model.vocab_size)), model.width)
-  for table in _tables(model, config):
-    adapters[table] = jnp.zeros(rows, jnp.float32, out_sharding=spec(None, "embed"))
   return adapters
-
-
-def _tables(model: ModelConfig, config: AdapterConfig) -> Sequence[str]:
-  """Returns the names of the tables with trained rows."""
-  return TABLES[: 1 if model.traits.tied else 2] if config.tokens else ()
 
 
 def count(model: ModelConfig, config: AdapterConfig, mesh: Mapping[str, int] | None = None) -> int:
@@ -89,8 +74,7 @@ def count(model: ModelConfig, config: AdapterConfig, mesh: Mapping[str, int] | N
     return found
 
   lengths = (length(axes) for name in config.matrices(model) for axes in AXES[name])
-  rows = len(_tables(model, config)) * len(config.ids(model.vocab_size)) * length(["embed"])
-  return model.num_layers * config.rank * sum(lengths) + rows
+  return model.num_layers * config.rank * sum(lengths)
 
 
 def _sizes(model: ModelConfig) -> dict[str, int]:
@@ -99,36 +83,13 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
 
 
 def scaled(adapters: dict, alpha: float) -> dict:
-  """Multiplies the adapters of matrices by alpha / R. Only the result is added to the matrices."""
+  """Multiplies adapters by alpha / R. Only the result is added to the matrices."""
 
   def scale(factors: dict) -> dict:
     a, b = factors["a"], factors["b"]
     return {"a": a, "b": alpha / a.shape[-1] * b}
 
-  return {name: scale(factors) for name, factors in adapters.items() if name in AXES}
-
-
-def add_rows(params: dict, adapters: dict, config: AdapterConfig) -> dict:
-  """Adds trained rows to the token tables of a decoder. The sums, whole tables, are in fp32."""
-  tables = {name: params[name] for name in TABLES if name in adapters}
-  return params | {
-    name: table.astype(wide(table.dtype)) + _spread(adapters[name], config.ids(len(table)), table)
-    for name, table in tables.items()
-  }
-
-
-def _spread(
-  rows: Float32[Array, "T D"], ids: Sequence[int], table: Float[Array, "V D"]
-) -> Float32[Array, "V D"]:
-  """Places rows at their ids in zeros with the shape and the sharding of a stored table.
-
-  ids (2, 0), rows [a b], 4 tokens: [b 0 a 0]
-  """
-  sources = np.full(len(table), len(ids), np.int32)
-  sources[list(ids)] = np.arange(len(ids))
-  padded = shard(jnp.pad(rows, ((0, 1), (0, 0))), None, None)  # The last row is 0.
-  places = shard(sources, "vocab_stored")
-  return padded.at[places].get(out_sharding=spec("vocab_stored", None))
+  return {name: scale(factors) for name, factors in adapters.items()}
 
 
 def merge(params: dict, adapters: dict, config: AdapterConfig) -> dict:
@@ -145,9 +106,7 @@ def merge(params: dict, adapters: dict, config: AdapterConfig) -> dict:
     parts = [blocks["qkv"][:, i] for i in range(3)]
     parts = [_sum(w, deltas[name]) if name in deltas else w for name, w in zip("qkv", parts)]
     blocks["qkv"] = jnp.stack(parts, axis=1)
-  tables = add_rows(params, adapters, config)
-  tables = {name: tables[name].astype(x.dtype) for name, x in params.items() if name in adapters}
-  return {**params, **tables, "blocks": blocks}
+  return {**params, "blocks": blocks}
 
 
 def _product(name: str, factors: dict) -> Float[Array, "K D *outs"]:

@@ -1,14 +1,12 @@
 """Defines the config sections `model`, the decoder's architecture, and `adapter`."""
 
 import dataclasses
-import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT, short
-from cm3leon_jax.vocab import VocabLayout
+from cm3leon_jax.config import STRICT
 
 Family = Literal["opt", "modern"]
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -199,10 +197,6 @@ class AdapterConfig:
   targets: tuple[Matrix, ...] = ()
   """Matrices of a layer that get adapters, e.g. ("q", "v"): those of attention are q, k, v and out,
   those of the feed-forward layer up, gate (`modern` only) and down. () means all."""
-  tokens: tuple[str, ...] = ()
-  """Tokens whose rows in the token tables are trained, too, e.g. ("image", "40:48"): `special`,
-  `text` (all other text tokens), `image` (image codes), or a range of ids, without its end. ()
-  means none."""
 
   def __post_init__(self) -> None:
     if len(set(self.targets)) < len(self.targets):
@@ -226,47 +220,6 @@ class AdapterConfig:
         f"adapter.rank is {self.rank}; it must be at most model.width = {model.width}."
       )
     return tuple(name for name in present if name in self.targets or not self.targets)
-
-  def over(self, vocab: VocabLayout) -> "AdapterConfig":
-    """Returns this config with the names in `tokens` replaced by the ranges of their ids."""
-    ranges = {
-      "special": f"0:{vocab.num_special}",
-      "text": f"{vocab.num_special}:{vocab.text_size}",
-      "image": f"{vocab.text_size}:{vocab.size}",
-    }
-    return dataclasses.replace(self, tokens=tuple(ranges.get(name, name) for name in self.tokens))
-
-  def ids(self, vocab_size: int) -> tuple[int, ...]:
-    """Returns the ids of `tokens`, in the order of their trained rows.
-
-      AdapterConfig(rank=1, tokens=("4:7", "1:2")).ids(8) = (4, 5, 6, 1)
-
-    Raises:
-      ValueError: a range is not written as START:END or is not in the vocabulary, two ranges
-        overlap, or there are ranges, but `rank` is 0.
-    """
-    found: list[int] = []
-    for name in self.tokens:
-      if not re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", name):
-        raise ValueError(
-          f"adapter.tokens names {short(name)}; it may name special, text, image, or a range of "
-          "ids, e.g. 40:48 for the ids 40 to 47."
-        )
-      start, end = map(int, name.split(":"))
-      if not start < end <= vocab_size:
-        raise ValueError(
-          f"adapter.tokens names the range {name}; it must contain an id, and end at most at the "
-          f"size of the vocabulary, {vocab_size}."
-        )
-      found += range(start, end)
-    if len(set(found)) < len(found):
-      raise ValueError(f"adapter.tokens is {short(self.tokens)}; each id must occur only once.")
-    if found and not self.rank:
-      raise ValueError(
-        "adapter.tokens is set, but adapter.rank is 0, so all rows are trained: set adapter.rank, "
-        "or leave adapter.tokens out."
-      )
-    return tuple(found)
 
 
 def _with(trait: str) -> str:

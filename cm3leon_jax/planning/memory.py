@@ -97,15 +97,13 @@ def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
   copy, gradients = (matrices * b if b < 4 else 0), matrices * b
   table = (4 + b) * model.vocab_size / tensor * D  # Gradient of the input table.
   frozen = 0.0
-  rows = len(settings.adapter.ids(model.vocab_size))
   if settings.adapter.rank:  # Only adapters have gradients, in fp32.
-    frozen, copy = params * b, 4 * (tables + rows * D)  # Tables and trained rows in fp32.
-    if not rows:
-      copy, tables, table = 0, 0, 0
+    frozen = params * b
+    copy, tables, table = 0, 0, 0
     params = matrices = adapters.count(model, settings.adapter, shape)
     gradients = 4 * params
   phases = (
-    kept + copy + _loss(model, R, L, tensor, bool(frozen) and not rows),
+    kept + copy + _loss(model, R, L, tensor, bool(frozen)),
     kept + copy + gradients + 4 * tables + _layer(model, R, L, tensor, platform, bool(frozen)),
     gradients + table,
     8 * params,  # Gradients and updates, in fp32.

@@ -36,55 +36,28 @@ class Table:
   rows: tuple[tuple[str, ...], ...]
 
 
-def collect(run: Run, step: int, summary: dict) -> dict[str, list]:
+def collect(run: Run, step: int, summary: dict) -> list[Table]:
   """Collects the figures in a workdir that were measured with the parameters of a step.
-
-  Returns {"tables": tables of figures, "missing": sentences about measurements that are missing or
-  belong to other parameters}.
 
   Raises:
     UserError: a file is damaged.
   """
-  workdir = run.folder
-  tables, missing = [], []
-  for name in TITLES:
-    if table := _stage_table(run, name, summary):
-      if name == "evaluation" and not _is_of(workdir, name, step):
-        missing.append(
-          "`cm3leon evaluate`: its figures belong to another training and are omitted."
-        )
-      else:
-        tables.append(table)
-    elif name == "evaluation":
-      missing.append(
-        "`cm3leon evaluate` (bits of held-out documents, judged images): not evaluated."
-      )
-  if (workdir / "grades" / stages.DONE).exists():
-    if _is_of(workdir, "grades", step):
-      tables.append(_grades(workdir))
-    else:
-      missing.append(
-        "`cm3leon grade_instructions`: its figures belong to another training and are omitted."
-      )
-  elif (workdir / "instructions").exists():
-    missing.append("`cm3leon grade_instructions` (answers to instructions).")
-  protocols, others = _protocols(workdir, step)
-  tables += protocols
-  if others:
-    missing.append(
-      f"`cm3leon evaluate --protocol`: {others} results belong to other parameters and are omitted."
-    )
-  if not protocols:
-    missing.append(
-      "`cm3leon evaluate --protocol` (the field's metrics: FID, CMMD, CLIP score, CIDEr, VQA "
-      "accuracy)."
-    )
-  return {"tables": tables, "missing": missing}
+  tables = [
+    _stage_table(run, name, summary)
+    for name in TITLES
+    if name != "evaluation" or _is_of(run.folder, name, step)
+  ]
+  if _is_of(run.folder, "grades", step):
+    tables.append(_grades(run.folder))
+  return [table for table in tables if table] + _protocols(run.folder, step)
 
 
 def _is_of(workdir: epath.Path, name: str, step: int) -> bool:
   """Returns whether a stage measured the parameters that the current training has at `step`."""
-  done = read_json(workdir / name / stages.DONE, {"config": dict, "summary": dict})
+  path = workdir / name / stages.DONE
+  if not path.exists():
+    return False
+  done = read_json(path, {"config": dict, "summary": dict})
   read = done["config"].get("inputs", {}).get("train")
   return read == stages.train_id(workdir) and done["summary"].get("step", step) == step
 
@@ -111,28 +84,21 @@ def _stage_table(run: Run, name: str, summary: dict) -> Table | None:
 def _how(run: Run, name: str, summary: dict) -> str:
   """Describes how a stage measured its figures."""
   if name == "vqgan":
-    return (
-      "`cm3leon train_vqgan`: images of held-out pairs are encoded and decoded. Near duplicates of "
-      "training images are excluded."
-    )
+    return "`cm3leon train_vqgan`: images of held-out pairs are encoded and decoded."
   if name == "train":
-    return (
-      f"`cm3leon train`, at the last step: {run.settings.train.eval_batches} batches of held-out "
-      "documents. Each document follows the neighbors that its caption retrieves; only targets in "
-      "the document itself count."
-    )
+    batches = run.settings.train.eval_batches
+    return f"`cm3leon train`, at the last step: {batches} batches of held-out documents."
   config = read_json(run.folder / name / stages.DONE, {"config": dict})["config"]
   found, fields = summary[name], config.get("evaluation", {})
   texts = [
     f"`cm3leon evaluate`, seed {config.get('seed')}: bits of {found.get('documents')} held-out "
-    "pairs. Their captions retrieve the neighbors."
+    "pairs after the neighbors that their captions retrieve."
   ]
   for judged in (found[name] for name in worlds.MODULES if name in found):
-    weights = ", ".join(f"{x:g}" for x in fields.get("scene_guidance", ()))
     texts.append(
-      f"Images for {fields.get('scenes')} held-out captions are sampled at guidance {weights} and "
-      f"judged exactly. Neighbors before a caption: {fields.get('scene_neighbors')}. The figures "
-      f"are for the best weight, {judged.get('best', {}).get('title', 'of those')}."
+      f"Images for {fields.get('scenes')} held-out captions are judged exactly; neighbors: "
+      f"{fields.get('scene_neighbors')}; guidance: {judged.get('best', {}).get('title', '')}, the "
+      "best of several."
     )
   return " ".join(texts)
 
@@ -151,25 +117,20 @@ def _grades(workdir: epath.Path) -> Table:
     rows.append((f"mean of {kind}", "", *cells))
   how = (
     f"`cm3leon grade_instructions`, seed {config.get('seed')}: answers to held-out instructions "
-    "are judged exactly. Before: the parameters before tuning. Redrawn: after tuning, about input "
-    "images that the image tokenizer has reconstructed. Majority: always the most frequent "
-    "answer. Any object: an answer from the objects of the image that ignores which object the "
-    "question asks for. Copy: the input image. Tokenizer: the true image, encoded and decoded. "
-    "Kept: everything that the instruction does not touch is unchanged."
+    "are judged exactly; docs/instructions.md explains the columns."
   )
   return Table("Instructions", how, ("task", "answers", *found["titles"]), tuple(rows))
 
 
-def _protocols(workdir: epath.Path, step: int) -> tuple[list[Table], int]:
-  """Returns one table per protocol, and the number of results that belong to other parameters."""
+def _protocols(workdir: epath.Path, step: int) -> list[Table]:
+  """Returns one table for each protocol that was evaluated with these parameters."""
   fields = {"name": str, "inputs": dict, "step": int, "columns": dict, "metrics": list}
   fields |= {"title": str, "examples": int, "seed": int, "version": str, "device": str}
-  tables, others = [], 0
+  tables = []
   for path in sorted((workdir / EVALUATIONS).glob(f"*/{RESULTS}")):
     result = read_json(path, fields)
     same = result["inputs"].get("train") == stages.train_id(workdir)
     if not same or result["step"] != step or "parameters" in result:
-      others += 1
       continue
     metrics = result["metrics"]
     titles = [METRICS[name].title if name in METRICS else name for name in metrics]
@@ -180,10 +141,9 @@ def _protocols(workdir: epath.Path, step: int) -> tuple[list[Table], int]:
         "-" if x is None or x["value"] is None else with_interval(x["value"], x) for x in cells
       ]
       rows.append((name, *shown))
-    tables.append(
-      Table(result["title"], _how_by_protocol(result), ("column", *titles), tuple(rows))
-    )
-  return tables, others
+    how = _how_by_protocol(result)
+    tables.append(Table(result["title"], how, ("column", *titles), tuple(rows)))
+  return tables
 
 
 def _how_by_protocol(result: dict) -> str:

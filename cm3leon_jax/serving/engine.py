@@ -175,7 +175,7 @@ class Engine:
 
   def _fresh(self, usual: Sequence[Bucket] = ()) -> ContinuousGenerator:
     pipeline, sizes = self.pipeline, (self.slots, self._chunk, self._buckets)
-    return ContinuousGenerator(pipeline.generator, *sizes, usual, pipeline.adapted)
+    return ContinuousGenerator(pipeline.generator, *sizes, usual)
 
   def _warm_up(self) -> None:
     """Compiles the buckets of usual requests, then the largest buckets, which fit any request."""
@@ -279,7 +279,7 @@ class Engine:
       progressed = False
       for opened in list(self._open):
         job = opened.job
-        if self._generator.can_admit(opened.request, job.task.sampling, job.adapter):
+        if self._generator.can_admit(opened.request, job.task.sampling):
           progressed = self._begin(opened) or progressed
           self._open.remove(opened)
           if opened.waits and not opened.failed:
@@ -289,7 +289,7 @@ class Engine:
     job, index = opened.job, opened.begun
     try:
       seed = sample_seed(job.task.seed, index)
-      ticket = self._generator.admit(opened.request, seed, job.task.sampling, job.adapter)
+      ticket = self._generator.admit(opened.request, seed, job.task.sampling)
     except UserError as error:
       self._fail(opened, self._refused(job, error))
       return False

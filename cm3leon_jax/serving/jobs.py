@@ -72,7 +72,6 @@ class Job:
   Attributes:
     deliver: called with each event, in the thread of the engine.
     shows_progress: whether `Progress` events are delivered.
-    adapter: name of the parameters, a key of `Pipeline.adapted`; "": the pipeline's own.
     cancelled: whether the client no longer waits for the job.
   """
 
@@ -80,7 +79,6 @@ class Job:
   num_samples: int
   deliver: Callable[[Event], None]
   shows_progress: bool = False
-  adapter: str = ""
   cancelled: bool = False
 
 

@@ -14,7 +14,7 @@ SMALLEST_PERCEPTUAL = 16  # Pixels. The network of `perceptual` halves the side 
 LEVELS = range(3, 9)  # Allowed numbers of levels of an FSQ channel.
 COLOR_DIM = 4  # Width of the color in a code of `shape_color`.
 Quantizer = Literal["", "fsq", "shape_color"]
-Family = Literal["amused", "taming_gumbel_f8", "chameleon"]  # Published networks.
+Family = Literal["amused", "chameleon"]  # Published networks.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -199,23 +199,12 @@ def _factorizations(number: int, largest: int) -> Iterator[tuple[int, ...]]:
       yield from ((first, *rest) for rest in _factorizations(number // first, first))
 
 
-def _products(largest: int) -> set[int]:
-  """Returns all products of numbers in `LEVELS` that are at most `largest`."""
-  found, new = set[int](), {1}
-  while new:
-    new = {n * level for n in new for level in LEVELS if n * level <= largest} - found
-    found |= new
-  return found
-
-
 def check_levels(num_codes: int, code_dim: int) -> None:
   """Raises ValueError if no FSQ levels give K codes, or if they need another E."""
   if not levels_of(num_codes):
-    near = sorted(_products(2 * num_codes + 8), key=lambda n: abs(n - num_codes))[:2]
-    shown = " or ".join(f"{n} = {' x '.join(map(str, levels_of(n)))}" for n in sorted(near))
     raise ValueError(
       f"vqgan.quantizer is fsq, but vocab.image_size is {num_codes}; it must be a product of "
-      f"levels from {LEVELS[0]} to {LEVELS[-1]}, e.g. {shown}."
+      f"levels from {LEVELS[0]} to {LEVELS[-1]}."
     )
   if code_dim != len(levels := levels_of(num_codes)):
     raise ValueError(

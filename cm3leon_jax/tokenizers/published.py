@@ -1,8 +1,8 @@
-"""Defines published image tokenizers with 8,192 codes: three variants of a convolutional VQGAN.
+"""Defines published image tokenizers with 8,192 codes: a convolutional VQGAN with traits.
 
-The variants are aMUSEd / open-MUSE f16 (Patil et al. 2024, arXiv 2401.01808), taming's Gumbel f8
-(Esser et al. 2021, arXiv 2012.09841) and Chameleon's (Chameleon Team 2024, arXiv 2405.09818).
-Modules and parameters have the names of taming's state dict.
+The families are aMUSEd / open-MUSE f16 (Patil et al. 2024, arXiv 2401.01808) and Chameleon's
+(Chameleon Team 2024, arXiv 2405.09818). Modules and parameters have the names of the state dict of
+taming (Esser et al. 2021, arXiv 2012.09841).
 """
 
 # B batch, H height, W width, C channels, Z latent channels, E code width, K codes,
@@ -51,9 +51,6 @@ class PublishedConfig:
   """Whether attention follows each residual block of the lowest level."""
   middle_attention: bool = False
   """Whether there is attention between the two residual blocks at the lowest resolution."""
-  gumbel: bool = False
-  """Whether a code is the index of the largest of K logits (Gumbel softmax without noise) instead
-  of the nearest vector."""
   lowest_pixel: Annotated[int, Field(ge=-1, le=0)] = -1
   """Value of black: 0 for pixels in [0, 1], -1 for pixels in [-1, 1]."""
 
@@ -90,16 +87,6 @@ FAMILIES: dict[Family, PublishedConfig] = {
     latent_channels=64,
     code_dim=64,
     lowest_pixel=0,
-  ),
-  "taming_gumbel_f8": PublishedConfig(
-    family="taming_gumbel_f8",
-    resolution=256,
-    widths=(128, 128, 256, 512),
-    latent_channels=256,
-    code_dim=256,
-    level_attention=True,
-    middle_attention=True,
-    gumbel=True,
   ),
   "chameleon": PublishedConfig(
     family="chameleon",
@@ -256,25 +243,18 @@ class PublishedDecoder(nnx.Module):
 
 
 class PublishedCodebook(nnx.Module):
-  """K codes. The code of an encoding is chosen by distance or by logits."""
+  """K codes. The code of an encoding is the nearest vector."""
 
   def __init__(self, config: PublishedConfig, num_codes: int, rngs: nnx.Rngs):
-    self.gumbel = config.gumbel
-    table = nnx.Embed(num_codes, config.code_dim, rngs=rngs)
-    if self.gumbel:
-      self.proj, self.embed = conv(config.code_dim, num_codes, 1, rngs), table
-    else:
-      self.embedding = table
+    self.embedding = nnx.Embed(num_codes, config.code_dim, rngs=rngs)
 
   @property
   def table(self) -> Float[Array, "K E"]:
     """Vectors of all codes."""
-    return (self.embed if self.gumbel else self.embedding).embedding[...]
+    return self.embedding.embedding[...]
 
   def scores(self, z: Float[Array, "*B E"]) -> Float[Array, "*B K"]:
     """Returns the scores of all codes for z. The code of z has the largest score."""
-    if self.gumbel:
-      return self.proj(z)
     # This is the negative squared distance without the term that is equal for all codes.
     squares = jnp.sum(self.table**2, -1).reshape((1,) * (z.ndim - 1) + (-1,))
     return 2 * jnp.matmul(z, self.table.T) - squares
@@ -294,12 +274,6 @@ class PublishedVQGAN(nnx.Module):
 def structure(config: PublishedConfig, num_codes: int) -> tuple[nnx.GraphDef, nnx.State]:
   """Returns graph and abstract state of the module; see `parameters.structure`."""
   return parameters.structure(lambda: PublishedVQGAN(config, num_codes, nnx.Rngs(params=0)))
-
-
-def codebook(config: PublishedConfig, params: dict) -> np.ndarray:
-  """Returns the vectors of the codes, fp32 [K, E]."""
-  table = params["quantize"]["embed" if config.gumbel else "embedding"]["embedding"]
-  return np.asarray(jax.device_get(table))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

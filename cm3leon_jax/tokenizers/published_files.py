@@ -1,4 +1,4 @@
-"""Reads published image tokenizers from safetensors, and writes them with published names."""
+"""Reads published image tokenizers from safetensors."""
 
 import dataclasses
 import functools
@@ -10,42 +10,51 @@ from flax import traverse_util
 import jax
 import numpy as np
 import safetensors
-from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError, build, short
-from cm3leon_jax.files.atomic import replacing
-from cm3leon_jax.files.json_files import read_foreign_json, write_json
+from cm3leon_jax.files.json_files import read_foreign_json
 from cm3leon_jax.tokenizers import published, published_source
 from cm3leon_jax.tokenizers.config import Family, VQGANConfig
 from cm3leon_jax.tokenizers.published import FAMILIES, PublishedConfig
-from cm3leon_jax.tokenizers.published_source import DIFFUSERS, TRANSFORMERS
 from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
 
 PREFIXES = ("model.vqmodel.", "vqmodel.")  # Prefixes of tensor names in a whole Chameleon model.
 LEFT = "loss."  # Prefix of the tensors that only training needs.
 NUM_CODES = 8_192  # Number of codes in the published weights of all families.
 # Family -> side lengths, in pixels, of the images for which its weights are published.
-RESOLUTIONS = {"amused": (256, 512), "taming_gumbel_f8": (256,), "chameleon": (512,)}
+RESOLUTIONS = {"amused": (256, 512), "chameleon": (512,)}
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-# Regular expression for names in `published` -> replacement for `diffusers.VQModel`.
-RENAMES = (
-  (r"encoder\.down\.", "encoder.down_blocks."),
-  (r"\.block\.", ".resnets."),
-  (r"\.(down|up)sample\.", r".\1samplers.0."),
-  (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-  (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-  (r"\.norm_out\.", ".conv_norm_out."),
-  (r"\.nin_shortcut\.", ".conv_shortcut."),
-)
+# Family -> (regular expression for names in `published`, replacement). Names of Chameleon are those
+# of `published`; aMUSEd has those of `diffusers.VQModel`.
+RENAMES: dict[Family, tuple[tuple[str, str], ...]] = {
+  "amused": (
+    (r"encoder\.down\.", "encoder.down_blocks."),
+    (r"decoder\.up\.", "decoder.up_blocks."),
+    (r"\.block\.", ".resnets."),
+    (r"\.(down|up)sample\.", r".\1samplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+  ),
+  "chameleon": (),
+}
+FROM_LOWEST = ("amused",)  # Families that count the levels of the decoder from the lowest.
 # Fields of diffusers' config.json -> (required value, default in diffusers).
 FIXED = {
   "_class_name": ("VQModel", "VQModel"),
   "act_fn": ("silu", "silu"),
-  "in_channels": (3, 3),
-  "out_channels": (3, 3),
   "norm_type": ("group", "group"),
   "mid_block_add_attention": (False, True),
+}
+# Fields of `PublishedConfig` -> fields of diffusers' config.json.
+SIZES = {
+  "widths": "block_out_channels",
+  "blocks": "layers_per_block",
+  "latent_channels": "latent_channels",
+  "code_dim": "vq_embed_dim",
+  "groups": "norm_num_groups",
 }
 
 
@@ -70,15 +79,14 @@ def published_name(name: str, config: PublishedConfig) -> str:
   """Returns the name of a parameter in the files of its family.
 
   With five levels, decoder.up.0.block.1.conv1.kernel is decoder.up_blocks.4.resnets.1.conv1.weight
-  in files of `amused`, and decoder.up.0.block.1.conv1.weight in files of other families.
+  in files of `amused`, and decoder.up.0.block.1.conv1.weight in those of `chameleon`.
   """
   layer, _, leaf = name.rpartition(".")
   name = f"{layer}.{LEAVES.get(leaf, leaf)}"
-  if config.family != "amused":
-    return name
-  last = len(config.widths) - 1  # diffusers counts decoder levels from the lowest.
-  name = re.sub(r"decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{last - int(m[1])}", name)
-  for ours, theirs in RENAMES:
+  if config.family in FROM_LOWEST:
+    last = len(config.widths) - 1
+    name = re.sub(r"(decoder\.up)\.(\d+)", lambda m: f"{m[1]}.{last - int(m[2])}", name)
+  for ours, theirs in RENAMES[config.family]:
     name = re.sub(ours, theirs, name)
   return name
 
@@ -98,21 +106,8 @@ def tensor_shapes(config: PublishedConfig, num_codes: int) -> dict[str, tuple[in
   }
 
 
-def to_tensors(tokenizer: ImageTokenizer) -> dict[str, np.ndarray]:
-  """Returns the parameters of a published tokenizer under their published names."""
-  config = tokenizer.config
-  assert isinstance(config, PublishedConfig)
-  flat = traverse_util.flatten_dict(jax.device_get(tokenizer.params), sep=".")
-  return {
-    published_name(name, config): np.ascontiguousarray(
-      x.transpose(3, 2, 0, 1) if x.ndim == 4 else x
-    )
-    for name, x in flat.items()
-  }
-
-
 def from_tensors(tensors: dict[str, np.ndarray], config: PublishedConfig, num_codes: int) -> dict:
-  """Inverts `to_tensors`: returns fp32 parameters as a pure dict."""
+  """Converts tensors with published names to fp32 parameters, a pure dict."""
   flat = {}
   for name, shape in _shapes(config, num_codes).items():
     x = np.asarray(tensors[published_name(name, config)], np.float32)
@@ -136,19 +131,9 @@ def diffusers_config(path: epath.Path) -> PublishedConfig:
       raise UserError(
         f"{path}: {name} is {short(found)}; for --family=amused it must be {value!r}."
       )
-  needed = ("block_out_channels", "layers_per_block", "latent_channels")
-  if absent := [name for name in needed if stored.get(name) is None]:
-    raise UserError(
-      f"{path} has no field {absent[0]}, which diffusers.VQModel needs: take config.json from the "
-      "folder in which the weights are published."
-    )
-  sizes = {
-    "widths": stored.get("block_out_channels"),
-    "blocks": stored.get("layers_per_block"),
-    "latent_channels": stored.get("latent_channels"),
-    "code_dim": stored.get("vq_embed_dim") or stored.get("latent_channels"),
-    "groups": stored.get("norm_num_groups", 32),
-  }
+  sizes = {ours: stored[name] for ours, name in SIZES.items() if stored.get(name) is not None}
+  if "latent_channels" in sizes:
+    sizes.setdefault("code_dim", sizes["latent_channels"])
   try:
     return build(PublishedConfig, dataclasses.asdict(FAMILIES["amused"]) | sizes)
   except UserError as error:
@@ -160,33 +145,28 @@ def _check(found: dict, config: PublishedConfig, num_codes: int, source: epath.P
 
   `found` is the result of `published_source.read_headers`.
   """
-  expected = tensor_shapes(config, num_codes)
+  expected, of_family = tensor_shapes(config, num_codes), f"--family={config.family}"
   if missing := [name for name in expected if name not in found]:
-    names = {family: tensor_shapes(other, NUM_CODES).keys() for family, other in FAMILIES.items()}
-    others = [f for f in FAMILIES if f != config.family and names[f] <= found.keys()]
-    if others:
-      hint = f"its tensors have the names of --family={others[0]}."
-    elif not any(name.startswith("decoder.") for name in found):
+    hint = "name the weights of this tokenizer, or another --family."
+    if not any(name.startswith("decoder.") for name in found):
       hint = (
         "it contains no decoder, as in Chameleon of transformers: take the release's own file of "
         "the tokenizer, vqgan.ckpt, as safetensors."
       )
-    else:
-      hint = "name the weights of this tokenizer, or another --family."
     raise UserError(
       f"{source} has no tensor '{missing[0]}' ({len(missing)} of {len(expected)} tensors of "
-      f"--family={config.family} are missing): {hint}"
+      f"{of_family} are missing): {hint}"
     )
   if surplus := sorted(set(found) - set(expected)):
     raise UserError(
-      f"{source} has {len(surplus)} tensors, such as '{surplus[0]}', that --family={config.family} "
-      "does not have: name a file with only this tokenizer, or another --family."
+      f"{source} has {len(surplus)} tensors, such as '{surplus[0]}', that {of_family} does not "
+      "have: name a file with only this tokenizer, or another --family."
     )
   for name, shape in expected.items():
     if found[name][1] != shape:
       raise UserError(
-        f"{source}: tensor '{name}' has shape {list(found[name][1])}; for --family={config.family} "
-        f"it must be {list(shape)}."
+        f"{source}: tensor '{name}' has shape {list(found[name][1])}; for {of_family} it must be "
+        f"{list(shape)}."
       )
 
 
@@ -199,12 +179,11 @@ def read(source: epath.PathLike, family: Family) -> Read:
     family: key of `FAMILIES`.
 
   Raises:
-    UserError: a file is absent, damaged, a pickle, or another kind of model; or a tensor is
-      missing, surplus, of another shape, or not finite.
+    UserError: a file is absent, damaged or a pickle; or a tensor is missing, surplus, of another
+      shape, or not finite.
   """
   files = published_source.find_files(source)
   every = published_source.read_headers(files)
-  published_source.check_kind(files[0].parent, every, source)
   config = FAMILIES[family]
   if family == "amused":
     config = diffusers_config(files[0].parent / CONFIG)
@@ -214,7 +193,7 @@ def read(source: epath.PathLike, family: Family) -> Read:
     for name, value in every.items()
     if name.startswith(prefix) and not name.startswith(prefix + LEFT)
   }
-  table = "quantize.embed.weight" if config.gumbel else "quantize.embedding.weight"
+  table = "quantize.embedding.weight"
   shape = found[table][1] if table in found else ()
   num_codes = shape[0] if shape and shape[0] else NUM_CODES
   _check(found, config, num_codes, source)
@@ -263,83 +242,25 @@ def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageT
   Raises:
     UserError: the codebook, its colors or the grid of codes differ from the config.
   """
-  config = tokenizer.config
-  colors = config.code_colors if isinstance(config, VQGANConfig) else 0
+  config, colors = tokenizer.config, 0
   sides: tuple[int, ...] = (config.resolution,)
-  maker = "the tokenizer"
-  if isinstance(config, PublishedConfig):
-    sides, maker = RESOLUTIONS[config.family], f"--family={config.family}"
-  if tokenizer.num_codes != num_codes:
-    raise UserError(
-      f"config.vocab.image_size is {num_codes}; the codebook has {tokenizer.num_codes} codes: set "
-      f"config.vocab.image_size={tokenizer.num_codes}."
-    )
-  if vqgan.downsample != config.downsample or vqgan.resolution not in sides:
-    grids = " or ".join(f"{(s // config.downsample) ** 2:,} codes of {s}x{s} pixels" for s in sides)
-    raise UserError(
-      f"config.vqgan.resolution is {vqgan.resolution} and config.vqgan.downsample "
-      f"{vqgan.downsample}, {vqgan.image_tokens:,} codes per image; {maker} makes {grids}: set "
-      f"config.vqgan.resolution={sides[0]}, config.vqgan.downsample={config.downsample}."
-    )
+  if isinstance(config, VQGANConfig):
+    colors = config.code_colors
+  else:
+    sides = RESOLUTIONS[config.family]
+  side = vqgan.resolution if vqgan.resolution in sides else sides[0]
+  needed: dict[str, tuple] = {
+    "vocab.image_size": (num_codes, tokenizer.num_codes),
+    "vqgan.resolution": (vqgan.resolution, side),
+    "vqgan.downsample": (vqgan.downsample, config.downsample),
+  }
   if colors != vqgan.code_colors:
-    fields = f"config.vqgan.quantizer={getattr(config, 'quantizer', '')}"
-    fields += f", config.vqgan.num_colors={colors}" if colors else ""
-    raise UserError(
-      f"config.vqgan has codes of {vqgan.code_colors} colors, and {maker} of {colors} (0: no pairs "
-      f"of a shape and a color): set {fields}."
-    )
+    needed["vqgan.quantizer"] = vqgan.quantizer, getattr(config, "quantizer", "")
+    needed["vqgan.num_colors"] = vqgan.code_colors, colors or vqgan.code_colors
+  if wrong := {name: new for name, (old, new) in needed.items() if old != new}:
+    flags = " ".join(f"--config.{name}={value}" for name, value in wrong.items())
+    raise UserError(f"the image tokenizer has other codes than the config: add the flags {flags}")
   if isinstance(config, VQGANConfig):
     return tokenizer
   config = dataclasses.replace(config, resolution=vqgan.resolution)
   return dataclasses.replace(tokenizer, config=config, batch_size=config.batch_size)
-
-
-def save_diffusers(folder: epath.PathLike, tokenizer: ImageTokenizer) -> None:
-  """Writes an aMUSEd tokenizer for `diffusers.VQModel.from_pretrained`.
-
-  Writes config.json last, because diffusers loads nothing without this file. The network reads and
-  writes pixels in [0, 1].
-
-  Raises:
-    UserError: diffusers has no format for the tokenizer.
-  """
-  config = tokenizer.config
-  if not isinstance(config, PublishedConfig) or config.family != "amused":
-    name = getattr(config, "family", "trained by cm3leon train_vqgan")
-    raise UserError(f"the image tokenizer is {name}; diffusers.VQModel reads only --family=amused.")
-  folder, levels = epath.Path(folder), len(config.widths)
-  (folder / CONFIG).unlink(missing_ok=True)
-  with replacing(folder / DIFFUSERS) as file:
-    file.write(safetensors_numpy.save(to_tensors(tokenizer), metadata={"format": "pt"}))
-  sizes = {
-    "block_out_channels": config.widths,
-    "layers_per_block": config.blocks,
-    "latent_channels": config.latent_channels,
-    "vq_embed_dim": config.code_dim,
-    "norm_num_groups": config.groups,
-    "num_vq_embeddings": tokenizer.num_codes,
-    "sample_size": config.resolution,
-    "down_block_types": ["DownEncoderBlock2D"] * levels,
-    "up_block_types": ["UpDecoderBlock2D"] * levels,
-    "lookup_from_codebook": True,
-    "force_upcast": True,
-  }
-  write_json(folder / CONFIG, {name: value for name, (value, _) in FIXED.items()} | sizes)
-
-
-def save(folder: epath.PathLike, tokenizer: ImageTokenizer) -> str:
-  """Writes a published tokenizer with the names of its release, so that `read` can read it.
-
-  Uses `save_diffusers` for `amused`. Writes config.json last. Returns the name of the file with the
-  tensors.
-  """
-  folder, config = epath.Path(folder), tokenizer.config
-  assert isinstance(config, PublishedConfig)
-  if config.family == "amused":
-    save_diffusers(folder, tokenizer)
-    return DIFFUSERS
-  (folder / CONFIG).unlink(missing_ok=True)
-  with replacing(folder / TRANSFORMERS) as file:
-    file.write(safetensors_numpy.save(to_tensors(tokenizer), metadata={"format": "pt"}))
-  write_json(folder / CONFIG, dataclasses.asdict(config) | {"num_codes": tokenizer.num_codes})
-  return TRANSFORMERS

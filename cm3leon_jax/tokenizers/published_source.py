@@ -9,11 +9,9 @@ import os
 from etils import epath
 import safetensors
 
-from cm3leon_jax.config import UserError, short
-from cm3leon_jax.files.json_files import check_foreign, read_foreign_json
+from cm3leon_jax.config import UserError
+from cm3leon_jax.files.json_files import check_foreign
 from cm3leon_jax.parameters import files_of_index
-from cm3leon_jax.tokenizers import published
-from cm3leon_jax.tokenizers.vqgan import CONFIG
 
 DIFFUSERS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS = "model.safetensors"
@@ -21,22 +19,16 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 def _refuse_pickle(path: epath.Path) -> None:
-  """Raises UserError if a file is a pickle or has its suffix. It says how to convert the file."""
+  """Raises UserError if a file is a pickle or has its suffix."""
   check_foreign(path)
   with path.open("rb") as file:
     start = file.read(4)
   is_pickle = start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")
-  if path.suffix not in PICKLES and (path.suffix == ".safetensors" or not is_pickle):
-    return
-  raise UserError(
-    f"{path} is a pickle, which can run any code when it is read, so it is not read here. Convert "
-    "it in another environment, one without secrets: "
-    f"t = torch.load('{path.name}', map_location='cpu', weights_only=True); "
-    "t = t.get('state_dict', t); safetensors.torch.save_file({k: v.contiguous() for k, v in "
-    f"t.items()}}, '{path.stem}.safetensors'). Then --source is {path.stem}.safetensors. If "
-    "weights_only=True refuses a class, docs/published_tokenizers.md shows how to allow the class "
-    "with torch.serialization.safe_globals; do not turn weights_only off."
-  )
+  if path.suffix in PICKLES or (is_pickle and path.suffix != ".safetensors"):
+    raise UserError(
+      f"{path} is a pickle, which can run any code when it is read, so it is not read here: "
+      "docs/published_tokenizers.md shows how to convert it to safetensors."
+    )
 
 
 def find_files(source: epath.PathLike) -> list[epath.Path]:
@@ -59,24 +51,15 @@ def find_files(source: epath.PathLike) -> list[epath.Path]:
     if (folder / name).exists():
       return [folder / name]
   if (index := folder / f"{TRANSFORMERS}.index.json").exists():
-    names = sorted(set(files_of_index(index).values()))
-    if absent := [name for name in names if not (folder / name).exists()]:
-      raise UserError(
-        f"{folder / absent[0]} does not exist, but {index} lists it: download it, too."
-      )
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(set(files_of_index(index).values()))]
   found = sorted(folder.glob("*.safetensors"))
-  if len(found) > 1:
-    raise UserError(
-      f"{folder} contains {', '.join(x.name for x in found[:4])}; name one of them: "
-      f"--source={found[0]}"
-    )
-  for other in sorted(folder.iterdir()) if not found else ():
+  for other in () if found else sorted(folder.iterdir()):
     if other.suffix in PICKLES:
       _refuse_pickle(other)
-  if not found:
+  if len(found) != 1:
     raise UserError(
-      f"{folder} contains no .safetensors file: name the folder or file with the weights."
+      f"--source is {source}, a folder with {len(found)} .safetensors files: name the file with "
+      "the weights."
     )
   return found
 
@@ -95,26 +78,3 @@ def read_headers(files: Collection[epath.Path]) -> dict[str, tuple[epath.Path, t
         f"{path} is not a whole safetensors file ({error}): download it again."
       ) from error
   return found
-
-
-def check_kind(folder: epath.Path, names: Collection[str], source: epath.PathLike) -> None:
-  """Raises UserError, which says what to do, if a folder contains another kind of model.
-
-  The kind is read from config.json in `folder`. Messages name the checkpoint `source`.
-  """
-  path = folder / CONFIG
-  stored = read_foreign_json(path, {}) if path.exists() else {}
-  if "vqgan" in stored or published.SECTION in stored:
-    raise UserError(
-      f"{source} is an image tokenizer of this project: omit --family, and name its folder."
-    )
-  kind = stored.get("model_type")
-  if kind is None or any("quantize." in name for name in names):
-    return
-  right = "name the folder or file with the weights of an image tokenizer."
-  if kind in ("opt", "qwen3"):
-    right = f"`cm3leon import_weights` imports a decoder; here {right}"
-  raise UserError(
-    f"{source} contains no image tokenizer: according to {path}, it is a model of type "
-    f"{short(kind)}: {right}"
-  )

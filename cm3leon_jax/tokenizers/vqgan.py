@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32, Int32, Key, UInt8
 import numpy as np
 
 from cm3leon_jax import parameters
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config import REMOVED_FIELDS, UserError, build
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.tokenizers import ink, published, quantizers
@@ -271,7 +271,10 @@ class ImageTokenizer:
         f"{folder / CONFIG}: num_codes is {stored['num_codes']}; it must be greater than 0."
       )
     if published.SECTION in stored:
-      other = build(published.PublishedConfig, stored[published.SECTION], published.SECTION)
+      section = published.SECTION
+      stored = read_json(folder / CONFIG, {section: dict, "num_codes": int})
+      fields = {k: v for k, v in stored[section].items() if f"{section}.{k}" not in REMOVED_FIELDS}
+      other = build(published.PublishedConfig, fields, section)
       expected = parameters.to_dict(published.structure(other, stored["num_codes"])[1])
       params = parameters.load(folder / PARAMS, expected, "import_vqgan")
       return cls(other, stored["num_codes"], params, other.batch_size)
@@ -292,7 +295,7 @@ class ImageTokenizer:
   def codebook(self) -> np.ndarray:
     """Returns the vectors of all codes as the decoder receives them, fp32 [K, E]."""
     if isinstance(self.config, published.PublishedConfig):
-      return published.codebook(self.config, self.params)
+      return np.asarray(self.params["quantize"]["embedding"]["embedding"])
     return jax.device_get(code_vectors(self.config, self.num_codes, self.params))
 
   def in_batches(self, size: int) -> "ImageTokenizer":

@@ -23,7 +23,7 @@ import numpy as np
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.files import foreign
-from cm3leon_jax.files.digests import describe, digest
+from cm3leon_jax.files.digests import damage, digest
 from cm3leon_jax.files.json_files import check_foreign, read_foreign_json
 from cm3leon_jax.retrieval import lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
@@ -122,7 +122,7 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
   """
   folder = epath.Path(folder)
   stored = _stored(folder)
-  check_digests(folder, stored["digests"], stored["digests"], "bundle", AGAIN)
+  check_digests(folder, stored["digests"], stored["digests"], AGAIN)
   if base := _stored_base(folder, stored):
     of_base = folder_of(base["name"])
     check_foreign(of_base / FILE)
@@ -147,9 +147,9 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
 
 
 def check_digests(
-  folder: epath.Path, digests: Mapping[str, str], files: Collection[str], what: str, remedy: str
+  folder: epath.Path, digests: Mapping[str, str], files: Collection[str], remedy: str
 ) -> None:
-  """Checks files of a bundle or export (`what`) against their SHA-256.
+  """Checks files of a bundle or export against their SHA-256.
 
   Args:
     files: names of the files in the folder, see `foreign.check_folder`.
@@ -158,10 +158,10 @@ def check_digests(
     UserError: a file is absent or has changed.
   """
   for name, expected in digests.items():
-    found = describe(folder / name)["sha256"] if name in files else None
-    if found != expected:
-      state = "is absent" if found is None else f"has changed since the {what} was written"
-      raise UserError(f"{folder / name} {state} (SHA-256 {str(expected)[:12]} expected): {remedy}.")
+    is_listed = name in files
+    found = damage(folder / name, {"sha256": expected}) if is_listed else "is missing"
+    if found:
+      raise UserError(f"{folder / name} {found}: {remedy}.")
 
 
 def _are_sound(stores: Iterable[DocumentStore], arrays: Iterable[ArrayStore], size: int) -> bool:

@@ -62,7 +62,7 @@ def check(folder: epath.Path, part: str = "") -> list[str]:
   files = foreign.check_folder(folder, PLACES)
   if (folder / ABOUT).exists() and (folder / DIGESTS).exists():
     listed = {name: x for name, x in _digests(folder)[1].items() if name.startswith(part)}
-    bundles.check_digests(folder, listed, files, "export", AGAIN)
+    bundles.check_digests(folder, listed, files, AGAIN)
   return files
 
 
@@ -97,31 +97,16 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
   """Reads the settings and the step of an export.
 
   Raises:
-    UserError: the format is only for other programs or rounds the parameters to int8, an earlier
-      version wrote the export, the export has a published image tokenizer, or a file is wrong.
+    UserError: the format is only for other programs or rounds the parameters to int8, or a file
+      is wrong.
   """
   check(folder)
-  if (kind := kind_of(folder)) == "peft":
-    raise UserError(
-      f"{folder} is an export {KINDS[kind]}: load their base, and name this folder by adapter, as "
-      "in CM3Leon.load(BASE, adapter=FOLDER)."
-    )
-  if kind not in ("", "orbax"):
+  if (kind := kind_of(folder)) not in ("", "orbax"):
     raise UserError(
       f"{folder} is an export {KINDS[kind]}, which is for other programs: load the workdir of its "
       "run, or an export in the format hf or orbax."
     )
-  stored = read_json(folder / ABOUT, {"step": int})
-  if "settings" not in stored:
-    raise UserError(
-      f"{folder} was written by an older version and has no settings: run "
-      "`cm3leon export` again, or load the workdir of its run."
-    )
-  if "vqgan" not in read_json(folder / IMAGES / "config.json"):
-    raise UserError(
-      f"{folder} has a published image tokenizer in the format of its release, which cannot be "
-      "loaded here: load the workdir of its run."
-    )
+  stored = read_json(folder / ABOUT, {"step": int, "settings": dict})
   return settings_from_stored(stored["settings"]), stored["step"]
 
 
@@ -151,7 +136,4 @@ def load_params(folder: epath.PathLike, config: ModelConfig) -> dict:
     with ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(os.fspath(params), types)
   with distributed.together():
-    try:
-      return placed.load(StoredTensors(folder), config)
-    except UserError as error:
-      raise UserError(f"{error} Run `cm3leon export` again.") from error
+    return placed.load(StoredTensors(folder), config)

@@ -262,11 +262,7 @@ def check_base(found: Adapters, settings: Settings) -> None:
       f"{what}, {source}, which does not exist: put it back, or, if it has moved, enter its "
       f"path as run.init_from.source in {found.folder / 'train' / 'config.json'}."
     )
-  try:
-    same = find(settings, source, found.base.step) == found.base
-  except UserError as error:
-    raise UserError(f"{what}: {error}") from error
-  if not same:
+  if find(settings, source, found.base.step) != found.base:
     raise UserError(
       f"{what}, but the parameters in {source} have changed since: restore the parameters of "
       f"SHA-256 {str(found.base.digest)[:12]}."
@@ -276,16 +272,16 @@ def check_base(found: Adapters, settings: Settings) -> None:
 def over(source: str, adapter: str | os.PathLike[str]) -> Adapters:
   """Opens adapters to add them to the parameters of `source`, see `bundles.folder_of`.
 
-  `adapter` is described in `adapters.open_at`.
+  `adapter` is the workdir of the run that trained them.
 
   Raises:
     UserError: `adapter` contains no adapters, or they were trained on other parameters.
   """
-  found = adapters.open_at(adapter)
-  try:
-    given = find(found.settings, source, found.base.step)
-  except UserError as error:
-    raise UserError(f"the adapters in {found.folder} do not fit {source}: {error}") from error
+  if (found := adapters.of_run(adapter)) is None:
+    raise UserError(
+      f"{adapter} contains no adapters: name the workdir of a run with config.adapter.rank > 0."
+    )
+  given = find(found.settings, source, found.base.step)
   if (given.step, given.digest) != (found.base.step, found.base.digest):
     raise UserError(
       f"the adapters in {found.folder} were trained on other parameters than those of {source}: "

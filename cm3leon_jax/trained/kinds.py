@@ -16,7 +16,6 @@ ADAPTER = "adapter_config.json"  # Describes the adapters of an export in the fo
 KINDS = {
   "stablehlo": "in the format stablehlo",
   "orbax": "in the format orbax",
-  "gpt2": "in the format gpt2 of an earlier version",
   "peft": "of adapters alone, in the format peft",
   "int8": "with int8 weights",
 }
@@ -30,6 +29,4 @@ def kind_of(folder: epath.PathLike) -> str:
       return kind
   path = folder / "config.json"
   described = read_foreign_json(path, {}) if path.exists() else {}
-  if described.get("model_type") == "gpt2":
-    return "gpt2"
   return "int8" if described.get("quantization_config") else ""

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 import dataclasses
-import difflib
 import functools
 import os
 from typing import Literal
@@ -169,16 +168,11 @@ def open_params(run: Run, average: bool | None) -> StoredParams:
 
 def _check_workdir(name: str, folder: epath.Path) -> None:
   """Raises UserError if `folder`, which the user gave as `name`, cannot contain a run."""
-  close = difflib.get_close_matches(name, bundles.INSTALLED, 1)
-  if close and "/" not in name and not folder.exists():
-    raise UserError(f"{name} is neither a folder nor a bundle: did you mean {close[0]}?")
-  if not folder.exists():
+  if not folder.is_dir():
     raise UserError(
       f"there is no folder {name}: give the workdir of a run, the folder of a bundle, or the name "
       f"of an installed one: {', '.join(bundles.INSTALLED)}."
     )
-  if not folder.is_dir():
-    raise UserError(f"{name} is a file: give the folder of a run or of a bundle.")
   if (folder / kinds.ABOUT).exists():
     raise UserError(
       f"{name} is an export, which only `cm3leon serve` and CM3Leon.load accept: give the workdir "

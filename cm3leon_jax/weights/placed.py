@@ -9,7 +9,6 @@ from flax import traverse_util
 import jax
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
@@ -33,11 +32,7 @@ def load(tensors: StoredTensors, config: ModelConfig) -> dict:
     UserError: a tensor is absent, has a wrong shape, or has values that are not finite.
   """
   for tensor, shape in layouts.shapes_of(config).items():
-    if (found := tensors.shape(tensor)) != shape:
-      raise UserError(
-        f"{tensors.folder}: tensor '{tensor}' has the shape {list(found)}; its config.json "
-        f"requires {list(shape)}."
-      )
+    tensors.check_shape(tensor, shape)
   types = traverse_util.flatten_dict(types_of(config), sep=".")
   params = {}
   for name, kind in types.items():

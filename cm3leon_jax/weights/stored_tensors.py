@@ -85,6 +85,14 @@ class StoredTensors:
     """Returns the shape of a tensor. Raises UserError if the tensor does not exist."""
     return tuple(self._view(name).get_shape())
 
+  def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+    """Raises UserError if a tensor is missing or has a different shape."""
+    if (found := self.shape(name)) != shape:
+      raise UserError(
+        f"{self.folder}: tensor '{name}' has shape {list(found)}; its config.json requires "
+        f"{list(shape)}."
+      )
+
   def dtype(self, name: str) -> str:
     """Returns the dtype of a tensor in safetensors notation, e.g. "F32". Raises like `shape`."""
     return self._view(name).get_dtype()

@@ -9,7 +9,6 @@ import transformers
 
 from cm3leon_jax.clip import checkpoint as clip_checkpoint
 from cm3leon_jax.clip import huggingface as hf_clip
-from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.config import UserError
 from tests.clip.huggingface_files import CAPTIONS, END, load, some_images, write_checkpoint
 from tests.refusals import refused
@@ -27,7 +26,7 @@ def test_sharded_and_newer_files_load_the_same(folder, tmp_path):
   texts = [[clip.encode(caption) for caption in CAPTIONS] for clip in (one, many)]
   np.testing.assert_array_equal(one.embed_texts(texts[0]), many.embed_texts(texts[1]))
   next(iter(sorted(tmp_path.glob("model-*.safetensors")))).unlink()
-  with refused(UserError):
+  with refused(UserError, str(tmp_path)):
     load(tmp_path)
 
 
@@ -105,14 +104,5 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_load_names_what_does_not_fit(mistake, copy):
   MISTAKES[mistake](copy)
-  with refused(UserError):
+  with refused(UserError, str(copy)):
     load(copy)
-
-
-def test_other_mistakes(folder):
-  with refused(UserError):
-    HFCLIP.load("openai/clip")
-  with refused(ValueError):
-    HFCLIP.load(folder, "float16")
-  with refused(UserError):
-    load(folder).embed_images(np.zeros((1, 8, 8, 3)))

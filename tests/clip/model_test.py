@@ -4,13 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.config import CLIPConfig
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
-from cm3leon_jax.runs import stages, table
 from tests.refusals import refused
 
 TINY = CLIPConfig(
@@ -60,18 +58,12 @@ def test_padding_does_not_matter():
   assert np.abs(embed(short) - embed(long)).max() > 1e-3
 
 
-def test_word_order_matters():
-  clip = make()
-  forward, backward = clip.embed_texts([np.array([5, 7, 9]), np.array([9, 7, 5])])
-  assert np.abs(forward - backward).max() > 1e-3
-
-
 def test_pad_texts_in_literals():
   assert clip_lib.pad_texts([np.array([7, 8]), np.array([5, 6, 7, 8])], 3).tolist() == [
     [7, 8, 0],
     [5, 6, 7],
   ]
-  with refused(UserError):
+  with refused(UserError, "no tokens"):
     clip_lib.pad_texts([np.array([], np.int32)], 3)
 
 
@@ -94,32 +86,6 @@ def test_save_and_load(kind, tmp_path):
   np.testing.assert_array_equal(loaded.embed_texts(TEXTS), clip.embed_texts(TEXTS))
 
 
-def test_load_names_what_does_not_fit(tmp_path):
-  with refused(UserError):
-    CLIP.load(tmp_path)
-  make().save(tmp_path)
-  params = safetensors.numpy.load_file(tmp_path / "params.safetensors")
-  del params["image_projection.kernel"]
-  safetensors.numpy.save_file(params, tmp_path / "params.safetensors")
-  with refused(UserError):
-    CLIP.load(tmp_path)
-  (tmp_path / "params.safetensors").write_bytes(b"half of a file")
-  with refused(UserError):
-    CLIP.load(tmp_path)
-
-
-def test_damaged_parameters_are_refused(tmp_path):
-  folder = tmp_path / "clip"
-  with stages.once(folder, {}, files=table.STAGES["clip"].files):
-    make().save(folder)
-  CLIP.load(folder)
-  params = bytearray((folder / "params.safetensors").read_bytes())
-  params[-1] ^= 1
-  (folder / "params.safetensors").write_bytes(params)
-  with refused(UserError):
-    CLIP.load(folder)
-
-
 def test_clip_score_is_the_cosine_of_each_pair():
   clip = make()
   scores = clip_lib.clip_score(clip, some_images(4), TEXTS)
@@ -128,15 +94,5 @@ def test_clip_score_is_the_cosine_of_each_pair():
     @ clip.embed_texts(TEXTS).astype(np.float64).T
   )
   np.testing.assert_allclose(scores, np.diag(expected), atol=1e-6)
-  with refused(ValueError):
+  with refused(ValueError, "one caption per image"):
     clip_lib.clip_score(clip, some_images(3), TEXTS)
-
-
-def test_images_of_another_size_are_refused():
-  with refused(UserError):
-    make().embed_images(np.zeros((1, 8, 8, 3), np.uint8))
-
-
-def test_no_parameter_has_a_weak_type():
-  # The first update turns weak types into strong types, so the train step would compile twice.
-  assert not [value for value in jax.tree.leaves(make().params) if value.weak_type]

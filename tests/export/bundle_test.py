@@ -49,10 +49,10 @@ def test_a_refused_bundle_leaves_what_is_there(run, bundled, tmp_path):
   before = {path: path.read_bytes() for path in [*files(workdir), *files(folder)]}
   with one_device():
     params, step = reading.load_params(run / "train", SETTINGS.model)
-    with refused(config.UserError):
+    with refused(config.UserError, str(workdir)):
       bundle.write(workdir, Run(workdir, SETTINGS), params, step)
     model = dataclasses.replace(SETTINGS.model, query_key_norm=True)
-    with refused(config.UserError):
+    with refused(config.UserError, "query_key_norm"):
       bundle.write(folder, Run(workdir, dataclasses.replace(SETTINGS, model=model)), params, step)
   assert {path: path.read_bytes() for path in [*files(workdir), *files(folder)]} == before
 
@@ -139,15 +139,8 @@ def test_a_bundle_on_a_base_generates_what_a_whole_one_does(tuned, bundled, tmp_
   assert found.keys() == params.keys()
   assert step == 7
   assert initial.other_tokenizers(str(based), tuned) == []
-  with refused(config.UserError):
+  with refused(config.UserError, "--base"):
     bundle.write(tmp_path / "third", Run(tuned, SETTINGS), {}, 7, base=str(based))
-
-
-def test_a_base_of_other_tokenizers_is_refused_and_nothing_is_written(run, bundled, tmp_path):
-  """The bundle's tokenizers are rounded, so they differ from those of the run."""
-  with refused(config.UserError):
-    bundle.write(tmp_path / "based", Run(run, SETTINGS), {}, 7, base=str(bundled))
-  assert not (tmp_path / "based").exists()
 
 
 def test_another_base_than_the_one_named_is_refused(tuned, bundled, tmp_path):
@@ -157,10 +150,10 @@ def test_another_base_than_the_one_named_is_refused(tuned, bundled, tmp_path):
     params, step = reading.load_params(tuned / "train", SETTINGS.model)
     bundle.write(based, Run(tuned, SETTINGS), params, step, base=str(base))
     bundle.write(base, Run(tuned, SETTINGS), params, step + 1)
-  with refused(config.UserError):
+  with refused(config.UserError, str(based)):
     CM3Leon.load(based)
   shutil.rmtree(base)
-  with refused(config.UserError):
+  with refused(config.UserError, str(based)):
     CM3Leon.load(based)
 
 
@@ -171,12 +164,12 @@ def test_a_file_of_another_content_is_refused_by_name(bundled, tmp_path, name):
   data = bytearray((changed / name).read_bytes())
   data[-1] ^= 1
   (changed / name).write_bytes(bytes(data))
-  with refused(config.UserError):
+  with refused(config.UserError, name):
     CM3Leon.load(changed)
-  with refused(config.UserError):
+  with refused(config.UserError, name):
     initial.find(SETTINGS, str(changed))
   (changed / name).unlink()
-  with refused(config.UserError):
+  with refused(config.UserError, name):
     bundles.read(changed)
 
 
@@ -188,15 +181,3 @@ def test_files_of_a_bundle_may_be_links(bundled, tmp_path):
   weights_file.rename(tmp_path / "blob")
   weights_file.symlink_to(tmp_path / "blob")
   assert bundles.read(folder) == bundles.read(bundled)
-
-
-def test_a_run_starts_from_a_bundle(bundled):
-  found = initial.find(SETTINGS, str(bundled))
-  with one_device():
-    assert initial.load(found, SETTINGS).keys() == {"embed", "blocks", "positions"}
-
-
-def test_the_clip_of_another_project_is_not_bundled(run, tmp_path):
-  retrieval = dataclasses.replace(SETTINGS.retrieval, clip="clip-vit-base-patch16")
-  with refused(config.UserError):
-    bundle.write(tmp_path, Run(run, dataclasses.replace(SETTINGS, retrieval=retrieval)), {}, 7)

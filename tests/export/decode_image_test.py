@@ -1,6 +1,5 @@
 """Tests that an export's script decodes and encodes images as the image tokenizer does."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -10,10 +9,8 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
-from safetensors import numpy as safetensors
 
 from cm3leon_jax.export import image_tokenizer
-from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.config import Quantizer, VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -30,16 +27,11 @@ TOLERANCE = 1e-4  # Tolerance for fp32 pixels in [-1, 1].
 PLAIN = {"resolution": 16, "downsample": 4, "width": 8, "code_dim": 4, "multipliers": (1, 2)}
 PLAIN |= {"encoder_blocks": (0, 0), "decoder_blocks": (0, 1)}
 VARIANTS = {
-  "plain": PLAIN,
-  "blocks of each level": PLAIN | {"decoder_blocks": (2, 1)},
-  "stem of one pixel, three levels": PLAIN
-  | {"stem": 1, "multipliers": (1, 2, 3), "encoder_blocks": (0,) * 3, "decoder_blocks": (1, 0, 1)},
-  "one level": PLAIN
-  | {"stem": 4, "multipliers": (1,), "encoder_blocks": (0,), "decoder_blocks": (2,)},
+  "three levels": PLAIN
+  | {"stem": 1, "multipliers": (1, 2, 3), "encoder_blocks": (1, 2, 0), "decoder_blocks": (1, 0, 2)},
   "local codes": PLAIN
   | {"stem": 4, "multipliers": (1,), "encoder_blocks": (1,), "decoder_blocks": (2,)}
   | {"local_codes": True},
-  "blocks of the encoder": PLAIN | {"encoder_blocks": (1, 2)},
 }  # fmt: skip
 VARIANTS |= {
   "quantizer fsq": PLAIN | {"quantizer": "fsq", "code_dim": 2},
@@ -103,30 +95,6 @@ def test_pixels_are_those_of_the_image_tokenizer(variant):
   np.testing.assert_array_equal(images[~tie], tokenizer.decode(codes)[~tie])
 
 
-def test_every_tensor_is_read_and_normalization_counts(variant):
-  """Negative control: changing any tensor or the normalization changes pixels or scores."""
-  _, folder, codes, expected = variant
-  config, tensors = read_json(folder / "config.json"), decode_image.load(folder).tensors
-  image = torch.tensor(expected[0])
-  scores = decode_image.load(folder).scores(image)
-
-  def is_another(config, tensors, decodes):
-    other = decode_image.Tokenizer(config, tensors)
-    found, right = other.scores(image), scores
-    if decodes:
-      found, right = other.decode(torch.tensor(codes[0])), image
-    return (found - right).abs().max() > 100 * TOLERANCE
-
-  assert not is_another(config, tensors, True)
-  assert not is_another(config, tensors, False)
-  for name, tensor in tensors.items():
-    changed = tensors | {name: tensor + 0.1 * tensor.sign()}
-    assert is_another(config, changed, decodes=not name.startswith("encoder.")), name
-  local = not config["vqgan"]["local_codes"]
-  other = config | {"vqgan": config["vqgan"] | {"local_codes": local}}
-  assert is_another(other, tensors, decodes=True)
-
-
 def test_images_are_encoded_as_by_the_image_tokenizer(variant):
   tokenizer, folder, _, _ = variant
   side = tokenizer.config.resolution
@@ -139,29 +107,8 @@ def test_images_are_encoded_as_by_the_image_tokenizer(variant):
     tie = near[places, found] - near[places, right] < 1e-5  # Equally near codes.
     np.testing.assert_array_equal(found[~tie], right[~tie])
     assert (found == right).mean() > 0.9
-  with refused(ValueError):
+  with refused(ValueError, "images are"):
     decode_image.encode(images[:, :, 1:], folder)
-
-
-def test_an_image_does_not_depend_on_the_others(variant):
-  _, folder, codes, _ = variant
-  whole = decode_image.decode(codes, folder)
-  np.testing.assert_array_equal(decode_image.decode(codes[1:2], folder), whole[1:2])
-  assert decode_image.decode(codes[:0], folder).shape == (0, *whole.shape[1:])
-  assert decode_image.encode(whole[:0], folder).shape == (0, *codes.shape[1:])
-
-
-def test_weights_in_half_precision_are_read(tmp_path):
-  tokenizer = random_tokenizer(PLAIN)
-  folder = save(tokenizer, tmp_path)
-  path = folder / "params.safetensors"
-  halved = {name: x.astype(np.float16) for name, x in safetensors.load_file(path).items()}
-  safetensors.save_file(halved, path, {"format": "np"})
-  codes = np.arange(16)[None]
-  rounded = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), tokenizer.params)
-  expected = pixels_of(dataclasses.replace(tokenizer, params=rounded), codes)
-  found = decode_image.load(folder).decode(torch.tensor(codes[0])).numpy()
-  assert np.abs(found - expected[0]).max() < TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +121,11 @@ def test_codes_are_found_in_ids(folder):
   first, second = np.arange(16), np.arange(16)[::-1]
   ids = [1, 9, 3, *(first + offset), 3, *(second + offset), 1]
   np.testing.assert_array_equal(decode_image.codes_of(ids, folder), [first, second])
-  with refused(ValueError):
+  with refused(ValueError, "runs of"):
     decode_image.codes_of([*ids[:18], *ids[19:]], folder)
-  with refused(ValueError):
+  with refused(ValueError, "runs of"):
     decode_image.codes_of([1, 9, 3], folder)
-  with refused(ValueError):
+  with refused(ValueError, "ids are"):
     decode_image.codes_of([ids], folder)
 
 
@@ -193,7 +140,7 @@ def test_codes_are_found_in_ids(folder):
   ],
 )
 def test_other_codes_are_refused(folder, codes):
-  with refused(ValueError):
+  with refused(ValueError, "of image"):
     decode_image.decode(codes, folder)
 
 
@@ -222,56 +169,3 @@ def test_the_script_writes_images_without_this_package(folder, tmp_path):
   assert done.stdout.split() == list(map(str, names))
   for name, image in zip(names, expected):
     np.testing.assert_array_equal(np.asarray(Image.open(name)), image)
-
-
-@pytest.mark.parametrize(
-  ("content", "target", "message"),
-  [
-    ("[1, 2", "a.png", "cannot decode {}: Expecting ',' delimiter: line 1 column 6"),
-    ('{"codes": [1]}', "a.png", "the codes of image 0 are object of the shape ()"),
-    ("[]", "a.png", "the codes of image 0 are float64 of the shape (0,)"),
-    (
-      json.dumps([[0] * 16, [1, 2]]),
-      "a.png",
-      "image 1 are int64 of the shape (2,); they must be 16 integers, 4 rows of 4.",
-    ),
-    ("[1, 2]", "a.png", "cannot decode {}: the codes of image 0 are int64 of the shape (2,);"),
-    (json.dumps([K] * 16), "a.png", f"code 0 of image 0 is {K}; codes are 0 to"),
-    (json.dumps([0] * 16), "a.pong", "unknown file extension: .pong"),
-    (None, "a.png", "No such file or directory: '{}'"),
-  ],
-)
-def test_a_mistake_is_one_sentence(folder, tmp_path, monkeypatch, capsys, content, target, message):
-  """Runs the script's main function in this process, which has all packages."""
-  source = tmp_path / "codes.json"
-  if content is not None:
-    source.write_text(content)
-  monkeypatch.setattr(decode_image, "__file__", str(folder / "decode_image.py"))
-  decode_image.load.cache_clear()
-  monkeypatch.setattr(sys, "argv", ["decode_image.py", str(source), str(tmp_path / target)])
-  with pytest.raises(SystemExit) as stopped:
-    decode_image.main()
-  decode_image.load.cache_clear()
-  assert stopped.value.code == 2
-  assert message.format(source) in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_missing_and_damaged_files_are_refused(folder, tmp_path):
-  weights = (folder / "params.safetensors").read_bytes()
-  (tmp_path / "params.safetensors").write_bytes(weights)
-  with refused(ValueError):
-    decode_image.load(tmp_path)
-  for content in ('{"format": "diffusers"}', '{"vqgan": {}}', "["):
-    (tmp_path / "config.json").write_text(content)
-    with refused(ValueError):
-      decode_image.load(tmp_path)
-  (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-  for data in (weights[:-9], weights[:5]):
-    (tmp_path / "params.safetensors").write_bytes(data)
-    with refused(ValueError):
-      decode_image.load(tmp_path)
-  (tmp_path / "params.safetensors").unlink()
-  with refused(ValueError):
-    decode_image.load(tmp_path)
-  (tmp_path / "params.safetensors").write_bytes(weights)
-  assert decode_image.load(tmp_path)

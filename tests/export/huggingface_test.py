@@ -1,21 +1,17 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import layouts, placed
-from cm3leon_jax.weights.stored import of_tree
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 from tests.models.tiny import random_params
 from tests.refusals import refused
@@ -29,12 +25,6 @@ def config(family, **fields):
   return ModelConfig(family, vocab_size=320, dtype="float32", **{**sizes, **fields})
 
 
-def samples():
-  rng = np.random.default_rng(0)
-  random = [rng.integers(0, VOCAB.size, n).astype(np.int32) for n in (40, 7, 1)]
-  return [*random, np.array([0, 0, 5, 319], np.int32)]
-
-
 @pytest.fixture(
   params=["opt", "modern as Qwen3-0.6B", pytest.param("modern", marks=pytest.mark.slow)]
 )
@@ -45,17 +35,6 @@ def exported(request, tmp_path):
     params = random_params(model_config)
     summary = huggingface.export(tmp_path, params, model_config, VOCAB, None)
     yield tmp_path, params, model_config, summary
-
-
-def test_logits_equal_transformers(exported):
-  pytest.importorskip("torch")
-  folder, params, model_config, summary = exported
-  compared = huggingface.compare_logits(folder, params, model_config, samples())
-  assert compared["max_logit"] > 3
-  assert compared["max_difference"] < TOLERANCE
-  unused_positions = 2 * 48 if model_config.family == "opt" else 0
-  assert summary["parameters"] == transformer.count_params(params) + unused_positions
-  assert compared["tokens"] == 52
 
 
 @pytest.mark.slow
@@ -109,37 +88,6 @@ def test_parameters_and_config_are_read_back(exported):
   assert described["model"].keys() >= {*names, "code_colors"}
 
 
-@pytest.mark.slow
-def test_every_weight_is_compared(exported):
-  """Negative control: changing any tensor in the file changes the logits."""
-  pytest.importorskip("torch")
-  folder, params, model_config, _ = exported
-  tensors = safetensors_numpy.load_file(folder / huggingface.WEIGHTS)
-  names = [n for n in tensors if "layers." not in n or "layers.1." in n]
-  for name in names:
-    changed = tensors[name].copy()
-    changed.flat[3::7] += 0.05
-    changed_file = tensors | {name: changed}
-    safetensors_numpy.save_file(changed_file, folder / huggingface.WEIGHTS, {"format": "pt"})
-    compared = huggingface.compare_logits(folder, params, model_config, samples()[:1])
-    assert compared["max_difference"] > 100 * TOLERANCE, name
-
-
-def test_transformers_loads_every_weight(exported):
-  """No weight is missing or unused; padding and start ids are those of the vocabulary."""
-  pytest.importorskip("torch")
-  transformers = pytest.importorskip("transformers")
-  folder, _, model_config, summary = exported
-  model, info = transformers.AutoModelForCausalLM.from_pretrained(
-    str(folder), output_loading_info=True
-  )
-  assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-  assert type(model).__name__ == summary["architecture"]
-  ids = model.generation_config
-  assert (ids.pad_token_id, ids.bos_token_id) == (VOCAB.pad, VOCAB.eos)
-  assert model.config.vocab_size == model_config.vocab_size
-
-
 def test_generation_stops_at_the_end_of_a_document_and_of_an_infill(exported):
   """Given a forced next token, `generate` stops after </s> and <eoss>, but not after <break>."""
   torch = pytest.importorskip("torch")
@@ -157,33 +105,9 @@ def test_generation_stops_at_the_end_of_a_document_and_of_an_infill(exported):
     assert found[0, 3:].tolist() == [token] * generated
 
 
-def test_positions_are_stored_two_rows_later():
-  params = {
-    "positions": np.ones((3, 2)),
-    "embed": np.zeros((4, 2)),
-    "blocks": {"up": np.zeros((0, 2, 2))},
-  }
-  rows = layouts.tensors_of(layouts.LAYOUTS["opt"], of_tree(params))[1].make()
-  np.testing.assert_array_equal(rows, [[0, 0], [0, 0], [1, 1], [1, 1], [1, 1]])
-
-
-def test_sharded_params_export_the_same(tmp_path):
-  files = []
-  for shape in ((1, 1, 1), (2, 2, 2)):
-    devices = jax.devices()[: int(np.prod(shape))]
-    with jax.set_mesh(create_mesh(MeshConfig(*shape), devices)):
-      model_config = config("opt")
-      folder = tmp_path / str(len(devices))
-      huggingface.export(folder, random_params(model_config), model_config, VOCAB, None)
-      files.append(safetensors_numpy.load_file(folder / huggingface.WEIGHTS))
-  one, eight = files
-  assert one.keys() == eight.keys()
-  assert all(jnp.allclose(one[k], eight[k], atol=1e-6) for k in one)
-
-
 @pytest.mark.parametrize("fields", [{"head_size": 24}, {"query_key_norm": True}])
 def test_head_sizes_and_query_key_norm_of_opt_cannot_be_exported(tmp_path, fields):
   with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
     model_config = config("opt", **fields)
-    with refused(UserError):
+    with refused(UserError, "config.model."):
       huggingface.export(tmp_path, random_params(model_config), model_config, VOCAB, None)

@@ -5,13 +5,12 @@ from etils import epath
 import jax
 import numpy as np
 import pytest
-from safetensors import numpy as safetensors
 
 from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import image_tokenizer
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.tokenizers import published, published_files, vqgan
+from cm3leon_jax.tokenizers import published, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS
@@ -51,73 +50,28 @@ def test_this_package_reads_it_and_encodes_with_it(workdir, tmp_path):
   np.testing.assert_array_equal(found, ImageTokenizer.load(workdir / "vqgan").encode(images))
 
 
-def test_an_export_that_ends_early_leaves_no_config(workdir, tmp_path, monkeypatch):
-  image_tokenizer.write(tmp_path, Run(workdir, SETTINGS))
-
-  def fail(*_):
-    raise OSError("no space left")
-
-  monkeypatch.setattr(image_tokenizer.shutil, "copyfileobj", fail)
-  with pytest.raises(OSError, match="no space left"):
-    image_tokenizer.write(tmp_path, Run(workdir, SETTINGS))
-  assert not (tmp_path / "image_tokenizer" / "config.json").exists()
-  with pytest.raises(UserError, match="config"):
-    ImageTokenizer.load(tmp_path / "image_tokenizer")
-
-
 def test_a_network_that_the_script_does_not_compute_is_refused(workdir, tmp_path, monkeypatch):
   torch = pytest.importorskip("torch")
   monkeypatch.setattr(torch.nn.functional, "silu", torch.relu)
-  with refused(UserError):
+  with refused(UserError, "decode_image.py"):
     image_tokenizer.write(tmp_path, Run(workdir, SETTINGS))
   assert not (tmp_path / "image_tokenizer").exists()
 
 
-@pytest.mark.parametrize("family", published.FAMILIES)
-def test_a_published_tokenizer_is_written_as_it_was_published(tmp_path, monkeypatch, family):
+def test_a_published_tokenizer_is_copied(tmp_path):
   sizes = {"widths": (8, 8), "groups": 2, "latent_channels": 4, "code_dim": 4, "resolution": 256}
-  config = dataclasses.replace(published.FAMILIES[family], **sizes)
-  monkeypatch.setitem(published.FAMILIES, family, config)
+  config = dataclasses.replace(published.FAMILIES["amused"], **sizes)
   rng = np.random.default_rng(0)
   expected = parameters.to_dict(published.structure(config, K)[1])
   params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), expected)
-  tokenizer = ImageTokenizer(config, K, params)
-  tokenizer.save(tmp_path / "run" / "vqgan")
+  ImageTokenizer(config, K, params).save(tmp_path / "run" / "vqgan")
   about = image_tokenizer.write(tmp_path / "export", Run(tmp_path / "run", SETTINGS))[
     "image_tokenizer"
   ]
-  assert (about["family"], about["image_tokens"], about["num_codes"]) == (family, 128**2, K)
+  assert (about["family"], about["image_tokens"], about["num_codes"]) == ("amused", 128**2, K)
   folder = tmp_path / "export" / "image_tokenizer"
-  name = "diffusion_pytorch_model" if family == "amused" else "model"
-  assert {path.name for path in folder.iterdir()} == {"config.json", f"{name}.safetensors"}
-  assert about["bytes"] == (folder / f"{name}.safetensors").stat().st_size
-  found = published_files.read(folder, family).tokenizer
+  assert {path.name for path in folder.iterdir()} == {"config.json", "params.safetensors"}
+  assert about["bytes"] == (folder / "params.safetensors").stat().st_size
+  found = ImageTokenizer.load(folder)
   assert (found.config, found.num_codes) == (config, K)
   jax.tree.map(np.testing.assert_array_equal, found.params, params)
-  assert set(published_files.tensor_shapes(config, K)) == set(
-    safetensors.load_file(folder / f"{name}.safetensors")
-  )
-
-
-def test_without_torch_an_export_is_written_unchecked(workdir, tmp_path, monkeypatch):
-  monkeypatch.setattr(image_tokenizer.importlib.util, "find_spec", lambda name: None)
-  monkeypatch.setattr(image_tokenizer, "difference", None)
-  image_tokenizer.write(tmp_path, Run(workdir, SETTINGS))
-  assert (tmp_path / "image_tokenizer" / "config.json").exists()
-
-
-def test_a_tensor_that_is_absent_is_named(workdir):
-  pytest.importorskip("torch")
-  tokenizer = ImageTokenizer.load(workdir / "vqgan")
-  described = {"format": image_tokenizer.FORMAT, "vqgan": {}, "num_codes": K, "levels": ()}
-  assert image_tokenizer.difference(tokenizer, described) == "it has no 'resolution'"
-  described["vqgan"] = read_json(workdir / "vqgan" / "config.json")["vqgan"]
-  assert image_tokenizer.difference(tokenizer, described) == ""
-  described["vqgan"]["decoder_blocks"] = [1]
-  wrong = image_tokenizer.difference(tokenizer, described)
-  assert wrong == "it has no 'decoder.levels.0.0.conv1.kernel'"
-
-
-def test_a_run_without_image_tokenizer_is_refused(tmp_path):
-  with refused(UserError):
-    image_tokenizer.write(tmp_path, Run(tmp_path, SETTINGS))

@@ -57,7 +57,7 @@ def test_a_run_starts_from_it_on_any_mesh(exported, run):
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(split)):
     assert (x.sharding, x.dtype) == (y.sharding, y.dtype)
   other = dataclasses.replace(settings.model, mlp_width=64)
-  with refused(UserError):
+  with refused(UserError, str(folder)):
     initial.find(dataclasses.replace(settings, model=other), str(folder))
 
 
@@ -75,6 +75,6 @@ def test_another_dtype_is_rounded_and_damage_is_found(exported):
   content = bytearray(data.read_bytes())
   content[len(content) // 2] ^= 1
   data.write_bytes(bytes(content))
-  with one_device(), refused(UserError) as error:
+  with one_device(), refused(UserError, data.name) as error:
     initial.load(initial.find(settings, str(folder)), settings)
   assert data.name in str(error.value)

@@ -8,12 +8,7 @@ import jax
 import pytest
 
 from cm3leon_jax.export import stablehlo
-from tests.data.stores import VOCAB
 from tests.refusals import check_sentence
-
-
-def test_the_example_is_short(folder):
-  assert len((folder / "serve_example.py").read_text().splitlines()) <= 40
 
 
 def test_a_caption_of_digits_is_text_and_ids_are_asked_for(folder, monkeypatch):
@@ -54,43 +49,12 @@ def refusal(folder, monkeypatch, capsys, *arguments):
   return printed.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-  "arguments",
-  [
-    [],
-    ["red", "apple"],
-    ["red", "--seed=x"],
-    ["red", "--seed=-1"],
-    ["--ids", "100 red"],
-    ["--ids", f"100 {VOCAB.size}"],
-    ["--ids", "100 0"],
-    ["--ids", "100 " * 111],
-  ],
-)
-def test_a_wrong_command_line_is_one_sentence(copied, monkeypatch, capsys, arguments):
-  check_sentence(refusal(copied, monkeypatch, capsys, *arguments))
-
-
-@pytest.mark.parametrize(
-  "file", ["manifest.json", "tokenizer.json", "model.safetensors", "generate_image.stablehlo"]
-)
-def test_a_missing_file_is_named(copied, monkeypatch, capsys, file):
-  (copied / file).unlink()
-  check_sentence(refusal(copied, monkeypatch, capsys, "red"))
-
-
 @pytest.mark.parametrize("file", ["generate_image.stablehlo", "model.safetensors"])
 def test_a_changed_file_is_refused(copied, monkeypatch, capsys, file):
   data = bytearray((copied / file).read_bytes())
   data[-1] ^= 1
   (copied / file).write_bytes(data)
   check_sentence(refusal(copied, monkeypatch, capsys, "red"))
-
-
-def test_a_damaged_manifest_is_named(copied, monkeypatch, capsys):
-  (copied / stablehlo.MANIFEST).write_text('{"jax": ')
-  found = refusal(copied, monkeypatch, capsys, "red")
-  assert found.startswith(f"error: {copied / stablehlo.MANIFEST} is damaged (Expecting value")
 
 
 @pytest.mark.parametrize("version", [8, 99])
@@ -123,20 +87,6 @@ def test_a_program_of_a_version_that_jax_cannot_read_is_refused(copied, monkeypa
   found = refusal(copied, monkeypatch, capsys, "red")
   assert found.startswith(f"error: jax {jax.__version__} cannot read generate_image (")
   assert found.endswith(f"): install jax {jax.__version__}, or export again.")
-
-
-@pytest.mark.parametrize("package", ["jax", "flatbuffers", "tokenizers"])
-def test_a_missing_package_is_named(copied, monkeypatch, capsys, package):
-  monkeypatch.setitem(sys.modules, package, None)
-  found = refusal(copied, monkeypatch, capsys, "red")
-  assert f"{package}" in found.partition(": `pip install ")[0]
-  assert ": `pip install " in found
-
-
-def test_a_setting_that_an_artifact_lacks_is_refused(folder):
-  loader = runpy.run_path(str(folder / "artifacts.py"))
-  with pytest.raises(loader["Refused"], match=r"^generate_image has no setting 'text_top_k'; its "):
-    loader["settings"]("generate_image", [0], text_top_k=1)
 
 
 def test_prompts_are_padded_to_few_lengths(folder):

@@ -1,13 +1,11 @@
 """Tests that a StableHLO export, run with jax alone, generates the same results as `Generator`."""
 
-import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 
@@ -16,20 +14,16 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.checkpoints import reading
-from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.request import Hole
-from cm3leon_jax.export import formats, stablehlo
+from cm3leon_jax.export import stablehlo
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
 from tests.launched import python
 from tests.models.tiny import random_params
-from tests.refusals import refused
 from tests.reports.snippets import snippets
 
 CAPTIONS = [[100, 101, 102], [200], [300, 301, 302, 303, 304, 305]]
@@ -172,46 +166,6 @@ def test_the_manifest_names_what_a_server_needs_and_no_folder_of_this_machine(fo
   for artifact in folder.glob("*.stablehlo"):
     for part in (b".py", str(pathlib.Path(stablehlo.__file__).parent).encode()):
       assert part not in artifact.read_bytes()
-
-
-def test_half_an_export_has_no_manifest(run, folder, tmp_path, monkeypatch):
-  target = shutil.copytree(folder, tmp_path / "target")
-
-  def fail(*_, **__):
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(stablehlo.jax.export, "export", fail)
-  choice = formats.Choice(format="stablehlo")
-  params = reading.open_params(run / "train")
-  with pytest.raises(KeyboardInterrupt):
-    stablehlo.write(target, formats.TrainedRun(Run(run, SETTINGS), params, choice))
-  assert not (target / stablehlo.MANIFEST).exists()
-
-
-def test_a_dtype_that_no_decoder_computes_in_is_refused(run, tmp_path):
-  choice = formats.Choice(format="stablehlo", dtype="float16")
-  with refused(UserError):
-    formats.check(choice, SETTINGS)
-  with refused(UserError):
-    stablehlo.write_model(tmp_path / "earlier", run, "float16")
-  assert not (tmp_path / "earlier").exists()
-  formats.check(dataclasses.replace(choice, dtype="bfloat16", quantize="int8"), SETTINGS)
-
-
-@pytest.mark.parametrize("source", ["", "scenes-instruct"])
-def test_a_workdir_or_a_bundle_is_exported_by_name(run, tmp_path, monkeypatch, source):
-  """Given scenes-instruct, reads the tokenizers of the bundle on which it is based."""
-  monkeypatch.setattr(stablehlo, "export", lambda *arguments: arguments)
-  written = stablehlo.write_model(tmp_path, source or run, "bfloat16", "int8")
-  folder, params, changed, image_tokenizer, texts, weight_dtype = written
-  assert (folder, weight_dtype, changed.model.dtype) == (tmp_path, "int8", "bfloat16")
-  assert image_tokenizer.num_codes == changed.vocab.image_size
-  assert (texts / "tokenizer.json").exists()
-  assert params.shapes["embed"] == (changed.vocab.size, changed.model.width)
-  if not source:
-    with one_device():
-      average = random_params(SETTINGS.model)
-    np.testing.assert_array_equal(params.read("blocks.up", 0), average["blocks"]["up"][0])
 
 
 def test_several_devices_split_the_batch_of_one_artifact(folder, monkeypatch):

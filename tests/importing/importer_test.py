@@ -85,8 +85,6 @@ def test_a_qwen3_has_the_loss_of_the_original(tied, dtype, shards, tmp_path):
   expected = losses_of_original(model)
   assert difference(losses_of_import(workdir, settings), expected) < TOLERANCE
   said = " ".join(lines)
-  assert "2 key and value heads become 4, each 2 times; this is exact" in said
-  assert ("starts as a copy of the input table" in said) == tied
   assert "</s> starts as the source's id 467, the others start as the mean" in said
 
 

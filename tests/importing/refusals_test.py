@@ -32,7 +32,7 @@ def altered(folder, target, config=(), tensors=()) -> pathlib.Path:
 
 def refuses(settings, source) -> None:
   """Asserts that planning an import raises the stored error."""
-  with refused(UserError):
+  with refused(UserError, str(source)):
     importer.plan(settings, str(source))
 
 
@@ -40,11 +40,6 @@ def a_bias(value: float, place: int = 3) -> np.ndarray:
   x = ZEROS.copy()
   x[place] = value
   return x
-
-
-def test_biases_of_0_are_imported(qwen3_folder, tmp_path):
-  source = altered(qwen3_folder, tmp_path / "source", tensors={f"model.{Q}.bias": ZEROS})
-  assert importer.plan(settings_for(QWEN3), str(source)).tensors
 
 
 @pytest.mark.parametrize(
@@ -71,7 +66,6 @@ def test_biases_of_0_are_imported(qwen3_folder, tmp_path):
     ({"model_type": "llama"}, {}),
     ({"model_type": "opt"}, {}),
     ({"model_type": None}, {}),
-    ({"quantization_config": {"bits": 4}}, {}),
     ({"cm3leon": {"num_special": 8, "text_size": 9}, "rope_theta": 1e6}, {}),
     ({"cm3leon": 3, "rope_theta": 1e6}, {}),
   ],
@@ -94,29 +88,10 @@ def test_a_base_of_rope_outside_of_rope_parameters_is_read(qwen3_folder, tmp_pat
 def test_values_that_are_no_numbers_are_refused_and_leave_no_weights(x, qwen3_folder, tmp_path):
   name = "model.layers.1.mlp.down_proj.weight"
   source = altered(qwen3_folder, tmp_path / "source", tensors={name: x})
-  with refused(UserError):
+  with refused(UserError, str(source), name):
     imported(source, tmp_path / "run", settings_for(QWEN3))
   assert not (tmp_path / "run" / "init" / "model.safetensors").exists()
   assert not (tmp_path / "run" / "init" / stages.DONE).exists()
-
-
-def test_the_fields_that_the_config_needs_are_named_with_their_flags(qwen3_folder):
-  opt = {"family": "opt", "num_layers": 2, "num_heads": 4, "mlp_width": 64, "max_positions": 256}
-  refuses(settings_for(opt), qwen3_folder)
-  refuses(settings_for(QWEN3, rows=700), qwen3_folder)
-
-
-def test_folders_that_hold_no_checkpoint_are_refused(qwen3_folder, tmp_path):
-  for name in ("Qwen/Qwen3-0.6B", str(tmp_path)):
-    with refused(UserError):
-      open_source(name)
-  source = altered(qwen3_folder, tmp_path / "source")
-  (source / "model.safetensors").rename(source / "other")
-  with refused(UserError):
-    open_source(str(source))
-  (source / "pytorch_model.bin").write_bytes(b"\x80\x04")
-  with refused(UserError):
-    open_source(str(source))
 
 
 @pytest.mark.parametrize(
@@ -138,32 +113,8 @@ def test_an_index_that_names_other_files_is_refused(place, qwen3_folder, tmp_pat
   safetensors.save_file({"x": ZEROS}, source / "empty.safetensors")
   index = {"metadata": {}, "weight_map": {"model.norm.weight": place}}
   (source / "model.safetensors.index.json").write_text(json.dumps(index))
-  with refused(UserError):
+  with refused(UserError, str(source)):
     open_source(str(source))
-
-
-def test_a_workdir_with_another_tokenizer_or_import_is_refused(qwen3_folder, tmp_path):
-  settings, run = settings_for(QWEN3), tmp_path / "run"
-  write_json(run / "text_tokenizer" / stages.DONE, {"config": {"inputs": {"raw": "a"}}, "id": "b"})
-  with refused(UserError):
-    imported(qwen3_folder, run, settings)
-  shutil.rmtree(run)
-  imported(qwen3_folder, run, settings)
-  before = (run / "init" / stages.DONE).read_text()
-  imported(qwen3_folder, run, settings)  # Importing again changes nothing.
-  assert (run / "init" / stages.DONE).read_text() == before
-  tensors = {"model.norm.weight": a_bias(1.0) + 1}
-  other = altered(qwen3_folder, tmp_path / "other", tensors=tensors)
-  with refused(UserError):
-    imported(other, run, settings)
-
-
-@pytest.mark.parametrize("file", ["manifest.json", "params/_METADATA"])
-def test_an_export_in_another_format_is_refused_by_its_name(tmp_path, file):
-  (tmp_path / file).parent.mkdir(exist_ok=True)
-  write_json(tmp_path / file, {})
-  with refused(UserError):
-    open_source(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -181,8 +132,3 @@ def test_a_text_of_gigabytes_is_refused_and_not_read(name, qwen3_folder, tmp_pat
   source = altered(qwen3_folder, tmp_path / "source")
   os.truncate(source / name, 2**40)
   refuses(settings_for(QWEN3), source)
-
-
-def test_an_end_of_text_that_is_no_number_counts_as_absent(qwen3_folder, tmp_path):
-  source = altered(qwen3_folder, tmp_path / "source", {"eos_token_id": True})
-  assert importer.plan(settings_for(QWEN3), str(source)).tables.end is None

@@ -80,5 +80,5 @@ def test_auto_is_plain_on_a_cpu_and_a_kernel_refuses_other_shapes(rows):
     auto = attention.row_attention("auto", q, k, v, segment_ids)
     np.testing.assert_array_equal(auto, attention.causal_attention(q, k, v, segment_ids))
     for name, wrong in (("splash", q[:, :100]), ("triton", q[..., :48])):
-      with refused(ValueError):
+      with refused(ValueError, name):
         attention.row_attention(name, wrong, wrong, wrong, segment_ids[:, : wrong.shape[1]])

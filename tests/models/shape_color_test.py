@@ -62,8 +62,7 @@ def test_join_inverts_split_on_any_mesh(shape):
     np.testing.assert_allclose(a, b, atol=5e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 2)])
+@pytest.mark.parametrize(("name", "shape"), [("adamw", (1, 1, 1)), ("muon", (1, 4, 2))])
 def test_updates_are_those_of_a_model_whose_parameters_are_the_vectors(name, shape):
   """The oracle trains the vectors with the plain optimizer; its gradients come from autodiff."""
   config = OptimizerConfig(name=name, learning_rate=1e-2, warmup_steps=0, weight_decay=0.1)

@@ -161,37 +161,6 @@ def test_sharded_equals_one_device(family, shape):
     np.testing.assert_allclose(found, expected, atol=5e-5)
 
 
-def test_opt_starts_with_equal_logits_up_to_the_tied_table():
-  """Initially, residual outputs are 0: every layer is the identity, and the depth has no effect."""
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    deep = model_logits(
-      CONFIG, transformer.init_params(CONFIG, jax.random.key(0)), TOKENS, POSITIONS, SEGMENTS
-    )
-    params = transformer.init_params(CONFIG, jax.random.key(0))
-    model = transformer.bind(CONFIG, params)
-    x = model.final_norm(model.embed_tokens(jnp.asarray(TOKENS), jnp.asarray(POSITIONS)))
-    np.testing.assert_allclose(deep, transformer.logits(x, model.output_table()), atol=1e-6)
-    assert float(jnp.std(params["embed"])) == pytest.approx(0.006, rel=0.05)
-    assert float(jnp.max(jnp.abs(params["embed"]))) <= 3 * 0.006 + 1e-9
-
-
-def test_positions_of_opt_start_at_the_papers_spread():
-  """Initial values are normal with sigma 0.0002, truncated at 3 sigma (CM3Leon, section 2.3)."""
-  config = config_of("opt", max_positions=512)
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    positions = np.asarray(transformer.init_params(config, jax.random.key(0))["positions"])
-  assert positions.std() == pytest.approx(0.0002, rel=0.05)
-  assert 0.0005 < np.abs(positions).max() <= 0.0006 * (1 + 1e-6)
-
-
-def test_the_embedding_has_a_spread_of_its_own():
-  config = config_of("modern", init_std=0.03, embed_std=0.5)
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    params = transformer.init_params(config, jax.random.key(0))
-  assert float(jnp.std(params["embed"])) == pytest.approx(0.5, rel=0.05)
-  assert float(jnp.std(params["head"])) == pytest.approx(0.03, rel=0.05)
-
-
 def test_rotation_depends_on_distance_alone():
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
 
@@ -223,14 +192,6 @@ def test_norms_of_bfloat16_are_computed_in_fp32(center):
   exact /= np.sqrt((exact**2).mean(-1, keepdims=True))
   assert found.dtype == jnp.bfloat16
   np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-6)
-
-
-def test_logits_of_bfloat16_are_fp32():
-  hidden, table = jnp.ones((1, 2, 8), jnp.bfloat16), jnp.ones((5, 8), jnp.bfloat16)
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    found = transformer.logits(hidden, table.at[:, 0].set(1 + 2**-7))
-  assert found.dtype == jnp.float32
-  assert (np.asarray(found) == 8 + 2**-7).all()  # bfloat16 cannot represent this number.
 
 
 def plain_logits(config, params, tokens, positions):

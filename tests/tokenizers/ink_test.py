@@ -52,19 +52,3 @@ def test_the_common_colors_are_those_of_the_drawings():
   # Negative control: at random, two colors share a center.
   random = np.random.default_rng(0).normal(size=expected.shape)
   assert len(set((expected @ random.T).argmax(1))) < len(COLORS)
-
-
-def test_white_squares_whose_color_counts_as_black_are_no_common_color():
-  colors = [color for color in COLORS if color != "black"]
-  pixels = np.concatenate([np.asarray(drawn(color)) for color in colors])
-  found = ink.common_colors(pixels, 6, len(colors), 0)
-  expected = directions_of(colors)
-  np.testing.assert_allclose(found[(expected @ found.T).argmax(1)], expected, atol=0.05)
-
-
-def test_colors_that_no_drawing_has_are_random_and_finite():
-  found = ink.common_colors(np.ones((2, 12, 12, 3), np.float32), 6, 3, 0)
-  assert np.isfinite(found).all()
-  assert len(np.unique(found, axis=0)) == 3
-  one = ink.common_colors(np.asarray(drawn("red")), 6, 40, 0)
-  assert np.isfinite(one).all()

@@ -81,28 +81,6 @@ def test_the_adaptive_weight_is_the_ratio_of_the_last_layers_gradients(images):
   assert adaptive(dataclasses.replace(CONFIG, adversarial_adaptive=False), network) == 1
 
 
-@pytest.mark.slow
-def test_the_weight_is_a_constant_of_the_gradient_and_is_shown(images):
-  """No gradient flows through the weight: a fixed weight of the same size gives equal gradients."""
-  state, x = vqgan_training.init_state(CONFIG, NUM_CODES, 0), vqgan.to_float(images)
-
-  @functools.partial(jax.jit, static_argnums=0)
-  def grads(config):
-    def loss(params):
-      return losses.generator_loss(params, state["discriminator"], config, NUM_CODES, x)
-
-    return jax.grad(loss, has_aux=True)(state["params"])
-
-  found, outputs = grads(CONFIG)
-  weight = 0.8 * float(outputs.adaptive)
-  fixed = dataclasses.replace(CONFIG, adversarial_adaptive=False, adversarial_weight=weight)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, grads(fixed)[0]
-  )
-  _, metrics = vqgan_training.train_step(state, images, CONFIG, True)
-  assert float(metrics["adversarial_weight"]) == pytest.approx(weight, rel=1e-4)
-
-
 def test_the_discriminator_starts_late():
   assert vqgan_training.adversarial_from(CONFIG) == 6
   assert vqgan_training.adversarial_from(dataclasses.replace(CONFIG, adversarial_start=0.0)) == 0

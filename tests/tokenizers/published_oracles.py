@@ -2,8 +2,7 @@
 
 aMUSEd is `diffusers.VQModel`. Chameleon is transformers' ChameleonVQVAE, which has no decoder, with
 the decoder of Janus. Janus counts levels from the lowest resolution, and has an additional
-attention layer after each block of that level. taming's Gumbel f8 has the same encoder and decoder,
-including this attention. Its code is the index of the largest logit of a convolution.
+attention layer after each block of that level (`level_attention`).
 """
 
 import dataclasses
@@ -87,7 +86,7 @@ class Amused:
 
 
 class Chameleon:
-  """Reference for Chameleon: ChameleonVQVAE and Janus' decoder. `gumbel`: taming's quantizer."""
+  """Reference for Chameleon: ChameleonVQVAE and Janus' decoder."""
 
   lowest = -1
 
@@ -112,10 +111,6 @@ class Chameleon:
     janus = transformers.JanusVQVAE(transformers.JanusVQVAEConfig(**sizes)).eval()
     self.decoder = janus.decoder
     self.modules = (self.model, self.decoder)
-    self.gumbel = None
-    if config.gumbel:
-      self.gumbel = torch.nn.Conv2d(config.code_dim, num_codes, 1)
-      self.modules += (self.gumbel,)
 
   def silence_attention(self):
     """Disables the attention layers that Janus' decoder has and Chameleon's lacks."""
@@ -130,22 +125,15 @@ class Chameleon:
       if self.attention or ".attn." not in name:
         level = re.sub(r"^up\.(\d+)", lambda m: f"up.{self.last - int(m[1])}", name)
         tensors[f"decoder.{level}"] = value
-    if self.gumbel is not None:
-      tensors["quantize.embed.weight"] = tensors.pop("quantize.embedding.weight")
-      tensors |= {f"quantize.proj.{k}": v for k, v in self.gumbel.state_dict().items()}
     return tensors
 
   def distances(self, pixels):
-    """Maps pixels [B, H, W, 3] in [-1, 1] to distances [B, h, w, K] (Gumbel: negated logits)."""
+    """Maps pixels [B, H, W, 3] in [-1, 1] to distances [B, h, w, K]."""
     z = self.model.quant_conv(self.model.encoder(pixels.permute(0, 3, 1, 2)))
-    if self.gumbel is not None:
-      return -self.gumbel(z).permute(0, 2, 3, 1)
     z, table = z.permute(0, 2, 3, 1), self.model.quantize.embedding.weight
     return torch.cdist(z.reshape(-1, z.shape[-1]), table).reshape(*z.shape[:3], -1)
 
   def encode(self, pixels):
-    if self.gumbel is not None:
-      return self.distances(pixels).argmin(-1)
     size = [side // 2**self.last for side in pixels.shape[1:3]]
     return self.model.encode(pixels.permute(0, 3, 1, 2)).image_tokens.reshape(-1, *size)
 
@@ -165,14 +153,6 @@ def make(config: PublishedConfig, num_codes: int, seed: int = 0):
   if isinstance(oracle, Chameleon) and not config.level_attention:
     oracle.silence_attention()
   return oracle
-
-
-def save(path, oracle, prefix: str = "", **more) -> None:
-  """Saves the tensors of a reference model, and those in `more`, as safetensors."""
-  import safetensors.torch
-
-  tensors = {prefix + name: value.contiguous() for name, value in oracle.tensors().items()}
-  safetensors.torch.save_file(tensors | more, path)
 
 
 def to_pixels(images: np.ndarray, lowest: int):

@@ -1,10 +1,14 @@
 """Writes a small image tokenizer of aMUSEd's layout with random weights."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
+from safetensors.numpy import save_file
 
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.tokenizers import published, published_files
+from cm3leon_jax.tokenizers.published_source import DIFFUSERS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 FAMILY = dataclasses.replace(
@@ -12,14 +16,25 @@ FAMILY = dataclasses.replace(
 )
 
 
-def save_random(folder, num_codes: int) -> ImageTokenizer:
+def save_random(folder, num_codes: int, seed: int = 0) -> ImageTokenizer:
   """Saves random weights with diffusers' names and config; returns their tokenizer."""
-  rng, tensors = np.random.default_rng(0), {}
+  rng, tensors = np.random.default_rng(seed), {}
   for name, shape in published_files.tensor_shapes(FAMILY, num_codes).items():
     scale = np.prod(shape[1:]) ** -0.5 if len(shape) == 4 else 1 if len(shape) == 2 else 0.3
     around = float("norm" in name and name.endswith("weight"))
     tensors[name] = rng.normal(around, scale, shape).astype(np.float32)
-  params = published_files.from_tensors(tensors, FAMILY, num_codes)
-  tokenizer = ImageTokenizer(FAMILY, num_codes, params, 4)
-  published_files.save_diffusers(folder, tokenizer)
-  return tokenizer
+  pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+  save_file(tensors, pathlib.Path(folder) / DIFFUSERS)
+  config = {theirs: getattr(FAMILY, ours) for ours, theirs in published_files.SIZES.items()}
+  config |= {name: value for name, (value, _) in published_files.FIXED.items()}
+  levels = len(FAMILY.widths)
+  config |= {
+    "num_vq_embeddings": num_codes,
+    "down_block_types": ["DownEncoderBlock2D"] * levels,
+    "up_block_types": ["UpDecoderBlock2D"] * levels,
+    "lookup_from_codebook": True,
+  }
+  write_json(pathlib.Path(folder) / "config.json", config)
+  return ImageTokenizer(
+    FAMILY, num_codes, published_files.from_tensors(tensors, FAMILY, num_codes), 4
+  )

@@ -7,7 +7,6 @@ import pytest
 
 from cm3leon_jax.tokenizers import published, published_files
 from cm3leon_jax.tokenizers.published import FAMILIES, PublishedConfig
-from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.tokenizers import published_oracles
 from tests.tokenizers.published_oracles import small
 
@@ -65,12 +64,16 @@ def swapped(params, side, level, first, second):
 
 
 @pytest.mark.parametrize(
-  "family",
-  ["taming_gumbel_f8", *(pytest.param(x, marks=pytest.mark.slow) for x in ("amused", "chameleon"))],
+  ("family", "fields"),
+  [
+    ("chameleon", {"level_attention": True}),
+    pytest.param("amused", {}, marks=pytest.mark.slow),
+    pytest.param("chameleon", {}, marks=pytest.mark.slow),
+  ],
 )
-def test_codes_and_pixels_equal_torch(family):
+def test_codes_and_pixels_equal_torch(family, fields):
   """Given images that are not square, codes and pixels are equal, unless two layers are swapped."""
-  oracle, params = make(config := small(family))
+  oracle, params = make(config := small(family, **fields))
   images = some_images(24, 32)
   codes = np.random.default_rng(2).integers(0, NUM_CODES, (2, 6, 8))
   encoder = swapped(params, "encoder", "down", "conv1", "conv2")
@@ -81,39 +84,9 @@ def test_codes_and_pixels_equal_torch(family):
   assert largest_difference(config, NUM_CODES, decoder, oracle, codes) > 100 * TOLERANCE
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  "family", ["amused", pytest.param("taming_gumbel_f8", marks=pytest.mark.slow)]
-)
-def test_a_tokenizer_is_saved_whole_and_runs_in_batches(family, tmp_path):
-  config = small(family, widths=(32, 64), blocks=1, resolution=16)
-  oracle, params = make(config)
-  tokenizer = ImageTokenizer(config, NUM_CODES, params, batch_size=2)
-  tokenizer.save(tmp_path)
-  loaded = ImageTokenizer.load(tmp_path)
-  assert (loaded.config, loaded.num_codes, loaded.batch_size) == (config, NUM_CODES, 4096)
-  jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
-  assert tokenizer.codebook().dtype == np.float32
-  name = "quantize.embed.weight" if config.gumbel else "quantize.embedding.weight"
-  np.testing.assert_array_equal(loaded.codebook(), oracle.tensors()[name])
-  images = some_images(16, 16, 3)
-  codes = tokenizer.encode(images)
-  assert codes.shape == (3, config.image_tokens) == (3, 64)
-  np.testing.assert_array_equal(tokenizer.encode(images[:0:-1]), codes[:0:-1])
-  decoded = tokenizer.decode(codes)
-  with torch.no_grad():
-    pixels = oracle.decode(torch.tensor(codes).long().reshape(3, 8, 8)).numpy()
-  expected = np.clip((pixels - oracle.lowest) * 255 / (1 - oracle.lowest), 0, 255)
-  assert (decoded.shape, decoded.dtype) == (images.shape, np.uint8)
-  assert np.abs(decoded - expected).max() < 0.5 + 0.01
-  with pytest.raises(ValueError, match=r"must be uint8 \[B, 16, 16, 3\]"):
-    tokenizer.encode(images[:, :8])
-
-
 # Published (levels, codes per image, code width) and number of parameters of each family.
 PUBLISHED = {
   "amused": (16, 256, 64, 146_244_675),
-  "taming_gumbel_f8": (8, 1_024, 256, 68_995_971),
   "chameleon": (16, 1_024, 256, 68_718_467),
 }
 
@@ -137,14 +110,6 @@ NAMES = {
     "decoder.up_blocks.4.resnets.2.norm2.bias": (128,),
     "decoder.mid_block.resnets.1.conv1.weight": (768, 768, 3, 3),
     "quantize.embedding.weight": (8192, 64),
-  },
-  "taming_gumbel_f8": {
-    "encoder.down.3.attn.1.proj_out.weight": (512, 512, 1, 1),
-    "encoder.down.2.block.0.nin_shortcut.weight": (256, 128, 1, 1),
-    "decoder.up.3.attn.2.k.bias": (512,),
-    "decoder.up.1.upsample.conv.weight": (128, 128, 3, 3),
-    "quantize.proj.weight": (8192, 256, 1, 1),
-    "quantize.embed.weight": (8192, 256),
   },
   "chameleon": {
     "encoder.down.4.block.0.nin_shortcut.weight": (512, 256, 1, 1),

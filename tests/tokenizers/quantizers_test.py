@@ -49,15 +49,6 @@ def test_every_code_is_its_own_nearest_code(kind):
   assert codebook.nearest(q).dtype == jnp.int32
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_decoder_receives_the_codes(kind):
-  codebook = make(kind)
-  z = codebook.prepare(jax.random.normal(jax.random.key(1), (50, dim_of(kind))))
-  q = codebook(codebook.nearest(z))
-  assert jnp.abs(z - q).max() > 1e-2
-  np.testing.assert_allclose(quantizers.straight_through(z, q), q, atol=1e-6)
-
-
 def test_the_nearest_pair_is_the_nearest_shape_and_the_nearest_color():
   codebook = quantizers.make("shape_color", 6 * 8, 7, nnx.Rngs(params=0), 8)
   z = codebook.prepare(jax.random.normal(jax.random.key(1), (200, 7)))
@@ -115,10 +106,3 @@ def test_a_step_of_every_quantizer_trains_and_its_tokenizer_is_saved(kind, image
   np.testing.assert_array_equal(codes, tokenizer.encode(images))
   np.testing.assert_array_equal(loaded.decode(codes), tokenizer.decode(codes))
   assert ("codebook" in state["params"]) == (kind != "fsq")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_codes_that_stand_alone_restart(kind):
-  config = config_of(kind, steps=1_000, restart_every=10, restart_until=0.5)
-  found = [done for done in range(1, 1_000) if vqgan_training.restarts(config, done)]
-  assert found == ([] if kind == "fsq" else list(range(10, 500, 10)))

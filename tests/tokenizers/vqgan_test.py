@@ -7,13 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
-from cm3leon_jax.runs import stages
-from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.tokenizers import quantizers, vqgan
-from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from tests.refusals import refused
 from tests.tokenizers.tiny import tiny_config
 
 BLOCKS = {"multipliers": (1, 2), "encoder_blocks": (0, 1), "decoder_blocks": (0, 1)}
@@ -95,20 +90,6 @@ def _params_with_table(table):
   return params
 
 
-def test_initial_scales():
-  """Kernels have variance 1 / fan-in, so that a convolution preserves the scale of its input."""
-  params = _init(dataclasses.replace(CONFIG, width=64))
-  kernel = params["encoder"]["downs"]["0"]["kernel"]
-  assert kernel.shape == (4, 4, 64, 128)
-  assert float(kernel.std()) == pytest.approx((4 * 4 * 64) ** -0.5, rel=0.02)
-  assert not params["encoder"]["downs"]["0"]["bias"].any()
-
-
-def test_codes_have_norm_one(tokenizer):
-  codes = vqgan.bind(CONFIG, NUM_CODES, tokenizer.params).codebook(jnp.arange(NUM_CODES))
-  np.testing.assert_allclose(np.linalg.norm(codes, axis=-1), 1, atol=1e-6)
-
-
 def test_straight_through_gradient_reaches_encoder(tokenizer, images):
   x = vqgan.to_float(images)
 
@@ -182,55 +163,3 @@ def test_save_and_load_are_bit_equal(tokenizer, images, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, loaded.params, tokenizer.params)
   np.testing.assert_array_equal(loaded.encode(images), tokenizer.encode(images))
   assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "params.safetensors"]
-
-
-def test_load_names_what_is_wrong(tokenizer, tmp_path):
-  with refused(UserError):
-    ImageTokenizer.load(tmp_path)
-  tokenizer.save(tmp_path)
-  dataclasses.replace(tokenizer, num_codes=NUM_CODES + 1).save(tmp_path)
-  with refused(UserError):
-    ImageTokenizer.load(tmp_path)
-  (tmp_path / "params.safetensors").write_bytes(b"nothing of the kind")
-  with refused(UserError):
-    ImageTokenizer.load(tmp_path)
-  (tmp_path / "params.safetensors").unlink()
-  with refused(UserError):
-    ImageTokenizer.load(tmp_path)
-
-
-@pytest.mark.parametrize("number", [-1, 0])
-def test_a_number_of_codes_is_positive(tokenizer, tmp_path, number):
-  dataclasses.replace(tokenizer, num_codes=number).save(tmp_path)
-  with refused(UserError):
-    ImageTokenizer.load(tmp_path)
-
-
-def test_damaged_parameters_are_refused(tokenizer, tmp_path):
-  folder = tmp_path / "vqgan"
-  with stages.once(folder, {}, files=stage_table.STAGES["vqgan"].files):
-    tokenizer.save(folder)
-  ImageTokenizer.load(folder)
-  params = bytearray((folder / "params.safetensors").read_bytes())
-  params[-1] ^= 1
-  (folder / "params.safetensors").write_bytes(params)
-  with refused(UserError):
-    ImageTokenizer.load(folder)
-
-
-def test_wrong_arrays_are_refused(tokenizer, images):
-  with refused(ValueError):
-    tokenizer.encode(images.astype(np.float32))
-  with refused(ValueError):
-    tokenizer.encode(images[:, :8])
-  with refused(ValueError):
-    tokenizer.decode(np.zeros((1, 15), np.int32))
-  with refused(ValueError):
-    tokenizer.decode(np.full((1, 16), NUM_CODES, np.int32))
-
-
-def test_image_tokens():
-  assert VQGANConfig().image_tokens == 1024
-  halved = {"multipliers": (1, 2, 2, 4), "encoder_blocks": (2,) * 4, "decoder_blocks": (2,) * 4}
-  assert VQGANConfig(downsample=16, **halved).image_tokens == 256
-  assert CONFIG.image_tokens == 16

@@ -1,6 +1,5 @@
 """Tests that a bundle or export of a stranger is read, or refused in one sentence."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -18,7 +17,6 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.export import bundle, formats
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import FOREIGN_VALUES, read_json, write_json
-from cm3leon_jax.trained import adapters
 from cm3leon_jax.trained.run import Run
 from tests.export.conftest import with_bank
 from tests.generation.run import SETTINGS, one_device
@@ -162,14 +160,3 @@ def test_a_wrong_model_is_refused_in_one_sentence(models, tmp_path, attack):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_models_are_read(models, name):
   assert read(models / name)[0] == 7
-
-
-def test_a_wrong_adapter_is_refused_in_one_sentence(tmp_path):
-  write_json(tmp_path / "adapter_config.json", {})
-  settings = dataclasses.asdict(SETTINGS)
-  for base in ({"foo": 1}, {}):
-    write_json(tmp_path / "export.json", {"settings": settings, "base": base})
-    with pytest.raises(UserError, match=f"{tmp_path} is not an adapter"):
-      adapters.open_at(tmp_path)
-  with pytest.raises(UserError, match=r"http://a\.b/c is not an adapter"):
-    adapters.open_at("http://a.b/c")

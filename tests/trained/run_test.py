@@ -29,24 +29,12 @@ def test_a_run_has_its_own_folders_and_the_ids_of_its_stages(run):
   assert ids(trained, READ) == stages.ids(SETTINGS, run, READ)
 
 
-def test_a_run_without_documents_has_no_bank(run, tmp_path):
-  shutil.copytree(run, tmp_path / "tuned", ignore=shutil.ignore_patterns("documents"))
-  assert Run.open(tmp_path / "tuned").bank is None
-
-
 def store_raw(run, folder, **fields):
   """Writes the stored settings of `run` with changed fields of the section `raw`."""
   about = read_json(run / "train" / "config.json")
   about["settings"]["raw"].update(fields)
   (folder / "train").mkdir(parents=True)
   write_json(folder / "train" / "config.json", about)
-
-
-@pytest.mark.parametrize("source", ["openmoji", "docstrings"])
-def test_a_run_on_a_source_that_is_an_example_now_is_refused(run, tmp_path, source):
-  store_raw(run, tmp_path / "old", source=source, max_texts=4_000)
-  with refused(UserError):
-    Run.open(tmp_path / "old")
 
 
 def test_a_field_that_earlier_versions_stored_changes_nothing(run, tmp_path):
@@ -82,7 +70,7 @@ def test_the_config_of_a_bundle_may_set_what_its_files_do_not_decide():
   assert Run.open("scenes", asked).settings == dataclasses.replace(stored, sampling=sampling)
   # The model of this config is smaller than that of the bundle.
   other = settings_from_config(scenes.get_config())
-  with refused(UserError):
+  with refused(UserError, "model."):
     Run.open("scenes", other)
 
 
@@ -99,18 +87,8 @@ def test_an_export_is_opened_where_it_will_do(run, tmp_path, name):
   jax.tree.map(np.testing.assert_array_equal, found, expected)
   assert opened.text.encode("a red cat").tolist() == Run.open(run).text.encode("a red cat").tolist()
   assert opened.images.config == Run.open(run).images.config
-  with refused(UserError):
+  with refused(UserError, str(folder)):
     Run.open(folder)
-
-
-def test_a_run_has_at_most_twelve_public_members():
-  members = {name for name in dir(Run) if not name.startswith("_")}
-  assert len(members | {field.name for field in dataclasses.fields(Run)}) <= 12
-
-
-def test_a_misspelt_name_of_a_bundle_is_mended():
-  with refused(UserError):
-    Run.open("scenez")
 
 
 def test_a_stopped_run_is_read_at_its_newest_checkpoint(run, tmp_path, capfd):

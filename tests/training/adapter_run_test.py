@@ -12,7 +12,7 @@ from tests.models.tiny import mesh_of, random_params
 from tests.training.runs import MODEL, STEPS, Crash, assert_equal, crash_at, losses
 from tests.training.runs import run as run_of
 
-ADAPTER = AdapterConfig(rank=3, tokens=("1:5",))
+ADAPTER = AdapterConfig(rank=3)
 
 
 def base_params():
@@ -77,6 +77,5 @@ def test_a_checkpoint_has_no_array_of_the_base(adapted):
   newest = adapted[0] / "checkpoints" / str(STEPS) / "state"
   names = read_json(newest / "_METADATA")["tree_metadata"]
   assert any("'q'" in name and "'a'" in name for name in names)
-  assert not any("positions" in name or "qkv" in name for name in names)
-  shapes = {tuple(x["value_metadata"]["write_shape"]) for n, x in names.items() if "'embed'" in n}
-  assert shapes == {(4, MODEL.width)}
+  others = ("positions", "qkv", "'embed'")
+  assert not any(other in name for name in names for other in others)

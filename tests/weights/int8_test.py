@@ -5,14 +5,12 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.export import formats, huggingface
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import int8, stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import model_logits, random_params
-from tests.refusals import refused
 
 
 def test_literals():
@@ -74,10 +72,3 @@ def test_transformers_multiplies_by_the_rounded_parameters(tmp_path, family):
   assert numbers["parameters"] > sum(x.size for x in tensors.values())
   packed = [x for name, x in tensors.items() if name.endswith("_packed")]
   assert len(packed) == 2 * (6 if family == "opt" else 7)
-
-
-def test_other_formats_refuse_it_by_name():
-  choice = formats.Choice(format="orbax", quantize="int8")
-  with refused(UserError):
-    formats.check(choice, SETTINGS)
-  formats.check(dataclasses.replace(choice, quantize=""), SETTINGS)

@@ -1,7 +1,4 @@
-import json
-
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
@@ -37,7 +34,7 @@ def test_parts_of_tensors_are_read(dtype, shard_bytes, tmp_path):
     found = tensors.read("b", *index)
     np.testing.assert_array_equal(found, expected[index].astype(found.dtype))
     assert found.dtype == (np.float64 if dtype == "float64" else np.float32)
-  with refused(UserError):
+  with refused(UserError, "'d'"):
     tensors.read("d")
 
 
@@ -80,28 +77,11 @@ def test_weights_of_another_config_and_of_no_numbers_are_refused(tmp_path):
   model = config("opt")
   with jax.set_mesh(mesh_of(1, 1, 1)):
     huggingface.export(tmp_path, random_params(model), model, VOCAB, None)
-    with refused(UserError):
+    with refused(UserError, str(tmp_path)):
       placed.load(StoredTensors(tmp_path), config("opt", mlp_width=32))
     path = tmp_path / "model.safetensors"
     tensors = safetensors.load_file(path)
     tensors["model.decoder.layers.2.fc2.weight"][3, 5] = np.inf
     safetensors.save_file(tensors, path)
-    with refused(UserError):
+    with refused(UserError, "layers.2.fc2.weight"):
       placed.load(StoredTensors(tmp_path), model)
-
-
-@pytest.mark.slow
-def test_a_model_in_a_bucket_is_read(server, tmp_path):  # noqa: F811
-  write(tmp_path, "bfloat16", shard_bytes=100)
-  for path in tmp_path.iterdir():
-    server.put("bucket", path.name, path.read_bytes(), None)
-  code = """
-import json
-from cm3leon_jax.weights.stored_tensors import StoredTensors
-print(json.dumps(StoredTensors("gs://bucket").read("c", slice(1, 3)).tolist()))
-"""
-  process = run(server, code)
-  out, error = process.communicate(timeout=120)
-  assert process.returncode == 0, error
-  expected = X[1:3].astype(ml_dtypes.bfloat16).astype(np.float32)
-  np.testing.assert_array_equal(np.array(json.loads(out), np.float32), expected)

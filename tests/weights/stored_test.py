@@ -1,11 +1,9 @@
 import dataclasses
 import json
-import shutil
 import types
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from cm3leon_jax.checkpoints import checkpoint, reading
@@ -44,15 +42,6 @@ def test_all_parameters_are_read_as_they_were(saved):
     jax.tree.map(np.testing.assert_array_equal, tree_of(found), expected)
 
 
-def test_a_slice_is_that_of_the_whole_array(saved):
-  found = reading.open_params(saved.folder)
-  for opened in (found, stored.of_tree(saved.ema)):
-    blocks = saved.ema["blocks"]
-    np.testing.assert_array_equal(opened.read("blocks.up", 1), blocks["up"][1])
-    np.testing.assert_array_equal(opened.read("blocks.qkv", 1, 0), blocks["qkv"][1, 0])
-    assert opened.shapes["blocks.up"] == blocks["up"].shape
-
-
 def test_each_layer_has_chunks_of_its_own(saved):
   state = saved.folder / "checkpoints" / "3" / "state"
   about = json.loads((state / "array_metadatas" / "process_0").read_text())["array_metadatas"]
@@ -76,23 +65,5 @@ def test_a_checkpoint_of_an_earlier_version_is_read_too(tmp_path):
   found = reading.open_params(tmp_path)
   jax.tree.map(np.testing.assert_array_equal, tree_of(found), jax.device_get(params))
   for average in (True, False):
-    with refused(UserError):
+    with refused(UserError, str(tmp_path)):
       reading.open_params(tmp_path, average=average)
-
-
-def test_a_damaged_checkpoint_is_not_opened(saved, tmp_path):
-  shutil.copytree(saved.folder, tmp_path / "copy")
-  data = next((tmp_path / "copy" / "checkpoints" / "3" / "state").glob("ocdbt.process_0/d/*"))
-  content = bytearray(data.read_bytes())
-  content[-1] ^= 1
-  data.write_bytes(bytes(content))
-  with refused(UserError):
-    reading.open_params(tmp_path / "copy")
-
-
-def test_only_stacked_arrays_are_split():
-  found = stored.save_args(
-    {"params": {"blocks": {"up": np.ones((3, 2))}, "embed": np.ones((3, 2))}}
-  )
-  assert found["params"]["blocks"]["up"] == ocp.SaveArgs(shard_axes=(0,))
-  assert found["params"]["embed"] == ocp.SaveArgs()

@@ -1,7 +1,6 @@
 import json
 import weakref
 
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
@@ -72,30 +71,8 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
   assert len(alive) == 5
 
 
-def test_another_shape_than_announced_is_an_error(tmp_path):
-  wrong = Tensor("t", (2, 3), "float32", lambda: np.zeros((3, 2)))
-  with refused(ValueError):
-    tensor_files.write(tmp_path, [wrong])
-  assert not (tmp_path / "model.safetensors").exists()
-
-
 @pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (7e4, "float16")])
 def test_what_is_not_finite_in_the_file_is_refused_by_name(tmp_path, value, dtype):
-  with refused(UserError):
+  with refused(UserError, "t1"):
     tensor_files.write(tmp_path, tensors_of({"t0": np.ones(2), "t1": np.array([1, value])}, dtype))
   tensor_files.write(tmp_path, tensors_of({"t1": np.array([1, 7e4])}, "float32"))
-
-
-def test_removing_leaves_no_weights(tmp_path):
-  for size in (130, 10**9):
-    tensor_files.write(tmp_path, tensors_of(some()), shard_bytes=size)
-  (tmp_path / "config.json").write_text("{}")
-  tensor_files.remove(tmp_path)
-  assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-
-
-def test_bfloat16_is_rounded_to_nearest(tmp_path):
-  tensor_files.write(tmp_path, tensors_of({"t": np.array([1.0039, 3.3e38])}, "bfloat16"))
-  found = safetensors_numpy.load_file(tmp_path / "model.safetensors")["t"]
-  expected = np.array([1.0, 3.3e38]).astype(ml_dtypes.bfloat16)
-  np.testing.assert_array_equal(found, expected)

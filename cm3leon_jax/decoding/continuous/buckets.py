@@ -23,12 +23,10 @@ class Bucket(NamedTuple):
   Attributes:
     static: static arguments of the programs. `max_new_tokens` and `widths` are rounded up.
     parts: number of parts of a plan, M.
-    adapter: name of the parameters, see `ContinuousGenerator`.
   """
 
   static: Static
   parts: int
-  adapter: str = ""
 
   @property
   def stream_capacities(self) -> tuple[int, ...]:
@@ -72,8 +70,6 @@ class Bucket(NamedTuple):
 
   def _compiled_as(self, other: "Bucket", sampler: Sampler) -> bool:
     """Returns whether the buckets would differ only in sizes if this bucket had `sampler`."""
-    if self.adapter != other.adapter:
-      return False
     names = ("widths", "max_new_tokens", "capacities")
     sizes = {name: getattr(other.static, name) for name in names}
     streams = len(self.static.widths), len(other.static.widths)
@@ -126,7 +122,7 @@ def largest(own: Bucket, config: GeneratorConfig) -> Bucket:
   static = own.static._replace(
     sampler=sampler, widths=widths, max_new_tokens=new_tokens, capacities=(new_tokens,)
   )
-  return Bucket(static, max(4, parts), own.adapter)
+  return Bucket(static, max(4, parts))
 
 
 def width_bucket(length: int, smallest: int = batch_lib.BUCKET) -> int:

@@ -1,6 +1,6 @@
 """Implements continuous batching: requests enter and leave slots of running batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import itertools
 
 import jax
@@ -47,7 +47,6 @@ class ContinuousGenerator:
     chunk: int = 16,
     buckets: int = 4,
     usual: Sequence[Bucket] = (),
-    adapted: Mapping[str, Generator] | None = None,
   ):
     """Creates an engine. Nothing is compiled or allocated before the first step.
 
@@ -60,14 +59,11 @@ class ContinuousGenerator:
         requests is replaced when another bucket needs a batch. If all batches are active and a
         request of another bucket waits, one batch stops admitting requests.
       usual: warm buckets (`self.usual`) of another engine with the same generator.
-      adapted: generators with the same config and other parameters, by name. Requests with the same
-        name share batches.
 
     Raises:
       UserError: `slots` is not a multiple of the number of devices.
     """
     self.generator, self.mesh = generator, generator.programs.mesh
-    self._generators = {"": generator, **(adapted or {})}
     with jax.set_mesh(self.mesh):
       self.shards = shards = batch_shards()
     if slots % shards:
@@ -86,26 +82,21 @@ class ContinuousGenerator:
     """Whether any request is unfinished."""
     return any(batch.active for batch in self._batches)
 
-  def can_admit(
-    self, request: Request, sampling: SamplingConfig | None = None, adapter: str = ""
-  ) -> bool:
+  def can_admit(self, request: Request, sampling: SamplingConfig | None = None) -> bool:
     """Returns whether `admit` would accept a request now.
 
     If all batches are active with other buckets, one of them stops admitting requests, so that this
     request gets a batch later.
     """
-    return self._admits(self._bucket(request, sampling or self.generator.config.sampling, adapter))
+    return self._admits(self._bucket(request, sampling or self.generator.config.sampling))
 
-  def admit(
-    self, request: Request, seed: int, sampling: SamplingConfig | None = None, adapter: str = ""
-  ) -> int:
+  def admit(self, request: Request, seed: int, sampling: SamplingConfig | None = None) -> int:
     """Admits a request to a free slot. The next step of its batch reads its prompts.
 
     Args:
       seed: an integer in [0, 2^32).
       sampling: sampling settings; default: the config's. A top_k above the config's needs another
         bucket, which sorts all logits. A new method or contrastive_k causes recompilation.
-      adapter: name of the parameters, a key of `adapted`; "": those of `generator`.
 
     Returns:
       A ticket, which the updates of the sample contain.
@@ -115,7 +106,7 @@ class ContinuousGenerator:
       NoFreeSlot: no slot is free and no batch can be made; try again after a step.
     """
     sampling = sampling or self.generator.config.sampling
-    return self._admit(self._bucket(request, sampling, adapter), request, seed, sampling)
+    return self._admit(self._bucket(request, sampling), request, seed, sampling)
 
   def _admit(self, bucket: Bucket, request: Request, seed: int, sampling: SamplingConfig) -> int:
     self.generator.check(request)
@@ -193,14 +184,12 @@ class ContinuousGenerator:
         del self._places[update.ticket]
     return updates
 
-  def _bucket(self, request: Request, sampling: SamplingConfig, adapter: str = "") -> Bucket:
+  def _bucket(self, request: Request, sampling: SamplingConfig) -> Bucket:
     """Returns the bucket that a request uses after `warm`; without `warm`, the request's own."""
-    own = bucket_of(request, sampling, self.generator)._replace(adapter=adapter)
+    own = bucket_of(request, sampling, self.generator)
     if not self.usual:
       return own
-    # The programs take the parameters as an argument, so they are warm for all parameters.
-    usual = [bucket._replace(adapter=adapter) for bucket in self.usual]
-    known = [*usual, largest(own, self.generator.config)]
+    known = [*self.usual, largest(own, self.generator.config)]
     fits = [bucket for bucket in known if bucket.holds(request, own)]
     return min(fits, key=lambda bucket: bucket.capacity, default=own)
 
@@ -229,6 +218,5 @@ class ContinuousGenerator:
     """Makes a batch. If there are too many batches, it replaces the batch that was idle longest."""
     if len(self._batches) >= self.limit:
       self._batches.remove(next(batch for batch in self._batches if not batch.active))
-    generator = self._generators[bucket.adapter]
-    self._batches.append(RunningBatch(bucket, generator, self.slots, self.chunk, self.shards))
+    self._batches.append(RunningBatch(bucket, self.generator, self.slots, self.chunk, self.shards))
     return self._batches[-1]

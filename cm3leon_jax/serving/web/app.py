@@ -41,12 +41,11 @@ PAGE = {
 
 
 class Server:
-  """Answers the requests to one model, and to its adapters by their names."""
+  """Answers the requests to one model."""
 
   def __init__(self, engine: Engine, name: str, limits: Limits):
     self.engine, self.name, self.limits = engine, name, limits
     self.metrics = Metrics(engine)
-    self.names = (name, *engine.pipeline.adapted)
     self._layout = engine.pipeline.layout
     self._started = int(time.time())
     self._decoders = Decoders()
@@ -139,10 +138,8 @@ class Server:
 
   def _check(self, body: schemas.Body) -> None:
     """Raises ApiError for an unknown model or size, or for too many samples or documents."""
-    if body.model not in (None, "", *self.names):
-      message = (
-        f"{self._listed}: name {'it' if len(self.names) == 1 else 'one'}, or leave model out."
-      )
+    if body.model not in (None, "", self.name):
+      message = f"{self._listed}: name it, or leave model out."
       raise ApiError(404, message, "model", "model_not_found")
     if body.n > self.limits.most_samples:
       raise refusal(f"n is {short(body.n)}; it must be at most {self.limits.most_samples}.", "n")
@@ -157,10 +154,8 @@ class Server:
 
   @property
   def _listed(self) -> str:
-    """Start of a sentence that lists the models."""
-    if len(self.names) == 1:
-      return f"this server has only the model '{self.name}'"
-    return f"this server has only the models {', '.join(self.names)}"
+    """Start of a sentence that names the model."""
+    return f"this server has only the model '{self.name}'"
 
   @property
   def _most_retrieve(self) -> int:
@@ -202,8 +197,7 @@ class Server:
       with contextlib.suppress(RuntimeError):  # Raised if the event loop has ended.
         loop.call_soon_threadsafe(queue.put_nowait, event)
 
-    adapter = "" if body.model in (None, self.name) else body.model
-    job = Job(task, body.n, deliver, body.stream, adapter)
+    job = Job(task, body.n, deliver, body.stream)
     self.engine.submit(job, request.state.place)
     try:
       remaining = body.n
@@ -253,19 +247,19 @@ class Server:
     return fields, files
 
   async def _models(self, _: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [*map(self._described, self.names)]})
+    return JSONResponse({"object": "list", "data": [self._described()]})
 
   async def _model(self, request: Request) -> Response:
-    if (name := request.path_params["name"]) not in self.names:
+    if request.path_params["name"] != self.name:
       raise ApiError(404, f"{self._listed}.", "model", "model_not_found")
-    return JSONResponse(self._described(name))
+    return JSONResponse(self._described())
 
-  def _described(self, name: str) -> dict[str, Any]:
+  def _described(self) -> dict[str, Any]:
     pipeline = self.engine.pipeline
     sampling, layout = pipeline.settings.sampling, self._layout
     names = ("guidance", "temperature", "top_p", "top_k", "image_guidance", "edit_guidance")
     return {
-      "id": name,
+      "id": self.name,
       "object": "model",
       "created": self._started,
       "owned_by": "cm3leon_jax",

@@ -191,19 +191,17 @@ def batch_nll(
   batch: dict[str, Ids | Values],
   z_loss: float = 0.0,
   adapters: dict | None = None,
-  rows: bool = False,
 ) -> tuple[Scalar, Values]:
   """Runs the model on a batch and computes `weighted_nll`.
 
   `batch` has inputs, targets, loss_weights, segment_ids and positions. With `adapters`, the model
-  is frozen, or with `rows` all of it but the output table. Returns the weighted sum, and nll in
-  nats. nll also has values at padding, whose weight is 0.
+  is frozen. Returns the weighted sum, and nll in nats. nll also has values at padding, whose weight
+  is 0.
   """
   hidden = model(batch["inputs"], batch["positions"], batch["segment_ids"], adapters)
   table, chunk = model.stored_table(), model.config.loss_chunk
-  frozen = adapters is not None and not rows
   targets, weights = batch["targets"], batch["loss_weights"]
-  return weighted_nll(hidden, table, targets, weights, chunk, z_loss, frozen)
+  return weighted_nll(hidden, table, targets, weights, chunk, z_loss, adapters is not None)
 
 
 def modality_sums(nll: Values, targets: Ids, weights: Values, text_size: int) -> dict[str, Scalar]:

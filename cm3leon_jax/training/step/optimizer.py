@@ -10,7 +10,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from cm3leon_jax.models import shape_color
-from cm3leon_jax.models.adapters import AXES, TABLES
+from cm3leon_jax.models.adapters import AXES
 from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.numerics import watch_norm
 
@@ -23,6 +23,7 @@ MATRICES = {
   "gate": MuonDimensionNumbers((-2,), (-1,)),
   "down": MuonDimensionNumbers((-2,), (-1,)),
 }
+TABLES = ("embed", "head")  # Token tables. If embeddings are tied, there is no "head".
 UPDATE_RMS = 0.2  # RMS to which Muon's updates are scaled; typical of AdamW (Liu et al. 2025).
 
 

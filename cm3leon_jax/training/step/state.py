@@ -108,7 +108,7 @@ def train_step(
     params: dict, part: dict[str, loss.Ids | loss.Values]
   ) -> tuple[loss.Scalar, dict[str, loss.Scalar | loss.BySource]]:
     model, added = _bound(config, params, base, adapter)
-    value, nll = loss.batch_nll(model, part, z_loss, added, bool(adapter.tokens))
+    value, nll = loss.batch_nll(model, part, z_loss, added)
     return value / total, loss.batch_sums(nll, part, text_size, num_sources)
 
   grad_fn = functools.partial(jax.grad(loss_fn, has_aux=True), params)
@@ -182,7 +182,6 @@ def _bound(
   """Returns the model with parameters and, if they are adapters of `base`, the adapters to add."""
   if base is None:
     return transformer.bind(config, params), None
-  base = adapters.add_rows(base, params, adapter)
   return transformer.bind(config, base), adapters.scaled(params, adapter.alpha)
 
 

@@ -61,16 +61,13 @@ def model_flops(
   is rows x L, including padding, and `sequence_length` is L. Returns FLOPs over all devices.
 
   If `adapter` has a rank, the matrices are frozen. They take 2 FLOPs in the backward pass, because
-  they have no gradients, and the parameters of the adapters take 6. Trained rows of the output
-  table take 4 in the backward pass.
+  they have no gradients, and the parameters of the adapters take 6.
   """
   A = config.num_heads * config.head_dim
   attention = 12 * config.num_layers * A * sequence_length / 2
   products = 6 * matmul_params(config)
   if adapter is not None and adapter.rank:
-    without = dataclasses.replace(adapter, tokens=())
-    products = 4 * matmul_params(config) + 6 * adapters.count(config, without)
-    products += 2 * len(adapter.ids(config.vocab_size)) * config.width
+    products = 4 * matmul_params(config) + 6 * adapters.count(config, adapter)
   return float(tokens * (products + attention))
 
 

@@ -12,7 +12,6 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.continuous import state as state_lib
 from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator, NoFreeSlot, StepFailed
-from cm3leon_jax.decoding.generator import Generator
 from cm3leon_jax.decoding.programs import Programs
 from tests.decoding.small import (
   IMAGE,
@@ -26,7 +25,6 @@ from tests.decoding.small import (
   plain_requests,
   small_generator,
 )
-from tests.models.tiny import random_params
 from tests.refusals import refused
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -140,22 +138,6 @@ def test_a_removed_sample_frees_its_slot_at_once(generator, cases):
     assert [u.ticket for u in updates] == [second]
     check(updates[0], two)
   assert engine.step() == []
-
-
-def test_requests_of_other_parameters_get_their_samples_from_the_same_programs(generator, cases):
-  with jax.set_mesh(generator.programs.mesh):
-    other = Generator(random_params(generator.config.model, seed=5), generator.config)
-  engine = ContinuousGenerator(generator, slots=2, chunk=3, adapted={"other": other})
-  case = next(case for case in cases if len(case[0].streams) == 2)
-  request, seed, sampling, *_ = case
-  with jax.set_mesh(generator.programs.mesh):
-    [expected] = other.generate([request], [seed], sampling=sampling)
-  found, tickets = {}, [engine.admit(request, seed, sampling, name) for name in ("", "other")]
-  assert len(engine._batches) == 2
-  while engine.active:
-    found |= {update.ticket: update.result.tokens for update in engine.step()}
-  np.testing.assert_array_equal(found[tickets[1]], expected.tokens)
-  assert (found[tickets[0]] != expected.tokens).any()
 
 
 def run_often(engine, cases):
