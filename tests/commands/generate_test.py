@@ -186,19 +186,18 @@ class Loads(Exception):
   """Raised in place of loading the model."""
 
 
-MISTAKES = [
-  {"prompt": ["a"], "guidance": ["much"]},
-  {"prompt": ["a"], "retrieve": ["-1"]},
-  {"task": "caption", "image": ["a.png"], "guidance": ["3"]},
-  {"task": "infill_text", "prompt": ["<mask>"], "retrieve": ["0", "1"]},
-  {"prompts": "a.jsonl", "guidance": ["1", "3"]},
-  {"prompts": "a.jsonl", "prompt": ["b"]},
-  {"prompts": "nowhere.jsonl"},
-  {"bank": "elsewhere"},
-  {"task": "infill_image", "image": ["a.png"], "box": ["0", "x"]},
-  {"task": "infill_image", "image": ["a.png"], "box": ["0", "0", "9", "2"]},
-  {"task": "question", "image": ["nowhere.png"], "prompt": ["a"], "length": 9},
-  {"prompt": ["car " * 200], "retrieve": ["0"]},
+MISTAKES = [  # The values of the flags, and a fact of the sentence.
+  ({"prompt": ["a"], "guidance": ["much"]}, "--guidance is 'much'"),
+  ({"prompt": ["a"], "retrieve": ["-1"]}, "--retrieve is [-1]"),
+  ({"task": "caption", "image": ["a.png"], "guidance": ["3"]}, "guidance"),
+  ({"task": "infill_text", "prompt": ["<mask>"], "retrieve": ["0", "1"]}, "--retrieve"),
+  ({"prompts": "a.jsonl", "prompt": ["b"]}, "--prompts and --prompt"),
+  ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl"),
+  ({"prompt": ["a"], "bank": "elsewhere"}, "elsewhere"),
+  ({"task": "infill_image", "image": ["a.png"], "box": ["0", "x"]}, "--box is '0,x'"),
+  ({"task": "infill_image", "image": ["a.png"], "box": ["0", "0", "9", "2"]}, "0,0,9,2"),
+  ({"task": "question", "image": ["nowhere.png"], "prompt": ["a"], "length": 9}, "nowhere.png"),
+  ({"prompt": ["car " * 200], "retrieve": ["0"]}, "203 tokens"),
 ]
 
 
