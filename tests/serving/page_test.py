@@ -163,7 +163,7 @@ def test_a_box_is_dragged_on_an_image_of_the_user(page):
 def test_a_refusal_is_shown_as_an_alert(page):
   page.fill("#prompt", "a <mask>")
   page.click("#generate button")
-  expect(page.locator("#alert")).to_contain_text("which only a message of /v1/chat")
+  expect(page.locator("#alert")).to_contain_text("which only task infill_text takes")
 
 
 def test_stop_ends_the_request(page, served):
