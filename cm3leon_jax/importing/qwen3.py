@@ -103,9 +103,7 @@ def model_fields(source: SourceCheckpoint) -> dict:
   given = (part.get("rope_theta") for part in (rope, source.described))
   base = next((value for value in given if value is not None), ROPE_BASE)
   if not isinstance(base, int | float) or isinstance(base, bool) or not 0 < base <= 1e12:
-    raise UserError(
-      f"{path}: rope_theta is {short(base)}; it must be positive and at most 1e12."
-    )
+    raise UserError(f"{path}: rope_theta is {short(base)}; it must be positive and at most 1e12.")
   return {
     "family": "modern",
     "num_layers": source.size("num_hidden_layers", 32),
