@@ -28,7 +28,7 @@ FOLLOW = {
 
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config = base.small_config()
-  config.train.minutes = 15 * base.scale_of(variant, "own", named=())
+  config.train.minutes = 15 * base.scale_of(variant, named=())
   # `max_rejected` is high, because a few damaged files are a large share of 300 images.
   config.raw.update(source="", resolution=0, heldout_fraction=0.07, max_rejected=0.1)
   config.raw.crops = -1  # Adds random crops, because a model soon overfits a few hundred images.

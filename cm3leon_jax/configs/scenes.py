@@ -19,7 +19,7 @@ LONG_STEPS = {"vqgan": 6_000, "clip": 250, "train": 8_000}
 
 
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
-  scale = base.scale_of(variant, "scenes")
+  scale = base.scale_of(variant)
   config = base.small_config()
   config.vocab.update(text_size=1_024, image_size=1_024)
   config.raw.update(source="scenes", resolution=48)

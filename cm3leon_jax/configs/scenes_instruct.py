@@ -19,7 +19,7 @@ STEPS, LONG_STEPS = 1_600, 8_000
 
 
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
-  scale = base.scale_of(variant, "scenes_instruct")
+  scale = base.scale_of(variant)
   config = scenes.get_config("long")  # The config of the bundled model.
   config.scenes.update(train=8_000)  # Only replay reads these scenes.
   config.instructions.update(tasks="scenes", loss_on="target", replay_share=0.1)

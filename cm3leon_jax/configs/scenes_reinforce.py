@@ -15,7 +15,7 @@ STEPS = 80  # Steps that fit in 15 minutes.
 
 
 def get_config(variant: str = "30") -> ml_collections.ConfigDict:
-  steps = max(4, round(STEPS * base.scale_of(variant, "scenes_reinforce", named=())))
+  steps = max(4, round(STEPS * base.scale_of(variant, named=())))
   config = scenes_instruct.get_config()
   # The scenes differ from those of other trainings, but not all of their captions do.
   config.scenes.update(seed=2)

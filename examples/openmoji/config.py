@@ -18,7 +18,7 @@ LONG_STEPS = 2_000
 
 
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
-  scale = base.scale_of(variant, "examples/openmoji/config")
+  scale = base.scale_of(variant)
   steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
   config = base.get_config()
   config.vocab.update(num_special=32, text_size=2_048, image_size=512)

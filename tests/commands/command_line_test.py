@@ -45,7 +45,7 @@ MISTAKES = [
   (["train", *RUN, "--config.train=abc"], ["--config.train", "abc"]),
   (["train", "--config.seed=5", *RUN], ["config.seed"]),
   (["train", "--config=nowhere.py", "--workdir=w"], ["nowhere.py", "scenes"]),
-  (["train", "--config=scenes:soon", "--workdir=w"], ["soon", "scenes.py"]),
+  (["train", "--config=scenes:soon", "--workdir=w"], ["--config", "soon"]),
   (["train", "--workdir=w"], ["--config"]),
   (["train", "--config=scenes"], ["--workdir"]),
   (["train", "--workdir=w", "--resume_from=x"], ["--resume_from", "x"]),
