@@ -9,7 +9,7 @@ from cm3leon_jax.data.instructions.tasks import choose_template
 from cm3leon_jax.reports import instruction_reference as reference
 
 PAGE = reference.PATH.read_text(encoding="utf-8")
-GUIDE = reference.PATH.with_name("tuning.md").read_text(encoding="utf-8")
+GUIDE = reference.PATH.with_name("instructions.md").read_text(encoding="utf-8")
 TASKS = [(name, task) for name in shipped() for task in read_tasks(name)]
 
 
