@@ -7,7 +7,7 @@ from cm3leon_jax.config import UserError
 if TYPE_CHECKING:
   from cm3leon_jax.api import CM3Leon
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["CM3Leon", "UserError", "__version__"]
 
 

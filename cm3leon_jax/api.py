@@ -118,7 +118,7 @@ class CM3Leon:
   ) -> CM3Leon:
     """Tunes a model on your images and loads it. After Ctrl-C, the same call continues.
 
-    `data` is a folder or a list of pairs (image, caption). docs/finetune.md and
+    `data` is a folder or a list of pairs (image, caption). docs/tuning.md and
     `finetune.run` describe them and the options.
     """
     from cm3leon_jax import finetune

@@ -10,7 +10,7 @@ from cm3leon_jax.data.instructions.tasks import choose_template
 from tools import tasks_page
 
 PAGE = tasks_page.page()
-GUIDE = (pathlib.Path(__file__).parents[1] / "docs" / "instructions.md").read_text(encoding="utf-8")
+GUIDE = (pathlib.Path(__file__).parents[1] / "docs" / "tuning.md").read_text(encoding="utf-8")
 TASKS = [(name, task) for name in shipped() for task in read_tasks(name)]
 
 

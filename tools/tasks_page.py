@@ -26,7 +26,7 @@ from cm3leon_jax.vocab import VocabLayout
 from tools import config_page
 
 HEADER = """# Instruction tasks
-The fields of a task of [instruction tuning](instructions.md), and the shipped tables of tasks. A
+The fields of a task of [instruction tuning](tuning.md#on-instructions), and the shipped tables of tasks. A
 table's examples are training samples as the model reads them, with nothing dropped and in the order
 of the templates (without `instruction_first`).
 """

@@ -9,7 +9,7 @@ Parts:
 
 Finished results stay in the workdir, so a stopped part continues from them. Writes results.json and
 table.md to the workdir. The exit code is 1 if a run lost anything, or if no message named a fault.
-See docs/reliability.md.
+See docs/monitoring.md.
 """
 
 from collections.abc import Callable, Iterator

@@ -3,7 +3,7 @@
   cm3leon encode_instructions --config=scenes_instruct \\
     --workdir=workdir/scenes_instruct
 
-`config.instructions` names the tasks, and docs/instructions.md describes them. The command lists
+`config.instructions` names the tasks, and docs/tuning.md describes them. The command lists
 each invalid record with the reason in instructions/NAME/rejected.jsonl.
 """
 

@@ -18,7 +18,7 @@ A protocol defines what is measured and how. Its results go to results.json and 
 evaluations/NAME-HASH/. A protocol can also measure a bundle, given as a folder or the name of an
 installed bundle. A bundle has no held-out documents, so the protocol must read files (--data). Its
 results go to the current folder, or to --out. Without --config, the settings of the run or bundle
-are used. docs/evaluation.md and docs/protocols.md explain the details.
+are used. docs/evaluation.md and docs/evaluation.md explain the details.
 """
 
 from __future__ import annotations

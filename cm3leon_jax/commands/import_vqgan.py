@@ -5,7 +5,7 @@
 
 --source is a .safetensors file or a folder that contains one. Pickle files are refused. For an
 export of this project, --source is EXPORT/image_tokenizer; leave out --family if that tokenizer was
-trained with this project. docs/published_tokenizers.md lists the supported weights, how to convert
+trained with this project. docs/weights.md lists the supported weights, how to convert
 them, and their configs: amused has 256 codes for 256x256 pixels, chameleon 1,024 codes for 512x512
 pixels.
 """

@@ -3,7 +3,7 @@
 from absl import flags
 
 PROTOCOL = flags.DEFINE_string(
-  "protocol", None, "Measure with a protocol: its name, or a YAML file (docs/protocols.md)."
+  "protocol", None, "Measure with a protocol: its name, or a YAML file (docs/evaluation.md)."
 )
 METRICS = flags.DEFINE_list("metrics", [], "Metrics that replace the protocol's metrics.")
 EXAMPLES = flags.DEFINE_integer(

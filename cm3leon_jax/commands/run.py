@@ -10,7 +10,7 @@ Finished stages are skipped, and a stage that was stopped or killed continues. E
 separate process. When a stage ends, the command prints one line; logs/NAME.log in the workdir has
 the full output of the stage. With --init_from, tokenizers and CLIP are copied from that run, and
 the decoder starts from its parameters. With the config `own`, the run then has the model of that
-run, and measures what it forgets (docs/finetune.md).
+run, and measures what it forgets (docs/tuning.md).
 """
 
 from __future__ import annotations

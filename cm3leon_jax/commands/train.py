@@ -9,7 +9,7 @@ it began with. --allow_changed names fields that may change: fields of the optim
 train.global_batch_size. At SIGTERM and Ctrl-C the run saves and stops.
 
 With --config.adapter.rank=16, the run trains only low-rank adapters of the parameters that
---init_from names, which must remain on disk (docs/adapters.md).
+--init_from names, which must remain on disk (docs/tuning.md).
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def _check_import(settings: Settings, folder: epath.Path) -> None:
     raise UserError(
       f"config.vqgan.published is {settings.vqgan.published}, but {folder} has no image tokenizer: "
       "run `cm3leon import_vqgan --source=FOLDER` with the same --config and --workdir first "
-      "(docs/published_350m.md)."
+      "(docs/weights.md)."
     )
   if vqgan.is_published(folder):
     raise UserError(

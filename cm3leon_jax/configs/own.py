@@ -7,7 +7,7 @@
 The variant is the time in minutes that all stages may take on two cores (default 15). Fields that
 are None here are computed from the counts of `cm3leon prepare_data`: resolution, size of the text
 vocabulary, share of texts, batch sizes and steps. docs/own_images.md walks through a run. With
---init_from, the run has the model and the tokenizers of that base, and tunes it (docs/finetune.md).
+--init_from, the run has the model and the tokenizers of that base, and tunes it (docs/tuning.md).
 """
 
 import ml_collections

@@ -7,7 +7,7 @@
 Both models are folders that you download. The image tokenizer is aMUSEd's: an image of 256 x 256
 pixels has 256 codes. The variant is the number of images, in millions, that the training reads
 (default 10). Images that it reads more than once count each time; their neighbors do not count.
-The sizes suit one accelerator machine or a small slice. docs/published_350m.md is the guide.
+The sizes suit one accelerator machine or a small slice. docs/weights.md is the guide.
 """
 
 import ml_collections

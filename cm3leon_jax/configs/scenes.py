@@ -5,7 +5,7 @@
 
 The variant is the time in minutes that all stages may take on two cores (default 15). It scales
 only the steps of the training stages. The variant `long` is the recipe of the bundled model, with
-more scenes and a larger decoder. docs/design.md explains the choices. docs/retrieval_ablation.md
+more scenes and a larger decoder. docs/design.md explains the choices. docs/log.md
 explains the choices that make a small decoder copy from its neighbors.
 """
 
@@ -23,7 +23,7 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config = base.small_config()
   config.vocab.update(text_size=1_024, image_size=1_024)
   config.raw.update(source="scenes", resolution=48)
-  # Scenes of several objects are learned last, copying from a document early (docs/learning.md).
+  # Scenes of several objects are learned last, copying from a document early (docs/log.md).
   config.scenes.update(train=16_000, shares=(1.0, 2.0, 2.0, 2.0, 3.0, 4.0, 1.0))
   # The bank has each rare training object once, at the same place in another color. It has common
   # objects and held-out objects at all four places. Training scenes are not searched, because a
@@ -37,7 +37,7 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config.retrieval.min_similarity = 0.58
   # Each of the four places covers 4 x 4 codes, so an icon has the same codes at every place.
   # A code is a pair of one of 128 shapes and one of 8 colors, so the decoder can draw an object in
-  # a color that training never shows (docs/learning.md).
+  # a color that training never shows (docs/log.md).
   config.vqgan.update(resolution=48, batch_size=16, quantizer="shape_color", code_dim=12)
   config.vqgan.update(learning_rate=5e-3, l1_weight=0.5)
   config.clip.update(resolution=48, batch_size=128, shift=0.0)

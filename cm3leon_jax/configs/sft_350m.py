@@ -5,7 +5,7 @@ cm3leon train --config=sft_350m --workdir=runs/sft_350m \\
 cm3leon train --config=sft_350m:paper --workdir=runs/sft_350m_paper \\
   --config.instructions.root=DATA --init_from=runs/cm3leon_350m_paper
 
---init_from takes a workdir or an exported model of the same variant. docs/instructions.md describes
+--init_from takes a workdir or an exported model of the same variant. docs/tuning.md describes
 the stages before the training.
 """
 

@@ -5,7 +5,7 @@ cm3leon train --config=sft_7b --workdir=runs/sft_7b \\
 cm3leon train --config=sft_7b:paper --workdir=runs/sft_7b_paper \\
   --config.instructions.root=DATA --init_from=runs/cm3leon_7b_paper
 
---init_from takes a workdir or an exported model of the same variant. docs/instructions.md describes
+--init_from takes a workdir or an exported model of the same variant. docs/tuning.md describes
 the stages that must run before.
 """
 

@@ -165,7 +165,7 @@ def of_facts(settings: Settings) -> World:
   """Returns the world that judges records with facts.
 
   This is the world that `raw.source` names. If `raw.source` is not a world, it is the first world,
-  whose format the facts must have (docs/scenes.md).
+  whose format the facts must have (docs/evaluation.md).
   """
   return of_source(settings) or find(next(iter(worlds.MODULES)))
 

@@ -44,7 +44,7 @@ class ShardJob(Protocol):
 
     Returns a function that takes the name of a shard, processes the shard, and returns its summary.
     The function must write files atomically (`atomic.replacing`), and the same bytes on machines of
-    the same kind, except for an index of ScaNN (docs/large_data.md).
+    the same kind, except for an index of ScaNN (docs/pods.md).
     """
     ...
 

@@ -191,7 +191,7 @@ class Edit(ImageTask):
 
 @dataclasses.dataclass(frozen=True)
 class Instruct(ImageTask):
-  """Generates an image for an instruction of a kind seen in training (docs/instructions.md).
+  """Generates an image for an instruction of a kind seen in training (docs/tuning.md).
 
   Attributes:
     prompt: all segments before the generated image, separated by `<break>`. `<image>` represents

@@ -18,7 +18,7 @@ from cm3leon_jax.runs.table import STAGES
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers import published, vqgan
 
-# Rates measured in docs/benchmarks.md (two cores of an AMD EPYC machine) and docs/large_data.md.
+# Rates measured in docs/benchmarks.md (two cores of an AMD EPYC machine) and docs/pods.md.
 INGESTED = 108  # Images ingested per core and second.
 READ = 360  # Images read per core and second.
 ENCODED = 2_600_000  # Text tokens encoded per core and second.
@@ -76,7 +76,7 @@ def estimate(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
     return amount / rate / 3600
 
   yield Cost("prepare_data", cores(pairs, INGESTED), 0.0, f"{INGESTED} images/s a core")
-  basis = f"a subset of {MERGED / 1e6:g} million characters, on one host (docs/large_data.md)"
+  basis = f"a subset of {MERGED / 1e6:g} million characters, on one host (docs/pods.md)"
   yield Cost("train_text_tokenizer", MERGED_SECONDS / 3600, 0.0, basis)
   if not settings.vqgan.published:
     images = settings.vqgan.steps * settings.vqgan.batch_size
@@ -119,7 +119,7 @@ def _on_one_host(hardware: Hardware, stage: str, hours: float) -> str:
 
 
 def search_hours(pairs: int, block: int) -> float:
-  """Computes the core-hours to index, search and prune; docs/large_data.md lists the parts."""
+  """Computes the core-hours to index, search and prune; docs/pods.md lists the parts."""
   rows = min(block, pairs)
   slower = math.sqrt(min(rows, SQRT_UNTIL) / SEARCHED_OF) * max(1.0, rows / SQRT_UNTIL)
   queries = 2 * pairs * math.ceil(pairs / block)

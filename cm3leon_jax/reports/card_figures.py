@@ -117,7 +117,7 @@ def _grades(workdir: epath.Path) -> Table:
     rows.append((f"mean of {kind}", "", *cells))
   how = (
     f"`cm3leon grade_instructions`, seed {config.get('seed')}: answers to held-out instructions "
-    "are judged exactly; docs/instructions.md explains the columns."
+    "are judged exactly; docs/tuning.md explains the columns."
   )
   return Table("Instructions", how, ("task", "answers", *found["titles"]), tuple(rows))
 

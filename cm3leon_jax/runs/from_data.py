@@ -51,10 +51,10 @@ NOT_FOLLOWED = {
 }
 BASE_DOCUMENTS, BASE_SHARE = 4_000, 0.1
 # Share of the base's learning rate. With the whole rate, the bundled model learned no more of 240
-# drawings and forgot three times as many images (docs/finetune.md).
+# drawings and forgot three times as many images (docs/tuning.md).
 BASE_RATE = 1 / 3
 # Learning rate of adapters, relative to that of a full tuning. With it, adapters learned as much of
-# 240 drawings, and forgot as much, as a full tuning (docs/adapters.md).
+# 240 drawings, and forgot as much, as a full tuning (docs/tuning.md).
 ADAPTER_RATE = 9
 # Layers x (4 width^2 + 3 width x mlp_width) x tokens per step of the config `own`, whose step takes
 # the seconds in `TRAININGS`.

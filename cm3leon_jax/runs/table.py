@@ -58,7 +58,7 @@ STAGES = {
     ("vqgan", "vocab.image_size", "seed"),
     files=MODEL_FILES,
     instead="a published image tokenizer, by `cm3leon import_vqgan --source=FOLDER` "
-    "(docs/published_tokenizers.md)",
+    "(docs/weights.md)",
   ),
   "documents": Stage(
     "encode_documents",
@@ -73,7 +73,7 @@ STAGES = {
     ("raw", "text_tokenizer"),
     ("clip", "vocab", "seed"),
     files=MODEL_FILES,
-    instead="a published CLIP, by --config.retrieval.clip=FOLDER (docs/large_data.md)",
+    instead="a published CLIP, by --config.retrieval.clip=FOLDER (docs/pods.md)",
   ),
   "neighbors": Stage(
     "build_neighbors",

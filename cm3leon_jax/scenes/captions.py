@@ -1,7 +1,7 @@
 """Writes captions in GenEval's categories (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513).
 
 A description is a caption with its claims. The claims have the layout of GenEval's metadata, with
-the lists `include` and `exclude` (docs/scenes.md).
+the lists `include` and `exclude` (docs/evaluation.md).
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Edits scenes by instructions: recolor, remove, mirror and add objects.
 
-The facts of an edit are clauses in the layout of `facts.check` (docs/scenes.md):
+The facts of an edit are clauses in the layout of `facts.check` (docs/evaluation.md):
 
 - `include`: everything that the result shows.
 - `changed`: what must be true of the objects that the instruction names.

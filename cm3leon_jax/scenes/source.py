@@ -115,7 +115,7 @@ def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str,
 
 
 def facts_of(category: str, kind: str, scene: Scene, description: Description) -> dict:
-  """Returns the field `facts` of a record; see docs/scenes.md."""
+  """Returns the field `facts` of a record; see docs/evaluation.md."""
   return {
     "tag": category,
     "heldout": kind,

@@ -27,7 +27,7 @@ def _refuse_pickle(path: epath.Path) -> None:
   if path.suffix in PICKLES or (is_pickle and path.suffix != ".safetensors"):
     raise UserError(
       f"{path} is a pickle, which can run any code when it is read, so it is not read here: "
-      "docs/published_tokenizers.md shows how to convert it to safetensors."
+      "docs/weights.md shows how to convert it to safetensors."
     )
 
 

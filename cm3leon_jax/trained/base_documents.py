@@ -109,7 +109,7 @@ def check_limit(settings: Settings) -> None:
     raise UserError(
       f"config.train.max_forgetting is {settings.train.max_forgetting:g}, but the run has no "
       "documents of its base whose loss it could measure (config.data.base_documents is 0): set it "
-      "to 0, or start from a base with documents (docs/finetune.md)."
+      "to 0, or start from a base with documents (docs/tuning.md)."
     )
 
 

@@ -110,7 +110,7 @@ def test_all_parts_fit_into_30_minutes(platform, tmp_path):
 
 
 def test_the_page_has_the_limits_of_the_parts(tmp_path):
-  page = (ROOT / "docs" / "first_run.md").read_text()
+  page = (ROOT / "docs" / "pods.md").read_text()
   limits = re.findall(r"^\| `(\w+)` \|.*\| ([\d.]+) min \|$", page, re.MULTILINE)
   parts = first_run.parts_of("gpu", tmp_path)
   assert [(name, 60 * float(limit)) for name, limit in limits] == [

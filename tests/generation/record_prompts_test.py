@@ -24,7 +24,7 @@ from tools.tasks_page import example
 
 SCENES = {task.name: task for task in read_tasks("scenes")}
 CODES = np.arange(16, dtype=np.int32)
-PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "instructions.md").read_text()
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "tuning.md").read_text()
 CASES = [
   pytest.param(task, template, first, id=f"{name}-{task.name}-{i}{'-first' * first}")
   for name in shipped()

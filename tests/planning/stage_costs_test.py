@@ -1,4 +1,4 @@
-"""Tests estimated costs of stages against those in docs/large_data.md."""
+"""Tests estimated costs of stages against those in docs/pods.md."""
 
 import pytest
 
@@ -10,7 +10,7 @@ PAIRS = 1_400_000_000
 
 @pytest.fixture(scope="module")
 def of_7b():
-  """Returns the settings of docs/large_data.md's example, and the plan for its chips."""
+  """Returns the settings of docs/pods.md's example, and the plan for its chips."""
   config = settings("cm3leon_7b", retrieval={"index_rows": 100_000_000}, data={"text_share": 0.0})
   return config, plan.make(config, hardware.load("v5e-256"), 0.4, 0.25)
 

@@ -246,7 +246,7 @@ def _own_tasks(values: Any) -> tuple[InstructionTask, ...]:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class InstructionsConfig:
-  """Tasks of instruction tuning and their mixture (CM3Leon, section 4; docs/instructions.md).
+  """Tasks of instruction tuning and their mixture (CM3Leon, section 4; docs/tuning.md).
 
   Without tasks, a run trains only on its documents.
   """
@@ -254,7 +254,7 @@ class InstructionsConfig:
   tasks: str = ""
   """YAML file of tasks, or a table of the package: `cm3leon`, `tutorial` or `scenes`."""
   own_tasks: Annotated[tuple[InstructionTask, ...], BeforeValidator(_own_tasks)] = ()
-  """Additional tasks, each a dict with the fields of a YAML task (docs/instructions.md)."""
+  """Additional tasks, each a dict with the fields of a YAML task (docs/tuning.md)."""
   only: tuple[str, ...] = ()
   """Names of the tasks to train. () means all."""
   root: str = ""

@@ -34,7 +34,7 @@ class RawPair:
       "" means no group.
     split: one of SPLITS. "" lets `cm3leon prepare_data` choose between "train" and "heldout".
     concept: name that pairs with the same content share. Such pairs are in the same split.
-    facts: facts about image and caption, if the source has facts (see docs/scenes.md).
+    facts: facts about image and caption, if the source has facts (see docs/evaluation.md).
     added_crop: number of a random crop that `cm3leon prepare_data` added. "" for a whole image.
   """
 

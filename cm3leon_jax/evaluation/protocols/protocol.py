@@ -1,6 +1,6 @@
 """Defines a protocol: the data, the columns, the metrics, and published figures of other models.
 
-A protocol is one document of a YAML file (docs/protocols.md). A file may have several documents,
+A protocol is one document of a YAML file (docs/evaluation.md). A file may have several documents,
 one for each data set. A column is one way to generate: the number of retrieved documents, the
 sampling settings, and the number of samples per prompt.
 """

@@ -100,7 +100,7 @@ def judge_all(
   """Judges images by the facts of their captions.
 
   `images` are [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled. Of the facts, only the field
-  `include` is read (docs/scenes.md).
+  `include` is read (docs/evaluation.md).
   """
   found = find_objects(images, style)
   return [check(objects, fact["include"]) for objects, fact in zip(found, facts)]

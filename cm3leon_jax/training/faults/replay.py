@@ -33,7 +33,7 @@ Fingerprints: TypeAlias = dict[str, np.ndarray]
 Computed: TypeAlias = tuple[TrainState, dict, Fingerprints]  # State, metrics and fingerprints.
 Places = tuple[Sequence[int], Sequence[int]]  # Indices of arrays, places of devices in the mesh.
 CONTINUE = "The same command continues from the newest checkpoint."
-# What to do about a faulty device, see docs/reliability.md.
+# What to do about a faulty device, see docs/monitoring.md.
 AGAIN = (
   "If it happens again, report the device to its provider and run without its node (SLURM: "
   "--exclude=NODE; GKE: kubectl cordon NODE; a TPU slice: delete it and request another). If "
