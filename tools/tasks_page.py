@@ -26,9 +26,9 @@ from cm3leon_jax.vocab import VocabLayout
 from tools import config_page
 
 HEADER = """# Instruction tasks
-The fields of a task of [instruction tuning](tuning.md#on-instructions), and the shipped tables of tasks. A
-table's examples are training samples as the model reads them, with nothing dropped and in the order
-of the templates (without `instruction_first`).
+The fields of a task of [instruction tuning](tuning.md#on-instructions), and the shipped tables of
+tasks. A table's examples are training samples as the model reads them, with nothing dropped and in
+the order of the templates (without `instruction_first`).
 """
 # Vocabulary of the examples: one id per character, and one image code.
 VOCAB = VocabLayout(num_special=8, text_size=8 + 256, image_size=1)

@@ -185,7 +185,8 @@ must fit, too: evaluation with the rest of the state in memory, or the prefill b
 - **decode**: one token for each of {prompts} prompts per replica, with two guidance streams each
   and a full cache of 1,152 positions.
 """
-ADAPTERS = """- **adapters**: a train step of [adapters](../tuning.md#with-adapters) of rank {rank}, one row per
+ADAPTERS = """\
+- **adapters**: a train step of [adapters](../tuning.md#with-adapters) of rank {rank}, one row per
   device. Memory is arguments (frozen parameters, adapters, moments, rows) + temporaries. v5e-16 has
   16 chips, v5p-8 has 4.
 """

@@ -84,8 +84,9 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
     recolor, remove, mirror, add      instruction        before, after
 
   The facts describe the last image in the table. They have the fields of the facts of a document
-  (docs/evaluation.md), and `task`. Edits add `changed`, `touched` and `kept`, see `edits`. `complete`
-  adds `kept`, and `box`: the box of the hidden half, in the form that `infill_image` takes.
+  (docs/evaluation.md), and `task`. Edits add `changed`, `touched` and `kept`, see `edits`.
+  `complete` adds `kept`, and `box`: the box of the hidden half, in the form that `infill_image`
+  takes.
 
   Args:
     config: questions and edits draw their own scenes, not those of the source `scenes`. For their
