@@ -25,6 +25,7 @@ def overview() -> str:
 def start(name: str) -> None:
   """Runs a command with the flags in `sys.argv`, like `python -m cm3leon_jax.commands.NAME`."""
   sys.argv[0] = f"cm3leon {name}"
+  interrupts.listen()
   try:
     runpy.run_module(f"cm3leon_jax.commands.{name}", run_name="__main__", alter_sys=True)
   except KeyboardInterrupt:  # While modules are imported.
