@@ -122,18 +122,12 @@ def settings_from_config(config: Mapping[str, Any] | ml_collections.ConfigDict) 
   """Builds and checks the settings of a config.
 
   Raises:
-    UserError: a section or field is unknown or missing, or a value is wrong. The message names it.
+    UserError: a section or field is unknown, or a value is wrong. The message names it.
   """
   unknown = sorted(set(config) - {"seed", *SECTIONS})
   if unknown:
     raise UserError(
       f"config has an unknown section '{unknown[0]}': the sections are seed, {', '.join(SECTIONS)}."
-    )
-  missing = [name for name in ("seed", *SECTIONS) if name not in config]
-  if missing:
-    raise UserError(
-      f"config has no section '{missing[0]}': "
-      "start from cm3leon_jax.configs.base.get_config(), which has all sections."
     )
   vocab = build(VocabLayout, config["vocab"], "vocab")
   model = dict(config["model"])

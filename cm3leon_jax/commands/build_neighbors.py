@@ -8,20 +8,18 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+
+from etils import epath, epy
 
 from cm3leon_jax.commands import common, sharded
 from cm3leon_jax.runs import stages, table
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from etils import epath
-
-  from cm3leon_jax.settings import Settings
+with epy.lazy_imports():
+  from cm3leon_jax.retrieval import bank, neighbors
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
-  from cm3leon_jax.retrieval import bank, neighbors
-
   with sharded.stage(workdir, "neighbors", settings) as (summary, runner):
     if summary is not None:
       load_clip = functools.partial(

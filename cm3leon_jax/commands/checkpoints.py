@@ -17,11 +17,14 @@ and wait up to 90 s if a job was killed on another host. --dry_run prints what t
 import re
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json
+
+with epy.lazy_imports():
+  from cm3leon_jax.training.saves import upkeep
 
 ACTIONS = ("list", "verify", "prune", "rollback")
 _STEP = flags.DEFINE_string("step", None, "rollback: step to return to, e.g. 1600 or 1,600.")
@@ -87,8 +90,6 @@ def _limits(folder: epath.Path) -> tuple[int, int, int]:
 
 def _show(folder: epath.Path, check: bool) -> None:
   """Prints the checkpoints. If `check`, raises UserError if one is damaged or none is sealed."""
-  from cm3leon_jax.training.saves import upkeep
-
   with upkeep.open_run(folder) as checkpoints:
     found = upkeep.entries(checkpoints)
     damages = upkeep.verify(checkpoints, found) if check else {}
@@ -100,8 +101,6 @@ def _show(folder: epath.Path, check: bool) -> None:
 
 
 def main(action: str, workdir: epath.Path) -> None:
-  from cm3leon_jax.training.saves import upkeep
-
   _check_flags(action)
   step = _step() if action == "rollback" else 0
   folder = workdir / "train"

@@ -9,27 +9,22 @@ these tokenizers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from absl import flags
+from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.init_from_flag import INIT_FROM, OWN_IMAGE_TOKENIZER
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import from_data
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from etils import epath
-
-  from cm3leon_jax.settings import Settings
+with epy.lazy_imports():
+  from cm3leon_jax.export import copies
+  from cm3leon_jax.trained import base_documents, run
 
 
 def main(settings: Settings, workdir: epath.Path, follows: bool = False) -> None:
   """Copies the tokenizers. If `follows`, fields of --config are computed from the base."""
-  from cm3leon_jax.export import copies
-  from cm3leon_jax.trained import base_documents
-  from cm3leon_jax.trained.run import Run
-
   if not INIT_FROM.value:
     raise UserError(
       "name the trained run whose tokenizers are copied: --init_from=workdir/scenes, or "
@@ -39,7 +34,7 @@ def main(settings: Settings, workdir: epath.Path, follows: bool = False) -> None
   if follows:
     of_base = base_documents.fields(INIT_FROM.value, own_images)
     settings = common.completed(workdir, True, of_base)
-  made = copies.copy_tokenizers(Run(workdir, settings), INIT_FROM.value, of_base, own_images)
+  made = copies.copy_tokenizers(run.Run(workdir, settings), INIT_FROM.value, of_base, own_images)
   shown = ", ".join(f"{name} {state}" for name, state in made.items())
   print(f"copy_tokenizers: {shown}, from {INIT_FROM.value}.")
 

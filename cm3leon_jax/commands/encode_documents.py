@@ -7,16 +7,17 @@ cm3leon encode_documents --config=scenes --workdir=workdir/scenes --validate
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax.commands import common, sharded, tokenizer_check
 from cm3leon_jax.runs import stages, table
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.settings import Settings
+with epy.lazy_imports():
+  from cm3leon_jax.data.checks import validate
+  from cm3leon_jax.data.documents import encode
 
 _VALIDATE = flags.DEFINE_bool(
   "validate", False, "Encode nothing; check all written records, arrays and digests."
@@ -24,12 +25,9 @@ _VALIDATE = flags.DEFINE_bool(
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
-  from cm3leon_jax.data.checks.validate import validate_documents
-  from cm3leon_jax.data.documents import encode
-
   if _VALIDATE.value:
     stages.require(workdir, "documents")
-    validate_documents(workdir / "documents", settings.vocab)
+    validate.validate_documents(workdir / "documents", settings.vocab)
     return
   with sharded.stage(workdir, "documents", settings) as (summary, runner):
     if summary is not None:

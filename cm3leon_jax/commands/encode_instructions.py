@@ -9,29 +9,25 @@ each invalid record with the reason in instructions/NAME/rejected.jsonl.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from etils import epath, epy
 
 from cm3leon_jax.commands import common, sharded, tokenizer_check
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages, table
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from etils import epath
-
-  from cm3leon_jax.settings import Settings
+with epy.lazy_imports():
+  from cm3leon_jax.data.instructions import sources, task_files
+  from cm3leon_jax.evaluation import world
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
-  from cm3leon_jax.data.instructions import sources
-  from cm3leon_jax.data.instructions.task_files import load_tasks, shipped
-  from cm3leon_jax.evaluation.world import drawn_tasks
-
   if not settings.instructions.any:
     raise UserError(
       "config.instructions names no tasks: set config.instructions.tasks to a YAML file or to one "
-      f"of {', '.join(shipped())}."
+      f"of {', '.join(task_files.shipped())}."
     )
-  tasks = load_tasks(settings.instructions)
+  tasks = task_files.load_tasks(settings.instructions)
   more = {"tasks": sources.digest_of(tasks, settings.instructions)}
   with sharded.stage(workdir, "instructions", settings, more) as (summary, runner):
     if summary is None:
@@ -41,7 +37,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       str(workdir),
       tasks,
       settings.instructions,
-      drawn_tasks(settings),
+      world.drawn_tasks(settings),
       settings.vocab,
       settings.data.sequence_length,
       settings.raw.num_threads,

@@ -25,10 +25,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax.commands import common, protocol_flags
 from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT
@@ -37,13 +37,23 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.digests import digest, digest_of_json
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages, table
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.api import CM3Leon
-  from cm3leon_jax.evaluation.world import World
-  from cm3leon_jax.generation.pipeline import Pipeline
-  from cm3leon_jax.settings import Settings
-  from cm3leon_jax.trained.run import Run
+with epy.lazy_imports():
+  import jax
+
+  from cm3leon_jax import api
+  from cm3leon_jax.commands import evaluate_protocol
+  from cm3leon_jax.data.documents import store
+  from cm3leon_jax.evaluation import geneval, strata
+  from cm3leon_jax.evaluation import world as world_lib
+  from cm3leon_jax.evaluation.likelihood import bits
+  from cm3leon_jax.generation import pipeline as pipeline_lib
+  from cm3leon_jax.generation import tasks as tasks_lib
+  from cm3leon_jax.planning import programs
+  from cm3leon_jax.retrieval import neighbors
+  from cm3leon_jax.trained import bundles
+  from cm3leon_jax.trained import run as run_lib
 
 _EXPORT = flags.DEFINE_enum(
   "export",
@@ -71,19 +81,12 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       raise UserError(f"--{flag.name} is given without --protocol: add e.g. --protocol=scenes.")
   compares, protocol = _is_given(protocol_flags.COMPARE), protocol_flags.PROTOCOL.value
   if compares or protocol is not None:
-    from cm3leon_jax.commands import evaluate_protocol
-
     if compares:
       evaluate_protocol.compare(protocol_flags.COMPARE.value)
       return
     options = evaluate_protocol.Options(*(flag.value for flag in PROTOCOL_OPTIONS))
     evaluate_protocol.run_all(settings, workdir, protocol, options)
     return
-  import jax
-
-  from cm3leon_jax.evaluation.world import of_source
-  from cm3leon_jax.trained import bundles
-  from cm3leon_jax.trained.run import Run
 
   if bundles.is_bundle(bundles.folder_of(workdir)):
     raise UserError(
@@ -98,36 +101,29 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   inputs: dict[str, Any] = {}
   if settings.evaluation.scenes:
     inputs = {"sampling": digest_of_json(dataclasses.asdict(settings.sampling))}
-    if world := of_source(settings):
+    if world := world_lib.of_source(settings):
       inputs["bundled"] = digest(bundles.folder_of(world.bundled) / bundles.FILE)
   folder = workdir / ("evaluation_last" if _LAST_PARAMS.value else "evaluation")
   config = stages.run_config(settings, workdir, "evaluation", inputs)
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
-      _evaluate(Run(workdir, settings), folder, summary)
+      _evaluate(run_lib.Run(workdir, settings), folder, summary)
 
 
-def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
+def _evaluate(run: run_lib.Run, folder: epath.Path, summary: dict) -> None:
   """Measures bits per token and, if the config requests it, judges samples; fills `summary`."""
-  from cm3leon_jax.data.documents.store import Bank, DocumentStore
-  from cm3leon_jax.evaluation import strata
-  from cm3leon_jax.evaluation.likelihood import bits
-  from cm3leon_jax.evaluation.world import of_facts
-  from cm3leon_jax.generation.pipeline import Pipeline
-  from cm3leon_jax.retrieval import neighbors
-
   settings, workdir = run.settings, run.folder
   config = settings.evaluation
   bits.check_batch(config)
   params, step = run.params(average=not _LAST_PARAMS.value)
   if config.scenes:  # Prepare the samples first, so that an error ends the command early.
-    world = of_facts(settings)
+    world = world_lib.of_facts(settings)
     world.check_installed()
-    pipeline = Pipeline.load(run, params, None, batch_size=config.batch_size)
+    pipeline = pipeline_lib.Pipeline.load(run, params, None, batch_size=config.batch_size)
     tasks = strata.heldout_captions(pipeline, workdir, config.scene_guidance)
   documents = workdir / "documents"
-  bank = Bank(documents, settings.vocab)
-  heldout = DocumentStore(documents / "heldout_pairs", settings.vocab)
+  bank = store.Bank(documents, settings.vocab)
+  heldout = store.DocumentStore(documents / "heldout_pairs", settings.vocab)
   ids = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs", True, bank=len(bank))
   sections = (settings.vocab, settings.data, config, settings.seed)
   metrics = bits.evaluate(params, settings.model, bank, heldout, ids, *sections)
@@ -145,35 +141,29 @@ def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
   write_json(folder / "metrics.json", summary)
 
 
-def _load_bundled(settings: Settings) -> CM3Leon | None:
+def _load_bundled(settings: Settings) -> api.CM3Leon | None:
   """Loads the bundled model of the run's world, or returns None if the data is not from a world.
 
   Whether a scene is held out depends only on the names in the scene, not on the run. The bundled
   model therefore never trained on the held-out scenes of this run.
   """
-  from cm3leon_jax.api import CM3Leon
-  from cm3leon_jax.evaluation.world import of_source
-
-  world = of_source(settings)
-  return None if world is None else CM3Leon.load(world.bundled, batch_size=world.sheet_size)
+  world = world_lib.of_source(settings)
+  return None if world is None else api.CM3Leon.load(world.bundled, batch_size=world.sheet_size)
 
 
-def _images_of(model: CM3Leon, seed: int, captions: list[str]) -> list:
+def _images_of(model: api.CM3Leon, seed: int, captions: list[str]) -> list:
   """Generates an image for each caption, with the guidance and neighbors of the model's run."""
   return [sample.segments[0] for [sample] in model.generate(captions, seed=seed)]
 
 
-def _about(model: CM3Leon, world: World) -> dict:
+def _about(model: api.CM3Leon, world: world_lib.World) -> dict:
   """Describes a bundled model: its sampling settings, its size and the cost of its training."""
-  from cm3leon_jax.planning.programs import count_params
-  from cm3leon_jax.trained import bundles
-
   settings = model.pipeline.settings
   return {
     "guidance": settings.sampling.guidance,
     "neighbors": model.pipeline.usual_retrieve,
     "step": model.step,
-    "parameters": count_params(settings, model.mesh),
+    "parameters": programs.count_params(settings, model.mesh),
     **world.about(settings),
     **bundles.about(model.workdir),
   }
@@ -185,24 +175,19 @@ def _is_given(flag: flags.FlagHolder) -> bool:
 
 def _export(settings: Settings, workdir: epath.Path) -> None:
   """Generates images for prompts or held-out scenes, in the folder layout that GenEval reads."""
-  from cm3leon_jax.evaluation import geneval
-  from cm3leon_jax.generation.pipeline import Pipeline
-  from cm3leon_jax.generation.tasks import slug
-  from cm3leon_jax.trained.run import Run
-
-  run = Run(workdir, settings)
+  run = run_lib.Run(workdir, settings)
   config, path = settings.evaluation, PROMPTS.value
   samples = SAMPLES.value if _is_given(SAMPLES) else EXPORT_SAMPLES
   prompts = geneval.read_prompts(path) if path else []
   identity = _export_identity(settings, workdir, prompts, samples)
-  stem = slug(epath.Path(path).stem) if path else "heldout"
+  stem = tasks_lib.slug(epath.Path(path).stem) if path else "heldout"
   folder = workdir / "geneval" / f"{stem}-{digest_of_json(identity)[:8]}"
   with stages.once(folder, identity) as summary, common.use_mesh(settings):
     if summary is not None:
       params, step = run.params()
       retrieves = prompts and config.scene_neighbors
       clip = run.clip if retrieves else None
-      pipeline = Pipeline.load(run, params, clip, batch_size=config.batch_size)
+      pipeline = pipeline_lib.Pipeline.load(run, params, clip, batch_size=config.batch_size)
       if prompts:
         tasks = geneval.prompt_tasks(prompts, settings, path)
       else:
@@ -213,13 +198,10 @@ def _export(settings: Settings, workdir: epath.Path) -> None:
 
 
 def _heldout_prompts(
-  settings: Settings, workdir: epath.Path, pipeline: Pipeline
+  settings: Settings, workdir: epath.Path, pipeline: pipeline_lib.Pipeline
 ) -> tuple[list, list[dict]]:
   """Returns the tasks for held-out captions, and the GenEval metadata of each task."""
-  from cm3leon_jax.evaluation import strata
-  from cm3leon_jax.evaluation.world import of_facts
-
-  world = of_facts(settings)
+  world = world_lib.of_facts(settings)
   world.check_installed()
   tasks = strata.heldout_captions(pipeline, workdir, [settings.sampling.guidance])
   return tasks, [world.geneval_metadata(task) for task in tasks]

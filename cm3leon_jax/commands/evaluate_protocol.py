@@ -5,24 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from etils import epath
+from etils import epath, epy
 
-from cm3leon_jax import distributed
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.file_flags import results_folder
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import table
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.clip.huggingface import HFCLIP
-  from cm3leon_jax.clip.model import CLIP
-  from cm3leon_jax.evaluation.metrics.extractors import Extractor
-  from cm3leon_jax.evaluation.protocols.protocol import Protocol
-  from cm3leon_jax.evaluation.protocols.run import ProtocolRun
-  from cm3leon_jax.settings import Settings
-  from cm3leon_jax.trained.run import Run
+with epy.lazy_imports():
+  from cm3leon_jax import distributed
+  from cm3leon_jax.clip import huggingface, model
+  from cm3leon_jax.data.published import files
+  from cm3leon_jax.evaluation import world
+  from cm3leon_jax.evaluation.metrics import extractors
+  from cm3leon_jax.evaluation.protocols import compare as compare_lib
+  from cm3leon_jax.evaluation.protocols import metrics, results, samples
+  from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+  from cm3leon_jax.evaluation.protocols import run as run_lib
+  from cm3leon_jax.generation import pipeline as pipeline_lib
+  from cm3leon_jax.generation import tasks
+  from cm3leon_jax.reports import evaluation_page
+  from cm3leon_jax.trained import initial
+  from cm3leon_jax.trained import run as trained_run
 
 FOLDER = "evaluations"
 # Fields of a protocol that do not affect its samples.
@@ -47,10 +54,7 @@ class Options:
 
 def run_all(settings: Settings, workdir: epath.Path, name: str, options: Options) -> None:
   """Checks all protocols of a file, and then measures a run or bundle with each of them."""
-  from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
-  from cm3leon_jax.trained.run import Run
-
-  trained = Run.open(workdir, settings)
+  trained = trained_run.Run.open(workdir, settings)
   found = [_checked(protocol, options, trained.settings) for protocol in protocol_lib.load(name)]
   path = epath.Path(name)
   file = path.stem if path.suffix else name.partition("/")[0]
@@ -58,17 +62,15 @@ def run_all(settings: Settings, workdir: epath.Path, name: str, options: Options
     run(trained, file, protocol, options)
 
 
-def _checked(protocol: Protocol, options: Options, settings: Settings) -> Protocol:
+def _checked(
+  protocol: protocol_lib.Protocol, options: Options, settings: Settings
+) -> protocol_lib.Protocol:
   """Checks a protocol. Returns it with the number of examples that the options set.
 
   Raises:
     UserError: a metric is unknown, does not fit the task or needs more examples; a field of a
       sampler or a published figure is wrong; or a file is absent.
   """
-  from cm3leon_jax.data.published.files import open_examples
-  from cm3leon_jax.evaluation.protocols import metrics
-  from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
-
   if options.examples is not None:
     data = dataclasses.replace(protocol.data, count=options.examples)
     protocol = dataclasses.replace(protocol, data=data)
@@ -79,11 +81,13 @@ def _checked(protocol: Protocol, options: Options, settings: Settings) -> Protoc
     protocol_lib.sampling_of(column, settings.sampling)
   if protocol.data.format != protocol_lib.HELDOUT and options.data is not None:
     # Report absent files before sampling.
-    open_examples(protocol.data.format, options.data, protocol.data.split)
+    files.open_examples(protocol.data.format, options.data, protocol.data.split)
   return protocol
 
 
-def run(trained: Run, name: str, protocol: Protocol, options: Options) -> tuple[epath.Path, dict]:
+def run(
+  trained: trained_run.Run, name: str, protocol: protocol_lib.Protocol, options: Options
+) -> tuple[epath.Path, dict]:
   """Measures a run or bundle with a protocol, and writes evaluations/NAME-HASH/.
 
   `name` is the name of the protocol's file. Returns (folder of the evaluation, content of its
@@ -92,11 +96,6 @@ def run(trained: Run, name: str, protocol: Protocol, options: Options) -> tuple[
   Raises:
     UserError: the protocol, a metric, the data or the weights are wrong or absent.
   """
-  from cm3leon_jax.evaluation.protocols import metrics, results
-  from cm3leon_jax.evaluation.protocols import run as run_lib
-  from cm3leon_jax.reports import evaluation_page
-  from cm3leon_jax.trained.run import ids
-
   settings = trained.settings
   protocol = _checked(protocol, options, settings)
   names = tuple(options.metrics or protocol.metrics)
@@ -105,7 +104,10 @@ def run(trained: Run, name: str, protocol: Protocol, options: Options) -> tuple[
   if "features" in needs:
     extractor = _extractor(protocol, settings, trained.stages, options.weights)
   read = _stages(settings, protocol, needs, options)
-  about = {"name": "/".join(filter(None, [name, protocol.name])), "inputs": ids(trained, read)}
+  about = {
+    "name": "/".join(filter(None, [name, protocol.name])),
+    "inputs": trained_run.ids(trained, read),
+  }
   if options.before:
     about["parameters"] = "before"
   with common.use_mesh(settings):
@@ -118,9 +120,9 @@ def run(trained: Run, name: str, protocol: Protocol, options: Options) -> tuple[
   return job.folder, result
 
 
-def _stages(settings: Settings, protocol: Protocol, needs: set[str], options: Options) -> list[str]:
-  from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
-
+def _stages(
+  settings: Settings, protocol: protocol_lib.Protocol, needs: set[str], options: Options
+) -> list[str]:
   read, retrieves = [*table.TOKENIZERS, "train"], any(c.retrieve for c in protocol.columns)
   if retrieves:
     read += ["documents", "neighbors"]
@@ -132,10 +134,8 @@ def _stages(settings: Settings, protocol: Protocol, needs: set[str], options: Op
   return [*read, *(table.own_clip(settings) if needs_clip else [])]
 
 
-def _params(trained: Run, before: bool) -> tuple[dict, int]:
+def _params(trained: trained_run.Run, before: bool) -> tuple[dict, int]:
   """Loads the newest or, if `before`, the first parameters of a run. Returns (parameters, step)."""
-  from cm3leon_jax.trained import initial
-
   if not before:
     return trained.params()
   start = initial.start_of(trained.folder)
@@ -147,45 +147,35 @@ def _params(trained: Run, before: bool) -> tuple[dict, int]:
 
 
 def _scorer(
-  names: tuple[str, ...], options: Options, own: CLIP | HFCLIP | None
-) -> CLIP | HFCLIP | None:
+  names: tuple[str, ...], options: Options, own: model.CLIP | huggingface.HFCLIP | None
+) -> model.CLIP | huggingface.HFCLIP | None:
   """Returns the CLIP model of --clip, or else of the run; None if no metric uses CLIP."""
-  from cm3leon_jax.clip.huggingface import HFCLIP
-  from cm3leon_jax.evaluation.protocols.metrics import METRICS
-
-  if not any("embeddings" in METRICS[name].needs for name in names):
+  if not any("embeddings" in metrics.METRICS[name].needs for name in names):
     return None
-  return HFCLIP.load(options.clip) if options.clip else own
+  return huggingface.HFCLIP.load(options.clip) if options.clip else own
 
 
 def _make_run(
-  trained: Run,
-  protocol: Protocol,
+  trained: trained_run.Run,
+  protocol: protocol_lib.Protocol,
   names: tuple[str, ...],
-  extractor: Extractor | None,
+  extractor: extractors.Extractor | None,
   options: Options,
   about: dict[str, Any],
-) -> tuple[ProtocolRun, int]:
+) -> tuple[run_lib.ProtocolRun, int]:
   """Loads models and data for a protocol. Returns a `ProtocolRun` and the parameters' step."""
-  from cm3leon_jax.evaluation import world
-  from cm3leon_jax.evaluation.metrics import extractors
-  from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
-  from cm3leon_jax.evaluation.protocols import results, samples
-  from cm3leon_jax.evaluation.protocols.metrics import check, check_examples
-  from cm3leon_jax.evaluation.protocols.run import ProtocolRun
-  from cm3leon_jax.generation.pipeline import Pipeline
-  from cm3leon_jax.generation.tasks import slug
-
   settings = trained.settings
   params, step = _params(trained, options.before)
   own_clip = trained.clip if settings.retrieval.clip or "clip" in about["inputs"] else None
   scorer = _scorer(names, options, own_clip)
-  pipeline = Pipeline.load(trained, params, own_clip, batch_size=settings.evaluation.batch_size)
+  pipeline = pipeline_lib.Pipeline.load(
+    trained, params, own_clip, batch_size=settings.evaluation.batch_size
+  )
   evaluated = samples.open_evaluated(
     protocol, pipeline, trained.folder, options.data, options.allow_outside
   )
-  check(names, protocol.task, len(evaluated.examples))
-  check_examples(names, evaluated.examples, evaluated.facts)
+  metrics.check(names, protocol.task, len(evaluated.examples))
+  metrics.check_examples(names, evaluated.examples, evaluated.facts)
   sampling = [protocol_lib.sampling_of(c, settings.sampling) for c in protocol.columns]
   # Samples do not depend on the metrics. Evaluations with other metrics can reuse the samples.
   of_samples = {
@@ -201,8 +191,8 @@ def _make_run(
     "extractor": extractor and extractor.identity,
     "scorer": scorer and extractors.clip_identity(scorer),
   }
-  root, name = results_folder(trained, options.out) / FOLDER, slug(about["name"])
-  job = ProtocolRun(
+  root, name = results_folder(trained, options.out) / FOLDER, tasks.slug(about["name"])
+  job = run_lib.ProtocolRun(
     protocol=protocol,
     metrics=names,
     pipeline=pipeline,
@@ -221,11 +211,9 @@ def _make_run(
 
 
 def _extractor(
-  protocol: Protocol, settings: Settings, workdir: epath.Path, weights: str | None
-) -> Extractor:
+  protocol: protocol_lib.Protocol, settings: Settings, workdir: epath.Path, weights: str | None
+) -> extractors.Extractor:
   """Loads the feature extractor of a protocol. Raises UserError for absent or wrong weights."""
-  from cm3leon_jax.evaluation.metrics import extractors
-
   network, _, resize = protocol.extractor.partition("_")
   if not network:
     raise UserError(
@@ -256,8 +244,6 @@ def _extractor(
 
 def compare(folders: list[str]) -> None:
   """Prints the differences between two evaluations, with paired confidence intervals."""
-  from cm3leon_jax.evaluation.protocols import compare as compare_lib
-
   if len(folders) != 2:
     raise UserError(f"--compare={','.join(folders)} must name two folders: --compare=A,B.")
   print(compare_lib.describe(compare_lib.compare(*map(epath.Path, folders))))

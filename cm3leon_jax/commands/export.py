@@ -18,20 +18,28 @@ which `cm3leon copy_tokenizers` copied them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import formats
 from cm3leon_jax.runs import from_data, stages, table
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.data.documents.store import DocumentStore
-  from cm3leon_jax.settings import Settings
-  from cm3leon_jax.trained.run import Run
+with epy.lazy_imports():
+  import jax
+  import numpy as np
+
+  from cm3leon_jax import loading
+  from cm3leon_jax.data.documents import store
+  from cm3leon_jax.data.rows import loader
+  from cm3leon_jax.evaluation.likelihood import bits
+  from cm3leon_jax.export import huggingface, peft_adapter
+  from cm3leon_jax.reports import model_card
+  from cm3leon_jax.trained import bundles
+  from cm3leon_jax.trained import run as run_lib
+  from cm3leon_jax.weights import int8
 
 SAMPLES = 4  # Number of held-out documents on which logits are compared.
 # Logits of larger exports are not compared, because the comparison loads the decoder twice.
@@ -84,16 +92,12 @@ def main(
 ) -> None:
   if base and not bundle_folder:
     raise UserError(f"--base is {base}, but --bundle is not given: --base applies only to bundles.")
-  from cm3leon_jax import loading
-  from cm3leon_jax.trained.run import Run
 
-  trained = Run.open(workdir, settings)
+  trained = run_lib.Run.open(workdir, settings)
   if trained.kind == "bundle" and bundle_folder:
     raise UserError(f"--bundle is given, but {workdir} is already a bundle: copy {trained.folder}.")
   formats.check(choice, trained.settings)
   if choice.format == "peft":
-    from cm3leon_jax.export import peft_adapter
-
     peft_adapter.adapters_of(trained)
   _export(trained, choice, output or "export" * (trained.kind == "bundle"))
   if bundle_folder:
@@ -103,12 +107,10 @@ def main(
     print(f"export: bundle of step {step}, {size}, in {bundle_folder}.", flush=True)
 
 
-def _export(trained: Run, choice: formats.Choice, output: str) -> None:
-  from cm3leon_jax.trained.run import ids
-
+def _export(trained: run_lib.Run, choice: formats.Choice, output: str) -> None:
   settings, workdir = trained.settings, trained.folder
   if output:
-    ids(trained, [*table.STAGES["export"].reads])
+    run_lib.ids(trained, [*table.STAGES["export"].reads])
     with formats.replacing(output) as folder, common.use_mesh(settings):
       message = _write(folder, epath.Path(output), trained, choice)[1]
     print(f"export: {message}.", flush=True)
@@ -126,19 +128,14 @@ def _export(trained: Run, choice: formats.Choice, output: str) -> None:
 
 
 def _write(
-  folder: epath.Path, place: epath.Path, trained: Run, choice: formats.Choice
+  folder: epath.Path, place: epath.Path, trained: run_lib.Run, choice: formats.Choice
 ) -> tuple[dict, str]:
   """Writes an export to `folder`, which is later moved to `place`.
 
   Returns numbers for the summary, and a message for the user.
   """
-  from cm3leon_jax.export import peft_adapter
-  from cm3leon_jax.reports import model_card
-  from cm3leon_jax.trained import bundles
-  from cm3leon_jax.trained.run import open_params
-
   settings = trained.settings
-  read = peft_adapter.open_params if choice.format == "peft" else open_params
+  read = peft_adapter.open_params if choice.format == "peft" else run_lib.open_params
   stored = read(trained, choice.average)
   run = formats.TrainedRun(trained, stored, choice)
   numbers = {**formats.write(folder, run), "step": stored.step, "compared": False}
@@ -170,13 +167,6 @@ def _check(
   measures the loss, in bits per token, before and after rounding. Returns numbers for the summary,
   and sentences for the user.
   """
-  import jax
-
-  from cm3leon_jax.data.documents.store import DocumentStore
-  from cm3leon_jax.data.rows.loader import join
-  from cm3leon_jax.export import huggingface
-  from cm3leon_jax.weights import int8
-
   trained, settings, choice = run.trained, run.settings, run.choice
   documents = trained.stages / "documents" / "heldout_pairs"
   if trained.kind == "bundle" or not documents.exists():
@@ -188,7 +178,7 @@ def _check(
   compares = transformers and huggingface.can_compare(choice.quantize)
   if run.params.count > COMPARED:
     return {}, [f"logits are compared up to {COMPARED:,} parameters only"] * transformers
-  heldout = DocumentStore(documents, settings.vocab)
+  heldout = store.DocumentStore(documents, settings.vocab)
   params, _ = trained.params(run.params.step, choice.average is not False)
   written = params
   if rounds:
@@ -199,7 +189,7 @@ def _check(
   missing = f"its logits were not compared, which needs {packages}"
   sentences = [missing] if transformers else []
   if compares:
-    samples = [join([heldout[i]], settings.vocab) for i in range(min(SAMPLES, len(heldout)))]
+    samples = [loader.join([heldout[i]], settings.vocab) for i in range(min(SAMPLES, len(heldout)))]
     compared = huggingface.compare_logits(folder, written, settings.model, samples)
     numbers = {"logits": compared, "compared": True}
     sentences = [
@@ -216,19 +206,16 @@ def _check(
   return numbers, sentences
 
 
-def _heldout_bits(settings: Settings, heldout: DocumentStore, params: dict) -> dict[str, float]:
+def _heldout_bits(
+  settings: Settings, heldout: store.DocumentStore, params: dict
+) -> dict[str, float]:
   """Measures the bits per image code and per text token of held-out documents, without neighbors.
 
   The bits are means over all codes or tokens.
   """
-  import numpy as np
-
-  from cm3leon_jax.data.rows.loader import join
-  from cm3leon_jax.evaluation.likelihood import bits
-
   config = settings.evaluation
   documents = [heldout[i] for i in range(min(config.num_documents, len(heldout)))]
-  samples = [join([document], settings.vocab) for document in documents]
+  samples = [loader.join([document], settings.vocab) for document in documents]
   scored = bits.score_samples(params, settings.model, samples, settings.vocab, config.batch_size)
   masks = [bits.own_targets(s, d, settings.vocab) for s, d in zip(samples, documents)]
   found = {

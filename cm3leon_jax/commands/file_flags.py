@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
-if TYPE_CHECKING:
-  from cm3leon_jax.trained.run import Run
+with epy.lazy_imports():
+  from cm3leon_jax.trained import run
 
 OUT = flags.DEFINE_string(
   "out",
@@ -26,7 +24,7 @@ ALLOW_OUTSIDE = flags.DEFINE_bool(
 )
 
 
-def results_folder(trained: Run, out: str | None) -> epath.Path:
+def results_folder(trained: run.Run, out: str | None) -> epath.Path:
   """Returns `out`. Its default is the workdir of a run or, for a bundle, the current folder."""
   default = epath.Path() if trained.kind == "bundle" else trained.folder
   return default if out is None else epath.Path(out)

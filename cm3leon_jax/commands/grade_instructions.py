@@ -13,30 +13,32 @@ For tasks in other formats, use protocols (cm3leon evaluate --protocol).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.data.instructions.records import Record
-  from cm3leon_jax.data.instructions.tasks import InstructionTask
-  from cm3leon_jax.evaluation.world import Answer, World
-  from cm3leon_jax.settings import Settings
-  from cm3leon_jax.trained.run import Run
+with epy.lazy_imports():
+  from cm3leon_jax.data.instructions import records as records_lib
+  from cm3leon_jax.data.instructions import task_files
+  from cm3leon_jax.data.instructions import tasks as tasks_lib
+  from cm3leon_jax.evaluation import world as world_lib
+  from cm3leon_jax.evaluation.grades import answers as grades
+  from cm3leon_jax.evaluation.grades import files
+  from cm3leon_jax.generation import pipeline as pipeline_lib
+  from cm3leon_jax.trained import initial
+  from cm3leon_jax.trained import run as run_lib
 
 RECORDS = flags.DEFINE_integer("records", 100, "Held-out records per task.", lower_bound=2)
 REDRAWN = flags.DEFINE_bool("redrawn", False, "Also answer about reconstructed input images.")
 
 
-def _models(run: Run) -> dict[str, Callable[[], dict]]:
+def _models(run: run_lib.Run) -> dict[str, Callable[[], dict]]:
   """Maps each column title of the table to a function that loads the column's parameters."""
-  from cm3leon_jax.trained import initial
-
   start = initial.start_of(run.folder)
   return {
     **({} if start is None else {"before": lambda: initial.load(start, run.settings)}),
@@ -44,13 +46,10 @@ def _models(run: Run) -> dict[str, Callable[[], dict]]:
   }
 
 
-def _judged_tasks(settings: Settings) -> list[tuple[InstructionTask, World]]:
+def _judged_tasks(settings: Settings) -> list[tuple[tasks_lib.InstructionTask, world_lib.World]]:
   """Returns the tasks whose answers a world judges exactly. Raises UserError if there are none."""
-  from cm3leon_jax.data.instructions.task_files import load_tasks
-  from cm3leon_jax.evaluation.world import of_answers
-
-  tasks = load_tasks(settings.instructions)
-  judged = [(task, world) for task in tasks if (world := of_answers(task))]
+  tasks = task_files.load_tasks(settings.instructions)
+  judged = [(task, world) for task in tasks if (world := world_lib.of_answers(task))]
   if not judged:
     raise UserError(
       "no task of config.instructions has answers that can be judged exactly (only tasks of the "
@@ -61,29 +60,36 @@ def _judged_tasks(settings: Settings) -> list[tuple[InstructionTask, World]]:
 
 
 def _grade(
-  run: Run, judged: list[tuple[InstructionTask, World]], count: int, redrawn: bool
-) -> dict[str, dict[str, list[Answer]]]:
+  run: run_lib.Run,
+  judged: list[tuple[tasks_lib.InstructionTask, world_lib.World]],
+  count: int,
+  redrawn: bool,
+) -> dict[str, dict[str, list[world_lib.Answer]]]:
   """Returns the graded answers by task name and column title.
 
   With `redrawn`, the model after tuning also answers about reconstructed input images.
   """
-  from cm3leon_jax.evaluation.grades import answers as grades
-  from cm3leon_jax.generation.pipeline import Pipeline
-
   settings = run.settings
   records = {task.name: grades.heldout_records(task, settings, count) for task, _ in judged}
   retrieve = settings.evaluation.scene_neighbors if (run.folder / "neighbors").exists() else 0
   clip = run.clip if retrieve else None
-  answers: dict[str, dict[str, list[Answer]]] = {name: {} for name in records}
+  answers: dict[str, dict[str, list[world_lib.Answer]]] = {name: {} for name in records}
 
-  def ask(title: str, task: InstructionTask, world: World, asked: list[Record]) -> None:
+  def ask(
+    title: str,
+    task: tasks_lib.InstructionTask,
+    world: world_lib.World,
+    asked: list[records_lib.Record],
+  ) -> None:
     found = grades.answer_all(world, pipeline, task, asked, retrieve)
     answers[task.name][title] = found
     right = sum(answer.right for answer in found)
     print(f"{title}: {task.name} {right} of {len(found)} correct", flush=True)
 
   for title, load in _models(run).items():
-    pipeline = Pipeline.load(run, load(), clip, batch_size=settings.evaluation.batch_size)
+    pipeline = pipeline_lib.Pipeline.load(
+      run, load(), clip, batch_size=settings.evaluation.batch_size
+    )
     for task, world in judged:
       ask(title, task, world, records[task.name])
   for task, world in judged if redrawn else ():  # By the last model, the one after tuning.
@@ -97,15 +103,12 @@ def _grade(
 
 
 def main(settings: Settings, workdir: epath.Path, count: int, redrawn: bool = False) -> None:
-  from cm3leon_jax.evaluation.grades import files
-  from cm3leon_jax.trained.run import Run
-
   more = {"records": str(count), **({"redrawn": "yes"} if redrawn else {})}
   with stages.stage(workdir, "grades", settings, more) as summary, common.use_mesh(settings):
     if summary is None:
       return
     judged = _judged_tasks(settings)
-    answers = _grade(Run(workdir, settings), judged, count, redrawn)
+    answers = _grade(run_lib.Run(workdir, settings), judged, count, redrawn)
     kinds = {kind: of for _, world in judged for kind, of in world.kinds.items()}
     result = files.write(workdir / "grades", answers, settings, kinds)
     summary.update(result)

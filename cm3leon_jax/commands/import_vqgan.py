@@ -12,18 +12,20 @@ them, and their configs: amused has 256 codes for 256x256 pixels, taming_gumbel_
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages, table
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.settings import Settings
-  from cm3leon_jax.tokenizers.config import Family
+with epy.lazy_imports():
+  from cm3leon_jax.files import digests as digests_lib
+  from cm3leon_jax.tokenizers import config as tokenizers_config
+  from cm3leon_jax.tokenizers import published_files, vqgan
+  from cm3leon_jax.trained import exported, kinds
+  from cm3leon_jax.training.small import trainer
 
 FAMILIES = ("amused", "taming_gumbel_f8", "chameleon")
 _SOURCE = flags.DEFINE_string("source", "", "File or folder with the weights, as safetensors.")
@@ -37,9 +39,6 @@ _FAMILY = flags.DEFINE_enum(
 
 def _check_folder(folder: epath.Path) -> None:
   """Raises UserError if a VQGAN was trained in the folder, or its training has begun."""
-  from cm3leon_jax.tokenizers import vqgan
-  from cm3leon_jax.training.small import trainer
-
   imported = vqgan.is_published(folder) or stages.command_of(folder) == "import_vqgan"
   if ((folder / vqgan.CONFIG).exists() and not imported) or (folder / trainer.FOLDER).exists():
     raise UserError(
@@ -47,12 +46,9 @@ def _check_folder(folder: epath.Path) -> None:
     )
 
 
-def main(settings: Settings, workdir: epath.Path, source: str, family: Family | None) -> None:
-  from cm3leon_jax.files.digests import digest
-  from cm3leon_jax.tokenizers import published_files
-  from cm3leon_jax.trained import exported
-  from cm3leon_jax.trained.kinds import IMAGES
-
+def main(
+  settings: Settings, workdir: epath.Path, source: str, family: tokenizers_config.Family | None
+) -> None:
   if not source:
     raise UserError("name the file or folder with the weights: --source=amused-256")
   named = settings.vqgan.published
@@ -61,7 +57,7 @@ def main(settings: Settings, workdir: epath.Path, source: str, family: Family | 
   if family is None and not published_files.is_own(source):
     raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
   for parent in filter(exported.is_export, epath.Path(source).parents[:2]):
-    exported.check(parent, f"{IMAGES}/")
+    exported.check(parent, f"{kinds.IMAGES}/")
   folder = workdir / "vqgan"
   _check_folder(folder)
   if family is None:
@@ -71,7 +67,7 @@ def main(settings: Settings, workdir: epath.Path, source: str, family: Family | 
   tokenizer = published_files.fit(found.tokenizer, settings.vocab.image_size, settings.vqgan)
   of_file: str = getattr(tokenizer.config, "family", "")  # "": trained with this project.
   name = family or of_file
-  digests = [digest(path) for path in found.files]
+  digests = [digests_lib.digest(path) for path in found.files]
   left = f", without {found.num_left} tensors of other networks" if found.num_left else ""
   kind = name or "trained by cm3leon train_vqgan"
   print(

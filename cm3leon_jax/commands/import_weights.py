@@ -13,17 +13,17 @@ any mesh. It prints the flags that set config fields to the values that the mode
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
 from ml_collections import config_flags
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.settings import Settings
+with epy.lazy_imports():
+  from cm3leon_jax.importing import importer
 
 _SOURCE = flags.DEFINE_string(
   "source",
@@ -39,8 +39,6 @@ def main(settings: Settings, workdir: epath.Path, source: str, given: Collection
   `given` has the names of the config fields that were set by flags, e.g. "model.width". The next
   commands need the same flags.
   """
-  from cm3leon_jax.importing import importer
-
   if not source:
     raise UserError("name the folder of the checkpoint: --source=DIR.")
   found = importer.plan(settings, source)

@@ -11,23 +11,20 @@ must be greater than 0.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from etils import epath
-
-  from cm3leon_jax.settings import Settings
+with epy.lazy_imports():
+  from cm3leon_jax.evaluation.likelihood import bits, forgetting
+  from cm3leon_jax.trained import base_documents, initial
+  from cm3leon_jax.trained import run as run_lib
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
-  from cm3leon_jax.evaluation.likelihood import bits, forgetting
-  from cm3leon_jax.trained import base_documents, initial
-  from cm3leon_jax.trained.run import Run
-
   if not settings.data.base_documents:
     raise UserError(
       "config.data.base_documents is 0, so this run has no documents of its base: set it in all "
@@ -46,7 +43,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
         "is no base to compare it with: use another --workdir, and give --init_from also to "
         "`cm3leon train`."
       )
-    run, judge = Run(workdir, settings), forgetting.judge_of(base)
+    run, judge = run_lib.Run(workdir, settings), forgetting.judge_of(base)
     before = forgetting.measure(run, initial.load(start, settings), base, judge)
     params, step = run.params()
     after = forgetting.measure(run, params, base, judge)

@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import TYPE_CHECKING
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax import worlds
 from cm3leon_jax.commands import common, sharded
 from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.runs import from_data, stages
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.data.sources.drawn import DrawnSource
-  from cm3leon_jax.data.sources.formats import SourcePart
-  from cm3leon_jax.files.shards import Runner
-  from cm3leon_jax.settings import Settings
+with epy.lazy_imports():
+  from cm3leon_jax.data.checks import duplicates, leaks
+  from cm3leon_jax.data.raw import counting, ingest, writer
+  from cm3leon_jax.data.raw import summary as raw_statistics
+  from cm3leon_jax.data.sources import drawn as drawn_lib
+  from cm3leon_jax.data.sources import formats
+  from cm3leon_jax.evaluation import world as world_lib
+  from cm3leon_jax.files import shards
 
 _CHECK_LEAKS = flags.DEFINE_bool(
   "check_leaks",
@@ -42,18 +45,14 @@ _LEAK_PSNR = flags.DEFINE_float(
 )
 
 
-def drawn_source(settings: Settings) -> DrawnSource | None:
+def drawn_source(settings: Settings) -> drawn_lib.DrawnSource | None:
   """Returns the source of a world, which draws its images. None for any other source."""
-  from cm3leon_jax.evaluation.world import of_source
-
-  world = of_source(settings)
+  world = world_lib.of_source(settings)
   return None if world is None else world.source(settings)
 
 
 def check_leaks(settings: Settings, workdir: epath.Path) -> None:
   """Prints the most similar held-out and training images. Raises UserError for near duplicates."""
-  from cm3leon_jax.data.checks import duplicates, leaks
-
   stages.require(workdir, "raw")
   psnr = duplicates.MIN_PSNR if _LEAK_PSNR.value is None else _LEAK_PSNR.value
   report = leaks.check(workdir / "raw", settings.raw.num_threads, psnr)
@@ -71,7 +70,7 @@ def check_leaks(settings: Settings, workdir: epath.Path) -> None:
     )
 
 
-def check_fact_leaks(drawn: DrawnSource, workdir: epath.Path) -> None:
+def check_fact_leaks(drawn: drawn_lib.DrawnSource, workdir: epath.Path) -> None:
   """Raises UserError if the training scenes together show all facts of a held-out scene.
 
   Prints the numbers of held-out, training and leaked scenes.
@@ -112,10 +111,6 @@ def check_enough(settings: Settings, summary: dict) -> None:
 
 def conclude(settings: Settings, folder: epath.Path, summary: dict) -> None:
   """Searches for near duplicates, adds their counts to `summary`, and prints the data's summary."""
-  from cm3leon_jax.data.checks import leaks
-  from cm3leon_jax.data.raw import summary as raw_statistics
-  from cm3leon_jax.data.raw import writer
-
   near = None
   # Drawings are similar by design. Their concepts already keep similar drawings in one split.
   if settings.raw.source not in worlds.MODULES:
@@ -133,11 +128,13 @@ def conclude(settings: Settings, folder: epath.Path, summary: dict) -> None:
 
 
 def _prepare(
-  settings: Settings, parts: list[SourcePart], folder: epath.Path, runner: Runner, counts: bool
+  settings: Settings,
+  parts: list[formats.SourcePart],
+  folder: epath.Path,
+  runner: shards.Runner,
+  counts: bool,
 ) -> dict:
   """Writes the raw data. Returns the stage's summary, with counts for `from_data` if `counts`."""
-  from cm3leon_jax.data.raw import counting, ingest
-
   raw = settings.raw
   if not raw.resolution:
     raw = dataclasses.replace(raw, resolution=counting.resolution_of(parts, raw.allow_outside))
@@ -167,9 +164,6 @@ def _print_computed(settings: Settings, workdir: epath.Path) -> None:
 
 
 def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
-  from cm3leon_jax.data.raw import ingest
-  from cm3leon_jax.data.sources import formats
-
   if _CHECK_LEAKS.value:
     if (drawn := drawn_source(settings)) is not None:
       check_fact_leaks(drawn, workdir)

@@ -17,44 +17,49 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import os
-from typing import TYPE_CHECKING
+
+from etils import epath, epy
 
 from cm3leon_jax.commands import common, malloc, run_start
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.commands.run_start import ALLOW_CHANGED, SKIP_MEMORY_CHECK
 from cm3leon_jax.config import UserError
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from etils import epath
+with epy.lazy_imports():
+  import jax
+  import numpy as np
 
-  from cm3leon_jax.reinforcement.rollouts import Rollouts
-  from cm3leon_jax.settings import Settings
-  from cm3leon_jax.trained.adapters import Weights
-  from cm3leon_jax.trained.run import Run
-
-
-def _objective(run: Run, start: Weights, reference: dict) -> tuple[Rollouts, list]:
-  """Returns the objective and the held-out prompts."""
+  from cm3leon_jax import distributed
+  from cm3leon_jax.evaluation import intervals
+  from cm3leon_jax.files import digests
+  from cm3leon_jax.planning import memory
   from cm3leon_jax.reinforcement import rollouts
-  from cm3leon_jax.trained import bundles
+  from cm3leon_jax.trained import adapters, bundles, initial
+  from cm3leon_jax.trained import run as run_lib
+  from cm3leon_jax.training import decoder
+  from cm3leon_jax.training.faults import lease as lease_lib
+  from cm3leon_jax.training.watch import monitor
 
+
+def _objective(
+  run: run_lib.Run, start: adapters.Weights, reference: dict
+) -> tuple[rollouts.Rollouts, list]:
+  """Returns the objective and the held-out prompts."""
   # The run can have its own bank; otherwise it uses that of its start.
   folders = (run.folder, bundles.stages_folder(bundles.folder_of(start.source)))
   banks = (folder for folder in folders if (folder / "neighbors").exists())
   return rollouts.open_rollouts(run, reference, next(banks, None))
 
 
-def _scores(run: Run, objective: Rollouts, reference: dict, prompts: list) -> dict[str, dict]:
+def _scores(
+  run: run_lib.Run, objective: rollouts.Rollouts, reference: dict, prompts: list
+) -> dict[str, dict]:
   """Scores images for held-out prompts, drawn with the first and with the final parameters.
 
   Returns `scores_before`, `scores`, and `gains`, each by task. `gains` has the mean change of the
   reward with a 95% interval over prompts.
   """
-  import numpy as np
-
-  from cm3leon_jax import distributed
-  from cm3leon_jax.evaluation.intervals import mean_interval
-
   resamples, seed = run.settings.evaluation.num_resamples, run.settings.seed
   params, _ = run.params()
   after = objective.measure(params, prompts)
@@ -63,7 +68,7 @@ def _scores(run: Run, objective: Rollouts, reference: dict, prompts: list) -> di
   for task, first in before.items():
     change = np.subtract(after[task].pop("by_prompt"), first.pop("by_prompt"))
     names = [str(i) for i in range(len(change))]
-    gains[task] = mean_interval(change, np.ones(len(change)), names, resamples, seed)
+    gains[task] = intervals.mean_interval(change, np.ones(len(change)), names, resamples, seed)
     shown = ", ".join(
       f"{name} {value:.3f} -> {after[task][name]:.3f}" for name, value in first.items()
     )
@@ -98,13 +103,11 @@ def _check(settings: Settings, workdir: epath.Path, init_from: str) -> None:
 
 def _begin(
   settings: Settings, workdir: epath.Path, init_from: str, allowed: Sequence[str]
-) -> tuple[dict, Weights]:
+) -> tuple[dict, adapters.Weights]:
   """Calls `run_start.begin`. Raises UserError also if the run started from random parameters."""
-  from cm3leon_jax.files.digests import digest
-
   more: dict = {"reinforce": dataclasses.asdict(settings.reinforce)}
   if file := settings.reinforce.reward.rpartition(":")[0]:
-    more["reinforce"]["reward_sha256"] = digest(file)
+    more["reinforce"]["reward_sha256"] = digests.digest(file)
   config, start = run_start.begin(settings, workdir, init_from, more, allowed)
   if start is None:
     raise UserError(
@@ -122,15 +125,6 @@ def main(
 ) -> None:
   if os.environ.get("JAX_PLATFORMS") == "cpu":
     malloc.keep_freed()  # Before JAX starts its threads.
-  import jax
-
-  from cm3leon_jax import distributed
-  from cm3leon_jax.planning import memory
-  from cm3leon_jax.trained import initial
-  from cm3leon_jax.trained.run import Run
-  from cm3leon_jax.training.decoder import DecoderTraining, train
-  from cm3leon_jax.training.faults.lease import Lease
-  from cm3leon_jax.training.watch.monitor import change_line
 
   options = {"init_from": init_from, "allow_changed": list(allow_changed)}
   distributed.check_same_config({**dataclasses.asdict(settings), **options})
@@ -146,19 +140,19 @@ def main(
   folder = workdir / "train"
   redo = run_start.goes_on(folder, config, settings.train.steps, allow_changed)
   stage = distributed.once(folder, config, redo)
-  with jax.set_mesh(mesh), Lease(folder) as lease, stage as summary:
+  with jax.set_mesh(mesh), lease_lib.Lease(folder) as lease, stage as summary:
     if summary is None:
       run_start.print_more(folder, "reinforce")
       return
     common.keep_compiled(workdir)
-    run = Run(workdir, settings)
+    run = run_lib.Run(workdir, settings)
     heldout = run.rows("heldout")
     reference = jax.tree.map(
       lambda x: x.astype(settings.model.dtype), initial.load(start, settings)
     )
     objective, prompts = _objective(run, start, reference)
     run_start.write_config(settings, workdir, config)
-    training = DecoderTraining.of(
+    training = decoder.DecoderTraining.of(
       settings,
       folder=folder,
       objective=objective,
@@ -166,10 +160,10 @@ def main(
       initial_params=functools.partial(initial.load, start, settings),
       evaluate_start=True,
     )
-    result = train(training, lease)
+    result = decoder.train(training, lease)
     summary.update(result, machine=run_start.machine())
     if before := result.get("heldout_before"):
-      distributed.print_once(change_line(before, result))
+      distributed.print_once(monitor.change_line(before, result))
     summary.update(_scores(run, objective, reference, prompts))
 
 

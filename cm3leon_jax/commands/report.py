@@ -6,16 +6,17 @@ cm3leon report --config=scenes --workdir=workdir/scenes
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
 
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.settings import Settings
+with epy.lazy_imports():
+  from cm3leon_jax.reports import report
+  from cm3leon_jax.reports import summary as summary_lib
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
@@ -24,8 +25,6 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       f"--workdir {workdir} has no finished stage: run `cm3leon prepare_data` with the "
       "same --config and --workdir first."
     )
-  from cm3leon_jax.reports import report
-  from cm3leon_jax.reports.summary import describe_clip_score
 
   del settings  # The report uses what the stages recorded in their folders.
   given = shlex.join(common.config_arguments()).removeprefix("--config=")
@@ -45,7 +44,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       interval = f" [{report.show(found['low'])}, {report.show(found['high'])}]"
     print(f"{line['title']}: {report.show(line['value'])}{interval}{target}")
   for row in summary.get("samples", {}).get("clip_score", []):
-    print(describe_clip_score(row))
+    print(summary_lib.describe_clip_score(row))
   print(f"report: {workdir / 'report.html'}")
 
 

@@ -19,9 +19,9 @@ import re
 import shutil
 import sys
 import time
-from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.grade_instructions import RECORDS
@@ -30,11 +30,12 @@ from cm3leon_jax.commands.stage_process import StageProcesses
 from cm3leon_jax.commands.tokenizer_check import LIMITS
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import from_data, table
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from etils import epath
-
-  from cm3leon_jax.settings import Settings
+with epy.lazy_imports():
+  from cm3leon_jax.data.instructions import task_files
+  from cm3leon_jax.evaluation import world
+  from cm3leon_jax.trained import base_documents
 
 STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
 # Matches lines of a progress bar, and the counts that `prepare_data` also prints as a sentence.
@@ -48,12 +49,11 @@ def commands(settings: Settings, given: bool, own_images: bool = False) -> dict[
   If `given`, the run starts from another run and copies its tokenizers and CLIP; if `own_images`,
   it trains its own image tokenizer.
   """
-  from cm3leon_jax.data.instructions.task_files import load_tasks
-  from cm3leon_jax.evaluation.world import of_answers
-
   names = table.order(settings, given, own_images)
   # Grades need a task whose answers can be judged exactly.
-  if "grades" in names and not any(map(of_answers, load_tasks(settings.instructions))):
+  if "grades" in names and not any(
+    map(world.of_answers, task_files.load_tasks(settings.instructions))
+  ):
     names.remove("grades")
   found = {"copy_tokenizers": ""} if given else {}
   found |= {table.STAGES[name].command: name for name in names}
@@ -97,8 +97,6 @@ def main(
   `own_images` is the value of --own_image_tokenizer. `more` has the flags that only one command
   takes.
   """
-  from cm3leon_jax.trained import base_documents
-
   if own_images and not init_from:
     raise UserError("--own_image_tokenizer is given without --init_from, which it belongs to.")
   base_documents.check_limit(settings)
@@ -120,8 +118,6 @@ def main(
 def _main(settings: Settings, workdir: epath.Path) -> None:
   init_from, own_images = INIT_FROM.value, OWN_IMAGE_TOKENIZER.value
   if init_from and from_data.missing(flags.FLAGS.config):
-    from cm3leon_jax.trained import base_documents
-
     settings = common.completed(workdir, True, base_documents.fields(init_from, own_images))
   more = {"grade_instructions": [f"--records={RECORDS.value}"]}
   limits = [f"--{x.name}={x.value}" for x in LIMITS if not flags.FLAGS[x.name].using_default_value]

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import os
-from typing import TYPE_CHECKING
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import exists
 from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.runs import stages
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.settings import Settings
-  from cm3leon_jax.trained.adapters import Weights
+with epy.lazy_imports():
+  import jax
+
+  from cm3leon_jax import distributed
+  from cm3leon_jax.checkpoints import reading
+  from cm3leon_jax.trained import adapters, base_documents, initial
+  from cm3leon_jax.training import changes as changes_lib
+  from cm3leon_jax.training.watch import boards
 
 ALLOW_CHANGED = flags.DEFINE_list(
   "allow_changed",
@@ -39,7 +44,7 @@ def begin(
   init_from: str,
   more: dict | None = None,
   allowed: Sequence[str] = (),
-) -> tuple[dict, Weights | None]:
+) -> tuple[dict, adapters.Weights | None]:
   """Checks that a run in `workdir`, if it exists, has this config.
 
   All processes must call this function.
@@ -57,11 +62,6 @@ def begin(
     UserError: the folder has another run, or a new run needs a dashboard (TensorBoard or Weights &
       Biases) that is not installed.
   """
-  from cm3leon_jax import distributed
-  from cm3leon_jax.trained import base_documents, initial
-  from cm3leon_jax.training.changes import check_changes
-  from cm3leon_jax.training.watch import boards
-
   path = workdir / "train" / "config.json"
   with distributed.together():  # All processes read before one process writes.
     stored = read_json(path, {"run": dict})["run"] if exists(path) else None
@@ -79,7 +79,9 @@ def begin(
       "--init_from=RUN tunes a trained model."
     )
   with distributed.together():
-    changed = check_changes(path.parent, stored, config, allowed) if stored is not None else []
+    changed = (
+      changes_lib.check_changes(path.parent, stored, config, allowed) if stored is not None else []
+    )
   for change in changed:
     distributed.print_once(f"train: continues with {change}.")
   return config, start
@@ -87,8 +89,6 @@ def begin(
 
 def check_no_checkpoints(path: epath.Path) -> None:
   """Raises UserError if `path`, a run's config file, is missing but its folder has checkpoints."""
-  from cm3leon_jax.checkpoints import reading
-
   if reading.any_in(path.parent):
     raise UserError(
       f"{path} is missing, but {path.parent} has checkpoints: the file records the seed, data and "
@@ -108,8 +108,6 @@ def write_config(
   Raises:
     UserError: the workdir is not the same folder for all processes.
   """
-  from cm3leon_jax import distributed
-
   path = workdir / "train" / "config.json"
   with distributed.together():
     if distributed.is_first():
@@ -155,8 +153,6 @@ def goes_on(folder: epath.Path, config: dict, steps: int, allowed: Sequence[str]
 
 def print_more(folder: epath.Path, command: str = "train") -> None:
   """Prints how to continue a finished run with more steps."""
-  from cm3leon_jax import distributed
-
   summary = read_json(folder / stages.DONE, {"summary": dict})["summary"]
   steps = summary.get("steps", 0)
   if ended := {"forgetting", "overfitting"} & summary.keys():
@@ -174,8 +170,6 @@ def print_more(folder: epath.Path, command: str = "train") -> None:
 
 def machine() -> str:
   """Describes the hardware: "8 x TPU v5", or "2 CPU cores" that this process may use."""
-  import jax
-
   if jax.default_backend() != "cpu":
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   has_affinity = hasattr(os, "sched_getaffinity")

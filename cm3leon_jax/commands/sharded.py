@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 import contextlib
-from typing import TYPE_CHECKING
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax.files import shards
 from cm3leon_jax.runs import stages
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.settings import Settings
+with epy.lazy_imports():
+  from cm3leon_jax.training.faults import lease as lease_lib
 
 _RUNNER = flags.DEFINE_enum(
   "runner", "local", shards.RUNNERS, "Process shards in this process or on Ray workers."
@@ -43,11 +43,9 @@ def stage(
     UserError: see `stages.stage`. Also if another job holds the lease on the folder, or has taken
       it from this job.
   """
-  from cm3leon_jax.training.faults.lease import Lease  # Imported here, because it imports JAX.
-
   runner = shards.Runner(_RUNNER.value, _ADDRESS.value, _WORKERS.value, _CPUS.value)
   body = stages.stage(workdir, name, settings, more_inputs)
   # Take the lease first, because the stage deletes and writes files in the folder.
-  with Lease(workdir / name) as lease, body as summary:
+  with lease_lib.Lease(workdir / name) as lease, body as summary:
     yield summary, runner
     lease.check()

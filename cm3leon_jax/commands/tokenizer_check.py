@@ -8,17 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax import worlds
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.settings import Settings
+with epy.lazy_imports():
+  import numpy as np
+
+  from cm3leon_jax.data.instructions import edges, sources
+  from cm3leon_jax.data.raw import reader
+  from cm3leon_jax.evaluation.metrics import reconstructions
+  from cm3leon_jax.generation import writer
+  from cm3leon_jax.tokenizers import vqgan
 
 MIN_PSNR = flags.DEFINE_float(
   "min_psnr",
@@ -40,8 +47,6 @@ SHEET = "reconstructions.png"
 
 def of_pairs(settings: Settings, workdir: epath.Path) -> None:
   """Checks 16 evenly spaced training images of the run's pairs, see `_check`."""
-  from cm3leon_jax.data.raw import reader
-
   source = _copied_from(workdir)
   if settings.raw.source in worlds.MODULES or not source:
     return
@@ -55,9 +60,6 @@ def of_records(settings: Settings, workdir: epath.Path, tasks: Sequence[Any]) ->
 
   They are evenly spaced over the first `RECORDS` records of each task: a file may be sorted.
   """
-  from cm3leon_jax.data.instructions import sources
-  from cm3leon_jax.data.instructions.edges import ImageMap
-
   own = [task for task in tasks if not worlds.world_of_format(task.format)]
   if not own or not (source := _copied_from(workdir)):
     return
@@ -66,7 +68,7 @@ def of_records(settings: Settings, workdir: epath.Path, tasks: Sequence[Any]) ->
     records = sources.open_task(task, "train", settings.instructions, {})
     chosen = spread(itertools.islice(records, RECORDS), IMAGES)
     images += [image for record in chosen for image in record.images.values()]
-  given = [image for image in images if not isinstance(image, ImageMap)]
+  given = [image for image in images if not isinstance(image, edges.ImageMap)]
   # Several records may have the same file.
   distinct = {image if isinstance(image, str) else id(image): image for image in given}
   _check(settings, workdir, source, evenly(list(distinct.values()), IMAGES), "instructions")
@@ -108,18 +110,11 @@ def _check(
   Raises:
     UserError: the mean PSNR or the mean difference of color is beyond its limit.
   """
-  import numpy as np
-
-  from cm3leon_jax.data.raw.reader import load_image
-  from cm3leon_jax.evaluation.metrics import reconstructions
-  from cm3leon_jax.generation.writer import contact_sheet, save_png
-  from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-
   if not images:
     return
   side, crop = settings.vqgan.resolution, settings.raw.crop
-  originals = np.stack([load_image(image, side, crop) for image in images])
-  tokenizer = ImageTokenizer.load(workdir / "vqgan").in_batches(IMAGES)
+  originals = np.stack([reader.load_image(image, side, crop) for image in images])
+  tokenizer = vqgan.ImageTokenizer.load(workdir / "vqgan").in_batches(IMAGES)
   made = tokenizer.decode(tokenizer.encode(originals))
   measured = [reconstructions.compare(*pair) for pair in zip(originals, made)]
   decibels, color = np.mean(measured, 0)
@@ -130,24 +125,17 @@ def _check(
       labels.append(label)
   folder = workdir / stage
   folder.mkdir(parents=True, exist_ok=True)
-  save_png(folder / SHEET, contact_sheet(rows, labels))
+  writer.save_png(folder / SHEET, writer.contact_sheet(rows, labels))
   found = f"{decibels:.1f} dB and a color difference of {color:.1f} in Lab"
   print(
     f"reconstructions: the image tokenizer of {source} reconstructs {len(images)} of your images "
     f"with {found}, of background or drawing, whichever is worse ({folder / SHEET}).",
     flush=True,
   )
-  wrong, lower = [], []
-  if decibels < MIN_PSNR.value:
-    wrong.append(f"below --min_psnr = {MIN_PSNR.value:g}")
-    lower.append(f"--min_psnr={int(decibels)}")
-  if color > (MAX_COLOR_DIFFERENCE.value or np.inf):
-    wrong.append(f"above --max_color_difference = {MAX_COLOR_DIFFERENCE.value:g}")
-    lower.append(f"--max_color_difference={int(color) + 1}")
-  if wrong:
+  least, most = MIN_PSNR.value, MAX_COLOR_DIFFERENCE.value
+  if decibels < least or color > (most or np.inf):
     raise UserError(
-      f"the image tokenizer of {source} reconstructs your images with {found}, "
-      f"{' and '.join(wrong)} ({folder / SHEET} shows them): train one on your images, with "
-      "--own_image_tokenizer and another --workdir. If the reconstructions are good enough, "
-      f"loosen the limit: {' '.join(lower)}."
+      f"the image tokenizer of {source} reconstructs your images with {found}, beyond --min_psnr = "
+      f"{least:g} or --max_color_difference = {most:g} ({folder / SHEET} shows them): train one on "
+      "your images, with --own_image_tokenizer and another --workdir, or loosen the limit."
     )

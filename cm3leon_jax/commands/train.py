@@ -21,20 +21,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax.commands import common, run_start
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.commands.run_start import ALLOW_CHANGED, SKIP_MEMORY_CHECK
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.settings import Settings
-  from cm3leon_jax.trained.adapters import Weights
-  from cm3leon_jax.trained.run import Run
-  from cm3leon_jax.training.faults.skipped_rows import GoBack
+with epy.lazy_imports():
+  import jax
+
+  from cm3leon_jax import distributed
+  from cm3leon_jax.checkpoints import reading
+  from cm3leon_jax.generation import heldout as heldout_lib
+  from cm3leon_jax.models import transformer
+  from cm3leon_jax.planning import memory
+  from cm3leon_jax.trained import adapters as adapters_lib
+  from cm3leon_jax.trained import initial, rows
+  from cm3leon_jax.trained import run as run_lib
+  from cm3leon_jax.training import decoder, objective
+  from cm3leon_jax.training.faults import lease as lease_lib
+  from cm3leon_jax.training.faults import skipped_rows
+  from cm3leon_jax.training.watch import monitor, traces
 
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps", "", "First and last step to trace into train/profile, e.g. 10:13."
@@ -53,13 +63,10 @@ _DEBUG_NANS = flags.DEFINE_bool(
 )
 
 
-def _initial_params(run: Run, start: Weights | None) -> Callable[[], dict] | None:
+def _initial_params(
+  run: run_lib.Run, start: adapters_lib.Weights | None
+) -> Callable[[], dict] | None:
   """Returns a function that creates the first parameters of a run; None if they are random."""
-  import jax
-
-  from cm3leon_jax.models.transformer import params_from_codebook
-  from cm3leon_jax.trained import initial
-
   settings = run.settings
   if settings.adapter.rank:
     return None
@@ -69,27 +76,26 @@ def _initial_params(run: Run, start: Weights | None) -> Callable[[], dict] | Non
     return None
   key = jax.random.key(settings.seed)
   return functools.partial(
-    params_from_codebook, settings.model, settings.vocab.text_size, run.images.codebook(), key
+    transformer.params_from_codebook,
+    settings.model,
+    settings.vocab.text_size,
+    run.images.codebook(),
+    key,
   )
 
 
-def _base_params(run: Run, start: Weights | None) -> Callable[[], dict] | None:
+def _base_params(run: run_lib.Run, start: adapters_lib.Weights | None) -> Callable[[], dict] | None:
   """Returns a function that loads the base of the run's adapters; None: it trains no adapters."""
-  from cm3leon_jax.trained import initial
-  from cm3leon_jax.trained.adapters import Adapters
-
   if not run.settings.adapter.rank or start is None:
     return None
-  adapters = Adapters(run.folder, run.settings.adapter, start)
+  adapters = adapters_lib.Adapters(run.folder, run.settings.adapter, start)
   return functools.partial(initial.load_base, adapters)
 
 
-def _left_out(folder: epath.Path, back: GoBack | None) -> tuple[tuple[range, ...], GoBack | None]:
+def _left_out(
+  folder: epath.Path, back: skipped_rows.GoBack | None
+) -> tuple[tuple[range, ...], skipped_rows.GoBack | None]:
   """Returns the rows that the run skips, and `back`, or None if the run already went back."""
-  from cm3leon_jax import distributed
-  from cm3leon_jax.checkpoints import reading
-  from cm3leon_jax.training.faults import skipped_rows
-
   with distributed.together():
     done = skipped_rows.read(folder)
   if back in done:
@@ -107,23 +113,11 @@ def main(
   debug_nans: bool = False,
   init_from: str = "",
   allow_changed: Sequence[str] = (),
-  back: GoBack | None = None,
+  back: skipped_rows.GoBack | None = None,
   skip_memory_check: bool = False,
 ) -> None:
-  import jax
-
-  from cm3leon_jax import distributed
-  from cm3leon_jax.generation.heldout import sample_grids
-  from cm3leon_jax.planning import memory
-  from cm3leon_jax.trained import rows
-  from cm3leon_jax.trained.run import Run
-  from cm3leon_jax.training.decoder import DecoderTraining, train
-  from cm3leon_jax.training.faults.lease import Lease
-  from cm3leon_jax.training.objective import RowObjective
-  from cm3leon_jax.training.watch.traces import parse_steps
-
-  run = Run(workdir, settings)
-  traced = parse_steps(profile_steps, settings.train.steps)
+  run = run_lib.Run(workdir, settings)
+  traced = traces.parse_steps(profile_steps, settings.train.steps)
   flags_given = {"profile_steps": profile_steps, "debug_nans": debug_nans, "init_from": init_from}
   flags_given |= {"allow_changed": list(allow_changed), "go_back": str(back)}
   distributed.check_same_config({**dataclasses.asdict(settings), **flags_given})
@@ -138,7 +132,7 @@ def main(
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
   stage = distributed.once(folder, config, redo)
   # Take the lease first, because the stage deletes and writes files in the folder.
-  with common.use_mesh(settings), nans, Lease(folder) as lease, stage as summary:
+  with common.use_mesh(settings), nans, lease_lib.Lease(folder) as lease, stage as summary:
     if summary is None:
       run_start.print_more(folder)
       return
@@ -151,28 +145,25 @@ def main(
       summary.update(rows=rows.look_at_rows(loader.plan))
       generate_grid = None  # Without held-out documents, there are no captions for a grid.
       if rows.replay_share(settings, "heldout"):
-        generate_grid = sample_grids(run, folder / "samples")
-    training = DecoderTraining.of(
-      settings, folder=folder, objective=RowObjective(loader, left_out), heldout=heldout,
+        generate_grid = heldout_lib.sample_grids(run, folder / "samples")
+    training = decoder.DecoderTraining.of(
+      settings, folder=folder, objective=objective.RowObjective(loader, left_out), heldout=heldout,
       sample_grid=generate_grid, profile_steps=traced, initial_params=_initial_params(run, start),
       evaluate_start=start is not None, base_params=_base_params(run, start),
     )  # fmt: skip
-    result = train(training, lease, back)
+    result = decoder.train(training, lease, back)
     summary.update(result, machine=run_start.machine())
     _print_losses(result)
 
 
 def _print_losses(result: dict) -> None:
   """Prints the held-out losses of the last step and, if they are known, of step 0."""
-  from cm3leon_jax import distributed
-  from cm3leon_jax.training.watch.monitor import change_line
-
   units = {"image": "code", "text": "token"}
   losses = {name: result[f"heldout_{name}_loss"] for name in units}  # 0 if there are no targets.
   shown = [f"{name} {loss:.3f} nats per {units[name]}" for name, loss in losses.items() if loss]
   distributed.print_once(f"train: {result['steps']} steps, held-out loss: {', '.join(shown)}.")
   if before := result.get("heldout_before"):
-    distributed.print_once(change_line(before, result))
+    distributed.print_once(monitor.change_line(before, result))
   if result.get("overfitting"):
     distributed.print_once(
       f"train: warning: the training ended at step {result['steps']}, because the held-out loss "
@@ -186,9 +177,7 @@ def _print_losses(result: dict) -> None:
 
 
 def _main(settings: Settings, workdir: epath.Path) -> None:
-  from cm3leon_jax.training.faults.skipped_rows import parse
-
-  back = parse(_RESUME_FROM.value, _SKIP_ROWS.value)
+  back = skipped_rows.parse(_RESUME_FROM.value, _SKIP_ROWS.value)
   main(
     settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value, INIT_FROM.value,
     ALLOW_CHANGED.value, back, SKIP_MEMORY_CHECK.value,

@@ -7,27 +7,24 @@ At SIGTERM and Ctrl-C the training saves and stops. The same command continues i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.runs import stages
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from etils import epath
-
-  from cm3leon_jax.settings import Settings
-
-
-def main(settings: Settings, workdir: epath.Path) -> None:
-  from cm3leon_jax.tokenizers.text import TextTokenizer
+with epy.lazy_imports():
+  from cm3leon_jax.tokenizers import text
   from cm3leon_jax.training.small import clip_training as train_clip
   from cm3leon_jax.training.small import trainer
 
+
+def main(settings: Settings, workdir: epath.Path) -> None:
   if stages.is_given(workdir, "clip"):
     return
   with common.use_mesh(settings), stages.stage(workdir, "clip", settings) as summary:
     if summary is not None:
-      encode = TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode
+      encode = text.TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode
       text_size = settings.vocab.text_size
       summary.update(
         train_clip.train_clip(

@@ -5,21 +5,18 @@ cm3leon train_text_tokenizer --config=scenes --workdir=workdir/scenes
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.runs import stages
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from etils import epath
-
-  from cm3leon_jax.settings import Settings
-
-
-def main(settings: Settings, workdir: epath.Path) -> None:
+with epy.lazy_imports():
   from cm3leon_jax.data.raw import reader
   from cm3leon_jax.tokenizers import text
 
+
+def main(settings: Settings, workdir: epath.Path) -> None:
   if stages.is_given(workdir, "text_tokenizer"):
     return
   with stages.stage(workdir, "text_tokenizer", settings) as summary:

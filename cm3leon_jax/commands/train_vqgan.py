@@ -14,30 +14,31 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import TYPE_CHECKING
+
+from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
+from cm3leon_jax.settings import Settings
 
-if TYPE_CHECKING:
-  from etils import epath
-
-  from cm3leon_jax.settings import Settings
-  from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-
-
-def _judge(settings: Settings, workdir: epath.Path, tokenizer: ImageTokenizer) -> dict:
-  """Returns the judge's results for held-out images and reconstructions; {} without facts."""
+with epy.lazy_imports():
   import numpy as np
 
   from cm3leon_jax.data.raw import reader
-  from cm3leon_jax.evaluation.world import of_facts
+  from cm3leon_jax.evaluation import world as world_lib
+  from cm3leon_jax.evaluation.metrics import published_weights
+  from cm3leon_jax.tokenizers import perceptual, vqgan
+  from cm3leon_jax.training.small import trainer, vqgan_training
+  from cm3leon_jax.training.watch import boards, tensorboard_board
 
+
+def _judge(settings: Settings, workdir: epath.Path, tokenizer: vqgan.ImageTokenizer) -> dict:
+  """Returns the judge's results for held-out images and reconstructions; {} without facts."""
   facts = [pair.facts for pair in reader.read_pairs(workdir / "raw", "heldout")]
   if not facts or not all(facts):
     return {}
-  world = of_facts(settings)
+  world = world_lib.of_facts(settings)
   images = reader.open_images(workdir / "raw", "heldout", tokenizer.config.resolution)
   images = images[np.arange(len(images))]
   kinds = {"real": images, "reconstructed": tokenizer.decode(tokenizer.encode(images))}
@@ -49,8 +50,6 @@ def _judge(settings: Settings, workdir: epath.Path, tokenizer: ImageTokenizer) -
 
 def _check_import(settings: Settings, folder: epath.Path) -> None:
   """Raises UserError if the config names a published tokenizer that is not completely imported."""
-  from cm3leon_jax.tokenizers import vqgan
-
   if (folder / stages.DONE).exists():
     return
   if settings.vqgan.published and not vqgan.is_published(folder):
@@ -70,8 +69,6 @@ def _features(path: str) -> tuple[dict | None, dict[str, str]]:
   """Reads the network of `vqgan.perceptual`. Returns it, and its digest as a stage input."""
   if not path:
     return None, {}
-  from cm3leon_jax.evaluation.metrics import published_weights
-  from cm3leon_jax.tokenizers import perceptual
 
   tensors = perceptual.without_classifier(published_weights.read_tensors(path))
   shapes = perceptual.tensor_shapes(perceptual.is_calibrated(tensors))
@@ -81,21 +78,16 @@ def _features(path: str) -> tuple[dict | None, dict[str, str]]:
 
 def _open_boards(folder: epath.Path, enabled: bool, first_step: int) -> list:
   """Opens the TensorBoard log. Returns [] if it is disabled or tensorboardX is not installed."""
-  from cm3leon_jax.training.watch.boards import Board
-  from cm3leon_jax.training.watch.tensorboard_board import FOLDER, TensorBoard
-
   # If tensorboardX is missing, only the decoder's training prints a warning.
   if not enabled or not importlib.util.find_spec("tensorboardX"):
     return []
-  make = functools.partial(TensorBoard, folder / FOLDER, first_step)
-  return [Board("TensorBoard", make, "set --config.train.tensorboard=False", "train_vqgan")]
+  make = functools.partial(
+    tensorboard_board.TensorBoard, folder / tensorboard_board.FOLDER, first_step
+  )
+  return [boards.Board("TensorBoard", make, "set --config.train.tensorboard=False", "train_vqgan")]
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
-  from cm3leon_jax.data.raw import reader
-  from cm3leon_jax.tokenizers import vqgan
-  from cm3leon_jax.training.small import trainer, vqgan_training
-
   _check_import(settings, workdir / "vqgan")
   if stages.is_given(workdir, "vqgan"):
     return
