@@ -149,7 +149,7 @@ def test_computed_maps_need_opencv_and_other_tasks_do_not(tmp_path, monkeypatch)
   write(tmp_path / "coco", RELEASES["coco_2017"])
   monkeypatch.setitem(sys.modules, "cv2", None)  # As if the module is not installed.
   assert len(open_task(tmp_path, ASK)) == 1
-  with pytest.raises(UserError, match="task draw: .* need OpenCV"):
+  with pytest.raises(UserError, match=r"task draw: .* need OpenCV"):
     open_task(tmp_path, DRAW)
 
 
