@@ -55,7 +55,7 @@ def test_without_a_judge_only_bits_are_measured(settings, workdir, mesh, monkeyp
   base = Base(drawn, workdir)
   monkeypatch.setitem(sys.modules, "fonticon_mdi7", None)  # Its import then fails.
   assert forgetting.judge_of(base) is None
-  line = r"forgetting: no images were judged, .*'scenes' are not installed.*: pip install .*\n"
+  line = r"forgetting: no images were judged, .*'scenes' are not installed.*\[demo\]\.\n"
   assert re.fullmatch(line, capsys.readouterr().out)
   found = forgetting.measure(Run(workdir, settings), random_params(settings.model), base)
   assert found.bits["image"].sum() > 0
