@@ -150,6 +150,8 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
   except (TypeError, ValueError) as error:
     raise FieldError(f"{place} is {short(values)}; it must map field names to values.") from error
   for name, value in values.items():
+    if not isinstance(name, str):
+      raise FieldError(f"{place} has the field {short(name)}; a name must be a string.")
     _check_size(value, (name,), place)
   try:
     return cls(**values)
