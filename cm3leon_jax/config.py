@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import dataclasses
 import difflib
+import math
 import os
 import re
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +20,11 @@ CTRL_C = 130  # Ctrl-C. Shells use the same code.
 STOPPED_EARLY = (
   "stopped outside of the training steps: there was nothing to save; the same command continues."
 )
+LARGEST = 2**31 - 1  # Largest absolute value of an integer, since counters are int32.
 LONGEST = 4_000  # Largest number of characters of an error message.
+# Smallest and largest absolute value of a nonzero float. With this range, the product and the
+# quotient of two floats are finite in float32.
+SIZES = 1e-20, 1e12
 
 # Dataclasses with this config convert ints to floats, and otherwise only accept values of the right
 # type. They refuse unknown fields, NaN and infinity. The docstring under a field describes the
@@ -144,12 +149,31 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
     values |= {k: os.path.expanduser(v) for k, v in values.items() if isinstance(v, str)}
   except (TypeError, ValueError) as error:
     raise FieldError(f"{place} is {short(values)}; it must map field names to values.") from error
+  for name, value in values.items():
+    if not isinstance(name, str):
+      raise FieldError(f"{place} has the field {short(name)}; a name must be a string.")
+    _check_size(value, (name,), place)
   try:
     return cls(**values)
   except pydantic.ValidationError as error:
     # Report unknown fields first: a misspelled name explains why the correct name is missing.
     first, *_ = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
     raise FieldError(_sentence(dict(first), cls, place), first["loc"]) from error
+
+
+def _check_size(value: Any, path: tuple[str | int, ...], where: str) -> None:
+  """Raises FieldError for a number beyond LARGEST or outside SIZES."""
+  field = ".".join([where, *map(str, path)])
+  is_number = isinstance(value, float) and math.isfinite(value) and value != 0
+  if is_number and not SIZES[0] <= abs(value) <= SIZES[1]:
+    raise FieldError(
+      f"{field} is {value}; it must be 0, or from 1e-20 to 1e12 in absolute value.", path
+    )
+  if isinstance(value, int) and abs(value) > LARGEST:
+    bound = "less than 2^31" if value > 0 else "greater than -2^31"
+    raise FieldError(f"{field} is {short(value)}; it must be {bound}.", path)
+  for i, inner in enumerate(value if isinstance(value, tuple) else ()):
+    _check_size(inner, (*path, i), where)
 
 
 def _sentence(error: dict, cls: type, where: str) -> str:

@@ -90,6 +90,16 @@ def test_an_absent_field_is_named_and_the_path_of_a_wrong_one_is_known():
     assert error.value.path == path
 
 
+@pytest.mark.parametrize(
+  "values",
+  [{"width": 2**70}, {"width": -(2**31)}, {"shape": [1, 2**31]}, {"rate": 1e39}, {"rate": -1e-46}],
+)
+def test_numbers_that_int32_and_float32_do_not_hold_are_refused(values):
+  [field] = values
+  with refused(FieldError, f"config.sample.{field}", "must be"):
+    build(Sample, values, "sample")
+
+
 JSON = st.recursive(
   st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
   lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),

@@ -180,6 +180,14 @@ def start_script(folder, **environment):
 TPU = {"BASH_FUNC_compgen%%": "() { [[ $2 == *accel* ]]; }"}
 
 
+def test_uv_installs_a_python_where_all_are_too_old(tmp_path):
+  result, calls = start_script(tmp_path, **TPU, TPU_WORKER_HOSTNAMES="localhost")
+  uv = ["-m uv python install 3.11", "-m uv python find 3.11"]
+  assert calls == ["-m pip install --user --quiet uv", *uv]
+  assert "uv installs one" in result.stdout
+  assert result.stderr.startswith(f"error: '{tmp_path}/python3.11 -m venv' failed")
+
+
 @pytest.mark.parametrize("given", [{"TPU_WORKER_HOSTNAMES": "a,b"}, {"ENDPOINTS": "a:1:c,b:1:d"}])
 def test_a_host_of_several_is_refused_before_anything_is_installed(given, tmp_path):
   result, calls = start_script(tmp_path, **TPU, **given)

@@ -54,6 +54,19 @@ async def test_the_process_of_a_request_that_is_over_is_killed_and_replaced(deco
 
 
 @with_decoders
+async def test_a_process_that_ends_fails_only_its_request(decoders):
+  process = await stopped(decoders)
+  asyncio.get_running_loop().call_later(0.2, process.kill)
+  with pytest.raises(ApiError, match="image cannot be decoded") as error:
+    await decoders.decode(IMAGE, **LIMITS)
+  assert error.value.status == 400
+  process = await stopped(decoders)
+  process.kill()
+  await process.wait()
+  await stopped(decoders)
+
+
+@with_decoders
 async def test_a_refused_image_keeps_its_process(decoders):
   scans = SLOW["more than 100 scans"][0]
   for data, why in ((scans, "more than"), (IMAGE[:-30], "is damaged"), (b"", "cannot be read")):

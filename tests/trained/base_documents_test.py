@@ -6,7 +6,7 @@ import importlib
 from etils import epath
 import pytest
 
-from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.trained import base_documents, bundles
@@ -44,6 +44,16 @@ def test_the_bundled_models_have_documents_with_neighbors_and_none_is_held_out_a
     assert 0.2 < (source.neighbors[:, 0] >= 0).mean() < 0.5
     captions.append({pair.key for pair in pairs} | {str(pair.facts["objects"]) for pair in pairs})
   assert not captions[0] & captions[1]
+
+
+def test_a_bundle_without_documents_is_neither_replayed_nor_measured_and_it_says_so(
+  tmp_path, capsys
+):
+  stored = read_json(bundles.folder_of("scenes") / bundles.FILE)
+  write_json(epath.Path(tmp_path) / bundles.FILE, {**stored, "digests": {}})
+  fields = base_documents.fields(str(tmp_path), False)
+  assert (fields["data.base_documents"], fields["data.base_share"]) == (0, 0)
+  assert capsys.readouterr().out.startswith(f"{tmp_path} has no documents: ")
 
 
 def test_the_folder_of_a_workdir_is_named_once_its_documents_and_neighbors_are_finished(workdir):

@@ -80,6 +80,14 @@ def test_an_export_with_other_colors_of_codes_is_refused(colors, tmp_path):
       importer.plan(other, str(tmp_path))
 
 
+def test_the_image_tokenizer_of_an_export_is_compared(run, tmp_path):
+  shutil.copytree(run / "vqgan", tmp_path / "image_tokenizer")
+  assert initial.other_tokenizers(str(tmp_path), run) == []
+  path = tmp_path / "image_tokenizer" / "params.safetensors"
+  path.write_bytes(path.read_bytes() + b" ")
+  assert initial.other_tokenizers(str(tmp_path), run) == ["image tokenizer"]
+
+
 def test_a_checkpoint_of_the_same_step_that_was_trained_anew_is_refused(run, tmp_path):
   copy = tmp_path / "copy"
   shutil.copytree(run, copy)

@@ -51,7 +51,7 @@ def read_tasks(name_or_path: str) -> tuple[InstructionTask, ...]:
       f"config.instructions.tasks is '{name_or_path}'; it must be an existing YAML file or one of "
       f"{', '.join(shipped())}."
     )
-  return parse_tasks(path.read_text(encoding="utf-8"), name_or_path)
+  return parse_tasks(yaml_documents.read(path), name_or_path)
 
 
 def parse_tasks(text: str, where: str) -> tuple[InstructionTask, ...]:

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import posixpath
 import tarfile
+from typing import Any
 
 import fsspec
 
@@ -22,8 +23,10 @@ from cm3leon_jax.data.sources.records import (
 )
 from cm3leon_jax.data.sources.samples import SAMPLE_SUFFIXES, sample_record
 
+MAX_MEMBER = 2**26  # Maximum size of a file in a tar, in bytes. A sparse file may claim any size.
+# Maximum size in bytes of the columns that are read in a Parquet row group, and of their values.
+MAX_GROUP = 2**30
 PARQUET_BUFFER = 2**20
-ROWS = 64  # Number of Parquet rows that are read together.
 # Names of the Parquet columns that are read.
 NAMES = {*ALIASES, *itertools.chain(*ALIASES.values())}
 NAMES |= {field.name for cls in (RawPair, RawText) for field in dataclasses.fields(cls)}
@@ -51,7 +54,12 @@ def tar_samples(
         if posixpath.join(folder, base) != stem:
           yield from _sample(file, stem, sample)
           stem, sample = posixpath.join(folder, base), {}
-        if suffix in SAMPLE_SUFFIXES:
+        if member.size > MAX_MEMBER:
+          message = (
+            f"{file}, {member.name} has {member.size:,} bytes; the maximum is {MAX_MEMBER:,}."
+          )
+          yield Rejected(file, stem, "large_file", message)
+        elif suffix in SAMPLE_SUFFIXES:
           content = tar.extractfile(member)
           assert content is not None
           sample[suffix] = content.read()
@@ -74,7 +82,8 @@ def parquet_rows(
   """Yields the records of a Parquet file: a pair for a row with an image, otherwise a text.
 
   An image is bytes, a path, or a dict of both (Hugging Face). `images` checks image paths and makes
-  them absolute, see `formats._with_images`.
+  them absolute, see `formats._with_images`. A small file may claim values of any size, so the rows
+  of a group are left out from the row on at which they exceed MAX_GROUP.
   """
   try:
     from pyarrow import parquet
@@ -85,16 +94,42 @@ def parquet_rows(
     with fs.open(file, "rb") as stream:
       # Without this option, pyarrow would read a whole row group into memory.
       table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=PARQUET_BUFFER)
-      columns = [name for name in table.schema_arrow.names if name in NAMES]
-      for batch in table.iter_batches(ROWS, columns=columns):
-        for row in batch.to_pylist():
-          yield _row(row, file, number, images)
+      for group in range(table.num_row_groups):
+        described = table.metadata.row_group(group)
+        columns, size = _columns(described)
+        end = number + described.num_rows
+        # One row at a time, because a dictionary repeats its full value in every row.
+        for batch in () if size > MAX_GROUP else table.iter_batches(1, [group], columns):
+          size += batch.nbytes
+          if size > MAX_GROUP:
+            break
+          yield _row(batch.to_pylist()[0], file, number, images)
           number += 1
+        if number < end:
+          message = (
+            f"{file}, the rows from {number} to {end - 1} are not read: their row group has more "
+            f"than {MAX_GROUP:,} bytes: write smaller row groups."
+          )
+          yield Rejected(file, str(number), "large_file", message)
+          number = end
   except Exception as error:  # pyarrow raises many kinds of errors for damaged files.
     message = (
       f"{file} cannot be read from row {number} on ({error}); it must be a complete Parquet file."
     )
     yield Rejected(file, "", "unreadable_file", message)
+
+
+def _columns(group: Any) -> tuple[list[str], int]:
+  """Returns the columns of a row group that records need, and their bytes."""
+  columns, size = [], 0
+  for i in range(group.num_columns):
+    column = group.column(i)
+    name, _, inner = column.path_in_schema.partition(".")
+    # Skip nested lists, because a list in one row could have any length.
+    if name == "facts" or (name in NAMES and inner in ("", "bytes", "path")):
+      columns.append(column.path_in_schema)
+      size += column.total_uncompressed_size
+  return columns, size
 
 
 def _row(row: dict, file: str, number: int, images: Callable) -> Record | Rejected:

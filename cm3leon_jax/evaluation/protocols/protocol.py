@@ -161,7 +161,7 @@ def load(name_or_path: str) -> tuple[Protocol, ...]:
     return tuple(chosen)
   path = epath.Path(name_or_path)
   if _is_yaml(name_or_path) and path.exists() and not path.is_dir():
-    return parse(path.read_text(encoding="utf-8"), name_or_path)
+    return parse(yaml_documents.read(path), name_or_path)
   raise UserError(
     f"--protocol is '{name_or_path}'; it must be an existing YAML file, or one of "
     f"{', '.join(names())}."
