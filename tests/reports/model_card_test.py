@@ -155,7 +155,7 @@ def test_figures_stand_with_their_protocol(measured):
   card = write_card(root)
   assert "| Held-out loss, image codes (nats per code) | 3.25 |" in card
   assert "4 batches of held-out documents" in card
-  assert "| PSNR of reconstructions, held-out concepts (dB) | 23.5 |" in card
+  assert "| PSNR of reconstructions, held-out images (dB) | 23.5 |" in card
   assert "bits of 3 held-out pairs" in card
   assert "| Bits per image code, true neighbors | 3.39 [3.19, 3.59] |" in card
   assert "### Images for my captions" in card
