@@ -108,7 +108,8 @@ def test_a_notebook_shows_samples_and_the_model(model, run):
 
 
 def model_size(model: CM3Leon) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(model._trained))
+  with jax.set_mesh(model.mesh):
+    return sum(leaf.size for leaf in jax.tree.leaves(model._trained))
 
 
 def test_samples_are_those_of_the_command(model, run, monkeypatch):
