@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from cm3leon_jax import accelerators
 from cm3leon_jax.commands import config_file, interrupts
-from cm3leon_jax.config import TryAgain, UserError, printable
+from cm3leon_jax.config import TryAgain, UserError, did_you_mean, printable
 from cm3leon_jax.files import buckets
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.runs import from_data
@@ -163,7 +163,8 @@ def _help() -> str:
 def _parse_flags(actions: Sequence[str], argv: Sequence[str]) -> list[str]:
   """Parses the flags, prints --help, and reports errors in one sentence.
 
-  `actions` has the allowed values of the first argument; without them, no argument is allowed.
+  `actions` has the allowed values of the first argument; without them, no argument is allowed. If
+  "" is one of them, the argument is optional.
   """
   if {"--help", "-h"}.intersection(argv):
     print(_help())
@@ -173,8 +174,10 @@ def _parse_flags(actions: Sequence[str], argv: Sequence[str]) -> list[str]:
   # For a wrong field of the config, ml_collections raises AttributeError or KeyError.
   except (flags.Error, ValueError, AttributeError, KeyError) as error:
     _fail(f"{error.args[0]} (--help lists the flags)")
+  words = words or [""] * ("" in actions)
   if actions and (not words or words[0] not in actions):
-    _fail(f"the first argument must be one of {', '.join(actions)}.")
+    hint = did_you_mean("".join(words[:1]), actions, "give one of them.")
+    _fail(f"the first argument must be one of {', '.join(filter(None, actions))}: {hint}")
   if surplus := words[1:] if actions else words:
     _fail(f"unexpected argument '{surplus[0]}': give --name=value, and quotes around spaces.")
   for name in FOLDERS:

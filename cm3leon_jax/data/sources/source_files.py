@@ -35,7 +35,8 @@ def open_source(source: epath.PathLike) -> tuple[fsspec.AbstractFileSystem, str]
   protocol, url, _ = os.fspath(source).partition("://")
   if url and protocol not in PROTOCOLS:
     raise UserError(
-      f"config.raw.source is '{source}', but must be local or gs://: download the files first."
+      f"config.raw.source is '{source}', but must be local or gs://, not S3 or a web address: "
+      "download the files first."
     )
   try:
     return open_filesystem(source)
