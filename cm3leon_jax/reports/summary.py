@@ -132,9 +132,9 @@ def clip_scores(results: list[dict]) -> list[dict]:
 def describe_clip_score(row: dict, noun: str = "concept") -> str:
   """Formats a row of `clip_scores` as a sentence. `noun` names what the interval resamples."""
   samples = "1 sample" if row["samples"] == 1 else f"{row['samples']} samples"
-  interval = "no interval" if row["low"] is None else f"[{row['low']:.3f}, {row['high']:.3f}]"
+  interval = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
   return (
-    f"guidance {row['guidance']:g}, {row['retrieve']} retrieved: CLIP score {row['mean']:.3f} "
+    f"guidance {row['guidance']:g}, {row['retrieve']} retrieved: CLIP score {row['mean']:.3f}"
     f"{interval}, {samples} of {describe_groups(row, noun)}."
   )
 

@@ -107,6 +107,8 @@ def test_clip_scores_are_averaged_by_guidance_and_retrieval():
   ]
   low, high = summary.clip_scores(lines)
   assert low | {"mean": 0.1, "standard_deviation": 0.0, "low": None, "high": None} == low
+  described = summary.describe_clip_score(low, "prompt")
+  assert described == "guidance 1, 0 retrieved: CLIP score 0.100, 1 sample of 1 prompt."
   assert (low["guidance"], low["samples"], low["groups"]) == (1, 1, 1)
   assert (high["guidance"], high["samples"], high["groups"]) == (3, 2, 2)
   assert high["standard_deviation"] == pytest.approx(0.2 / 2**0.5)
