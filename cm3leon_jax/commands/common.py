@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -140,7 +141,20 @@ def _reporting() -> Iterator[None]:
       _fail(reason, TryAgain.exit_code)
     if isinstance(error, UserError):
       _fail(str(error), error.exit_code)
+    if isinstance(error, OSError) and (flag := _flag_of(error)):
+      _fail(f"{flag} cannot be used ({error.strerror}): name another folder.")
     raise
+
+
+def _flag_of(error: OSError) -> str:
+  """Returns "--out=/proc/x" if this folder, or a parent of it, caused the error; otherwise ""."""
+  place = os.path.abspath(error.filename) if isinstance(error.filename, str) else None
+  for name in FOLDERS:
+    value = flags.FLAGS[name].value if name in flags.FLAGS else None
+    path = pathlib.Path(value or "").absolute()
+    if value and place in map(str, (path, *path.parents)):
+      return f"--{name}={value}"
+  return ""
 
 
 def with_homes(arguments: Sequence[str]) -> list[str]:

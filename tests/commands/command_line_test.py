@@ -89,6 +89,11 @@ def test_a_mistake_is_found_before_anything_is_written(argv, facts, tmp_path):
   assert not list((tmp_path / "w").iterdir())
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+  result = cm3leon("export", "--workdir=scenes", "--output=/proc/x/y", cwd=tmp_path)
+  check_refused(result, "--output=/proc/x/y", "No such file")
+
+
 def test_home_folders_are_replaced_in_paths_and_not_in_prompts(monkeypatch):
   monkeypatch.setenv("HOME", "/home/ada")
   given = ["--workdir=~/run", "-config.raw.source=~/in", "--prompts=~/p", "--config", "~/c.py"]
