@@ -44,6 +44,8 @@ grep -q 'CM3Leon.load' snippet.py || fail "README.md has no snippet that loads a
 { cat snippet.py; echo 'samples[0].image.save("sample.png")'; } >run.py
 python run.py
 
+cm3leon docs own_images | cmp - "$root/docs/own_images.md" || fail "the wheel has no documentation."
+
 echo "wheel: cm3leon generate, a caption, cm3leon export"
 cm3leon generate --workdir=scenes --prompt="a red bell" --out=drawn
 [ -n "$(find drawn -name '*.png' -print -quit)" ] || fail "cm3leon generate wrote no image."

@@ -1,13 +1,13 @@
 """Runs `cm3leon COMMAND FLAGS`, or `python -m cm3leon_jax COMMAND FLAGS`."""
 
 import ast
-import difflib
 import pathlib
 import runpy
 import sys
 
 import cm3leon_jax
 from cm3leon_jax.commands import COMMANDS, interrupts
+from cm3leon_jax.config import did_you_mean
 
 FOLDER = pathlib.Path(__file__).parent / "commands"
 
@@ -43,8 +43,7 @@ def main() -> None:
     sys.argv = ["cm3leon", *flags]
     start(name)
   else:
-    close = difflib.get_close_matches(name, COMMANDS, 1)
-    hint = f"did you mean '{close[0]}'?" if close else "cm3leon --help lists them."
+    hint = did_you_mean(name, COMMANDS, "cm3leon --help lists them.")
     print(f"error: there is no command '{name}': {hint}", file=sys.stderr)
     sys.exit(2)
 

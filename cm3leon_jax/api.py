@@ -127,7 +127,18 @@ class CM3Leon:
     return cls.load(workdir)
 
   def __repr__(self) -> str:
-    return f"CM3Leon({self.workdir!r}, step {self.step})"
+    import jax
+
+    from cm3leon_jax.models import transformer
+
+    config, side = self.pipeline.settings.model, self.pipeline.layout.resolution
+    with self._in_mesh():
+      params = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+    count = transformer.count_params(params)
+    return (
+      f"CM3Leon({self.workdir!r}, step {self.step}, {count:,} parameters, images of {side} x "
+      f"{side}, {config.dtype} on {self.mesh.size} {self.mesh.devices.flat[0].device_kind})"
+    )
 
   def sample(
     self, tasks: Sequence[Task], num_samples: int = 1, rank: bool = False

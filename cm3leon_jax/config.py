@@ -1,6 +1,6 @@
 """Converts a user's `ml_collections.ConfigDict` to frozen dataclasses and checks the values."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import dataclasses
 import difflib
 import math
@@ -176,14 +176,22 @@ def _check_size(value: Any, path: tuple[str | int, ...], where: str) -> None:
     _check_size(inner, (*path, i), where)
 
 
+def did_you_mean(name: str, names: Iterable[str], otherwise: str = "") -> str:
+  """Returns a hint with the most similar name, or `otherwise` if no name is similar.
+
+  did_you_mean("onw", ["own", "scenes"]) = "did you mean 'own'?"
+  """
+  close = difflib.get_close_matches(name, list(names), 1)
+  return f"did you mean '{close[0]}'?" if close else otherwise
+
+
 def _sentence(error: dict, cls: type, where: str) -> str:
   """Converts a pydantic error to a message."""
   field = ".".join([where, *map(str, error["loc"])])
   match error["type"]:
     case "unexpected_keyword_argument":
       name, fields = error["loc"][0], [f.name for f in dataclasses.fields(cls)]
-      close = difflib.get_close_matches(name, fields, 1)
-      hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(fields)}."
+      hint = did_you_mean(name, fields, f"it has {', '.join(fields)}.")
       return f"{where} has no field '{name}': {hint}"
     case "missing":
       return f"{where} has no field '{error['loc'][0]}', which is required."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, did_you_mean
 from cm3leon_jax.files.images import upright_rgb
 from cm3leon_jax.files.json_files import read_json, write_json
 
@@ -38,6 +39,7 @@ def run(
   max_color_difference: float | None = None,
   fields: Mapping[str, Any] | None = None,
   show_progress: bool | None = None,
+  **unknown: Any,
 ) -> None:
   """Runs all stages of a tuning; the same call continues a run that was stopped.
 
@@ -57,8 +59,12 @@ def run(
     show_progress: whether to print a line for each stage that ends; None: yes.
 
   Raises:
-    UserError: the workdir has other data, or a stage raised the error.
+    UserError: an option is unknown, the workdir has other data, or a stage raised the error.
   """
+  if unknown:
+    name, options = next(iter(unknown)), list(inspect.signature(run).parameters)[3:-1]
+    hint = did_you_mean(name, options, "`minutes` sets how long it trains.")
+    raise UserError(f"finetune has no option '{name}', only {', '.join(options)}: {hint}")
   folder = pathlib.Path(os.path.expanduser(workdir))
   if isinstance(data, str | os.PathLike):
     source = os.path.expanduser(data)

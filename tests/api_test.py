@@ -1,4 +1,5 @@
 import doctest
+import io
 import json
 import pathlib
 import tempfile
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+import cm3leon_jax
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import common, generate
@@ -24,6 +26,7 @@ from cm3leon_jax.retrieval.neighbors import Retriever
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import model_logits
+from tests.refusals import check_sentence, refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -86,6 +89,27 @@ def test_every_call_has_an_example_and_a_wrong_one_is_noticed(model):
   assert calls == {*EXAMPLES, "finetune"}
   wrong = doctest.DocTestParser().get_doctest(">>> model.step\n8\n", {}, "wrong", None, 0)
   assert failures(wrong, model=model) == 1
+
+
+def test_a_notebook_shows_samples_and_the_model(model, run):
+  samples = model.generate("red apple", num_samples=5)
+  sheet = cm3leon_jax.grid(samples)
+  side, step = 128, 134
+  assert sheet.size == (4 * step - 6, 2 * step - 6)
+  fifth = sheet.crop((0, step, side, step + side)).resize((8, 8), Image.Resampling.NEAREST)
+  np.testing.assert_array_equal(fifth, samples[4].image)
+  shown = Image.open(io.BytesIO(samples[4]._repr_png_()))
+  assert shown.size == (side, side)
+  with refused(cm3leon_jax.UserError, "no images"):
+    cm3leon_jax.grid([])
+  facts = (str(run), "step 7", "8 x 8", "float32", "cpu", f"{model_size(model):,} parameters")
+  check_sentence(repr(model), *facts)
+  assert {"CM3Leon", "grid", "UserError"} <= set(dir(cm3leon_jax))
+
+
+def model_size(model: CM3Leon) -> int:
+  with jax.set_mesh(model.mesh):
+    return sum(leaf.size for leaf in jax.tree.leaves(model._trained))
 
 
 def test_samples_are_those_of_the_command(model, run, monkeypatch):

@@ -36,6 +36,10 @@ def test_a_folder_is_named_to_the_command(started, tmp_path, monkeypatch):
   assert flags[-2:] == ["--own_image_tokenizer", "--min_psnr=17.5"]
   assert {f"--workdir={tmp_path}/W", f"--config.raw.source={tmp_path}/"} <= {*flags}
   assert not shown
+  with refused(UserError, "epochs", "minutes"):
+    finetune.run(tmp_path, "W", "scenes", epochs=3)
+  with refused(UserError, "did you mean 'minutes'?"):
+    finetune.run(tmp_path, "W", "scenes", minute=3)
 
 
 def test_pairs_are_written_once_as_a_folder(started, tmp_path):

@@ -48,7 +48,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel):
   assert top == {"cm3leon_jax", f"cm3leon_jax-{cm3leon_jax.__version__}.dist-info"}
   expected = {
     str(path.relative_to(ROOT))
-    for pattern in ("*.py", "*.jinja", "*.yaml", "py.typed", "assets/**/*", "page/*")
+    for pattern in ("*.py", "*.jinja", "*.yaml", "py.typed", "assets/**/*", "page/*", "docs/*.md")
     for path in (ROOT / "cm3leon_jax").rglob(pattern)
     if path.is_file()
   }

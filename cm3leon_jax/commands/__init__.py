@@ -27,4 +27,5 @@ COMMANDS = (
   "report",
   "plan",
   "aot_compile",
+  "docs",
 )

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -18,7 +19,7 @@ from ml_collections import config_flags
 
 from cm3leon_jax import accelerators
 from cm3leon_jax.commands import config_file, interrupts
-from cm3leon_jax.config import TryAgain, UserError, printable
+from cm3leon_jax.config import TryAgain, UserError, did_you_mean, printable
 from cm3leon_jax.files import buckets
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.runs import from_data
@@ -140,7 +141,20 @@ def _reporting() -> Iterator[None]:
       _fail(reason, TryAgain.exit_code)
     if isinstance(error, UserError):
       _fail(str(error), error.exit_code)
+    if isinstance(error, OSError) and (flag := _flag_of(error)):
+      _fail(f"{flag} cannot be used ({error.strerror}): name another folder.")
     raise
+
+
+def _flag_of(error: OSError) -> str:
+  """Returns "--out=/proc/x" if this folder, or a parent of it, caused the error; otherwise ""."""
+  place = os.path.abspath(error.filename) if isinstance(error.filename, str) else None
+  for name in FOLDERS:
+    value = flags.FLAGS[name].value if name in flags.FLAGS else None
+    path = pathlib.Path(value or "").absolute()
+    if value and place in map(str, (path, *path.parents)):
+      return f"--{name}={value}"
+  return ""
 
 
 def with_homes(arguments: Sequence[str]) -> list[str]:
@@ -163,7 +177,8 @@ def _help() -> str:
 def _parse_flags(actions: Sequence[str], argv: Sequence[str]) -> list[str]:
   """Parses the flags, prints --help, and reports errors in one sentence.
 
-  `actions` has the allowed values of the first argument; without them, no argument is allowed.
+  `actions` has the allowed values of the first argument; without them, no argument is allowed. If
+  "" is one of them, the argument is optional.
   """
   if {"--help", "-h"}.intersection(argv):
     print(_help())
@@ -173,8 +188,10 @@ def _parse_flags(actions: Sequence[str], argv: Sequence[str]) -> list[str]:
   # For a wrong field of the config, ml_collections raises AttributeError or KeyError.
   except (flags.Error, ValueError, AttributeError, KeyError) as error:
     _fail(f"{error.args[0]} (--help lists the flags)")
+  words = words or [""] * ("" in actions)
   if actions and (not words or words[0] not in actions):
-    _fail(f"the first argument must be one of {', '.join(actions)}.")
+    hint = did_you_mean("".join(words[:1]), actions, "give one of them.")
+    _fail(f"the first argument must be one of {', '.join(filter(None, actions))}: {hint}")
   if surplus := words[1:] if actions else words:
     _fail(f"unexpected argument '{surplus[0]}': give --name=value, and quotes around spaces.")
   for name in FOLDERS:

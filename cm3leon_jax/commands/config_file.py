@@ -6,7 +6,7 @@ import pathlib
 import ml_collections
 
 from cm3leon_jax import configs
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, did_you_mean
 
 FOLDER = pathlib.Path(configs.__file__).parent
 # Names of the shipped configs. `base` has the values that the configs share, and is not a config.
@@ -25,7 +25,8 @@ def load(value: str) -> ml_collections.ConfigDict:
     path = FOLDER / f"{name}.py"
   spec = importlib.util.spec_from_file_location("config", path)
   if not path.is_file() or spec is None or spec.loader is None:
-    raise UserError(f"{name} is neither a Python file nor one of {', '.join(SHIPPED)}.")
+    hint = did_you_mean(name, SHIPPED, "give one of them.")
+    raise UserError(f"{name} is neither a Python file nor one of {', '.join(SHIPPED)}: {hint}")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_config(*variant)

@@ -18,12 +18,18 @@ which `cm3leon copy_tokenizers` copied them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import os
+
 from absl import flags
 from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import formats
+from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.runs import from_data, stages, table
 from cm3leon_jax.settings import Settings
 
@@ -99,12 +105,33 @@ def main(
   formats.check(choice, trained.settings)
   if choice.format == "peft":
     peft_adapter.adapters_of(trained)
-  _export(trained, choice, output or "export" * (trained.kind == "bundle"))
+  output = output or "export" * (trained.kind == "bundle")
+  with _alone(absolute(output).parent if output else workdir):
+    _export(trained, choice, output)
   if bundle_folder:
-    with common.use_mesh(trained.settings):
+    with _alone(absolute(bundle_folder).parent), common.use_mesh(trained.settings):
       step, numbers = loading.write_bundle(trained, bundle_folder, base, replayed=replayed)
     size = f"{numbers['bytes'] / 1e6:.1f} MB"
     print(f"export: bundle of step {step}, {size}, in {bundle_folder}.", flush=True)
+
+
+@contextlib.contextmanager
+def _alone(folder: epath.Path) -> Iterator[None]:
+  """Waits until no other export writes into a local folder."""
+  if "://" in os.fspath(folder):
+    yield
+    return
+  folder.mkdir(parents=True, exist_ok=True)
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      print(f"export: waits until another export into {folder} has ended.", flush=True)
+      fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(handle)  # This also ends the lock.
 
 
 def _export(trained: run_lib.Run, choice: formats.Choice, output: str) -> None:

@@ -334,7 +334,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       alike = lookalikes.count([*itertools.chain(*samples)], settings.vocab)
       summary.update(step=step, samples=len(records), clip_score=scores, lookalikes=alike)
       _print_results(records, scores)
-      if alike:
+      if len(records) > 1 and alike:
         print(f"generate: {lookalikes.describe(alike)}")
       if apart := [r["divergence"] for r in records if r["divergence"] is not None]:
         summary["divergence"] = sum(apart) / len(apart)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 import dataclasses
-import difflib
 import importlib
 import os
 import re
@@ -29,7 +28,7 @@ from absl import flags
 from etils import epath
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, did_you_mean
 
 if TYPE_CHECKING:
   from cm3leon_jax.planning.hardware import Hardware
@@ -141,8 +140,7 @@ def _check_train_flags(values: Iterable[str]) -> None:
   for value in values:
     name = re.split("[=.]", value.removeprefix("--"), maxsplit=1)[0]
     if not value.startswith("--") or not {name, name.removeprefix("no")} & known:
-      close = difflib.get_close_matches(name.replace("-", "_"), known, 1)
-      hint = f"did you mean --{close[0]}?" if close else "`cm3leon train --help` lists its flags."
+      hint = did_you_mean(name.replace("-", "_"), known, "`cm3leon train --help` lists its flags.")
       raise UserError(f"--train_flag is '{value}', but cm3leon train has no flag --{name}: {hint}")
 
 

@@ -33,12 +33,13 @@ def progress_bar(*args: Any, **options: Any) -> tqdm:
   """Returns a tqdm bar on stderr. Takes the arguments of tqdm.
 
   In a terminal or notebook the bar is redrawn every second. Elsewhere (a file, a pipe, the log of
-  a pod) it prints a line at the start, every `SECONDS` and at the end. With leave=False, it prints
-  lines only if the work takes longer than `SECONDS`.
+  a pod) it prints a line without a bar at the start, every `SECONDS` and at the end. With
+  leave=False, it prints lines only if the work takes longer than `SECONDS`.
   """
   if is_interactive():
     return tqdm(*args, mininterval=1, **options)
   if not options.get("leave", True):
     options["delay"] = SECONDS  # leave=False is for bars of short parts of the work.
   lines = {"file": _Lines(sys.stderr), "mininterval": SECONDS, "maxinterval": SECONDS}
-  return tqdm(*args, **lines, **options)
+  # The position 0 keeps tqdm from moving the cursor for nested bars.
+  return tqdm(*args, **lines, bar_format="{l_bar}{r_bar}", position=0, **options)

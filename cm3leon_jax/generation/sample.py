@@ -4,12 +4,17 @@
 
 from collections.abc import Sequence
 import dataclasses
+import io
 
 import numpy as np
 from PIL import Image
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.generation.tasks import Task
+
+CELL = 128  # Minimum side of an image on a sheet, in pixels.
+GAP = 6
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -27,8 +32,8 @@ class Sample:
       temperature and filters.
     contrastive: whether the image codes were sampled by contrastive decoding.
     neighbors: retrieved documents, best first.
-    given: uint8 [H, W, 3], the task's input image, or the original image of a held-out caption;
-      None if there is neither.
+    given: uint8 [H, W, 3], the task's input image, or the image of a held-out caption, decoded from
+      its codes; None if there is neither.
     clip_score: cosine similarity of image and caption; None if CLIP did not score the sample.
     rank: rank by clip_score among the task's samples, starting at 1; None if they are not ranked.
     divergence: mean over the image codes of KL(with prompt || without prompt), in nats; None if it
@@ -68,6 +73,35 @@ class Sample:
   def text(self) -> str:
     """All texts of the sample, one per line."""
     return "\n".join(s for s in self.segments if isinstance(s, str))
+
+  def _repr_png_(self) -> bytes | None:
+    """Shows the images of the sample in a notebook."""
+    if not self.images:
+      return None
+    buffer = io.BytesIO()
+    grid([self]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def grid(samples: Sequence[Sample], columns: int = 4) -> Image.Image:
+  """Draws the images of samples in rows of `columns`. Small images are enlarged without smoothing.
+
+  grid(model.generate("a green bell", num_samples=8)).save("bells.png")
+  """
+  images = [image for sample in samples for image in sample.images]
+  if not images:
+    raise UserError("the samples have no images: give those of `generate`.")
+  scale = max(1, -(-CELL // min(images[0].size)))
+  width, height = (side * scale + GAP for side in images[0].size)
+  columns = min(columns, len(images))
+  sheet = Image.new(
+    "RGB", (columns * width - GAP, -(-len(images) // columns) * height - GAP), "white"
+  )
+  for number, image in enumerate(images):
+    row, column = divmod(number, columns)
+    shown = image.resize((width - GAP, height - GAP), Image.Resampling.NEAREST)
+    sheet.paste(shown, (column * width, row * height))
+  return sheet
 
 
 def ranked(samples: Sequence[Sample]) -> list[Sample]:

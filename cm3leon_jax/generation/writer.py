@@ -14,14 +14,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.generation.image_tasks import ImageTask
-from cm3leon_jax.generation.sample import Sample
+from cm3leon_jax.generation.sample import CELL, GAP, Sample
 from cm3leon_jax.generation.tasks import IMAGE
 from cm3leon_jax.generation.text_tasks import TextTask
 
 SHEET_ROWS = 64  # Few programs can open a sheet with more rows.
 ORIGIN = ("key", "source", "license", "attribution")  # Fields for a neighbor in results.jsonl.
-CELL = 128  # Minimum side of an image on a sheet, in pixels.
-GAP = 6
 LABEL_WIDTH = 150
 LABEL_HEIGHT = 20
 
@@ -100,7 +98,10 @@ def _answer(sample: Sample, files: list[str]) -> dict:
 
 
 def sample_sheet(samples: Sequence[Sequence[Sample]]) -> Image.Image:
-  """Draws up to SHEET_ROWS rows, one per prompt: the input or original image, then the samples."""
+  """Draws up to SHEET_ROWS rows, one per prompt: the input or the true image, then the samples.
+
+  The true image of a held-out caption is a reconstruction from its codes.
+  """
   rows, titles, labels = {}, {}, {}
   for of_task in samples:
     task, given = of_task[0].task, of_task[0].given
@@ -110,7 +111,7 @@ def sample_sheet(samples: Sequence[Sequence[Sample]]) -> Image.Image:
     if row not in rows:
       labels[row] = task.label
       rows[row] = [] if given is None else [given]
-      titles[row] = [] if given is None else ["original" if task.key else "given"]
+      titles[row] = [] if given is None else ["reconstruction" if task.key else "given"]
     for n, sample in enumerate(of_task, 1):
       title = f"{task.settings_label} #{n}".strip() if len(of_task) > 1 else task.settings_label
       rows[row] += sample.segments

@@ -163,13 +163,13 @@ def load(name: str, slices: int = 1) -> Hardware:
   Raises:
     UserError: the name is unknown, or such a number of chips or slices does not exist.
   """
-  given, name = name, own_name(name)
+  given, name = name, own_name(name.lower())
   chip, _, size = name.replace("-", ":", 1).partition(":")
   if chip in GPUS:
     return _gpus(name, chip, size, slices)
   shape = SLICES.get(name, size)
   if chip not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
-    near = suggestion(name, tuple(f"{gpu}-64" for gpu in GPUS))
+    near = suggestion(name, tuple(f"{gpu}-{size or 64}" for gpu in GPUS))
     raise UserError(
       f"--topology is '{given}': {near}give a slice "
       f"({', '.join(SLICES)}), a chip and a shape, as in v5p:4x4x8, or GPUs and their number, as "

@@ -84,7 +84,7 @@ def suggestion(name: str, others: tuple[str, ...] = ()) -> str:
 
   `others` are more names that can be suggested.
   """
-  close = difflib.get_close_matches(own_name(name.lower()), [*SLICES, *others], n=1)
+  close = difflib.get_close_matches(name, [*SLICES, *others], n=1)
   return f"did you mean {close[0]}? " if close else ""
 
 
@@ -124,7 +124,7 @@ def load(name: str, slices: int = 1) -> Topology:
   Raises:
     UserError: the chip or shape does not exist, or libtpu is not installed.
   """
-  given, name = name, own_name(name)
+  given, name = name, own_name(name.lower())
   generation, _, shape = name.replace("-", ":", 1).partition(":")
   shape = SLICES.get(name, shape)
   if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):

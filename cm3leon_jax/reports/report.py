@@ -304,6 +304,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
     shown=summary_lib.expected_stages(workdir),
     is_tuned=stages.command_of(workdir / "text_tokenizer") == "copy_tokenizers",
     commands={folder: stages.command_of(workdir / folder) for folder in stage_table.STAGES},
+    ran=[stages.command_of(workdir / name) for name in stage_table.STAGES if name in summary],
     more_flags=MORE_FLAGS,
     config_name=config_name,
     date=datetime.date.today().isoformat(),

@@ -54,7 +54,7 @@ def _check_pixels(data: bytes, most_pixels: int, param: str) -> None:
     raise ApiError(413, message, param, "image_too_large") from error
   except Exception as error:  # Decoders raise any kind of error for damaged files.
     raise refusal(
-      f"{param} cannot be read; it must be a PNG, JPEG, WebP, GIF or AVIF file.", param
+      f"{param} cannot be read; it must be a PNG, JPEG, WebP, GIF, AVIF, BMP or TIFF file.", param
     ) from error
   if width * height > most_pixels:
     raise ApiError(
@@ -77,7 +77,7 @@ def decode(image: bytes, resolution: int, most_pixels: int, param: str) -> np.nd
     return reader.load_image(image, resolution)
   except UserError as error:
     raise refusal(
-      f"{param} is damaged; it must be a PNG, JPEG, WebP, GIF or AVIF file.", param
+      f"{param} is damaged; it must be a PNG, JPEG, WebP, GIF, AVIF, BMP or TIFF file.", param
     ) from error
 
 

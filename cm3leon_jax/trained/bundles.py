@@ -20,7 +20,7 @@ import os
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError, short
+from cm3leon_jax.config import UserError, did_you_mean, short
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.digests import damage, digest
@@ -57,7 +57,7 @@ def is_bundle(folder: epath.PathLike) -> bool:
 
 
 def check_is_base(source: str) -> None:
-  """Checks that --init_from, `source`, is a bundle or a run whose training has begun.
+  """Checks that the base of a run, `source`, is a bundle or a run whose training has begun.
 
   Raises:
     UserError: it is neither.
@@ -65,9 +65,10 @@ def check_is_base(source: str) -> None:
   folder = folder_of(source)
   if not is_bundle(folder) and not (folder / "train" / "config.json").exists():
     raise UserError(
-      f"--init_from is {source}; it must be the workdir of a run, with train/config.json, a bundle "
-      "that `cm3leon export --bundle` wrote, or the name of an installed model: "
-      f"{', '.join(INSTALLED)}."
+      f"the base (--init_from) is {source}; it must be the workdir of a run, with "
+      "train/config.json, a bundle that `cm3leon export --bundle` wrote, or the name of an "
+      f"installed model, {', '.join(INSTALLED)}: "
+      f"{did_you_mean(source, INSTALLED, 'check the path.')}"
     )
 
 

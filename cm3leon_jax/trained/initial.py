@@ -9,7 +9,9 @@ import os
 from typing import Any
 
 from etils import epath
+from flax import traverse_util
 import jax
+import jax.numpy as jnp
 
 from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
@@ -219,11 +221,20 @@ def load_run(
   The arguments and the result are those of `reading.load_params`.
 
   Raises:
-    UserError: see `reading.load_params` and `load_base`.
+    UserError: a parameter is not finite; see also `reading.load_params` and `load_base`.
   """
   if (found := adapters.of_run(workdir)) is None:
-    return reading.load_params(epath.Path(workdir) / "train", model, step, average)
-  return merged(found, load_base(found), step, average)
+    params, step = reading.load_params(epath.Path(workdir) / "train", model, step, average)
+  else:
+    params, step = merged(found, load_base(found), step, average)
+  are_finite = jax.jit(functools.partial(jax.tree.map, lambda x: jnp.isfinite(x).all()))(params)
+  for name, is_finite in traverse_util.flatten_dict(jax.device_get(are_finite), sep=".").items():
+    if not is_finite:
+      raise UserError(
+        f"{workdir}: parameter '{name}' of step {step} has NaNs or infinities: return to an "
+        "earlier checkpoint with `cm3leon checkpoints rollback`."
+      )
+  return params, step
 
 
 def merged(

@@ -11,8 +11,9 @@ from tests.launched import cm3leon, launch
 from tests.refusals import check_refused
 
 FOLDER = pathlib.Path(common.__file__).parent
+ROOT = FOLDER.parents[1]
 RUN = ["--config=scenes", "--workdir=w"]
-WITHOUT_CONFIG = ("checkpoints", "serve")
+WITHOUT_CONFIG = ("checkpoints", "docs", "serve")
 
 
 def test_every_command_is_listed():
@@ -31,7 +32,7 @@ def test_help_shows_an_example_and_the_flags_that_the_command_takes(name):
   }
   assert takes == {
     "config": name not in WITHOUT_CONFIG,
-    "workdir": name != "aot_compile",
+    "workdir": name not in ("aot_compile", "docs"),
     "num_processes": name in ("train", "evaluate", "score"),
   }
 
@@ -45,6 +46,8 @@ MISTAKES = [
   (["train", *RUN, "--config.train=abc"], ["--config.train", "abc"]),
   (["train", "--config.seed=5", *RUN], ["config.seed"]),
   (["train", "--config=nowhere.py", "--workdir=w"], ["nowhere.py", "scenes"]),
+  (["train", "--config=onw", "--workdir=w"], ["onw", "did you mean 'own'?"]),
+  (["docs", "own_image"], ["did you mean 'own_images'?"]),
   (["train", "--config=scenes:soon", "--workdir=w"], ["--config", "soon"]),
   (["train", "--workdir=w"], ["--config"]),
   (["train", "--config=scenes"], ["--workdir"]),
@@ -83,12 +86,26 @@ def test_a_mistake_is_found_before_anything_is_written(argv, facts, tmp_path):
   assert not list((tmp_path / "w").iterdir())
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+  result = cm3leon("export", "--workdir=scenes", "--output=/proc/x/y", cwd=tmp_path)
+  check_refused(result, "--output=/proc/x/y", "No such file")
+
+
 def test_home_folders_are_replaced_in_paths_and_not_in_prompts(monkeypatch):
   monkeypatch.setenv("HOME", "/home/ada")
   given = ["--workdir=~/run", "-config.raw.source=~/in", "--prompts=~/p", "--config", "~/c.py"]
   kept = ["--prompt=~/x", "--out=gs://b/~/x", "--out=./~", "~/y"]
   replaced = ["--workdir=/home/ada/run", "-config.raw.source=/home/ada/in", "--prompts=/home/ada/p"]
   assert common.with_homes([*given, *kept]) == [*replaced, *given[3:], *kept]
+
+
+def test_docs_lists_the_pages_and_prints_one(tmp_path):
+  result = launch("docs", cwd=tmp_path, missing=["jax"])
+  listed = [line.split("  ")[0].strip() for line in result.stdout.splitlines()]
+  assert listed == sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
+  assert "glossary       Each word has one meaning" in result.stdout
+  page = launch("docs", "glossary", cwd=tmp_path, missing=["jax"]).stdout
+  assert page == (ROOT / "docs" / "glossary.md").read_text()
 
 
 def test_the_console_script_lists_the_commands(tmp_path):
@@ -126,4 +143,4 @@ def test_report_lists_what_has_not_run(tmp_path):
   assert result.returncode == 0, result.stderr
   assert "not run" in result.stdout
   page = html.unescape((tmp_path / "report.html").read_text())
-  assert f"cm3leon train --config=scenes:2 '{changed}' --workdir=DIR" in page
+  assert f"cm3leon prepare_data --config=scenes:2 '{changed}' --workdir=DIR" in page

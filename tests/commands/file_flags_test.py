@@ -97,6 +97,7 @@ def test_a_bundled_model_draws_without_a_config_into_the_current_folder(tmp_path
   assert done.returncode == 0, done.stderr
   (folder,) = (tmp_path / "prompts").glob("a-red-bell-*")
   assert f"generate: results in {folder.relative_to(tmp_path)}, " in done.stdout
+  assert len(done.stdout.splitlines()) == 2  # The CLIP score of the sample is the other line.
   (file,) = folder.glob("000_*.png")
   # The image shows a red bell on white, so the red channel has the largest mean.
   red, green, blue = np.asarray(Image.open(file), float).mean((0, 1))

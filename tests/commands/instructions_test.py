@@ -181,6 +181,8 @@ def test_tokenizers_of_another_config_or_run_are_refused(source, tmp_path):
   assert not (workdir / "text_tokenizer").exists()
   with refused(UserError, "--init_from", "--bundle"):
     copy(SETTINGS, workdir, tmp_path / "absent")
+  with refused(UserError, "base", "sceness", "did you mean 'scenes'?"):
+    copy(SETTINGS, workdir, "sceness")
   copy(SETTINGS, workdir, source)
   done = workdir / "vqgan" / stages.DONE
   about = read_json(done)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import termios
 
+from cm3leon_jax.files import progress
+
 ROOT = pathlib.Path(__file__).parents[1]
 WORK = """
 import time
@@ -31,7 +33,18 @@ def test_a_log_has_whole_lines(tmp_path):
   assert last == "done"
   assert 3 <= len(lines) <= 12  # 20 steps take 0.4 s and print a line every 0.05 s.
   assert all(line.startswith("vqgan: ") for line in lines)
+  assert "#" not in text
   assert "| 20/20 [" in lines[-1]
+
+
+def test_nested_bars_in_a_log_do_not_move_the_cursor(tmp_path, monkeypatch):
+  with (tmp_path / "log").open("w") as log:
+    monkeypatch.setattr(sys, "stderr", log)
+    for _ in progress.progress_bar(range(2), "outer"):
+      list(progress.progress_bar(range(3), "inner"))
+  text = (tmp_path / "log").read_text()
+  assert "inner: 100%" in text
+  assert "\x1b" not in text
 
 
 def test_a_terminal_has_a_bar_in_one_line():

@@ -1,7 +1,9 @@
+import types
+
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.generation import writer
+from cm3leon_jax.generation import sample, writer
 
 
 def test_contact_sheet_places_images(tmp_path):
@@ -12,8 +14,18 @@ def test_contact_sheet_places_images(tmp_path):
   )
   assert [p.name for p in (tmp_path / "new").iterdir()] == ["sheet.png"]
   sheet = np.asarray(Image.open(tmp_path / "new" / "sheet.png"))
-  size, step = 128, 128 + writer.GAP
+  size, step = 128, 128 + sample.GAP
   for i, row in enumerate(colors):
     for j, color in enumerate(row):
       y, x = writer.LABEL_HEIGHT + i * step, writer.LABEL_WIDTH + j * step
       assert (sheet[y : y + size, x : x + size] == color).all()
+
+
+def test_the_true_image_of_a_heldout_caption_is_called_a_reconstruction(monkeypatch):
+  """It is decoded from codes, so it differs from the image file."""
+  monkeypatch.setattr(writer, "contact_sheet", lambda rows, labels, columns: columns)
+  image = np.zeros((8, 8, 3), np.uint8)
+  for key, title in (("a", "reconstruction"), ("", "given")):
+    task = types.SimpleNamespace(row=0, key=key, label="a", settings_label="2 retrieved")
+    made = types.SimpleNamespace(task=task, given=image, segments=(image,))
+    assert writer.sample_sheet([[made]]) == [title, "2 retrieved"]

@@ -7,6 +7,7 @@ from cm3leon_jax.data.instructions.config import InstructionsConfig, Instruction
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.reports import report, summary
 from cm3leon_jax.runs import stages
+from cm3leon_jax.runs.table import STAGES
 from cm3leon_jax.training.watch.metrics import MetricsLog
 from tests.generation.run import SETTINGS
 from tests.reports.run_files import NUMBERS, Page, headings, make_image, make_run
@@ -41,8 +42,9 @@ def test_page_shows_every_number_of_the_summary(run):
 
 def test_the_first_line_names_the_targets_that_are_not_met(run):
   first = run[2].partition("<h1>Run report</h1>")[2].partition("Run of")[0]
-  assert "Targets that are not met: Codebook perplexity, held-out concepts: " in first
-  assert "PSNR" not in first
+  assert "Targets that are not met: PSNR of reconstructions, held-out images (dB): " in first
+  assert "recall" not in first
+  assert "openmoji" not in run[2]
 
 
 def test_page_escapes_captions_and_reports_the_restart(run):
@@ -61,6 +63,10 @@ def test_page_lists_stages_that_have_not_run(tmp_path, only):
   assert "<code>cm3leon evaluate</code> has not finished in this workdir" in html
   assert ("cm3leon train_vqgan</code> has not finished" in html) == ("vqgan" not in only)
   assert "not run" in html
+  commands = html.partition("<h3>Commands</h3>")[2].partition("</pre>")[0]
+  listed = [line.split()[1] for line in commands.splitlines() if "cm3leon " in line]
+  ran = [stage.command for name, stage in STAGES.items() if name in only]
+  assert listed == [*ran, "report"]
 
 
 @pytest.mark.parametrize(("form", "missing"), [("jsonl", []), ("scenes/count", ["grades"])])
@@ -101,6 +107,8 @@ def test_clip_scores_are_averaged_by_guidance_and_retrieval():
   ]
   low, high = summary.clip_scores(lines)
   assert low | {"mean": 0.1, "standard_deviation": 0.0, "low": None, "high": None} == low
+  described = summary.describe_clip_score(low, "prompt")
+  assert described == "guidance 1, 0 retrieved: CLIP score 0.100, 1 sample of 1 prompt."
   assert (low["guidance"], low["samples"], low["groups"]) == (1, 1, 1)
   assert (high["guidance"], high["samples"], high["groups"]) == (3, 2, 2)
   assert high["standard_deviation"] == pytest.approx(0.2 / 2**0.5)

@@ -17,7 +17,6 @@ from tests.refusals import refused
     ({"evaluation": {"scenes": {"gain": {}}}}, headlines.SCENE_HEADLINES),
     ({"evaluation": {"scenes": {"gain": {}}}, "grades": {}}, headlines.SCENE_HEADLINES),
     ({"grades": {"tasks": {}}}, headlines.TUNED_HEADLINES),
-    ({"raw": {"counts": {}}, "evaluation": {}}, summary.OWN_HEADLINES),
   ],
 )
 def test_headlines_are_chosen_by_what_was_judged(found, expected):

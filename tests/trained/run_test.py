@@ -83,6 +83,8 @@ def test_an_export_is_opened_where_it_will_do(run, tmp_path, name):
   with one_device():
     found, step = opened.params()
     expected, _ = Run.open(run).params()
+    with refused(UserError, str(run), "step 7", "NaN"):
+      Run.open(run).params(average=False)
   assert step == 7
   jax.tree.map(np.testing.assert_array_equal, found, expected)
   assert opened.text.encode("a red cat").tolist() == Run.open(run).text.encode("a red cat").tolist()

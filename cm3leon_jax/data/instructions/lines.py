@@ -1,12 +1,11 @@
 """Reads instruction records in a general format: one JSON object per line."""
 
 from collections.abc import Iterator
-import difflib
 import re
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, did_you_mean
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.published.releases import read_json_lines
 from cm3leon_jax.data.sources.image_folder import ImageFolder
@@ -37,8 +36,7 @@ def read_lines(file: epath.PathLike, images: ImageFolder) -> Iterator[Record]:
     if not isinstance(entry, dict):
       raise UserError(f"{where} must be an object with the fields 'texts' and 'images'.")
     if unknown := [name for name in entry if name not in FIELDS]:
-      close = difflib.get_close_matches(unknown[0], FIELDS, 1)
-      hint = f"did you mean '{close[0]}'?" if close else f"the fields are {', '.join(FIELDS)}."
+      hint = did_you_mean(unknown[0], FIELDS, f"the fields are {', '.join(FIELDS)}.")
       raise UserError(f"{where} has the field '{unknown[0]}': {hint}")
     texts, paths = (_named(entry, field, where) for field in ("texts", "images"))
     if not texts and not paths:

@@ -8,11 +8,14 @@ import collections
 from collections.abc import Iterator
 import io
 import re
+from typing import Literal
 
 from cm3leon_jax.config import UserError
 
 # A progressive JPEG file usually has about 10 scans, an AVIF file of 512 tiles 20 KB of tables.
-MOST = {"scans": 100, "segments": 4_000, "boxes": 4_000, "bytes of tables": 2**16}
+MOST = {
+  "scans": 100, "segments": 4_000, "boxes": 4_000, "bytes of tables": 2**16, "tag values": 2**18,
+}  # fmt: skip
 READS = 20_000  # Most reads of a small file. Pillow reads a chunk of a PNG file in about 3 reads.
 
 # A marker of JPEG that begins a segment. Other markers have no length, and no effect on scans.
@@ -30,8 +33,9 @@ class ImageFile(io.BytesIO):
     super().__init__(data)
     self._what, self._left = what, READS + len(data) // 500
     counts: dict[str, int] = collections.Counter()
-    parts = _jpeg_parts(data) if data.startswith(b"\xff\xd8\xff") else _avif_parts(data)
-    for part, count in parts:
+    parts = _jpeg_parts if data.startswith(b"\xff\xd8\xff") else _avif_parts
+    parts = _tiff_parts if data.startswith((b"II", b"MM")) else parts
+    for part, count in parts(data):
       counts[part] += count
       if counts[part] > MOST[part]:
         raise self._refused(f"more than {MOST[part]:,} {part}")
@@ -59,6 +63,19 @@ def _jpeg_parts(data: bytes) -> Iterator[tuple[str, int]]:
     if code == b"\xda":
       has_scan = True
       yield "scans", 1
+
+
+def _tiff_parts(data: bytes) -> Iterator[tuple[str, int]]:
+  """Yields the values in the tags of the first image of a TIFF file, such as offsets of strips."""
+  order: Literal["big", "little"] = "big" if data.startswith(b"MM") else "little"
+  if 43 in data[2:4]:  # BigTIFF, whose sizes have 8 bytes.
+    yield "tag values", len(data)
+  place = int.from_bytes(data[4:8], order)
+  for _ in range(int.from_bytes(data[place : place + 2], order)):
+    kind, count = data[place + 4 : place + 6], int.from_bytes(data[place + 6 : place + 10], order)
+    # 256 characters (kind 2) or bytes (1 and 7) take no more time than a number.
+    yield "tag values", count // 256 if int.from_bytes(kind, order) in (1, 2, 7) else count
+    place += 12
 
 
 def _avif_parts(data: bytes) -> Iterator[tuple[str, int]]:

@@ -41,10 +41,12 @@ IMAGE_DIGESTS = "images.sha256"  # File of image digests, in the format of `sha2
 SCHEMA_VERSION = 1
 IN_MEMORY_BYTES = 2**31
 # The decoders of other formats may start programs.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
 MAX_BYTES = 2**26  # Maximum size of an image file in bytes.
 # Maximum number of pixels per image. Scaling an image of this size takes 0.7 GB of memory.
 MAX_PIXELS = 2**25
+# JPEG files may have more, because they are decoded at half their size. Pillow warns above it.
+MAX_JPEG_PIXELS = 89_000_000
 LARGE = 2**22  # Images with more pixels are read one at a time.
 _ONE_LARGE_IMAGE = threading.Lock()
 
@@ -177,11 +179,9 @@ def load_with_size(
       traceback.clear_frames(cause.__traceback__)
     if isinstance(error, UserError):
       raise
-    # The message of this error does not name the file.
-    unknown = isinstance(error, UnidentifiedImageError)
-    why = "its content has another format" if unknown else error
     raise UserError(
-      f"image {name} cannot be read ({why}); it must be a PNG, JPEG, WebP, GIF or AVIF file."
+      f"image {name} cannot be read ({error}); it must be a PNG, JPEG, WebP, GIF, AVIF, BMP or "
+      "TIFF file."
     ) from error
 
 
@@ -189,16 +189,34 @@ def _decode(
   file: IO[bytes], name: str, resolution: int | None, crop: str
 ) -> tuple[np.ndarray, tuple[int, int]]:
   """Decodes the image in an open file. For results and errors, see `load_with_size`."""
-  opened = Image.open(file, formats=FORMATS)
+  try:
+    opened = Image.open(file, formats=FORMATS)
+  except UnidentifiedImageError as error:  # The message of this error does not name the file.
+    raise ValueError(_other_format(file)) from error
   pixels = opened.width * opened.height
-  if pixels > MAX_PIXELS:
-    raise UserError(f"image {name} has {pixels:,} pixels; the maximum is {MAX_PIXELS:,}.")
+  most = MAX_JPEG_PIXELS if opened.format == "JPEG" else MAX_PIXELS
+  if pixels > most:
+    raise UserError(f"image {name} has {pixels:,} pixels; the maximum is {most:,}.")
   if pixels <= LARGE:
     return _square(upright_rgb(opened), resolution, crop)
   del opened  # Frees the file content before this thread waits for the lock.
   with _one_at_a_time():
     file.seek(0)
-    return _square(upright_rgb(Image.open(file, formats=FORMATS)), resolution, crop)
+    opened = Image.open(file, formats=FORMATS)
+    if pixels <= MAX_PIXELS:
+      return _square(upright_rgb(opened), resolution, crop)
+    opened.draft(None, (opened.width // 2, opened.height // 2))
+    array, (width, height) = _square(upright_rgb(opened), resolution, crop)
+    return array, (2 * width, 2 * height)  # Within a pixel of the size in the file.
+
+
+def _other_format(file: IO[bytes]) -> str:
+  """Returns the reason why Pillow does not know the format of a file."""
+  file.seek(0)
+  start = file.read(12)
+  if start[4:8] == b"ftyp" and start[8:11] in (b"hei", b"hev", b"mif", b"msf"):
+    return "it is a HEIC file: convert it to JPEG"
+  return "its content has another format" if start else "the file is empty"
 
 
 def _square(

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import posixpath
-from typing import Any, NamedTuple
+from typing import Any
 
 import fsspec
 
@@ -39,8 +39,7 @@ from cm3leon_jax.data.sources.samples import (
   has_image,
   suffix_of,
 )
-from cm3leon_jax.files.atomic import open_filesystem
-from cm3leon_jax.runs import stages
+from cm3leon_jax.data.sources.source_files import is_in, list_files, open_source, root_of
 
 PAIR_FILES = ("pairs.jsonl", "captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
 TEXTS = "texts.jsonl"
@@ -51,19 +50,9 @@ IMAGE_LISTS = (*PAIR_FILES, INTERLEAVED)
 # JSONL files without texts. A source may be a raw shard, which has the file rejected.jsonl.
 NO_TEXTS = (*LISTS, "rejected.jsonl")
 TEXT_FILES = 1_000  # Maximum number of .txt files per part.
+MOST_LISTED = 10  # Number of texts beside images that `parts` prints.
 
-# Attributes that change with the content of a file: a checksum (GCS bucket) or a time (local).
-STAMPS = ("md5Hash", "ETag", "etag", "mtime")
-WILDCARDS = "*?["
 REMEDY = "config.raw.allow_outside=True allows images from everywhere."
-
-
-class _File(NamedTuple):
-  """Attributes of a file. `stamp` is its checksum or modification time."""
-
-  size: int
-  stamp: str
-  is_link: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +99,8 @@ def parts(source: str, kind: str = "auto", workdir: str = "") -> list[SourcePart
   Raises:
     UserError: the source has no files, or no file of a known format.
   """
-  fs, path = _filesystem(source)
-  found = _files(fs, path, source, workdir)
+  fs, path = open_source(source)
+  found = list_files(fs, path, source, workdir)
   # Links are allowed only in `sidecars`, whose reader checks where they lead.
   files = [name for name, about in found.items() if not about.is_link]
   kinds = [kind] if kind != "auto" else _detect(found, files, source)
@@ -119,13 +108,17 @@ def parts(source: str, kind: str = "auto", workdir: str = "") -> list[SourcePart
   for each in kinds:
     if each == "folder":
       named = sorted(_folders(files, LISTS))
-      groups = [([f for f in files if _is_in(f, {name})], [name]) for name in named]
+      groups = [([f for f in files if is_in(f, {name})], [name]) for name in named]
     elif each == "sidecars":
-      root = _root(path, found)
+      root = root_of(path, found)
       folders = _folders(files, IMAGE_LISTS) if kind == "auto" else set()
       groups = [(names, [root, *names]) for names in _samples(found, root, folders)]
     else:
-      groups = [(names, names) for names in _single(each, files, found if len(kinds) > 1 else ())]
+      beside = found if len(kinds) > 1 else ()
+      groups = [(names, names) for names in _single(each, files, beside)]
+      texts = [name for names, _ in groups for name in names if suffix_of(name) == "txt"]
+      if texts and "sidecars" in kinds:
+        _print_texts(texts)
     for names, paths in groups:
       stamps = "\n".join(found[name].stamp for name in names)
       modified = hashlib.sha256(stamps.encode()).hexdigest()[:16]
@@ -149,7 +142,7 @@ def _samples(files: Iterable[str], root: str, folders: Collection[str]) -> Itera
   Without `folders`, the groups include images without a caption, which are rejected later. Groups
   depend only on the paths relative to `root`.
   """
-  stems = by_stem(f for f in files if not _is_in(f, folders))
+  stems = by_stem(f for f in files if not is_in(f, folders))
   taken = {
     stem[len(root) :]: names
     for stem, names in stems.items()
@@ -164,38 +157,30 @@ def _single(kind: str, files: Iterable[str], beside: Collection[str]) -> list[li
   """Groups files of one format. With `beside` (all files), skips caption files and lists."""
   names = [name for name in files if name.lower().endswith(SUFFIXES[kind])]
   if beside:
-    stems, folders = by_stem(beside), _folders(beside, LISTS)
+    of_images = {n for group in by_stem(beside).values() if has_image(group) for n in group}
+    folders = _folders(beside, LISTS)
     names = [
       name
       for name in names
       if posixpath.basename(name) not in NO_TEXTS
-      and not has_image(stems.get(name.rpartition(".")[0], ()))
-      and (suffix_of(name) == "txt" or not _is_in(name, folders))
+      and name not in of_images
+      and (suffix_of(name) == "txt" or not is_in(name, folders))
     ]
   texts = [name for name in names if suffix_of(name) == "txt"]
   groups = [texts[i : i + TEXT_FILES] for i in range(0, len(texts), TEXT_FILES)]
   return groups + [[name] for name in names if suffix_of(name) != "txt"]
 
 
+def _print_texts(names: list[str]) -> None:
+  """Lists the texts in a source of images. They may be captions whose images are missing."""
+  more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+  listed = printable(", ".join(map(posixpath.basename, names[:MOST_LISTED])))
+  print(f"prepare_data: read as texts, because no image has these names: {listed}{more}.")
+
+
 def _folders(files: Iterable[str], lists: Collection[str]) -> set[str]:
   """Returns the folders that contain at least one of the lists."""
   return {posixpath.dirname(name) for name in files if posixpath.basename(name) in lists}
-
-
-def _is_in(file: str, folders: Collection[str]) -> bool:
-  """Returns whether a file is in one of the folders or their subfolders."""
-  while folders and (folder := posixpath.dirname(file)) not in ("", file):
-    if folder in folders:
-      return True
-    file = folder
-  return False
-
-
-def _root(path: str, files: Collection[str]) -> str:
-  """Returns the folder of a source. For a pattern, this is the folder before the first wildcard."""
-  if any(c in path for c in WILDCARDS):
-    return posixpath.dirname(path[: min(path.index(c) for c in WILDCARDS if c in path)])
-  return posixpath.dirname(path) if path in files else path
 
 
 def read(part: SourcePart, allow_outside: bool = False) -> Iterator[Record | Rejected]:
@@ -206,51 +191,13 @@ def read(part: SourcePart, allow_outside: bool = False) -> Iterator[Record | Rej
   readers: dict[str, Callable[..., Iterator[Record | Rejected]]]
   readers = {"folder": _folder, "webdataset": tar_samples, "parquet": parquet_rows, "text": _text}
   if part.kind == "sidecars":
-    fs, root = _filesystem(part.files[0])
-    files = [_filesystem(file)[1] for file in part.files[1:]]
+    fs, root = open_source(part.files[0])
+    files = [open_source(file)[1] for file in part.files[1:]]
     yield from folder_samples(fs, root, files, functools.partial(_with_images, fs, allow_outside))
     return
   for file in part.files:
-    fs, path = _filesystem(file)
+    fs, path = open_source(file)
     yield from readers[part.kind](fs, path, functools.partial(_with_images, fs, allow_outside))
-
-
-def _filesystem(source: str) -> tuple[fsspec.AbstractFileSystem, str]:
-  try:
-    return open_filesystem(source)
-  except UserError as error:
-    raise UserError(f"config.raw.source: {error}") from error
-
-
-def _files(fs: fsspec.AbstractFileSystem, path: str, source: str, run: str) -> dict[str, _File]:
-  """Lists the files at `path` in the order of their names. Skips hidden files, and runs."""
-  entries: dict[str, dict[str, Any]] = {}
-  hidden: int | None = len(path)
-  if any(c in path for c in WILDCARDS):
-    entries, hidden = fs.glob(path, detail=True), None
-  elif fs.exists(path):
-    entries = fs.find(path, detail=True)
-  files = {
-    name: _File(
-      int(about.get("size") or 0),
-      next((str(about[s]) for s in STAMPS if s in about), ""),
-      bool(about.get("islink")),
-    )
-    for name, about in sorted(entries.items())
-    if about["type"] == "file" or about.get("islink")
-    if hidden is None or "/." not in name[hidden:]
-  }
-  if of_runs := stages.folders_in(_root(path, files), files, run and _filesystem(run)[1]):
-    print(f"prepare_data: left out, because a run wrote it: {printable(', '.join(of_runs))}.")
-    files = {name: about for name, about in files.items() if not _is_in(name, of_runs)}
-  if not files:
-    raise UserError(
-      f"config.raw.source is '{source}', which does not exist or has no files; it must be "
-      "'scenes', or a folder, a file or a glob pattern of images with caption files "
-      "(x.jpg, x.txt), WebDataset tars, Parquet, JSONL or text, or a folder with "
-      f"{PAIR_FILES[0]}."
-    )
-  return files
 
 
 def _detect(found: Collection[str], files: Collection[str], source: str) -> list[str]:
@@ -325,7 +272,7 @@ def _joined(folder: str, image: Any) -> str:
 def _unnamed(path: str, known: Collection[str], named: set[str]) -> list[str]:
   """Returns images that are in no list, and their caption files. Skips subfolders with lists."""
   inner = _folders(known, IMAGE_LISTS) - {path}
-  stems = by_stem(f for f in sorted(known) if not _is_in(f, inner))
+  stems = by_stem(f for f in sorted(known) if not is_in(f, inner))
   samples = (names for names in stems.values() if has_image(names) and has_caption(names))
   return [name for names in samples if named.isdisjoint(names) for name in names]
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import posixpath
+import unicodedata
 import zlib
 
 import fsspec
@@ -22,9 +23,9 @@ from cm3leon_jax.data.sources.records import (
   renamed,
 )
 
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "avif", "jfif")
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "avif", "jfif", "bmp", "tif", "tiff")
 # Images in these formats are rejected later. Their caption files must not be read as texts.
-OTHER_IMAGES = ("bmp", "tif", "tiff", "heic", "heif", "jxl", "svg")
+OTHER_IMAGES = ("heic", "heif", "jxl", "svg")
 # The caption comes from the first of these files that is not blank.
 CAPTION_SUFFIXES = ("txt", "caption", "json")
 SAMPLE_SUFFIXES = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)  # Other members of a tar are not read.
@@ -37,14 +38,23 @@ _IMAGES = (*IMAGE_SUFFIXES, *OTHER_IMAGES)
 def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
   """Groups the names of images and caption files by stem, the path without the suffix.
 
-  names  = ["a/x.JPG", "a/x.txt", "a/y.txt", "notes.md"]
-  result = {"a/x": ["a/x.JPG", "a/x.txt"], "a/y": ["a/y.txt"]}
+  names  = ["a/x.JPG", "a/x.txt", "a/y.txt", "a/z.png", "a/z.png.txt", "notes.md"]
+  result = {"a/x": ["a/x.JPG", "a/x.txt"], "a/y": ["a/y.txt"], "a/z": ["a/z.png", "a/z.png.txt"]}
+
+  Names in different Unicode forms are equal. The stem is that of the first name.
   """
   stems: dict[str, list[str]] = {}
   for name in names:
     if suffix_of(name) in (*_IMAGES, *CAPTION_SUFFIXES):
-      stems.setdefault(name.rpartition(".")[0], []).append(name)
-  return stems
+      stems.setdefault(unicodedata.normalize("NFC", _stem_of(name)), []).append(name)
+  return {_stem_of(grouped_names[0]): grouped_names for grouped_names in stems.values()}
+
+
+def _stem_of(name: str) -> str:
+  """Returns a path without its suffixes: _stem_of("a/x.jpg") = _stem_of("a/x.jpg.txt") = "a/x"."""
+  stem = name.rpartition(".")[0]
+  of_image = suffix_of(name) in CAPTION_SUFFIXES and suffix_of(stem) in _IMAGES
+  return stem.rpartition(".")[0] if of_image else stem
 
 
 def suffix_of(name: str) -> str:

@@ -57,6 +57,9 @@ SLOW = {
     *(PNG[:at] + chunk(b"prVt") * 100_000 + PNG[at:] for at in (33, -12)),
     PNG[:33] + chunk(b"IDAT") * 100_000 + PNG[33:],
   ],
+  "more than 262,144 tag values": [
+    b"II*\0\10\0\0\0\1\0" + struct.pack("<HHII", 273, 4, 300_000, 22) + bytes(2_000_000),
+  ],
   "more than 65,536 bytes of tables": [encoded("avif") + META],
 }
 

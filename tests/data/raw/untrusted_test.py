@@ -27,7 +27,7 @@ from cm3leon_jax.files.shards import Runner
 from tests.data.sources.formats_test import read
 from tests.refusals import refused
 
-FORMATS = ("png", "jpeg", "webp", "gif", "avif")
+FORMATS = ("png", "jpeg", "webp", "gif", "avif", "bmp", "tiff")
 
 
 @functools.cache
@@ -68,10 +68,36 @@ def test_any_bytes_are_read_or_refused(data, kind, kept):
   result_of(encoded(kind)[:kept] + data)
 
 
-@pytest.mark.parametrize("kind", ["bmp", "tiff", "eps", "ppm", "dds", "pdf", "icns"])
+@pytest.mark.parametrize("kind", ["eps", "ppm", "dds", "pdf", "icns"])
 def test_other_formats_are_refused(kind):
-  with pytest.raises(UserError, match=r"cannot be read .* PNG, JPEG, WebP, GIF or AVIF"):
+  with refused(UserError, "PNG, JPEG, WebP, GIF, AVIF, BMP or TIFF", "another format"):
     reader.load_image(encoded(kind), 8)
+
+
+@pytest.mark.parametrize(
+  ("fact", "data"), [("empty", b""), ("HEIC", b"\0\0\0\x18ftypheic\0\0\0\0mif1")]
+)
+def test_the_reason_names_empty_and_heic_files(fact, data):
+  with refused(UserError, fact):
+    reader.load_image(data, 8)
+
+
+def test_a_large_jpeg_is_decoded_at_half_its_size(monkeypatch):
+  pixels = np.zeros((300, 200, 3), np.uint8)
+  pixels[:150] = 255
+  buffer, exif = io.BytesIO(), Image.Exif()
+  exif[0x0112] = 6  # Turned to the right: the white half is on the right.
+  Image.fromarray(pixels).save(buffer, "jpeg", exif=exif)
+  whole, size = reader.load_with_size(buffer.getvalue(), 8)
+  monkeypatch.setattr(reader, "LARGE", 100)
+  monkeypatch.setattr(reader, "MAX_PIXELS", 50_000)
+  half, same = reader.load_with_size(buffer.getvalue(), 8)
+  assert size == same == (300, 200)
+  np.testing.assert_allclose(half, whole, atol=6)
+  assert reader.load_image(buffer.getvalue(), None).shape == (100, 150, 3)
+  monkeypatch.setattr(reader, "MAX_JPEG_PIXELS", 59_999)
+  with refused(UserError, "60,000 pixels", "59,999"):
+    reader.load_image(buffer.getvalue(), 8)
 
 
 def test_an_image_of_many_pixels_is_refused_before_it_is_decoded(monkeypatch):

@@ -130,8 +130,9 @@ def test_absent_and_unknown_sources_are_refused(tmp_path):
     list(read(str(tmp_path)))
   with refused(UserError, ".tar"):
     list(read(str(tmp_path), "webdataset"))
-  with pytest.raises(UserError, match="cannot be opened"):
-    list(read("nothing://x/y"))
+  for source in ("nothing://x/y", "hf://datasets/x", "https://example.org/x.zip"):
+    with refused(UserError, "config.raw.source", source, "gs://"):
+      list(read(source))
 
 
 def test_sources_need_not_be_on_a_disk(tmp_path):

@@ -29,10 +29,28 @@ def write(folder: pathlib.Path, **files: str | bytes) -> None:
 
 
 def test_by_stem():
-  assert samples.by_stem(["a/x.JPG", "a/x.txt", "a/y.txt", "notes.md", "a.b/c"]) == {
+  names = ["a/x.JPG", "a/x.txt", "a/y.txt", "a/z.png", "a/z.png.txt", "notes.md", "a.b/c"]
+  assert samples.by_stem(names) == {
     "a/x": ["a/x.JPG", "a/x.txt"],
     "a/y": ["a/y.txt"],
+    "a/z": ["a/z.png", "a/z.png.txt"],
   }
+
+
+def test_names_of_folders_as_people_have_them(tmp_path, capsys):
+  """Umlauts in both Unicode forms, two suffixes, brackets in a folder, captions without image."""
+  folder = tmp_path / "Fotos [2025]"
+  composed, decomposed = "K\u00e4se", "Ka\u0308se"
+  write(folder, z_jpg=jpeg(1), readme_txt="About.", lost_txt="A caption.")
+  write(folder, **{f"{composed}_jpg": jpeg(2), f"{decomposed}_txt": "cheese"})
+  (folder / "z.jpg.txt").write_text("z")
+  items = list(read(str(folder)))
+  assert {item.caption for item in items if isinstance(item, RawPair)} == {"cheese", "z"}
+  assert [item.key for item in items if isinstance(item, RawText)] == ["lost.txt", "readme.txt"]
+  listed = [line for line in capsys.readouterr().out.splitlines() if "no image" in line]
+  assert "lost.txt, readme.txt" in listed[0]
+  assert "z.jpg.txt" not in listed[0]
+  assert len(list(read(f"{tmp_path}/Fotos*/z.*"))) == 1
 
 
 def test_images_with_captions_beside_them_are_pairs(folder, tmp_path):
