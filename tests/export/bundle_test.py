@@ -63,7 +63,7 @@ def test_a_folder_with_files_of_others_is_refused_and_keeps_them(run, tmp_path):
   kept.write_text("mine")
   with one_device():
     params, step = reading.load_params(run / "train", SETTINGS.model)
-    for folder, fact in ((tmp_path, "'documents'"), (kept, "is a file"), ("/proc/x", "/proc/x")):
+    for folder, fact in ((tmp_path, "'documents'"), (kept, "is a file")):
       with refused(config.UserError, fact):
         bundle.write(epath.Path(folder), Run(run, SETTINGS), params, step)
   assert kept.read_text() == "mine"
