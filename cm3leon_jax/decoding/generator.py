@@ -58,6 +58,8 @@ class GeneratorConfig:
         raise ValueError(
           f"{field} is '{getattr(self, field)}'; it must be one of {', '.join(allowed)}."
         )
+    if self.batch_size < 1:
+      raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1.")
 
   @classmethod
   def of(cls, settings: Settings, **fields: Any) -> "GeneratorConfig":
