@@ -11,6 +11,8 @@ import re
 import numpy as np
 import numpy.typing as npt
 
+from cm3leon_jax.config import UserError
+
 NUMBERS = {
   "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
   "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
@@ -123,9 +125,15 @@ def ndcg(scores: npt.ArrayLike, relevance: npt.ArrayLike) -> np.ndarray:
   discounts, so that their order does not matter. The official code orders them arbitrarily. Scores
   and relevance are [n, C], and relevance is from 0 to 1. To use ranks, of which 1 is best, pass
   their negatives as scores. Returns [n] fp64 from 0 to 1, whose mean is the NDCG of the model.
+
+  Raises:
+    UserError: a score is NaN, which would count as the lowest.
   """
   scores, relevance = np.asarray(scores, np.float64), np.asarray(relevance, np.float64)
-  return np.array([_ndcg(*question) for question in zip(scores, relevance)], np.float64)
+  if np.isnan(scores).any():
+    raise UserError(f"question {np.isnan(scores).any(1).argmax()} has a score that is NaN.")
+  pairs = zip(scores, relevance, strict=True)
+  return np.array([_ndcg(*question) for question in pairs], np.float64)
 
 
 def _ndcg(scores: np.ndarray, relevance: np.ndarray) -> float:

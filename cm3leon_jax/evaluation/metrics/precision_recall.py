@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics.feature_sets import two_sets
 
 BLOCK = 1024  # Number of rows per block.
@@ -30,8 +31,13 @@ def precision_recall(
   ball of any generated row, which measures variety. Both values depend on the numbers of rows, so
   compare only values of equally large sets. `neighbors` is k. Source: Kynkaanniemi et al.,
   "Improved Precision and Recall Metric for Assessing Generative Models" (2019), with k = 3.
+
+  Raises:
+    UserError: a set has k or fewer rows, so that every row would be inside.
   """
   generated, real = two_sets(generated, real)
+  if (fewest := min(len(generated), len(real))) <= neighbors:
+    raise UserError(f"precision and recall need more than {neighbors} images, but got {fewest}.")
   # Rows are centered, because distances between rows far from 0 would lose precision.
   center = real.mean(axis=0, dtype=np.float64)
   return {

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import answers as answer_metrics
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize(
@@ -177,3 +179,8 @@ def test_the_order_of_candidates_and_the_scale_of_scores_do_not_matter(seed):
   best = answer_metrics.ndcg(relevance, relevance)
   np.testing.assert_allclose(best, 1, rtol=1e-12)
   assert (found <= 1 + 1e-12).all()
+
+
+def test_a_score_that_is_nan_is_refused():
+  with refused(UserError, "question 1", "NaN"):
+    answer_metrics.ndcg([[3, 2], [1, np.nan]], [[0, 1], [1, 0]])

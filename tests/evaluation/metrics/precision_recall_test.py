@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 from scipy.spatial import distance
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import precision_recall as module
 from cm3leon_jax.evaluation.metrics.precision_recall import precision_recall
+from tests.refusals import refused
 
 
 def two_sets(seed=0, n=230, m=210, width=6, scale=0.8):
@@ -60,3 +62,10 @@ def test_torch_fidelity_has_the_same_values():
   ours = precision_recall(generated, real)
   assert theirs() == pytest.approx(ours, abs=1e-7)  # torch-fidelity averages in float32.
   assert theirs(prc_neighborhood=4) != pytest.approx(ours, abs=1e-3)
+
+
+def test_sets_without_enough_neighbors_are_refused():
+  rows = np.arange(6.0).reshape(6, 1)
+  for sets in ((rows[:3], rows), (rows, rows[:3])):
+    with refused(UserError, "more than 3 images", "3"):
+      precision_recall(*sets)
