@@ -46,8 +46,9 @@ _TOPOLOGY = flags.DEFINE_string(
 _SLICES = flags.DEFINE_integer("slices", 1, "Number of TPU slices.", lower_bound=1, **_SHARED)
 _MFU = flags.DEFINE_float(
   "mfu",
-  0.4,
-  "Model FLOPs utilization that the estimated times assume.",
+  None,
+  "Model FLOPs utilization that the estimated times assume (default: the published measurement "
+  "that is nearest in model size and chip).",
   lower_bound=1e-3,
   upper_bound=1.0,
 )
@@ -174,7 +175,7 @@ def main(settings: Settings) -> None:
   plan = plan_lib.make(settings, devices, _MFU.value, _SAVE_BANDWIDTH.value)
   pairs = _PAIRS.value or stage_costs.pairs_of_a_pass(settings)
   costs = list(stage_costs.estimate(settings, plan, pairs))
-  costs_table = stage_costs.table(costs, plan, pairs, bool(_PAIRS.value))
+  costs_table = stage_costs.table(costs, plan, pairs, stage_costs.pairs_of_a_pass(settings))
   tables = f"{plan_lib.table(plan, name, _SPOT.value)}\n{costs_table}"
   if not _OUT.value:
     print(tables)

@@ -9,7 +9,7 @@ import jax
 from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
-from cm3leon_jax.planning import memory
+from cm3leon_jax.planning import memory, utilization
 from cm3leon_jax.planning.hardware import Hardware, peak_of
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.config import on_mesh
@@ -17,11 +17,6 @@ from cm3leon_jax.training.steps import compile_steps
 from cm3leon_jax.training.watch.flops import model_flops
 
 GIB = 2**30
-MFU = 0.4  # Default share of the peak FLOP/s in `cm3leon plan`.
-MFU_SOURCE = (
-  "an assumption, between Gopher's 32.5% and PaLM's 46.2%: arXiv 2204.02311, table 3; "
-  "docs/monitoring.md defines it"
-)
 GRACE_SECONDS = 900
 SPOT_SECONDS = 30  # Seconds between Google Cloud's notice and the preemption of a machine.
 
@@ -37,6 +32,7 @@ class Plan:
     rows: rows per step, over all devices.
     tokens_per_step: tokens per step, over all devices.
     mfu: assumed share of the peak FLOP/s that training reaches.
+    mfu_source: measurement that `mfu` is from; "" if a user gave it.
     step_seconds: seconds per step at `mfu`, if it is not checked.
     replay_every: a step is checked (computed twice) if its number is a multiple of `replay_every`;
       0 means never.
@@ -57,6 +53,7 @@ class Plan:
   tokens: int
   tokens_per_step: int
   mfu: float
+  mfu_source: str
   step_seconds: float
   replay_every: int
   checkpoint_bytes: int
@@ -104,13 +101,14 @@ class Plan:
     return max(GRACE_SECONDS, 300 * math.ceil(1.1 * self.stop_seconds / 300))
 
 
-def make(settings: Settings, hardware: Hardware, mfu: float, bandwidth: float) -> Plan:
+def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: float) -> Plan:
   """Plans a run of a config on given hardware.
 
   Uses the mesh of the config, or, if all mesh fields have their defaults, a mesh that follows the
   torus. If the config's rows do not fit into the memory of a device, chooses fewer rows per pass or
   a remat policy that keeps less. `mfu` is the assumed share of the peak FLOP/s that training
-  reaches. `bandwidth` is the GB/s at which each host writes to storage.
+  reaches; None: as the nearest published measurement. `bandwidth` is the GB/s at which each
+  host writes to storage.
 
   Raises:
     UserError: the mesh does not fit the hardware or the batch, or no settings fit into the memory.
@@ -123,6 +121,9 @@ def make(settings: Settings, hardware: Hardware, mfu: float, bandwidth: float) -
   peak = peak_of(hardware.device_kind) * hardware.devices
   parameters, checkpoint = _state(settings)
   replica = hardware.devices // mesh["data"]
+  measured = utilization.nearest(hardware.platform, hardware.chip, parameters)
+  source = measured.source if mfu is None else ""
+  mfu = mfu or measured.mfu
   return Plan(
     hardware=hardware,
     mesh=mesh,
@@ -136,6 +137,7 @@ def make(settings: Settings, hardware: Hardware, mfu: float, bandwidth: float) -
     tokens=tokens * train.steps,
     tokens_per_step=tokens,
     mfu=mfu,
+    mfu_source=source,
     step_seconds=model_flops(settings.model, tokens, length, settings.adapter) / (peak * mfu),
     replay_every=train.replay_every,
     checkpoint_bytes=checkpoint,
@@ -218,7 +220,7 @@ def table(plan: Plan, title: str, spot: bool = False) -> str:
   """
   hw, gb = plan.hardware, plan.checkpoint_bytes / 1e9
   passes = f"in {plan.passes} passes" if plan.passes > 1 else "in one pass"
-  source = f" ({MFU_SOURCE})" if plan.mfu == MFU else ""
+  source = f" (as {plan.mfu_source}; --mfu=SHARE gives another)" if plan.mfu_source else ""
   hosts = f"{gb / plan.saving_hosts:.2f} on each of {plan.saving_hosts:,} hosts"
   if plan.saving_hosts == 1:
     hosts = "all on 1 host"

@@ -192,20 +192,24 @@ def _flops(lowered: jax.stages.Lowered) -> float:
   return float(lowered.cost_analysis()["flops"])
 
 
-def table(costs: Sequence[Cost], plan: Plan, pairs: int, given: bool) -> str:
+def table(costs: Sequence[Cost], plan: Plan, pairs: int, of_a_pass: int) -> str:
   """Formats the costs of all stages and how they were computed, one stage per line.
 
-  `given` says whether the user set `pairs`.
+  `of_a_pass` is the result of `pairs_of_a_pass`, which a user may have replaced by `pairs`.
   """
   unit = "GPU-hours" if plan.hardware.platform == "gpu" else "chip-hours"
-  origin = "--pairs" if given else "one pass of the run's tokens; --pairs=N gives another number"
+  origin = "one pass of the run's tokens; --pairs=N gives another number"
+  if pairs != of_a_pass:
+    times = of_a_pass / pairs
+    origin = f"--pairs; the run reads each {times:,.1f} times, for one pass it needs {of_a_pass:,}"
   lines = [f"stages, estimates for {pairs:,} pairs ({origin})"]
   for cost in costs:
     lines.append(f"  {cost.stage:<22}{_hours(cost.core_hours, cost.chip_hours, unit)}{cost.basis}")
   total = sum(c.core_hours for c in costs), sum(c.chip_hours for c in costs)
   lines.append(
     f"  {'together':<22}{_hours(*total, unit)}rates of a core were measured on {SOURCE}; FLOPs are "
-    "XLA's; without samples, evaluation, export and restarts"
+    "XLA's; without samples, evaluation, export and restarts; near duplicates are not removed: do "
+    "so before prepare_data"
   )
   return "\n".join(lines)
 

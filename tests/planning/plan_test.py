@@ -15,7 +15,7 @@ from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.planning import hardware, launchers, plan
 from cm3leon_jax.settings import settings_from_config
 from tests.launched import launch
-from tests.refusals import check_refused, refused
+from tests.refusals import check_refused, check_sentence, refused
 
 
 def settings(name="cm3leon_350m", flags=(), **fields):
@@ -50,6 +50,24 @@ def test_the_7b_takes_the_time_and_the_disk_that_the_page_on_pods_computes(of_7b
   assert made.step_seconds == pytest.approx(33.55e6 * 43.5e9 / (256 * 197e12 * 0.4), rel=0.01)
   assert made.days == pytest.approx(41_723 * made.step_seconds / 86_400)
   assert made.chip_hours == pytest.approx(made.days * 24 * 256)
+
+
+@pytest.mark.parametrize(
+  ("name", "topology", "mfu", "source"),
+  [
+    ("cm3leon_350m", "v6e-16", 0.351, "345M in Levanter"),
+    ("cm3leon_7b", "v5e-256", 0.473, "6.7B in Levanter"),
+    ("cm3leon_7b", "v6e-256", 0.455, "8B in MaxText"),
+    ("cm3leon_7b", "tpu7x-256", 0.435, "Gemma 4 4B"),
+    ("cm3leon_7b", "h200-64", 0.356, "torchtitan"),
+  ],
+)
+def test_the_assumed_utilization_is_the_nearest_that_was_published(name, topology, mfu, source):
+  made = make(settings(name), topology, mfu=None)
+  assert made.mfu == mfu
+  [line] = [x for x in plan.table(made, "x").splitlines() if x.startswith("  a step")]
+  check_sentence(line, f"{mfu:.0%} of the peak (as", source, "--mfu")
+  assert "--mfu" not in plan.table(make(settings(name), topology), "x")
 
 
 def test_the_time_to_save_grows_on_a_small_slice(of_7b):
@@ -134,7 +152,7 @@ def test_the_command_prints_a_plan_and_writes_the_files_of_every_launcher(tmp_pa
   assert result.stdout.startswith("cm3leon-350m-paper on v5e-256: 256 chips, 64 hosts\n")
   for name in ("mesh", "remat", "rows of a device", "memory of a device", "tokens/s", "the run"):
     assert re.search(rf"^  {name} +\S", result.stdout, re.MULTILINE), name
-  assert "\nstages, estimates for 5,000,000 pairs (--pairs)\n  prepare_data  " in result.stdout
+  assert "\nstages, estimates for 5,000,000 pairs (--pairs; the run reads each " in result.stdout
   assert re.search(r"\n  train_clip .* on one host only, .* or none with a pub", result.stdout)
   numbers = json.loads((tmp_path / "plan.json").read_text())
   assert numbers["pairs"] == 5_000_000

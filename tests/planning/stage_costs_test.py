@@ -65,14 +65,16 @@ def test_pairs_are_those_of_a_pass_unless_they_are_given(small):
   pairs = stage_costs.pairs_of_a_pass(config)
   assert pairs * 3 * (256 + 24 + 2) == pytest.approx(made.tokens)  # Each pair has two neighbors.
   costs = [stage_costs.Cost("a", 10.4, 0.0, "x"), stage_costs.Cost("b", 1.2, 2_000.0, "y")]
-  lines = stage_costs.table(costs, made, 1_000, True).splitlines()
+  lines = stage_costs.table(costs, made, 1_000, 2_500).splitlines()
   assert lines[:3] == [
-    "stages, estimates for 1,000 pairs (--pairs)",
+    "stages, estimates for 1,000 pairs (--pairs; the run reads each 2.5 times, for one pass it "
+    "needs 2,500)",
     f"  {'a':<22}10 core-hours: x",
     f"  {'b':<22}1.2 core-hours and 2,000 chip-hours: y",
   ]
   assert lines[3].startswith(f"  {'together':<22}12 core-hours and 2,000 chip-hours: rates of a ")
-  assert "(one pass of the run's tokens; --pairs=N" in stage_costs.table(costs, made, 5, False)
+  assert "near duplicates are not removed" in lines[3]
+  assert "(one pass of the run's tokens; --pairs=N" in stage_costs.table(costs, made, 5, 5)
 
 
 def test_a_tuning_costs_its_training_alone():

@@ -1,8 +1,12 @@
 """Tests the page in headless Chromium, with the bundled model that answers questions and edits."""
 
+import base64
+import io
+import json
 import re
 
 import jax
+from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 import pytest
 
@@ -158,6 +162,23 @@ def test_a_box_is_dragged_on_an_image_of_the_user(page):
   assert sides == [24, 12, 48, 24]
   page.click("#infill button")
   done(page, "^Done: 1 image for “box 24,12,48,24 filled in”")
+
+
+def test_a_large_photo_is_scaled_before_it_is_sent(page):
+  """The server refuses uploads of that many pixels."""
+  file = {
+    "name": "a.png",
+    "mimeType": "image/png",
+    "buffer": png(Image.new("L", (7_500, 6_000))),
+  }
+  page.set_input_files("#file", file)
+  expect(page.locator("#given")).to_have_attribute("aria-label", "Your image: a.png")
+  with page.expect_request("**/v1/chat/completions") as sent:
+    page.click("#caption button")
+  [part] = json.loads(sent.value.post_data)["messages"][0]["content"]
+  data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+  assert Image.open(io.BytesIO(data)).size == (2048, 1639)
+  done(page, "^Done: the caption is")
 
 
 def test_a_refusal_is_shown_as_an_alert(page):

@@ -1,6 +1,21 @@
 // Shows the input image with a box on it, in pixels at the model's resolution.
 
 const SIDES = ["left", "top", "right", "bottom"];
+const MOST_SIDE = 2048; // Larger images are scaled before they are sent.
+
+/** Returns the file itself, or a JPEG file of at most MOST_SIDE pixels if the image is larger. */
+async function small(bitmap, blob) {
+  const factor = MOST_SIDE / Math.max(bitmap.width, bitmap.height);
+  if (factor >= 1) return blob;
+  const [width, height] = [bitmap.width, bitmap.height].map((x) => Math.ceil(x * factor));
+  const canvas = new OffscreenCanvas(width, height);
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.fillStyle = "#fff";
+  context.fillRect(0, 0, width, height);
+  context.drawImage(bitmap, 0, 0, width, height);
+  return canvas.convertToBlob({ type: "image/jpeg", quality: 0.95 });
+}
 
 /** Shows the centered square of an image, with a box that can be dragged or typed. */
 export class GivenImage {
@@ -35,10 +50,10 @@ export class GivenImage {
     }
   }
 
-  /** Shows an image. Requests send the unchanged file, which the server crops in the same way. */
+  /** Shows an image. Requests send the file, which the server crops in the same way. */
   async show(blob, name) {
     this.bitmap = await createImageBitmap(blob);
-    this.blob = blob;
+    this.blob = await small(this.bitmap, blob);
     this.canvas.setAttribute("aria-label", `Your image: ${name}`);
     this.draw();
   }
