@@ -34,6 +34,8 @@ def test_wrong_options_of_load(run, options, monkeypatch):  # noqa: F811
 MISTAKES = [
   (lambda m: m.generate(" "), "prompt"),
   (lambda m: m.generate("a", guidance=-1.0), "guidance is -1.0"),
+  (lambda m: m.generate("a", num_samples=-1), "num_samples is -1"),
+  (lambda m: m.generate("a", rank=True), "num_samples is 1"),
   (lambda m: m.generate("a", seed=-1), "seed is -1"),
   (lambda m: m.generate("a", retrieve=65), "65"),
   (lambda m: m.generate("a", temprature=1.0), "'temprature'"),

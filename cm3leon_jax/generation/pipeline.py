@@ -165,8 +165,13 @@ class Pipeline:
       on_batch: function that is called with the samples of each batch before the next batch starts.
 
     Raises:
-      UserError: `check_tasks` rejects a task, no document is found for it, or CLIP cannot rank it.
+      UserError: `check_tasks` rejects a task, no document is found for it, CLIP cannot rank it, or
+        `num_samples` is too small.
     """
+    if num_samples < 1 + bool(rank):
+      raise UserError(
+        f"num_samples is {num_samples}; it must be at least 1, or 2 with rank, which sorts samples."
+      )
     for task in tasks if rank else ():
       if self.clip is None or not task.is_scored:
         raise task.error(f"rank is given, but CLIP does not score task {task.name} here.")
