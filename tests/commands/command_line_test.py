@@ -7,11 +7,11 @@ import pathlib
 import pytest
 
 from cm3leon_jax.commands import COMMANDS, common
-from tests.launched import cm3leon, launch
+from tests.launched import SCENES, cm3leon, launch
 from tests.refusals import check_refused
 
 FOLDER = pathlib.Path(common.__file__).parent
-RUN = ["--config=scenes", "--workdir=w"]
+RUN = [f"--config={SCENES}", "--workdir=w"]
 WITHOUT_CONFIG = ("checkpoints", "serve")
 
 
@@ -44,12 +44,12 @@ MISTAKES = [
   (["train", *RUN, "--config.train.steps=abc"], ["--config.train.steps", "abc"]),
   (["train", *RUN, "--config.train=abc"], ["--config.train", "abc"]),
   (["train", "--config.seed=5", *RUN], ["config.seed"]),
-  (["train", "--config=nowhere.py", "--workdir=w"], ["nowhere.py", "scenes"]),
-  (["train", "--config=scenes:soon", "--workdir=w"], ["--config", "soon"]),
+  (["train", "--config=nowhere.py", "--workdir=w"], ["nowhere.py", "own"]),
+  (["train", f"--config={SCENES}:soon", "--workdir=w"], ["--config", "soon"]),
   (["train", "--workdir=w"], ["--config"]),
-  (["train", "--config=scenes"], ["--workdir"]),
+  (["train", f"--config={SCENES}"], ["--workdir"]),
   (["train", "--workdir=w", "--resume_from=x"], ["--resume_from", "x"]),
-  (["train", "--config=scenes", "--workdir=a.txt"], ["--workdir", "a.txt"]),
+  (["train", f"--config={SCENES}", "--workdir=a.txt"], ["--workdir", "a.txt"]),
   (["report", *RUN, "--num_processes=2"], ["num_processes"]),
   (["generate", *RUN, "--task=draw"], ["--task", "draw", "edit"]),
   (["generate", *RUN, "--prompt=a", "red", "bell"], ["red", "quotes"]),
@@ -68,14 +68,14 @@ def test_a_wrong_command_line_is_one_sentence_before_jax_is_imported(argv, facts
 
 
 LATER = [
-  (["train", "--config=scenes", "--config.mesh.fsdp=3"], ["config.mesh", "3"]),
-  (["train", "--config=scenes", "--config.train.wandb=cats"], ["wandb"]),
-  (["evaluate", "--config=scenes", "--config.evaluation.num_documents=1"], ["num_documents"]),
+  (["train", f"--config={SCENES}", "--config.mesh.fsdp=3"], ["config.mesh", "3"]),
+  (["train", f"--config={SCENES}", "--config.train.wandb=cats"], ["wandb"]),
+  (["evaluate", f"--config={SCENES}", "--config.evaluation.num_documents=1"], ["num_documents"]),
   (["prepare_data", "--config=cm3leon_7b"], ["config.raw.source"]),
-  (["prepare_data", "--config=scenes", "--config.vqgan.resolution=50"], ["vqgan", "50"]),
-  (["train_clip", "--config=scenes", "--config.clip.resolution=50"], ["clip", "50"]),
-  (["report", "--config=scenes"], ["w", "prepare_data"]),
-  (["prepare_data", "--config=scenes", "--config.raw.source=s3://b/p"], ["s3://b/p", "S3"]),
+  (["prepare_data", f"--config={SCENES}", "--config.vqgan.resolution=50"], ["vqgan", "50"]),
+  (["train_clip", f"--config={SCENES}", "--config.clip.resolution=50"], ["clip", "50"]),
+  (["report", f"--config={SCENES}"], ["w", "prepare_data"]),
+  (["prepare_data", f"--config={SCENES}", "--config.raw.source=s3://b/p"], ["s3://b/p", "S3"]),
 ]
 
 
@@ -125,8 +125,8 @@ def test_report_lists_what_has_not_run(tmp_path):
   done = {"config": {}, "summary": {}, "seconds": 1.0, "id": "1"}
   (tmp_path / "raw" / "done.json").write_text(json.dumps(done))
   changed = "--config.raw.source=my images"
-  result = launch("report", "--config=scenes:2", changed, f"--workdir={tmp_path}")
+  result = launch("report", f"--config={SCENES}:2", changed, f"--workdir={tmp_path}")
   assert result.returncode == 0, result.stderr
   assert "not run" in result.stdout
   page = html.unescape((tmp_path / "report.html").read_text())
-  assert f"cm3leon train --config=scenes:2 '{changed}' --workdir=DIR" in page
+  assert f"cm3leon train --config={SCENES}:2 '{changed}' --workdir=DIR" in page

@@ -155,7 +155,7 @@ def test_figures_stand_with_their_protocol(measured):
   card = write_card(root)
   assert "| Held-out loss, image codes (nats per code) | 3.25 |" in card
   assert "4 batches of held-out documents" in card
-  assert "| PSNR of reconstructions, held-out concepts (dB) | 23.5 |" in card
+  assert "| PSNR of reconstructions, held-out images (dB) | 23.5 |" in card
   assert "bits of 3 held-out pairs" in card
   assert "| Bits per image code, true neighbors | 3.39 [3.19, 3.59] |" in card
   assert "### Images for my captions" in card
@@ -198,28 +198,6 @@ def test_figures_of_other_parameters_are_left_out(measured):
     done(root, "evaluation", evaluated, inputs=change.get("inputs", {"train": "train"}))
     card = write_card(root)
     assert "Bits per image code" not in card
-
-
-def test_grades_of_instructions_are_a_table(measured):
-  root, _ = measured
-  share = {"share": 0.75, "low": 0.5, "high": 1.0, "groups": 8, "effective_groups": 8.0}
-  column = {"answers": 8, "right": share}
-  grades = {
-    "tasks": {"color": {"after": column, "before": column}},
-    "gains": {"color": share},
-    "means": {"questions": {"after": 0.75}},
-    "examples": {},
-  }
-  write_json(root / "grades" / "grades.json", grades)
-  done(root, "grades", grades, inputs={"train": "train"})
-  done(root, "instructions", {"train_color": {"documents": 9}, "heldout_color": {"documents": 8}})
-  card = write_card(root)
-  assert "| task | answers | before | after |" in card
-  assert "| color | 8 | 75.0% [50.0, 100.0] | 75.0% [50.0, 100.0] |" in card
-  assert "| mean of questions |  | - | 75.0% |" in card
-  assert "was tuned on instructions (color)" in " ".join(card.split())
-  done(root, "grades", grades, inputs={"train": "another"})
-  assert "| task | answers |" not in write_card(root)
 
 
 def write_base(folder, *origins):

@@ -194,14 +194,14 @@ def _decode(
   if pixels > MAX_PIXELS:
     raise UserError(f"image {name} has {pixels:,} pixels; the maximum is {MAX_PIXELS:,}.")
   if pixels <= LARGE:
-    return _square(upright_rgb(opened), resolution, crop)
+    return square(upright_rgb(opened), resolution, crop)
   del opened  # Frees the file content before this thread waits for the lock.
   with _one_at_a_time():
     file.seek(0)
-    return _square(upright_rgb(Image.open(file, formats=FORMATS)), resolution, crop)
+    return square(upright_rgb(Image.open(file, formats=FORMATS)), resolution, crop)
 
 
-def _square(
+def square(
   pixels: Image.Image, resolution: int | None, crop: str
 ) -> tuple[np.ndarray, tuple[int, int]]:
   """Scales an image to a square of `resolution`. Returns its pixels, and its size before."""
