@@ -56,7 +56,6 @@ cm3leon export --workdir=scenes --output=exported
 [ -f exported/README.md ] || fail "cm3leon export wrote no model card."
 
 echo "wheel: cm3leon run on the bundled model"
-# The extra `demo` is not installed, so nothing can be drawn or judged.
 python - <<'PYTHON'
 import itertools, pathlib
 from PIL import Image, ImageDraw
@@ -77,7 +76,8 @@ PYTHON
 cm3leon run --config=own:5 --config.raw.source=drawings --config.train.steps=20 --init_from=scenes \
   --workdir=tuned | tee tuned.txt
 grep -q '^  forgetting: .* bits per image code' tuned.txt || fail "cm3leon run measured no forgetting."
-grep -q '^  forgetting: no images were judged' tuned.txt || fail "cm3leon run did not say that it judged no images."
+if cm3leon run --config=scenes --workdir=demo 2>demo.txt; then fail "cm3leon run --config=scenes ran without the examples."; fi
+grep -q 'examples/scenes/config.py' demo.txt || fail "cm3leon run --config=scenes did not say where the demo is."
 
 echo "wheel: cm3leon serve"
 cm3leon serve --workdir=scenes --port=0 >serve.log 2>&1 &

@@ -17,10 +17,9 @@ def get_config(variant: str = "opt"):
   _set_encoders(config)
   _set_decoder(config)
   if variant == "opt":
-    config.raw.update({"source": "scenes"})
     if "max_texts" in config.raw:  # Commits with this field add docstrings of packages as texts.
       config.raw.max_texts = 0
-    config.evaluation.update({"scenes": 7})
+    _add_scenes(config)
     config.model.activation = "gelu_tanh"
     config.data.update({"text_share": 0.0, "num_neighbors": 1, "neighbor_sampling": "best"})
   else:
@@ -28,7 +27,9 @@ def get_config(variant: str = "opt"):
     _switch_on(config)
   if variant in ("tuned", "rewards"):
     config.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
-    config.instructions.update({"tasks": "scenes", "loss_on": "target", "max_records": 40})
+    # Commits whose package draws the records have the section `scenes`.
+    tasks = "scenes" if "scenes" in config else "instructions/tasks.yaml"
+    config.instructions.update({"tasks": tasks, "loss_on": "target", "max_records": 40})
     config.instructions.update({"replay_share": 0.2, "redrawn": 0.5})
   if variant == "rewards":
     config.optimizer.update({"name": "adamw", "learning_rate": 3e-4})
@@ -45,10 +46,24 @@ def lightness(prompts, images, records):
   return images.mean((1, 2, 3)) / 255
 
 
+def _add_scenes(config):
+  sizes = {"train": 200, "heldout": 42, "bank": 40, "rare_objects": 40}
+  if "scenes" in config:  # The package of an older commit draws the scenes.
+    config.raw.source = "scenes"
+    config.scenes.update(sizes)
+    config.evaluation.scenes = 7
+    return
+  from examples.scenes import source
+  from examples.scenes.judge import answers
+
+  config.raw.source = f"{source.__file__}:records"
+  config.raw.options = sizes
+  config.evaluation.update({"judge": f"{answers.__file__}:mistakes", "captions": 7})
+
+
 def _set_encoders(config):
   config.vocab.update({"num_special": 32, "text_size": 352, "image_size": 64})
   config.raw.update({"resolution": 48})
-  config.scenes.update({"train": 200, "heldout": 42, "bank": 40, "rare_objects": 40})
   config.vqgan.update({"resolution": 48, "downsample": 6, "stem": 6, "local_codes": True})
   config.vqgan.update({"width": 16, "multipliers": (1,), "encoder_blocks": (1,), "steps": 40})
   config.vqgan.update({"decoder_blocks": (1,), "code_dim": 8, "batch_size": 8, "warmup_steps": 5})

@@ -35,7 +35,7 @@ STRICT: "pydantic.ConfigDict" = {
   "allow_inf_nan": False,
   "use_attribute_docstrings": True,
 }
-# Fields that earlier versions stored. They no longer have an effect.
+# Fields and sections that earlier versions stored. They no longer have an effect.
 REMOVED_FIELDS = frozenset(
   {
     "adapter.tokens",
@@ -43,11 +43,27 @@ REMOVED_FIELDS = frozenset(
     "published.gumbel",
     "raw.max_texts",
     "reinforce.credit",
+    "scenes",
     "train.histogram_every",
     "train.replay_tolerance",
   }
 )
+# Fields that earlier versions stored under another name.
+RENAMED = {
+  "evaluation.scenes": "captions",
+  "evaluation.scene_guidance": "guidance",
+  "evaluation.scene_neighbors": "neighbors",
+}
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+(?=>)")
+
+
+def current_fields(section: str, fields: dict[str, Any]) -> dict[str, Any]:
+  """Returns the stored fields of a section under their current names, without removed fields.
+
+  current_fields("evaluation", {"scenes": 7}) = {"captions": 7}
+  """
+  kept = {name: x for name, x in fields.items() if f"{section}.{name}" not in REMOVED_FIELDS}
+  return {RENAMED.get(f"{section}.{name}", name): x for name, x in kept.items()}
 
 
 def without_addresses(text: str) -> str:

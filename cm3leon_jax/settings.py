@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt
 import pydantic.dataclasses
 
 from cm3leon_jax.clip.config import CLIPConfig
-from cm3leon_jax.config import REMOVED_FIELDS, STRICT, UserError, build
+from cm3leon_jax.config import REMOVED_FIELDS, STRICT, UserError, build, current_fields
 from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.rows.config import DataConfig
@@ -20,7 +20,6 @@ from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.retrieval.config import RetrievalConfig
-from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.tokenizers.config import TextTokenizerConfig, VQGANConfig, check_levels
 from cm3leon_jax.training.config import OptimizerConfig, ReinforceConfig, TrainConfig
 from cm3leon_jax.vocab import VocabLayout
@@ -34,7 +33,6 @@ class Settings:
   """Seed of all random numbers in the run."""
   vocab: VocabLayout
   raw: RawConfig
-  scenes: ScenesConfig
   text_tokenizer: TextTokenizerConfig
   vqgan: VQGANConfig
   clip: CLIPConfig
@@ -102,6 +100,13 @@ SECTIONS: dict[str, Any] = {
 }
 
 
+def default_of(field: dataclasses.Field) -> Any:
+  """Returns the default of a field of a section."""
+  if field.default_factory is not dataclasses.MISSING:
+    return field.default_factory()
+  return field.default
+
+
 def default_config() -> ml_collections.ConfigDict:
   """Returns a config with the defaults of all fields, so that a flag can override each of them.
 
@@ -109,7 +114,7 @@ def default_config() -> ml_collections.ConfigDict:
   from `vocab` and `vqgan`.
   """
   sections = {
-    name: {f.name: f.default for f in dataclasses.fields(cls)} for name, cls in SECTIONS.items()
+    name: {f.name: default_of(f) for f in dataclasses.fields(cls)} for name, cls in SECTIONS.items()
   }
   config = ml_collections.ConfigDict({"seed": 0, **sections})
   for field in ("vocab_size", "code_colors"):
@@ -163,16 +168,15 @@ def settings_of_run(workdir: epath.PathLike) -> Settings:
 def settings_from_stored(values: dict) -> Settings:
   """Builds the settings that a run or bundle stored. Sections that are missing get their defaults.
 
-  Fields in `REMOVED_FIELDS` are ignored.
+  `REMOVED_FIELDS` are ignored, and fields have their current names.
 
   Raises:
     UserError: see `settings_from_config`.
   """
   kept = {
-    name: {k: v for k, v in section.items() if f"{name}.{k}" not in REMOVED_FIELDS}
-    if isinstance(section, dict)
-    else section
+    name: current_fields(name, section) if isinstance(section, dict) else section
     for name, section in values.items()
+    if name not in REMOVED_FIELDS
   }
   return settings_from_config({**default_config().to_dict(), **kept})
 
@@ -186,6 +190,7 @@ def describe(settings: Settings) -> list[str]:
   for name, cls in SECTIONS.items():
     for field in dataclasses.fields(cls):
       value = getattr(getattr(settings, name), field.name)
-      note = "" if value == field.default else f"  # default: {field.default!r}"
+      default = default_of(field)
+      note = "" if value == default else f"  # default: {default!r}"
       lines.append(f"{name}.{field.name} = {value!r}{note}")
   return lines

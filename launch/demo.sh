@@ -39,7 +39,7 @@ workdir="$(cd "$workdir" && pwd)"
 
 make_venv demo
 cd "$root"
-config_file="ml_configs/scenes.py:$minutes"
+config_file="examples/scenes/config.py:$minutes"
 
 command=(-m launch.run --config="$config_file" --workdir="$workdir")
 
@@ -121,4 +121,7 @@ sys.exit(not (log["every_step_logged_once"] and last["identical"] == last["repla
 }
 
 run_with_restart
+# The figures of the demo come first in the report.
+"$python" -m examples.scenes.evaluate --config="$config_file" --workdir="$workdir"
+"$python" -m launch.report --config="$config_file" --workdir="$workdir"
 printf 'The demo took %d min %d s, installation included.\n' $((SECONDS / 60)) $((SECONDS % 60))

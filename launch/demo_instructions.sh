@@ -40,6 +40,9 @@ make_venv demo
 cd "$root"
 records=100
 [ "$minutes" -ge 5 ] || records=20
-"$python" -m launch.run --config="ml_configs/scenes_instruct.py:$minutes" --workdir="$workdir" --init_from=scenes \
-  --records="$records"
+config_file="examples/scenes/instruct.py:$minutes"
+[ -f workdir/scene_instructions/tasks.yaml ] || "$python" -m examples.scenes.make_instructions workdir/scene_instructions
+"$python" -m launch.run --config="$config_file" --workdir="$workdir" --init_from=scenes
+"$python" -m examples.scenes.grade --config="$config_file" --workdir="$workdir" --records="$records"
+"$python" -m launch.report --config="$config_file" --workdir="$workdir"
 printf 'The demo took %d min %d s, installation included.\n' $((SECONDS / 60)) $((SECONDS % 60))

@@ -5,14 +5,16 @@ import numpy as np
 import pytest
 
 from cm3leon_jax import CM3Leon
-from cm3leon_jax.configs import scenes_instruct
-from cm3leon_jax.scenes import instructions, source, world
-from cm3leon_jax.scenes.config import COMMON, ScenesConfig
-from cm3leon_jax.scenes.judge import answers as scene_answers
-from cm3leon_jax.scenes.judge.judge import judge_all
-from cm3leon_jax.scenes.world import Scene, split_of_scene
+from cm3leon_jax.config import build
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.trained import bundles, initial
+from examples.scenes import config as config_lib
+from examples.scenes import instruct, instructions, source, world
+from examples.scenes.judge import answers as scene_answers
+from examples.scenes.judge.judge import judge_all
+from examples.scenes.options import COMMON, ScenesConfig
+from examples.scenes.world import Scene, split_of_scene
+from tests.examples.scenes.records import records
 from tests.models.tiny import mesh_of
 
 MOST_WEIGHTS, MOST_BYTES, MOST_OF_A_FILE = 8_000_000, 14_000_000, 5_000_000
@@ -49,7 +51,7 @@ def test_it_is_small_and_every_file_is_the_one_that_was_trained():
 
 
 def test_a_tuning_starts_from_it_by_its_name_on_any_mesh():
-  settings = settings_from_config(scenes_instruct.get_config())
+  settings = settings_from_config(instruct.get_config())
   found = initial.find(settings, "scenes")
   assert (found.source, found.step) == ("scenes", None)
   loaded = []
@@ -61,11 +63,11 @@ def test_a_tuning_starts_from_it_by_its_name_on_any_mesh():
 
 
 def test_it_never_trained_on_what_other_runs_of_scenes_hold_out():
-  settings, _ = bundles.read(bundles.folder_of("scenes"))
-  trained = [source.pair(settings.scenes, "train", i).image for i in range(1_000)]
+  options = build(ScenesConfig, config_lib.get_config("long").raw.options, "raw.options")
+  trained = [source.pair(options, "train", i).image for i in range(1_000)]
   # Runs whose rare objects have one place do not train on those at other places, nor hold them out.
   assert {split_of_scene(Scene.parse(image)) for image in trained} == {"train", "bank"}
-  places = settings.scenes.rare_places
+  places = options.rare_places
   assert {split_of_scene(Scene.parse(image), places) for image in trained} == {"train"}
   others = (ScenesConfig(), ScenesConfig(seed=7, objects=tuple(COMMON)[:20], rare_objects=300))
   for config in others:
@@ -109,8 +111,7 @@ def tuned():
 
 def records_of(tasks):
   config = ScenesConfig(rare_objects=1_550)
-  drawn = instructions.ScenesTasks(config)
-  return [x for task in tasks for x in drawn.records(task, "heldout", EACH)]
+  return [x for task in tasks for x in records(config, task, "heldout", EACH)]
 
 
 def test_the_tuned_one_is_a_decoder_on_the_files_of_the_other():

@@ -29,7 +29,7 @@ from cm3leon_jax.files import shards
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.importing.source import open_source
 from cm3leon_jax.importing.tokenizer import read_tokenizer
-from cm3leon_jax.reports import instruction_section, summary
+from cm3leon_jax.reports import summary
 from cm3leon_jax.retrieval import bank, lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.runs import stages
@@ -89,7 +89,6 @@ READERS = {
   "vqgan/config.json": lambda root: ImageTokenizer.load(root / "vqgan"),
   "bundle/bundle.json": lambda root: bundles.read(root / "bundle"),
   f"bank/{lexical.FILE}": lambda root: lexical.load(root / "bank", 0.5, 8),
-  "grades/grades.json": lambda root: instruction_section.read(root, str),
   "source/config.json": lambda root: open_source(str(root / "source")),
   "several/model.safetensors.index.json": lambda root: StoredTensors(root / "several"),
   "text/tokenizer.json": lambda root: read_tokenizer(root / "text", 9),

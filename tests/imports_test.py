@@ -11,32 +11,17 @@ import re
 import grimp
 import pytest
 
-from cm3leon_jax import worlds
-
 PACKAGE = pathlib.Path(__file__).parents[1] / "cm3leon_jax"
-SECTION = "cm3leon_jax.scenes.config"  # The settings may import this module.
 
 
-def names_a_world(source: str) -> bool:
-  """Returns whether source text imports from the folder of a world.
-
-  >>> names_a_world("from cm3leon_jax.scenes.judge import judge")
-  True
-  """
-  folders = {module.split(".")[1] for module in worlds.MODULES.values()}
-  return bool(re.search(rf"cm3leon_jax(\.| import )({'|'.join(folders)})\b", source))
-
-
-def test_only_the_table_of_worlds_and_the_settings_name_a_world():
-  rooms = {module.split(".")[1] for module in worlds.MODULES.values()} | {"configs"}
+def test_the_package_names_no_example():
+  """What it does with scenes, it could do with any functions of a user."""
   found = {
     str(path.relative_to(PACKAGE))
     for path in PACKAGE.rglob("*.py")
-    if path.relative_to(PACKAGE).parts[0] not in rooms and names_a_world(path.read_text())
+    if re.search(r"^\s*(from|import) examples\b", path.read_text(), re.MULTILINE)
   }
-  assert found == {"worlds.py", "settings.py"}
-  source = (PACKAGE / "settings.py").read_text()
-  assert not names_a_world(source.replace(SECTION, ""))
+  assert found == set()
 
 
 MODULES = {

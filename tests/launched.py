@@ -21,6 +21,9 @@ from typing import ClassVar
 import warnings
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Configs of the demo.
+SCENES = str(ROOT / "examples" / "scenes" / "config.py")
+INSTRUCT = str(ROOT / "examples" / "scenes" / "instruct.py")
 SERVER = "from tests.launched import serve; serve()"
 
 

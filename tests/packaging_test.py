@@ -63,7 +63,7 @@ def test_the_installed_console_script_runs_a_shipped_config(wheel, tmp_path):
   (tmp_path / "w").mkdir()
   script = next(path for path in (site / "bin").iterdir() if path.name == "cm3leon")
   result = subprocess.run(
-    [sys.executable, script, "evaluate", "--config=scenes:15", "--workdir=w"],
+    [sys.executable, script, "evaluate", "--config=cm3leon_350m", "--workdir=w"],
     cwd=tmp_path, env={"PYTHONPATH": str(site)}, capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert result.returncode == 2

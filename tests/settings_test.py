@@ -38,7 +38,7 @@ def schemas() -> dict[tuple[str, str], dict]:
 
 SCHEMAS = schemas()
 # Type -> value of a wrong type. Only integers are converted, to floats.
-OTHER_TYPE = {"string": 3, "boolean": 1, "integer": "3", "number": "3", "array": 3}
+OTHER_TYPE = {"object": 1, "string": 3, "boolean": 1, "integer": "3", "number": "3", "array": 3}
 
 
 def wrong_values(schema: dict) -> Iterator[tuple[Any, tuple[int, ...]]]:
@@ -64,7 +64,7 @@ def wrong_values(schema: dict) -> Iterator[tuple[Any, tuple[int, ...]]]:
 
 
 # Tuples that must not be empty; the page of the config does not mention this.
-NOT_EMPTY = {("reinforce", "tasks"), ("evaluation", "scene_guidance")}
+NOT_EMPTY = {("reinforce", "tasks"), ("evaluation", "guidance")}
 
 
 def test_tuples_that_must_not_be_empty():

@@ -87,7 +87,8 @@ def _values(schema: dict) -> str:
   if schema["type"] == "array":
     return f"tuple of {_values(schema['items'])}"
   if schema["type"] == "object":
-    return f"dict of {_values(schema['additionalProperties'])}"
+    of = schema["additionalProperties"]
+    return "dict" if of is True else f"dict of {_values(of)}"
   bounds = [f"{sign} {schema[name]}" for name, sign in BOUNDS.items() if name in schema]
   return ", ".join([TYPES[schema["type"]], *bounds])
 

@@ -7,21 +7,17 @@ mkdocs builds the page, see tools/mkdocs_hook.py.
 
 # T tokens of a sample.
 
-import dataclasses
 import importlib.resources
 import itertools
 
 import numpy as np
 
-from cm3leon_jax import settings as settings_lib
-from cm3leon_jax import worlds
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.instructions import samples
 from cm3leon_jax.data.instructions.config import InstructionTask, fields_of
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.task_files import read_tasks, shipped
 from cm3leon_jax.data.instructions.tasks import choose_template, join_record
-from cm3leon_jax.evaluation.world import find
 from cm3leon_jax.vocab import VocabLayout
 from tools import config_page
 
@@ -74,11 +70,6 @@ def example(task: InstructionTask) -> Record:
   """Returns a record of a shipped task. Its key selects the first template of the task."""
   numbers = map(str, itertools.count())
   key = next(x for x in numbers if choose_template(task, x) == task.templates[0])
-  if world := worlds.world_of_format(task.format):
-    settings = settings_lib.settings_from_config(settings_lib.default_config())
-    name = task.format.partition("/")[2]
-    [record] = find(world).tasks(settings).records(name, "train", 1)
-    return dataclasses.replace(record, key=key)
   texts = TEXTS[task.name if task.format == "jsonl" else task.format]
   named = [field for field in fields_of(task.templates[0]) if field not in texts]
   return Record(key, key, texts, {field: f"{field}.png" for field in named})

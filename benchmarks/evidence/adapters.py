@@ -2,12 +2,13 @@
 
   python -m benchmarks.evidence.adapters --conditions=full,rank_4,rank_16 --rates=1,2,4
 
-All runs start from the bundled model `scenes`, with the config `scenes_instruct`, the same rows in
-the same order, and without replay. The program trains each condition with several learning rates.
-It grades and measures only the run with the lowest held-out loss: its answers to held-out records,
-which are compared with those of the full training record by record, and what it forgot of `scenes`.
-The intervals cover the choice of the records, not the seed of the training. A stopped command
-continues where it stopped. results.json and table.md contain the results.
+All runs start from the bundled model `scenes`, with the config instruct.py of the demo, the same
+rows in the same order, and without replay. The records must be in workdir/scene_instructions (see
+that config). The program trains each condition with several learning rates. It grades and measures
+only the run with the lowest held-out loss: its answers to held-out records, which are compared with
+those of the full training record by record, and what it forgot of `scenes`. The intervals cover the
+choice of the records, not the seed of the training. A stopped command continues where it stopped.
+results.json and table.md contain the results.
 """
 
 from collections import Counter
@@ -26,11 +27,11 @@ from benchmarks.evidence.experiment import (
   run_stage,
   write_results,
 )
-from cm3leon_jax.evaluation.grades.files import ANSWERS
 from cm3leon_jax.evaluation.intervals import mean_interval
 from cm3leon_jax.files.json_files import read_json, read_json_lines
+from examples.scenes.judge.grade_files import ANSWERS
 
-CONFIG, BASE = "ml_configs/scenes_instruct.py", "scenes"
+CONFIG, BASE = "examples/scenes/instruct.py", "scenes"
 SHARED = ("text_tokenizer", "vqgan", "clip", "instructions")
 RANKS = {"full": 0, "rank_1": 1, "rank_4": 4, "rank_16": 16, "rank_64": 64}
 FULL_RATE = 2.5e-3  # Learning rate of the config.
@@ -47,8 +48,9 @@ _WORKDIR = flags.DEFINE_string("workdir", "workdir/adapters", "Folder of the run
 
 
 def _command(name: str, workdir: pathlib.Path, overrides: dict, *more: str) -> None:
-  """Runs a command of the package; exits if it fails."""
-  command = [sys.executable, "-m", f"launch.{name}", f"--config={CONFIG}", f"--workdir={workdir}"]
+  """Runs a command of the package, or a script of the demo; exits if it fails."""
+  module = name if "." in name else f"launch.{name}"
+  command = [sys.executable, "-m", module, f"--config={CONFIG}", f"--workdir={workdir}"]
   command += [f"--config.{field}={value}" for field, value in overrides.items()]
   if code := subprocess.run([*command, *more], cwd=ROOT, check=False).returncode:
     sys.exit(code)
@@ -84,7 +86,7 @@ def _measured(workdir: pathlib.Path, condition: str) -> tuple[pathlib.Path, str]
   for rate, run in runs.items():
     print(f"{condition}, rate {rate}: held-out loss {_loss(run):.4f}", flush=True)
   fields = _fields(RANKS[condition], best)
-  _command("grade_instructions", runs[best], fields, f"--records={_RECORDS.value}")
+  _command("examples.scenes.grade", runs[best], fields, f"--records={_RECORDS.value}")
   run_stage("measure_forgetting", CONFIG, runs[best], fields)
   return runs[best], best
 

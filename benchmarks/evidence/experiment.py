@@ -15,10 +15,10 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import write_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Fields in which data and image tokenizer of older measurements differ from the config `scenes`:
+# Fields in which data and image tokenizer of older measurements differ from the demo's config:
 # they have more scenes of rare objects, and one codebook, trained in another way.
 OLDER = {
-  "scenes.shares": (1.0, 2.0, 1.0, 1.0, 2.0, 3.0, 3.0), "vqgan.steps": 2_000,
+  "raw.options.shares": (1.0, 2.0, 1.0, 1.0, 2.0, 3.0, 3.0), "vqgan.steps": 2_000,
   "vqgan.learning_rate": 0.012, "vqgan.l1_weight": 0.1, "vqgan.quantizer": "", "vqgan.code_dim": 8,
 }  # fmt: skip
 
@@ -53,7 +53,7 @@ def run_stage(name: str, config: str, workdir: pathlib.Path, overrides: dict) ->
 
   Args:
     name: name of the command.
-    config: file and variant, e.g. "ml_configs/scenes.py:15".
+    config: file and variant, e.g. "examples/scenes/config.py:15".
     workdir: folder of the run.
     overrides: fields of the config and their values, e.g. {"train.steps": 5}.
   """

@@ -26,7 +26,7 @@ from cm3leon_jax.api import CM3Leon
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.intervals import mean_interval
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.scenes.config import COLORS
+from examples.scenes.options import COLORS
 
 DRAWINGS, DRAWN = 240, 96  # Numbers of drawings and of combinations that are drawn.
 SIDE, FINE = 48, 4  # Pixels; factor by which a drawing is larger before it is reduced.

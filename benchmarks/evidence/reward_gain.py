@@ -36,11 +36,12 @@ from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.reinforcement.prompts import Prompt, read_prompts
 from cm3leon_jax.reinforcement.rollouts import Rollouts, open_rollouts, spread
-from cm3leon_jax.scenes import source
-from cm3leon_jax.scenes.judge.baselines import claims_of
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
+from examples.scenes import config as demo
+from examples.scenes import source
+from examples.scenes.judge.baselines import claims_of
 
 HEADER = (
   "| run | correct | gain, points | failures gone "
@@ -67,7 +68,7 @@ class Drawn(NamedTuple):
 
 def claims_of_training(settings: Settings, layout: PromptLayout) -> set[tuple]:
   """Returns the claims of all captions and of all `draw` prompts that a run was trained on."""
-  config = settings.scenes
+  config = demo.scenes_of(settings)
   facts = [source.pair(config, "train", i).facts for i in range(config.train)]
   if settings.instructions.any:
     drawn = dataclasses.replace(settings.reinforce, tasks=("draw",))

@@ -28,15 +28,16 @@ from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.writer import contact_sheet, save_png
-from cm3leon_jax.scenes import source, world
-from cm3leon_jax.scenes.captions import describe_plainly
-from cm3leon_jax.scenes.config import ScenesConfig
-from cm3leon_jax.scenes.drawings import render
-from cm3leon_jax.scenes.judge import judge as judging
-from cm3leon_jax.scenes.judge.baselines import TrainingScenes
-from cm3leon_jax.scenes.judge.facts import check
-from cm3leon_jax.scenes.world import PLACES, Placed, Scene
 from cm3leon_jax.trained.run import Run
+from examples.scenes import config as demo
+from examples.scenes import source, world
+from examples.scenes.captions import describe_plainly
+from examples.scenes.drawings import render
+from examples.scenes.judge import judge as judging
+from examples.scenes.judge.baselines import TrainingScenes
+from examples.scenes.judge.facts import check
+from examples.scenes.options import ScenesConfig
+from examples.scenes.world import PLACES, Placed, Scene
 
 # Name of a set of captions -> number of captions in the set.
 COUNTS = {
@@ -269,9 +270,8 @@ def main(argv):
   given = flags.FLAGS
   model = CM3Leon.load(given.model, batch_size=BATCH)
   settings, seed = model.pipeline.settings, given.seed
-  if settings.raw.source != source.NAME:
-    raise UserError(f"--model={given.model} was not trained on the source 'scenes'.")
-  config, workdir = settings.scenes, pathlib.Path(given.workdir)
+  config = demo.scenes_of(settings)
+  workdir = pathlib.Path(given.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   counts = {group: max(2, int(count * given.scale)) for group, count in COUNTS.items()}
   counts["rare"] = max(2, int(len(list(rare(config))) * given.scale))

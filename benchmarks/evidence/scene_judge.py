@@ -17,13 +17,13 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from cm3leon_jax.scenes import captions, drawings, world
-from cm3leon_jax.scenes import source as scenes_source
-from cm3leon_jax.scenes.config import CATEGORIES, COLORS, COMMON, RARE, ScenesConfig
-from cm3leon_jax.scenes.drawings import CELL, SIDE
-from cm3leon_jax.scenes.judge import errors as judge_errors
-from cm3leon_jax.scenes.judge import judge
-from cm3leon_jax.scenes.world import Placed, Scene
+from examples.scenes import captions, drawings, world
+from examples.scenes import source as scenes_source
+from examples.scenes.drawings import CELL, SIDE
+from examples.scenes.judge import errors as judge_errors
+from examples.scenes.judge import judge
+from examples.scenes.options import CATEGORIES, COLORS, COMMON, RARE, ScenesConfig
+from examples.scenes.world import Placed, Scene
 
 # n images, H height, W width.
 

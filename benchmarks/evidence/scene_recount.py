@@ -15,6 +15,7 @@ numbers of images that only one of both accepts.
 
 from collections import defaultdict
 from collections.abc import Sequence
+import dataclasses
 import functools
 import itertools
 import json
@@ -28,16 +29,16 @@ from PIL import Image
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import is_edit
 from cm3leon_jax.data.instructions.task_files import load_tasks
-from cm3leon_jax.evaluation.grades import answers
-from cm3leon_jax.evaluation.world import of_answers
 from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.mesh import create_mesh
-from cm3leon_jax.scenes import world
-from cm3leon_jax.scenes.config import ScenesConfig
-from cm3leon_jax.scenes.drawings import render
-from cm3leon_jax.scenes.world import Placed, Scene
 from cm3leon_jax.trained.run import Run
+from examples.scenes import config as demo
+from examples.scenes import instruct, world
+from examples.scenes.drawings import render
+from examples.scenes.judge import grades as answers
+from examples.scenes.options import ScenesConfig
+from examples.scenes.world import Placed, Scene
 
 CELL = 24  # Pixels per side of a quarter.
 EDITS = 200  # Number of held-out records per kind of edit.
@@ -116,13 +117,13 @@ def _of_card(name: str) -> list[tuple[str, list[dict], bool, np.ndarray]]:
 
 def _of_run(name: str) -> list[tuple[str, list[dict], bool, np.ndarray]]:
   """Returns guidance weight, clauses, verdict and image of each judged sample of a run."""
-  scenes, own = Run.open(name).settings.scenes, ScenesConfig()
+  scenes, own = demo.scenes_of(Run.open(name).settings), ScenesConfig()
   if (scenes.style, scenes.colors) != (own.style, own.colors):
     raise UserError(f"{name} has scenes of another style or other colors than the drawings here.")
   folder = pathlib.Path(name) / "evaluation"
   return [
     (
-      f"guidance {row['guidance']:g}",
+      row["title"],
       json.loads(row["metadata"])["include"],
       row["correct"],
       np.asarray(Image.open(folder / row["filename"]).convert("RGB")),
@@ -132,15 +133,22 @@ def _of_run(name: str) -> list[tuple[str, list[dict], bool, np.ndarray]]:
 
 
 def _of_edits(name: str) -> list[tuple[str, list[dict], bool, np.ndarray]]:
-  """Returns kind, clauses, verdict and image of edits, made as in `cm3leon grade_instructions`."""
+  """Returns kind, clauses, verdict and image of edits, made as in `examples.scenes.grade`.
+
+  The run must know its tasks as files: `examples.scenes.make_instructions` writes them.
+  """
   run = Run.open(name)
   samples = []
   with jax.set_mesh(create_mesh(run.settings.mesh)):
     pipeline = Pipeline.load(run, run.params()[0], None, batch_size=EDITS)
-    for task in load_tasks(run.settings.instructions):
-      if (world_of := of_answers(task)) and is_edit(task.templates[0]):
+    instructions = dataclasses.replace(run.settings.instructions, tasks=instruct.TASKS)
+    run = dataclasses.replace(
+      run, settings=dataclasses.replace(run.settings, instructions=instructions)
+    )
+    for task in load_tasks(instructions):
+      if is_edit(task.templates[0]):
         records = answers.heldout_records(task, run.settings, EDITS)
-        for answer in answers.answer_all(world_of, pipeline, task, records):
+        for answer in answers.answer_all(pipeline, task, records):
           clauses = answer.record.facts["include"]
           samples.append((task.name, clauses, answer.right, np.asarray(answer.answer)))
   return samples

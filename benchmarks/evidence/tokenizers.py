@@ -25,7 +25,6 @@ from benchmarks.evidence import experiment as experiment_lib
 from benchmarks.evidence import tokenizers_table as table
 from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
-from cm3leon_jax.configs import scenes
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.rows import loader
@@ -39,12 +38,13 @@ from cm3leon_jax.tokenizers.config import levels_of
 from cm3leon_jax.training.small import vqgan_training
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state, train_step
+from examples.scenes import config as scenes
 
 ARMS = {
   "restarts": "nearest code, dead codes restart",
   "fsq": "FSQ",
 }
-# Fields of `OLDER` that are replaced by the values of the config variant `scenes:long`, because
+# Fields of `OLDER` that are replaced by the values of the demo's config, variant `long`, because
 # these trainings are ten times as long.
 TUNED = ("learning_rate", "l1_weight")
 LONGER = {f"vqgan.{name}": scenes.get_config("long").vqgan[name] for name in TUNED}
@@ -95,7 +95,7 @@ class Experiment:
     return config
 
   def overrides(self, arm: str = "", seed: int = 0, steps: dict | None = None) -> dict:
-    """Returns the config fields that differ from the config `scenes`.
+    """Returns the config fields that differ from the demo's config.
 
     Args:
       arm: quantizer, a key of `ARMS`; empty for the shared stages.
@@ -129,7 +129,7 @@ class Experiment:
 
   def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
     """Runs a stage with `experiment.run_stage`."""
-    experiment_lib.run_stage(name, "ml_configs/scenes.py", workdir, overrides)
+    experiment_lib.run_stage(name, "examples/scenes/config.py", workdir, overrides)
 
 
 def tokenizer_steps(settings: Settings) -> Callable[[int], None]:
@@ -258,7 +258,7 @@ def measure(experiment: Experiment, settings: Settings, run: pathlib.Path) -> di
   names = ("psnr_db", "codebook_perplexity", "codes_used")
   names += tuple(f"train_{name}" for name in names[1:])
   result = {name: summary[name] for name in names}
-  result |= {k: v for k, v in summary.items() if k == "reconstructed_scenes_right"}
+  result |= {k: v for k, v in summary.items() if k == "reconstructed_images_right"}
   result |= {"codes": settings.vocab.image_size, "steps": settings.vqgan.steps}
   if experiment.decoder_minutes:
     result["bits_per_pixel"] = bits_per_pixel(settings, run)

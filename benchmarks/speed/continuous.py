@@ -20,7 +20,7 @@ from cm3leon_jax import CM3Leon
 from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.image_tasks import TextToImage
-from cm3leon_jax.scenes.config import RARE
+from examples.scenes.options import RARE
 
 _MODEL = flags.DEFINE_string("model", "scenes", "Name of a bundled model, or folder of a run.")
 _SLOTS = flags.DEFINE_integer("slots", 8, "Number of slots.", lower_bound=1)

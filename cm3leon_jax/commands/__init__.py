@@ -19,7 +19,6 @@ COMMANDS = (
   "generate",
   "evaluate",
   "measure_forgetting",
-  "grade_instructions",
   "score",
   "export",
   "serve",

@@ -1,7 +1,7 @@
 """Embeds the pairs with CLIP, and finds and writes the neighbors of every pair.
 
-  cm3leon build_neighbors --config=scenes --workdir=workdir/scenes
-  cm3leon build_neighbors --config=scenes --workdir=workdir/scenes \\
+  cm3leon build_neighbors --config=examples/scenes/config.py --workdir=workdir/scenes
+  cm3leon build_neighbors --config=examples/scenes/config.py --workdir=workdir/scenes \\
     --runner=ray --ray_address=auto --ray_workers=64
 """
 

@@ -17,7 +17,7 @@ from etils import epath, epy
 import ml_collections
 from ml_collections import config_flags
 
-from cm3leon_jax import accelerators
+from cm3leon_jax import accelerators, own_functions
 from cm3leon_jax.commands import config_file, interrupts
 from cm3leon_jax.config import TryAgain, UserError, did_you_mean, printable
 from cm3leon_jax.files import buckets
@@ -53,7 +53,7 @@ def _define_flags(workdir: bool | None, config: bool | None, several_processes: 
       "config",
       None,
       f"Config: a Python file, e.g. path/own.py, or one of {', '.join(config_file.SHIPPED)}. A "
-      "variant follows a colon: scenes:15. --config.SECTION.FIELD=VALUE, given after --config, "
+      "variant follows a colon: own:15. --config.SECTION.FIELD=VALUE, given after --config, "
       "sets a field, e.g. --config.train.steps=100.",
     )
     flags.FLAGS["config"].parser = _Parser()
@@ -210,8 +210,16 @@ def _settings(optional: bool, prepares: bool) -> Settings:
   if flags.FLAGS.config is not None:
     return completed(flags.FLAGS.workdir if "workdir" in flags.FLAGS else None, prepares)
   if not optional:
-    raise UserError("name a config: --config=scenes")
+    raise UserError("name a config: --config=own")
   stored = run_lib.Run.open(_folder()).settings
+  if stored.evaluation.judge:
+    print(
+      f"warning: the stored settings name the judge {stored.evaluation.judge}, which is not "
+      "imported, so nothing is judged: give the run's --config.",
+      flush=True,
+    )
+    evaluation = dataclasses.replace(stored.evaluation, judge="")
+    stored = dataclasses.replace(stored, evaluation=evaluation)
   # The stored mesh may not fit this machine; the default mesh does.
   return dataclasses.replace(stored, mesh=MeshConfig())
 
@@ -228,6 +236,7 @@ def completed(
   """
   given = list(config_flags.get_override_values(flags.FLAGS["config"]))
   config = from_data.complete(flags.FLAGS.config, workdir, prepares, of_base, given)
+  own_functions.resolve(config)  # Flags name files relative to the current folder.
   return settings_from_config(config)
 
 

@@ -1,32 +1,44 @@
 """Loads the value of --config: a shipped config or Python file, with a variant after a colon."""
 
-import importlib.util
 import pathlib
 
 import ml_collections
 
-from cm3leon_jax import configs
+from cm3leon_jax import configs, own_functions
 from cm3leon_jax.config import UserError, did_you_mean
 
 FOLDER = pathlib.Path(configs.__file__).parent
 # Names of the shipped configs. `base` has the values that the configs share, and is not a config.
 SHIPPED = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "base"))
 
+# Configs that moved to the examples of a checkout.
+EXAMPLES = {
+  "scenes": "config.py",
+  "scenes_instruct": "instruct.py",
+  "scenes_reinforce": "reinforce.py",
+}
+
 
 def load(value: str) -> ml_collections.ConfigDict:
-  """Runs get_config of a config file: load("scenes:15") calls get_config("15") of scenes.
+  """Runs get_config of a config file: load("own:15") calls get_config("15") of own.
+
+  Files of functions that the config names are relative to the config file.
 
   Raises:
     UserError: there is no Python file and no shipped config of this name.
   """
   name, *variant = value.split(":", 1)
+  if name in EXAMPLES:
+    raise UserError(
+      f"the demo '{name}' is an example, not a config of the package: run it in a checkout, with "
+      f"--config=examples/scenes/{EXAMPLES[name]}."
+    )
   path = pathlib.Path(name)
   if name in SHIPPED and not path.is_file():
     path = FOLDER / f"{name}.py"
-  spec = importlib.util.spec_from_file_location("config", path)
-  if not path.is_file() or spec is None or spec.loader is None:
+  if not path.is_file() or path.suffix != ".py":
     hint = did_you_mean(name, SHIPPED, "give one of them.")
     raise UserError(f"{name} is neither a Python file nor one of {', '.join(SHIPPED)}: {hint}")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(*variant)
+  config = own_functions.load_module(path).get_config(*variant)
+  own_functions.resolve(config, path.parent)
+  return config

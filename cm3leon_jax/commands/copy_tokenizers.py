@@ -1,6 +1,6 @@
 """Copies the tokenizers and CLIP of a trained run into the workdir of a run that tunes it.
 
-  cm3leon copy_tokenizers --config=scenes_instruct \\
+  cm3leon copy_tokenizers --config=examples/scenes/instruct.py \\
     --workdir=workdir/scenes_instruct --init_from=scenes
 
 This is the first command of instruction tuning, because the trained decoder depends on the ids of

@@ -1,6 +1,6 @@
 """Encodes raw pairs, texts and interleaved documents as token ids.
 
-cm3leon encode_documents --config=scenes --workdir=workdir/scenes
+cm3leon encode_documents --config=examples/scenes/config.py --workdir=workdir/scenes
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Encodes the records of all instruction-tuning tasks as token ids.
 
-  cm3leon encode_instructions --config=scenes_instruct \\
+  cm3leon encode_instructions --config=examples/scenes/instruct.py \\
     --workdir=workdir/scenes_instruct
 
 `config.instructions` names the tasks, and docs/tuning.md describes them. The command lists
@@ -18,7 +18,6 @@ from cm3leon_jax.settings import Settings
 
 with epy.lazy_imports():
   from cm3leon_jax.data.instructions import sources, task_files
-  from cm3leon_jax.evaluation import world
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
@@ -37,7 +36,6 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       str(workdir),
       tasks,
       settings.instructions,
-      world.drawn_tasks(settings),
       settings.vocab,
       settings.data.sequence_length,
       settings.raw.num_threads,

@@ -5,26 +5,24 @@
     --export=geneval --prompts=evaluation_metadata.jsonl
 
 The command writes the bits per image code and per text token, with and without neighbors, to
-evaluation/metrics.json. Only the caption retrieves neighbors, as at inference. For `scenes` it also
-judges images for held-out captions and writes evaluation/scenes.*; the contact sheet compares them
-with images of the bundled model, which has the same held-out scenes. --last_params measures the
-last parameters instead of their average, and writes evaluation_last/. --export writes images to
-geneval/NAME-HASH/, for the scripts of GenEval and GenEval 2.
+evaluation/metrics.json. Only the caption retrieves neighbors, as at inference. If the config has a
+judge, it also judges images for held-out captions and writes evaluation/judged.*. --last_params
+measures the last parameters instead of their average, and writes evaluation_last/. --export writes
+images to geneval/NAME-HASH/, for the scripts of GenEval and GenEval 2.
 
-  cm3leon evaluate --workdir=workdir/scenes --protocol=scenes
+  cm3leon evaluate --workdir=workdir/scenes --protocol=own.yaml
   cm3leon evaluate --workdir=scenes --protocol=own.yaml --data=FOLDER
 
 A protocol defines what is measured and how. Its results go to results.json and report.html in
 evaluations/NAME-HASH/. A protocol can also measure a bundle, given as a folder or the name of an
 installed bundle. A bundle has no held-out documents, so the protocol must read files (--data). Its
 results go to the current folder, or to --out. Without --config, the settings of the run or bundle
-are used. docs/evaluation.md and docs/evaluation.md explain the details.
+are used, but for their judge. docs/evaluation.md explains the details.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 from absl import flags
@@ -42,15 +40,12 @@ from cm3leon_jax.settings import Settings
 with epy.lazy_imports():
   import jax
 
-  from cm3leon_jax import api
   from cm3leon_jax.commands import evaluate_protocol
   from cm3leon_jax.data.documents import store
-  from cm3leon_jax.evaluation import geneval, strata
-  from cm3leon_jax.evaluation import world as world_lib
+  from cm3leon_jax.evaluation import geneval, judged, strata
   from cm3leon_jax.evaluation.likelihood import bits
   from cm3leon_jax.generation import pipeline as pipeline_lib
   from cm3leon_jax.generation import tasks as tasks_lib
-  from cm3leon_jax.planning import programs
   from cm3leon_jax.retrieval import neighbors
   from cm3leon_jax.trained import bundles
   from cm3leon_jax.trained import run as run_lib
@@ -59,8 +54,8 @@ _EXPORT = flags.DEFINE_enum(
   "export",
   None,
   ["geneval"],
-  "Measure nothing; generate images for --prompts (default: held-out scenes) in the folder layout "
-  "that GenEval reads.",
+  "Measure nothing; generate images for --prompts (default: held-out captions) in the folder "
+  "layout that GenEval reads.",
 )
 _LAST_PARAMS = flags.DEFINE_bool(
   "last_params",
@@ -78,7 +73,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       raise UserError(f"--{flag.name} is given without --export: add --export=geneval.")
   for flag in PROTOCOL_OPTIONS:
     if _is_given(flag) and protocol_flags.PROTOCOL.value is None:
-      raise UserError(f"--{flag.name} is given without --protocol: add e.g. --protocol=scenes.")
+      raise UserError(f"--{flag.name} is given without --protocol: add e.g. --protocol=own.yaml.")
   compares, protocol = _is_given(protocol_flags.COMPARE), protocol_flags.PROTOCOL.value
   if compares or protocol is not None:
     if compares:
@@ -99,28 +94,28 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     _export(settings, workdir)
     return
   inputs: dict[str, Any] = {}
-  if settings.evaluation.scenes:
+  judge = judged.judge_of(settings) if settings.evaluation.captions else None
+  if judge is not None:
     inputs = {"sampling": digest_of_json(dataclasses.asdict(settings.sampling))}
-    if world := world_lib.of_source(settings):
-      inputs["bundled"] = digest(bundles.folder_of(world.bundled) / bundles.FILE)
+    inputs["judge"] = digest(settings.evaluation.judge.rpartition(":")[0])
   folder = workdir / ("evaluation_last" if _LAST_PARAMS.value else "evaluation")
   config = stages.run_config(settings, workdir, "evaluation", inputs)
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
-      _evaluate(run_lib.Run(workdir, settings), folder, summary)
+      _evaluate(run_lib.Run(workdir, settings), folder, summary, judge)
 
 
-def _evaluate(run: run_lib.Run, folder: epath.Path, summary: dict) -> None:
-  """Measures bits per token and, if the config requests it, judges samples; fills `summary`."""
+def _evaluate(
+  run: run_lib.Run, folder: epath.Path, summary: dict, judge: judged.Judge | None
+) -> None:
+  """Measures bits per token and, with a judge, judges samples; fills `summary`."""
   settings, workdir = run.settings, run.folder
   config = settings.evaluation
   bits.check_batch(config)
   params, step = run.params(average=not _LAST_PARAMS.value)
-  if config.scenes:  # Prepare the samples first, so that an error ends the command early.
-    world = world_lib.of_facts(settings)
-    world.check_installed()
+  if judge is not None:  # Prepare the samples first, so that an error ends the command early.
     pipeline = pipeline_lib.Pipeline.load(run, params, None, batch_size=config.batch_size)
-    tasks = strata.heldout_captions(pipeline, workdir, config.scene_guidance)
+    tasks = strata.heldout_captions(pipeline, workdir, config.guidance)
   documents = workdir / "documents"
   bank = store.Bank(documents, settings.vocab)
   heldout = store.DocumentStore(documents / "heldout_pairs", settings.vocab)
@@ -129,44 +124,11 @@ def _evaluate(run: run_lib.Run, folder: epath.Path, summary: dict) -> None:
   metrics = bits.evaluate(params, settings.model, bank, heldout, ids, *sections)
   summary.update(step=step, **metrics)
   print(f"evaluate: {bits.describe(metrics)}", flush=True)
-  if config.scenes:
-    bundled = _load_bundled(settings)
-    generate = functools.partial(_images_of, bundled, settings.seed) if bundled else None
-    overview, text = world.evaluate(pipeline, tasks, workdir, folder, generate)
-    summary[world.name] = overview
-    if bundled:
-      summary[world.name]["bundled"] |= _about(bundled, world)
-    print(text)
-    print(f"evaluate: samples are in {folder / f'{world.name}.png'}", flush=True)
+  if judge is not None:
+    summary["judged"] = judged.evaluate(pipeline, tasks, judge, folder)
+    print(judged.describe(summary["judged"]))
+    print(f"evaluate: samples are in {folder / judged.SHEET}", flush=True)
   write_json(folder / "metrics.json", summary)
-
-
-def _load_bundled(settings: Settings) -> api.CM3Leon | None:
-  """Loads the bundled model of the run's world, or returns None if the data is not from a world.
-
-  Whether a scene is held out depends only on the names in the scene, not on the run. The bundled
-  model therefore never trained on the held-out scenes of this run.
-  """
-  world = world_lib.of_source(settings)
-  return None if world is None else api.CM3Leon.load(world.bundled, batch_size=world.sheet_size)
-
-
-def _images_of(model: api.CM3Leon, seed: int, captions: list[str]) -> list:
-  """Generates an image for each caption, with the guidance and neighbors of the model's run."""
-  return [sample.segments[0] for [sample] in model.generate(captions, seed=seed)]
-
-
-def _about(model: api.CM3Leon, world: world_lib.World) -> dict:
-  """Describes a bundled model: its sampling settings, its size and the cost of its training."""
-  settings = model.pipeline.settings
-  return {
-    "guidance": settings.sampling.guidance,
-    "neighbors": model.pipeline.usual_retrieve,
-    "step": model.step,
-    "parameters": programs.count_params(settings, model.mesh),
-    **world.about(settings),
-    **bundles.about(model.workdir),
-  }
 
 
 def _is_given(flag: flags.FlagHolder) -> bool:
@@ -174,7 +136,7 @@ def _is_given(flag: flags.FlagHolder) -> bool:
 
 
 def _export(settings: Settings, workdir: epath.Path) -> None:
-  """Generates images for prompts or held-out scenes, in the folder layout that GenEval reads."""
+  """Generates images for prompts or held-out captions, in the folder layout that GenEval reads."""
   run = run_lib.Run(workdir, settings)
   config, path = settings.evaluation, PROMPTS.value
   samples = SAMPLES.value if _is_given(SAMPLES) else EXPORT_SAMPLES
@@ -185,7 +147,7 @@ def _export(settings: Settings, workdir: epath.Path) -> None:
   with stages.once(folder, identity) as summary, common.use_mesh(settings):
     if summary is not None:
       params, step = run.params()
-      retrieves = prompts and config.scene_neighbors
+      retrieves = prompts and config.neighbors
       clip = run.clip if retrieves else None
       pipeline = pipeline_lib.Pipeline.load(run, params, clip, batch_size=config.batch_size)
       if prompts:
@@ -201,10 +163,8 @@ def _heldout_prompts(
   settings: Settings, workdir: epath.Path, pipeline: pipeline_lib.Pipeline
 ) -> tuple[list, list[dict]]:
   """Returns the tasks for held-out captions, and the GenEval metadata of each task."""
-  world = world_lib.of_facts(settings)
-  world.check_installed()
   tasks = strata.heldout_captions(pipeline, workdir, [settings.sampling.guidance])
-  return tasks, [world.geneval_metadata(task) for task in tasks]
+  return tasks, [geneval.metadata_of(task.prompt, task.document.facts) for task in tasks]
 
 
 def _export_identity(
@@ -212,15 +172,15 @@ def _export_identity(
 ) -> dict:
   """Returns all values on which the images of an export depend."""
   config, read = settings.evaluation, [*table.TOKENIZERS, "train"]
-  if not prompts or config.scene_neighbors:
+  if not prompts or config.neighbors:
     read += ["documents", "neighbors", *table.own_clip(settings)]
   return {
     "inputs": stages.ids(settings, workdir, read),
     "sampling": dataclasses.asdict(settings.sampling),
     "prompts": digest_of_json(prompts),
     "samples": samples,
-    "scenes": config.scenes,
-    "neighbors": config.scene_neighbors,
+    "captions": config.captions,
+    "neighbors": config.neighbors,
     "seed": settings.seed,
   }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 from typing import Any
 
 from etils import epath, epy
@@ -19,7 +18,7 @@ with epy.lazy_imports():
   from cm3leon_jax import distributed
   from cm3leon_jax.clip import huggingface, model
   from cm3leon_jax.data.published import files
-  from cm3leon_jax.evaluation import world
+  from cm3leon_jax.evaluation import judged
   from cm3leon_jax.evaluation.metrics import extractors
   from cm3leon_jax.evaluation.protocols import compare as compare_lib
   from cm3leon_jax.evaluation.protocols import metrics, results, samples
@@ -40,7 +39,9 @@ NOT_OF_SAMPLES = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Values of the flags that override or complete a protocol. `weights` is the flag --extractor."""
+  """Values of the flags that override or complete a protocol, and the judge of the config.
+
+  `weights` is the flag --extractor."""
 
   metrics: Sequence[str] = ()
   examples: int | None = None
@@ -50,10 +51,13 @@ class Options:
   before: bool = False
   out: str | None = None
   allow_outside: bool = False
+  judge: judged.Judge | None = None
 
 
 def run_all(settings: Settings, workdir: epath.Path, name: str, options: Options) -> None:
   """Checks all protocols of a file, and then measures a run or bundle with each of them."""
+  # The settings of the command: those of `trained` may come from a bundle.
+  options = dataclasses.replace(options, judge=judged.judge_of(settings))
   trained = trained_run.Run.open(workdir, settings)
   found = [_checked(protocol, options, trained.settings) for protocol in protocol_lib.load(name)]
   path = epath.Path(name)
@@ -174,7 +178,8 @@ def _make_run(
     protocol, pipeline, trained.folder, options.data, options.allow_outside
   )
   metrics.check(names, protocol.task, len(evaluated.examples))
-  metrics.check_examples(names, evaluated.examples, evaluated.facts)
+  judges = options.judge is not None
+  metrics.check_examples(names, evaluated.examples, evaluated.facts, judges)
   sampling = [protocol_lib.sampling_of(c, settings.sampling) for c in protocol.columns]
   # Samples do not depend on the metrics. Evaluations with other metrics can reuse the samples.
   of_samples = {
@@ -204,7 +209,7 @@ def _make_run(
     scorer_identity=identity["scorer"],
     params=params,
     num_resamples=settings.evaluation.num_resamples,
-    judge=functools.partial(world.of_facts(settings).judge_images, settings=settings),
+    judge=options.judge,
   )
   return job, step
 

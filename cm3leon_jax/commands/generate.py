@@ -3,7 +3,7 @@
   cm3leon generate --workdir=scenes --prompt="a red bell"
   cm3leon generate --workdir=scenes-instruct --task=caption --image=bell.png
   cm3leon generate --workdir=workdir/scenes --prompts=my.jsonl --samples=8 --rank
-  cm3leon generate --config=scenes --workdir=workdir/scenes \\
+  cm3leon generate --config=examples/scenes/config.py --workdir=workdir/scenes \\
     --prompt="a green bell" --config.sampling.temperature=0.8
 
 --workdir is the workdir of a run, the folder of a bundle, or the name of an installed bundle.

@@ -1,9 +1,9 @@
 """Prints training rows and draws their images, or checks all files that training reads.
 
-  cm3leon inspect_data --config=scenes --workdir=workdir/scenes
-  cm3leon inspect_data --config=scenes --workdir=workdir/scenes \\
+  cm3leon inspect_data --config=examples/scenes/config.py --workdir=workdir/scenes
+  cm3leon inspect_data --config=examples/scenes/config.py --workdir=workdir/scenes \\
     --out=rows.png --first_row=5000 --rows=3
-  cm3leon inspect_data --config=scenes --workdir=workdir/scenes --validate
+  cm3leon inspect_data --config=examples/scenes/config.py --workdir=workdir/scenes --validate
 
 The rows are the arrays that the trainer reads. The PNG file shows one line of images per row.
 --validate prints no rows, but compares every file that training reads and every image of raw/ with

@@ -3,9 +3,9 @@
   cm3leon measure_forgetting --config=own --workdir=W
 
 The base is the run that `cm3leon train --init_from=BASE` started from. The command computes the
-bits of held-out documents of the base with both models. If a world such as scenes drew these
-documents, and the packages of its judge are installed, it also judges images that both models
-generate for held-out captions. The results have paired 95% intervals. `config.data.base_documents`
+bits of held-out documents of the base with both models. If the config has a judge, and these
+documents have facts, it also judges images that both models generate for held-out captions. The
+results have paired 95% intervals. `config.data.base_documents`
 must be greater than 0.
 """
 
@@ -19,6 +19,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import Settings
 
 with epy.lazy_imports():
+  from cm3leon_jax.evaluation import judged
   from cm3leon_jax.evaluation.likelihood import bits, forgetting
   from cm3leon_jax.trained import base_documents, initial
   from cm3leon_jax.trained import run as run_lib
@@ -43,7 +44,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
         "is no base to compare it with: use another --workdir, and give --init_from also to "
         "`cm3leon train`."
       )
-    run, judge = run_lib.Run(workdir, settings), forgetting.judge_of(base)
+    run, judge = run_lib.Run(workdir, settings), judged.judge_of(settings)
     before = forgetting.measure(run, initial.load(start, settings), base, judge)
     params, step = run.params()
     after = forgetting.measure(run, params, base, judge)

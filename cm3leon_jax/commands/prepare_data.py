@@ -1,10 +1,10 @@
 """Checks raw pairs, texts and interleaved documents, and writes them in one format.
 
-  cm3leon prepare_data --config=scenes --workdir=workdir/scenes
-  cm3leon prepare_data --config=scenes --workdir=workdir/scenes --check_leaks
+  cm3leon prepare_data --config=own.py --workdir=workdir/own
+  cm3leon prepare_data --config=own.py --workdir=workdir/own --check_leaks
 
-`--config.raw.source` is the folder of your images and texts, or "scenes". Of the shipped configs,
-only `scenes` and those that tune its model set it. docs/data_formats.md describes the formats.
+`--config.raw.source` is the folder of your images and texts, or FILE.py:FUNCTION, a function of
+yours that yields records. docs/data_formats.md describes the formats.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import operator
 from absl import flags
 from etils import epath, epy
 
-from cm3leon_jax import worlds
+from cm3leon_jax import own_functions
 from cm3leon_jax.commands import common, sharded
 from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.runs import from_data, stages
@@ -25,16 +25,13 @@ with epy.lazy_imports():
   from cm3leon_jax.data.checks import duplicates, leaks
   from cm3leon_jax.data.raw import counting, ingest, writer
   from cm3leon_jax.data.raw import summary as raw_statistics
-  from cm3leon_jax.data.sources import drawn as drawn_lib
   from cm3leon_jax.data.sources import formats
-  from cm3leon_jax.evaluation import world as world_lib
   from cm3leon_jax.files import shards
 
 _CHECK_LEAKS = flags.DEFINE_bool(
   "check_leaks",
   False,
-  "Prepare nothing; look for held-out images that are near duplicates of training images or, for "
-  "scenes, for held-out facts that training images show.",
+  "Prepare nothing; look for held-out images that are near duplicates of training images.",
 )
 _LEAK_PSNR = flags.DEFINE_float(
   "leak_psnr",
@@ -43,12 +40,6 @@ _LEAK_PSNR = flags.DEFINE_float(
   "least this many dB.",
   lower_bound=0.0,
 )
-
-
-def drawn_source(settings: Settings) -> drawn_lib.DrawnSource | None:
-  """Returns the source of a world, which draws its images. None for any other source."""
-  world = world_lib.of_source(settings)
-  return None if world is None else world.source(settings)
 
 
 def check_leaks(settings: Settings, workdir: epath.Path) -> None:
@@ -67,26 +58,6 @@ def check_leaks(settings: Settings, workdir: epath.Path) -> None:
       f"{report.leaked} of {report.heldout} held-out images in {workdir / 'raw'} are near "
       "duplicates of training images: give both images the same `concept` in the source, or remove "
       "one of them."
-    )
-
-
-def check_fact_leaks(drawn: drawn_lib.DrawnSource, workdir: epath.Path) -> None:
-  """Raises UserError if the training scenes together show all facts of a held-out scene.
-
-  Prints the numbers of held-out, training and leaked scenes.
-  """
-  stages.require(workdir, "raw")
-  report = drawn.leaks(workdir / "raw")
-  kinds = ", ".join(f"leaked_{kind} {number}" for kind, number in report.leaked.items())
-  print(
-    f"check_leaks, by facts: heldout_scenes {report.heldout}, train_scenes {report.train}, {kinds}"
-  )
-  for line in report.first:
-    print(f"  {printable(line)}")
-  if report.first:
-    raise UserError(
-      f"{sum(report.leaked.values())} of {report.heldout} held-out scenes in {workdir / 'raw'} "
-      "show only facts that training scenes show, too: delete that folder and prepare it again."
     )
 
 
@@ -131,7 +102,7 @@ def _prepare(
     raw = dataclasses.replace(raw, resolution=counting.resolution_of(parts, raw.allow_outside))
   if raw.crops < 0:
     raw = dataclasses.replace(raw, crops=counting.crops_of(parts, raw.allow_outside))
-  summary = ingest.prepare(raw, parts, folder, runner, drawn_source(settings))
+  summary = ingest.prepare(raw, parts, folder, runner)
   conclude(folder, summary)
   if counts:
     made = counting.counts_of(
@@ -156,17 +127,20 @@ def _print_computed(settings: Settings, workdir: epath.Path) -> None:
 
 def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
   if _CHECK_LEAKS.value:
-    if (drawn := drawn_source(settings)) is not None:
-      check_fact_leaks(drawn, workdir)
-    else:
-      check_leaks(settings, workdir)
+    if own_functions.is_function(settings.raw.source):
+      raise UserError(
+        "--check_leaks compares pixels, but drawn images of both splits may be similar: compare "
+        f"the facts of the records of {settings.raw.source} instead."
+      )
+    check_leaks(settings, workdir)
     return
-  if not settings.raw.resolution and settings.raw.source in worlds.MODULES:
+  raw = settings.raw
+  if own_functions.is_function(raw.source) and (not raw.resolution or raw.crops < 0):
     raise UserError(
-      f"config.raw.resolution is 0, but the source '{settings.raw.source}' needs a resolution: "
-      "give --config.raw.resolution=48, or a folder of images as config.raw.source."
+      f"config.raw.resolution is {raw.resolution} and config.raw.crops {raw.crops}, but they are "
+      "computed only for images in files: give --config.raw.resolution=48 --config.raw.crops=0."
     )
-  parts = ingest.parts_of(settings.raw, drawn_source(settings), str(workdir))
+  parts = ingest.parts_of(settings.raw, str(workdir))
   # If files are new or changed, the stage runs again, but only for the shards of these files.
   files = formats.digest_of(parts)
   with sharded.stage(workdir, "raw", settings, {"files": files}) as (summary, runner):

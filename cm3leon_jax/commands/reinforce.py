@@ -1,11 +1,11 @@
 """Trains with rewards: draws images for prompts, scores them, and makes better images more likely.
 
-  cm3leon reinforce --config=scenes_reinforce \\
+  cm3leon reinforce --config=examples/scenes/reinforce.py \\
     --workdir=workdir/reinforced --init_from=workdir/scenes_instruct
 
 First run cm3leon copy_tokenizers and cm3leon encode_instructions with the same flags. The prompts
 are training records of the tasks of config.reinforce; the model never sees their target images. A
-judge of scenes, CLIP or a function of yours scores the images, and the method is GRPO
+judge of the config, CLIP or a function of yours scores the images, and the method is GRPO
 (https://arxiv.org/abs/2402.03300). The result is a run like a run of cm3leon train, and the same
 command continues it. At the end the command prints the reward of held-out prompts, the diversity of
 their samples and the held-out loss, for the first and the final parameters.

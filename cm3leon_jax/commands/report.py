@@ -1,6 +1,6 @@
 """Writes summary.json and report.html with the numbers and figures of every finished stage.
 
-cm3leon report --config=scenes --workdir=workdir/scenes
+cm3leon report --config=examples/scenes/config.py --workdir=workdir/scenes
 """
 
 from __future__ import annotations

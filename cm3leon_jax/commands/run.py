@@ -1,7 +1,7 @@
 """Runs all stages of a config in order and writes the report; the same command continues a run.
 
-  cm3leon run --config=scenes --workdir=workdir/scenes
-  cm3leon run --config=scenes_instruct --workdir=workdir/tuned \\
+  cm3leon run --config=examples/scenes/config.py --workdir=workdir/scenes
+  cm3leon run --config=examples/scenes/instruct.py --workdir=workdir/tuned \\
     --init_from=scenes
   cm3leon run --config=own --config.raw.source=my_images \\
     --init_from=scenes --workdir=workdir/mine
@@ -24,7 +24,6 @@ from absl import flags
 from etils import epath, epy
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.commands.grade_instructions import RECORDS
 from cm3leon_jax.commands.init_from_flag import INIT_FROM, OWN_IMAGE_TOKENIZER
 from cm3leon_jax.commands.stage_process import StageProcesses
 from cm3leon_jax.commands.tokenizer_check import LIMITS
@@ -33,8 +32,6 @@ from cm3leon_jax.runs import from_data, table
 from cm3leon_jax.settings import Settings
 
 with epy.lazy_imports():
-  from cm3leon_jax.data.instructions import task_files
-  from cm3leon_jax.evaluation import world
   from cm3leon_jax.trained import base_documents
 
 STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
@@ -50,11 +47,6 @@ def commands(settings: Settings, given: bool, own_images: bool = False) -> dict[
   it trains its own image tokenizer.
   """
   names = table.order(settings, given, own_images)
-  # Grades need a task whose answers can be judged exactly.
-  if "grades" in names and not any(
-    map(world.of_answers, task_files.load_tasks(settings.instructions))
-  ):
-    names.remove("grades")
   found = {"copy_tokenizers": ""} if given else {}
   found |= {table.STAGES[name].command: name for name in names}
   return {**found, "report": ""}
@@ -119,7 +111,7 @@ def _main(settings: Settings, workdir: epath.Path) -> None:
   init_from, own_images = INIT_FROM.value, OWN_IMAGE_TOKENIZER.value
   if init_from and from_data.missing(flags.FLAGS.config):
     settings = common.completed(workdir, True, base_documents.fields(init_from, own_images))
-  more = {"grade_instructions": [f"--records={RECORDS.value}"]}
+  more: dict[str, list] = {}
   limits = [f"--{x.name}={x.value}" for x in LIMITS if not flags.FLAGS[x.name].using_default_value]
   more |= dict.fromkeys(("encode_documents", "encode_instructions"), limits)
   main(settings, workdir, init_from, own_images, more)

@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 from etils import epath, epy
 
-from cm3leon_jax import worlds
+from cm3leon_jax import own_functions
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import Settings
@@ -48,7 +48,7 @@ SHEET = "reconstructions.png"
 def of_pairs(settings: Settings, workdir: epath.Path) -> None:
   """Checks 16 evenly spaced training images of the run's pairs, see `_check`."""
   source = _copied_from(workdir)
-  if settings.raw.source in worlds.MODULES or not source:
+  if own_functions.is_function(settings.raw.source) or not source:
     return
   pairs = [pair for pair in reader.read_pairs(workdir / "raw", "train") if not pair.added_crop]
   images = [pair.image for pair in evenly(pairs, IMAGES)]
@@ -56,16 +56,15 @@ def of_pairs(settings: Settings, workdir: epath.Path) -> None:
 
 
 def of_records(settings: Settings, workdir: epath.Path, tasks: Sequence[Any]) -> None:
-  """Checks 16 images of the tasks that are read from files, see `_check`.
+  """Checks 16 images of the tasks, see `_check`.
 
   They are evenly spaced over the first `RECORDS` records of each task: a file may be sorted.
   """
-  own = [task for task in tasks if not worlds.world_of_format(task.format)]
-  if not own or not (source := _copied_from(workdir)):
+  if not tasks or not (source := _copied_from(workdir)):
     return
   images = []
-  for task in own:
-    records = sources.open_task(task, "train", settings.instructions, {})
+  for task in tasks:
+    records = sources.open_task(task, "train", settings.instructions)
     chosen = spread(itertools.islice(records, RECORDS), IMAGES)
     images += [image for record in chosen for image in record.images.values()]
   given = [image for image in images if not isinstance(image, edges.ImageMap)]

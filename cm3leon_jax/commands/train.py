@@ -1,7 +1,7 @@
 """Trains the decoder; the same command continues a run that was stopped or killed.
 
-  cm3leon train --config=scenes --workdir=workdir/scenes
-  cm3leon train --config=scenes --workdir=new --init_from=workdir/scenes
+  cm3leon train --config=examples/scenes/config.py --workdir=workdir/scenes
+  cm3leon train --config=examples/scenes/config.py --workdir=new --init_from=workdir/scenes
 
 --init_from starts a new run at step 0 from trained parameters of the same model and vocab. The run
 stores this origin, so that it continues without the flag. A run must continue with the config that

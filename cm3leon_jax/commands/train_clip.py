@@ -1,6 +1,6 @@
 """Trains CLIP on the training pairs; CLIP finds neighbors and scores samples.
 
-  cm3leon train_clip --config=scenes --workdir=workdir/scenes
+  cm3leon train_clip --config=examples/scenes/config.py --workdir=workdir/scenes
 
 At SIGTERM and Ctrl-C the training saves and stops. The same command continues it.
 """

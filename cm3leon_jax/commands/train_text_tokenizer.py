@@ -1,6 +1,6 @@
 """Trains the byte-level BPE text tokenizer on the captions and texts of the training split.
 
-cm3leon train_text_tokenizer --config=scenes --workdir=workdir/scenes
+cm3leon train_text_tokenizer --config=examples/scenes/config.py --workdir=workdir/scenes
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Trains the image tokenizer, a VQGAN, on the training images.
 
-  cm3leon train_vqgan --config=scenes --workdir=workdir/scenes
+  cm3leon train_vqgan --config=examples/scenes/config.py --workdir=workdir/scenes
 
 At SIGTERM and Ctrl-C the training saves and stops. The same command continues it. Every second
 saved state also writes reconstructions.png, which shows held-out images above their
-reconstructions; TensorBoard shows this image, too. For `scenes` it also prints the share of
+reconstructions; TensorBoard shows this image, too. With a judge it also prints the share of
 held-out images that the judge accepts, both as rendered and as reconstructed. The share for
 reconstructed images is an upper bound for what a decoder can be expected to reach.
 """
@@ -25,7 +25,7 @@ with epy.lazy_imports():
   import numpy as np
 
   from cm3leon_jax.data.raw import reader
-  from cm3leon_jax.evaluation import world as world_lib
+  from cm3leon_jax.evaluation import judged
   from cm3leon_jax.evaluation.metrics import published_weights
   from cm3leon_jax.tokenizers import perceptual, vqgan
   from cm3leon_jax.training.small import trainer, vqgan_training
@@ -33,18 +33,18 @@ with epy.lazy_imports():
 
 
 def _judge(settings: Settings, workdir: epath.Path, tokenizer: vqgan.ImageTokenizer) -> dict:
-  """Returns the judge's results for held-out images and reconstructions; {} without facts."""
+  """Returns the shares of held-out images and reconstructions that the judge finds correct.
+
+  Returns {} if the config has no judge, or images have no facts.
+  """
   facts = [pair.facts for pair in reader.read_pairs(workdir / "raw", "heldout")]
-  if not facts or not all(facts):
+  if not facts or not all(facts) or (judge := judged.judge_of(settings)) is None:
     return {}
-  world = world_lib.of_facts(settings)
   images = reader.open_images(workdir / "raw", "heldout", tokenizer.config.resolution)
   images = images[np.arange(len(images))]
   kinds = {"real": images, "reconstructed": tokenizer.decode(tokenizer.encode(images))}
-  return {
-    f"{kind}_{world.name}_right": float(np.mean(world.judge_images(x, facts, settings)))
-    for kind, x in kinds.items()
-  }
+  wrong = {kind: judged.judge_all(judge, some, facts) for kind, some in kinds.items()}
+  return {f"{kind}_images_right": some.count("") / len(some) for kind, some in wrong.items()}
 
 
 def _check_import(settings: Settings, folder: epath.Path) -> None:

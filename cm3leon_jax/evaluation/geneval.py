@@ -54,16 +54,22 @@ def read_prompts(path: epath.PathLike) -> list[dict]:
   return prompts
 
 
+def metadata_of(prompt: str, facts: dict) -> dict:
+  """Returns the line of a held-out caption in GenEval's evaluation_metadata.jsonl."""
+  fields = {name: facts[name] for name in ("tag", "include", "exclude") if name in facts}
+  return {**fields, "prompt": prompt}
+
+
 def prompt_tasks(prompts: Sequence[dict], settings: Settings, where: str) -> list[TextToImage]:
   """Makes a text-to-image task for each prompt of `read_prompts`.
 
-  Each task retrieves `evaluation.scene_neighbors` documents. Prompt i uses the seed
+  Each task retrieves `evaluation.neighbors` documents. Prompt i uses the seed
   `settings.seed` + i. Messages use `where` as the name of the prompt file.
   """
   return [
     TextToImage(
       prompt=line["prompt"],
-      retrieve=settings.evaluation.scene_neighbors,
+      retrieve=settings.evaluation.neighbors,
       seed=settings.seed + row,
       sampling=settings.sampling,
       row=row,

@@ -16,7 +16,7 @@ from cm3leon_jax.generation.pipeline import Pipeline
 def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
   """Chooses documents from the strata in turn.
 
-  A stratum contains the documents of one category that are held out for the same reason. `facts`
+  A stratum contains the documents with the same fields `tag` and `heldout` of their facts. `facts`
   contains the field `facts` of every held-out document: {} if they are unknown. Returns `count`
   indices into `facts`. The first indices, however many, are spread evenly over the strata.
 
@@ -27,12 +27,13 @@ def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
   groups: dict[tuple[str, str], list[int]] = {}
   for i in rng.permutation(len(facts)):
     if facts[i]:
-      groups.setdefault((facts[i]["tag"], facts[i]["heldout"]), []).append(int(i))
+      stratum = (str(facts[i].get("tag", "")), str(facts[i].get("heldout", "")))
+      groups.setdefault(stratum, []).append(int(i))
   available = sum(map(len, groups.values()))
   if available < count:
     raise UserError(
-      f"cannot choose {count} held-out scenes, because only {available} held-out documents have "
-      "facts: lower config.evaluation.scenes, or prepare data with config.raw.source = 'scenes'."
+      f"cannot choose {count} held-out captions, because only {available} held-out documents have "
+      "facts: lower config.evaluation.captions, or prepare data whose records have `facts`."
     )
   ordered = [groups[key] for key in sorted(groups)]
   rounds = itertools.chain.from_iterable(itertools.zip_longest(*ordered))
@@ -45,7 +46,7 @@ def heldout_captions(
   """Makes a task for each pair of a guidance weight and a chosen held-out caption.
 
   The tasks are sorted by weight, in the order of `weights`; duplicate weights are ignored. The seed
-  chooses `evaluation.scenes` captions with facts (see `choose`), or all if it is 0. The document
+  chooses `evaluation.captions` captions with facts (see `choose`), or all if it is 0. The document
   stores and neighbors of `workdir` are read.
 
   Raises:
@@ -55,9 +56,9 @@ def heldout_captions(
   facts = [store[i].facts for i in range(len(store))]
   settings, tokenizer = pipeline.settings, pipeline.image_tokenizer
   config, seed = settings.evaluation, settings.seed
-  rows = choose(facts, config.scenes or max(1, sum(map(bool, facts))), seed)
+  rows = choose(facts, config.captions or max(1, sum(map(bool, facts))), seed)
   columns = [
-    (config.scene_neighbors, dataclasses.replace(settings.sampling, guidance=weight))
+    (config.neighbors, dataclasses.replace(settings.sampling, guidance=weight))
     for weight in dict.fromkeys(weights)
   ]
   return tasks_of_rows(pipeline.layout, workdir, rows, seed, columns, image_tokenizer=tokenizer)

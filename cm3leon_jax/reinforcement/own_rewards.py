@@ -4,14 +4,12 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import importlib.util
-import pathlib
-import sys
 from typing import Any
 
 from jaxtyping import Float32, UInt8
 import numpy as np
 
+from cm3leon_jax import own_functions
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.generation.sample import Sample
@@ -36,13 +34,7 @@ class OwnReward:
   @classmethod
   def load(cls, name: str) -> "OwnReward":
     """Imports the file and returns its function."""
-    file, _, function = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(f"own_reward_{pathlib.Path(file).stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return cls(name, getattr(module, function))
+    return cls(name, own_functions.load(name, "reinforce.reward"))
 
   def __call__(
     self, records: Sequence[Record], samples: Sequence[Sample]

@@ -12,7 +12,6 @@ from cm3leon_jax.data.instructions import sources
 from cm3leon_jax.data.instructions.config import InstructionTask
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.task_files import load_tasks
-from cm3leon_jax.evaluation.world import drawn_tasks
 from cm3leon_jax.generation.given_images import load_image
 from cm3leon_jax.generation.record_prompts import prompt_of
 from cm3leon_jax.generation.tasks import PromptLayout, has_image
@@ -108,7 +107,7 @@ def _records(settings: Settings, task: InstructionTask, split: str) -> Iterator[
   """Yields the records of a task, after checking that the target of the first is an image."""
   # `max_records` limits how many records are encoded. The records here are only read.
   config = dataclasses.replace(settings.instructions, max_records=0)
-  records = sources.open_task(task, split, config, drawn_tasks(settings))
+  records = sources.open_task(task, split, config)
   first = next(records, None)
   if first is None or task.target not in first.images:
     reason = "its target is not an image" if first else f"it has no records of split {split}"

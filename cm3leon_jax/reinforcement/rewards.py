@@ -9,9 +9,8 @@ from jaxtyping import Float32
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.config import InstructionTask
 from cm3leon_jax.data.instructions.records import Record
-from cm3leon_jax.evaluation.world import World, of_answers
+from cm3leon_jax.evaluation import judged as judged_lib
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.reinforcement.own_rewards import OwnReward
 from cm3leon_jax.settings import Settings
@@ -21,16 +20,24 @@ Reward = Callable[[Sequence[Record], Sequence[Sample]], Float32[np.ndarray, " B"
 
 
 def judged(
-  records: Sequence[Record], samples: Sequence[Sample], world: World, settings: Settings
+  records: Sequence[Record], samples: Sequence[Sample], judge: judged_lib.Judge
 ) -> Float32[np.ndarray, " B"]:
   """Returns, for each image, 1 if everything in it is correct, and 0 otherwise.
 
   The share of correct facts would be a bad reward: a policy could raise it by returning the input
   image of an edit, where everything that must stay unchanged is correct.
+
+  Raises:
+    UserError: a record has no facts.
   """
-  images = np.stack([sample.segments[0] for sample in samples])
-  answers = world.judge_answer_images(records, images, settings)
-  return np.array([answer.right for answer in answers], np.float32)
+  for record in records:
+    if not record.facts:
+      raise UserError(
+        f"config.reinforce.reward is 'judge', but record {record.key} has no field 'facts'."
+      )
+  images = [sample.segments[0] for sample in samples]
+  wrong = judged_lib.judge_all(judge, images, [record.facts for record in records])
+  return np.array([not reason for reason in wrong], np.float32)
 
 
 def clip_scores(records: Sequence[Record], samples: Sequence[Sample]) -> Float32[np.ndarray, " B"]:
@@ -48,23 +55,20 @@ def clip_scores(records: Sequence[Record], samples: Sequence[Sample]) -> Float32
   return np.array([sample.clip_score for sample in samples], np.float32)
 
 
-def reward_of(settings: Settings, tasks: Sequence[InstructionTask]) -> Reward:
-  """Returns the function that computes `ReinforceConfig.reward`. All tasks must be of one world.
+def reward_of(settings: Settings) -> Reward:
+  """Returns the function that computes `ReinforceConfig.reward`.
 
   Raises:
-    UserError: the reward cannot score a task, or `OwnReward.load` raises the error.
+    UserError: the config has no judge, or a function of the user cannot be loaded.
   """
   if settings.reinforce.reward == "clip":
     return clip_scores
   if settings.reinforce.reward != "judge":
     return OwnReward.load(settings.reinforce.reward)
-  judges = []
-  for task in tasks:
-    if (world := of_answers(task)) is None:
-      raise UserError(
-        f"config.reinforce.reward is 'judge', but task {task.name} has the format {task.format}: "
-        "only tasks over scenes can be judged; 'clip' scores images for captions, and "
-        "FILE.py:FUNCTION names a function of yours."
-      )
-    judges.append(world)
-  return functools.partial(judged, world=judges[0], settings=settings)
+  judge = judged_lib.judge_of(settings)
+  if judge is None:
+    raise UserError(
+      "config.reinforce.reward is 'judge', but config.evaluation.judge names no judge: set it to "
+      "FILE.py:FUNCTION, or the reward to 'clip' or to a function of yours."
+    )
+  return functools.partial(judged, judge=judge)

@@ -18,7 +18,7 @@ from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.record_prompts import prompt_of
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.positions import positions_of
-from cm3leon_jax.reinforcement.prompts import Prompt, image_tasks, read_heldout, read_prompts
+from cm3leon_jax.reinforcement.prompts import Prompt, read_heldout, read_prompts
 from cm3leon_jax.reinforcement.rewards import Reward, reward_of
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.trained.run import Run
@@ -259,7 +259,7 @@ def open_rollouts(
       f"config.reinforce.retrieve is {config.retrieve}, but neither the run nor the run that it "
       "starts from has documents to retrieve: set it to 0."
     )
-  reward, layout = reward_of(settings, image_tasks(settings)), PromptLayout.of(run)
+  reward, layout = reward_of(settings), PromptLayout.of(run)
   drawn = settings.train.steps * settings.train.global_batch_size // config.samples
   prompts = read_prompts(settings, layout, drawn * config.rounds)
   heldout = read_heldout(settings, layout, config.heldout_prompts, prompts)

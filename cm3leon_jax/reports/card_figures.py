@@ -4,12 +4,10 @@ import dataclasses
 
 from etils import epath
 
-from cm3leon_jax import worlds
 from cm3leon_jax.evaluation.intervals import describe_share
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
 from cm3leon_jax.evaluation.protocols.results import RESULTS, number, with_interval
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.reports import instruction_section
 from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.runs import stages
 from cm3leon_jax.trained.run import Run
@@ -47,8 +45,6 @@ def collect(run: Run, step: int, summary: dict) -> list[Table]:
     for name in TITLES
     if name != "evaluation" or _is_of(run.folder, name, step)
   ]
-  if _is_of(run.folder, "grades", step):
-    tables.append(_grades(run.folder))
   return [table for table in tables if table] + _protocols(run.folder, step)
 
 
@@ -72,6 +68,9 @@ def _stage_table(run: Run, name: str, summary: dict) -> Table | None:
     row = (line["title"], with_interval(line["value"], line["interval"] or {}))
     if row not in rows:  # A figure with several targets has several lines.
       rows.append(row)
+  if name == "evaluation" and (judged := summary[name].get("judged")):
+    share = judged["tables"][judged["best"]]["all"]["correct"]
+    rows.append(("Images that show exactly what their captions say", describe_share(share)))
   if name == "train":
     of = summary.get("train", {})
     rows += [(title, number(of[key])) for key, title in LOSSES.items() if key in of]
@@ -94,32 +93,12 @@ def _how(run: Run, name: str, summary: dict) -> str:
     f"`cm3leon evaluate`, seed {config.get('seed')}: bits of {found.get('documents')} held-out "
     "pairs after the neighbors that their captions retrieve."
   ]
-  for judged in (found[name] for name in worlds.MODULES if name in found):
+  if "judged" in found:
     texts.append(
-      f"Images for {fields.get('scenes')} held-out captions are judged exactly; neighbors: "
-      f"{fields.get('scene_neighbors')}; guidance: {judged.get('best', {}).get('title', '')}, the "
-      "best of several."
+      f"Images for {fields.get('captions')} held-out captions are judged by their facts; "
+      f"neighbors: {fields.get('neighbors')}; {found['judged']['best']}, the best of several."
     )
   return " ".join(texts)
-
-
-def _grades(workdir: epath.Path) -> Table:
-  """Returns a table with the shares of correct answers to held-out instructions."""
-  found = instruction_section.read(workdir, lambda path: None)
-  assert found is not None
-  config = read_json(workdir / "grades" / stages.DONE, {"config": dict})["config"]
-  rows = [
-    (row["label"], f"{row['answers']:,}", *map(describe_share, row["cells"]))
-    for row in found["rows"]
-  ]
-  for kind, shares in found["means"].items():
-    cells = (f"{shares[title]:.1%}" if title in shares else "-" for title in found["titles"])
-    rows.append((f"mean of {kind}", "", *cells))
-  how = (
-    f"`cm3leon grade_instructions`, seed {config.get('seed')}: answers to held-out instructions "
-    "are judged exactly; docs/tuning.md explains the columns."
-  )
-  return Table("Instructions", how, ("task", "answers", *found["titles"]), tuple(rows))
 
 
 def _protocols(workdir: epath.Path, step: int) -> list[Table]:

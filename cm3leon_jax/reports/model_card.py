@@ -14,7 +14,6 @@ import yaml
 import cm3leon_jax
 from cm3leon_jax import settings as settings_lib
 from cm3leon_jax.data.documents import training_data
-from cm3leon_jax.evaluation.world import of_source
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation.text_tasks import QUESTION
@@ -54,7 +53,7 @@ def render(folder: epath.Path, run: Run, step: int, exported: dict) -> str:
   )
   architecture = (described.get("architectures") or [""])[0]
   trained = settings_lib.settings_of_run(run.folder) if "cost" not in exported else settings
-  world, images = of_source(trained), exported.get("image_tokenizer", {})
+  images = exported.get("image_tokenizer", {})
   learned = training_data.read(folder)
   data = learned["origins"]
   licenses = {origin["license"] for origin in data}
@@ -76,7 +75,7 @@ def render(folder: epath.Path, run: Run, step: int, exported: dict) -> str:
     "sampling": trained.sampling,
     "train": trained.train,
     "sequence_length": trained.data.sequence_length,
-    "caption": world.caption if world else "a photo of a dog",
+    "caption": "a photo of a dog",
     "question": QUESTION.replace("{}", "..."),
     "tasks": sorted(name.removeprefix("train_") for name in tuned),
     "data": data[:MOST_ORIGINS],

@@ -14,14 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cm3leon_jax import worlds
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
-from cm3leon_jax.evaluation import world as world_lib
+from cm3leon_jax.evaluation import judged
 from cm3leon_jax.evaluation.intervals import describe_groups, describe_share
 from cm3leon_jax.files.atomic import replacing
-from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
-from cm3leon_jax.reports import instruction_section
+from cm3leon_jax.files.json_files import read_json_lines, write_json
 from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.runs import stages
 from cm3leon_jax.runs import table as stage_table
@@ -207,21 +205,12 @@ def grids(workdir: epath.Path) -> list[tuple[str, str | None]]:
 
 
 def judged_samples(workdir: epath.Path, summary: dict) -> dict[str, Any] | None:
-  """Returns the page's section on judged samples, or None if no samples were judged.
+  """Returns the section on judged images: the result of `judged.evaluate`, and "sheet", a data URI.
 
-  Returns:
-    A dict: "world"; "overview", the numbers of the stage; "tables", by title; "sheet", a data URI.
+  None if no images were judged.
   """
-  for name in worlds.MODULES:
-    if name in (evaluation := summary.get("evaluation", {})):
-      path = workdir / "evaluation" / f"{name}.json"
-      return {
-        "world": world_lib.find(name),
-        "overview": evaluation[name],
-        "tables": read_json(path, {"tables": dict})["tables"],
-        "sheet": file_uri(path.with_suffix(".png")),
-      }
-  return None
+  found = summary.get("evaluation", {}).get("judged")
+  return found and {**found, "sheet": file_uri(workdir / "evaluation" / judged.SHEET)}
 
 
 def licenses(workdir: epath.Path) -> list[dict]:
@@ -311,7 +300,6 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
     loss_svg=loss_figure(metrics),
     bits_svg=bits_figure(summary.get("evaluation", {})),
     judged=judged_samples(workdir, summary),
-    instructions=instruction_section.read(workdir, file_uri),
     reconstructions=reconstructions(workdir),
     reconstruction_sheet=reconstruction_sheet(workdir),
     prompts=prompts(workdir),

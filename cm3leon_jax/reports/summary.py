@@ -7,10 +7,7 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from cm3leon_jax import worlds
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.task_files import load_tasks
-from cm3leon_jax.evaluation import world as world_lib
 from cm3leon_jax.evaluation.headlines import NEIGHBORS, RETRIEVAL, Headline
 from cm3leon_jax.evaluation.intervals import describe_groups, mean_interval
 from cm3leon_jax.files.json_files import lacks, plain, read_json, read_json_lines
@@ -23,17 +20,18 @@ from cm3leon_jax.training.watch.heldout import OF_PAIRS, decisive
 JUDGED = "judged"  # Name of a JSON file of the workdir and of a section of the summary.
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
-# fmt: off
 HEADLINES = (
-  Headline(
-    "PSNR of reconstructions, held-out images (dB)", "vqgan.psnr_db", ">=", 20.0),
+  Headline("PSNR of reconstructions, held-out images (dB)", "vqgan.psnr_db", ">=", 20.0),
   *RETRIEVAL,
   Headline(
-    "Bits per text token, true neighbors", "evaluation.text.true.bits", "<",
-    "evaluation.text.unigram", "unigram model"),
+    "Bits per text token, true neighbors",
+    "evaluation.text.true.bits",
+    "<",
+    "evaluation.text.unigram",
+    "unigram model",
+  ),
   *NEIGHBORS,
 )
-# fmt: on
 
 
 def lookup(summary: Any, path: str) -> Any:
@@ -88,9 +86,6 @@ def _of_stages(summary: dict) -> list[Headline]:
 
   A copied stage trains nothing, so it has no figures.
   """
-  for name in worlds.MODULES:
-    if found := world_lib.find(name).headlines(summary):
-      return list(found)
   copied = [name for name in summary if lookup(summary, f"{name}.copied_from")]
   return [line for line in HEADLINES if line.path.partition(".")[0] not in copied]
 
@@ -293,9 +288,9 @@ def expected_stages(workdir: epath.Path) -> list[str]:
   that its config needs.
   """
   if not (needed := _stages_of_tuning(workdir)):
-    tunes = {"instructions", "grades"} if (workdir / "instructions").exists() else set()
+    tunes = {"instructions"} if (workdir / "instructions").exists() else set()
     tunes |= {"forgetting"} if _has_base_documents(workdir) else set()
-    needed = table.STAGES.keys() - {"instructions", "grades", "forgetting"} | tunes
+    needed = table.STAGES.keys() - {"instructions", "forgetting"} | tunes
   return [name for name in table.STAGES if name in needed or (workdir / name / DONE).exists()]
 
 
@@ -306,11 +301,7 @@ def _stages_of_tuning(workdir: epath.Path) -> set[str]:
   settings = settings_from_stored(stored) if stored else None
   if settings is None or not settings.instructions.any:
     return set()
-  try:
-    judged = any(map(world_lib.of_answers, load_tasks(settings.instructions)))
-  except UserError:  # The file of the tasks no longer exists.
-    judged = False
-  return {name for name in table.order(settings, given=True) if name != "grades" or judged}
+  return set(table.order(settings, given=True))
 
 
 def _has_base_documents(workdir: epath.Path) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from etils import epath
 import ml_collections
 
+from cm3leon_jax import own_functions
 from cm3leon_jax.config import UserError, build
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages
@@ -214,6 +215,8 @@ def complete(
   if of_base and config.adapter.rank:
     new["optimizer.learning_rate"] *= ADAPTER_RATE
   made.update_from_flattened_dict({k: v for k, v in new.items() if k not in kept})
+  for section, field in own_functions.FIELDS:  # A base is foreign; it names no file to import.
+    made[section][field] = config[section][field]
   square = made.vqgan.downsample
   if side and side == made.vqgan.resolution and square > 0 and side % square:
     raise UserError(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from cm3leon_jax.config import REMOVED_FIELDS, UserError
+from cm3leon_jax.config import REMOVED_FIELDS, UserError, current_fields
 from cm3leon_jax.files.atomic import exists, sync
 from cm3leon_jax.files.digests import damage, describe, digest
 from cm3leon_jax.files.json_files import plain, read_json, write_json
@@ -40,7 +40,7 @@ def differences(old: dict, new: dict, where: str = "") -> list[str]:
   A field that did not exist when `old` was written is not a difference if it is off in `new`: 0,
   False or empty. Fields in `REMOVED_FIELDS` are never a difference.
   """
-  changed = []
+  changed, old = [], current_fields(where.rstrip("."), old)
   for key in sorted({*old, *new}):
     a, b = old.get(key), new.get(key)
     if isinstance(a, dict) and isinstance(b, dict):

@@ -43,7 +43,7 @@ RUN = ("vocab", "data", "model", "optimizer", "train.global_batch_size", "seed")
 
 # Folder of the workdir -> stage, in the order in which they run.
 STAGES = {
-  "raw": Stage("prepare_data", "Raw pairs and texts", (), ("raw", "scenes"), files=("index.json",)),
+  "raw": Stage("prepare_data", "Raw pairs and texts", (), ("raw",), files=("index.json",)),
   "text_tokenizer": Stage(
     "train_text_tokenizer",
     "Text tokenizer",
@@ -105,12 +105,6 @@ STAGES = {
   "forgetting": Stage(
     "measure_forgetting", "Forgetting of the base", ("train",), ("evaluation", "sampling", "seed")
   ),
-  "grades": Stage(
-    "grade_instructions",
-    "Grades of instructions",
-    ("instructions", "train"),
-    ("sampling", "evaluation", "seed"),
-  ),
   "export": Stage("export", "Export", (*TOKENIZERS, "train"), ("model",)),
 }
 
@@ -119,14 +113,14 @@ STAGES = {
 FREE = frozenset(
   {
     "raw.num_threads",
+    "raw.options",  # The parts of the source, an input of `raw`, depend on them.
     "raw.max_rejected",
-    "scenes.train",  # Determines the parts of the source, an input of `raw`.
-    "scenes.heldout",
     "text_tokenizer.max_caption_tokens",
     "vqgan.steps",
     "vqgan.checkpoint_every",
     "clip.steps",
     "clip.checkpoint_every",
+    "evaluation.judge",  # The content of its file is an input of `evaluation`.
     "instructions.allow_outside",
     "data.read_threads",
     "data.on_bad_record",
@@ -183,7 +177,7 @@ def order(settings: Settings, given: bool, own_images: bool = False) -> list[str
   With `given`, tokenizers and CLIP are copied from another run, so that no stage trains them, but
   for the image tokenizer if `own_images`.
   """
-  ends = ["grades"] if settings.instructions.any else ["samples", "evaluation", "export"]
+  ends = ["train"] if settings.instructions.any else ["samples", "evaluation", "export"]
   if settings.data.base_documents:
     ends.append("forgetting")
   copied = ("text_tokenizer", "clip", *(() if own_images else ("vqgan",))) if given else ()

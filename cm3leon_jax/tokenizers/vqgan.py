@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32, Int32, Key, UInt8
 import numpy as np
 
 from cm3leon_jax import parameters
-from cm3leon_jax.config import REMOVED_FIELDS, UserError, build
+from cm3leon_jax.config import UserError, build, current_fields
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.tokenizers import ink, published, quantizers
@@ -273,7 +273,7 @@ class ImageTokenizer:
     if published.SECTION in stored:
       section = published.SECTION
       stored = read_json(folder / CONFIG, {section: dict, "num_codes": int})
-      fields = {k: v for k, v in stored[section].items() if f"{section}.{k}" not in REMOVED_FIELDS}
+      fields = current_fields(section, stored[section])
       other = build(published.PublishedConfig, fields, section)
       expected = parameters.to_dict(published.structure(other, stored["num_codes"])[1])
       params = parameters.load(folder / PARAMS, expected, "import_vqgan")

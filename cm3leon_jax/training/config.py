@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
+from cm3leon_jax import own_functions
 from cm3leon_jax.config import STRICT, UserError
 
 
@@ -198,8 +199,8 @@ class ReinforceConfig:
   """Number of samples per prompt in a step; must divide `train.global_batch_size`, which counts
   samples."""
   reward: str = "judge"
-  """Reward of a sample. `judge` is for tasks over `scenes`: 1 if the judge finds the sample
-  entirely correct, else 0. `clip` is the cosine similarity of the CLIP embeddings of image and
+  """Reward of a sample. `judge`: 1 if `evaluation.judge` finds the sample correct by the
+  facts of its record, else 0. `clip` is the cosine similarity of the CLIP embeddings of image and
   caption. `path/own.py:blue` names a function of yours, (prompts, images, records) -> array of one
   score per image; see docs/reinforcement.md."""
   retrieve: NonNegativeInt = 0
@@ -224,9 +225,7 @@ class ReinforceConfig:
   step."""
 
   def __post_init__(self) -> None:
-    file, _, function = self.reward.rpartition(":")
-    is_own = file.endswith(".py") and function.isidentifier()
-    if self.reward not in ("judge", "clip") and not is_own:
+    if self.reward not in ("judge", "clip") and not own_functions.is_function(self.reward):
       raise ValueError(
         f"reward is '{self.reward}'; it must be judge, clip, or a function of yours, "
         "as in path/own.py:blue."

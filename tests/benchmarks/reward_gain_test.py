@@ -1,4 +1,3 @@
-import dataclasses
 import re
 import subprocess
 import sys
@@ -8,10 +7,12 @@ import pytest
 
 from benchmarks.evidence import reward_gain
 from benchmarks.evidence.reward_gain import Drawn
-from cm3leon_jax.configs import scenes
-from cm3leon_jax.scenes import source
-from cm3leon_jax.scenes.judge import baselines
+from cm3leon_jax.config import build
 from cm3leon_jax.settings import settings_from_config
+from examples.scenes import config as scenes
+from examples.scenes import source
+from examples.scenes.judge import baselines
+from examples.scenes.options import ScenesConfig
 
 START = Drawn(np.array([0.5, 0.5, 1.0, 1.0]), np.array([0.5, 0.5, 0.5, 0.5]), 0.2, 8.0)
 
@@ -41,9 +42,10 @@ def test_the_mean_of_runs_is_that_of_each_prompt():
 
 
 def test_claims_of_training_are_those_of_its_captions_and_its_prompts():
-  settings = settings_from_config(scenes.get_config("2"))
-  few = dataclasses.replace(settings.scenes, train=3)
-  settings = dataclasses.replace(settings, scenes=few)
+  config = scenes.get_config("2")
+  config.raw.options.train = 3
+  few = build(ScenesConfig, config.raw.options, "raw.options")
+  settings = settings_from_config(config)
   facts = [source.pair(few, "train", i).facts["include"] for i in range(4)]
   claims = reward_gain.claims_of_training(settings, None)
   assert claims == {baselines.claims_of(one) for one in facts[:3]}

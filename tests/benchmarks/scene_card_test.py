@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 
 from benchmarks.evidence import scene_card, scene_card_table
-from cm3leon_jax.configs import scenes as config_scenes
-from cm3leon_jax.scenes import source, world
-from cm3leon_jax.scenes.drawings import render
-from cm3leon_jax.scenes.judge.baselines import TrainingScenes, claims_of
-from cm3leon_jax.scenes.world import Placed, Scene, split_of_scene
-from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.config import build
+from examples.scenes import config as config_scenes
+from examples.scenes import source, world
+from examples.scenes.drawings import render
+from examples.scenes.judge.baselines import TrainingScenes, claims_of
+from examples.scenes.options import ScenesConfig
+from examples.scenes.world import Placed, Scene, split_of_scene
 
 CONFIG = dataclasses.replace(
-  settings_from_config(config_scenes.get_config()).scenes, train=3_000, heldout=100
+  build(ScenesConfig, config_scenes.get_config().raw.options, "raw.options"),
+  train=3_000,
+  heldout=100,
 )
 
 

@@ -4,10 +4,11 @@ import pytest
 from benchmarks.evidence import scene_recount
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.scenes import source, world
-from cm3leon_jax.scenes.config import ScenesConfig
-from cm3leon_jax.scenes.drawings import render
-from cm3leon_jax.scenes.world import Placed, Scene
+from examples.scenes import instruct, make_instructions, source, world
+from examples.scenes.drawings import render
+from examples.scenes.instructions import EDITS
+from examples.scenes.options import ScenesConfig
+from examples.scenes.world import Placed, Scene
 
 CONFIG = ScenesConfig(rare_objects=1_550)
 
@@ -76,8 +77,10 @@ def test_both_counts_of_a_card_are_compared(tmp_path):
 
 
 @pytest.mark.slow
-def test_edits_of_the_bundled_model_are_counted(monkeypatch):
+def test_edits_of_the_bundled_model_are_counted(monkeypatch, tmp_path):
   monkeypatch.setattr(scene_recount, "EDITS", 8)
+  make_instructions.write(tmp_path, make_instructions.options_of(), tuple(EDITS), 1, 8)
+  monkeypatch.setattr(instruct, "TASKS", str(tmp_path / "tasks.yaml"))
   table = [
     line.strip("| ").split(" | ")
     for line in scene_recount.count("edits", "scenes-instruct").splitlines()[2:]

@@ -45,7 +45,8 @@ def test_the_table_in_literals():
 def test_a_whole_comparison(tmp_path):
   """Compares two tokenizers with the real commands. The second call trains nothing."""
   given = {
-    "scenes.train": 300, "scenes.heldout": 70, "scenes.rare_objects": 20, "scenes.bank": 40,
+    "raw.options.train": 300, "raw.options.heldout": 70, "raw.options.rare_objects": 20,
+    "raw.options.bank": 40,
     "vocab.text_size": 512, "clip.steps": 20, "clip.batch_size": 32, "vqgan.width": 8,
     "vqgan.batch_size": 8, "model.num_layers": 1, "model.width": 32, "model.mlp_width": 32,
     "train.global_batch_size": 8, "train.checkpoint_every": 20,

@@ -7,12 +7,12 @@ import pathlib
 import pytest
 
 from cm3leon_jax.commands import COMMANDS, common
-from tests.launched import cm3leon, launch
+from tests.launched import SCENES, cm3leon, launch
 from tests.refusals import check_refused
 
 FOLDER = pathlib.Path(common.__file__).parent
 ROOT = FOLDER.parents[1]
-RUN = ["--config=scenes", "--workdir=w"]
+RUN = [f"--config={SCENES}", "--workdir=w"]
 WITHOUT_CONFIG = ("checkpoints", "docs", "serve")
 
 
@@ -45,13 +45,13 @@ MISTAKES = [
   (["train", *RUN, "--config.train.steps=abc"], ["--config.train.steps", "abc"]),
   (["train", *RUN, "--config.train=abc"], ["--config.train", "abc"]),
   (["train", "--config.seed=5", *RUN], ["config.seed"]),
-  (["train", "--config=nowhere.py", "--workdir=w"], ["nowhere.py", "scenes"]),
+  (["train", "--config=nowhere.py", "--workdir=w"], ["nowhere.py", "own"]),
   (["train", "--config=onw", "--workdir=w"], ["onw", "did you mean 'own'?"]),
   (["docs", "own_image"], ["did you mean 'own_images'?"]),
-  (["train", "--config=scenes:soon", "--workdir=w"], ["--config", "soon"]),
+  (["train", f"--config={SCENES}:soon", "--workdir=w"], ["--config", "soon"]),
   (["train", "--workdir=w"], ["--config"]),
-  (["train", "--config=scenes"], ["--workdir"]),
-  (["train", "--config=scenes", "--workdir=a.txt"], ["--workdir", "a.txt"]),
+  (["train", f"--config={SCENES}"], ["--workdir"]),
+  (["train", f"--config={SCENES}", "--workdir=a.txt"], ["--workdir", "a.txt"]),
   (["report", *RUN, "--num_processes=2"], ["num_processes"]),
   (["generate", *RUN, "--task=draw"], ["--task", "draw", "edit"]),
   (["generate", *RUN, "--prompt=a", "red", "bell"], ["red", "quotes"]),
@@ -70,12 +70,12 @@ def test_a_wrong_command_line_is_one_sentence_before_jax_is_imported(argv, facts
 
 
 LATER = [
-  (["evaluate", "--config=scenes", "--config.evaluation.num_documents=1"], ["num_documents"]),
+  (["evaluate", f"--config={SCENES}", "--config.evaluation.num_documents=1"], ["num_documents"]),
   (["prepare_data", "--config=cm3leon_7b"], ["config.raw.source"]),
-  (["prepare_data", "--config=scenes", "--config.vqgan.resolution=50"], ["vqgan", "50"]),
-  (["train_clip", "--config=scenes", "--config.clip.resolution=50"], ["clip", "50"]),
-  (["report", "--config=scenes"], ["w", "prepare_data"]),
-  (["prepare_data", "--config=scenes", "--config.raw.source=s3://b/p"], ["s3://b/p", "S3"]),
+  (["prepare_data", f"--config={SCENES}", "--config.vqgan.resolution=50"], ["vqgan", "50"]),
+  (["train_clip", f"--config={SCENES}", "--config.clip.resolution=50"], ["clip", "50"]),
+  (["report", f"--config={SCENES}"], ["w", "prepare_data"]),
+  (["prepare_data", f"--config={SCENES}", "--config.raw.source=s3://b/p"], ["s3://b/p", "S3"]),
 ]
 
 
@@ -139,8 +139,8 @@ def test_report_lists_what_has_not_run(tmp_path):
   done = {"config": {}, "summary": {}, "seconds": 1.0, "id": "1"}
   (tmp_path / "raw" / "done.json").write_text(json.dumps(done))
   changed = "--config.raw.source=my images"
-  result = launch("report", "--config=scenes:2", changed, f"--workdir={tmp_path}")
+  result = launch("report", f"--config={SCENES}:2", changed, f"--workdir={tmp_path}")
   assert result.returncode == 0, result.stderr
   assert "not run" in result.stdout
   page = html.unescape((tmp_path / "report.html").read_text())
-  assert f"cm3leon prepare_data --config=scenes:2 '{changed}' --workdir=DIR" in page
+  assert f"cm3leon prepare_data --config={SCENES}:2 '{changed}' --workdir=DIR" in page

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from cm3leon_jax import accelerators
+from tests.launched import SCENES
 from tests.refusals import check_refused
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -35,7 +36,7 @@ common.run(main, workdir=False)
   any(map(glob.glob, accelerators.DEVICE_FILES)), reason="this machine has an accelerator"
 )
 def test_a_machine_without_accelerators_prints_no_warnings():
-  result = run(sys.executable, "-c", DEVICES, "--config=scenes")
+  result = run(sys.executable, "-c", DEVICES, f"--config={SCENES}")
   assert (result.returncode, result.stdout, result.stderr) == (0, "cpu\n", "")
 
 

@@ -7,8 +7,9 @@ from cm3leon_jax.commands import prepare_data
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import from_data
 from cm3leon_jax.settings import default_config, settings_from_config
+from examples.scenes.judge.leaks import leaks
 from tests.data.checks.leaks_test import photos, write_source
-from tests.launched import ROOT, launch
+from tests.launched import ROOT, SCENES, launch
 from tests.refusals import check_refused, refused
 
 
@@ -35,7 +36,7 @@ def test_data_that_the_config_needs_is_enough():
   check_enough(PAIRS, text_share=0.0)
   check_enough(PAIRS | TEXTS, text_share=0.3)
   check_enough(TEXTS, text_share=1.0)
-  check_enough({}, tasks="scenes")  # Instruction tuning needs neither pairs nor texts.
+  check_enough({}, tasks="cm3leon")  # Instruction tuning needs neither pairs nor texts.
 
 
 @pytest.mark.parametrize(
@@ -91,11 +92,6 @@ def test_a_repeated_command_does_not_read_its_own_output(source, workdir, tmp_pa
   assert not list(folder.rglob("~"))
 
 
-def test_a_source_without_files_needs_a_resolution():
-  result = launch("prepare_data", "--config=own", "--config.raw.source=scenes", "--workdir=w")
-  check_refused(result, "config.raw.resolution", "scenes")
-
-
 def test_check_leaks_names_the_pairs_and_fails(tmp_path):
   images = photos("train", range(4)) | photos("heldout", [3, 9])
   source = write_source(tmp_path / "in", images)
@@ -112,28 +108,21 @@ def test_check_leaks_names_the_pairs_and_fails(tmp_path):
   assert "error: 1 of 2 held-out images" in checked.stderr
 
 
-def test_scenes_are_checked_by_their_facts(tmp_path):
-  flags = ["--config.raw.source=scenes", "--config.raw.resolution=48"]
-  flags += ["--config.scenes.train=60", "--config.scenes.heldout=14", f"--workdir={tmp_path}"]
-  prepared = command(*flags)
+def test_a_function_is_named_by_a_flag_relative_to_the_current_folder_and_pixels_tell_no_leak():
+  source = "--config.raw.source=tests/commands/own_records.py:records"
+  unset = command(source, "--workdir=w", config="own")
+  check_refused(unset, "config.raw.resolution", "config.raw.crops")
+  checked = command(source, "--workdir=w", "--check_leaks")
+  check_refused(checked, "--check_leaks", f"{ROOT}/tests/commands/own_records.py:records")
+
+
+def test_leaked_facts_of_scenes_are_found_in_a_prepared_folder(tmp_path):
+  fields = {"train": 60, "heldout": 14, "bank": 0, "rare_objects": 20}
+  flags = [f"--config.raw.options.{name}={value}" for name, value in fields.items()]
+  prepared = command(*flags, f"--workdir={tmp_path}", config=SCENES)
   assert prepared.returncode == 0, prepared.stderr
   assert "train_pairs 60, heldout_pairs 14" in prepared.stdout
-  assert "distinct_scenes 635840" in prepared.stdout
-  assert "heldout_rare_rare 2" in prepared.stdout
-  checked = command(*flags, "--check_leaks")
-  assert checked.returncode == 0, checked.stderr
-  assert "by facts: heldout_scenes 14, train_scenes 60, leaked_scene 0" in checked.stdout
-  leaked = tmp_path / "raw" / "000000" / "pairs.jsonl"
-  records = (tmp_path / "raw" / "000001" / "pairs.jsonl").read_text()
-  with leaked.open("a") as file:
-    file.write(records.splitlines()[0].replace('"split": "heldout"', '"split": "train"') + "\n")
-  checked = command(*flags, "--check_leaks")
-  assert "000000/pairs.jsonl has " in checked.stderr  # The message reports a wrong file size.
-  (tmp_path / "raw" / "done" / "000000.json").unlink()  # Removes the digests of the shard.
-  checked = command(*flags, "--check_leaks")
-  assert checked.returncode == 2
-  assert "heldout 'scenes/heldout/0000000' (scene): " in checked.stdout
-  assert "error: 1 of 14 held-out scenes" in checked.stderr
+  assert leaks(tmp_path / "raw").first == []
 
 
 def test_texts_without_pairs_are_warned_of_and_refused(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from cm3leon_jax.commands import config_file, run, stage_process
 from cm3leon_jax.config import UserError
 from cm3leon_jax.settings import settings_from_config
+from tests.launched import INSTRUCT, SCENES
 from tests.refusals import refused
 
 DEMO = [
@@ -14,7 +15,7 @@ DEMO = [
 ]  # fmt: skip
 TUNING = [
   "copy_tokenizers", "prepare_data", "encode_documents", "build_neighbors", "encode_instructions",
-  "train", "grade_instructions", "report",
+  "train", "report",
 ]  # fmt: skip
 
 
@@ -25,27 +26,21 @@ def settings_of(name, **fields):
 
 
 def test_a_run_has_the_stages_of_the_demo_in_order():
-  assert list(run.commands(settings_of("scenes"), given=False)) == DEMO
+  assert list(run.commands(settings_of(SCENES), given=False)) == DEMO
   example = str(pathlib.Path(__file__).parents[2] / "examples" / "openmoji" / "config.py")
   assert list(run.commands(settings_of(example), given=False)) == DEMO
 
 
 def test_a_run_that_tunes_starts_from_the_tokenizers_of_another():
-  assert list(run.commands(settings_of("scenes_instruct"), given=True)) == TUNING
-  without = settings_of("scenes_instruct", **{"instructions.replay_share": 0.0})
+  assert list(run.commands(settings_of(INSTRUCT), given=True)) == TUNING
+  without = settings_of(INSTRUCT, **{"instructions.replay_share": 0.0})
   raw = ("prepare_data", "encode_documents", "build_neighbors")
   assert list(run.commands(without, given=True)) == [n for n in TUNING if n not in raw]
 
 
 def test_a_run_trains_no_clip_if_it_has_a_published_one():
-  published = settings_of("scenes", **{"retrieval.clip": "openai/clip-vit-base-patch32"})
+  published = settings_of(SCENES, **{"retrieval.clip": "openai/clip-vit-base-patch32"})
   assert list(run.commands(published, given=False)) == [n for n in DEMO if n != "train_clip"]
-
-
-def test_only_tasks_that_are_judged_are_graded():
-  names = list(run.commands(settings_of("sft_350m"), given=True))
-  assert "encode_instructions" in names
-  assert "grade_instructions" not in names
 
 
 @pytest.fixture
@@ -71,7 +66,7 @@ def started(monkeypatch):
 def test_each_stage_prints_one_line_and_data_and_report_say_what_they_found(
   started, tmp_path, capsys
 ):
-  run.main(settings_of("scenes"), epath.Path(tmp_path), "", False, {})
+  run.main(settings_of(SCENES), epath.Path(tmp_path), "", False, {})
   assert [command for command, _ in started] == DEMO
   assert all(flags == ["--config=c", f"--workdir={tmp_path}"] for _, flags in started)
   lines = capsys.readouterr().out.splitlines()
@@ -87,15 +82,14 @@ def test_each_stage_prints_one_line_and_data_and_report_say_what_they_found(
 
 
 def test_a_run_that_tunes_names_its_start_to_two_stages(started, tmp_path):
-  more = {"grade_instructions": ["--records=9"]}
-  run.main(settings_of("scenes_instruct"), epath.Path(tmp_path), "scenes", False, more)
+  run.main(settings_of(INSTRUCT), epath.Path(tmp_path), "scenes", False, {})
   extra = {command: flags[2:] for command, flags in started if flags[2:]}
   start = ["--init_from=scenes"]
-  assert extra == {"copy_tokenizers": start, "train": start, "grade_instructions": ["--records=9"]}
+  assert extra == {"copy_tokenizers": start, "train": start}
 
 
 def test_a_run_on_a_base_measures_what_it_forgets():
-  own = settings_of("scenes", **{"data.base_documents": 9})
+  own = settings_of(SCENES, **{"data.base_documents": 9})
   names = list(run.commands(own, given=True))
   assert names == [
     "copy_tokenizers", "prepare_data", "encode_documents", "build_neighbors", "train",
@@ -103,23 +97,23 @@ def test_a_run_on_a_base_measures_what_it_forgets():
   ]  # fmt: skip
   with_own_images = list(run.commands(own, given=True, own_images=True))
   assert with_own_images == [*names[:2], "train_vqgan", *names[2:]]
-  tuned = settings_of("scenes_instruct", **{"data.base_documents": 9})
-  last = list(run.commands(tuned, given=True))[-4:]
-  assert last == ["train", "measure_forgetting", "grade_instructions", "report"]
+  tuned = settings_of(INSTRUCT, **{"data.base_documents": 9})
+  last = list(run.commands(tuned, given=True))[-3:]
+  assert last == ["train", "measure_forgetting", "report"]
 
 
 def test_an_own_image_tokenizer_belongs_to_a_base(tmp_path):
   with refused(UserError, "--own_image_tokenizer", "--init_from"):
-    run.main(settings_of("scenes"), epath.Path(tmp_path), "", True, {})
+    run.main(settings_of(SCENES), epath.Path(tmp_path), "", True, {})
 
 
 def test_a_limit_of_forgetting_needs_documents_of_the_base(started, tmp_path):
   fields = {"train.max_forgetting": 0.03}
   folder = epath.Path(tmp_path)
   with refused(UserError, "max_forgetting", "base_documents"):
-    run.main(settings_of("scenes_instruct", **fields), folder, "scenes", False, {})
+    run.main(settings_of(INSTRUCT, **fields), folder, "scenes", False, {})
   assert started == []
   assert not list(folder.iterdir())
-  with_documents = settings_of("scenes_instruct", **fields, **{"data.base_documents": 9})
+  with_documents = settings_of(INSTRUCT, **fields, **{"data.base_documents": 9})
   run.main(with_documents, folder, "scenes", False, {})
   assert started

@@ -10,7 +10,7 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.faults import lease
-from tests.launched import launch
+from tests.launched import SCENES, launch
 from tests.refusals import refused
 
 
@@ -21,10 +21,10 @@ def settings_of(config):
 @pytest.mark.parametrize(
   ("name", "folder", "config", "more"),
   [
-    ("prepare_data", "raw", "scenes", {"files": "before"}),
-    pytest.param("encode_documents", "documents", "scenes", {}, marks=pytest.mark.slow),
-    pytest.param("build_neighbors", "neighbors", "scenes", {}, marks=pytest.mark.slow),
-    ("encode_instructions", "instructions", "scenes_instruct", {"tasks": "before"}),
+    ("prepare_data", "raw", SCENES, {"files": "before"}),
+    pytest.param("encode_documents", "documents", SCENES, {}, marks=pytest.mark.slow),
+    pytest.param("build_neighbors", "neighbors", SCENES, {}, marks=pytest.mark.slow),
+    ("encode_instructions", "instructions", "sft_350m", {"tasks": "before"}),
   ],
 )
 def test_a_second_job_of_a_stage_is_refused_and_leaves_its_folder_as_it_is(
@@ -68,7 +68,7 @@ def test_the_lease_is_given_back_after_the_stage_is_finished(tmp_path, parsed, m
     write(path, value)
 
   monkeypatch.setattr(stages, "write_json", recorded)
-  settings = settings_of("scenes")
+  settings = settings_of(SCENES)
   with sharded.stage(folder.parent, "raw", settings) as (summary, runner):
     assert (summary, runner.kind) == ({}, "local")
   assert events == [(stages.DONE, True)]
@@ -82,7 +82,7 @@ def test_a_job_that_lost_its_lease_finishes_no_stage(tmp_path, parsed):
   folder = epath.Path(tmp_path / "raw")
   with (
     refused(UserError, "lease.json"),
-    sharded.stage(folder.parent, "raw", settings_of("scenes")),
+    sharded.stage(folder.parent, "raw", settings_of(SCENES)),
   ):
     write_json(folder / lease.NAME, {"token": "other", "host": "elsewhere", "pid": 7})
   assert not (folder / stages.DONE).exists()

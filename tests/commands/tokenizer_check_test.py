@@ -13,9 +13,9 @@ from cm3leon_jax.data.instructions.config import InstructionsConfig, Instruction
 from cm3leon_jax.evaluation.metrics.reconstructions import compare
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages
-from cm3leon_jax.scenes import drawings
-from cm3leon_jax.scenes.config import COMMON
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from examples.scenes import drawings
+from examples.scenes.options import COMMON
 from tests.api_test import ROOT
 from tests.generation.run import SETTINGS, make_run
 from tests.refusals import refused

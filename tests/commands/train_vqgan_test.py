@@ -3,7 +3,6 @@ import shutil
 import sys
 from unittest import mock
 
-import jax
 import numpy as np
 import pytest
 
@@ -13,10 +12,7 @@ from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.runs import stages, table
-from cm3leon_jax.scenes.config import ScenesConfig
-from cm3leon_jax.scenes.source import ScenesSource
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.training.small import vqgan_training
 from tests.data.raw_folder import write_raw
@@ -37,21 +33,28 @@ class Half:
     return np.where(np.arange(len(codes))[:, None, None, None] % 2, codes, np.uint8(255))
 
 
-@pytest.mark.parametrize("style", ["filled", "outlined"])
-def test_reconstructions_of_scenes_are_judged(tmp_path, style):
-  raw = RawConfig(source="scenes", resolution=48)
-  config = ScenesConfig(train=20, heldout=24, style=style)
-  drawn = ScenesSource(config)
-  ingest.prepare(raw, ingest.parts_of(raw, drawn), tmp_path / "raw", Runner(), drawn)
-  sizes = dataclasses.replace(LOCAL, resolution=48)
-  settings = dataclasses.replace(settings_from_config(make_config()), raw=raw, scenes=config)
-  assert command._judge(settings, tmp_path, Half(sizes)) == {
-    "real_scenes_right": 1.0,
-    "reconstructed_scenes_right": 0.5,
+JUDGE = """
+def blank(image, facts):
+  assert facts == {"n": 1}
+  return "blank" if (image == 255).all() else ""
+"""
+
+
+def test_reconstructions_are_judged_by_the_function_of_the_config(tmp_path):
+  colors = np.arange(24, dtype=np.uint8)[:, None, None, None]
+  images = np.broadcast_to(colors, (24, 8, 8, 3))
+  pairs = [{"key": f"k{i}", "caption": "a", "split": "heldout", "facts": {"n": 1}}
+           for i in range(24)]  # fmt: skip
+  write_raw(tmp_path / "raw", pairs, images)
+  (tmp_path / "own.py").write_text(JUDGE)
+  config = make_config()
+  config.evaluation.judge = f"{tmp_path}/own.py:blank"
+  tokenizer = Half(dataclasses.replace(LOCAL, resolution=8))
+  assert command._judge(settings_from_config(config), tmp_path, tokenizer) == {
+    "real_images_right": 1.0,
+    "reconstructed_images_right": 0.5,
   }
-  params = jax.jit(lambda key: vqgan.init_params(sizes, 8, key))(jax.random.key(0))
-  untrained = vqgan.ImageTokenizer(sizes, 8, params)
-  assert command._judge(settings, tmp_path, untrained)["reconstructed_scenes_right"] == 0.0
+  assert command._judge(settings_from_config(make_config()), tmp_path, tokenizer) == {}
 
 
 def test_pairs_without_facts_are_not_judged(tmp_path):

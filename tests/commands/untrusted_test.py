@@ -9,7 +9,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.task_files import parse_tasks
 from cm3leon_jax.evaluation.protocols import protocol
-from tests.launched import launch
+from tests.launched import SCENES, launch
 from tests.reports.hostile import CONTROLS, HOSTILE
 
 TASKS = """
@@ -71,7 +71,7 @@ def test_a_command_prints_no_control_character_of_a_source(tmp_path):
   ]
   (source / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   run = launch(
-    "prepare_data", "--config=scenes", f"--workdir={workdir}", f"--config.raw.source={source}"
+    "prepare_data", f"--config={SCENES}", f"--workdir={workdir}", f"--config.raw.source={source}"
   )
   assert run.returncode == 2, run.stderr
   bars, _, message = run.stderr.partition("error: 3 of 3 records are invalid")

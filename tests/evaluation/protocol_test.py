@@ -69,7 +69,7 @@ def test_other_mistakes_are_named(tmp_path):
   [protocol] = protocol_lib.parse(GOOD.replace("guidance: 2.0", "guidence: 2.0"), "my.yaml")
   with refused(UserError, "plain", "guidence"):
     protocol_lib.sampling_of(protocol.columns[0], SamplingConfig())
-  with refused(UserError, "nothing", "scenes"):
+  with refused(UserError, "nothing", "tutorial_decoding"):
     protocol_lib.load("nothing")
   for names, task, count in (("fid", "image", 9), ("clip_score", "text", 9), ("cmmd", "image", 1)):
     with refused(UserError, f"'{names}'"):

@@ -17,6 +17,7 @@ import pytest
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files import atomic, buckets
 from tests import bucket_server
+from tests.launched import SCENES
 from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -202,7 +203,7 @@ def test_a_stage_whose_bucket_is_gone_ends_with_one_sentence(server):
   """Takes half a minute, because gcsfs tries a request 6 times."""
   server.fault = lambda method, path: 503
   code = "from cm3leon_jax.commands import prepare_data as stage\nstage.common.run(stage.main)"
-  flags = ["--config=scenes", "--workdir=gs://bucket/run", "--config.raw.source=gs://bucket/in"]
+  flags = [f"--config={SCENES}", "--workdir=gs://bucket/run", "--config.raw.source=gs://bucket/in"]
   job = run(server, f"sys.argv += {flags}\n{code}")
   _, errors = job.communicate(timeout=300)
   assert job.returncode == TryAgain.exit_code

@@ -17,12 +17,12 @@ from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage
 from cm3leon_jax.generation.prompt_file import make_task
 from cm3leon_jax.generation.record_prompts import prompt_of
 from cm3leon_jax.generation.text_tasks import InfillText
-from cm3leon_jax.scenes.instructions import record
+from examples.scenes.instructions import record
+from examples.scenes.options import ScenesConfig
 from tests.data.stores import VOCAB
-from tests.generation.run import SETTINGS
+from tests.examples.scenes.records import TASKS as SCENES
 from tools.tasks_page import example
 
-SCENES = {task.name: task for task in read_tasks("scenes")}
 CODES = np.arange(16, dtype=np.int32)
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "tuning.md").read_text()
 CASES = [
@@ -71,10 +71,7 @@ def test_the_prompt_of_every_shipped_template_is_the_beginning_of_its_sample(
 @pytest.fixture(scope="module")
 def records():
   """Returns task name -> first held-out record, for each task over scenes."""
-  return {
-    name: record(SETTINGS.scenes, task.format.partition("/")[2], "heldout", 0)
-    for name, task in SCENES.items()
-  }
+  return {name: record(ScenesConfig(), name, "heldout", 0) for name in SCENES}
 
 
 def ask(records, name, **fields):

@@ -54,7 +54,7 @@ def test_a_tuning_stopped_by_ctrl_c_keeps_its_checkpoint_and_continues(tmp_path)
   printed = again.communicate(timeout=1_500)[0]
   assert again.returncode == 0, printed
   assert "loaded step 60" in printed
-  assert re.search(r"forgetting: 120 held-out captions of scenes", printed)
+  assert re.search(r"forgetting: 200 held-out documents of scenes", printed)
   assert (
     f'"from_step": {stopped[1]}' in (log.parents[1] / "train/metrics/metrics.jsonl").read_text()
   )

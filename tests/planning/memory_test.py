@@ -232,7 +232,7 @@ def test_an_update_that_does_not_fit_names_the_flags_that_fit():
 
 @pytest.mark.parametrize("command", ["train", "reinforce"])
 def test_a_command_refuses_before_it_reads_a_stage(tmp_path, monkeypatch, command):
-  settings = dataclasses.replace(SETTINGS, instructions=InstructionsConfig(tasks="scenes"))
+  settings = dataclasses.replace(SETTINGS, instructions=InstructionsConfig(tasks="cm3leon"))
   run = functools.partial(train_command.main, SETTINGS, epath.Path(tmp_path))
   if command == "reinforce":
     run = functools.partial(reinforce_command.main, settings, epath.Path(tmp_path), "elsewhere")

@@ -1,37 +1,48 @@
+import atexit
 import dataclasses
+import functools
+import pathlib
+import shutil
+import tempfile
 
 from etils import epath
 import pytest
 
 from cm3leon_jax.data.instructions.config import InstructionsConfig
-from cm3leon_jax.data.instructions.task_files import read_tasks
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.training.config import ReinforceConfig
+from examples.scenes.judge import answers
+from tests.examples.scenes.records import write_tasks
 from tests.generation.run import make_config, make_run
 
 SETTINGS = settings_from_config(make_config(positions=192))
 NAMES = ("draw", "recolor")
 GROUP, BATCH = 4, 16
+_ROOT = pathlib.Path(tempfile.mkdtemp())
+atexit.register(shutil.rmtree, _ROOT, ignore_errors=True)
+
+
+@functools.cache
+def _tasks():
+  """Writes tasks about scenes once, for all tests of the process."""
+  return write_tasks(_ROOT, (*NAMES, "count"), 40, 160)
 
 
 def settings_of(**fields):
   """Returns settings of a tiny run; `fields` are those of `ReinforceConfig`."""
-  tasks = tuple(
-    dataclasses.replace(task, heldout_records=8)
-    for task in read_tasks("scenes")
-    if task.name in (*NAMES, "count")
-  )
+  tasks = _tasks()
   optimizer = dataclasses.replace(SETTINGS.optimizer, learning_rate=0.01, warmup_steps=0)
   train = dataclasses.replace(SETTINGS.train, steps=12, global_batch_size=BATCH)
   reinforce = ReinforceConfig(tasks=NAMES, samples=GROUP, kl_weight=0.0, rounds=2)
   return dataclasses.replace(
     SETTINGS,
-    instructions=InstructionsConfig(own_tasks=tasks, max_records=1),
+    instructions=InstructionsConfig(own_tasks=tasks, root=str(_ROOT), max_records=1),
     optimizer=optimizer,
     train=train,
     reinforce=dataclasses.replace(reinforce, **fields),
+    evaluation=dataclasses.replace(SETTINGS.evaluation, judge=f"{answers.__file__}:mistakes"),
   )
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from cm3leon_jax.config import FieldError, UserError, build
 from cm3leon_jax.generation.image_tasks import TextToImage
-from cm3leon_jax.reinforcement import prompts, rewards
+from cm3leon_jax.reinforcement import rewards
 from cm3leon_jax.reinforcement.own_rewards import OwnReward
 from cm3leon_jax.training.config import ReinforceConfig
 from tests.refusals import refused
@@ -68,7 +68,7 @@ def test_a_function_scores_images_prompts_and_records(file):
 
 def test_the_config_names_the_function(file):
   settings = settings_of(reward=f"{file}:blue")
-  found = rewards.reward_of(settings, prompts.image_tasks(settings))
+  found = rewards.reward_of(settings)
   assert isinstance(found, OwnReward)
   assert found.function.__name__ == "blue"
 

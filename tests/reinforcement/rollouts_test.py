@@ -9,10 +9,10 @@ import pytest
 
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.task_files import read_tasks
+from cm3leon_jax.data.instructions.stores import square_pixels
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.reinforcement import rewards, rollouts
-from cm3leon_jax.reinforcement.prompts import image_tasks, read_heldout, read_prompts
+from cm3leon_jax.reinforcement.prompts import read_heldout, read_prompts
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.optimizer import create_optimizer
@@ -26,7 +26,7 @@ from tests.reinforcement.conftest import BATCH, GROUP, NAMES, SETTINGS, settings
 def judged(records, samples):
   """Scores samples with the judge, for the tasks in `settings_of`."""
   settings = settings_of()
-  return rewards.reward_of(settings, image_tasks(settings))(records, samples)
+  return rewards.reward_of(settings)(records, samples)
 
 
 def low_codes(records, samples):
@@ -46,11 +46,16 @@ def objective(workdir, layout):
     yield rollouts.Rollouts(settings, prompts, pipeline_of, low_codes, reference)
 
 
-def test_only_scenes_are_judged():
-  task = dataclasses.replace(read_tasks("scenes")[0], format="coco_2017")
-  with refused(UserError, "config.reinforce.reward", "coco_2017"):
-    rewards.reward_of(settings_of(reward="judge"), [task])
-  assert rewards.reward_of(settings_of(reward="clip"), [task]) is rewards.clip_scores
+def test_a_judge_needs_its_function_and_records_with_facts(layout):
+  settings = settings_of(reward="judge")
+  [prompt] = read_prompts(settings, layout, 1)
+  record = dataclasses.replace(prompt.record, facts={})
+  with refused(UserError, "config.reinforce.reward", record.key, "facts"):
+    rewards.reward_of(settings)([record], [None])
+  evaluation = dataclasses.replace(settings.evaluation, judge="")
+  with refused(UserError, "config.reinforce.reward", "config.evaluation.judge"):
+    rewards.reward_of(dataclasses.replace(settings, evaluation=evaluation))
+  assert rewards.reward_of(settings_of(reward="clip")) is rewards.clip_scores
 
 
 def test_clip_scores_captions_alone(layout):
@@ -90,7 +95,7 @@ def test_true_images_have_the_whole_reward_and_other_images_less(layout):
   prompts = read_prompts(settings_of(), layout, 12)
   records = [prompt.record for prompt in prompts]
   images = [p.record.images["after" if p.task.name == "recolor" else "image"] for p in prompts]
-  samples = [SampleOf((np.asarray(image),)) for image in images]
+  samples = [SampleOf((square_pixels(image, 48),)) for image in images]
   assert judged(records, samples).tolist() == [1.0] * 12
   # Negative control: each sample is scored for the task's next prompt.
   assert judged(records, samples[2:] + samples[:2]).max() == 0
@@ -100,7 +105,7 @@ def test_an_object_in_the_old_color_has_no_reward(layout):
   """An edit that changes nothing leaves the object in its old color."""
   prompts = read_prompts(settings_of(), layout, 12)
   records = [prompt.record for prompt in prompts if prompt.task.name == "recolor"]
-  unchanged = [SampleOf((np.asarray(record.images["before"]),)) for record in records]
+  unchanged = [SampleOf((square_pixels(record.images["before"], 48),)) for record in records]
   assert records
   assert judged(records, unchanged).max() == 0
 

@@ -200,28 +200,6 @@ def test_figures_of_other_parameters_are_left_out(measured):
     assert "Bits per image code" not in card
 
 
-def test_grades_of_instructions_are_a_table(measured):
-  root, _ = measured
-  share = {"share": 0.75, "low": 0.5, "high": 1.0, "groups": 8, "effective_groups": 8.0}
-  column = {"answers": 8, "right": share}
-  grades = {
-    "tasks": {"color": {"after": column, "before": column}},
-    "gains": {"color": share},
-    "means": {"questions": {"after": 0.75}},
-    "examples": {},
-  }
-  write_json(root / "grades" / "grades.json", grades)
-  done(root, "grades", grades, inputs={"train": "train"})
-  done(root, "instructions", {"train_color": {"documents": 9}, "heldout_color": {"documents": 8}})
-  card = write_card(root)
-  assert "| task | answers | before | after |" in card
-  assert "| color | 8 | 75.0% [50.0, 100.0] | 75.0% [50.0, 100.0] |" in card
-  assert "| mean of questions |  | - | 75.0% |" in card
-  assert "was tuned on instructions (color)" in " ".join(card.split())
-  done(root, "grades", grades, inputs={"train": "another"})
-  assert "| task | answers |" not in write_card(root)
-
-
 def write_base(folder, *origins):
   """Writes the export's record of the data that the model learned from."""
   runs = [{"name": folder.name, "known": True}]

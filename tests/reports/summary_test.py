@@ -4,23 +4,15 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.reports import summary
-from cm3leon_jax.scenes import headlines
 from tests.refusals import refused
 
 
-@pytest.mark.parametrize(
-  ("found", "expected"),
-  [
-    ({}, summary.HEADLINES),
-    ({"vqgan": {"psnr_db": 20.0}, "evaluation": {}}, summary.HEADLINES),
-    ({"vqgan": {"reconstructed_scenes_right": 0.9}}, headlines.SCENE_HEADLINES),
-    ({"evaluation": {"scenes": {"gain": {}}}}, headlines.SCENE_HEADLINES),
-    ({"evaluation": {"scenes": {"gain": {}}}, "grades": {}}, headlines.SCENE_HEADLINES),
-    ({"grades": {"tasks": {}}}, headlines.TUNED_HEADLINES),
-  ],
-)
-def test_headlines_are_chosen_by_what_was_judged(found, expected):
-  assert summary.headlines(found) == list(expected)
+def test_a_copied_stage_has_no_headlines():
+  assert summary.headlines({"vqgan": {"psnr_db": 20.0}}) == list(summary.HEADLINES)
+  copied = {"copied_from": "scenes"}
+  kept = summary.headlines({"vqgan": copied, "clip": copied})
+  assert kept == [x for x in summary.HEADLINES if x.path.split(".")[0] not in ("vqgan", "clip")]
+  assert len(kept) < len(summary.HEADLINES)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import from_data, table
 from cm3leon_jax.runs.from_data import Counts
 from cm3leon_jax.settings import default_config, settings_from_config
+from tests.launched import SCENES
 from tests.refusals import refused
 
 COUNTS = Counts(48, 264, 0, 0, 7_360, 0, 358)
@@ -108,8 +109,8 @@ def test_another_resolution_than_that_of_the_data_is_named(tmp_path):
 
 
 def base_of(**sections):
-  """Returns the sections of a base: the config `scenes` with some other fields."""
-  config = config_file.load("scenes")
+  """Returns the sections of a base: the demo's config with some other fields."""
+  config = config_file.load(SCENES)
   config.model.width = 192
   config.optimizer.learning_rate = 1e-3
   found = dataclasses.asdict(settings_from_config(config))
@@ -127,19 +128,32 @@ def test_a_run_has_the_model_and_tokenizers_of_its_base_and_its_own_documents(tm
   prepared(tmp_path)
   copied(tmp_path, fields)
   found = settings_from_config(from_data.complete(config_file.load("own"), tmp_path))
-  expected = settings_from_config({**config_file.load("scenes").to_dict(), **base, "seed": 0})
+  expected = settings_from_config({**config_file.load(SCENES).to_dict(), **base, "seed": 0})
   for name in ("vocab", "model", "clip", "text_tokenizer", "sampling"):
     ours, theirs = (dataclasses.asdict(getattr(one, name)) for one in (found, expected))
     assert {**ours, "steps": 0} == {**theirs, "steps": 0}
   assert table.identity(found, "vqgan") == table.identity(expected, "vqgan")
   assert found.optimizer.learning_rate == pytest.approx(1e-3 / 3)
   assert found.raw.resolution == 48
-  assert found.raw.source != "scenes"
+  assert found.raw.source == ""
   assert found.instructions == InstructionsConfig(instruction_first=True)
   data = dataclasses.replace(expected.data, text_share=0.0, base_documents=4_000, base_share=0.1)
   assert found.data == data
   without = from_data.base_fields(base, documents=False)
   assert (without["data.base_documents"], without["data.base_share"]) == (0, 0.0)
+
+
+def test_a_base_names_no_function_of_the_config(tmp_path):
+  """Otherwise a workdir of a stranger would have files of the stranger imported."""
+  prepared(tmp_path)
+  evil = dict.fromkeys(("raw.source", "evaluation.judge", "reinforce.reward"), "/evil.py:f")
+  copied(tmp_path, from_data.base_fields(base_of(), documents=True) | evil)
+  config = config_file.load("own")
+  found = settings_from_config(from_data.complete(config, tmp_path))
+  assert found.model.width == 192
+  names = (found.raw.source, found.evaluation.judge, found.reinforce.reward)
+  assert names == (config.raw.source, config.evaluation.judge, config.reinforce.reward)
+  assert "/evil.py:f" not in names
 
 
 def test_a_field_that_the_user_sets_does_not_follow_the_base(tmp_path):

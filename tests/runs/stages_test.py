@@ -199,7 +199,7 @@ def test_of_a_jobs_processes_one_writes_and_all_read_first(tmp_path, capsys):
   [
     ("raw", "raw.max_rejected", 0.5, True),
     ("raw", "raw.resolution", 64, False),
-    ("raw", "scenes.train", 9, True),
+    ("raw", "raw.options", {"train": 9}, True),
     ("text_tokenizer", "text_tokenizer.max_caption_tokens", 9, True),
     ("documents", "text_tokenizer.max_caption_tokens", 9, False),
     ("vqgan", "vqgan.steps", 9, True),

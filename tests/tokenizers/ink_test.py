@@ -1,10 +1,10 @@
 import jax.numpy as jnp
 import numpy as np
 
-from cm3leon_jax.scenes.config import COLORS
-from cm3leon_jax.scenes.drawings import CELL, SIDE, render
-from cm3leon_jax.scenes.world import Placed, Scene
 from cm3leon_jax.tokenizers import ink, vqgan
+from examples.scenes.drawings import CELL, SIDE, render
+from examples.scenes.options import COLORS
+from examples.scenes.world import Placed, Scene
 
 
 def drawn(color):

@@ -1,20 +1,21 @@
 """Tests where a tuning finds the documents of its base."""
 
 import dataclasses
-import importlib
 
 from etils import epath
 import pytest
 
+from cm3leon_jax.commands import config_file
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.trained import base_documents, bundles
 from cm3leon_jax.trained.rows import document_sources
+from tests.launched import SCENES
 
 
 def settings_of(name, **fields):
-  config = importlib.import_module(f"cm3leon_jax.configs.{name}").get_config()
+  config = config_file.load(name)
   config.update_from_flattened_dict(fields)
   return settings_from_config(config)
 
@@ -22,7 +23,7 @@ def settings_of(name, **fields):
 @pytest.fixture
 def workdir(tmp_path):
   folder = epath.Path(tmp_path)
-  settings = dataclasses.asdict(settings_of("scenes"))
+  settings = dataclasses.asdict(settings_of(SCENES))
   (folder / "train").mkdir()
   write_json(folder / "train" / "config.json", {"run": {}, "settings": settings})
   return folder

@@ -8,7 +8,6 @@ import pytest
 
 from cm3leon_jax.commands import export
 from cm3leon_jax.config import UserError
-from cm3leon_jax.configs import scenes
 from cm3leon_jax.export import formats
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
@@ -16,6 +15,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.run import Run, ids
+from examples.scenes import config as scenes
 from tests.generation.run import SETTINGS, one_device
 from tests.refusals import refused
 

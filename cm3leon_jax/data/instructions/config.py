@@ -16,7 +16,6 @@ from pydantic import (
 )
 import pydantic.dataclasses
 
-from cm3leon_jax import worlds
 from cm3leon_jax.config import STRICT, FieldError, build
 
 BREAK = "<break>"  # Separates the segments of a template.
@@ -117,7 +116,7 @@ class InstructionTask:
   target: Annotated[str, Field(min_length=1)]
   """Field that the model predicts."""
   format: Annotated[str, Field(min_length=1)]
-  """Format of the records: `scenes/TASK`, or a format of docs/data_formats.md#instruction-files."""
+  """Format of the records, see docs/data_formats.md#instruction-files."""
   train: Annotated[str, Field(min_length=1)] = "train"
   """Split for training."""
   heldout: str = ""
@@ -131,8 +130,7 @@ class InstructionTask:
   """Additional images of a record: field name -> `canny` or `scribble` (computed from the target),
   or a folder in `config.instructions.root` whose maps have the file names of the images."""
   records: NonNegativeInt = 0
-  """Maximum number of training records; the first ones are used. 0 means all, which `scenes` does
-  not allow."""
+  """Maximum number of training records; the first ones are used. 0 means all."""
   heldout_records: NonNegativeInt = 500
   """Maximum number of held-out records; the first ones are used. 0 means all."""
   weight: NonNegativeFloat = 1.0
@@ -210,11 +208,10 @@ def check_format(task: InstructionTask) -> None:
   Raises:
     FieldError: the format or a split is unknown, or the training split is also the held-out split.
   """
-  world = worlds.world_of_format(task.format)
-  if not world and task.format not in FORMATS:
-    names = ", ".join([*(f"{name}/TASK" for name in worlds.MODULES), *FORMATS])
+  if task.format not in FORMATS:
+    names = ", ".join(FORMATS)
     raise FieldError(f"format is '{task.format}'; it must be one of {names}.", ("format",))
-  splits = ("train", "heldout") if world else FORMATS[task.format].splits
+  splits = FORMATS[task.format].splits
   for field in ("train", "heldout"):
     split = getattr(task, field)
     if splits and split not in splits and (split or field == "train"):
@@ -226,10 +223,6 @@ def check_format(task: InstructionTask) -> None:
     raise FieldError(
       f"heldout is '{task.heldout}', which is the training split: name another.", ("heldout",)
     )
-  if world:
-    for field in ("records", "heldout_records"):
-      if not getattr(task, field) and (task.heldout or field == "records"):
-        raise FieldError(f"{field} is 0, but {world} are unlimited: set a number.", (field,))
 
 
 def _own_tasks(values: Any) -> tuple[InstructionTask, ...]:
@@ -252,7 +245,7 @@ class InstructionsConfig:
   """
 
   tasks: str = ""
-  """YAML file of tasks, or a table of the package: `cm3leon`, `tutorial` or `scenes`."""
+  """YAML file of tasks, or a table of the package: `cm3leon` or `tutorial`."""
   own_tasks: Annotated[tuple[InstructionTask, ...], BeforeValidator(_own_tasks)] = ()
   """Additional tasks, each a dict with the fields of a YAML task (docs/tuning.md)."""
   only: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.published.releases import read_json_lines
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 
-FIELDS = ("key", "group", "texts", "images")
+FIELDS = ("key", "group", "texts", "images", "facts")
 
 
 def read_lines(file: epath.PathLike, images: ImageFolder) -> Iterator[Record]:
@@ -24,6 +24,7 @@ def read_lines(file: epath.PathLike, images: ImageFolder) -> Iterator[Record]:
     file: JSONL file. Its lines have the field `texts`, {name: text}, the field `images`,
       {name: path}, or both. The optional field `key` must be unique in the file; its default is the
       line number. The default of `group` is the path of the first image, or `key` without images.
+      The optional field `facts` is an object by which a judge decides whether an answer is correct.
     images: folder to which the paths are relative. Absolute paths and URLs are used unchanged.
 
   Raises:
@@ -50,7 +51,9 @@ def read_lines(file: epath.PathLike, images: ImageFolder) -> Iterator[Record]:
     seen[key] = number
     group = _name(entry, "group", where) or next(iter(paths.values()), key)
     joined = {name: images.find(path, where) for name, path in paths.items()}
-    yield Record(key, group, texts, joined)
+    if not isinstance(facts := entry.get("facts", {}), dict):
+      raise UserError(f"{where} must have an object in its field 'facts'.")
+    yield Record(key, group, texts, joined, facts)
 
 
 def _named(entry: dict, field: str, where: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
-from typing import Any, Protocol
 
 import numpy as np
 
@@ -37,17 +36,3 @@ def caption_records(examples: Iterable[Example]) -> Iterator[Record]:
     assert example.image is not None
     texts = {"caption": example.prompt}
     yield Record(example.key, example.group, texts, {"image": example.image})
-
-
-class DrawnTasks(Protocol):
-  """Tasks of a world that draws records and images. Must be picklable for the workers."""
-
-  def records(self, task: str, split: str, number: int) -> Iterator[Record]:
-    """Yields the first `number` records of a task.
-
-    Raises:
-      UserError: the task or split does not exist, or the packages of an extra are not installed.
-    """
-
-  def identity(self) -> dict[str, Any]:
-    """Returns all values on which the records depend, except the task and the split."""

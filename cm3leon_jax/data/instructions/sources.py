@@ -1,6 +1,6 @@
 """Reads the records of tasks and encodes them into one store per task and split."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 import dataclasses
 import hashlib
 import itertools
@@ -9,7 +9,6 @@ import posixpath
 
 from etils import epath
 
-from cm3leon_jax import worlds
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.encode import load_tokenizers
 from cm3leon_jax.data.documents.shard_files import shards_with_files
@@ -17,7 +16,7 @@ from cm3leon_jax.data.documents.store import INDEX
 from cm3leon_jax.data.instructions import files
 from cm3leon_jax.data.instructions.config import InstructionsConfig, InstructionTask, is_edit
 from cm3leon_jax.data.instructions.edges import MAPS, ImageMap, load_opencv
-from cm3leon_jax.data.instructions.records import DrawnTasks, Record
+from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.stores import RecordEncoder, write_store
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from cm3leon_jax.files.json_files import check_foreign, plain, read_json
@@ -47,12 +46,10 @@ def open_task(
   task: InstructionTask,
   split: str,
   config: InstructionsConfig,
-  drawn: Mapping[str, DrawnTasks],
 ) -> Iterator[Record]:
   """Yields the records of a task.
 
-  `split` is "train" or "heldout". `drawn` maps the name of each world to its tasks, whose records
-  have the format WORLD/TASK.
+  `split` is "train" or "heldout".
 
   Raises:
     UserError: the format or split is unknown, a field names a place outside of the folder, a map is
@@ -63,16 +60,13 @@ def open_task(
     name, number = task.heldout, task.heldout_records
   try:
     _check_maps(task, config)
-    if world := worlds.world_of_format(task.format):
-      found = drawn[world].records(task.format.partition("/")[2], name, number)
-    else:
-      root = _path(config, "root", task.root)
-      if task.format == "jsonl":  # The name of a split is that of its file.
-        check_foreign(_path(config, split, posixpath.join(task.root, f"{name}.jsonl")))
-      images = ImageFolder(
-        _path(config, "images", task.images or task.root), REMEDY, config.allow_outside
-      )
-      found = files.open_records(task.format, root, name, images)
+    root = _path(config, "root", task.root)
+    if task.format == "jsonl":  # The name of a split is that of its file.
+      check_foreign(_path(config, split, posixpath.join(task.root, f"{name}.jsonl")))
+    images = ImageFolder(
+      _path(config, "images", task.images or task.root), REMEDY, config.allow_outside
+    )
+    found = files.open_records(task.format, root, name, images)
     for record in itertools.islice(found, number or None):
       yield _with_maps(task, record, config)
   except UserError as error:
@@ -135,14 +129,12 @@ class InstructionJob:
 
   Attributes:
     workdir: folder with the tokenizers. The stores go to its subfolder instructions/.
-    drawn: name of a world -> its tasks, whose records have the format WORLD/TASK.
     positions: maximum number of predicted tokens per sample, which is the length of a row.
   """
 
   workdir: str
   tasks: tuple[InstructionTask, ...]
   config: InstructionsConfig
-  drawn: Mapping[str, DrawnTasks]
   vocab: VocabLayout
   positions: int
   num_threads: int
@@ -164,7 +156,7 @@ class InstructionJob:
     def encode(name: str) -> dict:
       split, _, task_name = name.partition("_")
       [task] = [task for task in self.tasks if task.name == task_name]
-      records = open_task(task, split, self.config, self.drawn)
+      records = open_task(task, split, self.config)
       return write_store(folder / name, task, records, training if split == "train" else encoder)
 
     return encode
@@ -201,13 +193,11 @@ def identity(task: InstructionTask, job: InstructionJob) -> dict:
   fields = dataclasses.asdict(task)
   for name in NOT_OF_STORES:
     del fields[name]
-  world = worlds.world_of_format(task.format)
-  drawn = {name: of.identity() if name == world else {} for name, of in job.drawn.items()}
   of_config = {"root": job.config.folder, **_counts(job.config)}
   if job.config.instruction_first and any(map(is_edit, task.templates)):
     # Absent otherwise, so stores from before keep their identity.
     of_config["instruction_first"] = True
-  return {"task": fields, **drawn, **of_config, "positions": job.positions}
+  return {"task": fields, **of_config, "positions": job.positions}
 
 
 def _counts(config: InstructionsConfig) -> dict:

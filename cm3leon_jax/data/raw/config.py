@@ -1,8 +1,10 @@
 """Defines the config section of raw data: source, checks, and size and format of images."""
 
-from typing import Annotated, Literal
+import dataclasses
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
@@ -11,14 +13,27 @@ Format = Literal["auto", "folder", "sidecars", "webdataset", "parquet", "text"]
 Crop = Literal["center", "pad"]
 
 
+def _plain(options: Any) -> Any:
+  """Converts a ConfigDict to the values that JSON has, as stored settings contain them."""
+  try:
+    return json.loads(json.dumps(options.to_dict() if hasattr(options, "to_dict") else options))
+  except TypeError as error:
+    raise ValueError(f"its values must be plain: {error}") from error
+
+
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class RawConfig:
   """Settings of `cm3leon prepare_data`."""
 
   source: str = ""
   """Source of the records: a folder, a file or a glob pattern, local or in a GCS bucket; or
-  `scenes` for images that are composed from the config section `scenes`. Only `cm3leon
-  prepare_data` needs it."""
+  `FILE.py:FUNCTION`, a function of yours that yields records, in a file relative to the config
+  (docs/data_formats.md). Only `cm3leon prepare_data` needs it."""
+  options: Annotated[dict[str, Any], BeforeValidator(_plain)] = dataclasses.field(
+    default_factory=dict,
+    hash=False,  # A section is hashed as a static argument.
+  )
+  """Keyword arguments of the function that `source` names."""
   format: Format = "auto"
   """Format of the files. `auto` detects it from the file names."""
   licenses: tuple[str, ...] = ()

@@ -4,17 +4,19 @@ import collections
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
 
 from etils import epath
 import numpy as np
+from PIL import Image
 
+from cm3leon_jax import own_functions
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import summary as raw_statistics
 from cm3leon_jax.data.raw.config import RawConfig
-from cm3leon_jax.data.raw.reader import INDEX, SCHEMA_VERSION, load_with_size
+from cm3leon_jax.data.raw.reader import INDEX, SCHEMA_VERSION, load_with_size, square
 from cm3leon_jax.data.raw.writer import FILES, REJECTED, write_shard
-from cm3leon_jax.data.sources import formats
-from cm3leon_jax.data.sources.drawn import DrawnSource
+from cm3leon_jax.data.sources import formats, function
 from cm3leon_jax.data.sources.records import KINDS, SPLITS, origin_counts
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
@@ -56,22 +58,21 @@ class Rejections:
       )
 
 
-def parts_of(
-  config: RawConfig, drawn: DrawnSource | None = None, workdir: str = ""
-) -> list[formats.SourcePart]:
-  """Splits the source into parts, one per shard. `drawn` is a source that draws its images.
+def parts_of(config: RawConfig, workdir: str = "") -> list[formats.SourcePart]:
+  """Splits the source into parts, one per shard.
 
   Raises:
-    UserError: the config names no source, the source has no readable files, `config.licenses` lacks
-      the license of the drawings, or the source cannot draw at `config.resolution`.
+    UserError: the config names no source, the source has no readable files, or its function cannot
+      be called.
   """
   if not config.source:
     raise UserError(
       "config.raw.source is not set: give --config.raw.source=FOLDER, a folder of images with "
-      "caption files (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://; or 'scenes'."
+      "caption files (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://; or "
+      "FILE.py:FUNCTION, a function of yours that yields records."
     )
-  if drawn is not None:
-    return drawn.parts(config.licenses, config.resolution)
+  if own_functions.is_function(config.source):
+    return function.parts(config.source, config.options)
   return formats.parts(config.source, config.format, workdir)
 
 
@@ -80,15 +81,14 @@ def prepare(
   parts: list[formats.SourcePart],
   folder: epath.PathLike,
   runner: Runner,
-  drawn: DrawnSource | None = None,
 ) -> dict:
   """Writes a shard for each part of the source. Also writes index.json and rejected.jsonl.
 
   Each shard is a folder with pairs.jsonl, texts.jsonl, interleaved.jsonl, rejected.jsonl and
-  images/. `parts` and `drawn` are as in `parts_of`.
+  images/. `parts` is as in `parts_of`.
 
   Returns the number of shards, the number of records by split and kind, the number of rejected
-  records by reason, the statistics of `summary.merged`, and the numbers of `drawn`.
+  records by reason, and the statistics of `summary.merged`.
 
   Raises:
     UserError: too many records are invalid (rejected.jsonl lists them), or no record is valid.
@@ -96,7 +96,7 @@ def prepare(
   folder = epath.Path(folder)
   (folder / INDEX).unlink(missing_ok=True)
   named = {f"{i:06d}": part for i, part in enumerate(parts)}
-  made = _write_shards(config, named, folder, runner, drawn)
+  made = _write_shards(config, named, folder, runner)
   total: collections.Counter[str] = collections.Counter()
   more: collections.Counter[str] = collections.Counter()
   for m in made.values():
@@ -109,8 +109,7 @@ def prepare(
     folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": listed, "shards": shards}
   )
   statistics = raw_statistics.merged(m["statistics"] for m in made.values())
-  numbers = {**drawn.numbers(), **dict(sorted(more.items()))} if drawn is not None else more
-  return {"shards": len(made), **total, **statistics, **numbers}
+  return {"shards": len(made), **total, **statistics, **more}
 
 
 def _write_shards(
@@ -118,18 +117,17 @@ def _write_shards(
   parts: dict[str, formats.SourcePart],
   folder: epath.Path,
   runner: Runner,
-  drawn: DrawnSource | None,
 ) -> dict[str, dict]:
   """Writes shards and rejected.jsonl, even if too many records are rejected.
 
-  `parts` maps shard names to parts of the source. `drawn` is as in `parts_of`. Returns a
-  dict from shard name to summary, in the order of `parts`.
+  `parts` maps shard names to parts of the source. Returns a dict from shard name to summary, in the
+  order of `parts`.
   """
   made, rejections = {}, Rejections(config.max_rejected, folder / REJECTED)
-  configs = {name: _identity(config, part, drawn) for name, part in parts.items()}
+  configs = {name: _identity(config, part) for name, part in parts.items()}
   try:
     for name, summary in run_shards(
-      _Ingest(config, str(folder), parts, drawn),
+      _Ingest(config, str(folder), parts),
       configs,
       folder / "done",
       runner,
@@ -159,18 +157,11 @@ def _check_some(config: RawConfig, total: dict[str, int], more: dict[str, int]) 
   raise UserError(f"config.raw.source is '{config.source}', which has no usable record.")
 
 
-def _identity(config: RawConfig, part: formats.SourcePart, drawn: DrawnSource | None) -> dict:
+def _identity(config: RawConfig, part: formats.SourcePart) -> dict:
   """Returns all values on which a shard depends, such as its part of the source."""
-  others = ("max_rejected", "num_threads", "source", "format", "train", "heldout", "bank")
-  sections = {
-    "raw": dataclasses.asdict(config),
-    **({drawn.name: drawn.identity()} if drawn else {}),
-  }
-  kept = {
-    name: {k: v for k, v in section.items() if k not in others}
-    for name, section in sections.items()
-  }
-  return {**kept, "part": part.identity(), "summary_version": SUMMARY_VERSION}
+  others = ("max_rejected", "num_threads", "source", "options", "format")
+  fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in others}
+  return {"raw": fields, "part": part.identity(), "summary_version": SUMMARY_VERSION}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,22 +171,18 @@ class _Ingest:
   config: RawConfig
   folder: str
   parts: dict[str, formats.SourcePart]
-  drawn: DrawnSource | None
 
   def open(self) -> Callable[[str], dict]:
-    return self._shard
+    own = function.Reader(self.config.source, self.config.options)
+    return functools.partial(self._shard, own)
 
-  def _shard(self, name: str) -> dict:
+  def _shard(self, own: function.Reader, name: str) -> dict:
     part, folder = self.parts[name], epath.Path(self.folder) / name
-    if self.drawn is not None:
-      pairs = list(self.drawn.read(part))
-      numbers = dict(collections.Counter(map(self.drawn.number_of, pairs)))
-      return write_shard(self.config, folder, pairs, self._draw, numbers, len(pairs))
+    if part.kind == function.KIND:
+      return write_shard(self.config, folder, own.read(part), self._load_drawing)
     load = functools.partial(load_with_size, crop=self.config.crop)
     return write_shard(self.config, folder, formats.read(part, self.config.allow_outside), load)
 
-  def _draw(self, image: str, resolution: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Draws an image. Returns its pixels and its size."""
-    assert self.drawn is not None
-    pixels = self.drawn.load(image, resolution)
-    return pixels, (pixels.shape[1], pixels.shape[0])
+  def _load_drawing(self, image: Any, resolution: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Draws an image of the user's function, and scales it. Returns its pixels and its size."""
+    return square(Image.fromarray(function.draw(image)), resolution, self.config.crop)

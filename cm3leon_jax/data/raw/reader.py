@@ -198,15 +198,15 @@ def _decode(
   if pixels > most:
     raise UserError(f"image {name} has {pixels:,} pixels; the maximum is {most:,}.")
   if pixels <= LARGE:
-    return _square(upright_rgb(opened), resolution, crop)
+    return square(upright_rgb(opened), resolution, crop)
   del opened  # Frees the file content before this thread waits for the lock.
   with _one_at_a_time():
     file.seek(0)
     opened = Image.open(file, formats=FORMATS)
     if pixels <= MAX_PIXELS:
-      return _square(upright_rgb(opened), resolution, crop)
+      return square(upright_rgb(opened), resolution, crop)
     opened.draft(None, (opened.width // 2, opened.height // 2))
-    array, (width, height) = _square(upright_rgb(opened), resolution, crop)
+    array, (width, height) = square(upright_rgb(opened), resolution, crop)
     return array, (2 * width, 2 * height)  # Within a pixel of the size in the file.
 
 
@@ -219,7 +219,7 @@ def _other_format(file: IO[bytes]) -> str:
   return "its content has another format" if start else "the file is empty"
 
 
-def _square(
+def square(
   pixels: Image.Image, resolution: int | None, crop: str
 ) -> tuple[np.ndarray, tuple[int, int]]:
   """Scales an image to a square of `resolution`. Returns its pixels, and its size before."""

@@ -148,7 +148,7 @@ class _Writer:
       except UserError as error:
         if getattr(item, "added_crop", ""):  # The pair of the uncropped image is already rejected.
           return None, b"", [], []
-        file = item.source if isinstance(image, bytes) else image
+        file = image if isinstance(image, str) else item.source
         rejected = Rejected(file, item.key, "unreadable_image", f"key '{item.key}': {error}")
         return rejected, b"", [], []
       pixels, buffer = Image.fromarray(array), io.BytesIO()

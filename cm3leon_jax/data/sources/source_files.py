@@ -73,7 +73,7 @@ def list_files(
   if not files:
     raise UserError(
       f"config.raw.source is '{source}', which does not exist or has no files; it must be "
-      "'scenes', or a folder, a file or a glob pattern of images with caption files "
+      "a folder, a file or a glob pattern of images with caption files "
       "(x.jpg, x.txt), WebDataset tars, Parquet, JSONL or text, or a folder with pairs.jsonl."
     )
   return files

@@ -11,19 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.rows import loader
-from cm3leon_jax.evaluation import intervals, strata
+from cm3leon_jax.evaluation import intervals, judged, strata
 from cm3leon_jax.evaluation.likelihood import bits
-from cm3leon_jax.evaluation.world import World, of_source
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.trained.base_documents import Base
 from cm3leon_jax.trained.run import Run
 
-CAPTIONS = 120  # Number of held-out captions whose images a world judges.
+CAPTIONS = 120  # Largest number of held-out captions whose images are judged.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,25 +43,14 @@ class Measured:
   captions: Sequence[str] = ()
 
 
-def judge_of(base: Base) -> World | None:
-  """Returns the world that judges images of a base. Prints why none does, if it could."""
-  world = of_source(base.settings)
-  try:
-    if world is not None:
-      world.check_installed()
-  except UserError as error:
-    print(f"forgetting: no images were judged, only bits measured: {error}", flush=True)
-    return None
-  return world
-
-
-def measure(run: Run, params: dict, base: Base, judge: World | None = None) -> Measured:
+def measure(run: Run, params: dict, base: Base, judge: judged.Judge | None = None) -> Measured:
   """Measures a model on held-out documents of `base`, each after its neighbors.
 
   Args:
     run: the tuned run, whose tokenizers also the base has.
     params: parameters of the base or of the tuned model, on the current mesh (`jax.set_mesh`).
-    judge: judges images that the model generates; None: only bits are measured.
+    judge: judges images that the model generates for captions with facts; None: only bits are
+      measured.
   """
   settings, documents = run.settings, base.folder / "documents"
   vocab, config = settings.vocab, settings.evaluation
@@ -86,15 +73,16 @@ def measure(run: Run, params: dict, base: Base, judge: World | None = None) -> M
     sums[modality] = np.array([row[mask].sum() for row, mask in zip(scored, own)])
     tokens[modality] = np.array([mask.sum() for mask in own])
   concepts = [pair.concept or f"document {i}" for i, pair in zip(chosen, pairs)]
-  judged = _judge(judge, run, params, base) if judge else ((), ())
-  return Measured(sums, tokens, concepts, *judged)
+  known = sum(bool(store[i].facts) for i in range(len(store))) if judge else 0
+  verdicts = _judge(judge, run, params, base, min(CAPTIONS, known)) if judge and known else ((), ())
+  return Measured(sums, tokens, concepts, *verdicts)
 
 
 def _judge(
-  world: World, run: Run, params: dict, base: Base
+  judge: judged.Judge, run: Run, params: dict, base: Base, count: int
 ) -> tuple[Sequence[bool], Sequence[str]]:
   """Generates and judges images for held-out captions. Returns the verdicts and the concepts."""
-  config = dataclasses.replace(base.settings.evaluation, scenes=CAPTIONS)
+  config = dataclasses.replace(base.settings.evaluation, captions=count)
   settings: Settings = dataclasses.replace(
     run.settings, evaluation=config, sampling=base.settings.sampling
   )
@@ -102,11 +90,8 @@ def _judge(
   pipeline = Pipeline.load(run, params, None, base.folder, batch_size=config.batch_size)
   tasks = strata.heldout_captions(pipeline, base.folder, [settings.sampling.guidance])
   images = [sample.segments[0] for [sample] in pipeline.generate(tasks)]
-  facts = [task.document.facts for task in tasks]
-  return (
-    world.judge_images(np.stack(images), facts, base.settings),
-    [task.concept for task in tasks],
-  )
+  wrong = judged.judge_all(judge, images, [task.document.facts for task in tasks])
+  return [not reason for reason in wrong], [task.concept for task in tasks]
 
 
 def compare(before: Measured, after: Measured) -> dict[str, Any]:

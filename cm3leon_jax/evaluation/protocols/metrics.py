@@ -79,16 +79,19 @@ def check(names: Sequence[str], task: str, count: int) -> None:
 
 
 def check_examples(
-  names: Sequence[str], examples: Sequence[Example], facts: Sequence[dict]
+  names: Sequence[str], examples: Sequence[Example], facts: Sequence[dict], judges: bool = False
 ) -> None:
   """Checks, before sampling, that each example has the references that the metrics need.
+
+  `judges` is whether the config has a judge.
 
   Raises:
     UserError: a reference is missing. The message names the metric and the reference.
   """
-  if "judged" in names and not all(facts):
+  if "judged" in names and not (judges and all(facts)):
     raise UserError(
-      "metric 'judged' needs held-out scenes: prepare data with config.raw.source = 'scenes'."
+      "metric 'judged' needs held-out documents with facts, and a judge: give a --config with "
+      "config.evaluation.judge = FILE.py:FUNCTION."
     )
   for example in examples:
     lacks = {

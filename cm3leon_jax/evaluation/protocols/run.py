@@ -11,6 +11,7 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax import distributed
+from cm3leon_jax.evaluation import judged
 from cm3leon_jax.evaluation.likelihood import pairs
 from cm3leon_jax.evaluation.metrics.extractors import Extractor
 from cm3leon_jax.evaluation.protocols import features
@@ -42,8 +43,7 @@ class ProtocolRun:
     samples: folder for the samples and for the values that are computed from them.
     scorer_identity: JSON values that identify the CLIP model, or None.
     params: parameters of the decoder as it was trained, which give the log-probabilities of texts.
-    judge: maps (images [n, H, W, 3] uint8, facts of each image) to a list that says, for each
-      image, whether it shows exactly what its caption says. None if no metric needs it.
+    judge: judge of the user's config, or None.
   """
 
   protocol: Protocol
@@ -58,7 +58,7 @@ class ProtocolRun:
   scorer_identity: dict | None
   params: dict
   num_resamples: int
-  judge: Callable[[np.ndarray, Sequence[dict]], list[bool]] | None = None
+  judge: judged.Judge | None = None
 
   @functools.cached_property
   def needs(self) -> frozenset[str]:
@@ -180,7 +180,7 @@ def _judge(job: ProtocolRun, part: list[dict]) -> list[bool]:
   assert job.judge is not None
   images = job.pipeline.image_tokenizer.decode(np.array([line["codes"] for line in part]))
   facts = [job.evaluated.facts[line["row"]] for line in part]
-  return job.judge(images, facts)
+  return [not reason for reason in judged.judge_all(job.judge, images, facts)]
 
 
 def _likelihoods(job: ProtocolRun, part: list[dict]) -> list[float]:

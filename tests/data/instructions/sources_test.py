@@ -14,16 +14,12 @@ from cm3leon_jax.data.instructions.config import make_task
 from cm3leon_jax.data.instructions.edges import ImageMap, canny_edges
 from cm3leon_jax.data.instructions.samples import read_targets
 from cm3leon_jax.data.instructions.task_files import load_tasks
-from cm3leon_jax.scenes.config import ScenesConfig
-from cm3leon_jax.scenes.instructions import ScenesTasks
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.instruction_releases import RELEASES, write
 from tests.generation.run import SETTINGS, make_run
 from tests.refusals import refused
-
-DRAWN = {"scenes": ScenesTasks(ScenesConfig())}
 
 DRAW = {
   "name": "draw",
@@ -52,7 +48,7 @@ def config_with(root, *tasks, **fields):
 
 def open_task(root, fields, split="train"):
   config = config_with(root, fields)
-  return list(sources.open_task(config.own_tasks[0], split, config, DRAWN))
+  return list(sources.open_task(config.own_tasks[0], split, config))
 
 
 def write_lines(path, *lines):
@@ -133,8 +129,6 @@ def test_a_store_holds_the_codes_of_maps_and_sets_aside_what_has_none(encoder, t
   [
     {**ASK, "maps": {"edges": "canny"}},
     {**ASK, "target": "image", "maps": {"context": "canny"}},
-    {"name": "ask", "format": "scenes/draw", "records": 3, "target": "image",
-       "templates": ["{depth} <break> {image}"], "maps": {"depth": "maps/depth"}},
   ],
 )  # fmt: skip
 def test_maps_that_records_cannot_have_are_named(tmp_path, fields):
@@ -149,7 +143,7 @@ def test_computed_maps_need_opencv_and_other_tasks_do_not(tmp_path, monkeypatch)
   write(tmp_path / "coco", RELEASES["coco_2017"])
   monkeypatch.setitem(sys.modules, "cv2", None)  # As if the module is not installed.
   assert len(open_task(tmp_path, ASK)) == 1
-  with pytest.raises(UserError, match=r"task draw: .* need OpenCV"):
+  with pytest.raises(UserError, match=r"task draw: .* need OpenCV.*\[demo\]"):
     open_task(tmp_path, DRAW)
 
 
@@ -170,10 +164,10 @@ def test_fields_name_places_below_the_root_only(tmp_path, changes):
   task = make_task({**ASK, **changes})
   config = config_with(tmp_path / "data")
   with pytest.raises(UserError, match=f"^task ask: its {field}: path .*is not in .*/data; name a"):
-    list(sources.open_task(task, "train", config, DRAWN))
+    list(sources.open_task(task, "train", config))
   if "://" not in str(changes) and field != "maps":
     trusted = config_with(tmp_path / "data", allow_outside=True)
-    assert len(list(sources.open_task(task, "train", trusted, DRAWN))) == 1
+    assert len(list(sources.open_task(task, "train", trusted))) == 1
 
 
 def test_a_pipe_is_not_read_as_a_list_of_records(tmp_path):
@@ -187,7 +181,7 @@ def test_without_a_root_the_folder_of_the_task_file_is_the_root(tmp_path):
   write_lines(tmp_path / "asked/train.jsonl", line())
   (tmp_path / "tasks.yaml").write_text(json.dumps([ASK]))
   config = config_with("", tasks=str(tmp_path / "tasks.yaml"))
-  [record] = sources.open_task(*load_tasks(config), "train", config, DRAWN)
+  [record] = sources.open_task(*load_tasks(config), "train", config)
   assert record.images == {"image": f"{tmp_path}/asked/a.png"}
   assert config_with("").folder == config_with("", tasks="cm3leon").folder == ""
 
@@ -207,15 +201,12 @@ def test_only_the_first_records_of_a_split_are_read(tmp_path):
   assert len(open_task(tmp_path, {**ASK, "heldout": "val"}, "heldout")) == 4
 
 
-def test_scenes_are_drawn_in_both_splits(tmp_path):
-  fields = {"name": "count", "format": "scenes/count", "records": 3, "heldout": "heldout"}
-  fields |= {"target": "answer", "templates": ["{question} {answer} <break> {image}"]}
-  fields |= {"heldout_records": 2}
-  trained, heldout = (open_task(tmp_path, fields, split) for split in ("train", "heldout"))
-  assert (len(trained), len(heldout)) == (3, 2)
-  assert {"/train/" in r.key for r in trained} == {"/heldout/" in r.key for r in heldout} == {True}
-  with refused(UserError, "cuont"):
-    open_task(tmp_path, {**fields, "format": "scenes/cuont"})
+def test_a_record_may_have_facts_for_a_judge(tmp_path):
+  write_lines(tmp_path / "asked/train.jsonl", {**line(), "facts": {"n": 2}}, line())
+  assert [record.facts for record in open_task(tmp_path, ASK)] == [{"n": 2}, {}]
+  write_lines(tmp_path / "asked/train.jsonl", {**line(), "facts": [2]})
+  with refused(UserError, "train.jsonl", "line 1", "facts"):
+    open_task(tmp_path, ASK)
 
 
 def test_what_is_wrong_in_records_is_set_aside_with_the_reason(encoder, tmp_path):

@@ -26,13 +26,9 @@ from cm3leon_jax.evaluation.likelihood.document_files import read_documents
 from cm3leon_jax.files.atomic import open_filesystem
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import PromptLayout
-from cm3leon_jax.scenes.config import ScenesConfig
-from cm3leon_jax.scenes.instructions import ScenesTasks
 from tests.data import broken_releases, instruction_releases, releases
 from tests.data.stores import IMAGE_TOKENS, VOCAB
 from tests.refusals import refused
-
-DRAWN = {"scenes": ScenesTasks(ScenesConfig())}
 
 
 def write(root, file, *lines) -> None:
@@ -104,7 +100,7 @@ def maps(root, name, allow_outside):
   if allow_outside:
     config = InstructionsConfig(root=str(root), own_tasks=(task,), allow_outside=True)
   [task] = config.own_tasks
-  records = instruction_sources.open_task(task, "train", config, DRAWN)
+  records = instruction_sources.open_task(task, "train", config)
   return [record.images["image"] for record in records]
 
 

@@ -1,8 +1,6 @@
 """Tests the comparison of a tuned model with its base on the same held-out documents."""
 
 import dataclasses
-import re
-import sys
 
 import jax
 import numpy as np
@@ -50,20 +48,12 @@ def test_equal_models_forget_nothing_and_a_model_without_a_judge_has_bits_only()
   assert "correct" not in forgetting.compare(plain, plain)
 
 
-def test_without_a_judge_only_bits_are_measured(settings, workdir, mesh, monkeypatch, capsys):  # noqa: F811
-  drawn = dataclasses.replace(settings, raw=dataclasses.replace(settings.raw, source="scenes"))
-  base = Base(drawn, workdir)
-  monkeypatch.setitem(sys.modules, "fonticon_mdi7", None)  # Its import then fails.
-  assert forgetting.judge_of(base) is None
-  line = r"forgetting: no images were judged, .*'scenes' are not installed.*\[demo\]\.\n"
-  assert re.fullmatch(line, capsys.readouterr().out)
-  found = forgetting.measure(Run(workdir, settings), random_params(settings.model), base)
-  assert found.bits["image"].sum() > 0
-  assert found.correct == ()
-  monkeypatch.undo()
-  assert forgetting.judge_of(base) is not None
-  assert forgetting.judge_of(Base(settings, workdir)) is None
-  assert capsys.readouterr().out == ""
+def test_only_captions_with_facts_are_judged(settings, workdir, mesh):  # noqa: F811
+  run, params = Run(workdir, settings), random_params(settings.model)
+  for judge in (None, lambda image, facts: ""):  # The documents of this base have no facts.
+    found = forgetting.measure(run, params, Base(settings, workdir), judge)
+    assert found.bits["image"].sum() > 0
+    assert found.correct == ()
 
 
 def test_the_bits_are_those_of_an_evaluation_with_true_neighbors(settings, workdir, mesh):  # noqa: F811

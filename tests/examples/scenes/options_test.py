@@ -1,0 +1,54 @@
+import collections
+import itertools
+
+import pytest
+
+from cm3leon_jax.config import FieldError, UserError, build
+from examples.scenes.options import CATEGORIES, COLORS, COMMON, ScenesConfig
+from examples.scenes.world import number_of_scenes_of
+from tests.refusals import refused
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"objects": ("bel",)},
+    {"colors": ("pinkish",)},
+    {"categories": ("color",)},
+    {"objects": ()},
+    {"colors": ("red", "red")},
+    {"shares": (1.0,)},
+    {"objects": ("bell",)},
+    {"colors": ("red",)},
+    {"rare_objects": 0},
+    {"rare_objects": 10_000},
+    {"train": 0},
+  ],
+)  # fmt: skip
+def test_wrong_configs_are_refused_in_one_sentence(fields):
+  [name] = fields
+  with refused(FieldError, "config.raw.options", name) as error:
+    build(ScenesConfig, fields, "raw.options")
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_a_category_is_refused_if_and_only_if_it_has_no_scene(category):
+  accepted = []
+  for objects, colors, rare in itertools.product((1, 2, 3), (1, 2, 3), (0, 1)):
+    fields = {
+      "objects": tuple(COMMON)[:objects],
+      "colors": tuple(COLORS)[:colors],
+      "rare_objects": rare,
+      "categories": (category,),
+    }
+    # This config bypasses the checks, which reject a config without scenes.
+    count = number_of_scenes_of(collections.namedtuple("Config", fields)(**fields), category)
+    try:
+      build(ScenesConfig, fields, "raw.options")
+    except UserError:
+      assert not count
+    else:
+      assert count
+      accepted.append(fields)
+  assert accepted
