@@ -148,7 +148,7 @@ def _reporting() -> Iterator[None]:
 
 def _flag_of(error: OSError) -> str:
   """Returns "--out=/proc/x" if this folder, or a parent of it, caused the error; otherwise ""."""
-  place = os.path.abspath(error.filename) if isinstance(error.filename, str) else None
+  place = os.path.abspath(error.filename) if isinstance(error.filename, str) else ""
   for name in FOLDERS:
     value = flags.FLAGS[name].value if name in flags.FLAGS else None
     path = pathlib.Path(value or "").absolute()
