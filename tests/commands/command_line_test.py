@@ -51,7 +51,6 @@ MISTAKES = [
   (["train", "--config=scenes:soon", "--workdir=w"], ["--config", "soon"]),
   (["train", "--workdir=w"], ["--config"]),
   (["train", "--config=scenes"], ["--workdir"]),
-  (["train", "--workdir=w", "--resume_from=x"], ["--resume_from", "x"]),
   (["train", "--config=scenes", "--workdir=a.txt"], ["--workdir", "a.txt"]),
   (["report", *RUN, "--num_processes=2"], ["num_processes"]),
   (["generate", *RUN, "--task=draw"], ["--task", "draw", "edit"]),
