@@ -46,7 +46,7 @@ fingerprint() {
 }
 
 # make_venv EXTRA: creates .venv if it is missing, and installs the project if pyproject.toml or the tested versions have
-# changed since the last installation.
+# changed since the last installation. With LOCK, such as requirements.lock, it installs all packages of that file, by their hashes.
 make_venv() {
   local extra=$1 stamp="$venv/installed-$1" base start=$SECONDS
   if ! runs_new_enough "$python"; then
@@ -55,7 +55,12 @@ make_venv() {
   fi
   if [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ]; then
     echo "Installing cm3leon_jax[$extra] into $venv; this takes a minute or two, the first time only."
-    (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check -e ".[$extra]" -c constraints.txt) \
+    local pip=("$python" -m pip install --quiet --disable-pip-version-check) source=(-e ".[$extra]" -c constraints.txt)
+    if [ -n "${LOCK:-}" ]; then
+      (cd "$root" && "${pip[@]}" --require-hashes -r "$LOCK") || fail "pip could not install $LOCK into $venv: see its message above."
+      source=(-e . --no-deps --no-build-isolation)
+    fi
+    (cd "$root" && "${pip[@]}" "${source[@]}") \
       || fail "pip could not install cm3leon_jax[$extra] into $venv: see its message above."
     fingerprint >"$stamp"
     echo "Installed in $((SECONDS - start)) s."

@@ -103,3 +103,14 @@ def test_the_range_of_jax_ends_at_the_tested_versions():
   (jax,) = (r for r in METADATA["project"]["dependencies"] if r.startswith("jax>"))
   tested = re.findall(r"^jax==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
   assert jax == f"jax>={tested[0]},<={tested[1]}"
+
+
+def test_the_lock_of_ci_has_the_tested_versions_and_hashes_of_all():
+  entries = re.split(r"\n(?=[a-z])", (ROOT / "requirements.lock").read_text())[1:]
+  assert all("--hash=sha256:" in entry for entry in entries)
+  locked = {entry.split(" ")[0] for entry in entries}
+  for name in ("requirements.txt", "constraints.txt"):
+    tested = re.findall(r"^[\w.-]+==[\w.]+", (ROOT / name).read_text(), re.MULTILINE)
+    of_extras = {pin.lower() for pin in tested if names_of([pin]) & names_of(locked)}
+    assert of_extras <= locked, "renew requirements.lock by the command in its first lines"
+    assert len(of_extras) > 25

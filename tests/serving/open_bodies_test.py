@@ -78,6 +78,20 @@ def test_bodies_that_wait_for_their_end_are_bounded_together(engine, run):
     assert ask_until(200).status_code == 200
 
 
+@pytest.mark.parametrize("header", ["Upgrade: x\r\nConnection: upgrade", "Accept: */*"])
+def test_small_chunks_count_after_any_request(live, header):
+  chunks = b"1\r\n \r\n" * 50_000
+  second = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+  client = socket.create_connection(("127.0.0.1", live.port), timeout=60)
+  with contextlib.closing(client):
+    client.sendall(f"GET /healthz HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n".encode())
+    assert client.recv(2**16).startswith(b"HTTP/1.1 200")
+    with contextlib.suppress(ConnectionError):  # The server may close the connection early.
+      client.sendall(second + chunks)
+    assert b" 400 " in answered(client)
+  live.wait_for("requests_active", 0)
+
+
 @pytest.mark.parametrize(("pieces", "status"), [(server.MOST_SMALL - 10, b"200"), (50_000, b"400")])
 def test_a_body_of_many_small_chunks_is_refused(live, pieces, status):
   text = json.dumps(BODY)

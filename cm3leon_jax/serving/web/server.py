@@ -1,16 +1,17 @@
 """Runs the application with uvicorn in one process until SIGTERM or Ctrl-C."""
 
 import asyncio
+from collections.abc import Callable
 import copy
+import functools
 import signal
 import socket
 import threading
-from typing import Any
+from typing import Any, cast
 
 import h11
 from starlette.types import ASGIApp
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.serving.engine import Engine
@@ -23,6 +24,7 @@ SMALL_PIECE, MOST_SMALL = 256, 1_000
 HEADER_BYTES = 2**16  # Default of uvicorn.
 # Time limit for headers, from the start of the connection or from the first byte of the request.
 HEADER_SECONDS = 30.0
+OPEN = (h11.IDLE, h11.SEND_BODY)  # States of a client whose request is not complete.
 
 
 def listen(host: str, port: int, unread_seconds: float = UNREAD_SECONDS) -> socket.socket:
@@ -53,57 +55,73 @@ def listen(host: str, port: int, unread_seconds: float = UNREAD_SECONDS) -> sock
   return opened
 
 
-class Connection(h11.Connection):
-  """Reads requests. Rejects a body with more than MOST_SMALL pieces below SMALL_PIECE bytes.
+class Guard(asyncio.Protocol):
+  """Passes a connection to uvicorn's protocol, and follows its requests with a parser of its own.
 
-  The server reads one piece at a time. A piece of one byte takes as long as a piece of thousands of
-  bytes, so a body in many small pieces would delay all other requests.
+  Closes a connection whose headers take more than HEADER_SECONDS, for which uvicorn would wait
+  forever. Refuses a body with more than MOST_SMALL pieces below SMALL_PIECE bytes: the server reads
+  one piece at a time, and one byte takes as long as thousands, so such a body would delay all other
+  requests.
   """
 
-  small = 0
+  def __init__(self, protocol: Callable[..., asyncio.Protocol], **arguments: Any):
+    """`protocol` is uvicorn's class, and `arguments` are those that uvicorn passes to it."""
+    self._inner = protocol(**arguments)
+    self._requests: h11.Connection | None = h11.Connection(h11.SERVER, HEADER_BYTES)
+    self._small = 0
+    self._timer: asyncio.TimerHandle | None = None
 
-  def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-    event = super().next_event()
-    if isinstance(event, h11.Request):
-      self.small = 0
-    elif isinstance(event, h11.Data):
-      self.small += len(event.data) < SMALL_PIECE
-      if self.small > MOST_SMALL:
-        raise h11.RemoteProtocolError("the body arrives in too many small pieces.")
-    return event
-
-
-class HttpProtocol(H11Protocol):
-  """HTTP/1.1 protocol with the limit of `Connection` and a time limit for headers.
-
-  Without the time limit, uvicorn would wait for headers forever.
-  """
-
-  _headers_timer: asyncio.TimerHandle | None = None
-
-  def __init__(self, *args: Any, **kwargs: Any):
-    super().__init__(*args, **kwargs)
-    self.conn = Connection(h11.SERVER, HEADER_BYTES)
-
-  def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-    super().connection_made(transport)
-    self._headers_timer = self.loop.call_later(HEADER_SECONDS, transport.close)
+  def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    self._transport = cast("asyncio.Transport", transport)
+    self._inner.connection_made(transport)
+    self._start_timer()
 
   def data_received(self, data: bytes) -> None:
-    super().data_received(data)
-    if self.conn.their_state is not h11.IDLE:  # The headers are complete or invalid.
-      self._forget_timer()
-    elif self._headers_timer is None:
-      self._headers_timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+    self._follow(data)
+    if self._small > MOST_SMALL:
+      self._transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+      self._transport.close()
+      return
+    if self._requests is None or self._requests.their_state is not h11.IDLE:
+      self._stop_timer()  # The headers are complete or invalid.
+    elif self._timer is None:
+      self._start_timer()
+    self._inner.data_received(data)
+
+  def _follow(self, data: bytes) -> None:
+    """Counts the small pieces of the current body."""
+    if self._requests is not None and self._requests.their_state not in OPEN:  # A new request.
+      data = self._requests.trailing_data[0] + data
+      self._requests, self._small = h11.Connection(h11.SERVER, HEADER_BYTES), 0
+    try:
+      if self._requests is not None:
+        self._requests.receive_data(data)
+        while not isinstance(event := self._requests.next_event(), type):
+          self._small += isinstance(event, h11.Data) and len(event.data) < SMALL_PIECE
+    except h11.RemoteProtocolError:  # uvicorn finds the same error, and answers.
+      self._requests = None
+
+  def eof_received(self) -> bool | None:
+    return self._inner.eof_received()
+
+  def pause_writing(self) -> None:
+    self._inner.pause_writing()
+
+  def resume_writing(self) -> None:
+    self._inner.resume_writing()
 
   def connection_lost(self, exc: Exception | None) -> None:
-    self._forget_timer()
-    super().connection_lost(exc)
+    self._stop_timer()
+    self._inner.connection_lost(exc)
 
-  def _forget_timer(self) -> None:
-    if self._headers_timer is not None:
-      self._headers_timer.cancel()
-      self._headers_timer = None
+  def _start_timer(self) -> None:
+    loop = asyncio.get_running_loop()
+    self._timer = loop.call_later(HEADER_SECONDS, self._transport.close)
+
+  def _stop_timer(self) -> None:
+    if self._timer is not None:
+      self._timer.cancel()
+      self._timer = None
 
 
 def url(host: str, port: int) -> str:
@@ -122,9 +140,11 @@ def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Ser
   log_config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)  # One line per request.
   log_config["handlers"]["access"]["stream"] = "ext://sys.stderr"
   log_config["loggers"]["uvicorn.error"]["level"] = "WARNING"
+  usual = uvicorn.Config(app, http="h11", log_config=None, lifespan="off", ws="none")
+  usual.load()
   config = uvicorn.Config(
     app,
-    http=HttpProtocol,
+    http=cast("Any", functools.partial(Guard, usual.http_protocol_class)),
     loop="asyncio",  # uvloop would call the fork handlers of JAX when it starts a process.
     log_config=log_config,
     server_header=False,
