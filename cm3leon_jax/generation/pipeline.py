@@ -146,6 +146,15 @@ class Pipeline:
     opened = self.bank is not None and any(task.retrieve for task in tasks)
     return check_tasks(self.layout, tasks, self.documents if opened else self.bank)
 
+  def _check_samples(self, tasks: Sequence[Task], num_samples: int, rank: bool) -> None:
+    if num_samples < 1 + bool(rank):
+      raise UserError(
+        f"num_samples is {num_samples}; it must be at least 1, or 2 with rank, which sorts samples."
+      )
+    for task in tasks if rank else ():
+      if self.clip is None or not task.is_scored:
+        raise task.error(f"rank is given, but CLIP does not score task {task.name} here.")
+
   def generate(
     self,
     tasks: Sequence[Task],
@@ -168,13 +177,7 @@ class Pipeline:
       UserError: `check_tasks` rejects a task, no document is found for it, CLIP cannot rank it, or
         `num_samples` is too small.
     """
-    if num_samples < 1 + bool(rank):
-      raise UserError(
-        f"num_samples is {num_samples}; it must be at least 1, or 2 with rank, which sorts samples."
-      )
-    for task in tasks if rank else ():
-      if self.clip is None or not task.is_scored:
-        raise task.error(f"rank is given, but CLIP does not score task {task.name} here.")
+    self._check_samples(tasks, num_samples, rank)
     given = self.check(tasks) if given is None else given
     neighbors = self.retrieve(tasks)
     requests = self.requests(tasks, given, neighbors)
