@@ -91,6 +91,8 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   if jax.distributed.is_initialized():
     raise UserError("cm3leon evaluate runs in several processes only with --protocol: add it.")
   if _EXPORT.value is not None:
+    if _LAST_PARAMS.value:
+      raise UserError("--export uses the average of the parameters: leave --last_params out.")
     _export(settings, workdir)
     return
   inputs: dict[str, Any] = {}
