@@ -47,10 +47,10 @@ class TrainConfig:
   `eval_every` must then divide `checkpoint_every`. With `patience`, only the checkpoint of the
   lowest loss is kept, so this must be 0."""
   patience: NonNegativeInt = 0
-  """Ends the training after this number of evaluations in a row whose held-out loss of image codes
-  (of all tokens if there are none; in a tuning, of its own pairs) is above the lowest one. The
-  checkpoint of the lowest loss is saved, kept, and the result of the run. 0: the last checkpoint is
-  the result."""
+  """Ends the training after this number of evaluations in a row whose held-out loss is above the
+  lowest one. The loss is that of image codes, or of all tokens if there are no image codes; in a
+  tuning, only its own pairs count. The checkpoint of the lowest loss is saved, kept, and the result
+  of the run. 0: the last checkpoint is the result."""
   sample_every: PositiveInt = 2_000
   """Number of steps between two grids of samples."""
   num_samples: PositiveInt = 8

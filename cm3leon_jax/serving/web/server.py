@@ -56,7 +56,7 @@ def listen(host: str, port: int, unread_seconds: float = UNREAD_SECONDS) -> sock
 
 
 class Guard(asyncio.Protocol):
-  """Passes a connection to uvicorn's protocol, and follows its requests with a parser of its own.
+  """Passes the data of a connection to uvicorn's protocol, after parsing the requests itself.
 
   Closes a connection whose headers take more than HEADER_SECONDS, for which uvicorn would wait
   forever. Refuses a body with more than MOST_SMALL pieces below SMALL_PIECE bytes: the server reads
