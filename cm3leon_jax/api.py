@@ -25,13 +25,15 @@ if TYPE_CHECKING:
   import jax
   import numpy as np
 
+  from cm3leon_jax.config import sampling as kw
+  from cm3leon_jax.decoding.generator import LoadOptions
   from cm3leon_jax.decoding.request import Request
   from cm3leon_jax.evaluation.likelihood.pairs import PairScore
-  from cm3leon_jax.generation import keywords as kw
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.retrieved import Retrieved
   from cm3leon_jax.generation.sample import Sample
   from cm3leon_jax.generation.tasks import Task
+  from cm3leon_jax.run.run import Run
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 
@@ -57,7 +59,7 @@ class CM3Leon:
   `pipeline` generates samples for tasks and needs `jax.set_mesh(model.mesh)`.
   """
 
-  workdir: str
+  run: Run
   pipeline: Pipeline
   mesh: jax.sharding.Mesh
   step: int
@@ -74,7 +76,7 @@ class CM3Leon:
     mesh: jax.sharding.Mesh | None = None,
     clip: str | os.PathLike[str] | None = None,
     show_progress: bool | None = None,
-    **options: Unpack[kw.LoadOptions],
+    **options: Unpack[LoadOptions],
   ) -> CM3Leon:
     """Loads a bundle, an export or a run's newest checkpoint onto the devices of this machine.
 
@@ -93,20 +95,33 @@ class CM3Leon:
       mesh: a mesh from `mesh.create_mesh`, given instead of `devices` for another sharding.
       clip: folder of the Hugging Face CLIP model; default: the path in the run's config.
       show_progress: whether to show a progress bar; default: only in a terminal or notebook.
-      **options: `batch_size`, the largest number of samples in a batch (default 16); `weight_dtype`
-        and `cache_dtype`, `compute` or `int8`. See `GeneratorConfig`.
+      **options: fields of `GeneratorConfig`: `batch_size`, `weight_dtype`, `cache_dtype`.
 
     Raises:
       UserError: nothing was trained there, a file is damaged, or an option is wrong.
     """
     accelerators.use_cpu_if_alone()
     buckets.prepare_access()
-    from cm3leon_jax import loading
+    import jax
+
+    from cm3leon_jax.config import UserError
     from cm3leon_jax.files import progress
+    from cm3leon_jax.generation.pipeline import Pipeline
+    from cm3leon_jax.mesh import MeshConfig, create_mesh
+    from cm3leon_jax.run.run import Run
 
     shown = progress.is_interactive() if show_progress is None else show_progress
-    loaded = loading.load(workdir, adapter, clip, dtype, devices, mesh, options)
-    return cls(*loaded, shown)
+    if mesh is None:
+      mesh = create_mesh(MeshConfig(), None if devices is None else list(devices))
+    elif devices is not None:
+      raise UserError("both mesh and devices are given: give only one of them.")
+    workdir = os.path.expanduser(workdir)
+    buckets.check_path(workdir)
+    adapter = adapter and os.path.expanduser(adapter)
+    run = Run.open(workdir, exports=True, adapter=adapter, dtype=dtype)
+    with jax.set_mesh(mesh):
+      pipeline, step = Pipeline.open(run, clip and os.path.expanduser(clip), **options)
+    return cls(run, pipeline, mesh, step, shown)
 
   @classmethod
   def finetune(
@@ -118,13 +133,17 @@ class CM3Leon:
   ) -> CM3Leon:
     """Tunes a model on your images and loads it. After Ctrl-C, the same call continues.
 
-    `data` is a folder or a list of pairs (image, caption). docs/tuning.md and
-    `finetune.run` describe them and the options.
+    `data` is a folder or a list of pairs (image, caption); for the options see `finetune.run`.
     """
     from cm3leon_jax import finetune
 
     finetune.run(data, workdir, base, **options)
     return cls.load(workdir)
+
+  @property
+  def workdir(self) -> str:
+    """Folder of the run, bundle or export."""
+    return str(self.run.folder)
 
   def __repr__(self) -> str:
     import jax
@@ -150,9 +169,8 @@ class CM3Leon:
     >>> sample.text.startswith("a"), len(sample.tokens) == len(sample.log_probs)
     (True, True)
 
-    Tasks are objects of the classes in `generation.image_tasks` and `generation.text_tasks`. With
-    `rank`, the samples of each task are sorted by CLIP score, best first. Returns a list of
-    `num_samples` samples for each task.
+    Tasks are objects of the classes in `generation.image_tasks` and `generation.text_tasks`. For
+    each task, returns a list of `num_samples` samples, with `rank` sorted by CLIP score.
     """
     if not tasks:
       return []
@@ -165,8 +183,6 @@ class CM3Leon:
     >>> from cm3leon_jax.generation.text_tasks import Caption
     >>> [request] = model.requests([Caption(image=image)])
     >>> [prompt] = request.streams  # int32 ids; guided tasks also have an unconditional stream.
-    >>> int((prompt >= model.pipeline.layout.vocab.text_size).sum())  # Number of image codes.
-    16
     """
     with self._in_mesh():
       given = self.pipeline.check(tasks)
@@ -187,9 +203,6 @@ class CM3Leon:
     >>> samples = model.generate("a green bell", num_samples=4, guidance=1.5, retrieve=2, seed=0)
     >>> len(samples), samples[0].image.mode, len(samples[0].neighbors)
     (4, 'RGB', 2)
-    >>> best, *others = model.generate("a green bell", num_samples=4, rank=True)
-    >>> all(best.clip_score >= other.clip_score for other in others)
-    True
 
     Args:
       num_samples: number of samples per caption.
@@ -199,8 +212,8 @@ class CM3Leon:
       **sampling: `guidance`, `guidance_schedule`, `temperature`, `top_k`, `top_p`, `method`, ...
 
     Returns:
-      A list of `Sample` with the fields `image` (PIL), `clip_score`, `neighbors`, `tokens`,
-      `log_probs`, ...; for a list of captions, a list of such lists.
+      A list of `Sample`s, with `image` (PIL), `clip_score`, `neighbors`, ...; for a list of
+      captions, a list of such lists.
     """
     retrieve = self.pipeline.usual_retrieve if retrieve is None else retrieve
     single, tasks = self._tasks(
@@ -345,14 +358,11 @@ class CM3Leon:
     (True, True)
 
     Args:
-      query: a text, a PIL image or an array, or a list of queries. A string is always a text, even
-        if a file has this name.
-      k: largest number of documents. `retrieval.min_similarity` and `retrieval.max_similarity`
-        exclude some documents.
+      query: a text, a PIL image or an array, or a list of queries. A string is always a text.
+      k: largest number of documents; `retrieval` of the config excludes some.
 
     Returns:
-      A list of `Retrieved`, best first, with the fields `key`, `caption`, `image`, `similarity`,
-      `source`, `license` and `attribution`; for a list of queries, a list of such lists.
+      A list of `Retrieved`, best first; for a list of queries, a list of such lists.
     """
     from cm3leon_jax.generation import calls, retrieved
 
@@ -370,9 +380,7 @@ class CM3Leon:
   @functools.cached_property
   def _trained(self) -> dict[str, Any]:
     """Parameters in the training dtype. Only `score` uses them; its first call loads them."""
-    from cm3leon_jax.trained.run import Run
-
-    return Run.open(self.workdir, exports=True).params(self.step)[0]
+    return self.run.params(self.step)[0]
 
   def _in_mesh(self) -> Any:
     import jax

@@ -5,8 +5,8 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax import CM3Leon, UserError
-from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.generation.image_tasks import Unconditional
+from cm3leon_jax.weights import reading
 from tests.api_test import IMAGE, model, run  # noqa: F401 (fixtures)
 from tests.refusals import refused
 

@@ -14,15 +14,15 @@ import pytest
 
 import cm3leon_jax
 from cm3leon_jax import CM3Leon
-from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import common, generate
+from cm3leon_jax.config.sampling import EvaluationConfig
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.data.rows.cm3 import apply_cm3_mask
 from cm3leon_jax.data.rows.loader import join
-from cm3leon_jax.evaluation.config import EvaluationConfig
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval.neighbors import Retriever
+from cm3leon_jax.weights import reading
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import model_logits

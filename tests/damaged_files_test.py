@@ -15,9 +15,6 @@ import pytest
 from safetensors import numpy as safetensors
 
 import cm3leon_jax
-from cm3leon_jax import parameters
-from cm3leon_jax.checkpoints import recovery
-from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
@@ -32,11 +29,12 @@ from cm3leon_jax.importing.tokenizer import read_tokenizer
 from cm3leon_jax.reports import summary
 from cm3leon_jax.retrieval import bank, lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
-from cm3leon_jax.runs import stages
-from cm3leon_jax.settings import settings_of_run
+from cm3leon_jax.run import bundles, initial, stages
+from cm3leon_jax.run.folders import settings_of_run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained import bundles, initial
 from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
+from cm3leon_jax.weights import recovery, stored_tensors
+from cm3leon_jax.weights.checkpoint import Checkpoints
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
@@ -206,11 +204,11 @@ def test_tensors_that_are_not_finite_are_refused_with_file_and_name(value, tmp_p
   safetensors.save_file(tensors, path)
   expected = {"a": jax.ShapeDtypeStruct((3,), np.float32), "b": {"c": np.zeros(2, np.float16)}}
   with refused(UserError, "b.c", "train_clip"):
-    parameters.load(path, expected, "train_clip")
+    stored_tensors.load(path, expected, "train_clip")
   with refused(UserError, "b.c", "x.safetensors"):
     published.read_tensors(path)
   safetensors.save_file({**tensors, "b.c": np.ones(2, np.float16)}, path)
-  assert set(parameters.load(path, expected, "train_clip")) == {"a", "b"}
+  assert set(stored_tensors.load(path, expected, "train_clip")) == {"a", "b"}
   assert set(published.read_tensors(path)) == {"a", "b.c"}
 
 

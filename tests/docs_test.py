@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from cm3leon_jax.commands import COMMANDS
-from cm3leon_jax.settings import SECTIONS
+from cm3leon_jax.config.settings import SECTIONS
 
 ROOT = pathlib.Path(__file__).parents[1]
 # docs/log.md names what an earlier commit has.

@@ -112,7 +112,7 @@ def cm3leon(*flags: str, **options):
 def serve() -> None:
   """Forks a process for each line of stdin, a job, and prints its exit code."""
   import cm3leon_jax.commands.common
-  import cm3leon_jax.settings  # noqa: F401
+  import cm3leon_jax.config.settings  # noqa: F401
 
   for module in sys.argv[1:]:
     importlib.import_module(module)

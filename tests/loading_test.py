@@ -12,7 +12,7 @@ from cm3leon_jax.files import progress
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.importing import importer
 from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.trained import initial, kinds
+from cm3leon_jax.run import folders, initial
 from tests.export.conftest import run  # noqa: F401
 from tests.generation.run import SETTINGS
 from tests.refusals import refused
@@ -105,9 +105,10 @@ def test_exports_for_other_programs_and_of_earlier_versions_are_refused(run, exp
   with refused(UserError, str(other)):
     CM3Leon.load(other)
   shutil.copytree(exports / "orbax", tmp_path / "orbax")
-  stored = read_json(tmp_path / "orbax" / kinds.ABOUT)
-  write_json(tmp_path / "orbax" / kinds.ABOUT, {k: v for k, v in stored.items() if k != "settings"})
-  (tmp_path / "orbax" / kinds.DIGESTS).unlink()
+  stored = read_json(tmp_path / "orbax" / folders.ABOUT)
+  del stored["settings"]
+  write_json(tmp_path / "orbax" / folders.ABOUT, stored)
+  (tmp_path / "orbax" / folders.DIGESTS).unlink()
   with refused(UserError, str(tmp_path / "orbax")):
     CM3Leon.load(tmp_path / "orbax")
 

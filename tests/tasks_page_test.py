@@ -4,7 +4,7 @@ import re
 import pytest
 import yaml
 
-from cm3leon_jax.data.instructions.config import make_task
+from cm3leon_jax.config.instructions import make_task
 from cm3leon_jax.data.instructions.task_files import parse_tasks, read_tasks, shipped
 from cm3leon_jax.data.instructions.tasks import choose_template
 from tools import tasks_page

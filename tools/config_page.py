@@ -11,7 +11,7 @@ from typing import Any
 
 import pydantic
 
-from cm3leon_jax.settings import SECTIONS, Settings
+from cm3leon_jax.config.settings import SECTIONS, Settings
 
 HEADER = """# Config
 

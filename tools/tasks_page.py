@@ -12,9 +12,9 @@ import itertools
 
 import numpy as np
 
+from cm3leon_jax.config.instructions import InstructionTask, fields_of
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.instructions import samples
-from cm3leon_jax.data.instructions.config import InstructionTask, fields_of
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.task_files import read_tasks, shipped
 from cm3leon_jax.data.instructions.tasks import choose_template, join_record

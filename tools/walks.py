@@ -131,7 +131,7 @@ def generate() -> Walk:
 
 def train() -> Walk:
   """Runs `cm3leon train` for one step on the tiny workdir of the tests."""
-  from cm3leon_jax.settings import settings_from_config
+  from cm3leon_jax.config.settings import settings_from_config
   from tests.launch import stages_before, tiny_config
 
   with tempfile.TemporaryDirectory() as folder:

@@ -31,14 +31,14 @@ import numpy as np
 
 from benchmarks.evidence import scene_recount
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import Settings, settings_from_config
 from cm3leon_jax.evaluation.intervals import mean_interval
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.reinforcement.prompts import Prompt, read_prompts
 from cm3leon_jax.reinforcement.rollouts import Rollouts, open_rollouts, spread
-from cm3leon_jax.settings import Settings, settings_from_config
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained.run import Run
 from examples.scenes import config as demo
 from examples.scenes import source
 from examples.scenes.judge.baselines import claims_of

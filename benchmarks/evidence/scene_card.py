@@ -28,7 +28,7 @@ from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.writer import contact_sheet, save_png
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run.run import Run
 from examples.scenes import config as demo
 from examples.scenes import source, world
 from examples.scenes.captions import describe_plainly

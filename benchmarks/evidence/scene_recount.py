@@ -27,12 +27,12 @@ import numpy as np
 from PIL import Image
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.config import is_edit
+from cm3leon_jax.config.instructions import is_edit
 from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.mesh import create_mesh
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run.run import Run
 from examples.scenes import config as demo
 from examples.scenes import instruct, world
 from examples.scenes.drawings import render

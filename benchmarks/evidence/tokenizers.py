@@ -23,21 +23,21 @@ import numpy as np
 
 from benchmarks.evidence import experiment as experiment_lib
 from benchmarks.evidence import tokenizers_table as table
-from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import Settings, settings_from_config
+from cm3leon_jax.config.tokenizers import levels_of
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import create_mesh, shard
-from cm3leon_jax.runs import stages
-from cm3leon_jax.runs import table as stage_table
-from cm3leon_jax.settings import Settings, settings_from_config
-from cm3leon_jax.tokenizers.config import levels_of
+from cm3leon_jax.run import stages
+from cm3leon_jax.run import table as stage_table
 from cm3leon_jax.training.small import vqgan_training
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state, train_step
+from cm3leon_jax.weights import reading
 from examples.scenes import config as scenes
 
 ARMS = {

@@ -177,9 +177,9 @@ class Trainer:
     """Saves the checkpoints of `STEPS` to `folder`."""
     import jax
 
-    from cm3leon_jax.checkpoints.checkpoint import Checkpoints
-    from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
+    from cm3leon_jax.config.training import OptimizerConfig, TrainConfig
     from cm3leon_jax.training.steps import compile_steps
+    from cm3leon_jax.weights.checkpoint import Checkpoints
     from tests.data.stores import VOCAB
     from tests.models import tiny
 
@@ -200,7 +200,7 @@ class Trainer:
     """Continues as `decoder.train` does; returns `step`, `same` and `message` for `compare`."""
     import jax
 
-    from cm3leon_jax.training.config import TrainConfig
+    from cm3leon_jax.config.training import TrainConfig
     from cm3leon_jax.training.decoder import restore_or_init
 
     printed = io.StringIO()

@@ -189,9 +189,9 @@ def _shift_rows(folder: pathlib.Path) -> None:
   """Replaces the checkpoints of a run by a copy of the newest that continues one row later."""
   import jax
 
-  from cm3leon_jax.checkpoints.checkpoint import Checkpoints
   from cm3leon_jax.mesh import create_mesh
   from cm3leon_jax.training.steps import compile_steps
+  from cm3leon_jax.weights.checkpoint import Checkpoints
 
   settings, train = processes.settings(), folder / "train"
   with jax.set_mesh(create_mesh(settings.mesh)):

@@ -15,13 +15,13 @@ import time
 
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
-from cm3leon_jax.runs.stages import DONE
+from cm3leon_jax.run.stages import DONE
 
 CONFIG = "benchmarks/faults/config.py"
 IMPORTED = (
   "cm3leon_jax.commands.common",
-  "cm3leon_jax.settings",
-  "cm3leon_jax.trained.initial",
+  "cm3leon_jax.config.settings",
+  "cm3leon_jax.run.initial",
   "cm3leon_jax.generation.heldout",
   "cm3leon_jax.evaluation.likelihood.bits",
   "cm3leon_jax.training.decoder",
@@ -158,7 +158,7 @@ def _make_workdir(root: pathlib.Path) -> None:
 def settings():
   """Returns the settings of `CONFIG`."""
   from benchmarks.faults import config
-  from cm3leon_jax.settings import settings_from_config
+  from cm3leon_jax.config.settings import settings_from_config
 
   return settings_from_config(config.get_config())
 

@@ -16,8 +16,8 @@ import tracemalloc
 from absl import app, flags
 import numpy as np
 
+from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
-from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics

@@ -8,9 +8,9 @@ import time
 import jax
 import numpy as np
 
+from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 
 BATCH, PROMPT, NEW_TOKENS = 4, 32, 256

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.speed.decode_model import Peer
-from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding.request import unconditional_prompt
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import layouts
 from cm3leon_jax.weights.stored import of_tree

@@ -14,12 +14,12 @@ from absl import app, flags
 import jax
 import numpy as np
 
+from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.request import text_to_image
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 
 _RUNS = flags.DEFINE_integer("runs", 7, "Timed runs of each way, after a run that compiles.", 1)

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cm3leon_jax.config.model import ATTENTIONS, DTYPES, REMAT_POLICIES, ModelConfig
+from cm3leon_jax.config.training import OptimizerConfig
 from cm3leon_jax.data.rows.loader import rows_of_samples
 from cm3leon_jax.mesh import MeshConfig, create_mesh, shard
-from cm3leon_jax.models.config import ATTENTIONS, DTYPES, REMAT_POLICIES, ModelConfig
-from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state, train_step
 from cm3leon_jax.training.watch.flops import device_peak, model_flops

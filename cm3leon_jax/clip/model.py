@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, UInt8
 import numpy as np
 
-from cm3leon_jax import parameters
-from cm3leon_jax.clip.config import HEAD_DIM, CLIPConfig
 from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config.tokenizers import HEAD_DIM, CLIPConfig
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.runs import stages
+from cm3leon_jax.models import nnx_params
+from cm3leon_jax.run import stages
 from cm3leon_jax.tokenizers.vqgan import in_batches, to_float
 from cm3leon_jax.vocab import VocabLayout
+from cm3leon_jax.weights import stored_tensors
 
 EMBED_BATCH = 128
 PARAMS = "params.safetensors"
@@ -175,19 +176,19 @@ def normalize(x: Float[Array | np.ndarray, "... E"]) -> Float[Array, "... E"]:
 
 @functools.cache
 def _structure(config: CLIPConfig, text_size: int) -> tuple[nnx.GraphDef, nnx.State]:
-  return parameters.structure(lambda: CLIPModel(config, text_size, nnx.Rngs(0)))
+  return nnx_params.structure(lambda: CLIPModel(config, text_size, nnx.Rngs(0)))
 
 
 def init_params(config: CLIPConfig, text_size: int, key: Key[Array, ""]) -> dict:
   """Initializes fp32 parameters."""
-  return parameters.to_dict(
+  return nnx_params.to_dict(
     nnx.state(CLIPModel(config, text_size, nnx.Rngs(params=key)), nnx.Param)
   )
 
 
 def bind(config: CLIPConfig, text_size: int, params: dict) -> CLIPModel:
   """Returns the module with the parameters `params`, which can be called inside `jax.jit`."""
-  return parameters.fill(*_structure(config, text_size), params)
+  return nnx_params.fill(*_structure(config, text_size), params)
 
 
 def pad_texts(texts: Sequence[Int[np.ndarray, " _"]], length: int) -> Int32[np.ndarray, "B L"]:
@@ -242,7 +243,7 @@ class CLIP:
   def save(self, folder: epath.PathLike) -> None:
     """Writes params.safetensors and config.json."""
     folder = epath.Path(folder)
-    parameters.save(folder / PARAMS, self.params)
+    stored_tensors.save(folder / PARAMS, self.params)
     write_json(
       folder / CONFIG, {"clip": dataclasses.asdict(self.config), "text_size": self.text_size}
     )
@@ -257,7 +258,7 @@ class CLIP:
     stored = read_json(folder / CONFIG, {"clip": dict, "text_size": int})
     config, text_size = build(CLIPConfig, stored["clip"], "clip"), stored["text_size"]
     expected = jax.eval_shape(lambda: init_params(config, text_size, jax.random.key(0)))
-    params = parameters.load(folder / PARAMS, expected, "train_clip")
+    params = stored_tensors.load(folder / PARAMS, expected, "train_clip")
     return cls(config, text_size, params, encode)
 
   def embed_images(self, images: np.ndarray) -> Float32[np.ndarray, "B E"]:

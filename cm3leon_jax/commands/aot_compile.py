@@ -26,8 +26,8 @@ from cm3leon_jax.files.json_files import write_json
 if TYPE_CHECKING:
   import jax
 
+  from cm3leon_jax.config.settings import Settings
   from cm3leon_jax.planning.topology import Topology
-  from cm3leon_jax.settings import Settings
 
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "TPU slice, e.g. v5e-256, or a chip and the shape of its torus: v5p:4x4x8."
@@ -162,10 +162,10 @@ def _decode_reports(
 
 
 def main(settings: Settings) -> None:
+  from cm3leon_jax.config.training import on_mesh
   from cm3leon_jax.mesh import batch_shards
   from cm3leon_jax.planning import topology as topology_lib
   from cm3leon_jax.planning.report import table
-  from cm3leon_jax.training.config import on_mesh
 
   topology_lib.prepare()
   topology = topology_lib.load(_TOPOLOGY.value, _SLICES.value)

@@ -4,8 +4,8 @@ import pathlib
 
 import ml_collections
 
-from cm3leon_jax import configs, own_functions
-from cm3leon_jax.config import UserError, did_you_mean
+from cm3leon_jax import configs
+from cm3leon_jax.config import UserError, did_you_mean, own_functions
 
 FOLDER = pathlib.Path(configs.__file__).parent
 # Names of the shipped configs. `base` has the values that the configs share, and is not a config.

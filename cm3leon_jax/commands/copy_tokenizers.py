@@ -15,12 +15,12 @@ from etils import epath, epy
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.init_from_flag import INIT_FROM, OWN_IMAGE_TOKENIZER
 from cm3leon_jax.config import UserError
-from cm3leon_jax.runs import from_data
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.run import from_data
 
 with epy.lazy_imports():
   from cm3leon_jax.export import copies
-  from cm3leon_jax.trained import base_documents, run
+  from cm3leon_jax.run import base_documents, run
 
 
 def main(settings: Settings, workdir: epath.Path, follows: bool = False) -> None:

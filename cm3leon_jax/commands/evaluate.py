@@ -32,10 +32,10 @@ from cm3leon_jax.commands import common, protocol_flags
 from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.files.digests import digest, digest_of_json
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.runs import stages, table
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.run import stages, table
 
 with epy.lazy_imports():
   import jax
@@ -47,8 +47,8 @@ with epy.lazy_imports():
   from cm3leon_jax.generation import pipeline as pipeline_lib
   from cm3leon_jax.generation import tasks as tasks_lib
   from cm3leon_jax.retrieval import neighbors
-  from cm3leon_jax.trained import bundles
-  from cm3leon_jax.trained import run as run_lib
+  from cm3leon_jax.run import bundles
+  from cm3leon_jax.run import run as run_lib
 
 _EXPORT = flags.DEFINE_enum(
   "export",

@@ -11,8 +11,9 @@ from etils import epath, epy
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.file_flags import results_folder
 from cm3leon_jax.config import UserError
-from cm3leon_jax.runs import table
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.run import table
+from cm3leon_jax.run.run import load_start
 
 with epy.lazy_imports():
   from cm3leon_jax import distributed
@@ -27,8 +28,8 @@ with epy.lazy_imports():
   from cm3leon_jax.generation import pipeline as pipeline_lib
   from cm3leon_jax.generation import tasks
   from cm3leon_jax.reports import evaluation_page
-  from cm3leon_jax.trained import initial
-  from cm3leon_jax.trained import run as trained_run
+  from cm3leon_jax.run import initial
+  from cm3leon_jax.run import run as trained_run
 
 FOLDER = "evaluations"
 # Fields of a protocol that do not affect its samples.
@@ -146,7 +147,7 @@ def _params(trained: trained_run.Run, before: bool) -> tuple[dict, int]:
     raise UserError(
       f"--before is given, but the run in {trained.folder} began from random parameters."
     )
-  return initial.load(start, trained.settings), 0
+  return load_start(start, trained.settings), 0
 
 
 def _scorer(

@@ -28,23 +28,22 @@ from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.export import formats
 from cm3leon_jax.files.atomic import absolute
-from cm3leon_jax.runs import from_data, stages, table
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.run import from_data, stages, table
 
 with epy.lazy_imports():
   import jax
   import numpy as np
 
-  from cm3leon_jax import loading
   from cm3leon_jax.data.documents import store
   from cm3leon_jax.data.rows import loader
   from cm3leon_jax.evaluation.likelihood import bits
-  from cm3leon_jax.export import huggingface, peft_adapter
-  from cm3leon_jax.reports import model_card
-  from cm3leon_jax.trained import bundles
-  from cm3leon_jax.trained import run as run_lib
+  from cm3leon_jax.export import bundle, huggingface, peft_adapter
+  from cm3leon_jax.reports import model_card, summary
+  from cm3leon_jax.run import bundles
+  from cm3leon_jax.run import run as run_lib
   from cm3leon_jax.weights import int8
 
 SAMPLES = 4  # Number of held-out documents on which logits are compared.
@@ -110,7 +109,9 @@ def main(
     _export(trained, choice, output)
   if bundle_folder:
     with _alone(absolute(bundle_folder).parent), common.use_mesh(trained.settings):
-      step, numbers = loading.write_bundle(trained, bundle_folder, base, replayed=replayed)
+      params, step = trained.params()
+      cost = summary.total_cost(trained.folder)
+      numbers = bundle.write(bundle_folder, trained, params, step, cost, base, replayed)
     size = f"{numbers['bytes'] / 1e6:.1f} MB"
     print(f"export: bundle of step {step}, {size}, in {bundle_folder}.", flush=True)
 

@@ -6,7 +6,7 @@ from absl import flags
 from etils import epath, epy
 
 with epy.lazy_imports():
-  from cm3leon_jax.trained import run
+  from cm3leon_jax.run import run
 
 OUT = flags.DEFINE_string(
   "out",

@@ -30,13 +30,13 @@ from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.files.digests import digest_of_json
-from cm3leon_jax.runs import stages, table
+from cm3leon_jax.run import stages, table
 
 if TYPE_CHECKING:
-  from cm3leon_jax.decoding.config import SamplingConfig
+  from cm3leon_jax.config.sampling import SamplingConfig
+  from cm3leon_jax.config.settings import Settings
   from cm3leon_jax.generation.tasks import Task
-  from cm3leon_jax.settings import Settings
-  from cm3leon_jax.trained.run import Run
+  from cm3leon_jax.run.run import Run
 
 MOST_CAPTIONS = 16  # Default of --captions; fewer if fewer pairs are held out.
 # These are literals, because the flags are checked before JAX is imported.
@@ -178,8 +178,8 @@ def _own_tasks(trained: Run, seed: int) -> list[Task]:
 
 def _bank(trained: Run, heldout: bool) -> Run | None:
   """Returns the run that has the bank, or None. Checks the tokenizers and the CLIP of --bank."""
-  from cm3leon_jax.trained import bundles
-  from cm3leon_jax.trained.run import Run, ids
+  from cm3leon_jax.run import bundles
+  from cm3leon_jax.run.run import Run, ids
 
   settings = trained.settings
   if _BANK.value is None:
@@ -220,7 +220,7 @@ def _identity(
   seed: int,
 ) -> dict:
   """Returns all values on which the samples depend. Checks that required stages are finished."""
-  from cm3leon_jax.trained.run import ids
+  from cm3leon_jax.run.run import ids
 
   settings = trained.settings
   retrieves = not tasks or any(task.retrieve for task in tasks)
@@ -297,7 +297,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.generation.tasks import PromptLayout
   from cm3leon_jax.generation.writer import Writer
   from cm3leon_jax.reports.summary import clip_scores
-  from cm3leon_jax.trained.run import Run
+  from cm3leon_jax.run.run import Run
 
   seed = settings.seed if _SEED.value is None else _SEED.value
   trained = Run.open(workdir, settings)

@@ -17,14 +17,14 @@ from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
-from cm3leon_jax.runs import stages, table
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.run import stages, table
 
 with epy.lazy_imports():
+  from cm3leon_jax.config import tokenizers as tokenizers_config
   from cm3leon_jax.files import digests as digests_lib
-  from cm3leon_jax.tokenizers import config as tokenizers_config
+  from cm3leon_jax.run import exported, folders
   from cm3leon_jax.tokenizers import published_files, vqgan
-  from cm3leon_jax.trained import exported, kinds
   from cm3leon_jax.training.small import trainer
 
 FAMILIES = ("amused", "chameleon")
@@ -58,7 +58,7 @@ def main(
       f"--config.vqgan.published={family}."
     )
   for parent in filter(exported.is_export, epath.Path(source).parents[:2]):
-    exported.check(parent, f"{kinds.IMAGES}/")
+    exported.check(parent, f"{folders.IMAGES}/")
   folder = workdir / "vqgan"
   _check_folder(folder)
   if published_files.is_own(source):

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.config.settings import Settings
 
 with epy.lazy_imports():
   from cm3leon_jax.importing import importer

@@ -20,10 +20,10 @@ from etils import epath
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.files import atomic
-from cm3leon_jax.runs import stages, table
+from cm3leon_jax.run import stages, table
 
 if TYPE_CHECKING:
-  from cm3leon_jax.settings import Settings
+  from cm3leon_jax.config.settings import Settings
 
 # No default, because other commands also define --out without a default, and tests import all
 # commands in one process.
@@ -54,8 +54,8 @@ def show_rows(
   from PIL import Image
 
   from cm3leon_jax.reports import row_text
-  from cm3leon_jax.trained.rows import replay_share
-  from cm3leon_jax.trained.run import Run
+  from cm3leon_jax.run.rows import replay_share
+  from cm3leon_jax.run.run import Run
 
   documents = DOCUMENTS if replay_share(settings, split) else ()
   instructions = ("instructions",) if settings.instructions.any else ()
@@ -85,7 +85,7 @@ def validate(settings: Settings, workdir: epath.Path) -> None:
   """
   from cm3leon_jax.data.checks.validate import validate_raw, validate_stores
   from cm3leon_jax.retrieval.arrays import ArrayStore
-  from cm3leon_jax.trained.rows import replay_share
+  from cm3leon_jax.run.rows import replay_share
 
   documents = DOCUMENTS if replay_share(settings, "train") else ()
   instructions = ("instructions",) if settings.instructions.any else ()

@@ -15,14 +15,15 @@ from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
-from cm3leon_jax.runs import stages
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.run import stages
+from cm3leon_jax.run.run import load_start
 
 with epy.lazy_imports():
   from cm3leon_jax.evaluation import judged
   from cm3leon_jax.evaluation.likelihood import bits, forgetting
-  from cm3leon_jax.trained import base_documents, initial
-  from cm3leon_jax.trained import run as run_lib
+  from cm3leon_jax.run import base_documents, initial
+  from cm3leon_jax.run import run as run_lib
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
@@ -45,7 +46,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
         "`cm3leon train`."
       )
     run, judge = run_lib.Run(workdir, settings), judged.judge_of(settings)
-    before = forgetting.measure(run, initial.load(start, settings), base, judge)
+    before = forgetting.measure(run, load_start(start, settings), base, judge)
     params, step = run.params()
     after = forgetting.measure(run, params, base, judge)
     result = forgetting.compare(before, after)

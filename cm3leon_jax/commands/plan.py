@@ -31,8 +31,8 @@ from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError, did_you_mean
 
 if TYPE_CHECKING:
+  from cm3leon_jax.config.settings import Settings
   from cm3leon_jax.planning.hardware import Hardware
-  from cm3leon_jax.settings import Settings
 
 # Other commands define flags with the same names, and tests import all commands in one process.
 _SHARED = {"allow_override": True}

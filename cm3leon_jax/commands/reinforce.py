@@ -20,11 +20,13 @@ import os
 
 from etils import epath, epy
 
-from cm3leon_jax.commands import common, malloc, run_start
+from cm3leon_jax.commands import common, malloc
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
-from cm3leon_jax.commands.run_start import ALLOW_CHANGED, SKIP_MEMORY_CHECK
 from cm3leon_jax.config import UserError
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.run import start as run_start
+from cm3leon_jax.run.run import load_start
+from cm3leon_jax.run.start import ALLOW_CHANGED, SKIP_MEMORY_CHECK
 
 with epy.lazy_imports():
   import jax
@@ -35,8 +37,8 @@ with epy.lazy_imports():
   from cm3leon_jax.files import digests
   from cm3leon_jax.planning import memory
   from cm3leon_jax.reinforcement import rollouts
-  from cm3leon_jax.trained import adapters, bundles, initial
-  from cm3leon_jax.trained import run as run_lib
+  from cm3leon_jax.run import adapters, bundles
+  from cm3leon_jax.run import run as run_lib
   from cm3leon_jax.training import decoder
   from cm3leon_jax.training.faults import lease as lease_lib
   from cm3leon_jax.training.watch import monitor
@@ -143,9 +145,7 @@ def main(
     common.keep_compiled(workdir)
     run = run_lib.Run(workdir, settings)
     heldout = run.rows("heldout")
-    reference = jax.tree.map(
-      lambda x: x.astype(settings.model.dtype), initial.load(start, settings)
-    )
+    reference = jax.tree.map(lambda x: x.astype(settings.model.dtype), load_start(start, settings))
     objective, prompts = _objective(run, start, reference)
     run_start.write_config(settings, workdir, config)
     training = decoder.DecoderTraining.of(
@@ -153,7 +153,7 @@ def main(
       folder=folder,
       objective=objective,
       heldout=heldout,
-      initial_params=functools.partial(initial.load, start, settings),
+      initial_params=functools.partial(load_start, start, settings),
       evaluate_start=True,
     )
     result = decoder.train(training, lease)

@@ -11,8 +11,8 @@ from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
-from cm3leon_jax.runs import stages
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.run import stages
 
 with epy.lazy_imports():
   from cm3leon_jax.reports import report

@@ -28,11 +28,11 @@ from cm3leon_jax.commands.init_from_flag import INIT_FROM, OWN_IMAGE_TOKENIZER
 from cm3leon_jax.commands.stage_process import StageProcesses
 from cm3leon_jax.commands.tokenizer_check import LIMITS
 from cm3leon_jax.config import UserError
-from cm3leon_jax.runs import from_data, table
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.run import from_data, table
 
 with epy.lazy_imports():
-  from cm3leon_jax.trained import base_documents
+  from cm3leon_jax.run import base_documents
 
 STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
 # Matches lines of a progress bar, and the counts that `prepare_data` also prints as a sentence.

@@ -25,14 +25,14 @@ from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.digests import digest_of_json
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.runs import table
+from cm3leon_jax.run import table
 
 if TYPE_CHECKING:
+  from cm3leon_jax.config.settings import Settings
   from cm3leon_jax.evaluation.likelihood.document_files import Documents
   from cm3leon_jax.evaluation.likelihood.documents import Search
   from cm3leon_jax.generation.tasks import PromptLayout
-  from cm3leon_jax.settings import Settings
-  from cm3leon_jax.trained.run import Run
+  from cm3leon_jax.run.run import Run
 
 _DOCUMENTS = flags.DEFINE_string(
   "documents",
@@ -47,7 +47,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.evaluation.likelihood import document_files
   from cm3leon_jax.evaluation.likelihood import documents as documents_lib
   from cm3leon_jax.generation.tasks import PromptLayout, slug
-  from cm3leon_jax.trained.run import Run, ids
+  from cm3leon_jax.run.run import Run, ids
 
   if not _DOCUMENTS.value:
     raise UserError("name the documents: --documents=my.jsonl")

@@ -13,10 +13,9 @@ from typing import Any
 from absl import flags
 from etils import epath, epy
 
-from cm3leon_jax import own_functions
-from cm3leon_jax.config import UserError
-from cm3leon_jax.runs import stages
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.config import UserError, own_functions
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.run import stages
 
 with epy.lazy_imports():
   import numpy as np

@@ -21,10 +21,12 @@ import functools
 from absl import flags
 from etils import epath, epy
 
-from cm3leon_jax.commands import common, run_start
+from cm3leon_jax.commands import common
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
-from cm3leon_jax.commands.run_start import ALLOW_CHANGED, SKIP_MEMORY_CHECK
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.run import start as run_start
+from cm3leon_jax.run.run import load_base, load_start
+from cm3leon_jax.run.start import ALLOW_CHANGED, SKIP_MEMORY_CHECK
 
 with epy.lazy_imports():
   import jax
@@ -33,9 +35,9 @@ with epy.lazy_imports():
   from cm3leon_jax.generation import heldout as heldout_lib
   from cm3leon_jax.models import transformer
   from cm3leon_jax.planning import memory
-  from cm3leon_jax.trained import adapters as adapters_lib
-  from cm3leon_jax.trained import initial, rows
-  from cm3leon_jax.trained import run as run_lib
+  from cm3leon_jax.run import adapters as adapters_lib
+  from cm3leon_jax.run import rows
+  from cm3leon_jax.run import run as run_lib
   from cm3leon_jax.training import decoder, objective
   from cm3leon_jax.training.faults import lease as lease_lib
   from cm3leon_jax.training.faults import skipped_rows
@@ -57,7 +59,7 @@ def _initial_params(
   if settings.adapter.rank:
     return None
   if start is not None:
-    return functools.partial(initial.load, start, settings)
+    return functools.partial(load_start, start, settings)
   if not settings.model.codebook_start:
     return None
   key = jax.random.key(settings.seed)
@@ -75,7 +77,7 @@ def _base_params(run: run_lib.Run, start: adapters_lib.Weights | None) -> Callab
   if not run.settings.adapter.rank or start is None:
     return None
   adapters = adapters_lib.Adapters(run.folder, run.settings.adapter, start)
-  return functools.partial(initial.load_base, adapters)
+  return functools.partial(load_base, adapters)
 
 
 def main(

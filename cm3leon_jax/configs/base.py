@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import ml_collections
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.settings import default_config
+from cm3leon_jax.config.settings import default_config
 
 
 def get_config(

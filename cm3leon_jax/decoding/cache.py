@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Int32, Shaped
 
+from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models.attention import wide
-from cm3leon_jax.models.config import ModelConfig
 
 DTYPES = ("compute", "int8")
 AXES = ("batch", "heads", "length", "head_dim")

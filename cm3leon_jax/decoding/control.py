@@ -9,8 +9,8 @@ import jax
 from jaxtyping import Bool, Float32, Int32, UInt32
 import numpy as np
 
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding import grammar
-from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling.rows import SamplingValues
 

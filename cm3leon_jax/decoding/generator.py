@@ -5,18 +5,20 @@
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import jax
 import numpy as np
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.config.sampling import SamplingConfig
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.decoding import batch as batch_lib
 from cm3leon_jax.decoding import cache, grammar
 from cm3leon_jax.decoding import params as params_lib
 from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding.batch import Batch
-from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.control import control_of
 from cm3leon_jax.decoding.grammar import Grammar
 from cm3leon_jax.decoding.loop import Static
@@ -25,9 +27,15 @@ from cm3leon_jax.decoding.result import Result, cut, sample_seed
 from cm3leon_jax.decoding.sampling.methods import is_contrastive
 from cm3leon_jax.decoding.sampling.rows import Sampler
 from cm3leon_jax.mesh import batch_shards
-from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.settings import Settings
 from cm3leon_jax.vocab import VocabLayout
+
+
+class LoadOptions(TypedDict, total=False):
+  """Fields of `GeneratorConfig` that `CM3Leon.load` accepts."""
+
+  batch_size: int
+  weight_dtype: Literal["compute", "int8"]
+  cache_dtype: Literal["compute", "int8"]
 
 
 @dataclasses.dataclass(frozen=True)

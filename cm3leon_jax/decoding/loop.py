@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped
 import numpy as np
 
+from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.decoding.batch import Padded, Prompts
 from cm3leon_jax.decoding.cache import LayerCache, Layers, Read, Size, over_streams
@@ -24,7 +25,6 @@ from cm3leon_jax.decoding.sampling.rows import Sampler, StreamLogits, sample, se
 from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.attention import wide
-from cm3leon_jax.models.config import ModelConfig
 
 # (ids, log_probs, divergence), see `_sample_ids`.
 Sampled: TypeAlias = tuple[Int[Array, " B"], Float[Array, " B"], Float32[Array, " B"]]

@@ -11,9 +11,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, PyTree
 from jaxtyping import Int8 as Int8Array
 
+from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.mesh import RULES, shard
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 
 DTYPES = ("compute", "int8")

@@ -12,6 +12,7 @@ import json
 from etils import epath
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.sources.lines import json_lines
 from cm3leon_jax.data.sources.records import Rejected
 from cm3leon_jax.files.atomic import open_filesystem, replacing
@@ -21,7 +22,6 @@ from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.writer import save_png
-from cm3leon_jax.settings import Settings
 
 IMAGE_PATHS = "image_paths.json"
 

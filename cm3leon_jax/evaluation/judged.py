@@ -13,7 +13,8 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from cm3leon_jax import own_functions
+from cm3leon_jax.config import own_functions
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.judged_sheet import SheetImages, render
 from cm3leon_jax.files.atomic import replacing
@@ -23,7 +24,6 @@ from cm3leon_jax.generation.retrieved import images_of
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import slug
 from cm3leon_jax.generation.writer import save_png
-from cm3leon_jax.settings import Settings
 
 # (image, uint8 [H, W, 3]; facts of its caption) -> "" if the image shows them, else what is wrong.
 Judge = Callable[[np.ndarray, dict], str]

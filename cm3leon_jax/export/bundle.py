@@ -6,24 +6,22 @@ from etils import epath
 import jax
 import numpy as np
 
-from cm3leon_jax import parameters
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.clip.model import PARAMS as CLIP_PARAMS
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.data.documents.store import DocumentStore, write_documents
 from cm3leon_jax.export import huggingface, replay
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, write_json
 from cm3leon_jax.retrieval.bank import copy_bank
-from cm3leon_jax.runs import from_data, stages
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.run import base_documents, bundles, from_data, stages
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained import base_documents, bundles
-from cm3leon_jax.trained.run import Run
-from cm3leon_jax.weights import layouts
+from cm3leon_jax.weights import layouts, stored_tensors
 
 
 def write(
@@ -151,7 +149,7 @@ def _write_stages(folder: epath.Path, workdir: epath.Path) -> None:
     (folder / stage).mkdir(exist_ok=True)
     model = cls.load(workdir / stage)
     rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), model.params)
-    parameters.save(folder / stage / params_file, rounded)
+    stored_tensors.save(folder / stage / params_file, rounded)
     (folder / stage / "config.json").write_text((workdir / stage / "config.json").read_text())
 
 

@@ -3,7 +3,7 @@
 A format is a module of this package. Its function `write(folder, run) -> numbers` writes the
 weights last, so that an unfinished export has no weights. `write` of this module calls it after it
 has written the files that all formats share, and then writes the digests of all files.
-`trained.kinds.kind_of` must recognize each format by its files.
+`trained.folders.kind_of` must recognize each format by its files.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from etils import epath
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import plain, write_json
-from cm3leon_jax.trained.kinds import ABOUT, DIGESTS
+from cm3leon_jax.run.folders import ABOUT, DIGESTS
 
 if TYPE_CHECKING:
-  from cm3leon_jax.settings import Settings
-  from cm3leon_jax.trained.run import Run
+  from cm3leon_jax.config.settings import Settings
+  from cm3leon_jax.run.run import Run
   from cm3leon_jax.weights.stored import StoredParams
 
 # Maps the name of a format to the module of this package that writes it.
@@ -110,10 +110,10 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   Raises:
     UserError: see `check`.
   """
-  from cm3leon_jax.checkpoints import sealing
   from cm3leon_jax.data.documents import training_data
   from cm3leon_jax.export import image_tokenizer
-  from cm3leon_jax.trained import bundles
+  from cm3leon_jax.run import bundles
+  from cm3leon_jax.weights import sealing
 
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)

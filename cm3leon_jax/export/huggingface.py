@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 import numpy as np
 
+from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.vocab import VocabLayout

@@ -21,13 +21,13 @@ import jax
 import numpy as np
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.tokenizers import VQGANConfig, levels_of
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.tokenizers.config import VQGANConfig, levels_of
+from cm3leon_jax.run.folders import IMAGES
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.tokenizers.published import PublishedConfig
 from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
-from cm3leon_jax.trained.kinds import IMAGES
-from cm3leon_jax.trained.run import Run
 
 SCRIPT = "decode_image.py"
 FORMAT = "cm3leon_jax.vqgan"  # The network that decode_image.py implements.

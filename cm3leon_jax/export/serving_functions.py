@@ -17,18 +17,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, PyTree, UInt8, UInt32
 import numpy as np
 
+from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding import loop as loop_lib
 from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding.batch import BUCKET, Padded, Prompts
 from cm3leon_jax.decoding.cache import Size
-from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.grammar import CODES, Grammar, Part, Plan, plan_array
 from cm3leon_jax.decoding.loop import LoopState, Static
 from cm3leon_jax.decoding.params import DecodeParams
 from cm3leon_jax.decoding.sampling.guidance import scheduled
 from cm3leon_jax.decoding.sampling.rows import Sampler, SamplingValues
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout

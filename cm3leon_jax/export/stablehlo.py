@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import cm3leon_jax
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.cache import Size
 from cm3leon_jax.decoding.params import prepare, prepare_layer
@@ -40,7 +41,6 @@ from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.mesh import unsplit
-from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.weights import tensor_files

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from cm3leon_jax.config import UserError, build
-from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import Task
 

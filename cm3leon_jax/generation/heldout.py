@@ -8,15 +8,15 @@ import numpy as np
 from PIL import Image
 
 from cm3leon_jax import distributed
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.documents.store import Document, DocumentStore, first_documents
-from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline, open_bank
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.generation.writer import contact_sheet, save_png
 from cm3leon_jax.retrieval.neighbors import load_neighbors
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained.run import Run
 
 GRID_COLUMNS = 4
 

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.data.instructions.config import EDIT
+from cm3leon_jax.config.instructions import EDIT
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.request import Hole, Request
 from cm3leon_jax.generation.tasks import (

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import copy
 import dataclasses
 import functools
+import os
 from typing import Any
 
 from etils import epath
@@ -14,6 +15,7 @@ import numpy as np
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, clip_score
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.documents.store import Bank, Document, first_documents
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.request import Request
@@ -24,9 +26,8 @@ from cm3leon_jax.generation.sample import Sample, ranked
 from cm3leon_jax.generation.tasks import GivenImage, PromptLayout, Task, has_image
 from cm3leon_jax.generation.text_tasks import Caption
 from cm3leon_jax.retrieval.neighbors import Retriever
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained.run import Run
 
 
 def open_bank(layout: PromptLayout, bank: epath.PathLike) -> Bank:
@@ -116,6 +117,21 @@ class Pipeline:
     """Makes the pipeline of a run. The bank is the run's documents unless `bank` is given."""
     bank = run.bank if bank is None else bank
     return cls(params, run.settings, PromptLayout.of(run), run.images, clip, bank, **options)
+
+  @classmethod
+  def open(
+    cls, run: Run, clip: str | os.PathLike[str] | None, **options: Any
+  ) -> tuple["Pipeline", int]:
+    """Makes the pipeline of a run or export with its parameters. Also returns their step.
+
+    `clip` is the folder of a Hugging Face CLIP model, for a run or export without its own.
+    """
+    GeneratorConfig.of(run.settings, **options)  # Raises errors before parameters are loaded.
+    if clip is not None and run.kind != "export" and not run.settings.retrieval.clip:
+      raise UserError(f"clip is given, but {run.folder} contains a CLIP: omit clip.")
+    params, step = run.params()
+    own = None if run.kind == "export" else run.clip
+    return cls.load(run, params, own if clip is None else HFCLIP.load(clip), **options), step
 
   def with_params(self, params: dict) -> "Pipeline":
     """Returns a pipeline with other parameters, which shares the tokenizers, CLIP and the bank."""

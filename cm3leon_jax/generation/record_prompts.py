@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cm3leon_jax.data.instructions.config import InstructionTask, is_edit, split_template
+from cm3leon_jax.config.instructions import InstructionTask, is_edit, split_template
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.tasks import choose_template
 from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage

@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 
 from cm3leon_jax.config import UserError, short
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.rows.cm3 import undo_cm3_mask
 from cm3leon_jax.decoding import grammar
-from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling.methods import (
   WITHOUT_UNCONDITIONAL,
@@ -28,7 +28,7 @@ from cm3leon_jax.decoding.sampling.methods import (
   settings_of_codes,
   unread_settings,
 )
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.vocab import VocabLayout
 
 GivenImage: TypeAlias = str | Image.Image | np.ndarray  # A path, or uint8 [H, W, 3].

@@ -9,8 +9,8 @@ from etils import epath
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import FOREIGN_BYTES, NAMES, check_foreign, read_foreign_json
+from cm3leon_jax.run import exported
 from cm3leon_jax.tokenizers.text import TOKENIZER
-from cm3leon_jax.trained import exported
 from cm3leon_jax.weights import stored_tensors
 from cm3leon_jax.weights.layouts import LAYOUTS
 from cm3leon_jax.weights.stored_tensors import StoredTensors

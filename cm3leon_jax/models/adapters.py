@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from cm3leon_jax.config.model import AdapterConfig, ModelConfig
 from cm3leon_jax.mesh import RULES, spec
 from cm3leon_jax.models.attention import wide
-from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 
 # Matrix -> logical axes of its input and of its output.
 AXES = {

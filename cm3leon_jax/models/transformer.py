@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key
 import numpy as np
 
-from cm3leon_jax import parameters
+from cm3leon_jax.config.model import ROPE_BASE, ModelConfig
 from cm3leon_jax.mesh import gathered, spec
-from cm3leon_jax.models import attention, products, shape_color
-from cm3leon_jax.models.config import ROPE_BASE, ModelConfig
+from cm3leon_jax.models import attention, nnx_params, products, shape_color
 
 # Standard deviation of the initial learned positions, divided by init_std: 0.0002 / 0.006 (CM3Leon,
 # section 2.3).
@@ -319,12 +318,12 @@ def logits(hidden: Stream, table: Float[Array, "V D"]) -> Float[Array, "B L V"]:
 
 @functools.cache
 def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-  return parameters.structure(lambda: Transformer(config, nnx.Rngs(0)))
+  return nnx_params.structure(lambda: Transformer(config, nnx.Rngs(0)))
 
 
 def init_params(config: ModelConfig, key: Key[Array, ""]) -> dict:
   """Initializes fp32 parameters as a dict, sharded over the current mesh (`jax.set_mesh`)."""
-  return parameters.to_dict(nnx.state(Transformer(config, nnx.Rngs(params=key)), nnx.Param))
+  return nnx_params.to_dict(nnx.state(Transformer(config, nnx.Rngs(params=key)), nnx.Param))
 
 
 def whitened(codebook: Float[np.ndarray, "C d"]) -> Float[np.ndarray, "C d"]:
@@ -369,7 +368,7 @@ def params_from_codebook(
 
 def bind(config: ModelConfig, params: dict) -> Transformer:
   """Returns the module with these parameters. It is cheap enough for jitted functions."""
-  return parameters.fill(*_structure(config), params)
+  return nnx_params.fill(*_structure(config), params)
 
 
 def count_params(params: dict) -> int:

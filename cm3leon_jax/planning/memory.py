@@ -16,13 +16,13 @@ import jax
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.model import ModelConfig, RematPolicy
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.config.training import OptimizerConfig, on_mesh
 from cm3leon_jax.mesh import BATCH, FSDP
 from cm3leon_jax.models import adapters
-from cm3leon_jax.models.config import ModelConfig, RematPolicy
 from cm3leon_jax.models.transformer import KEPT
 from cm3leon_jax.planning.topology import CHIPS
-from cm3leon_jax.settings import Settings
-from cm3leon_jax.training.config import OptimizerConfig, on_mesh
 from cm3leon_jax.training.step.grpo import LONG_BUCKET, row_length
 
 GIB = 2**30

@@ -7,12 +7,12 @@ import math
 import jax
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.config.training import on_mesh
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.planning import memory, utilization
 from cm3leon_jax.planning.hardware import Hardware, peak_of
-from cm3leon_jax.settings import Settings
-from cm3leon_jax.training.config import on_mesh
 from cm3leon_jax.training.steps import compile_steps
 from cm3leon_jax.training.watch.flops import model_flops
 

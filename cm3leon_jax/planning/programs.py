@@ -12,6 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.model import AdapterConfig
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.config.training import on_mesh
 from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.data.rows.loader import FIELDS
 from cm3leon_jax.decoding import request
@@ -20,9 +23,6 @@ from cm3leon_jax.decoding.params import DecodeParams, prepare
 from cm3leon_jax.decoding.programs import Lowered, lower_batch
 from cm3leon_jax.mesh import abstract, batch_shards, spec
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import AdapterConfig
-from cm3leon_jax.settings import Settings
-from cm3leon_jax.training.config import on_mesh
 from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import Steps, compile_steps

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from cm3leon_jax import parameters
 from cm3leon_jax.clip import checkpoint
 from cm3leon_jax.clip import model as clip_lib
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.models import nnx_params
 from cm3leon_jax.planning.hardware import Hardware, peak_of
 from cm3leon_jax.planning.plan import Plan
-from cm3leon_jax.runs.table import STAGES
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.run.table import STAGES
 from cm3leon_jax.tokenizers import published, vqgan
 
 # Rates measured in docs/benchmarks.md (two cores of an AMD EPYC machine) and docs/pods.md.
@@ -134,7 +134,7 @@ def image_tokenizer_flops(settings: Settings, function: jax.stages.Wrapped) -> f
   if own.published:
     sizes = published.FAMILIES[own.published]
     config = dataclasses.replace(sizes, resolution=own.resolution)
-    params = parameters.to_dict(published.structure(config, codes)[1])
+    params = nnx_params.to_dict(published.structure(config, codes)[1])
   else:
     params = jax.eval_shape(lambda key: vqgan.init_params(own, codes, key), jax.random.key(0))
   side = config.resolution

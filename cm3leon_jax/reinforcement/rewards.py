@@ -9,11 +9,11 @@ from jaxtyping import Float32
 import numpy as np
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.evaluation import judged as judged_lib
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.reinforcement.own_rewards import OwnReward
-from cm3leon_jax.settings import Settings
 
 # (records, samples) -> scores. Higher is better.
 Reward = Callable[[Sequence[Record], Sequence[Sample]], Float32[np.ndarray, " B"]]

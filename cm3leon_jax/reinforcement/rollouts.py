@@ -12,7 +12,8 @@ from jaxtyping import Float, Float32, Int32
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.config.sampling import SamplingConfig
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.record_prompts import prompt_of
@@ -20,8 +21,7 @@ from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.reinforcement.prompts import Prompt, read_heldout, read_prompts
 from cm3leon_jax.reinforcement.rewards import Reward, reward_of
-from cm3leon_jax.settings import Settings
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.state import TrainState
 

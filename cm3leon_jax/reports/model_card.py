@@ -12,7 +12,6 @@ import jinja2
 import yaml
 
 import cm3leon_jax
-from cm3leon_jax import settings as settings_lib
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json
@@ -20,7 +19,8 @@ from cm3leon_jax.generation.text_tasks import QUESTION
 from cm3leon_jax.reports import card_figures
 from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.reports.report import clock, inert
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run.folders import settings_of_run
+from cm3leon_jax.run.run import Run
 
 CARD = "README.md"
 EXPORTED = "export.json"  # `export.formats` writes it: format, dtype, quantization.
@@ -52,7 +52,7 @@ def render(folder: epath.Path, run: Run, step: int, exported: dict) -> str:
     read_json(path) if path.exists() else {} for path in (folder / "config.json", folder / EXPORTED)
   )
   architecture = (described.get("architectures") or [""])[0]
-  trained = settings_lib.settings_of_run(run.folder) if "cost" not in exported else settings
+  trained = settings_of_run(run.folder) if "cost" not in exported else settings
   images = exported.get("image_tokenizer", {})
   learned = training_data.read(folder)
   data = learned["origins"]

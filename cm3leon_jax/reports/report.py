@@ -21,8 +21,8 @@ from cm3leon_jax.evaluation.intervals import describe_groups, describe_share
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json_lines, write_json
 from cm3leon_jax.reports import summary as summary_lib
-from cm3leon_jax.runs import stages
-from cm3leon_jax.runs import table as stage_table
+from cm3leon_jax.run import stages
+from cm3leon_jax.run import table as stage_table
 
 MAX_PROMPTS = 16
 MAX_RECONSTRUCTIONS = 16

@@ -8,13 +8,13 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import settings_from_stored
 from cm3leon_jax.evaluation.headlines import NEIGHBORS, RETRIEVAL, Headline
 from cm3leon_jax.evaluation.intervals import describe_groups, mean_interval
 from cm3leon_jax.files.json_files import lacks, plain, read_json, read_json_lines
 from cm3leon_jax.generation import lookalikes
-from cm3leon_jax.runs import table
-from cm3leon_jax.runs.stages import DONE
-from cm3leon_jax.settings import settings_from_stored
+from cm3leon_jax.run import initial, table
+from cm3leon_jax.run.stages import DONE
 from cm3leon_jax.training.watch.heldout import OF_PAIRS, decisive
 
 JUDGED = "judged"  # Name of a JSON file of the workdir and of a section of the summary.
@@ -327,6 +327,13 @@ def cost(summary: dict) -> dict | None:
   train = summary["train"]
   machine, seconds = train.get("machine"), round(sum(before), 1)
   return {"train_seconds": train["seconds"], "other_seconds": seconds, "machine": machine}
+
+
+def total_cost(workdir: epath.PathLike) -> dict | None:
+  """Returns the cost of a run; "train_seconds" includes the trainings of the runs before it."""
+  if (found := cost(collect(workdir))) is not None:
+    found["train_seconds"] += initial.seconds_before(workdir)
+  return found
 
 
 def flatten(value: Any, where: str = "") -> list[tuple[str, object]]:

@@ -15,6 +15,7 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.data import RetrievalConfig
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.files.shards import Runner, forget, run_shards
@@ -22,7 +23,6 @@ from cm3leon_jax.retrieval import index as index_lib
 from cm3leon_jax.retrieval import lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob, embed
-from cm3leon_jax.retrieval.config import RetrievalConfig
 
 REASONS = ("own_group", "similar_to_query", "unlike_query", "similar_to_kept")
 # Split -> arrays of the results. The arrays text_* are of searches with the caption only.

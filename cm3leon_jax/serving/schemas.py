@@ -10,7 +10,7 @@ import pydantic_core
 from pydantic_core import PydanticCustomError
 
 from cm3leon_jax.config import short
-from cm3leon_jax.decoding.config import Schedule
+from cm3leon_jax.config.sampling import Schedule
 from cm3leon_jax.serving.errors import ApiError
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]

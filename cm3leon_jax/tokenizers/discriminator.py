@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Key, PyTree
 
-from cm3leon_jax import parameters
+from cm3leon_jax.config.tokenizers import VQGANConfig
+from cm3leon_jax.models import nnx_params
 from cm3leon_jax.tokenizers import vqgan
-from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import Pixels
 
 MAX_ADAPTIVE = 1e4  # Largest ratio of the two norms (Esser et al. 2021, published code).
@@ -37,17 +37,17 @@ class Discriminator(nnx.Module):
 
 @functools.cache
 def _structure(config: VQGANConfig) -> tuple[nnx.GraphDef, nnx.State]:
-  return parameters.structure(lambda: Discriminator(config, nnx.Rngs(params=0)))
+  return nnx_params.structure(lambda: Discriminator(config, nnx.Rngs(params=0)))
 
 
 def init_params(config: VQGANConfig, key: Key[Array, ""]) -> dict:
   """Initializes fp32 parameters as a pure dict."""
-  return parameters.random(_structure(config)[1], key)
+  return nnx_params.random(_structure(config)[1], key)
 
 
 def scores(config: VQGANConfig, params: dict, x: Pixels) -> Float[Array, "B h w"]:
   """Applies the discriminator: pixels [B, H, W, 3] -> scores [B, h, w]."""
-  return parameters.fill(*_structure(config), params)(x)
+  return nnx_params.fill(*_structure(config), params)(x)
 
 
 def hinge_loss(params: dict, config: VQGANConfig, x: Pixels, y: Pixels) -> Float32[Array, ""]:

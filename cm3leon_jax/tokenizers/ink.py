@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 import numpy as np
 from scipy.cluster import vq
 
-from cm3leon_jax.tokenizers.config import COLOR_DIM
+from cm3leon_jax.config.tokenizers import COLOR_DIM
 
 MIN_INK = 0.1  # Mean ink of a square, from 0 to 1, below which its color is mostly noise.
 Pixels = Float[Array | np.ndarray, "B H W 3"]

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, PyTree
 
+from cm3leon_jax.config.tokenizers import VQGANConfig
 from cm3leon_jax.tokenizers import discriminator as discriminator_lib
 from cm3leon_jax.tokenizers import perceptual, quantizers, vqgan
-from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import Channels, Pixels
 
 SCALES = 3  # Number of scales of `multiscale_loss`: squares of 2, 4 and 8 pixels.

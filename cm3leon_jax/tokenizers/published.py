@@ -20,9 +20,9 @@ import numpy as np
 from pydantic import Field, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax import parameters
 from cm3leon_jax.config import STRICT
-from cm3leon_jax.tokenizers.config import Family
+from cm3leon_jax.config.tokenizers import Family
+from cm3leon_jax.models import nnx_params
 
 SECTION = "published"  # Section of config.json that has the fields of PublishedConfig.
 Images: TypeAlias = UInt8[Array | np.ndarray, "B H W 3"]
@@ -272,8 +272,8 @@ class PublishedVQGAN(nnx.Module):
 
 @functools.cache
 def structure(config: PublishedConfig, num_codes: int) -> tuple[nnx.GraphDef, nnx.State]:
-  """Returns graph and abstract state of the module; see `parameters.structure`."""
-  return parameters.structure(lambda: PublishedVQGAN(config, num_codes, nnx.Rngs(params=0)))
+  """Returns graph and abstract state of the module; see `nnx_params.structure`."""
+  return nnx_params.structure(lambda: PublishedVQGAN(config, num_codes, nnx.Rngs(params=0)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -282,7 +282,7 @@ def encode(
 ) -> Int32[Array, "B h w"]:
   """Encodes images to codes. H and W can be any multiples of `config.downsample`."""
   with jax.default_matmul_precision("highest"):
-    model, low = parameters.fill(*structure(config, num_codes), params), config.lowest_pixel
+    model, low = nnx_params.fill(*structure(config, num_codes), params), config.lowest_pixel
     z = model.quant_conv(model.encoder(images.astype(jnp.float32) / (255 / (1 - low)) + low))
     return jnp.argmax(model.quantize.scores(z), -1).astype(jnp.int32)
 
@@ -293,7 +293,7 @@ def decode_pixels(
 ) -> Float32[Array, "B H W 3"]:
   """Decodes codes to pixels that are not clipped. Clipped pixels are in [`lowest_pixel`, 1]."""
   with jax.default_matmul_precision("highest"):
-    model = parameters.fill(*structure(config, num_codes), params)
+    model = nnx_params.fill(*structure(config, num_codes), params)
     return model.decoder(model.post_quant_conv(model.quantize.table[codes]))
 
 

@@ -11,13 +11,14 @@ import jax
 import numpy as np
 import safetensors
 
-from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError, build, short
+from cm3leon_jax.config.tokenizers import Family, VQGANConfig
 from cm3leon_jax.files.json_files import read_foreign_json
+from cm3leon_jax.models import nnx_params
 from cm3leon_jax.tokenizers import published, published_source
-from cm3leon_jax.tokenizers.config import Family, VQGANConfig
 from cm3leon_jax.tokenizers.published import FAMILIES, PublishedConfig
 from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
+from cm3leon_jax.weights import stored_tensors
 
 PREFIXES = ("model.vqmodel.", "vqmodel.")  # Prefixes of tensor names in a whole Chameleon model.
 LEFT = "loss."  # Prefix of the tensors that only training needs.
@@ -94,7 +95,7 @@ def published_name(name: str, config: PublishedConfig) -> str:
 @functools.cache
 def _shapes(config: PublishedConfig, num_codes: int) -> dict[str, tuple[int, ...]]:
   """Returns parameter name, as in `published` -> shape."""
-  state = parameters.to_dict(published.structure(config, num_codes)[1])
+  state = nnx_params.to_dict(published.structure(config, num_codes)[1])
   return {k: x.shape for k, x in traverse_util.flatten_dict(state, sep=".").items()}
 
 
@@ -206,7 +207,7 @@ def read(source: epath.PathLike, family: Family) -> Read:
         for name, (holder, _) in found.items()
         if holder == path
       }
-  if bad := parameters.not_finite(tensors):
+  if bad := stored_tensors.not_finite(tensors):
     raise UserError(f"{source}: tensor '{bad}' has values that are not finite.")
   params = from_tensors(tensors, config, num_codes)
   sizes = sum(x.size for x in tensors.values()), len(tensors), len(every) - len(found)

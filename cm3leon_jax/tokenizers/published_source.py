@@ -11,7 +11,7 @@ import safetensors
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import check_foreign
-from cm3leon_jax.parameters import files_of_index
+from cm3leon_jax.weights.stored_tensors import files_of_index
 
 DIFFUSERS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS = "model.safetensors"

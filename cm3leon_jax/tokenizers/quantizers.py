@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 import numpy as np
 
-from cm3leon_jax.tokenizers.config import COLOR_DIM, Quantizer, check_levels, levels_of
+from cm3leon_jax.config.tokenizers import COLOR_DIM, Quantizer, check_levels, levels_of
 
 Vectors: TypeAlias = Float[Array | np.ndarray, "*B E"]
 

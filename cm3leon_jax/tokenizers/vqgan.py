@@ -20,12 +20,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, Key, UInt8
 import numpy as np
 
-from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError, build, current_fields
+from cm3leon_jax.config.tokenizers import COLOR_DIM, VQGANConfig
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.runs import stages
+from cm3leon_jax.models import nnx_params
+from cm3leon_jax.run import stages
 from cm3leon_jax.tokenizers import ink, published, quantizers
-from cm3leon_jax.tokenizers.config import COLOR_DIM, VQGANConfig
+from cm3leon_jax.weights import stored_tensors
 
 PARAMS = "params.safetensors"
 CONFIG = "config.json"
@@ -178,17 +179,17 @@ class VQGAN(nnx.Module):
 
 def init_params(config: VQGANConfig, num_codes: int, key: Key[Array, ""]) -> dict:
   """Initializes fp32 parameters as a pure dict."""
-  return parameters.random(_structure(config, num_codes)[1], key)
+  return nnx_params.random(_structure(config, num_codes)[1], key)
 
 
 @functools.cache
 def _structure(config: VQGANConfig, num_codes: int) -> tuple[nnx.GraphDef, nnx.State]:
-  return parameters.structure(lambda: VQGAN(config, num_codes, nnx.Rngs(params=0)))
+  return nnx_params.structure(lambda: VQGAN(config, num_codes, nnx.Rngs(params=0)))
 
 
 def bind(config: VQGANConfig, num_codes: int, params: dict) -> VQGAN:
   """Returns the module with `params`. The call is cheap and works inside jitted functions."""
-  return parameters.fill(*_structure(config, num_codes), params)
+  return nnx_params.fill(*_structure(config, num_codes), params)
 
 
 def to_float(images: UInt8[Array | np.ndarray, "*B"]) -> Float32[Array | np.ndarray, "*B"]:
@@ -275,13 +276,13 @@ class ImageTokenizer:
       stored = read_json(folder / CONFIG, {section: dict, "num_codes": int})
       fields = current_fields(section, stored[section])
       other = build(published.PublishedConfig, fields, section)
-      expected = parameters.to_dict(published.structure(other, stored["num_codes"])[1])
-      params = parameters.load(folder / PARAMS, expected, "import_vqgan")
+      expected = nnx_params.to_dict(published.structure(other, stored["num_codes"])[1])
+      params = stored_tensors.load(folder / PARAMS, expected, "import_vqgan")
       return cls(other, stored["num_codes"], params, other.batch_size)
     stored = read_json(folder / CONFIG, {"vqgan": dict, "num_codes": int})
     config = build(VQGANConfig, stored["vqgan"], "vqgan")
     expected = jax.eval_shape(lambda: init_params(config, stored["num_codes"], jax.random.key(0)))
-    params = parameters.load(folder / PARAMS, expected, "train_vqgan")
+    params = stored_tensors.load(folder / PARAMS, expected, "train_vqgan")
     return cls(config, stored["num_codes"], params)
 
   def save(self, folder: epath.PathLike) -> None:
@@ -290,7 +291,7 @@ class ImageTokenizer:
     section = published.SECTION if isinstance(self.config, published.PublishedConfig) else "vqgan"
     about = {section: dataclasses.asdict(self.config), "num_codes": self.num_codes}
     write_json(folder / CONFIG, about)
-    parameters.save(folder / PARAMS, self.params)
+    stored_tensors.save(folder / PARAMS, self.params)
 
   def codebook(self) -> np.ndarray:
     """Returns the vectors of all codes as the decoder receives them, fp32 [K, E]."""

@@ -13,14 +13,12 @@ from jax.sharding import NamedSharding
 from PIL import Image
 
 from cm3leon_jax import distributed
-from cm3leon_jax.checkpoints import recovery
-from cm3leon_jax.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.config.model import AdapterConfig, ModelConfig
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.config.training import OptimizerConfig, TrainConfig, on_mesh
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import adapters, transformer
-from cm3leon_jax.models.config import AdapterConfig, ModelConfig
-from cm3leon_jax.settings import Settings
-from cm3leon_jax.training.config import OptimizerConfig, TrainConfig, on_mesh
 from cm3leon_jax.training.faults.hang_watch import HangWatch
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.faults.preemption import StopSignal, check_end
@@ -38,6 +36,8 @@ from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
 from cm3leon_jax.training.watch.monitor import Monitor, SampleGrids
 from cm3leon_jax.training.watch.traces import Profiler
 from cm3leon_jax.vocab import VocabLayout
+from cm3leon_jax.weights import recovery
+from cm3leon_jax.weights.checkpoint import Checkpoints
 
 
 @dataclasses.dataclass(frozen=True)

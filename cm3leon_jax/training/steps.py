@@ -7,8 +7,8 @@ import functools
 import jax
 import optax
 
-from cm3leon_jax.models.config import AdapterConfig, ModelConfig
-from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
+from cm3leon_jax.config.model import AdapterConfig, ModelConfig
+from cm3leon_jax.config.training import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.faults.fingerprint import fingerprint
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, eval_step, init_state, train_step

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.models.config import ROPE_BASE, ModelConfig
+from cm3leon_jax.config.model import ROPE_BASE, ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights.stored import StoredParams
 from cm3leon_jax.weights.tensor_files import Tensor

@@ -9,9 +9,9 @@ from flax import traverse_util
 import jax
 import numpy as np
 
+from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.weights import layouts
 from cm3leon_jax.weights.layouts import Layout
 from cm3leon_jax.weights.stored_tensors import StoredTensors

@@ -1,4 +1,8 @@
-"""Reads safetensors files in slices, so that a process loads only what its devices need."""
+"""Reads and writes safetensors files.
+
+The files of a decoder are read in slices, so that a process loads only what its devices need. Those
+of small models are read and written whole.
+"""
 
 from collections.abc import Callable, Mapping
 import functools
@@ -7,14 +11,17 @@ import os
 from typing import Any
 
 from etils import epath
+from flax import traverse_util
+import jax
 import numpy as np
 from safetensors import SafetensorError, deserialize, safe_open
+from safetensors import numpy as safetensors
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, short
+from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.digests import digest
-from cm3leon_jax.files.json_files import check_foreign
-from cm3leon_jax.parameters import files_of_index
-from cm3leon_jax.runs.stages import id_of
+from cm3leon_jax.files.json_files import check_foreign, read_foreign_json
+from cm3leon_jax.run.stages import differences, id_of
 from cm3leon_jax.weights.tensor_files import DTYPES, INDEX, WEIGHTS
 
 FLOATS = {name: dtype for name, dtype in DTYPES.values() if not name.startswith("I")}
@@ -160,3 +167,65 @@ def _open(path: epath.Path) -> Mapping[str, Callable]:
     return {name: functools.partial(file.get_slice, name) for name in names}
   except SafetensorError as error:
     raise UserError(f"{path} is damaged ({error}).") from error
+
+
+def save(path: epath.PathLike, params: dict) -> None:
+  """Writes a safetensors file atomically. The name of a tensor is its keys, joined by dots."""
+  flat = traverse_util.flatten_dict(jax.device_get(params), sep=".")
+  with replacing(path) as file:
+    file.write(safetensors.save({name: np.asarray(x) for name, x in flat.items()}))
+
+
+def not_finite(tensors: Mapping[str, np.ndarray]) -> str:
+  """Returns the name of the first tensor with NaNs or infinities; "" if all values are finite."""
+  return next((name for name, x in tensors.items() if not np.isfinite(x).all()), "")
+
+
+def load(path: epath.PathLike, expected: dict, command: str) -> dict:
+  """Loads parameters from a file that `save` wrote, onto the default device.
+
+  Args:
+    expected: parameters (or abstract arrays) with the expected names, shapes and dtypes. Loaded
+      arrays are converted to these dtypes.
+    command: command of `cm3leon` that writes the file, for error messages.
+
+  Raises:
+    UserError: the file is missing or damaged, has other names or shapes, or contains NaNs or
+      infinities.
+  """
+  path = epath.Path(path)
+  if not path.exists():
+    raise UserError(f"{path} does not exist: run `cm3leon {command}` first.")
+  remedy = f"delete {path.parent} and run `cm3leon {command}` again"
+  sizes = [x.size for x in traverse_util.flatten_dict(expected).values()]
+  check_foreign(path, 8 * sum(sizes) + 2**10 * len(sizes) + 2**20)  # fp64, names, other metadata.
+  try:
+    flat = safetensors.load(path.read_bytes())
+  except SafetensorError as error:
+    raise UserError(f"{path} is damaged ({error}): {remedy}.") from error
+  expected = traverse_util.flatten_dict(expected, sep=".")
+  # Shapes are compared as text, because `differences` would ignore the empty shape of a missing
+  # scalar.
+  found, wanted = ({name: str(x.shape) for name, x in xs.items()} for xs in (flat, expected))
+  if changed := differences(found, wanted):
+    raise UserError(f"{path} does not match the config next to it ({changed[0]}): {remedy}.")
+  if bad := not_finite(flat):
+    raise UserError(f"{path}: tensor '{bad}' has values that are not finite: {remedy}.")
+  flat = {name: x.astype(expected[name].dtype) for name, x in flat.items()}
+  return jax.device_put(traverse_util.unflatten_dict(flat, sep="."))
+
+
+def files_of_index(path: epath.PathLike) -> dict[str, str]:
+  """Maps each tensor to its file, as the index of a sharded safetensors checkpoint says.
+
+  Raises:
+    UserError: the index is damaged, or names a file outside its folder.
+  """
+  places = read_foreign_json(path, {"weight_map": dict})["weight_map"]
+  for file in places.values():
+    if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
+      raise UserError(
+        f"{path} names the file {short(file)}; it must be a file in the same folder: write the "
+        "folder again."
+      )
+  return places

@@ -18,16 +18,17 @@ from absl import flags
 from etils import epath, epy
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.runs import stages
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.run import stages
+from cm3leon_jax.run.run import load_start
 
 with epy.lazy_imports():
   from cm3leon_jax.data.instructions import records as records_lib
   from cm3leon_jax.data.instructions import task_files
   from cm3leon_jax.data.instructions import tasks as tasks_lib
   from cm3leon_jax.generation import pipeline as pipeline_lib
-  from cm3leon_jax.trained import initial
-  from cm3leon_jax.trained import run as run_lib
+  from cm3leon_jax.run import initial
+  from cm3leon_jax.run import run as run_lib
   from examples.scenes import headlines
   from examples.scenes.judge import grade_files, grades
 
@@ -39,7 +40,7 @@ def _models(run: run_lib.Run) -> dict[str, Callable[[], dict]]:
   """Maps each column title of the table to a function that loads the column's parameters."""
   start = initial.start_of(run.folder)
   return {
-    **({} if start is None else {"before": lambda: initial.load(start, run.settings)}),
+    **({} if start is None else {"before": lambda: load_start(start, run.settings)}),
     "after": lambda: run.params()[0],
   }
 

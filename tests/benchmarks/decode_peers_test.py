@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks.speed import decode_model
-from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding.request import unconditional_prompt
 from cm3leon_jax.export import huggingface
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)

@@ -3,8 +3,8 @@ from PIL import Image
 import pytest
 
 from benchmarks.evidence import own_images
+from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.raw import ingest, reader
-from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.files.shards import Runner
 
 pytestmark = pytest.mark.slow

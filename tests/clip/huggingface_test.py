@@ -6,10 +6,10 @@ import pytest
 
 from cm3leon_jax.clip import checkpoint as clip_checkpoint
 from cm3leon_jax.clip import huggingface as hf_clip
+from cm3leon_jax.config.data import RetrievalConfig
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.retrieval import bank, neighbors
-from cm3leon_jax.retrieval.config import RetrievalConfig
 from tests.clip.huggingface_files import (
   CAPTIONS,
   END,

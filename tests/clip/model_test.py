@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.clip import model as clip_lib
-from cm3leon_jax.clip.config import CLIPConfig
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.tokenizers import CLIPConfig
 from tests.refusals import refused
 
 TINY = CLIPConfig(

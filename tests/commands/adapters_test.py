@@ -10,19 +10,17 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from cm3leon_jax import loading
 from cm3leon_jax.api import CM3Leon
-from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import common, export, train
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import formats
+from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.export import bundle, formats
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.generation import heldout
 from cm3leon_jax.models import adapters
-from cm3leon_jax.runs import stages
-from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.trained import initial
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run import initial, stages
+from cm3leon_jax.run.run import Run, load_start
+from cm3leon_jax.weights import reading
 from tests.generation.run import make_config, one_device, save_run
 from tests.refusals import refused
 from tests.retrieval.stores import write_neighbors
@@ -114,7 +112,7 @@ def test_several_adapters_share_a_base_that_never_changes(base, adapted, make):
   with one_device():
     (a, _), (b, _), (plain, _) = (Run.open(folder).params() for folder in (adapted, other, base))
     found = initial.find(settings_with(rank=0), str(adapted))
-    jax.tree.map(np.testing.assert_array_equal, initial.load(found, settings_with(rank=0)), a)
+    jax.tree.map(np.testing.assert_array_equal, load_start(found, settings_with(rank=0)), a)
   jax.tree.map(np.testing.assert_array_equal, b["blocks"]["up"], plain["blocks"]["up"])
   np.testing.assert_array_equal(b["blocks"]["qkv"][:, :2], plain["blocks"]["qkv"][:, :2])
   for changed in (a["blocks"]["down"], plain["blocks"]["down"]):
@@ -171,8 +169,7 @@ def test_adapters_are_added_to_their_base_and_to_no_other(base, adapted, tmp_pat
   assert size_of(folder) < 40_000
   with one_device() as mesh:
     merged, _ = Run.open(adapted).params()
-    found = initial.over(str(base), adapted)
-    sums, step = initial.merged(found, initial.load_base(found))
+    sums, step = Run.open(base, adapter=adapted).params()
     assert step == 3
     jax.tree.map(np.testing.assert_array_equal, sums, merged)
     model = CM3Leon.load(base, adapter=adapted, mesh=mesh)
@@ -187,7 +184,7 @@ def test_adapters_are_added_to_their_base_and_to_no_other(base, adapted, tmp_pat
   with refused(UserError, str(base), "no adapters"):
     initial.over(str(base), base)
   with refused(UserError, str(folder), "peft"):
-    loading.load(str(folder), *[None] * 5, {})
+    CM3Leon.load(folder)
 
 
 def test_a_base_that_is_absent_or_has_changed_is_refused(base, adapted, tmp_path, monkeypatch):
@@ -213,7 +210,7 @@ def test_a_base_that_is_absent_or_has_changed_is_refused(base, adapted, tmp_path
 def test_a_bundle_has_the_rounded_sum_and_needs_no_base(adapted, tmp_path):
   with one_device():
     merged, _ = Run.open(adapted).params()
-    loading.write_bundle(Run.open(adapted), tmp_path / "bundle")
+    bundle.write(tmp_path / "bundle", Run.open(adapted), merged, 3)
     found, step = Run.open(tmp_path / "bundle").params()
   assert step == 3
   rounded = jax.tree.map(lambda x: x.astype("float16").astype("float32"), merged)

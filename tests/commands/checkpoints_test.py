@@ -7,12 +7,12 @@ from etils import epath
 import numpy as np
 import pytest
 
-from cm3leon_jax.checkpoints.checkpoint import Checkpoints
-from cm3leon_jax.checkpoints.sealing import files_below
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.faults import lease
 from cm3leon_jax.training.saves import upkeep
+from cm3leon_jax.weights.checkpoint import Checkpoints
+from cm3leon_jax.weights.sealing import files_below
 from tests.launched import launch
 from tests.refusals import check_refused, check_sentence, refused
 
@@ -46,7 +46,7 @@ def workdir(original, tmp_path):
 
 
 def command(workdir, *arguments):
-  imported = ("cm3leon_jax.checkpoints.checkpoint",)
+  imported = ("cm3leon_jax.weights.checkpoint",)
   return launch("checkpoints", *arguments, f"--workdir={workdir}", imported=imported)
 
 

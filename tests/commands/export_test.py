@@ -13,12 +13,11 @@ from safetensors import numpy as safetensors
 
 from cm3leon_jax.commands import export
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import settings_from_stored
 from cm3leon_jax.export import bundle, formats, huggingface
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.runs import stages
-from cm3leon_jax.settings import settings_from_stored
-from cm3leon_jax.trained import bundles, kinds
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run import bundles, folders, stages
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.weights import layouts
 from cm3leon_jax.weights.stored import of_tree
 from tests.generation.run import SETTINGS, one_device, save_run
@@ -192,7 +191,7 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
   export.main(settings, root, choice=formats.Choice("orbax", "float16"), output=str(output))
   assert contents(output) != before
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
-  (output / kinds.ABOUT).unlink()
+  (output / folders.ABOUT).unlink()
   with refused(UserError, "--output", "another"):
     export.main(settings, root, choice=orbax, output=str(output))
   with refused(UserError, "--output", "workdir"):

@@ -9,13 +9,13 @@ from PIL import Image
 import pytest
 from safetensors.numpy import load_file
 
-from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import common, evaluate, export, generate, score
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import bundle, formats
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.trained import bundles
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run import bundles
+from cm3leon_jax.run.run import Run
+from cm3leon_jax.weights import reading
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.launched import cm3leon, python
 from tests.refusals import refused

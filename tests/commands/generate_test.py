@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.commands import common, generate
 from cm3leon_jax.config import UserError
@@ -23,8 +22,9 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.reports import summary
-from cm3leon_jax.runs import stages, table
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run import stages, table
+from cm3leon_jax.run.run import Run
+from cm3leon_jax.weights import reading
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, make_run, one_device
 from tests.models.tiny import random_params

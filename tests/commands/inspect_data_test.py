@@ -10,21 +10,21 @@ import pytest
 from cm3leon_jax.clip.model import normalize
 from cm3leon_jax.commands import inspect_data
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.data import RawConfig
+from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.config.tokenizers import TextTokenizerConfig
 from cm3leon_jax.data.raw import ingest
-from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.files.shards import Runner
-from cm3leon_jax.runs import stages, table
-from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.run import stages, table
 from cm3leon_jax.tokenizers import text, vqgan
-from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from tests.data.stores import VOCAB
 from tests.launch import tiny_instruct_config
 from tests.launch.stages_before import make_workdir
 from tests.refusals import refused
 from tests.retrieval.stores import write_bank
+from tests.run import rows_test
 from tests.tokenizers.tiny import tiny_config
-from tests.trained import rows_test
 
 VQGAN = tiny_config(downsample=2, stem=2)
 stores = rows_test.workdir  # Fixture that makes document stores with neighbors for training.

@@ -5,8 +5,8 @@ import pytest
 
 from cm3leon_jax.commands import prepare_data
 from cm3leon_jax.config import UserError
-from cm3leon_jax.runs import from_data
-from cm3leon_jax.settings import default_config, settings_from_config
+from cm3leon_jax.config.settings import default_config, settings_from_config
+from cm3leon_jax.run import from_data
 from examples.scenes.judge.leaks import leaks
 from tests.data.checks.leaks_test import photos, write_source
 from tests.launched import ROOT, SCENES, launch

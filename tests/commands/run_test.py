@@ -5,7 +5,7 @@ import pytest
 
 from cm3leon_jax.commands import config_file, run, stage_process
 from cm3leon_jax.config import UserError
-from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.config.settings import settings_from_config
 from tests.launched import INSTRUCT, SCENES
 from tests.refusals import refused
 

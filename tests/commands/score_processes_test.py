@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.settings import settings_from_config
 from tests.evaluation.protocol_config import get_config
 from tests.generation.run import save_run
 

@@ -9,10 +9,10 @@ import pytest
 
 from cm3leon_jax.commands import tokenizer_check
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.config import InstructionsConfig, InstructionTask
+from cm3leon_jax.config.instructions import InstructionsConfig, InstructionTask
 from cm3leon_jax.evaluation.metrics.reconstructions import compare
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.runs import stages
+from cm3leon_jax.run import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from examples.scenes import drawings
 from examples.scenes.options import COMMON

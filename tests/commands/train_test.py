@@ -6,24 +6,24 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import common, train
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.generation import heldout
 from cm3leon_jax.models import transformer
-from cm3leon_jax.runs import stages
-from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.run import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.saves import upkeep
+from cm3leon_jax.weights import reading
 from tests.data.stores import VOCAB
 from tests.generation.run import make_config, make_run, one_device
 from tests.held import held
 from tests.refusals import refused
 from tests.retrieval.stores import write_neighbors
-from tests.trained import rows_test
-from tests.trained.rows_test import settings_with
+from tests.run import rows_test
+from tests.run.rows_test import settings_with
 
 workdir = rows_test.workdir
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.commands import train_vqgan as command
+from cm3leon_jax.config.data import RawConfig
+from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.config.tokenizers import VQGANConfig
 from cm3leon_jax.data.raw import ingest
-from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.files.shards import Runner
-from cm3leon_jax.runs import stages, table
-from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.tokenizers.config import VQGANConfig
+from cm3leon_jax.run import stages, table
 from cm3leon_jax.training.small import vqgan_training
 from tests.data.raw_folder import write_raw
 from tests.generation.run import make_config

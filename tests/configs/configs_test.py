@@ -5,6 +5,7 @@ import pytest
 
 from cm3leon_jax.commands import config_file
 from cm3leon_jax.config import build
+from cm3leon_jax.config.settings import SECTIONS, default_config, settings_from_config
 from cm3leon_jax.configs import (
   cm3leon_7b,
   cm3leon_350m,
@@ -17,9 +18,7 @@ from cm3leon_jax.configs import (
 )
 from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.files.json_files import plain
-from cm3leon_jax.runs import from_data
-from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
-from cm3leon_jax.trained import bundles
+from cm3leon_jax.run import bundles, from_data
 from examples.openmoji import config as openmoji
 from examples.scenes import config as scenes
 from examples.scenes import instruct as scenes_instruct

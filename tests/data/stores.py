@@ -3,9 +3,9 @@
 from array_record.python import array_record_module
 import numpy as np
 
+from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.data.instructions.samples import Instructions, read_targets, write_targets
-from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 from cm3leon_jax.vocab import VocabLayout
 

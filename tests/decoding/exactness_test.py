@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding import request as request_lib
-from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.grammar import CODES, Part
 from cm3leon_jax.export import huggingface

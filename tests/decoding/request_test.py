@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.rows.cm3 import apply_cm3_mask
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding import request as request_lib
-from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.grammar import (
   AFTER_IMAGE,
   CODES,

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding import request as request_lib
-from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 from tests.models.tiny import mesh_of, random_params

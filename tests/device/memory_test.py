@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from cm3leon_jax.commands import config_file
+from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.planning import memory, programs
-from cm3leon_jax.settings import settings_from_config
 from tests.device.devices import device_mesh
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tpu]

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.config.training import OptimizerConfig, TrainConfig
 from cm3leon_jax.data.rows.loader import rows_of_samples
 from cm3leon_jax.mesh import MeshConfig, create_mesh, shard, shardings
-from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.steps import compile_steps
 from cm3leon_jax.vocab import VocabLayout
+from cm3leon_jax.weights.checkpoint import Checkpoints
 from tests.device.devices import cpu_mesh, device_mesh, error, on_host
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tpu]

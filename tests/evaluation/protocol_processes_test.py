@@ -8,8 +8,8 @@ import time
 from etils import epath
 import pytest
 
+from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.settings import settings_from_config
 from tests.evaluation.protocol_config import get_config
 from tests.evaluation.protocol_runs import make_data, make_workdir
 

@@ -7,7 +7,6 @@ from etils import epath
 import numpy as np
 import pytest
 
-from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw.reader import load_image
 from cm3leon_jax.evaluation.likelihood.pairs import score_answers
@@ -21,7 +20,8 @@ from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.reports import evaluation_page
 from cm3leon_jax.retrieval.bank import load_clip
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run.run import Run
+from cm3leon_jax.weights import reading
 from tests.evaluation.protocol_runs import make_workdir
 from tests.generation.run import SETTINGS, one_device
 from tests.refusals import refused

@@ -14,10 +14,10 @@ import pytest
 
 from cm3leon_jax.commands import evaluate, evaluate_protocol
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.evaluation.protocols import compare, run
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
-from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run.run import Run
 from tests.evaluation.protocol_runs import make_data, make_workdir
 from tests.generation.run import make_config
 

@@ -11,9 +11,9 @@ import tarfile
 
 import pytest
 
+from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.checks import leaks
 from cm3leon_jax.data.raw import ingest
-from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.files.shards import Runner
 
 ROOT = pathlib.Path(__file__).parents[2]

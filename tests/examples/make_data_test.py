@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.checks import leaks
 from cm3leon_jax.data.raw import ingest, reader
-from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources.records import SPLITS
 from cm3leon_jax.files.shards import Runner
 from examples.openmoji import config as example_config

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from cm3leon_jax import CM3Leon, config
-from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.export import bundle
-from cm3leon_jax.trained import bundles, initial
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run import bundles, initial
+from cm3leon_jax.run.run import Run
+from cm3leon_jax.weights import reading
 from tests.export.conftest import with_bank
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of

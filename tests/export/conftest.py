@@ -10,7 +10,7 @@ from cm3leon_jax.commands import export
 from cm3leon_jax.data.documents.store import DocumentStore, write_documents
 from cm3leon_jax.export import formats
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run.run import Run
 from tests.generation.run import SETTINGS, save_run
 
 

@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from cm3leon_jax.config.tokenizers import Quantizer, VQGANConfig
 from cm3leon_jax.export import image_tokenizer
+from cm3leon_jax.run.folders import IMAGES
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.tokenizers import vqgan
-from cm3leon_jax.tokenizers.config import Quantizer, VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained.kinds import IMAGES
-from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS
 from tests.refusals import refused
 

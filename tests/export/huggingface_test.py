@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import layouts, placed

@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import image_tokenizer
 from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.models import nnx_params
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.tokenizers import published, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS
 from tests.refusals import refused
 
@@ -62,7 +62,7 @@ def test_a_published_tokenizer_is_copied(tmp_path):
   sizes = {"widths": (8, 8), "groups": 2, "latent_channels": 4, "code_dim": 4, "resolution": 256}
   config = dataclasses.replace(published.FAMILIES["amused"], **sizes)
   rng = np.random.default_rng(0)
-  expected = parameters.to_dict(published.structure(config, K)[1])
+  expected = nnx_params.to_dict(published.structure(config, K)[1])
   params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), expected)
   ImageTokenizer(config, K, params).save(tmp_path / "run" / "vqgan")
   about = image_tokenizer.write(tmp_path / "export", Run(tmp_path / "run", SETTINGS))[

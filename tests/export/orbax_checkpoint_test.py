@@ -7,9 +7,9 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import formats
+from cm3leon_jax.run import initial
+from cm3leon_jax.run.run import Run, load_start
 from cm3leon_jax.tokenizers import text
-from cm3leon_jax.trained import initial
-from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
@@ -52,7 +52,7 @@ def test_a_run_starts_from_it_on_any_mesh(exported, run):
   for name in text.FILES:
     assert (folder / name).read_text() == (run / "text_tokenizer" / name).read_text()
   with jax.set_mesh(mesh_of(2, 2, 2)):
-    found, split = initial.load(start, settings), random_params(settings.model)
+    found, split = load_start(start, settings), random_params(settings.model)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), params)
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(split)):
     assert (x.sharding, x.dtype) == (y.sharding, y.dtype)
@@ -68,7 +68,7 @@ def test_another_dtype_is_rounded_and_damage_is_found(exported):
   rounded = folder.parent / "rounded"
   formats.write(rounded, dataclasses.replace(run, choice=narrow))
   with one_device():
-    found = initial.load(initial.find(settings, str(rounded)), settings)
+    found = load_start(initial.find(settings, str(rounded)), settings)
   expected = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
   data = max((folder / "params" / "d").iterdir(), key=lambda path: path.stat().st_size)
@@ -76,5 +76,5 @@ def test_another_dtype_is_rounded_and_damage_is_found(exported):
   content[len(content) // 2] ^= 1
   data.write_bytes(bytes(content))
   with one_device(), refused(UserError, data.name) as error:
-    initial.load(initial.find(settings, str(folder)), settings)
+    load_start(initial.find(settings, str(folder)), settings)
   assert data.name in str(error.value)

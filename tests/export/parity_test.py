@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from cm3leon_jax.checkpoints import checkpoint, reading
+from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.export import huggingface
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
-from cm3leon_jax.weights import layouts, stored
+from cm3leon_jax.weights import checkpoint, layouts, reading, stored
 from tests.generation.run import one_device
 from tests.models.tiny import SIZES, mesh_of, model_logits, random_params
 

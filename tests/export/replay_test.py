@@ -5,12 +5,12 @@ import dataclasses
 from etils import epath
 import pytest
 
-from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.export import bundle, replay
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.trained import base_documents, bundles
-from cm3leon_jax.trained.rows import document_sources
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run import base_documents, bundles
+from cm3leon_jax.run.rows import document_sources
+from cm3leon_jax.run.run import Run
+from cm3leon_jax.weights import reading
 from tests.generation.run import SETTINGS, one_device
 
 NO_TEXTS = dataclasses.replace(SETTINGS.data, text_share=0.0)

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.params import prepare
 from cm3leon_jax.export import stablehlo
 from cm3leon_jax.export.serving_functions import Functions, aligned_positions, named
 from cm3leon_jax.mesh import unsplit
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.weights import stored

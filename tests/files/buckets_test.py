@@ -180,7 +180,7 @@ def test_the_errors_of_disks_and_clients_are_known_also_as_causes():
 
 FILES_BELOW = """
 from etils import epath
-from cm3leon_jax.checkpoints import sealing
+from cm3leon_jax.weights import sealing
 print(sealing.files_below(epath.Path("gs://bucket/step")))
 """
 

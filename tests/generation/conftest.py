@@ -5,8 +5,8 @@ import pytest
 
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.generation.tasks import PromptLayout
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.tokenizers import text
-from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, clip_params, make_run
 

@@ -4,7 +4,7 @@ from PIL import Image
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.generation.heldout import heldout_tasks, sample_grids
 from cm3leon_jax.retrieval.neighbors import load_neighbors
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import random_params

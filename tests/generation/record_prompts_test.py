@@ -8,9 +8,9 @@ import shlex
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.instructions import is_edit
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.instructions import samples
-from cm3leon_jax.data.instructions.config import is_edit
 from cm3leon_jax.data.instructions.task_files import read_tasks, shipped
 from cm3leon_jax.data.instructions.tasks import choose_template, join_record
 from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage

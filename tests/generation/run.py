@@ -8,17 +8,17 @@ from etils import epath
 import jax
 import numpy as np
 
-from cm3leon_jax.checkpoints import checkpoint
 from cm3leon_jax.clip import model as clip_lib
+from cm3leon_jax.config.settings import default_config, settings_from_config
+from cm3leon_jax.config.tokenizers import TextTokenizerConfig
 from cm3leon_jax.data.documents.store import Segment, write_documents
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.runs import stages, table
-from cm3leon_jax.settings import default_config, settings_from_config
+from cm3leon_jax.run import stages, table
 from cm3leon_jax.tokenizers import text, vqgan
-from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState
+from cm3leon_jax.weights import checkpoint
 from tests.data.stores import VOCAB, make_sources
 from tests.models.tiny import random_arrays, random_params
 from tests.retrieval.stores import write_bank, write_neighbors

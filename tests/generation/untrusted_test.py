@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding.grammar import DONE, Grammar, Part, max_new_tokens, plan_array
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import Task, has_image

@@ -5,15 +5,15 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.prompt_file import make_task
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.text_tasks import Interleaved
 from cm3leon_jax.generation.writer import Writer
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import random_params

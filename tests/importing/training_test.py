@@ -5,14 +5,14 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import import_weights, train
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation import heldout
-from cm3leon_jax.runs import stages
-from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.trained import initial
+from cm3leon_jax.run import initial, stages
+from cm3leon_jax.run.run import load_start
+from cm3leon_jax.weights import reading
 from tests.importing.importer_test import QWEN3
 from tests.launch import tiny_config
 from tests.launch.stages_before import make_workdir
@@ -55,7 +55,7 @@ def test_a_run_begins_with_what_was_imported_and_remembers_it(
   assert done["config"]["init_from"]["source"] == str(folder / "init")
   assert np.isfinite(done["summary"]["heldout_loss"])
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    start = initial.load(initial.find(settings, str(folder / "init")), settings)
+    start = load_start(initial.find(settings, str(folder / "init")), settings)
     trained, step = reading.load_params(folder / "train", settings.model)
   assert step == STEPS
   for name in ("embed", "head"):

@@ -5,10 +5,10 @@ import pathlib
 
 import jax
 
-from cm3leon_jax.runs import stages
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.config.tokenizers import TextTokenizerConfig
+from cm3leon_jax.run import stages
 from cm3leon_jax.tokenizers import vqgan
-from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.tokenizers.text import train_text_tokenizer
 from tests.data.stores import make_instructions, make_sources
 from tests.retrieval.stores import write_neighbors

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from cm3leon_jax.settings import default_config
+from cm3leon_jax.config.settings import default_config
 from tests.data.stores import VOCAB
 
 

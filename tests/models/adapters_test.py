@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.model import AdapterConfig
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import adapters, transformer
-from cm3leon_jax.models.config import AdapterConfig
 from tests.models.tiny import CONFIG, mesh_of, model_logits, random_params
 
 MODERN = dataclasses.replace(CONFIG, family="modern")

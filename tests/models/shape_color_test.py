@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from cm3leon_jax.config.training import OptimizerConfig
 from cm3leon_jax.models import shape_color
 from cm3leon_jax.models.transformer import params_from_codebook
-from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.optimizer import create_optimizer, on_vectors
 from tests.models.tiny import CONFIG, mesh_of
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.mesh import MeshConfig, create_mesh, shard, shardings
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
 
 SIZES = {"num_layers": 2, "width": 32, "num_heads": 4, "mlp_width": 64, "dtype": "float32"}
 CONFIG = ModelConfig(vocab_size=96, max_positions=32, remat_policy="none", loss_chunk=8, **SIZES)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.model import REMAT_POLICIES
 from cm3leon_jax.models import attention, transformer
-from cm3leon_jax.models.config import REMAT_POLICIES
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 from tests.models.tiny import CONFIG, mesh_of, model_logits, random_params

@@ -14,12 +14,12 @@ from cm3leon_jax.commands import config_file
 from cm3leon_jax.commands import reinforce as reinforce_command
 from cm3leon_jax.commands import train as train_command
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.config import InstructionsConfig
+from cm3leon_jax.config.instructions import InstructionsConfig
+from cm3leon_jax.config.model import AdapterConfig
+from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.mesh import MeshConfig, abstract
-from cm3leon_jax.models.config import AdapterConfig
 from cm3leon_jax.planning import memory
 from cm3leon_jax.planning.topology import CHIPS
-from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.steps import compile_steps
 from tests.generation.run import SETTINGS
 from tests.models.tiny import mesh_of

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import Settings, settings_from_config
 from cm3leon_jax.data.rows.loader import batches
 from cm3leon_jax.decoding import batch as batch_lib
 from cm3leon_jax.decoding import programs as compile_lib
@@ -15,8 +16,7 @@ from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.mesh import abstract, spec
 from cm3leon_jax.planning import programs
-from cm3leon_jax.settings import Settings, settings_from_config
-from cm3leon_jax.trained.rows import open_rows
+from cm3leon_jax.run.rows import open_rows
 from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state

@@ -8,11 +8,11 @@ import tempfile
 from etils import epath
 import pytest
 
-from cm3leon_jax.data.instructions.config import InstructionsConfig
+from cm3leon_jax.config.instructions import InstructionsConfig
+from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.config.training import ReinforceConfig
 from cm3leon_jax.generation.tasks import PromptLayout
-from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.trained.run import Run
-from cm3leon_jax.training.config import ReinforceConfig
+from cm3leon_jax.run.run import Run
 from examples.scenes.judge import answers
 from tests.examples.scenes.records import write_tasks
 from tests.generation.run import make_config, make_run

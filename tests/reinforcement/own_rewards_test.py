@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import FieldError, UserError, build
+from cm3leon_jax.config.training import ReinforceConfig
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.reinforcement import rewards
 from cm3leon_jax.reinforcement.own_rewards import OwnReward
-from cm3leon_jax.training.config import ReinforceConfig
 from tests.refusals import refused
 from tests.reinforcement.conftest import settings_of
 

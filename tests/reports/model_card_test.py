@@ -12,16 +12,16 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax import CM3Leon
-from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import export
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.export import formats, image_tokenizer
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.reports import model_card
-from cm3leon_jax.runs import stages
+from cm3leon_jax.run import stages
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.weights import reading
 from tests.data.raw_folder import write_raw
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import tree_of

@@ -3,11 +3,11 @@ import json
 
 import pytest
 
-from cm3leon_jax.data.instructions.config import InstructionsConfig, InstructionTask
+from cm3leon_jax.config.instructions import InstructionsConfig, InstructionTask
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.reports import report, summary
-from cm3leon_jax.runs import stages
-from cm3leon_jax.runs.table import STAGES
+from cm3leon_jax.run import stages
+from cm3leon_jax.run.table import STAGES
 from cm3leon_jax.training.watch.metrics import MetricsLog
 from tests.generation.run import SETTINGS
 from tests.reports.run_files import NUMBERS, Page, headings, make_image, make_run

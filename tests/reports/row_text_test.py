@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.tokenizers import TextTokenizerConfig
 from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.rows.sample_plan import SamplePlan
 from cm3leon_jax.reports import row_text
 from cm3leon_jax.tokenizers import text
-from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_instructions, make_plan, make_sources
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.data import RetrievalConfig
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.retrieval import bank as bank_lib
 from cm3leon_jax.retrieval import lexical, neighbors
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
-from cm3leon_jax.retrieval.config import RetrievalConfig
 from cm3leon_jax.retrieval.lexical import BUCKETS, Lexical
 from cm3leon_jax.retrieval.neighbors import Retriever
 from tests.data.raw_folder import write_raw

@@ -3,8 +3,8 @@ import logging
 import jax
 import pytest
 
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding import request as request_lib
-from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.continuous.buckets import bucket_of
 from tests.serving.live import about, image, png
 

@@ -8,9 +8,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.tokenizers import VQGANConfig
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.tokenizers import published, published_files
-from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.refusals import refused
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.tokenizers import levels_of
 from cm3leon_jax.tokenizers import quantizers
-from cm3leon_jax.tokenizers.config import levels_of
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import vqgan_training
 from tests.tokenizers.tiny import random_images, tiny_config

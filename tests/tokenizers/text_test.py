@@ -7,8 +7,8 @@ import pytest
 import transformers
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.runs import stages, table
-from cm3leon_jax.tokenizers.config import TextTokenizerConfig
+from cm3leon_jax.config.tokenizers import TextTokenizerConfig
+from cm3leon_jax.run import stages, table
 from cm3leon_jax.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 from tests.refusals import refused

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cm3leon_jax.tokenizers.config import VQGANConfig
+from cm3leon_jax.config.tokenizers import VQGANConfig
 
 
 def tiny_config(**fields) -> VQGANConfig:

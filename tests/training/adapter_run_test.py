@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.checkpoints import reading
+from cm3leon_jax.config.model import AdapterConfig
 from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.models import adapters
-from cm3leon_jax.models.config import AdapterConfig
+from cm3leon_jax.weights import reading
 from tests.models.tiny import mesh_of, random_params
 from tests.training.runs import MODEL, STEPS, Crash, assert_equal, crash_at, losses
 from tests.training.runs import run as run_of

@@ -3,9 +3,9 @@
 import pytest
 
 from cm3leon_jax.data.rows.loader import RowLoader
-from tests.checkpoints.conftest import original, saved  # noqa: F401
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.training.runs import LENGTH, run
+from tests.weights.conftest import original, saved  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,10 @@ from unittest import mock
 import jax
 import pytest
 
-from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.watch import heldout
+from cm3leon_jax.weights import reading
 from tests.models.tiny import mesh_of
 from tests.training.runs import (
   MODEL,

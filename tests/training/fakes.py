@@ -2,11 +2,11 @@
 
 import contextlib
 
-from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.faults.preemption import StopSignal
 from cm3leon_jax.training.loop import Hook
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.watch.monitor import Monitor
+from cm3leon_jax.weights.checkpoint import Checkpoints
 
 
 class FakeState(TrainState):

@@ -8,16 +8,16 @@ from etils import epath
 import jax
 import numpy as np
 
-from cm3leon_jax.checkpoints import checkpoint, reading
+from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.config.training import OptimizerConfig, TrainConfig
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import decoder
-from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.decoder import DecoderTraining, train
 from cm3leon_jax.training.objective import RowObjective
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state
 from cm3leon_jax.training.steps import compile_steps
+from cm3leon_jax.weights import checkpoint, reading
 from tests.data.stores import VOCAB
 from tests.models.tiny import SIZES, mesh_of
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.training import OptimizerConfig
 from cm3leon_jax.mesh import shard
-from cm3leon_jax.training.config import OptimizerConfig
 from tests.data.stores import VOCAB
 from tests.models.tiny import mesh_of
 from tests.training.runs import MODEL, shared_steps

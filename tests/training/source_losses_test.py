@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.training import OptimizerConfig, TrainConfig
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.training import decoder
-from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.decoder import DecoderTraining, train
 from cm3leon_jax.training.objective import RowObjective
 from cm3leon_jax.training.step import loss

@@ -5,11 +5,11 @@ from etils import epath
 import jax
 import pytest
 
-from cm3leon_jax.checkpoints import checkpoint, reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.faults.preemption import StopSignal
 from cm3leon_jax.training.saves import upkeep
+from cm3leon_jax.weights import checkpoint, reading
 from tests.models.tiny import mesh_of
 from tests.refusals import refused
 from tests.training.runs import MODEL, Crash, assert_equal, crash_at, losses, run

@@ -9,10 +9,10 @@ import pathlib
 
 import pytest
 
-from cm3leon_jax.checkpoints import checkpoint, recovery
 from cm3leon_jax.config import TryAgain
-from tests.checkpoints.saved import largest_file, on_disk
+from cm3leon_jax.weights import checkpoint, recovery
 from tests.refusals import refused
+from tests.weights.saved import largest_file, on_disk
 
 # Errors of a network disk, and of too many open files.
 ERRORS = ("EIO", "EMFILE")

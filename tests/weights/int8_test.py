@@ -6,8 +6,8 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax.export import formats, huggingface
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.tokenizers import text
-from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import int8, stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import model_logits, random_params

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.checkpoints import checkpoint, reading
 from cm3leon_jax.config import UserError
-from cm3leon_jax.weights import stored
+from cm3leon_jax.weights import checkpoint, reading, stored
 from tests.models.tiny import CONFIG, mesh_of, random_params, tree_of
 from tests.refusals import refused
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.digests import damage, describe
-from cm3leon_jax.runs import stages, table
+from cm3leon_jax.run import stages, table
 from cm3leon_jax.vocab import VocabLayout
 
 SCHEMA_VERSION = 4

@@ -31,7 +31,7 @@ from cm3leon_jax.data.documents.shard_files import (
 from cm3leon_jax.files.atomic import partial_path, replacing
 from cm3leon_jax.files.digests import describe
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.runs import stages
+from cm3leon_jax.run import stages
 from cm3leon_jax.vocab import VocabLayout
 
 INDEX = "index.json"

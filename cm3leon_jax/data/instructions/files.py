@@ -19,7 +19,7 @@ import posixpath
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.config import FORMATS, NARRATIVES
+from cm3leon_jax.config.instructions import FORMATS, NARRATIVES
 from cm3leon_jax.data.instructions.grounding import read_coco_objects
 from cm3leon_jax.data.instructions.lines import read_lines
 from cm3leon_jax.data.instructions.records import Record, caption_records

@@ -3,8 +3,8 @@
 from etils import epath
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.instructions import InstructionsConfig, InstructionTask
 from cm3leon_jax.data.documents.store import DocumentStore
-from cm3leon_jax.data.instructions.config import InstructionsConfig, InstructionTask
 from cm3leon_jax.data.instructions.samples import Drops, Instructions, read_targets
 from cm3leon_jax.data.instructions.sources import store_name
 from cm3leon_jax.data.instructions.task_files import load_tasks

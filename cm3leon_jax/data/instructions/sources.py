@@ -10,11 +10,11 @@ import posixpath
 from etils import epath
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.instructions import InstructionsConfig, InstructionTask, is_edit
 from cm3leon_jax.data.documents.encode import load_tokenizers
 from cm3leon_jax.data.documents.shard_files import shards_with_files
 from cm3leon_jax.data.documents.store import INDEX
 from cm3leon_jax.data.instructions import files
-from cm3leon_jax.data.instructions.config import InstructionsConfig, InstructionTask, is_edit
 from cm3leon_jax.data.instructions.edges import MAPS, ImageMap, load_opencv
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.stores import RecordEncoder, write_store

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.instructions import InstructionTask, fields_of
 from cm3leon_jax.data.documents.store import Document, finish_store, write_shard
-from cm3leon_jax.data.instructions.config import InstructionTask, fields_of
 from cm3leon_jax.data.instructions.edges import MAPS, ImageMap
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.samples import Drops, plan_instruction, write_targets

@@ -7,7 +7,7 @@ from etils import epath
 import yaml
 
 from cm3leon_jax.config import FieldError, UserError
-from cm3leon_jax.data.instructions.config import InstructionsConfig, InstructionTask, make_task
+from cm3leon_jax.config.instructions import InstructionsConfig, InstructionTask, make_task
 from cm3leon_jax.data.sources import yaml_documents
 
 TASKS = importlib.resources.files("cm3leon_jax") / "data" / "tasks"

@@ -14,8 +14,7 @@ import hashlib
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents.store import Segment
-from cm3leon_jax.data.instructions.config import (
+from cm3leon_jax.config.instructions import (
   BREAK,
   FIELD,
   InstructionTask,
@@ -23,6 +22,7 @@ from cm3leon_jax.data.instructions.config import (
   is_edit,
   split_template,
 )
+from cm3leon_jax.data.documents.store import Segment
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.sources.records import RecordError
 from cm3leon_jax.tokenizers.text import encode_pieces

@@ -10,10 +10,9 @@ from etils import epath
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax import own_functions
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, own_functions
+from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.raw import summary as raw_statistics
-from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.raw.reader import INDEX, SCHEMA_VERSION, load_with_size, square
 from cm3leon_jax.data.raw.writer import FILES, REJECTED, write_shard
 from cm3leon_jax.data.sources import formats, function

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.raw import summary as raw_statistics
-from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.raw.reader import IMAGE_DIGESTS, kind_of
 from cm3leon_jax.data.sources.records import (
   KINDS,
@@ -34,7 +34,7 @@ from cm3leon_jax.data.sources.records import (
 from cm3leon_jax.data.sources.splits import split_of
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.progress import progress_bar
-from cm3leon_jax.runs import stages
+from cm3leon_jax.run import stages
 
 REJECTED = "rejected.jsonl"
 FILES = (*(f"{kind}.jsonl" for kind in KINDS), REJECTED)  # Record files of a shard.

@@ -19,6 +19,7 @@ from etils import epath
 import grain
 import numpy as np
 
+from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.instructions.samples import (
   InstructionPlan,
@@ -26,7 +27,6 @@ from cm3leon_jax.data.instructions.samples import (
   instruction_weights,
   plan_instruction,
 )
-from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts, fingerprint
 from cm3leon_jax.data.rows.sample_plan import SamplePlan, document_weights, plan_sample
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
-from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 
 TYPICAL = 1_024  # The typical length of a store is the median over this many documents.

@@ -7,8 +7,8 @@ import typing
 
 import numpy as np
 
+from cm3leon_jax.config.data import PAPER_CANDIDATES, DataConfig
 from cm3leon_jax.data.rows import cm3
-from cm3leon_jax.data.rows.config import PAPER_CANDIDATES, DataConfig
 
 
 class SamplePlan(typing.NamedTuple):

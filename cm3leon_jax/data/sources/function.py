@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cm3leon_jax import own_functions
-from cm3leon_jax.config import UserError, short
+from cm3leon_jax.config import UserError, own_functions, short
 from cm3leon_jax.data.sources.formats import SourcePart
 from cm3leon_jax.data.sources.records import RawPair, Record, Rejected, checked_record, with_images
 

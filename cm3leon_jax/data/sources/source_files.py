@@ -10,7 +10,7 @@ import fsspec
 
 from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.files.atomic import open_filesystem
-from cm3leon_jax.runs import stages
+from cm3leon_jax.run import stages
 
 # Attributes that change with the content of a file: a checksum (GCS bucket) or a time (local).
 STAMPS = ("md5Hash", "ETag", "etag", "mtime")

@@ -5,9 +5,9 @@
 import math
 from typing import NamedTuple
 
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding import batch as batch_lib
 from cm3leon_jax.decoding import grammar
-from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.grammar import Grammar
 from cm3leon_jax.decoding.loop import Static

@@ -8,10 +8,10 @@ import jax
 from jaxtyping import PyTree
 import numpy as np
 
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding import batch as batch_lib
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.batch import StreamPrompt
-from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.continuous import state as state_lib
 from cm3leon_jax.decoding.continuous.buckets import Bucket
 from cm3leon_jax.decoding.continuous.state import Admitted, BatchState

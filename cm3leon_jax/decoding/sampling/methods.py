@@ -5,7 +5,7 @@ Texts are always sampled by top-p, and so are codes without an unconditional str
 
 import numpy as np
 
-from cm3leon_jax.decoding.config import METHODS
+from cm3leon_jax.config.sampling import METHODS
 
 TEXT_SETTINGS = ("text_temperature", "text_top_k", "text_top_p")
 _TOP_P = ("temperature", "top_k", "top_p")

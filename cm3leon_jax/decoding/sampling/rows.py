@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 import numpy as np
 
-from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding.sampling.contrastive import contrastive_scores
 from cm3leon_jax.decoding.sampling.top_p import sample_top_p
 

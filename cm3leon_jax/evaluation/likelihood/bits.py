@@ -12,15 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.data import DataConfig
+from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.config.sampling import EvaluationConfig
 from cm3leon_jax.data.documents.store import Bank, Document, DocumentStore
 from cm3leon_jax.data.rows import loader
-from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.evaluation import intervals
-from cm3leon_jax.evaluation.config import EvaluationConfig
 from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training.step import loss
 from cm3leon_jax.vocab import VocabLayout
 

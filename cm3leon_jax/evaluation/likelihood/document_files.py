@@ -30,7 +30,7 @@ from cm3leon_jax.data.sources.records import (
 from cm3leon_jax.files.atomic import open_filesystem
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation.tasks import PromptLayout
-from cm3leon_jax.runs import stages
+from cm3leon_jax.run import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 BLOCK = 256  # Number of documents whose images are in memory at a time.

@@ -17,6 +17,7 @@ import numpy as np
 from cm3leon_jax import distributed
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP
+from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.data.documents.store import Bank, Document, first_documents, group_id
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.evaluation import intervals
@@ -25,7 +26,6 @@ from cm3leon_jax.evaluation.likelihood.document_files import Documents
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.generation.tasks import PromptLayout
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.vocab import VocabLayout
 

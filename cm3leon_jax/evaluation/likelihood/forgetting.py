@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.evaluation import intervals, judged, strata
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.retrieval import neighbors
-from cm3leon_jax.settings import Settings
-from cm3leon_jax.trained.base_documents import Base
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run.base_documents import Base
+from cm3leon_jax.run.run import Run
 
 CAPTIONS = 120  # Largest number of held-out captions whose images are judged.
 

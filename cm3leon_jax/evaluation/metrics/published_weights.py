@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import check_foreign
-from cm3leon_jax.parameters import not_finite
+from cm3leon_jax.weights.stored_tensors import not_finite
 
 
 def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:

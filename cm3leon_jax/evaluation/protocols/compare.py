@@ -10,7 +10,7 @@ from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.protocols.results import RESULTS
 from cm3leon_jax.evaluation.protocols.run import VALUES
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.runs import stages
+from cm3leon_jax.run import stages
 
 # Both evaluations must have equal values in these fields. Other fields may differ.
 SAME = ("protocol", "data")

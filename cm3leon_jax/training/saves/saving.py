@@ -3,14 +3,14 @@
 import dataclasses
 from typing import Any
 
-from cm3leon_jax.checkpoints.checkpoint import Checkpoints
-from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.config.training import TrainConfig
 from cm3leon_jax.training.faults.preemption import StopSignal
 from cm3leon_jax.training.loop import Hook
 from cm3leon_jax.training.step.numerics import check_finite
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.watch.heldout import HeldoutLosses
 from cm3leon_jax.training.watch.monitor import Monitor
+from cm3leon_jax.weights.checkpoint import Checkpoints
 
 REMEDY = "lower optimizer.learning_rate in a new --workdir; earlier checkpoints are unchanged."
 

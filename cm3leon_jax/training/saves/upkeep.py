@@ -6,16 +6,16 @@ import datetime
 
 from etils import epath
 
-from cm3leon_jax.checkpoints import recovery
-from cm3leon_jax.checkpoints.checkpoint import FOLDER, Checkpoints
-from cm3leon_jax.checkpoints.recovery import listed
-from cm3leon_jax.checkpoints.sealing import files_below
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.runs.stages import DONE
+from cm3leon_jax.run.stages import DONE
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.watch.metrics import LOG, cut_log
+from cm3leon_jax.weights import recovery
+from cm3leon_jax.weights.checkpoint import FOLDER, Checkpoints
+from cm3leon_jax.weights.recovery import listed
+from cm3leon_jax.weights.sealing import files_below
 
 MODALITIES = ("", "image_", "text_")
 

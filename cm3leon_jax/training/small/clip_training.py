@@ -16,9 +16,9 @@ import numpy as np
 import optax
 
 from cm3leon_jax.clip import model as clip_lib
-from cm3leon_jax.clip.config import CLIPConfig
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.tokenizers import CLIPConfig
 from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import RawPair

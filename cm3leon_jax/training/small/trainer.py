@@ -21,20 +21,20 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 import numpy as np
 
-from cm3leon_jax.checkpoints import recovery
-from cm3leon_jax.checkpoints.checkpoint import Checkpoints
-from cm3leon_jax.checkpoints.reading import any_in
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import exists
 from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.mesh import RULES, batch_shards, spec
-from cm3leon_jax.runs.stages import DONE, check_same_config, differences
+from cm3leon_jax.run.stages import DONE, check_same_config, differences
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.faults.preemption import StopSignal, check_end
 from cm3leon_jax.training.loop import run_steps
 from cm3leon_jax.training.small.hooks import Lines, SmallSaves
 from cm3leon_jax.training.watch.metrics import MetricsLog
+from cm3leon_jax.weights import recovery
+from cm3leon_jax.weights.checkpoint import Checkpoints
+from cm3leon_jax.weights.reading import any_in
 
 FOLDER = "training"
 LOG_EVERY = 10

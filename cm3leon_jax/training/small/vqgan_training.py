@@ -16,10 +16,10 @@ import numpy as np
 import optax
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.tokenizers import VQGANConfig
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers import discriminator as discriminator_lib
 from cm3leon_jax.tokenizers import ink, losses, quantizers, vqgan
-from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import trainer, vqgan_watch
 from cm3leon_jax.training.step.optimizer import update_average

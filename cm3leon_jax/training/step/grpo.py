@@ -22,11 +22,11 @@ from jaxtyping import Array, Float, Float32, Int32
 import numpy as np
 import optax
 
+from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.config.training import OptimizerConfig, ReinforceConfig
 from cm3leon_jax.mesh import RULES, shard, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.attention import wide
-from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.config import OptimizerConfig, ReinforceConfig
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, apply_gradients
 from cm3leon_jax.xla_options import compiler_options

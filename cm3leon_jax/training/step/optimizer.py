@@ -9,9 +9,9 @@ from jaxtyping import Array, Int32
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from cm3leon_jax.config.training import OptimizerConfig
 from cm3leon_jax.models import shape_color
 from cm3leon_jax.models.adapters import AXES
-from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.numerics import watch_norm
 
 # Parameters that Muon updates, with the input and output axes of their matrices. The other axes

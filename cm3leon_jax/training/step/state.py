@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, Num, PyTree
 import optax
 
+from cm3leon_jax.config.model import AdapterConfig, ModelConfig
 from cm3leon_jax.mesh import spec
 from cm3leon_jax.models import adapters, transformer
-from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 from cm3leon_jax.training.step import loss, numerics
 from cm3leon_jax.training.step.optimizer import update_average
 

@@ -8,8 +8,8 @@ from etils import epath
 from PIL import Image
 
 from cm3leon_jax import extras
+from cm3leon_jax.config.training import TrainConfig
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.watch.goodput import Stopwatch
 from cm3leon_jax.training.watch.prometheus import Prometheus
 from cm3leon_jax.training.watch.tensorboard_board import TensorBoard

@@ -4,8 +4,8 @@
 
 import dataclasses
 
+from cm3leon_jax.config.model import AdapterConfig, ModelConfig
 from cm3leon_jax.models import adapters
-from cm3leon_jax.models.config import AdapterConfig, ModelConfig
 
 # JAX's name of a device kind -> peak of dense bfloat16 matmuls of one device, in FLOP/s.
 # A kind matches the first entry that is equal to it or to its first words, so longer names precede

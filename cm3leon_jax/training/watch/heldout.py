@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from cm3leon_jax import distributed
+from cm3leon_jax.config.training import TrainConfig
 from cm3leon_jax.data.rows.loader import RowLoader, batches
-from cm3leon_jax.trained import base_documents
-from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.run import base_documents
 from cm3leon_jax.training.faults.preemption import StopSignal
 from cm3leon_jax.training.loop import Hook
 from cm3leon_jax.training.step import loss

@@ -11,7 +11,7 @@ import jax
 import optax
 from PIL import Image
 
-from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.config.training import TrainConfig
 from cm3leon_jax.training.loop import Hook
 from cm3leon_jax.training.step.loss import SOURCE_SUMS, source_losses
 from cm3leon_jax.training.step.numerics import SkipCounter, finite_values

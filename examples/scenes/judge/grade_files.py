@@ -7,11 +7,11 @@ from typing import Any
 from etils import epath
 import numpy as np
 
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.evaluation.intervals import describe_share
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation.writer import save_png
-from cm3leon_jax.settings import Settings
 from examples.scenes.judge import grades
 from examples.scenes.judge.grades import Answer
 

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cm3leon_jax.config.instructions import InstructionTask
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.instructions import sources
-from cm3leon_jax.data.instructions.config import InstructionTask
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.stores import square_pixels
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.record_prompts import prompt_of
-from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from examples.scenes.instructions import EDITS, QUESTIONS
 from examples.scenes.judge import answers as judging

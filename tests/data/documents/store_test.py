@@ -19,7 +19,7 @@ from cm3leon_jax.data.documents.store import (
   write_documents,
   write_shard,
 )
-from cm3leon_jax.runs import stages, table
+from cm3leon_jax.run import stages, table
 from cm3leon_jax.vocab import VocabLayout
 from tests.data.stores import damage_record
 from tests.refusals import refused

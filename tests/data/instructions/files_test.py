@@ -4,7 +4,7 @@ import json
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.config import FORMATS
+from cm3leon_jax.config.instructions import FORMATS
 from cm3leon_jax.data.instructions.files import CAPTIONS, QUESTIONS, open_records
 from cm3leon_jax.data.instructions.records import Record
 from tests.data.broken_releases import check_reader

@@ -8,13 +8,13 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.instructions import make_task
+from cm3leon_jax.config.settings import default_config, settings_from_config
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.instructions import sources, stores
-from cm3leon_jax.data.instructions.config import make_task
 from cm3leon_jax.data.instructions.edges import ImageMap, canny_edges
 from cm3leon_jax.data.instructions.samples import read_targets
 from cm3leon_jax.data.instructions.task_files import load_tasks
-from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.instruction_releases import RELEASES, write

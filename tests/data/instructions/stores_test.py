@@ -4,9 +4,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from cm3leon_jax.config.instructions import InstructionTask
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.instructions import stores
-from cm3leon_jax.data.instructions.config import InstructionTask
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.samples import read_targets
 from cm3leon_jax.tokenizers.text import TextTokenizer

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config.instructions import EDIT, InstructionTask
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.instructions import samples
-from cm3leon_jax.data.instructions.config import EDIT, InstructionTask
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.tasks import choose_template, join_record
 from cm3leon_jax.data.sources.records import RecordError

@@ -4,12 +4,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from cm3leon_jax.config.data import RawConfig
+from cm3leon_jax.config.tokenizers import TextTokenizerConfig
 from cm3leon_jax.data.raw import counting, ingest, reader
-from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.files.shards import Runner
-from cm3leon_jax.runs.from_data import Counts
-from cm3leon_jax.tokenizers.config import TextTokenizerConfig
+from cm3leon_jax.run.from_data import Counts
 
 
 def folder_of(path, sides, texts=0):

@@ -7,8 +7,8 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.raw import ingest, reader
-from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources import records as records_lib
 from cm3leon_jax.data.sources.records import SPLITS, RawInterleaved

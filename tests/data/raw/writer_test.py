@@ -5,8 +5,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.raw import writer
-from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.raw.reader import IMAGE_DIGESTS, load_with_size
 from cm3leon_jax.data.raw.writer import write_shard
 from cm3leon_jax.data.sources.records import RawPair, RawText, Rejected

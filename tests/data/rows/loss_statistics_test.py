@@ -3,12 +3,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.data.instructions.samples import Drops
-from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.data.rows.plan_statistics import describe_loss, loss_statistics, plan_statistics
-from cm3leon_jax.trained.rows import look_at_rows
+from cm3leon_jax.run.rows import look_at_rows
 from tests.data.stores import VOCAB, make_instructions, make_sources
 
 NAMES = ("answers", "edits", "pairs", "texts")

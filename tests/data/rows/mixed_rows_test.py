@@ -5,8 +5,8 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.data.instructions.samples import Drops
-from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader, batches
 from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.mesh import MeshConfig, create_mesh, spec

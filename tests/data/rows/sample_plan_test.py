@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.data.rows.cm3 import OVERHEAD, segment_bounds
-from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.sample_plan import joined_length, plan_sample
 from tests.data.stores import IMAGE_TOKENS
 

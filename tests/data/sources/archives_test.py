@@ -5,8 +5,8 @@ import tarfile
 import pyarrow as pa
 from pyarrow import parquet
 
+from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.raw import ingest
-from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources import archives, formats
 from cm3leon_jax.files.shards import Runner
 from tests.data.raw.untrusted_test import reasons

@@ -14,8 +14,8 @@ from pyarrow import parquet
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.instructions import FORMATS, InstructionsConfig
 from cm3leon_jax.data.instructions import sources as instruction_sources
-from cm3leon_jax.data.instructions.config import FORMATS, InstructionsConfig
 from cm3leon_jax.data.instructions.files import open_records
 from cm3leon_jax.data.published.files import SPLITS, open_examples
 from cm3leon_jax.data.raw import reader as raw_pairs

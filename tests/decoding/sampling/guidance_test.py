@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.decoding.config import Schedule
+from cm3leon_jax.config.sampling import Schedule
 from cm3leon_jax.decoding.sampling.guidance import (
   combine_streams,
   editing_weights,

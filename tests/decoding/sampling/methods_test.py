@@ -1,6 +1,6 @@
 import dataclasses
 
-from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding.sampling.methods import (
   SETTINGS,
   TEXT_SETTINGS,

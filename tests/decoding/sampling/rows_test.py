@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding.sampling.rows import (
   RowSettings,
   Sampler,

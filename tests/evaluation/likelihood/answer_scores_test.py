@@ -3,12 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.likelihood.pairs import score_answers
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.models import transformer
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run.run import Run
+from cm3leon_jax.weights import reading
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.refusals import refused
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from cm3leon_jax import config
+from cm3leon_jax.config.data import DataConfig
+from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.config.sampling import EvaluationConfig
 from cm3leon_jax.data.documents import store as documents
 from cm3leon_jax.data.rows import loader
-from cm3leon_jax.data.rows.config import DataConfig
-from cm3leon_jax.evaluation.config import EvaluationConfig
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 from tests.refusals import refused

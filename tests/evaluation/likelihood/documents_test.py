@@ -8,9 +8,9 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.sampling import EvaluationConfig
 from cm3leon_jax.data.documents.store import Bank, Document, DocumentStore, Segment
 from cm3leon_jax.data.rows import loader
-from cm3leon_jax.evaluation.config import EvaluationConfig
 from cm3leon_jax.evaluation.likelihood import bits, documents, pairs
 from cm3leon_jax.evaluation.likelihood.document_files import open_documents
 from cm3leon_jax.evaluation.likelihood.documents import Scorer, Search
@@ -20,9 +20,9 @@ from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.retrieval.neighbors import Retriever
-from cm3leon_jax.runs import stages
+from cm3leon_jax.run import stages
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained.run import Run
 from tests.data.stores import IMAGE_TOKENS, VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import model_logits, random_params

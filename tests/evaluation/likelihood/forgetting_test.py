@@ -10,8 +10,8 @@ from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.evaluation.likelihood import bits, forgetting
 from cm3leon_jax.evaluation.likelihood.forgetting import Measured
 from cm3leon_jax.retrieval.neighbors import load_neighbors
-from cm3leon_jax.trained.base_documents import Base
-from cm3leon_jax.trained.run import Run
+from cm3leon_jax.run.base_documents import Base
+from cm3leon_jax.run.run import Run
 from tests.data.stores import VOCAB
 from tests.models.tiny import random_params
 from tests.training.watch.heldout_test import mesh, settings, workdir  # noqa: F401

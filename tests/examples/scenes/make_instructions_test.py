@@ -1,7 +1,7 @@
 import numpy as np
 
+from cm3leon_jax.config.instructions import InstructionsConfig
 from cm3leon_jax.data.instructions import sources
-from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.data.instructions.stores import square_pixels
 from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.files.json_files import plain

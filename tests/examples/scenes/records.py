@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-from cm3leon_jax.data.instructions.config import InstructionTask
+from cm3leon_jax.config.instructions import InstructionTask
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.task_files import read_tasks
 from examples.scenes import make_instructions

@@ -4,7 +4,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cm3leon_jax.decoding.config import METHODS
+from cm3leon_jax.config.sampling import METHODS
 from cm3leon_jax.generation.image_tasks import InfillImage
 from cm3leon_jax.generation.text_tasks import InfillText
 from tests.serving.live import about, error, events, image, pixels, png

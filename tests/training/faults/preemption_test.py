@@ -4,9 +4,9 @@ import signal
 import jax
 import pytest
 
-from cm3leon_jax.checkpoints import checkpoint
 from cm3leon_jax.config import CTRL_C, INTERRUPTED
 from cm3leon_jax.training.faults.preemption import StopSignal
+from cm3leon_jax.weights import checkpoint
 from tests.training.runs import losses, run
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.config.training import TrainConfig
 from cm3leon_jax.training.faults import replay
 from cm3leon_jax.training.faults.assignment import moved, rolled
 from cm3leon_jax.training.faults.fingerprint import (

@@ -5,13 +5,13 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.checkpoints import checkpoint, reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.skipped_rows import parse, row_number
 from cm3leon_jax.training.saves import upkeep
+from cm3leon_jax.weights import checkpoint, reading
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of
 from tests.refusals import refused

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
+from cm3leon_jax.config.model import AdapterConfig
+from cm3leon_jax.config.training import OptimizerConfig
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import adapters, transformer
-from cm3leon_jax.models.config import AdapterConfig
-from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, eval_step, init_state, train_step
 from tests.models.adapters_test import random_factors

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.config.sampling import SamplingConfig
+from cm3leon_jax.config.training import OptimizerConfig
 from cm3leon_jax.decoding import request as request_lib
-from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
-from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState

@@ -5,8 +5,8 @@ import optax
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.training import OptimizerConfig
 from cm3leon_jax.mesh import shard
-from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step import numerics
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state, train_step

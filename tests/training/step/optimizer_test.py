@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.training.config import OptimizerConfig
+from cm3leon_jax.config.training import OptimizerConfig
 from cm3leon_jax.training.step.optimizer import (
   create_optimizer,
   learning_rate_schedule,

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
+from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.config.training import OptimizerConfig
 from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.loss import SOURCE_SUMS
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, init_state, train_step

@@ -7,9 +7,9 @@ from etils import epath
 from PIL import Image
 import pytest
 
+from cm3leon_jax.config.training import TrainConfig
 from cm3leon_jax.extras import install
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.watch import boards
 from cm3leon_jax.training.watch.boards import Board, open_boards
 from cm3leon_jax.training.watch.goodput import Stopwatch

@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from cm3leon_jax.config.model import AdapterConfig, ModelConfig
+from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import adapters, transformer
-from cm3leon_jax.models.config import AdapterConfig, ModelConfig
-from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.step import loss
 from cm3leon_jax.training.watch import flops
 from tests.models.tiny import mesh_of

@@ -8,14 +8,14 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.settings import default_config, settings_from_config
+from cm3leon_jax.config.training import TrainConfig
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.rows.loader import RowLoader, join
 from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.mesh import spec
-from cm3leon_jax.settings import default_config, settings_from_config
-from cm3leon_jax.trained.rows import open_rows
-from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.run.rows import open_rows
 from cm3leon_jax.training.steps import compile_steps
 from cm3leon_jax.training.watch.heldout import HeldoutLosses, decisive, evaluate, heldout_batches
 from tests.data.stores import VOCAB, make_sources

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax.config.training import TrainConfig
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.step.numerics import TooManySkippedError
 from cm3leon_jax.training.watch.flops import Rates
 from cm3leon_jax.training.watch.goodput import Stopwatch

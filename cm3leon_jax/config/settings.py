@@ -1,0 +1,169 @@
+"""Combines all sections of a config into one checked, frozen dataclass."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import ml_collections
+from pydantic import NonNegativeInt
+import pydantic.dataclasses
+
+from cm3leon_jax.config import REMOVED_FIELDS, STRICT, UserError, build, current_fields
+from cm3leon_jax.config.data import DataConfig, RawConfig, RetrievalConfig
+from cm3leon_jax.config.instructions import InstructionsConfig
+from cm3leon_jax.config.model import AdapterConfig, ModelConfig
+from cm3leon_jax.config.sampling import EvaluationConfig, SamplingConfig
+from cm3leon_jax.config.tokenizers import CLIPConfig, TextTokenizerConfig, VQGANConfig, check_levels
+from cm3leon_jax.config.training import OptimizerConfig, ReinforceConfig, TrainConfig
+from cm3leon_jax.mesh import MeshConfig
+from cm3leon_jax.vocab import VocabLayout
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class Settings:
+  """A checked config with one frozen dataclass per section."""
+
+  seed: NonNegativeInt
+  """Seed of all random numbers in the run."""
+  vocab: VocabLayout
+  raw: RawConfig
+  text_tokenizer: TextTokenizerConfig
+  vqgan: VQGANConfig
+  clip: CLIPConfig
+  retrieval: RetrievalConfig
+  data: DataConfig
+  instructions: InstructionsConfig
+  model: ModelConfig
+  adapter: AdapterConfig
+  mesh: MeshConfig
+  optimizer: OptimizerConfig
+  train: TrainConfig
+  reinforce: ReinforceConfig
+  sampling: SamplingConfig
+  evaluation: EvaluationConfig
+
+  def __post_init__(self) -> None:
+    if self.model.vocab_size != self.vocab.size:
+      raise ValueError(
+        f"model.vocab_size is {self.model.vocab_size}; it must be vocab.size = {self.vocab.size}: "
+        "leave it out."
+      )
+    if self.model.max_positions < self.data.sequence_length:
+      raise ValueError(
+        f"model.max_positions is {self.model.max_positions}; "
+        f"it must be at least data.sequence_length = {self.data.sequence_length}."
+      )
+    if self.model.align_images and self.data.interleaved_share:
+      raise ValueError(
+        "model.align_images is True, but data.interleaved_share is "
+        f"{self.data.interleaved_share}; set one of them to 0: the position of text before an "
+        "image in an interleaved document is not known while it is generated."
+      )
+    if self.adapter.rank:
+      self.adapter.matrices(self.model)
+    if self.vocab.image_size % self.vqgan.num_colors and self.vqgan.code_colors:
+      raise ValueError(
+        f"vqgan.num_colors is {self.vqgan.num_colors}; it must divide vocab.image_size = "
+        f"{self.vocab.image_size}."
+      )
+    if self.vqgan.quantizer == "fsq":
+      check_levels(self.vocab.image_size, self.vqgan.code_dim)
+    for field in ("num_heads", "mlp_width"):
+      if self.mesh.tensor > 0 and getattr(self.model, field) % self.mesh.tensor:
+        raise ValueError(
+          f"mesh.tensor is {self.mesh.tensor}; "
+          f"it must divide model.{field} = {getattr(self.model, field)}."
+        )
+
+  def check_split(self, axes: Mapping[str, int]) -> None:
+    """Raises ValueError unless the parameters can be split evenly over the mesh axes."""
+    fsdp = axes["fsdp"] * axes["fsdp_inner"]
+    for field, parts in (("width", fsdp), ("vocab_size", fsdp * axes["tensor"])):
+      if (size := getattr(self.model, field)) % parts:
+        copies = axes["data"] * fsdp
+        raise ValueError(
+          f"model.{field} = {size:,} does not split into {parts} equal parts (fsdp = "
+          f"{axes['fsdp']}, fsdp_inner = {axes['fsdp_inner']}, tensor = {axes['tensor']}): use "
+          "another number of devices, or replicas of the model: --config.mesh.fsdp=1 "
+          f"--config.mesh.fsdp_inner=1 --config.mesh.data={copies}."
+        )
+
+
+SECTIONS: dict[str, Any] = {
+  f.name: f.type for f in dataclasses.fields(Settings) if f.name != "seed"
+}
+
+
+def default_of(field: dataclasses.Field) -> Any:
+  """Returns the default of a field of a section."""
+  if field.default_factory is not dataclasses.MISSING:
+    return field.default_factory()
+  return field.default
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """Returns a config with the defaults of all fields, so that a flag can override each of them.
+
+  `model.vocab_size` and `model.code_colors` are None, because `settings_from_config` computes them
+  from `vocab` and `vqgan`.
+  """
+  sections = {
+    name: {f.name: default_of(f) for f in dataclasses.fields(cls)} for name, cls in SECTIONS.items()
+  }
+  config = ml_collections.ConfigDict({"seed": 0, **sections})
+  for field in ("vocab_size", "code_colors"):
+    config.model[field] = ml_collections.config_dict.placeholder(int)
+  return config
+
+
+def settings_from_config(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Settings:
+  """Builds and checks the settings of a config.
+
+  Raises:
+    UserError: a section or field is unknown, or a value is wrong. The message names it.
+  """
+  unknown = sorted(set(config) - {"seed", *SECTIONS})
+  if unknown:
+    raise UserError(
+      f"config has an unknown section '{unknown[0]}': the sections are seed, {', '.join(SECTIONS)}."
+    )
+  vocab = build(VocabLayout, config["vocab"], "vocab")
+  model = dict(config["model"])
+  if model.get("vocab_size") is None:
+    model["vocab_size"] = vocab.size
+  if model.get("code_colors") is None:
+    model["code_colors"] = build(VQGANConfig, config["vqgan"], "vqgan").code_colors
+  values = {**dict(config), "model": model}
+  sections = {name: build(cls, values[name], name) for name, cls in SECTIONS.items()}
+  return build(Settings, {"seed": config["seed"], **sections})
+
+
+def settings_from_stored(values: dict) -> Settings:
+  """Builds the settings that a run or bundle stored. Sections that are missing get their defaults.
+
+  `REMOVED_FIELDS` are ignored, and fields have their current names.
+
+  Raises:
+    UserError: see `settings_from_config`.
+  """
+  kept = {
+    name: current_fields(name, section) if isinstance(section, dict) else section
+    for name, section in values.items()
+    if name not in REMOVED_FIELDS
+  }
+  return settings_from_config({**default_config().to_dict(), **kept})
+
+
+def describe(settings: Settings) -> list[str]:
+  """Returns one line `section.field = value` per field, with the default if the value differs.
+
+  train.steps = 5  # default: 41723
+  """
+  lines = [f"seed = {settings.seed}" + ("  # default: 0" if settings.seed else "")]
+  for name, cls in SECTIONS.items():
+    for field in dataclasses.fields(cls):
+      value = getattr(getattr(settings, name), field.name)
+      default = default_of(field)
+      note = "" if value == default else f"  # default: {default!r}"
+      lines.append(f"{name}.{field.name} = {value!r}{note}")
+  return lines

@@ -1,0 +1,138 @@
+"""Reads exports in the formats hf and orbax, which contain no CLIP model and no bank."""
+
+import hashlib
+import json
+import os
+
+from etils import epath
+from flax import traverse_util
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from cm3leon_jax import distributed
+from cm3leon_jax.config import UserError
+from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.config.settings import Settings, settings_from_stored
+from cm3leon_jax.files import foreign
+from cm3leon_jax.files.atomic import absolute
+from cm3leon_jax.files.json_files import read_foreign_json, read_json
+from cm3leon_jax.run import bundles
+from cm3leon_jax.run.folders import ABOUT, DIGESTS, IMAGES, KINDS, TREE, kind_of
+from cm3leon_jax.weights import layouts, placed, sealing
+from cm3leon_jax.weights.stored import array_spec
+from cm3leon_jax.weights.stored_tensors import StoredTensors
+
+ORBAX = "params"  # Folder of the parameters in an orbax export.
+PLACES = (IMAGES, ORBAX)
+AGAIN = "run `cm3leon export` again"
+
+
+def is_export(source: str | os.PathLike[str]) -> bool:
+  """Returns whether `source` is a folder that `cm3leon export` wrote, other than a bundle."""
+  folder = bundles.folder_of(source)
+  return (folder / ABOUT).exists() and not bundles.is_bundle(folder)
+
+
+def is_orbax(folder: epath.PathLike) -> bool:
+  """Returns whether a folder is a complete export in the format orbax."""
+  return all((epath.Path(folder) / name).exists() for name in (TREE, DIGESTS))
+
+
+def _digests(folder: epath.Path) -> tuple[dict[str, str], dict[str, str]]:
+  """Returns the digests of the files in params/, by their paths there, and of all other files."""
+  listed = read_foreign_json(folder / DIGESTS, {})
+  if "_METADATA" in listed:  # An earlier version, which listed only the files in params/.
+    return listed, {}
+  others = {name: x for name, x in listed.items() if not name.startswith(f"{ORBAX}/")}
+  of_params = {name: x for name, x in listed.items() if name not in others}
+  return {name.removeprefix(f"{ORBAX}/"): x for name, x in of_params.items()}, others
+
+
+def check(folder: epath.Path, part: str = "") -> list[str]:
+  """Checks the files of an export, which may come from an untrusted source, before it is read.
+
+  Only files whose path begins with `part` are compared with their digests, and `load_params`
+  compares those of params/. Most exports of earlier versions, and folders that other programs
+  wrote, have no digests. Returns the names of the files.
+
+  Raises:
+    UserError: a file is absent or has changed, see also `foreign.check_folder`.
+  """
+  files = foreign.check_folder(folder, PLACES)
+  if (folder / ABOUT).exists() and (folder / DIGESTS).exists():
+    listed = {name: x for name, x in _digests(folder)[1].items() if name.startswith(part)}
+    bundles.check_digests(folder, listed, files, AGAIN)
+  return files
+
+
+def digest_of_params(folder: epath.Path) -> str:
+  """Returns the SHA-256 of the digests of the parameters in an orbax export.
+
+  It is that of digests.json as earlier versions wrote this file.
+  """
+  text = json.dumps(_digests(folder)[0], indent=1) + "\n"
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def config_of(folder: epath.Path, described: dict) -> dict[str, dict]:
+  """Returns the fields of the config sections `model` and `vocab` of an export or bundle.
+
+  `described` is the content of its config.json. If an earlier version wrote that file, it lacks
+  `code_colors`, which is then read from the stored settings.
+
+  Raises:
+    KeyError, TypeError, AttributeError: `cm3leon export` did not write the files.
+  """
+  fields = layouts.config_of(described)
+  for path in (folder / bundles.FILE, folder / ABOUT):
+    if "code_colors" not in fields["model"] and path.exists():
+      model = read_foreign_json(path, {}).get("settings", {}).get("model", {})
+      fields["model"] |= {x: y for x, y in model.items() if x == "code_colors"}
+  return fields
+
+
+@foreign.reads("an export")
+def read(folder: epath.Path) -> tuple[Settings, int]:
+  """Reads the settings and the step of an export.
+
+  Raises:
+    UserError: the format is only for other programs or rounds the parameters to int8, or a file
+      is wrong.
+  """
+  check(folder)
+  if (kind := kind_of(folder)) not in ("", "orbax"):
+    raise UserError(
+      f"{folder} is an export {KINDS[kind]}, which is for other programs: load the workdir of its "
+      "run, or an export in the format hf or orbax."
+    )
+  stored = read_json(folder / ABOUT, {"step": int, "settings": dict})
+  return settings_from_stored(stored["settings"]), stored["step"]
+
+
+@foreign.reads("a bundle or export")
+def load_params(folder: epath.PathLike, config: ModelConfig) -> dict:
+  """Loads the parameters of an export or bundle onto the current mesh.
+
+  All processes must call this function.
+
+  Raises:
+    UserError: a file is absent or damaged.
+  """
+  folder = epath.Path(folder)
+  files = check(folder)
+  if is_orbax(folder):
+    params, types, digests = absolute(folder) / ORBAX, placed.types_of(config), _digests(folder)[0]
+    if wrong := sorted({f"{ORBAX}/{name}" for name in digests} - {*files}):
+      raise UserError(f"{folder / wrong[0]} is absent, or is not in the folder: {AGAIN}.")
+    if damage := sealing.damage(params, digests):
+      raise UserError(f"{damage}: {AGAIN}.")
+    for name, kind in traverse_util.flatten_dict(types, sep=".").items():
+      about = ts.open(array_spec(params, name), open=True).result().spec().to_json()["metadata"]
+      chunks = zip(about["chunks"], kind.shape, strict=True)
+      # TensorStore allocates memory for a chunk, and for whatever a compressed chunk expands to.
+      if about["compressor"] or any(chunk > size for chunk, size in chunks):
+        raise UserError(f"{params}: the array {name} is not as `cm3leon export` writes it.")
+    with ocp.StandardCheckpointer() as checkpointer:
+      return checkpointer.restore(os.fspath(params), types)
+  with distributed.together():
+    return placed.load(StoredTensors(folder), config)

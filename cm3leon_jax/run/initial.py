@@ -1,0 +1,232 @@
+"""Finds and loads the trained parameters that a run starts from.
+
+The parameters come from another run, a bundle or an exported model.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+from etils import epath
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.distributed import print_once
+from cm3leon_jax.files import foreign
+from cm3leon_jax.files.atomic import absolute
+from cm3leon_jax.files.digests import digest
+from cm3leon_jax.files.json_files import plain, read_json
+from cm3leon_jax.run import adapters, bundles, exported, folders, stages, table
+from cm3leon_jax.run.adapters import Adapters, Weights
+from cm3leon_jax.weights import reading, stored_tensors, tensor_files
+
+IMAGE_TOKENIZER = f"{folders.IMAGES}/params.safetensors"  # Path in an exported model.
+# Key in the summary of the stage INIT. Its value is the SHA-256 of the imported image tokenizer.
+IMAGES = "image_tokenizer_sha256"
+INIT = "init"  # Folder of a workdir with the parameters that `cm3leon import_weights` wrote.
+
+
+def start_of_run(
+  settings: Settings, workdir: epath.PathLike, source: str, stored: dict[str, Any] | None
+) -> Weights | None:
+  """Returns the trained parameters that a run starts, or started, from; None: random parameters.
+
+  All processes must call this function.
+
+  Args:
+    source: value of --init_from. If it is empty, the run starts from the parameters that were
+      imported into the workdir, if any.
+    stored: the entry "run" of the run's config.json; None if the run has not begun.
+
+  Raises:
+    UserError: the run started from something other than `source`, or would train adapters of random
+      parameters, or the base of its adapters has changed, or `find` raises the error.
+  """
+  tunes = bool(settings.adapter.rank)
+  if stored is None:
+    source = source or _imported(epath.Path(workdir))
+    if tunes and not source:
+      raise UserError(
+        f"config.adapter.rank is {settings.adapter.rank}, but the run would start from random "
+        "parameters: name the trained model that the adapters tune by --init_from=RUN."
+      )
+    if not source:
+      return None
+    source = _lasting(source) if tunes else source
+    found = find(settings, source)
+    at = "" if found.step is None else f", step {found.step}"
+    print_once(f"train: the run starts from the parameters of {source}{at}.")
+    for name in other_tokenizers(source, workdir):
+      print_once(
+        f"train: warning: {source} was trained with another {name} than the one in {workdir}; "
+        "its parameters expect other token ids."
+      )
+    return found
+  recorded = stored.get("init_from")
+  began = recorded["source"] if recorded else "random parameters"
+  if source and source != began and not (tunes and _lasting(source) == began):
+    raise UserError(
+      f"--init_from is {source}, but the run in {workdir} began from {began}: leave --init_from "
+      "out to continue that run, or use another --workdir."
+    )
+  start = Weights(**recorded) if recorded else None
+  if tunes and start is not None:
+    check_base(Adapters(epath.Path(workdir), settings.adapter, start), settings)
+  return start
+
+
+def _lasting(source: str) -> str:
+  """Returns the name of an installed bundle unchanged, and the absolute path of other sources.
+
+  A run needs the base of its adapters also when a command starts in another folder.
+  """
+  is_name = source in bundles.INSTALLED and bundles.folder_of(source) != epath.Path(source)
+  return source if is_name else os.fspath(absolute(source))
+
+
+def _imported(workdir: epath.Path) -> str:
+  """Returns the folder with the imported parameters of a workdir, or "".
+
+  Raises:
+    UserError: an import has started but not finished. Without this error, the run would start from
+      random parameters.
+  """
+  folder = workdir / INIT
+  if not folder.exists():
+    return ""
+  if not (folder / stages.DONE).exists():
+    raise UserError(
+      f"{folder} is not finished: run `cm3leon import_weights` again, or delete that "
+      "folder to begin from random parameters."
+    )
+  return os.fspath(folder)
+
+
+@foreign.reads("a run, or a model that `cm3leon export` wrote", 1)
+def find(settings: Settings, source: str, step: int | None = None) -> Weights:
+  """Finds trained parameters and compares their config with `settings`.
+
+  For `source`, see `bundles.folder_of`. `step` selects a checkpoint of a run; None: the newest.
+
+  Raises:
+    UserError: `source` has no parameters, or their config differs in the section model or vocab.
+  """
+  folder = bundles.folder_of(source)
+  if bundles.is_bundle(folder):
+    bundles.read(folder)  # Checks the bundle's files.
+  run = folder / "train" / "config.json"
+  if not run.exists():
+    exported.check(folder)
+  if (kind := folders.kind_of(folder)) not in ("", "orbax"):
+    raise UserError(
+      f"--init_from is {source}, an export {folders.KINDS[kind]}, which differs from the trained "
+      "parameters: name the workdir that it was exported from, or an export in the format "
+      "hf or orbax."
+    )
+  expected = plain(table.identity(settings, "train"))
+  if run.exists():
+    described = read_json(run, {"run": dict})["run"]
+    expected = {part: expected[part] for part in ("model", "vocab")}
+  elif exported.is_orbax(folder):
+    described = read_json(folder / "config.json", {"model": dict})
+    expected = {part: expected[part] for part in ("model", "vocab")}
+  elif stored_tensors.are_in(folder):
+    described = exported.config_of(folder, read_json(folder / "config.json", {}))
+    expected = {part: {k: expected[part][k] for k in described[part]} for part in described}
+  else:
+    raise UserError(
+      f"--init_from is {source}; it must be the workdir of a run, with train/config.json, a "
+      f"folder of `cm3leon export`, with config.json and {tensor_files.WEIGHTS}, or the "
+      f"name of an installed model: {', '.join(bundles.INSTALLED)}."
+    )
+  changed = stages.differences({part: described.get(part) for part in expected}, expected)
+  if changed:
+    raise UserError(
+      f"--init_from is {source}, whose config differs from this one ({'; '.join(changed[:4])}): "
+      "model and vocab must be the same."
+    )
+  if run.exists():
+    return Weights(source, *reading.identify(folder / "train", step))
+  if exported.is_orbax(folder):
+    return Weights(source, None, exported.digest_of_params(folder))
+  return Weights(source, None, stored_tensors.digest_of(folder))
+
+
+def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
+  """Returns the names of the tokenizers that differ between `source` and a workdir."""
+  folder, workdir = bundles.stages_folder(bundles.folder_of(source)), epath.Path(workdir)
+  text, image = "text_tokenizer/tokenizer.json", "vqgan/params.safetensors"
+  pairs = [
+    ("text tokenizer", folder / text, workdir / text),
+    ("text tokenizer", folder / "tokenizer.json", workdir / text),  # For an exported model.
+    ("image tokenizer", folder / image, workdir / image),
+    ("image tokenizer", folder / IMAGE_TOKENIZER, workdir / image),
+  ]
+  pairs = [(name, digest(theirs), digest(ours)) for name, theirs, ours in pairs]
+  if folder.name == INIT and (done := folder / stages.DONE).exists():
+    recorded = read_json(done, {"summary": dict})["summary"].get(IMAGES)
+    pairs.append(("image tokenizer", recorded, digest(workdir / image)))
+  return [name for name, theirs, ours in pairs if theirs and ours and theirs != ours]
+
+
+def seconds_before(workdir: epath.PathLike) -> float:
+  """Returns the total training time, in seconds, of all runs that a run descends from.
+
+  A run whose folder no longer exists counts as 0 seconds.
+  """
+  if (start := start_of(workdir)) is None:
+    return 0.0
+  folder = bundles.folder_of(start.source)
+  if bundles.is_bundle(folder):
+    return (bundles.about(folder)["cost"] or {}).get("train_seconds", 0.0)
+  if not (done := folder / "train" / stages.DONE).exists():
+    return 0.0
+  return read_json(done, {"seconds": float})["seconds"] + seconds_before(folder)
+
+
+def check_base(found: Adapters, settings: Settings) -> None:
+  """Checks that the base of adapters is the one that they were trained on.
+
+  `settings` are those of the run that trained the adapters. All processes must call this function.
+
+  Raises:
+    UserError: the base is absent, has another model or vocab, or has changed.
+  """
+  source, what = found.base.source, f"the adapters in {found.folder} need their base"
+  if not bundles.folder_of(source).exists():
+    raise UserError(
+      f"{what}, {source}, which does not exist: put it back, or, if it has moved, enter its "
+      f"path as run.init_from.source in {found.folder / 'train' / 'config.json'}."
+    )
+  if find(settings, source, found.base.step) != found.base:
+    raise UserError(
+      f"{what}, but the parameters in {source} have changed since: restore the parameters of "
+      f"SHA-256 {str(found.base.digest)[:12]}."
+    )
+
+
+def over(source: str, adapter: str | os.PathLike[str]) -> Adapters:
+  """Opens adapters to add them to the parameters of `source`, see `bundles.folder_of`.
+
+  `adapter` is the workdir of the run that trained them.
+
+  Raises:
+    UserError: `adapter` contains no adapters, or they were trained on other parameters.
+  """
+  if (found := adapters.of_run(adapter)) is None:
+    raise UserError(
+      f"{adapter} contains no adapters: name the workdir of a run with config.adapter.rank > 0."
+    )
+  given = find(found.settings, source, found.base.step)
+  if (given.step, given.digest) != (found.base.step, found.base.digest):
+    raise UserError(
+      f"the adapters in {found.folder} were trained on other parameters than those of {source}: "
+      f"their base is {found.base.source}."
+    )
+  return dataclasses.replace(found, base=given)
+
+
+def start_of(workdir: epath.PathLike) -> Weights | None:
+  """Returns the trained parameters that a workdir's run started from; None: random parameters."""
+  run = read_json(epath.Path(workdir) / "train" / "config.json", {"run": dict})["run"]
+  return Weights(**run["init_from"]) if run.get("init_from") else None

@@ -1,0 +1,68 @@
+import copy
+
+from etils import epath
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import default_config, settings_from_config
+from cm3leon_jax.run.changes import MAY_CHANGE, check_changes
+from cm3leon_jax.run.table import identity
+from tests.refusals import refused
+
+RUN = {**identity(settings_from_config(default_config()), "train"), "inputs": {"documents": "1"}}
+RATE = "optimizer.learning_rate"
+
+
+def check(*allowed, stored=RUN, **fields):
+  """Checks whether a run may change config fields from the default, e.g. `optimizer__eps=1e-6`."""
+  config = copy.deepcopy(RUN)
+  for name, value in fields.items():
+    section, _, field = name.partition("__")
+    if field:
+      config[section][field] = value
+    else:
+      config[section] = value
+  return check_changes(epath.Path("w/train"), stored, config, allowed)
+
+
+def test_a_change_that_is_allowed_is_described():
+  assert check(RATE) == []
+  assert check(RATE, optimizer__learning_rate=0.5) == [f"{RATE}: 0.0001 -> 0.5"]
+  both = check(
+    "train.global_batch_size", RATE, optimizer__learning_rate=0.5, train__global_batch_size=4
+  )
+  assert [sentence.partition(":")[0] for sentence in both] == [RATE, "train.global_batch_size"]
+
+
+def test_every_field_that_may_change_exists():
+  for name in MAY_CHANGE:
+    section, field = name.split(".")
+    assert field in RUN[section]
+
+
+def test_a_change_that_is_not_allowed_names_the_flag():
+  with refused(UserError, f"--allow_changed=optimizer.eps,{RATE}", "0.0001 -> 0.5"):
+    check("optimizer.eps", optimizer__learning_rate=0.5, optimizer__eps=1e-6)
+
+
+def test_what_may_not_change_is_refused_with_its_fields():
+  with refused(UserError, "model.width"):
+    check(RATE, optimizer__learning_rate=0.5, model__width=8)
+  with refused(UserError, "inputs.documents"):
+    check(inputs={"documents": "2"})
+
+
+@pytest.mark.parametrize("name", ["model.width", "optimizer.name", "seed", "learning_rate"])
+def test_a_flag_that_names_no_field_that_may_change_is_refused(name):
+  with refused(UserError, "--allow_changed", f"'{name}'", RATE):
+    check(name)
+
+
+def test_an_average_may_change_its_rate_but_neither_begin_nor_end():
+  average = {**RUN, "optimizer": {**RUN["optimizer"], "ema_decay": 0.9}}
+  name = "optimizer.ema_decay"
+  assert check(name, stored=average, optimizer__ema_decay=0.99)
+  for allowed in ((), (name,)):
+    with refused(UserError, name) as error:
+      check(*allowed, stored=average)  # The default `ema_decay` of 0 stops averaging.
+    assert "--allow_changed=" not in str(error.value)
