@@ -13,7 +13,6 @@ from cm3leon_jax.commands.file_flags import results_folder
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.run import table
-from cm3leon_jax.run.run import load_start
 
 with epy.lazy_imports():
   from cm3leon_jax import distributed
@@ -147,7 +146,7 @@ def _params(trained: trained_run.Run, before: bool) -> tuple[dict, int]:
     raise UserError(
       f"--before is given, but the run in {trained.folder} began from random parameters."
     )
-  return load_start(start, trained.settings), 0
+  return trained_run.load_start(start, trained.settings), 0
 
 
 def _scorer(

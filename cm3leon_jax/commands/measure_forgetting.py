@@ -17,7 +17,6 @@ from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.run import stages
-from cm3leon_jax.run.run import load_start
 
 with epy.lazy_imports():
   from cm3leon_jax.evaluation import judged
@@ -46,7 +45,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
         "`cm3leon train`."
       )
     run, judge = run_lib.Run(workdir, settings), judged.judge_of(settings)
-    before = forgetting.measure(run, load_start(start, settings), base, judge)
+    before = forgetting.measure(run, run_lib.load_start(start, settings), base, judge)
     params, step = run.params()
     after = forgetting.measure(run, params, base, judge)
     result = forgetting.compare(before, after)

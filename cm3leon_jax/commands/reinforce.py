@@ -22,11 +22,10 @@ from etils import epath, epy
 
 from cm3leon_jax.commands import common, malloc
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
+from cm3leon_jax.commands.training_flags import ALLOW_CHANGED, SKIP_MEMORY_CHECK
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.run import start as run_start
-from cm3leon_jax.run.run import load_start
-from cm3leon_jax.run.start import ALLOW_CHANGED, SKIP_MEMORY_CHECK
 
 with epy.lazy_imports():
   import jax
@@ -145,7 +144,9 @@ def main(
     common.keep_compiled(workdir)
     run = run_lib.Run(workdir, settings)
     heldout = run.rows("heldout")
-    reference = jax.tree.map(lambda x: x.astype(settings.model.dtype), load_start(start, settings))
+    reference = jax.tree.map(
+      lambda x: x.astype(settings.model.dtype), run_lib.load_start(start, settings)
+    )
     objective, prompts = _objective(run, start, reference)
     run_start.write_config(settings, workdir, config)
     training = decoder.DecoderTraining.of(
@@ -153,7 +154,7 @@ def main(
       folder=folder,
       objective=objective,
       heldout=heldout,
-      initial_params=functools.partial(load_start, start, settings),
+      initial_params=functools.partial(run_lib.load_start, start, settings),
       evaluate_start=True,
     )
     result = decoder.train(training, lease)

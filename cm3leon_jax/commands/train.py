@@ -23,10 +23,9 @@ from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
+from cm3leon_jax.commands.training_flags import ALLOW_CHANGED, SKIP_MEMORY_CHECK
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.run import start as run_start
-from cm3leon_jax.run.run import load_base, load_start
-from cm3leon_jax.run.start import ALLOW_CHANGED, SKIP_MEMORY_CHECK
 
 with epy.lazy_imports():
   import jax
@@ -59,7 +58,7 @@ def _initial_params(
   if settings.adapter.rank:
     return None
   if start is not None:
-    return functools.partial(load_start, start, settings)
+    return functools.partial(run_lib.load_start, start, settings)
   if not settings.model.codebook_start:
     return None
   key = jax.random.key(settings.seed)
@@ -77,7 +76,7 @@ def _base_params(run: run_lib.Run, start: adapters_lib.Weights | None) -> Callab
   if not run.settings.adapter.rank or start is None:
     return None
   adapters = adapters_lib.Adapters(run.folder, run.settings.adapter, start)
-  return functools.partial(load_base, adapters)
+  return functools.partial(run_lib.load_base, adapters)
 
 
 def main(

@@ -1,4 +1,4 @@
-"""Writes and copies bundles. `trained.bundles` describes their format."""
+"""Writes and copies bundles. `run.bundles` describes their format."""
 
 import dataclasses
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import dataclasses
 import os
 
-from absl import flags
 from etils import epath, epy
 
 from cm3leon_jax.config import UserError
@@ -22,19 +21,6 @@ with epy.lazy_imports():
   from cm3leon_jax.run import adapters, base_documents, initial
   from cm3leon_jax.run import changes as changes_lib
   from cm3leon_jax.weights import reading
-
-ALLOW_CHANGED = flags.DEFINE_list(
-  "allow_changed",
-  [],
-  "Config fields whose values may differ from the values at the start of the run, e.g. "
-  "optimizer.learning_rate. The command prints the consequences, and train/config.json lists the "
-  "changes.",
-)
-SKIP_MEMORY_CHECK = flags.DEFINE_bool(
-  "skip_memory_check",
-  False,
-  "Start even if the estimate of a step's memory exceeds the memory of a device.",
-)
 
 
 def begin(

@@ -1,9 +1,9 @@
 """Tests rules that involve several fields, and that unknown fields are rejected."""
 
 import pytest
-from tests.config.settings_test import settings_with
 
 from cm3leon_jax.config import UserError
+from tests.config.settings_test import settings_with
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 import pytest
-from tests.config.instructions_test import DRAW, settings_with
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import InstructionsConfig, fields_of
 from cm3leon_jax.data.instructions.task_files import load_tasks, parse_tasks
 from examples.scenes.make_instructions import TEMPLATES
+from tests.config.instructions_test import DRAW, settings_with
 from tests.refusals import refused
 
 SCENES = str(TEMPLATES)
