@@ -9,12 +9,12 @@ import sys
 
 from etils import epath
 
-from cm3leon_jax.run.folders import settings_of_run
-
 try:
-  from cm3leon_jax.commands.training_rows import open_rows  # Only in earlier commits.
-except ModuleNotFoundError:
+  from cm3leon_jax.run.folders import settings_of_run
   from cm3leon_jax.run.rows import open_rows
+except ModuleNotFoundError:  # An earlier commit.
+  from cm3leon_jax.settings import settings_of_run
+  from cm3leon_jax.trained.rows import open_rows
 
 
 def main(workdir: str, count: str) -> None:
