@@ -34,7 +34,7 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import create_mesh, shard
 from cm3leon_jax.run import stages
 from cm3leon_jax.run import table as stage_table
-from cm3leon_jax.training.small import vqgan_training
+from cm3leon_jax.training.image_models import vqgan_training
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state, train_step
 from cm3leon_jax.weights import reading

@@ -25,7 +25,7 @@ with epy.lazy_imports():
   from cm3leon_jax.files import digests as digests_lib
   from cm3leon_jax.run import exported, folders
   from cm3leon_jax.tokenizers import published_files, vqgan
-  from cm3leon_jax.training.small import trainer
+  from cm3leon_jax.training.image_models import trainer
 
 FAMILIES = ("amused", "chameleon")
 _SOURCE = flags.DEFINE_string("source", "", "File or folder with the weights, as safetensors.")

@@ -15,8 +15,8 @@ from cm3leon_jax.run import stages
 
 with epy.lazy_imports():
   from cm3leon_jax.tokenizers import text
-  from cm3leon_jax.training.small import clip_training as train_clip
-  from cm3leon_jax.training.small import trainer
+  from cm3leon_jax.training.image_models import clip_training as train_clip
+  from cm3leon_jax.training.image_models import trainer
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:

@@ -28,7 +28,7 @@ with epy.lazy_imports():
   from cm3leon_jax.evaluation import judged
   from cm3leon_jax.evaluation.metrics import published_weights
   from cm3leon_jax.tokenizers import perceptual, vqgan
-  from cm3leon_jax.training.small import trainer, vqgan_training
+  from cm3leon_jax.training.image_models import trainer, vqgan_training
   from cm3leon_jax.training.watch import boards, tensorboard_board
 
 

@@ -3,7 +3,7 @@
 A format is a module of this package. Its function `write(folder, run) -> numbers` writes the
 weights last, so that an unfinished export has no weights. `write` of this module calls it after it
 has written the files that all formats share, and then writes the digests of all files.
-`trained.folders.kind_of` must recognize each format by its files.
+`run.folders.kind_of` recognizes each format but hf by its files.
 """
 
 from __future__ import annotations

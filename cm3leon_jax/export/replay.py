@@ -1,4 +1,4 @@
-"""Writes the replay documents of a bundle, which `trained.base_documents` finds."""
+"""Writes the replay documents of a bundle, which `run.base_documents` finds."""
 
 from etils import epath
 import numpy as np

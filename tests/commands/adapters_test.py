@@ -177,6 +177,8 @@ def test_adapters_are_added_to_their_base_and_to_no_other(base, adapted, tmp_pat
   [sample], [same] = (one.generate("a red apple", seed=1, retrieve=0) for one in (model, whole))
   assert model.step == 3
   np.testing.assert_array_equal(sample.tokens, same.tokens)
+  red = np.full((8, 8, 3), (255, 0, 0), np.uint8)
+  assert model.score("a red apple", red) == whole.score("a red apple", red)
   other = tmp_path / "other"
   save_run(epath.Path(other))
   with refused(UserError, str(adapted), str(other), "other parameters"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.tokenizers import discriminator, losses, vqgan
-from cm3leon_jax.training.small import vqgan_training
+from cm3leon_jax.training.image_models import vqgan_training
 from tests.tokenizers.tiny import random_images, tiny_config
 
 ADVERSARY = {"adversarial_weight": 0.8, "adversarial_adaptive": True, "adversarial_start": 0.5}

@@ -9,7 +9,7 @@ import pytest
 from cm3leon_jax.config.tokenizers import levels_of
 from cm3leon_jax.tokenizers import quantizers
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.small import vqgan_training
+from cm3leon_jax.training.image_models import vqgan_training
 from tests.tokenizers.tiny import random_images, tiny_config
 
 # N encodings, E code width, K codes.

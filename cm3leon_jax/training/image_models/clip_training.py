@@ -23,7 +23,7 @@ from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import RawPair
 from cm3leon_jax.tokenizers.vqgan import to_float
-from cm3leon_jax.training.small import trainer
+from cm3leon_jax.training.image_models import trainer
 from cm3leon_jax.vocab import VocabLayout
 
 MAX_SCALE = 100.0

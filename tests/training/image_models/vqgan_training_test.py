@@ -10,7 +10,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.tokenizers import discriminator, losses, quantizers, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.small import trainer, vqgan_training
+from cm3leon_jax.training.image_models import trainer, vqgan_training
 from tests.models.tiny import mesh_of
 from tests.refusals import refused
 from tests.tokenizers.tiny import tiny_config

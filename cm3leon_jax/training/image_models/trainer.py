@@ -29,8 +29,8 @@ from cm3leon_jax.mesh import RULES, batch_shards, spec
 from cm3leon_jax.run.stages import DONE, check_same_config, differences
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.faults.preemption import StopSignal, check_end
+from cm3leon_jax.training.image_models.hooks import Lines, SmallSaves
 from cm3leon_jax.training.loop import run_steps
-from cm3leon_jax.training.small.hooks import Lines, SmallSaves
 from cm3leon_jax.training.watch.metrics import MetricsLog
 from cm3leon_jax.weights import recovery
 from cm3leon_jax.weights.checkpoint import Checkpoints

@@ -13,7 +13,7 @@ from cm3leon_jax.config import INTERRUPTED, UserError
 from cm3leon_jax.files.json_files import read_json_lines, write_json
 from cm3leon_jax.mesh import FSDP
 from cm3leon_jax.training.faults import lease
-from cm3leon_jax.training.small import trainer
+from cm3leon_jax.training.image_models import trainer
 from tests.models.tiny import mesh_of
 from tests.refusals import refused
 

@@ -21,7 +21,7 @@ from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers import discriminator as discriminator_lib
 from cm3leon_jax.tokenizers import ink, losses, quantizers, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.small import trainer, vqgan_watch
+from cm3leon_jax.training.image_models import trainer, vqgan_watch
 from cm3leon_jax.training.step.optimizer import update_average
 
 Images: TypeAlias = UInt8[Array, "B H W 3"] | UInt8[np.ndarray, "B H W 3"]

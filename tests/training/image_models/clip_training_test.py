@@ -9,7 +9,7 @@ from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.tokenizers import CLIPConfig
 from cm3leon_jax.tokenizers.vqgan import to_float
-from cm3leon_jax.training.small import clip_training as train_clip
+from cm3leon_jax.training.image_models import clip_training as train_clip
 from tests.data.raw_folder import write_raw
 from tests.models.tiny import mesh_of
 from tests.refusals import refused
