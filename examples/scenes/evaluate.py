@@ -127,6 +127,11 @@ def figures_of(result: dict) -> list[dict]:
       best["tag"].get("single_object", {}).get("correct"),
       0.5,
     ),
+    (
+      "Two objects in two colors, wholly correct",
+      best["tag"].get("color_attr", {}).get("correct"),
+      0.5,
+    ),
     ("Color correct", of_all.get("color"), 0.8),
     ("Number of objects correct", of_all.get("count"), 0.8),
     ("Place correct", of_all.get("place"), 0.85),
