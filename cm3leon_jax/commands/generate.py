@@ -19,24 +19,29 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import hashlib
 import itertools
-from typing import TYPE_CHECKING
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError, printable
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.files.digests import digest_of_json
 from cm3leon_jax.run import stages, table
 
-if TYPE_CHECKING:
-  from cm3leon_jax.config.sampling import SamplingConfig
-  from cm3leon_jax.config.settings import Settings
-  from cm3leon_jax.generation.tasks import Task
-  from cm3leon_jax.run.run import Run
+with epy.lazy_imports():
+  from cm3leon_jax.config import sampling as sampling_lib
+  from cm3leon_jax.generation import heldout as heldout_lib
+  from cm3leon_jax.generation import lookalikes, prompt_file
+  from cm3leon_jax.generation import pipeline as pipeline_lib
+  from cm3leon_jax.generation import tasks as tasks_lib
+  from cm3leon_jax.generation import writer as writer_lib
+  from cm3leon_jax.reports import summary as summary_lib
+  from cm3leon_jax.run import bundles, run
+
 
 MOST_CAPTIONS = 16  # Default of --captions; fewer if fewer pairs are held out.
 # These are literals, because the flags are checked before JAX is imported.
@@ -126,10 +131,8 @@ def _columns(settings: Settings, guidance: list, retrieve: list) -> list[tuple]:
   ]
 
 
-def _own_tasks(trained: Run, seed: int) -> list[Task]:
+def _own_tasks(trained: run.Run, seed: int) -> list[tasks_lib.Task]:
   """Returns the tasks that flags describe, or [] for held-out captions. Checks these flags."""
-  from cm3leon_jax.generation import prompt_file
-
   settings = trained.settings
   fields = {name: flags.FLAGS[name].value for name in ("prompt", "image", "box", "length")}
   given = [name for name, value in fields.items() if value]
@@ -176,30 +179,27 @@ def _own_tasks(trained: Run, seed: int) -> list[Task]:
   ]
 
 
-def _bank(trained: Run, heldout: bool) -> Run | None:
+def _bank(trained: run.Run, heldout: bool) -> run.Run | None:
   """Returns the run that has the bank, or None. Checks the tokenizers and the CLIP of --bank."""
-  from cm3leon_jax.run import bundles
-  from cm3leon_jax.run.run import Run, ids
-
   settings = trained.settings
   if _BANK.value is None:
     return trained if trained.bank else None
   folder = bundles.folder_of(_BANK.value)
   read = (*table.TOKENIZERS, *table.own_clip(settings))
   if bundles.is_bundle(folder):
-    bank = Run.open(folder)
+    bank = run.Run.open(folder)
     if bank.bank is None:
       raise UserError(f"--bank is {folder}, a bundle without documents: give one with documents.")
-    found = {"clip": bank.settings.retrieval.clip, **ids(bank, read)}
+    found = {"clip": bank.settings.retrieval.clip, **run.ids(bank, read)}
     remedy = "give the bundle whose tokenizers and CLIP this run has, or a workdir"
   else:
-    bank = Run(folder, settings)
+    bank = run.Run(folder, settings)
     documents, neighbors = (
       stages.require(folder, name, config=dict)["config"] for name in ("documents", "neighbors")
     )
     found = {"clip": neighbors["retrieval"]["clip"], **documents["inputs"], **neighbors["inputs"]}
     remedy = f"copy its folder from {trained.folder} to {folder}, and build the bank again"
-  expected = {"clip": settings.retrieval.clip, **ids(trained, read)}
+  expected = {"clip": settings.retrieval.clip, **run.ids(trained, read)}
   for name, value in expected.items():
     if found[name] != value:
       raise UserError(
@@ -208,27 +208,25 @@ def _bank(trained: Run, heldout: bool) -> Run | None:
   return bank
 
 
-def _needs_clip(tasks: Sequence[Task]) -> bool:
+def _needs_clip(tasks: Sequence[tasks_lib.Task]) -> bool:
   return not tasks or any(task.retrieve or task.is_scored for task in tasks)
 
 
 def _identity(
-  trained: Run,
-  source: Run | None,
-  tasks: Sequence[Task],
-  columns: Sequence[tuple[int, SamplingConfig]],
+  trained: run.Run,
+  source: run.Run | None,
+  tasks: Sequence[tasks_lib.Task],
+  columns: Sequence[tuple[int, sampling_lib.SamplingConfig]],
   seed: int,
 ) -> dict:
   """Returns all values on which the samples depend. Checks that required stages are finished."""
-  from cm3leon_jax.run.run import ids
-
   settings = trained.settings
   retrieves = not tasks or any(task.retrieve for task in tasks)
   read = [*table.TOKENIZERS, "train"]
   read += table.own_clip(settings) if _needs_clip(tasks) else ()
-  inputs = ids(trained, read)
+  inputs = run.ids(trained, read)
   if retrieves:
-    inputs |= ids(source or trained, ["documents", "neighbors"])
+    inputs |= run.ids(source or trained, ["documents", "neighbors"])
   same = ("samples", "rank", "keep_neighbors", "weight_dtype", "cache_dtype")
   config = {"inputs": inputs, **table.identity(settings, "samples")}
   config |= {name: flags.FLAGS[name].value for name in same}
@@ -244,22 +242,18 @@ def _identity(
   }
 
 
-def _folder(root: epath.Path, tasks: Sequence[Task], config: dict) -> epath.Path:
+def _folder(root: epath.Path, tasks: Sequence[tasks_lib.Task], config: dict) -> epath.Path:
   """Returns the folder of the samples. Each set of prompts and settings has a separate folder."""
-  from cm3leon_jax.generation.tasks import slug
-
   if not tasks:
     return root / "samples"
   digest = digest_of_json(config)[:8]
   for folder in sorted((root / "prompts").glob(f"*-{digest}")):
     return folder  # The folder keeps its name if the prompt file is renamed.
   name = epath.Path(PROMPTS.value).stem if PROMPTS.value else tasks[0].prompt or tasks[0].name
-  return root / "prompts" / f"{slug(name)}-{digest}"
+  return root / "prompts" / f"{tasks_lib.slug(name)}-{digest}"
 
 
 def _print_results(records: Sequence[dict], scores: Sequence[dict]) -> None:
-  from cm3leon_jax.reports.summary import describe_clip_score
-
   texts = [record for record in records if record.get("text")]
   for record in texts[:MOST_TEXTS]:
     # Generated texts and prompts may contain control characters.
@@ -271,10 +265,10 @@ def _print_results(records: Sequence[dict], scores: Sequence[dict]) -> None:
   # Held-out documents have keys, and their captions are concepts. Prompts of users have no keys.
   noun = "concept" if records[0]["key"] else "prompt"
   for row in scores:
-    print(describe_clip_score(row, noun))
+    print(summary_lib.describe_clip_score(row, noun))
 
 
-def _check_heldout(trained: Run, tasks: Sequence[Task]) -> None:
+def _check_heldout(trained: run.Run, tasks: Sequence[tasks_lib.Task]) -> None:
   if trained.kind == "bundle" and not tasks:
     raise UserError(
       f"{trained.folder.name} is a bundle, which has no held-out captions: give a prompt, "
@@ -291,16 +285,8 @@ def _digests(given: dict) -> dict[str, str]:
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
-  from cm3leon_jax.generation import lookalikes
-  from cm3leon_jax.generation.heldout import heldout_tasks
-  from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
-  from cm3leon_jax.generation.tasks import PromptLayout
-  from cm3leon_jax.generation.writer import Writer
-  from cm3leon_jax.reports.summary import clip_scores
-  from cm3leon_jax.run.run import Run
-
   seed = settings.seed if _SEED.value is None else _SEED.value
-  trained = Run.open(workdir, settings)
+  trained = run.Run.open(workdir, settings)
   settings = trained.settings
   tasks = _own_tasks(trained, seed)
   _check_heldout(trained, tasks)
@@ -309,8 +295,8 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   source = _bank(trained, heldout=not tasks)
   config = _identity(trained, source, tasks, columns, seed)
   bank = source.bank if source else None
-  layout = PromptLayout.of(trained)
-  given = check_tasks(layout, tasks, bank)
+  layout = tasks_lib.PromptLayout.of(trained)
+  given = pipeline_lib.check_tasks(layout, tasks, bank)
   if given:
     config["images"] = _digests(given)
   folder = _folder(results_folder(trained, OUT.value), tasks, config)
@@ -320,17 +306,19 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       params, step = trained.params()
       names = ("batch_size", "weight_dtype", "cache_dtype")
       options = {name: flags.FLAGS[name].value for name in names}
-      pipeline = Pipeline.load(trained, params, clip, bank, **options)
-      tasks = tasks or [*heldout_tasks(
+      pipeline = pipeline_lib.Pipeline.load(trained, params, clip, bank, **options)
+      tasks = tasks or [*heldout_lib.heldout_tasks(
         layout, trained.folder, _CAPTIONS.value or MOST_CAPTIONS, seed, columns, _KEEP.value,
         pipeline.image_tokenizer,
       )]  # fmt: skip
-      writer = Writer(folder, SAMPLES.value)
+      writer = writer_lib.Writer(folder, SAMPLES.value)
       samples = pipeline.generate(
         tasks, SAMPLES.value, _RANK.value, given, writer.save_images, show_progress=True
       )
       records = writer.finish(samples)
-      scores = clip_scores([record for record in records if record["task"] == "text_to_image"])
+      scores = summary_lib.clip_scores(
+        [record for record in records if record["task"] == "text_to_image"]
+      )
       alike = lookalikes.count([*itertools.chain(*samples)], settings.vocab)
       summary.update(step=step, samples=len(records), clip_score=scores, lookalikes=alike)
       _print_results(records, scores)

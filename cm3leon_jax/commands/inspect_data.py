@@ -13,17 +13,25 @@ its digest, and names the first error.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
+from PIL import Image
 
 from cm3leon_jax.commands import common
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.files import atomic
 from cm3leon_jax.run import stages, table
 
-if TYPE_CHECKING:
-  from cm3leon_jax.config.settings import Settings
+with epy.lazy_imports():
+  import numpy as np
+
+  from cm3leon_jax.data.checks import validate as validate_lib
+  from cm3leon_jax.reports import row_text
+  from cm3leon_jax.retrieval import arrays
+  from cm3leon_jax.run import rows
+  from cm3leon_jax.run import run as run_lib
+
 
 # No default, because other commands also define --out without a default, and tests import all
 # commands in one process.
@@ -50,18 +58,11 @@ def show_rows(
   Raises:
     UserError: a stage is missing.
   """
-  import numpy as np
-  from PIL import Image
-
-  from cm3leon_jax.reports import row_text
-  from cm3leon_jax.run.rows import replay_share
-  from cm3leon_jax.run.run import Run
-
-  documents = DOCUMENTS if replay_share(settings, split) else ()
+  documents = DOCUMENTS if rows.replay_share(settings, split) else ()
   instructions = ("instructions",) if settings.instructions.any else ()
   for name in (*table.TOKENIZERS, *instructions, *documents):
     stages.require(workdir, name)
-  run = Run(workdir, settings)
+  run = run_lib.Run(workdir, settings)
   loader = run.rows(split)
   images: list[Sequence[np.ndarray]] = []
   for number in numbers:
@@ -83,11 +84,7 @@ def validate(settings: Settings, workdir: epath.Path) -> None:
   Raises:
     UserError: a stage is not finished, or one of its files is wrong. The message names the file.
   """
-  from cm3leon_jax.data.checks.validate import validate_raw, validate_stores
-  from cm3leon_jax.retrieval.arrays import ArrayStore
-  from cm3leon_jax.run.rows import replay_share
-
-  documents = DOCUMENTS if replay_share(settings, "train") else ()
+  documents = DOCUMENTS if rows.replay_share(settings, "train") else ()
   instructions = ("instructions",) if settings.instructions.any else ()
   for name in (*table.TOKENIZERS, *instructions, *documents):
     described = len(stages.require(workdir, name).get("files", {}))
@@ -95,13 +92,13 @@ def validate(settings: Settings, workdir: epath.Path) -> None:
     state = f"{described} files as written" if described else "no digests, from an older version"
     print(f"{workdir / name}: {state}.")
   for name in (*documents[:1], *instructions):
-    validate_stores(workdir / name, settings.vocab)
+    validate_lib.validate_stores(workdir / name, settings.vocab)
   for index in (workdir / "neighbors").glob("*/*/index.json") if documents else ():
-    array = ArrayStore(index.parent)
+    array = arrays.ArrayStore(index.parent)
     for start in range(0, len(array), ROWS_READ):
       array[start : start + ROWS_READ]  # Raises UserError if a chunk is damaged.
   if atomic.exists(workdir / "raw" / stages.DONE):
-    validate_raw(workdir / "raw", settings.raw.num_threads)
+    validate_lib.validate_raw(workdir / "raw", settings.raw.num_threads)
   else:
     print(f"{workdir / 'raw'}: is missing or not finished, so its images were not checked.")
 

@@ -22,17 +22,18 @@ import importlib
 import os
 import re
 import sys
-from typing import TYPE_CHECKING
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError, did_you_mean
+from cm3leon_jax.config.settings import Settings
 
-if TYPE_CHECKING:
-  from cm3leon_jax.config.settings import Settings
-  from cm3leon_jax.planning.hardware import Hardware
+with epy.lazy_imports():
+  from cm3leon_jax.planning import hardware, launchers, plan_folder, stage_costs
+  from cm3leon_jax.planning import plan as plan_lib
+
 
 # Other commands define flags with the same names, and tests import all commands in one process.
 _SHARED = {"allow_override": True}
@@ -145,7 +146,7 @@ def _check_train_flags(values: Iterable[str]) -> None:
       raise UserError(f"--train_flag is '{value}', but cm3leon train has no flag --{name}: {hint}")
 
 
-def _check_requests(devices: Hardware) -> None:
+def _check_requests(devices: hardware.Hardware) -> None:
   """Raises UserError if the job requests more than a host has. Such a job would never start."""
   for flag, has in zip((_CPUS, _MEMORY), devices.machine if devices.platform == "tpu" else ()):
     if flag.value > has:
@@ -153,9 +154,6 @@ def _check_requests(devices: Hardware) -> None:
 
 
 def main(settings: Settings) -> None:
-  from cm3leon_jax.planning import hardware, launchers, plan_folder, stage_costs
-  from cm3leon_jax.planning import plan as plan_lib
-
   if not _TOPOLOGY.value:
     raise UserError("name the hardware: --topology=v5e-256, or h100-64.")
   _check_train_flags(_TRAIN_FLAGS.value or ())

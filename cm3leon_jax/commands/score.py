@@ -14,25 +14,26 @@ folder for a bundle, or in --out. docs/evaluation.md explains both files.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.files.digests import digest_of_json
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.run import table
 
-if TYPE_CHECKING:
-  from cm3leon_jax.config.settings import Settings
-  from cm3leon_jax.evaluation.likelihood.document_files import Documents
-  from cm3leon_jax.evaluation.likelihood.documents import Search
-  from cm3leon_jax.generation.tasks import PromptLayout
-  from cm3leon_jax.run.run import Run
+with epy.lazy_imports():
+  from cm3leon_jax import distributed
+  from cm3leon_jax.evaluation.likelihood import bits, document_files
+  from cm3leon_jax.evaluation.likelihood import documents as documents_lib
+  from cm3leon_jax.generation import pipeline, tasks
+  from cm3leon_jax.retrieval import neighbors
+  from cm3leon_jax.run import run
+
 
 _DOCUMENTS = flags.DEFINE_string(
   "documents",
@@ -43,22 +44,16 @@ _DOCUMENTS = flags.DEFINE_string(
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
-  from cm3leon_jax import distributed
-  from cm3leon_jax.evaluation.likelihood import document_files
-  from cm3leon_jax.evaluation.likelihood import documents as documents_lib
-  from cm3leon_jax.generation.tasks import PromptLayout, slug
-  from cm3leon_jax.run.run import Run, ids
-
   if not _DOCUMENTS.value:
     raise UserError("name the documents: --documents=my.jsonl")
-  trained = Run.open(workdir, settings)
+  trained = run.Run.open(workdir, settings)
   settings = trained.settings
   retrieve = _number_of_neighbors(settings)
   if retrieve and trained.bank is None:
     raise UserError(f"--retrieve is {retrieve}, but {trained.folder} has no bank: leave it out.")
   retrieval = ["documents", "neighbors", *table.own_clip(settings)] if retrieve else []
-  inputs = ids(trained, dict.fromkeys([*table.TOKENIZERS, "train", *retrieval]))
-  layout, path = PromptLayout.of(trained), epath.Path(_DOCUMENTS.value)
+  inputs = run.ids(trained, dict.fromkeys([*table.TOKENIZERS, "train", *retrieval]))
+  layout, path = tasks.PromptLayout.of(trained), epath.Path(_DOCUMENTS.value)
   with common.use_mesh(settings):
     with distributed.together():
       documents, digest = document_files.open_documents(
@@ -79,7 +74,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       "seed": settings.seed,
     }
     distributed.check_same_config(identity)
-    name = f"{slug(path.stem)}-{digest_of_json(identity)[:8]}"
+    name = f"{tasks.slug(path.stem)}-{digest_of_json(identity)[:8]}"
     folder = results_folder(trained, OUT.value) / "scores" / name
     with distributed.once(folder, identity) as summary:
       if summary is not None:
@@ -105,12 +100,13 @@ def _number_of_neighbors(settings: Settings) -> int:
 
 
 def _score(
-  trained: Run, layout: PromptLayout, documents: Documents, folder: epath.Path, retrieve: int
+  trained: run.Run,
+  layout: tasks.PromptLayout,
+  documents: document_files.Documents,
+  folder: epath.Path,
+  retrieve: int,
 ) -> dict:
   """Scores the documents, and returns the content of summary.json."""
-  from cm3leon_jax.evaluation.likelihood import bits
-  from cm3leon_jax.evaluation.likelihood import documents as documents_lib
-
   settings = trained.settings
   config = settings.evaluation
   bits.check_batch(config)
@@ -123,15 +119,13 @@ def _score(
   return {"step": step, "retrieve": retrieve, **found}
 
 
-def _search(trained: Run, layout: PromptLayout, count: int) -> Search:
+def _search(trained: run.Run, layout: tasks.PromptLayout, count: int) -> documents_lib.Search:
   """Opens the bank and CLIP of the run, which find the neighbors of a document."""
-  from cm3leon_jax.evaluation.likelihood.documents import Search
-  from cm3leon_jax.generation.pipeline import open_bank
-  from cm3leon_jax.retrieval.neighbors import Retriever
-
   assert trained.bank is not None
-  retriever = Retriever(trained.bank / "neighbors", trained.settings.retrieval)
-  return Search(count, retriever, open_bank(layout, trained.bank), trained.clip, layout)
+  retriever = neighbors.Retriever(trained.bank / "neighbors", trained.settings.retrieval)
+  return documents_lib.Search(
+    count, retriever, pipeline.open_bank(layout, trained.bank), trained.clip, layout
+  )
 
 
 if __name__ == "__main__":

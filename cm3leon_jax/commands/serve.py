@@ -14,11 +14,19 @@ import os
 import sys
 
 from absl import flags
-from etils import epath
+from etils import epath, epy
 
 from cm3leon_jax import extras
 from cm3leon_jax.commands import common, interrupts
 from cm3leon_jax.config import UserError
+
+with epy.lazy_imports():
+  import jax
+
+  from cm3leon_jax import api
+  from cm3leon_jax.serving import engine as engine_lib
+  from cm3leon_jax.serving.web import limits as limits_lib
+  from cm3leon_jax.serving.web import server
 
 TOKEN = "CM3LEON_TOKEN"
 PROGRAMS = "~/.cache/cm3leon_jax/programs"
@@ -83,8 +91,6 @@ def _token() -> str:
 
 def _keep_programs() -> None:
   """Makes JAX keep all compiled programs in a folder, also those that compile in a second."""
-  import jax
-
   if _CACHE_DIR.value is not None or not jax.config.jax_compilation_cache_dir:
     folder = PROGRAMS if _CACHE_DIR.value is None else _CACHE_DIR.value
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder) or None)
@@ -97,32 +103,28 @@ def main(workdir: epath.Path) -> None:
       raise UserError(f"cm3leon serve needs {package}: {extras.install('serve')}.")
   token = _token()
   name = os.path.basename(os.path.normpath(os.fspath(workdir))) or "model"
-  from cm3leon_jax.api import CM3Leon
-  from cm3leon_jax.serving.engine import Engine
-  from cm3leon_jax.serving.web import server
-  from cm3leon_jax.serving.web.limits import Limits, is_loopback
 
-  if not token and not is_loopback(_HOST.value):
+  if not token and not limits_lib.is_loopback(_HOST.value):
     print(
       f"warning: anyone who can reach --host={_HOST.value} may use this server: set {TOKEN}.",
       file=sys.stderr,
     )
   _keep_programs()
   opened = server.listen(_HOST.value, _PORT.value)
-  model = CM3Leon.load(
+  model = api.CM3Leon.load(
     os.fspath(workdir),
     batch_size=_SLOTS.value,
     weight_dtype=_WEIGHT_DTYPE.value,
     cache_dtype=_CACHE_DTYPE.value,
   )
-  limits = Limits(
+  limits = limits_lib.Limits(
     most_samples=_MOST_SAMPLES.value,
     most_bytes=_UPLOAD.value * 2**20,
     all_bytes=16 * _UPLOAD.value * 2**20,
     seconds=_SECONDS.value,
     token=token,
   )
-  engine = Engine(
+  engine = engine_lib.Engine(
     model.pipeline,
     model.mesh,
     slots=_SLOTS.value,
