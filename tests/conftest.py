@@ -118,6 +118,9 @@ def _skips(config) -> list[str]:
 def pytest_sessionfinish(session):
   if session.exitstatus == 0 and set(_skips(session.config)) - set(SKIPS):
     session.exitstatus = pytest.ExitCode.TESTS_FAILED
+  # pytest and Python collect garbage six times at the end. After the first, there is no more.
+  gc.collect()
+  gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config.model import AdapterConfig
-from cm3leon_jax.mesh import shard
+from cm3leon_jax.mesh import shard, shardings
 from cm3leon_jax.models import adapters, transformer
-from tests.models.tiny import CONFIG, mesh_of, model_logits, random_params
+from tests.models.tiny import CONFIG, mesh_of, model_logits, random_arrays, random_params
 
 MODERN = dataclasses.replace(CONFIG, family="modern")
 FAMILIES = pytest.mark.parametrize("model", [CONFIG, MODERN], ids=lambda m: m.family)
@@ -28,16 +29,14 @@ def tokens():
   return ids, np.tile(np.arange(L, dtype=np.int32), (B, 1)), np.ones((B, L), np.int32)
 
 
+def types_of(model, config):
+  return jax.eval_shape(lambda: adapters.init(model, config, jax.random.key(0)))
+
+
 def random_factors(model, config, seed=1):
   """Returns adapters on the current mesh, whose factors B are not 0."""
-  started = adapters.init(model, config, jax.random.key(seed))
-  keys = iter(jax.random.split(jax.random.key(seed + 1), 100))
-
-  def change(x):
-    noise = jax.random.normal(next(keys), x.shape, out_sharding=jax.typeof(x).sharding)
-    return x + 0.3 * noise
-
-  return jax.tree.map(change, started)
+  types = types_of(model, config)
+  return jax.device_put(random_arrays(types, seed), shardings(types, jax.sharding.get_mesh()))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -71,7 +70,7 @@ def test_the_sum_is_that_of_plain_matrices(model):
   config = CONFIGS[0]
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params, factors = random_params(model), random_factors(model, config)
-    merged = jax.device_get(adapters.merge(params, factors, config))
+    merged = jax.device_get(jax.jit(adapters.merge, static_argnums=2)(params, factors, config))
   params, factors = jax.device_get((params, factors))
   D, A = model.width, model.num_heads * model.head_dim
   for name in config.matrices(model):
@@ -90,10 +89,11 @@ def test_new_adapters_change_no_bit():
   model = MODERN
   config = CONFIGS[0]
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    params, factors = random_params(model), adapters.init(model, config, jax.random.key(0))
+    init = jax.jit(adapters.init, static_argnums=(0, 1))
+    params, factors = random_params(model), init(model, config, jax.random.key(0))
     found = adapted_logits(model, params, factors, config, tokens())
     np.testing.assert_array_equal(found, model_logits(model, params, *tokens()))
-    merged = adapters.merge(params, factors, config)
+    merged = jax.jit(adapters.merge, static_argnums=2)(params, factors, config)
     jax.tree.map(np.testing.assert_array_equal, merged, params)
     std = float(jnp.std(factors["q"]["a"]))
   assert std == pytest.approx(model.width**-0.5, rel=0.2)
@@ -105,10 +105,9 @@ def test_parameters_are_counted_on_each_device():
     for shape in ((1, 1, 1), (1, 4, 2)):
       mesh = mesh_of(*shape)
       with jax.set_mesh(mesh):
-        factors = adapters.init(model, config, jax.random.key(0))
-      leaves = jax.tree.leaves(factors)
+        leaves = jax.tree.leaves(types_of(model, config))
       assert adapters.count(model, config) == sum(x.size for x in leaves)
-      local = sum(x.addressable_shards[0].data.size for x in leaves)
+      local = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
       assert adapters.count(model, config, mesh.shape) == local
 
 

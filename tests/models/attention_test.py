@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import attention
-from tests.models.tiny import mesh_of
+from tests.models.tiny import mesh_of, place
 from tests.refusals import refused
+
+
+def normal(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def plain(q, k, v, segment_ids):
@@ -24,7 +27,7 @@ def plain(q, k, v, segment_ids):
 
 @pytest.mark.parametrize("length", [7, attention.BLOCK, attention.BLOCK + 9])
 def test_blocks_of_queries_equal_the_full_matrix_in_fp64(length):
-  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, length, 2, 8))
+  q, k, v = normal(1, 3, 2, length, 2, 8)
   segment_ids = np.sort(np.random.default_rng(0).integers(0, 4, (2, length))).astype(np.int32)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     found = jax.jit(attention.causal_attention)(q, k, v, segment_ids)
@@ -34,36 +37,38 @@ def test_blocks_of_queries_equal_the_full_matrix_in_fp64(length):
 
 def test_scores_of_bfloat16_are_summed_in_fp32():
   """In bfloat16, scores near 57 have errors of up to 0.125, and their weights of up to 1/8."""
-  q, k, v = jax.random.normal(jax.random.key(3), (3, 1, 9, 1, 8))
-  q, k = q.at[..., 0].set(40), k.at[..., 0].set(4)
+  q, k, v = normal(3, 3, 1, 9, 1, 8)
+  q[..., 0], k[..., 0] = 40, 4
   rows = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-  mask = jnp.tril(jnp.ones((9, 9), bool))[None, None]
-  found = np.asarray(attention.masked_attention(*rows, mask), np.float64)
+  mask = np.tri(9, dtype=bool)[None, None]
+  found = np.asarray(jax.jit(attention.masked_attention)(*rows, mask), np.float64)
   np.testing.assert_allclose(found, plain(*rows, np.ones((1, 9), np.int32)), atol=0.02)
 
 
 @pytest.fixture(scope="module")
 def rows():
   """Returns q, k, v with head size 64, and segment ids that change inside blocks of the kernels."""
-  q, k, v = jax.random.normal(jax.random.key(1), (3, 2, 256, 2, 64))
+  q, k, v = normal(2, 3, 2, 256, 2, 64)
   segment_ids = np.sort(np.random.default_rng(1).integers(0, 4, (2, 256))).astype(np.int32)
-  return q, k, v, jnp.asarray(segment_ids)
+  return *map(jnp.asarray, (q, k, v)), jnp.asarray(segment_ids)
 
 
 @pytest.mark.parametrize("name", ["splash", "triton"])
 def test_the_kernels_equal_plain_attention_and_so_do_their_gradients(rows, name):
   """Runs the kernels in Pallas's interpreter. The loss has a different weight for each output."""
   q, k, v, segment_ids = rows
-  weights = jax.random.normal(jax.random.key(2), q.shape)
+  weights = normal(4, *q.shape)
   kernel = functools.partial(getattr(attention, f"{name}_attention"), interpret=True)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def jitted(attend, qkv, segment_ids):
+    return jax.value_and_grad(lambda qkv: (attend(*qkv, segment_ids) * weights).sum())(qkv)
 
   def value_and_grads(attend, segment_ids):
     with jax.set_mesh(mesh_of(1, 1, 2)):
-      segment_ids = shard(jnp.asarray(segment_ids), "batch", "length")
-      qkv = [shard(x, "batch", "length", "heads", "head_dim") for x in (q, k, v)]
-      return jax.jit(
-        jax.value_and_grad(lambda *qkv: (attend(*qkv, segment_ids) * weights).sum(), (0, 1, 2))
-      )(*qkv)
+      segment_ids = place(segment_ids, "batch", "length")
+      qkv = [place(x, "batch", "length", "heads", "head_dim") for x in (q, k, v)]
+      return jitted(attend, qkv, segment_ids)
 
   expected, expected_grads = value_and_grads(attention.causal_attention, segment_ids)
   found, grads = value_and_grads(kernel, segment_ids)
@@ -77,8 +82,9 @@ def test_the_kernels_equal_plain_attention_and_so_do_their_gradients(rows, name)
 def test_auto_is_plain_on_a_cpu_and_a_kernel_refuses_other_shapes(rows):
   q, k, v, segment_ids = rows
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    auto = attention.row_attention("auto", q, k, v, segment_ids)
-    np.testing.assert_array_equal(auto, attention.causal_attention(q, k, v, segment_ids))
+    auto = jax.jit(attention.row_attention, static_argnums=0)("auto", q, k, v, segment_ids)
+    plain = jax.jit(attention.causal_attention)(q, k, v, segment_ids)
+    np.testing.assert_array_equal(auto, plain)
     for name, wrong in (("splash", q[:, :100]), ("triton", q[..., :48])):
       with refused(ValueError, name):
         attention.row_attention(name, wrong, wrong, wrong, segment_ids[:, : wrong.shape[1]])

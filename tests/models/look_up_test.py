@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.mesh import gathered, shard, spec
+from cm3leon_jax.mesh import gathered, spec
 from cm3leon_jax.models.transformer import look_up
-from tests.models.tiny import mesh_of
+from tests.models.tiny import mesh_of, place
 
 B, L, D, V = 8, 128, 16, 96
 COMMON = 7  # This id occurs 770 times.
@@ -34,9 +34,9 @@ def gradient(arrays, shape, axes, function):
       return rows, pull(by_rows.astype(rows.dtype))[0]
 
     rows, found = jax.jit(pulled)(
-      shard(jnp.asarray(table), *axes),
-      shard(jnp.asarray(ids), "batch", "length"),
-      shard(jnp.asarray(by_rows), "batch", "length", "act"),
+      place(table, *axes),
+      place(ids, "batch", "length"),
+      place(by_rows, "batch", "length", "act"),
     )
     assert found.sharding.spec == spec(*axes)
   return np.asarray(rows, np.float64), np.asarray(found, np.float64)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,7 @@ START, COLORS = T, C
 def random_parts(seed):
   rng = np.random.default_rng(seed)
   sizes = ((T, D), (S, D), (C, D), (S, C, D))
-  return centered(
-    shape_color.Parts(*(jnp.asarray(rng.normal(size=size), jnp.float32) for size in sizes))
-  )
+  return centered(shape_color.Parts(*(rng.normal(size=size).astype(np.float32) for size in sizes)))
 
 
 def centered(parts):
@@ -47,8 +46,9 @@ def test_a_table_in_literals():
     jnp.array([[[10.0], [0], [-10.0]], [[-10.0], [0], [10.0]]]),
   )
   table = jnp.array([[1.0], [12.0], [10.0], [8.0], [16.0], [20.0], [24.0]])
-  np.testing.assert_allclose(shape_color.join(parts), table, rtol=1e-6)
-  for found, part in zip(shape_color.split(table, 1, 3), parts):
+  np.testing.assert_allclose(jax.jit(shape_color.join)(parts), table, rtol=1e-6)
+  split = jax.jit(shape_color.split, static_argnums=(1, 2))
+  for found, part in zip(split(table, 1, 3), parts):
     np.testing.assert_allclose(found, part, atol=1e-5)
 
 
@@ -72,9 +72,12 @@ def test_updates_are_those_of_a_model_whose_parameters_are_the_vectors(name, sha
   def loss(table):
     return jnp.sum(jnp.tanh(table - target) ** 2)
 
+  def tree_of(parts):
+    return {f"embed_{k}": x for k, x in parts._asdict().items()}
+
   @jax.jit
   def oracle_step(parts, state):
-    tree = {f"embed_{k}": x for k, x in parts._asdict().items()}
+    tree = tree_of(parts)
     grads = jax.grad(lambda p: loss(shape_color.join(parts_of(p))))(tree)
     updates, state = plain.update(grads, state, tree)
     return centered(parts_of(optax.apply_updates(tree, updates))), state
@@ -82,25 +85,29 @@ def test_updates_are_those_of_a_model_whose_parameters_are_the_vectors(name, sha
   with jax.set_mesh(mesh_of(*shape)):
     tied = on_vectors(plain, START, COLORS)
     params = {"embed": jax.jit(shape_color.join)(parts)}
-    oracle = shape_color.Parts(*map(jnp.asarray, parts))
-    states = tied.init(params), plain.init({f"embed_{k}": x for k, x in oracle._asdict().items()})
+    oracle = parts
+    states = jax.jit(tied.init)(params), jax.jit(plain.init)(tree_of(oracle))
+
+    def updates_of(optimizer, params, state):
+      return optimizer.update(jax.grad(lambda p: loss(p["embed"]))(params), state, params)
 
     @jax.jit
     def step(params, state):
-      updates, state = tied.update(jax.grad(lambda p: loss(p["embed"]))(params), state, params)
+      updates, state = updates_of(tied, params, state)
       return optax.apply_updates(params, updates), state
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def first_updates(optimizer, params, state):
+      return updates_of(optimizer, params, state)[0]["embed"]
 
     for _ in range(4):
       params, state = step(params, states[0])
       oracle, other = oracle_step(oracle, states[1])
       states = state, other
-    np.testing.assert_allclose(params["embed"], shape_color.join(oracle), atol=2e-5)
+    np.testing.assert_allclose(params["embed"], jax.jit(shape_color.join)(oracle), atol=2e-5)
     # Negative control: the plain optimizer moves rows one by one.
-    free, _ = plain.update(jax.grad(lambda p: loss(p["embed"]))(params), plain.init(params), params)
-    vectors, _ = tied.update(
-      jax.grad(lambda p: loss(p["embed"]))(params), tied.init(params), params
-    )
-    assert np.abs(free["embed"] - vectors["embed"]).max() > 1e-3
+    free, vectors = (first_updates(x, params, jax.jit(x.init)(params)) for x in (plain, tied))
+    assert np.abs(np.asarray(free) - np.asarray(vectors)).max() > 1e-3
 
 
 @pytest.mark.parametrize("with_pairs", [True, False])
@@ -108,12 +115,14 @@ def test_two_pairs_are_preferred_without_their_mixtures(with_pairs):
   """The output for a red paw or a blue key must not also be a blue paw. Sums alone reach 1/2."""
   target = np.zeros((S, C))
   target[0, 0] = target[1, 1] = 0.5
-  parts = random_parts(3)._replace(pairs=jnp.zeros((S, C, D)))
-  hidden = jnp.ones(D) / D
+  parts = random_parts(3)._replace(pairs=np.zeros((S, C, D), np.float32))
+
+  @jax.jit
+  def log_probs(parts):
+    return jax.nn.log_softmax((shape_color.join(parts) @ (jnp.ones(D) / D))[T:])
 
   def loss(parts):
-    logits = (shape_color.join(parts) @ hidden)[T:]
-    return -jnp.sum(target.ravel() * jax.nn.log_softmax(logits))
+    return -jnp.sum(target.ravel() * log_probs(parts))
 
   @jax.jit
   def step(parts):
@@ -124,7 +133,7 @@ def test_two_pairs_are_preferred_without_their_mixtures(with_pairs):
 
   for _ in range(400):
     parts = step(parts)
-  found = jax.nn.softmax((shape_color.join(parts) @ hidden)[T:]).reshape(S, C)
+  found = np.exp(log_probs(parts)).reshape(S, C)
   correct = float(found[0, 0] + found[1, 1])
   assert correct > 0.95 if with_pairs else correct < 0.51
 
@@ -137,13 +146,14 @@ def test_the_start_is_a_sum_with_the_variance_of_other_codes():
   )
   shapes, colors = rng.normal(size=(40, 5)), rng.normal(size=(C, 3))
   codebook = np.concatenate([np.repeat(shapes, C, 0), np.tile(colors, (40, 1))], 1)
+
+  @jax.jit
+  def from_codebook(key):
+    configs = (dataclasses.replace(start, code_colors=n) for n in (0, C))
+    return [params_from_codebook(config, T, codebook, key) for config in configs]
+
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    tables = [
-      jax.device_get(
-        params_from_codebook(dataclasses.replace(start, code_colors=n), T, codebook, key)
-      )
-      for n in (0, C)
-    ]
+    tables = jax.device_get(from_codebook(key))
   for name, std in (("embed", 0.1), ("head", 0.02)):
     free, tied = (np.asarray(table[name])[T:].reshape(40, C, 64) for table in tables)
     sums = tied.mean(1, keepdims=True) + tied.mean(0) - tied.mean((0, 1))

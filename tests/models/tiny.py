@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cm3leon_jax.config.model import ModelConfig
-from cm3leon_jax.mesh import MeshConfig, create_mesh, shard, shardings
+from cm3leon_jax.mesh import MeshConfig, create_mesh, shard, shardings, spec
 from cm3leon_jax.models import transformer
 
 SIZES = {"num_layers": 2, "width": 32, "num_heads": 4, "mlp_width": 64, "dtype": "float32"}
@@ -18,6 +18,11 @@ CONFIG = ModelConfig(vocab_size=96, max_positions=32, remat_policy="none", loss_
 
 def mesh_of(*shape):
   return create_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])
+
+
+def place(x, *axes):
+  """Puts an array on the current mesh by its logical axes, without compiling a program."""
+  return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), spec(*axes)))
 
 
 def random_params(config, seed=0):

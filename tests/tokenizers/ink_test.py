@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -6,6 +7,8 @@ from examples.scenes.drawings import CELL, SIDE, render
 from examples.scenes.options import COLORS
 from examples.scenes.world import Placed, Scene
 
+ink_of, color_of = jax.jit(ink.ink_of), jax.jit(ink.color_of, static_argnums=1)
+
 
 def drawn(color):
   image = render(Scene((Placed("bell", color, "top left"),)))[None]
@@ -13,7 +16,7 @@ def drawn(color):
 
 
 def test_ink_is_that_of_the_icon_in_every_color():
-  inks = np.stack([np.asarray(ink.ink_of(drawn(color)))[0] for color in COLORS])
+  inks = np.stack([np.asarray(ink_of(drawn(color)))[0] for color in COLORS])
   assert inks.min() == -1
   assert inks.max() == 1
   np.testing.assert_allclose(inks, np.broadcast_to(inks[:1], inks.shape), atol=0.02)
@@ -22,8 +25,8 @@ def test_ink_is_that_of_the_icon_in_every_color():
 def test_the_color_is_that_of_the_ink_even_where_it_is_mixed_with_white():
   for color, rgb in COLORS.items():
     x = drawn(color)
-    found = np.asarray(ink.color_of(x, 6))[0]
-    amount = (1 + np.asarray(ink.ink_of(x))[0, ..., 0]).reshape(8, 6, 8, 6).sum((1, 3)) / 2
+    found = np.asarray(color_of(x, 6))[0]
+    amount = (1 + np.asarray(ink_of(x))[0, ..., 0]).reshape(8, 6, 8, 6).sum((1, 3)) / 2
     inked = amount > 3
     assert inked.sum() > 8
     colors = (found[inked][:, :3] + 1) / 2 * 255
@@ -37,7 +40,7 @@ def test_the_color_is_that_of_the_ink_even_where_it_is_mixed_with_white():
 def directions_of(colors):
   squares = np.array([COLORS[color] for color in colors], np.uint8)
   squares = squares[:, None, None].repeat(6, 1).repeat(6, 2)
-  found = np.asarray(ink.color_of(vqgan.to_float(jnp.asarray(squares)), 6))[:, 0, 0]
+  found = np.asarray(color_of(vqgan.to_float(jnp.asarray(squares)), 6))[:, 0, 0]
   return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 

@@ -51,10 +51,12 @@ def test_every_code_is_its_own_nearest_code(kind):
 
 def test_the_nearest_pair_is_the_nearest_shape_and_the_nearest_color():
   codebook = quantizers.make("shape_color", 6 * 8, 7, nnx.Rngs(params=0), 8)
-  z = codebook.prepare(jax.random.normal(jax.random.key(1), (200, 7)))
-  shapes, colors = (quantizers.l2_normalize(x[...]) for x in (codebook.shapes, codebook.colors))
-  nearest = jnp.argmax(z[:, :3] @ shapes.T, -1) * 8 + jnp.argmax(z[:, 3:] @ colors.T, -1)
-  np.testing.assert_array_equal(codebook.nearest(z), nearest)
+  x = np.random.default_rng(1).normal(size=(200, 7)).astype(np.float32)
+  z = np.asarray(jax.jit(codebook.prepare)(x))
+  tables = (np.asarray(x[...]) for x in (codebook.shapes, codebook.colors))
+  shapes, colors = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in tables)
+  nearest = np.argmax(z[:, :3] @ shapes.T, -1) * 8 + np.argmax(z[:, 3:] @ colors.T, -1)
+  np.testing.assert_array_equal(jax.jit(codebook.nearest)(z), nearest)
   np.testing.assert_allclose(np.linalg.norm(codebook.vectors(), axis=1), 1, atol=1e-5)
   np.testing.assert_array_equal(codebook.nearest(codebook(np.arange(48))), np.arange(48))
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from cm3leon_jax.config.training import OptimizerConfig, TrainConfig
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.training import decoder
@@ -25,7 +25,7 @@ from cm3leon_jax.training.watch import heldout
 from cm3leon_jax.training.watch.monitor import change_line
 from cm3leon_jax.training.watch.tensorboard_board import curves
 from tests.data.stores import VOCAB, make_instructions, make_plan, make_sources
-from tests.models.tiny import CONFIG, mesh_of, model_logits
+from tests.models.tiny import CONFIG, mesh_of, model_logits, place
 from tests.training import events
 from tests.training.runs import MODEL, Crash, crash_at, losses, shared_steps
 from tests.training.step.state_test import S, marked_batch
@@ -51,10 +51,10 @@ def test_a_source_without_targets_has_no_loss():
 def expected():
   batch = marked_batch()
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    params = transformer.init_params(CONFIG, jax.random.key(0))
+    params = jax.jit(functools.partial(transformer.init_params, CONFIG))(jax.random.key(0))
     logits = model_logits(CONFIG, params, *(batch[n] for n in ("inputs", "positions")),
                           batch["segment_ids"])  # fmt: skip
-    log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+  log_probs = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=-1)
   nll = -np.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
   values = (batch["loss_weights"] * nll, batch["loss_weights"])
   return [[x[batch["sources"] == i + 1].sum() for i in range(S)] for x in values]
@@ -67,7 +67,7 @@ def assert_sums(sums, expected):
 
 def test_sums_of_an_evaluation_are_those_of_all_logits(expected):
   with jax.set_mesh(mesh_of(2, 2, 2)):
-    batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in marked_batch().items()}
+    batch = {name: place(x, "batch", "length") for name, x in marked_batch().items()}
     params = jax.jit(lambda: transformer.init_params(CONFIG, jax.random.key(0)))()
     evaluate = jax.jit(functools.partial(eval_step, CONFIG, 60, num_sources=S))
     assert_sums(jax.device_get(evaluate(params, batch)), expected)

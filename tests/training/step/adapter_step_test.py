@@ -11,12 +11,11 @@ import pytest
 
 from cm3leon_jax.config.model import AdapterConfig
 from cm3leon_jax.config.training import OptimizerConfig
-from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import adapters, transformer
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, eval_step, init_state, train_step
 from tests.models.adapters_test import random_factors
-from tests.models.tiny import CONFIG, mesh_of, model_logits, random_params
+from tests.models.tiny import CONFIG, mesh_of, model_logits, place, random_params
 from tests.training.step.state_test import make_batch
 
 ADAPTER = AdapterConfig(rank=3, alpha=6.0)
@@ -26,9 +25,10 @@ PLAIN = optax.sgd(1.0)
 
 
 def placed_batch(seed=0):
-  return {n: shard(jnp.asarray(x), "batch", "length") for n, x in make_batch(seed).items()}
+  return {n: place(x, "batch", "length") for n, x in make_batch(seed).items()}
 
 
+@functools.cache
 def gradients(model, shape, accumulation=1, adapter=ADAPTER):
   """Returns the gradients of a step, its loss, and the bytes of the base before and after it."""
   with jax.set_mesh(mesh_of(*shape)):

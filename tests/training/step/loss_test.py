@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.mesh import shard, spec
+from cm3leon_jax.mesh import spec
 from cm3leon_jax.training.step import loss
-from tests.models.tiny import mesh_of
+from tests.models.tiny import mesh_of, place
 
 B, L, D, V = 8, 12, 16, 96
 
@@ -27,10 +27,10 @@ def arrays():
 def split(hidden, table, targets, weights):
   """Shards the arrays over the current mesh as in training."""
   return (
-    shard(jnp.asarray(hidden), "batch", "length", "act"),
-    shard(jnp.asarray(table), "vocab_stored", None),
-    shard(jnp.asarray(targets), "batch", "length"),
-    shard(jnp.asarray(weights), "batch", "length"),
+    place(hidden, "batch", "length", "act"),
+    place(table, "vocab_stored", None),
+    place(targets, "batch", "length"),
+    place(weights, "batch", "length"),
   )
 
 

@@ -6,11 +6,10 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.training import OptimizerConfig
-from cm3leon_jax.mesh import shard
 from cm3leon_jax.training.step import numerics
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state, train_step
-from tests.models.tiny import CONFIG, mesh_of
+from tests.models.tiny import CONFIG, mesh_of, place
 from tests.refusals import refused
 from tests.training.step import state_test
 
@@ -18,7 +17,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def laid_out(batch):
-  return {name: shard(jnp.asarray(x), "batch", "length") for name, x in batch.items()}
+  return {name: place(x, "batch", "length") for name, x in batch.items()}
 
 
 def poisoned(seed, value):

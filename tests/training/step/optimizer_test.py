@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from cm3leon_jax.config.training import OptimizerConfig
@@ -10,11 +11,15 @@ from cm3leon_jax.training.step.optimizer import (
 )
 
 
+def jitted(config, steps=10):
+  """Returns an optimizer whose functions are one program each."""
+  return optax.GradientTransformation(*map(jax.jit, create_optimizer(config, steps)))
+
+
 @pytest.mark.parametrize(("schedule", "middle"), [("cosine", 0.55), ("linear", 0.55)])
 def test_schedule_literals(schedule, middle):
-  rate = learning_rate_schedule(
-    OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule=schedule), 110
-  )
+  config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule=schedule)
+  rate = jax.jit(learning_rate_schedule(config, 110))
   assert [float(rate(s)) for s in (0, 5, 10)] == pytest.approx([0.0, 0.5, 1.0])
   assert float(rate(60)) == pytest.approx(middle)
   assert float(rate(110)) == pytest.approx(0.1)
@@ -49,11 +54,11 @@ def adamw_by_hand(gradients, decay_mask):
 def test_the_default_updates_are_those_of_adamw_by_hand():
   """Covers gradient norms below and far above the clipping norm, and elements of only 1e-5."""
   config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, final_fraction=1.0)
-  optimizer = create_optimizer(config, 100)
+  optimizer = jitted(config, 100)
   gradients = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
   gradients *= np.array([0.1, 30, 1e-5, 5, 0.01, 0.3], np.float32)[:, None]
   gradients[:, :2] *= 1e-4
-  params = {"scale": jnp.full(4, 2.0), "weight": jnp.full(4, 2.0)}
+  params = dict.fromkeys(("scale", "weight"), np.full(4, 2.0, np.float32))
   state, found = optimizer.init(params), []
   for g in gradients:
     updates, state = optimizer.update({"scale": g[:4], "weight": g[4:]}, state, params)
@@ -64,13 +69,9 @@ def test_the_default_updates_are_those_of_adamw_by_hand():
 
 
 def test_decay_spares_norm_scales():
-  optimizer = create_optimizer(
-    OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5), 10
-  )
+  optimizer = jitted(OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5))
   params = {"norm": {"scale": jnp.ones(3)}, "embed": jnp.ones(3)}
-  updates, _ = optimizer.update(
-    jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
-  )
+  updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
   np.testing.assert_allclose(updates["norm"]["scale"], 0)
   np.testing.assert_allclose(updates["embed"], -0.5)
 
@@ -79,13 +80,8 @@ def test_decay_may_spare_the_tables_of_tokens_and_positions():
   config = OptimizerConfig(
     learning_rate=1.0, warmup_steps=0, weight_decay=0.5, decay_embeddings=False
   )
-  optimizer, params = (
-    create_optimizer(config, 10),
-    {name: jnp.ones(3) for name in ("embed", "positions", "head")},
-  )
-  updates, _ = optimizer.update(
-    jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
-  )
+  optimizer, params = jitted(config), dict.fromkeys(("embed", "positions", "head"), jnp.ones(3))
+  updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
   for name, change in (("embed", 0), ("positions", 0), ("head", -0.5)):
     np.testing.assert_allclose(updates[name], change)
 
@@ -94,9 +90,7 @@ def test_the_first_moment_may_be_kept_in_bfloat16():
   params = {"embed": jnp.ones(3)}
   step = {}
   for dtype in ("float32", "bfloat16"):
-    optimizer = create_optimizer(
-      OptimizerConfig(first_moment_dtype=dtype, warmup_steps=0, clip_norm=1e9), 10
-    )
+    optimizer = jitted(OptimizerConfig(first_moment_dtype=dtype, warmup_steps=0, clip_norm=1e9))
     state = optimizer.init(params)
     assert state[1][0].mu["embed"].dtype == dtype
     assert state[1][0].nu["embed"].dtype == jnp.float32
@@ -111,12 +105,12 @@ def test_muon_makes_the_updates_of_matrices_orthogonal_and_of_the_size_of_adamw(
   """Muon updates the matrices of each layer, with heads concatenated; AdamW updates the rest."""
   rng = np.random.default_rng(0)
   shapes = {"qkv": (2, 3, 8, 2, 3), "out": (2, 2, 3, 8), "up": (2, 8, 12), "embed": (5, 8)}
-  gradients = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
-  optimizer = create_optimizer(
-    OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0), 10
+  gradients = {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}
+  optimizer = jitted(
+    OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0)
   )
-  params = jax.tree.map(jnp.zeros_like, gradients)
-  updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+  params = jax.tree.map(np.zeros_like, gradients)
+  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
   matrices = {"qkv": (6, 8, 6), "out": (2, 6, 8), "up": (2, 8, 12)}
   for name, shape in matrices.items():
     # Five iterations bring the singular values of a full-rank matrix near 1 (Jordan et al. 2024).
@@ -125,16 +119,16 @@ def test_muon_makes_the_updates_of_matrices_orthogonal_and_of_the_size_of_adamw(
     assert np.vdot(updates[name], gradients[name]) < 0
     raw = np.linalg.svd(np.asarray(gradients[name]).reshape(shape), compute_uv=False)
     assert raw.max() / raw.min() > 3  # The gradients themselves are far from orthogonal.
-  embed = updates["embed"] * -jnp.sign(gradients["embed"])
+  embed = updates["embed"] * -np.sign(gradients["embed"])
   # Adam's first updates all have the same size.
   np.testing.assert_allclose(embed, embed[0, 0], rtol=1e-3)
 
 
 def test_muon_decays_what_adamw_decays():
   config = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.5)
-  optimizer = create_optimizer(config, 10)
+  optimizer = jitted(config)
   params = {"norm": {"scale": jnp.ones(3)}, "up": jnp.ones((3, 3)), "embed": jnp.ones(3)}
-  zeros = jax.tree.map(jnp.zeros_like, params)
+  zeros = jax.tree.map(np.zeros_like, params)
   updates, _ = optimizer.update(zeros, optimizer.init(params), params)
   np.testing.assert_allclose(updates["norm"]["scale"], 0)
   np.testing.assert_allclose(updates["up"], -0.5)

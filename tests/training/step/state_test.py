@@ -12,12 +12,12 @@ from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.config.training import OptimizerConfig
 from cm3leon_jax.configs import cm3leon_7b
-from cm3leon_jax.mesh import shard, spec
+from cm3leon_jax.mesh import spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.training.step.loss import SOURCE_SUMS
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, init_state, train_step
-from tests.models.tiny import CONFIG, mesh_of, model_logits, random_params
+from tests.models.tiny import CONFIG, mesh_of, model_logits, place, random_params
 
 OPTIMIZER = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 10)
 MUON = create_optimizer(OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=2), 10)
@@ -44,12 +44,12 @@ def run(shape, accumulation, steps=3, z_loss=0.0, optimizer=OPTIMIZER, **fields)
   """Trains; returns losses and gradient norms [T, 4], the state, and step 1's sums by source."""
   config = dataclasses.replace(CONFIG, **fields)
   with jax.set_mesh(mesh_of(*shape)):
-    state = init_state(config, optimizer, jax.random.key(0))
+    state = jax.jit(functools.partial(init_state, config, optimizer))(jax.random.key(0))
     options = {"z_loss": z_loss, "num_sources": S}
     step = jax.jit(functools.partial(train_step, config, optimizer, 60, accumulation, **options))
     losses, sums = [], None
     for i in range(steps):
-      batch = {n: shard(jnp.asarray(x), "batch", "length") for n, x in marked_batch(i).items()}
+      batch = {n: place(x, "batch", "length") for n, x in marked_batch(i).items()}
       state, metrics = step(state, batch)
       sums = jax.device_get([metrics[name] for name in SOURCE_SUMS]) if sums is None else sums
       losses.append(
@@ -74,10 +74,14 @@ def test_loss_and_gradient_are_those_of_a_weighted_mean(reference):
     nll = -jnp.sum(log_probs * jax.nn.one_hot(targets, CONFIG.vocab_size), -1)
     return jnp.sum(weights * nll) / jnp.sum(weights)
 
+  @jax.jit
+  def value_and_norm(params):
+    value, gradient = jax.value_and_grad(mean_nll)(params)
+    return value, optax.tree.norm(gradient)
+
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    params = transformer.init_params(CONFIG, jax.random.key(0))
-    value, gradient = jax.jit(jax.value_and_grad(mean_nll))(params)
-    norm = optax.tree.norm(gradient)
+    params = jax.jit(functools.partial(transformer.init_params, CONFIG))(jax.random.key(0))
+    value, norm = value_and_norm(params)
   np.testing.assert_allclose(reference[0][0, [0, 3]], [value, norm], rtol=1e-5)
 
 
@@ -116,7 +120,7 @@ def test_the_average_on_a_mesh_is_the_recursion_of_the_parameters():
     )
     expected = jax.tree.map(np.float64, jax.device_get(state.params))
     for i, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 0.3, 0.3)):
-      batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in make_batch(i).items()}
+      batch = {name: place(x, "batch", "length") for name, x in make_batch(i).items()}
       state, _ = step(state, batch)
       expected = recursion(decay, expected, jax.device_get(state.params))
   leaves = zip(*map(jax.tree.leaves, (state.ema, expected, state.params)))
@@ -150,13 +154,13 @@ def bfloat16_gradient(shape):
     params = random_params(config)
     rows = np.array(params["embed"])
     rows[96 : 96 + COPIES] = rows[COMMON]
-    params["embed"] = shard(jnp.asarray(rows), "vocab_stored", None)
+    params["embed"] = place(rows, "vocab_stored", None)
     state = TrainState(jnp.zeros((), jnp.int32), params, keep.init(params))
     step = jax.jit(lambda s, b: train_step(config, keep, 60, 1, s, b)[0].opt_state.trace)
 
   def gradient(batch):
     with jax.set_mesh(mesh):
-      laid_out = {name: shard(jnp.asarray(x), "batch", "length") for name, x in batch.items()}
+      laid_out = {name: place(x, "batch", "length") for name, x in batch.items()}
       return jax.tree.map(
         lambda x: np.asarray(x, np.float64), jax.device_get(step(state, laid_out))
       )
@@ -236,6 +240,6 @@ def test_a_step_without_chunks_would_be_found():
   config = dataclasses.replace(CONFIG, loss_chunk=L)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     state = jax.eval_shape(lambda: init_state(config, OPTIMIZER, jax.random.key(0)))
-    batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in make_batch().items()}
+    batch = {name: place(x, "batch", "length") for name, x in make_batch().items()}
     jaxpr = jax.make_jaxpr(lambda s, b: train_step(config, OPTIMIZER, 60, 1, s, b))(state, batch)
   assert [s for s in array_shapes(jaxpr) if 96 in s and L in s]
