@@ -9,6 +9,7 @@ colors (`shapes_and_colors`).
 
 from collections.abc import Callable, Iterable
 import dataclasses
+import itertools
 import json
 import pathlib
 from typing import TypeAlias
@@ -31,13 +32,9 @@ CHUNK = 512  # Images whose features are computed together.
 
 @dataclasses.dataclass(frozen=True)
 class Drawings:
-  """True drawings of all concepts and styles, in the order of pairs.jsonl.
+  """True drawings of all concepts and styles; [N] fields of their records and facts.
 
-  Attributes:
-    keys, captions, splits: of the records. A split is train, bank or heldout.
-    concepts, styles: what a drawing shows, and by which artist.
-    heldout: "concept", "pair" or "", see `examples/illustrations`.
-    images: all drawings at the resolution of a run.
+  `heldout` is "concept", "pair" or "", see `examples/illustrations`.
   """
 
   keys: np.ndarray
@@ -59,8 +56,8 @@ class Drawings:
       paths = [folder / one["image"] for one in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise UserError(
-        f"{folder} has no records of drawings ({error!r}): write them with "
-        "examples/illustrations/make_data.py, and name the folder in --data."
+        f"{folder} has no records of drawings ({error!r}): write them with examples/illustrations/"
+        "make_data.py, and name the folder in --data."
       ) from error
     return cls(*map(np.array, [*names, *facts]), reader.load_images(paths, resolution, 8))
 
@@ -112,10 +109,12 @@ class Judge:
 
   def distances(self, images: Images) -> Float[np.ndarray, "n N"]:
     """Computes squared distances to all true drawings, of which each counts at its best shift."""
+    side, most = images.shape[1], self._shift
+    padded = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), "edge")
     squares = (self._drawings**2).sum(1)
     best = np.full((len(images), len(squares)), np.inf, np.float32)
-    for moved in shifted(images, self._shift):
-      found = self._joined(self._parts(moved))
+    for top, left in itertools.product(range(2 * most + 1), repeat=2):
+      found = self._joined(self._parts(padded[:, top : top + side, left : left + side]))
       distances = (found**2).sum(1)[:, None] - 2 * found @ self._drawings.T + squares
       best = np.minimum(best, distances)
     return best
@@ -125,13 +124,8 @@ class Judge:
     return self.distances(images).argmin(1)
 
 
-def shifted(images: Images, most: int) -> Iterable[Images]:
-  """Yields the images, moved by all combinations of up to `most` pixels; edges are repeated."""
-  side, steps = images.shape[1], range(2 * most + 1)
-  padded = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), "edge")
-  for top in steps:
-    for left in steps:
-      yield padded[:, top : top + side, left : left + side]
+# Arguments of both judges after the drawings.
+JUDGES = ((lab_cells, SHIFT), (shapes_and_colors,))
 
 
 def verdicts(drawings: Drawings, shown: np.ndarray, asked: np.ndarray) -> dict[str, np.ndarray]:

@@ -2,13 +2,10 @@
 
   python -m benchmarks.evidence.illustrations --workdir=workdir/illustrations
 
-Every held-out caption gets one sample with retrieved documents and one without, by the sampling
-settings of the run; no sample is drawn again or left out. An image is right if the nearest of all
-true drawings is the one of its caption (`drawing_judge`). Beside the samples, the table has what
-needs no decoder: the retrieved document itself, mean drawings, the training drawing that is most
-similar to the true one, and the true drawing through the image tokenizer, which is the ceiling.
-Writes table.md, results.json, samples.npz, sheet.png and blind.png, the samples of the sheet
-without their captions, to the folder --results. docs/illustrations.md explains the table.
+Every held-out caption gets one sample with a retrieved document and one without, by the sampling
+settings of the run; no sample is drawn again or left out. The table also has images that need no
+decoder. docs/illustrations.md explains its rows. Writes table.md, results.json, samples.npz,
+sheet.png and blind.png, the samples of the sheet without their captions, to the folder --results.
 """
 
 from collections.abc import Sequence
@@ -58,15 +55,16 @@ def mean_drawings(drawings: Drawings, asked: np.ndarray) -> dict[str, Images]:
   The sum of both means is mean of the concept + mean of the style - mean of all drawings.
   """
   known = drawings.splits != "heldout"
-  pixels = drawings.images.astype(np.float32)
+  pixels, styles = drawings.images.astype(np.float32), np.unique(drawings.styles)
+  of_style = {style: pixels[known & (drawings.styles == style)].mean(0) for style in styles}
   overall = pixels[known].mean(0)
-  found: dict[str, list[np.ndarray]] = {name: [] for name in MEANS}
+  found = []
   for i in asked:
     concept = pixels[known & (drawings.concepts == drawings.concepts[i])].mean(0)
-    style = pixels[known & (drawings.styles == drawings.styles[i])].mean(0)
-    for name, image in zip(MEANS, (concept, style, concept + style - overall)):
-      found[name].append(image)
-  return {k: np.clip(np.round(v), 0, 255).astype(np.uint8) for k, v in found.items()}
+    style = of_style[drawings.styles[i]]
+    found.append(np.stack([concept, style, concept + style - overall]))
+  means = np.clip(np.round(np.stack(found, 1)), 0, 255).astype(np.uint8)
+  return dict(zip(MEANS, means))
 
 
 def baselines(
@@ -89,21 +87,25 @@ def judged(
   judges: Sequence[Judge], drawings: Drawings, asked: np.ndarray, images: dict[str, Images]
 ) -> dict[str, dict]:
   """Returns the shares of each row of images by each judge, with intervals over concepts."""
-  groups, rows = drawings.concepts[asked], {}
+  rows = {}
   for name, some in images.items():
     found = [judging.verdicts(drawings, judge.nearest(some), asked) for judge in judges]
-    rows[name] = {
-      part: [intervals.mean_interval(one[part], np.ones(len(asked)), groups) for one in found]
-      for part in PARTS
-    }
+    rows[name] = {part: [interval(drawings, asked, one[part]) for one in found] for part in PARTS}
   return rows
+
+
+def interval(drawings: Drawings, asked: np.ndarray, right: np.ndarray) -> dict:
+  """Returns the share of right images with its interval over concepts, and as a text."""
+  found = intervals.mean_interval(right, np.ones(len(asked)), drawings.concepts[asked])
+  return {**found, "text": intervals.describe_share({**found, "share": found["mean"]})}
 
 
 def chance(drawings: Drawings, asked: np.ndarray) -> dict[str, float]:
   """Returns the mean shares of a drawing that is chosen at random."""
-  same = {name: getattr(drawings, f"{name}s") for name in ("concept", "style")}
-  of = {k: float(np.mean([(x == x[i]).mean() for i in asked])) for k, x in same.items()}
-  return {"pair": 1 / len(drawings.keys), **of}
+  found = {"pair": 1 / len(drawings.keys)}
+  for name, of in (("concept", drawings.concepts), ("style", drawings.styles)):
+    found[name] = float(np.mean([(of == of[i]).mean() for i in asked]))
+  return found
 
 
 def bits_per_code(
@@ -111,12 +113,10 @@ def bits_per_code(
 ) -> dict[str, dict]:
   """Measures bits per code of true drawings after their own, random or no retrieved documents."""
   layout, config = model.pipeline.layout, model.pipeline.settings.model
-  texts = [layout.encode(sample.task.prompt) for sample in samples]
-  segments = [
-    (Segment(False, text), Segment(True, ids))
-    for text, ids in zip(texts, layout.vocab.image_ids(codes))
-  ]
-  documents = [Document("", both, "", "", "") for both in segments]
+  documents = []
+  for sample, ids in zip(samples, layout.vocab.image_ids(codes)):
+    segments = (Segment(False, layout.encode(sample.task.prompt)), Segment(True, ids))
+    documents.append(Document("", segments, "", "", ""))
   found = [sample.neighbors for sample in samples]
   partners = bits.partners(concepts.tolist(), np.random.default_rng(0))
   before = {"own": found, "random": [found[i] for i in partners], "none": [()] * len(found)}
@@ -145,21 +145,21 @@ def naming(
     others = np.unique(drawings.concepts[drawings.concepts != drawings.concepts[i]])
     names = [drawings.concepts[i], *rng.choice(others, NAMES - 1, replace=False)]
     texts += [f"{name}, {drawings.styles[i]} style" for name in names]
-  repeated = np.repeat(codes, NAMES, axis=0)
-  scores = pairs.score_codes(model.pipeline, params, texts, repeated)
+  scores = pairs.score_codes(model.pipeline, params, texts, np.repeat(codes, NAMES, axis=0))
   gains = np.array([one.text_given_image - one.text for one in scores]).reshape(-1, NAMES)
-  groups = drawings.concepts[asked]
-  return intervals.mean_interval(gains.argmax(1) == 0, np.ones(len(asked)), groups)
+  return interval(drawings, asked, gains.argmax(1) == 0)
 
 
-def measure(model: CM3Leon, drawings: Drawings, judges: list[Judge], kind: str, most: int) -> dict:
-  """Draws and judges all held-out captions of a kind."""
-  asked, seed = chosen(drawings, kind, most), flags.FLAGS.seed
-  prompts = drawings.captions[asked].tolist()
-  given = {} if flags.FLAGS.guidance is None else {"guidance": flags.FLAGS.guidance}
+def measure(
+  model: CM3Leon, drawings: Drawings, judges: list[Judge], asked: np.ndarray
+) -> tuple[dict[str, Images], dict]:
+  """Draws and judges held-out captions. Returns the images of each row, and the figures."""
+  prompts, options = drawings.captions[asked].tolist(), {"seed": flags.FLAGS.seed}
+  if flags.FLAGS.guidance is not None:
+    options["guidance"] = flags.FLAGS.guidance
   counts = {WITH: model.pipeline.usual_retrieve, WITHOUT: 0}
   samples = {
-    name: [one for [one] in model.generate(prompts, retrieve=count, seed=seed, **given)]
+    name: [one for [one] in model.generate(prompts, retrieve=count, **options)]
     for name, count in counts.items()
   }
   images = {k: np.stack([np.asarray(one.image) for one in v]) for k, v in samples.items()}
@@ -170,9 +170,8 @@ def measure(model: CM3Leon, drawings: Drawings, judges: list[Judge], kind: str, 
     of_codes = bits_per_code(model, params, samples[WITH], codes, drawings.concepts[asked])
     named = naming(model, params, drawings, asked, codes)
   vocab = model.pipeline.layout.vocab
-  return {
-    "asked": asked,
-    "images": images,
+  return images, {
+    "keys": drawings.keys[asked].tolist(),
     "rows": judged(judges, drawings, asked, images),
     "chance": chance(drawings, asked),
     "bits": of_codes,
@@ -181,46 +180,42 @@ def measure(model: CM3Leon, drawings: Drawings, judges: list[Judge], kind: str, 
   }
 
 
-def share(found: dict) -> str:
-  return intervals.describe_share({**found, "share": found["mean"]})
-
-
 def table(kind: str, found: dict) -> str:
-  """Formats the result of `measure` as Markdown."""
-  count = len(found["asked"])
-  lines = [
-    f"| {KINDS[kind]}: {count} | {' | '.join(PARTS)} | second judge: {' | '.join(PARTS)} |",
-    "|---" * 7 + "|",
-  ]
+  """Formats the figures of `measure` as Markdown."""
+  parts = " | ".join(PARTS)
+  lines = [f"| {KINDS[kind]}: {len(found['keys'])} | {parts} | second judge: {parts} |"]
+  lines.append("|---" * 7 + "|")
   for name, row in found["rows"].items():
-    first = [share(row[part][0]) for part in PARTS]
-    second = [f"{row[part][1]['mean']:.1%}" for part in PARTS]
-    lines.append(f"| {' | '.join([name, *first, *second])} |")
+    texts = [row[part][0]["text"] for part in PARTS]
+    texts += [f"{row[part][1]['mean']:.1%}" for part in PARTS]
+    lines.append(f"| {' | '.join([name, *texts])} |")
   random = [f"{found['chance'][part]:.2%}" for part in PARTS]
   lines.append(f"| {' | '.join(['chance', *random, *random])} |")
-  reached = found["rows"][WITH]["pair"][0]
+  low = found["rows"][WITH]["pair"][0]["low"]
   mean = max(found["rows"][name]["pair"][0]["mean"] for name in MEANS)
-  bit = {k: f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for k, v in found["bits"].items()}
-  alike = "; ".join(f"{k}: {lookalikes.describe(v)}" for k, v in found["alike"].items())
-  lines += [
-    "",
-    f"- Lower bound of pair, with retrieval: {reached['low']:.1%}; three times the best mean "
-    f"drawing: {3 * mean:.1%}.",
-    "- Bits per code of the true drawing after its own documents, random ones, none: "
-    f"{', '.join(bit.values())}.",
-    f"- The right name of {NAMES}: {share(found['named'])} (chance {1 / NAMES:.0%}).",
-    f"- {alike}",
-  ]
-  return "\n".join(lines)
+  bit = [f"{x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for x in found["bits"].values()]
+  return "\n".join(
+    [
+      *lines,
+      "",
+      f"- Pair, with retrieval: at least {low:.1%}; 3 x the best mean drawing: {3 * mean:.1%}.",
+      f"- Bits per code of the truth after its own document, random, none: {', '.join(bit)}.",
+      f"- The right name of {NAMES}: {found['named']['text']}; chance {1 / NAMES:.0%}.",
+      *(f"- {name}: {lookalikes.describe(x)}" for name, x in found["alike"].items()),
+    ]
+  )
 
 
-def sheets(drawings: Drawings, results: dict[str, dict], folder: pathlib.Path) -> None:
-  """Writes sheet.png, samples beside document and truth, and blind.png, the samples alone."""
+def sheets(drawings: Drawings, results: Sequence[tuple], folder: pathlib.Path) -> None:
+  """Writes sheet.png, samples beside document and truth, and blind.png, the samples alone.
+
+  `results` are pairs of `asked` and the images of `measure`.
+  """
   cells = []
-  for found in results.values():
-    for n, i in enumerate(found["asked"]):
-      images = [found["images"][name][n] for name in (WITH, NEIGHBOR)]
-      cells.append((fraction(f"sheet:{drawings.keys[i]}"), i, [*images, drawings.images[i]]))
+  for asked, rows in results:
+    for n, i in enumerate(asked):
+      images = [rows[WITH][n], rows[NEIGHBOR][n], drawings.images[i]]
+      cells.append((fraction(f"sheet:{drawings.keys[i]}"), i, images))
   cells = sorted(cells, key=lambda cell: cell[0])[:SHOWN]
   rows = [cells[start : start + ACROSS] for start in range(0, len(cells), ACROSS)]
   labels = [" / ".join(drawings.captions[i] for _, i, _ in row) for row in rows]
@@ -240,30 +235,24 @@ def main(argv: Sequence[str]) -> None:
   settings = model.run.settings
   data = pathlib.Path(given.data or settings.raw.source)
   drawings = Drawings.read(data, settings.vqgan.resolution)
-  judges = [
-    Judge(drawings.images, judging.lab_cells, judging.SHIFT),
-    Judge(drawings.images, judging.shapes_and_colors),
-  ]
+  judges = [Judge(drawings.images, *options) for options in judging.JUDGES]
   folder = pathlib.Path(given.results or pathlib.Path(given.workdir) / "illustrations")
   folder.mkdir(parents=True, exist_ok=True)
-  results, texts = {}, []
+  sampling = {**dataclasses.asdict(settings.sampling), "guidance_given": given.guidance}
+  result: dict = {"step": model.step, "seed": given.seed, "sampling": sampling}
+  drawn, texts = {}, []
   for kind in KINDS:
-    results[kind] = measure(model, drawings, judges, kind, given.captions)
-    texts.append(table(kind, results[kind]))
+    asked = chosen(drawings, kind, given.captions)
+    images, result[kind] = measure(model, drawings, judges, asked)
+    drawn[kind] = asked, images
+    texts.append(table(kind, result[kind]))
     print(texts[-1] + "\n", flush=True)
-  sheets(drawings, results, folder)
-  images = {f"{kind}: {k}": v for kind, x in results.items() for k, v in x["images"].items()}
-  np.savez_compressed(folder / "samples.npz", **images)
-  sampling = dataclasses.asdict(settings.sampling)
-  about = {"step": model.step, "seed": given.seed, "sampling": sampling, "guidance": given.guidance}
-  stored = {
-    kind: {
-      "keys": drawings.keys[x["asked"]].tolist(),
-      **{k: v for k, v in x.items() if k not in ("asked", "images")},
-    }
-    for kind, x in results.items()
-  }
-  experiment.write_results(folder, {**about, **stored}, "\n\n".join(texts) + "\n")
+  sheets(drawings, list(drawn.values()), folder)
+  np.savez_compressed(
+    folder / "samples.npz",
+    **{f"{kind}: {name}": x for kind, (_, rows) in drawn.items() for name, x in rows.items()},
+  )
+  experiment.write_results(folder, result, "\n\n".join(texts) + "\n")
 
 
 if __name__ == "__main__":

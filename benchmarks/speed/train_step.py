@@ -41,6 +41,7 @@ _REMAT = flags.DEFINE_enum(
 )
 _ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTIONS, "Implementation of attention.")
 _CHUNK = flags.DEFINE_integer("loss_chunk", 32, "Tokens per row in a chunk of logits.")
+_OPTIMIZER = flags.DEFINE_enum("optimizer", "adamw", ["adamw", "muon"], "Optimizer.")
 _UNROLL = flags.DEFINE_bool("unroll_layers", False, "Unroll the loop over layers.")
 _STEPS = flags.DEFINE_integer("steps", 15, "Timed steps, after two untimed steps.")
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -69,12 +70,13 @@ def step_seconds(
   steps: int,
   least: float = 0.0,
   clock: Callable[[], float] = time.perf_counter,
+  optimizer_name: str = "adamw",
 ) -> list[float]:
   """Measures the seconds of each of `steps` train steps on random tokens.
 
   Takes more steps until their sum is at least `least` seconds.
   """
-  optimizer = create_optimizer(OptimizerConfig(), 1_000)
+  optimizer = create_optimizer(OptimizerConfig(name=optimizer_name), 1_000)
   rng = np.random.default_rng(0)
   samples = [rng.integers(256, model.vocab_size, length + 1).astype(np.int32) for _ in range(rows)]
   batch = {
@@ -115,7 +117,7 @@ def main(_) -> None:
     clock = CLOCKS[_CLOCK.value]
     before = measured_peak(model.dtype, _PEAK.value, clock=clock)
     sizes = _ROWS.value, _LENGTH.value, _STEPS.value, _SECONDS.value
-    seconds = step_seconds(model, *sizes, clock)
+    seconds = step_seconds(model, *sizes, clock, _OPTIMIZER.value)
     peak = max(before, measured_peak(model.dtype, _PEAK.value, clock=clock)) * jax.device_count()
   median = float(np.median(seconds))
   print(

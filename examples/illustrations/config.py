@@ -1,13 +1,13 @@
-"""Trains a model of drawings by six artists with the paper's recipe, on one or two CPU cores.
+"""Trains a model of drawings by six artists with the paper's recipe, on one CPU core.
 
   python examples/illustrations/make_data.py illustrations_data --packages=packages
   cm3leon run --config=examples/illustrations/config.py --workdir=workdir/illustrations
   cm3leon run --config=examples/illustrations/config.py:30 --workdir=workdir/illustrations_30
 
-The variant is the time in minutes that all stages may take on two cores (default 150). It scales
-the steps. From `LARGE` minutes on, images have 48 pixels and 144 codes, and the decoder has 2.4
-million parameters; below, they have 32 pixels and 64 codes, and 1.3 million. For another folder of
-records: --config.raw.source=FOLDER. README.md describes the data and the evaluation.
+The variant is the time in minutes that all stages may take on one core (default 150). It scales the
+steps. From `LARGE` minutes on, images have 48 pixels and 144 codes, and the decoder has 2.4 million
+parameters; below, 32 pixels, 64 codes and 1.3 million. For another folder of records:
+--config.raw.source=FOLDER. docs/illustrations.md describes the recipe and its evaluation.
 """
 
 import ml_collections
@@ -17,7 +17,7 @@ from cm3leon_jax.run import from_data
 
 LARGE = 60
 CLIP_STEPS = 400  # At most; it then has seen each drawing nine times.
-# Decoder steps per minute on two cores, see the table of throughput in docs/log.md.
+# Decoder steps per minute of all stages on one core, see the table of throughput in docs/log.md.
 STEPS = {48: 70, 32: 110}
 
 
