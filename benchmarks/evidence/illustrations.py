@@ -154,9 +154,8 @@ def measure(
   model: CM3Leon, drawings: Drawings, judges: list[Judge], asked: np.ndarray
 ) -> tuple[dict[str, Images], dict]:
   """Draws and judges held-out captions. Returns the images of each row, and the figures."""
-  prompts, options = drawings.captions[asked].tolist(), {"seed": flags.FLAGS.seed}
-  if flags.FLAGS.guidance is not None:
-    options["guidance"] = flags.FLAGS.guidance
+  prompts, guidance = drawings.captions[asked].tolist(), flags.FLAGS.guidance
+  options = {"seed": flags.FLAGS.seed, **({} if guidance is None else {"guidance": guidance})}
   counts = {WITH: model.pipeline.usual_retrieve, WITHOUT: 0}
   samples = {
     name: [one for [one] in model.generate(prompts, retrieve=count, **options)]
@@ -169,14 +168,13 @@ def measure(
     params, _ = model.run.params(model.step)
     of_codes = bits_per_code(model, params, samples[WITH], codes, drawings.concepts[asked])
     named = naming(model, params, drawings, asked, codes)
-  vocab = model.pipeline.layout.vocab
   return images, {
     "keys": drawings.keys[asked].tolist(),
     "rows": judged(judges, drawings, asked, images),
     "chance": chance(drawings, asked),
     "bits": of_codes,
     "named": named,
-    "alike": {k: lookalikes.count(v, vocab) for k, v in samples.items()},
+    "alike": {k: lookalikes.count(v, model.run.settings.vocab) for k, v in samples.items()},
   }
 
 
@@ -222,9 +220,10 @@ def sheets(drawings: Drawings, results: Sequence[tuple], folder: pathlib.Path) -
   titles = ["sample", "retrieved", "true"] * ACROSS
   shown = [[image for *_, images in row for image in images] for row in rows]
   save_png(folder / "sheet.png", contact_sheet(shown, labels, titles))
-  numbers = [f"{n * ACROSS + 1} to {n * ACROSS + len(row)}" for n, row in enumerate(rows)]
-  alone = [[images[0] for *_, images in row] for row in rows]
-  save_png(folder / "blind.png", contact_sheet(alone, numbers))
+  alone = [images[0] for *_, images in cells]
+  starts = range(0, len(alone), 2 * ACROSS)
+  blind = [alone[start : start + 2 * ACROSS] for start in starts]
+  save_png(folder / "blind.png", contact_sheet(blind, [f"{i + 1}, {i + 2}, ..." for i in starts]))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -248,10 +247,8 @@ def main(argv: Sequence[str]) -> None:
     texts.append(table(kind, result[kind]))
     print(texts[-1] + "\n", flush=True)
   sheets(drawings, list(drawn.values()), folder)
-  np.savez_compressed(
-    folder / "samples.npz",
-    **{f"{kind}: {name}": x for kind, (_, rows) in drawn.items() for name, x in rows.items()},
-  )
+  stored = {f"{kind}: {name}": x for kind, (_, rows) in drawn.items() for name, x in rows.items()}
+  np.savez_compressed(folder / "samples.npz", **stored)
   experiment.write_results(folder, result, "\n\n".join(texts) + "\n")
 
 
