@@ -11,11 +11,12 @@ FOLDER = pathlib.Path(configs.__file__).parent
 # Names of the shipped configs. `base` has the values that the configs share, and is not a config.
 SHIPPED = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "base"))
 
-# Configs that moved to the examples of a checkout.
+# Configs of the examples of a checkout.
 EXAMPLES = {
-  "scenes": "config.py",
-  "scenes_instruct": "instruct.py",
-  "scenes_reinforce": "reinforce.py",
+  "illustrations": "illustrations/config.py",
+  "scenes": "scenes/config.py",
+  "scenes_instruct": "scenes/instruct.py",
+  "scenes_reinforce": "scenes/reinforce.py",
 }
 
 
@@ -30,8 +31,8 @@ def load(value: str) -> ml_collections.ConfigDict:
   name, *variant = value.split(":", 1)
   if name in EXAMPLES:
     raise UserError(
-      f"the demo '{name}' is an example, not a config of the package: run it in a checkout, with "
-      f"--config=examples/scenes/{EXAMPLES[name]}."
+      f"'{name}' is an example, not a config of the package: run it in a checkout, with "
+      f"--config=examples/{EXAMPLES[name]}."
     )
   path = pathlib.Path(name)
   if name in SHIPPED and not path.is_file():

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 
 from cm3leon_jax.commands import config_file
-from cm3leon_jax.config import build
+from cm3leon_jax.config import UserError, build
 from cm3leon_jax.config.settings import SECTIONS, default_config, settings_from_config
 from cm3leon_jax.configs import (
   cm3leon_7b,
@@ -18,7 +18,10 @@ from cm3leon_jax.configs import (
 )
 from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.files.json_files import plain
+from cm3leon_jax.mesh import create_mesh
+from cm3leon_jax.planning.programs import count_params
 from cm3leon_jax.run import bundles, from_data
+from examples.illustrations import config as illustrations
 from examples.openmoji import config as openmoji
 from examples.scenes import config as scenes
 from examples.scenes import instruct as scenes_instruct
@@ -143,8 +146,22 @@ def test_the_world_that_needs_its_bank_shows_each_rare_object_where_training_and
   assert collections.Counter(counts.values()) == {1: len(names) - heldout, 4: common + heldout}
 
 
+@pytest.mark.parametrize(("variant", "codes", "most"), [("150", 144, 2.5e6), ("30", 64, 1.5e6)])
+def test_illustrations_are_read_ten_times_by_a_small_decoder_with_one_neighbor(
+  variant, codes, most
+):
+  settings = settings_from_config(illustrations.get_config(variant))
+  longest = 2 * (1 + 13 + 1 + codes)  # Captions have 7 tokens on average.
+  assert settings.vqgan.image_tokens == codes
+  assert longest < settings.data.sequence_length < longest + 16
+  assert most / 2 < count_params(settings, create_mesh(settings.mesh)) < most
+  assert settings.train.steps * settings.train.global_batch_size > 10 * 5_683 * codes / 144
+  with pytest.raises(UserError, match=r"examples/illustrations/config\.py"):
+    config_file.load("illustrations")
+
+
 def test_an_unknown_variant_is_refused():
-  for module in (openmoji, scenes, own, published_350m, cm3leon_7b):
+  for module in (illustrations, openmoji, scenes, own, published_350m, cm3leon_7b):
     with pytest.raises(ValueError, match="soon"):
       module.get_config("soon")
 
