@@ -4,10 +4,10 @@
     --source=amused-256 --family=amused
 
 --source is a .safetensors file or a folder that contains one. Pickle files are refused. For an
-export of this project, --source is EXPORT/image_tokenizer; leave out --family if that tokenizer was
-trained with this project. docs/weights.md lists the supported weights, how to convert
-them, and their configs: amused has 256 codes for 256x256 pixels, chameleon 1,024 codes for 512x512
-pixels.
+export of this project, --source is EXPORT/image_tokenizer. The names of the tensors show the
+family; with --family, other weights are refused. docs/weights.md lists the supported weights, how
+to convert them, and their configs: amused has 256 codes for 256x256 pixels, chameleon 1,024 codes
+for 512x512 pixels.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ with epy.lazy_imports():
   from cm3leon_jax.tokenizers import published_files, vqgan
   from cm3leon_jax.training.image_models import trainer
 
-FAMILIES = ("amused", "chameleon")
+FAMILIES = ("amused", "chameleon", "llamagen", "janus")
 _SOURCE = flags.DEFINE_string("source", "", "File or folder with the weights, as safetensors.")
 _FAMILY = flags.DEFINE_enum(
   "family",
   None,
   FAMILIES,
-  "Network that the weights belong to (default: config.vqgan.published).",
+  "Network that the weights belong to (default: config.vqgan.published, or found by the names).",
 )
 
 
@@ -63,14 +63,12 @@ def main(
   _check_folder(folder)
   if published_files.is_own(source):
     found = published_files.read_own(source)
-  elif chosen := family or named:
-    found = published_files.read(source, chosen)
   else:
-    raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
+    found = published_files.read(source, family or named or None)
   tokenizer = published_files.fit(found.tokenizer, settings.vocab.image_size, settings.vqgan)
   name: str = getattr(tokenizer.config, "family", "")  # "": trained with this project.
   digests = [digests_lib.digest(path) for path in found.files]
-  left = f", without {found.num_left} tensors of other networks" if found.num_left else ""
+  left = f", without {found.num_left} other tensors" if found.num_left else ""
   kind = name or "trained by cm3leon train_vqgan"
   print(
     f"import_vqgan: {kind}, {found.num_parameters:,} parameters in {found.num_tensors} tensors"

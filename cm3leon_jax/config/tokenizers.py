@@ -14,7 +14,7 @@ SMALLEST_PERCEPTUAL = 16  # Pixels. The network of `perceptual` halves the side 
 LEVELS = range(3, 9)  # Allowed numbers of levels of an FSQ channel.
 COLOR_DIM = 4  # Width of the color in a code of `shape_color`.
 Quantizer = Literal["", "fsq", "shape_color"]
-Family = Literal["amused", "chameleon"]  # Published networks.
+Family = Literal["amused", "chameleon", "llamagen", "janus"]  # Published networks.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

@@ -29,7 +29,7 @@ MAX_RECONSTRUCTIONS = 16
 MAX_GRIDS = 8
 # Command -> required flags other than --config and --workdir.
 MORE_FLAGS = {
-  "import_vqgan": " --source=WEIGHTS --family=FAMILY",
+  "import_vqgan": " --source=WEIGHTS",
   "import_weights": " --source=WEIGHTS",
 }
 

@@ -1,13 +1,15 @@
-"""Defines published image tokenizers with 8,192 codes: a convolutional VQGAN with traits.
+"""Defines published image tokenizers: a convolutional VQGAN with traits.
 
-The families are aMUSEd / open-MUSE f16 (Patil et al. 2024, arXiv 2401.01808) and Chameleon's
-(Chameleon Team 2024, arXiv 2405.09818). Modules and parameters have the names of the state dict of
-taming (Esser et al. 2021, arXiv 2012.09841).
+The families are aMUSEd / open-MUSE f16 (Patil et al. 2024, arXiv 2401.01808), Chameleon's
+(Chameleon Team 2024, arXiv 2405.09818), and LlamaGen's VQ-16 (Sun et al. 2024, arXiv 2406.06525),
+which is also that of Janus (Wu et al. 2024, arXiv 2410.13848). Modules and parameters have the
+names of the state dict of taming (Esser et al. 2021, arXiv 2012.09841).
 """
 
 # B batch, H height, W width, C channels, Z latent channels, E code width, K codes,
 # h = H / downsample, w = W / downsample.
 
+import dataclasses
 import functools
 import itertools
 from typing import Annotated, TypeAlias
@@ -97,6 +99,10 @@ FAMILIES: dict[Family, PublishedConfig] = {
     middle_attention=True,
   ),
 }
+FAMILIES["llamagen"] = dataclasses.replace(
+  FAMILIES["chameleon"], family="llamagen", resolution=256, code_dim=8, level_attention=True
+)
+FAMILIES["janus"] = dataclasses.replace(FAMILIES["llamagen"], family="janus", resolution=384)
 
 
 def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs) -> nnx.Conv:

@@ -1,5 +1,6 @@
 """Reads published image tokenizers from safetensors."""
 
+from collections.abc import Collection
 import dataclasses
 import functools
 import os
@@ -20,14 +21,28 @@ from cm3leon_jax.tokenizers.published import FAMILIES, PublishedConfig
 from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
 from cm3leon_jax.weights import stored_tensors
 
-PREFIXES = ("model.vqmodel.", "vqmodel.")  # Prefixes of tensor names in a whole Chameleon model.
-LEFT = "loss."  # Prefix of the tensors that only training needs.
-NUM_CODES = 8_192  # Number of codes in the published weights of all families.
+# Prefixes of tensor names in a whole model: Chameleon and Janus of transformers, Janus' release.
+PREFIXES = ("model.vqmodel.", "vqmodel.", "gen_vision_model.")
+LEFT = ("loss.", "quantize.codebook_used")  # Prefixes of the tensors that only training needs.
+NUM_CODES = 8_192  # Number of codes to expect if a file has no table of codes.
 # Family -> side lengths, in pixels, of the images for which its weights are published.
-RESOLUTIONS = {"amused": (256, 512), "chameleon": (512,)}
+RESOLUTIONS = {
+  "amused": (256, 512),
+  "chameleon": (512,),
+  "llamagen": (256, 384, 512),
+  "janus": (384, 256, 512),
+}
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-# Family -> (regular expression for names in `published`, replacement). Names of Chameleon are those
-# of `published`; aMUSEd has those of `diffusers.VQModel`.
+# Family -> start of a tensor name that the families after it do not have.
+MARKS: dict[Family, str] = {
+  "amused": "decoder.up_blocks.",
+  "llamagen": "decoder.conv_blocks.",
+  "janus": "decoder.up.0.attn.",
+  "chameleon": "encoder.down.",
+}
+# Family -> (regular expression for names in `published`, replacement). Chameleon and transformers'
+# Janus have the names in `published`, and aMUSEd those of `diffusers.VQModel`. The releases of
+# LlamaGen and Janus have the names of LlamaGen's code.
 RENAMES: dict[Family, tuple[tuple[str, str], ...]] = {
   "amused": (
     (r"encoder\.down\.", "encoder.down_blocks."),
@@ -40,8 +55,21 @@ RENAMES: dict[Family, tuple[tuple[str, str], ...]] = {
     (r"\.nin_shortcut\.", ".conv_shortcut."),
   ),
   "chameleon": (),
+  "llamagen": (
+    (r"coder\.(down|up)\.", "coder.conv_blocks."),
+    (r"\.block\.", ".res."),
+    (r"\.mid\.block_1\.", ".mid.0."),
+    (r"\.mid\.attn_1\.", ".mid.1."),
+    (r"\.mid\.block_2\.", ".mid.2."),
+  ),
+  "janus": (),
 }
-FROM_LOWEST = ("amused",)  # Families that count the levels of the decoder from the lowest.
+# Families that count the levels of the decoder from the lowest.
+FROM_LOWEST = ("amused", "llamagen", "janus")
+# Families that normalize encodings and codes to length 1 (L2). Reading normalizes the codes. The
+# nearest of codes with equal lengths does not depend on the length of the encoding.
+UNIT_CODES = ("llamagen", "janus")
+TABLE = "quantize.embedding"
 # Fields of diffusers' config.json -> (required value, default in diffusers).
 FIXED = {
   "_class_name": ("VQModel", "VQModel"),
@@ -108,12 +136,25 @@ def tensor_shapes(config: PublishedConfig, num_codes: int) -> dict[str, tuple[in
 
 
 def from_tensors(tensors: dict[str, np.ndarray], config: PublishedConfig, num_codes: int) -> dict:
-  """Converts tensors with published names to fp32 parameters, a pure dict."""
+  """Converts tensors with published names to fp32 parameters, a pure dict. See `UNIT_CODES`."""
   flat = {}
   for name, shape in _shapes(config, num_codes).items():
     x = np.asarray(tensors[published_name(name, config)], np.float32)
+    if config.family in UNIT_CODES and name.startswith(TABLE):
+      x = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
     flat[name] = np.ascontiguousarray(x.transpose(2, 3, 1, 0) if len(shape) == 4 else x)
   return traverse_util.unflatten_dict(flat, sep=".")
+
+
+def find_family(names: Collection[str], source: epath.PathLike) -> Family:
+  """Returns the family of tensor names. Raises UserError if they have no mark of `MARKS`."""
+  for family, mark in MARKS.items():
+    if any(name.startswith(mark) for name in names):
+      return family
+  raise UserError(
+    f"{source} has no tensors of a supported image tokenizer ({', '.join(FAMILIES)}): name the "
+    "file or folder with its weights."
+  )
 
 
 def diffusers_config(path: epath.Path) -> PublishedConfig:
@@ -171,13 +212,13 @@ def _check(found: dict, config: PublishedConfig, num_codes: int, source: epath.P
       )
 
 
-def read(source: epath.PathLike, family: Family) -> Read:
+def read(source: epath.PathLike, family: Family | None = None) -> Read:
   """Reads a published tokenizer of any floating-point dtype as fp32.
 
   Args:
     source: see `published_source.find_files`. For files of diffusers, config.json in the same
       folder gives the sizes.
-    family: key of `FAMILIES`.
+    family: key of `FAMILIES`. None: `find_family`.
 
   Raises:
     UserError: a file is absent, damaged or a pickle; or a tensor is missing, surplus, of another
@@ -185,17 +226,17 @@ def read(source: epath.PathLike, family: Family) -> Read:
   """
   files = published_source.find_files(source)
   every = published_source.read_headers(files)
-  config = FAMILIES[family]
-  if family == "amused":
-    config = diffusers_config(files[0].parent / CONFIG)
   prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in every)), "")
   found = {
     name.removeprefix(prefix): value
     for name, value in every.items()
-    if name.startswith(prefix) and not name.startswith(prefix + LEFT)
+    if name.startswith(prefix) and not name.removeprefix(prefix).startswith(LEFT)
   }
-  table = "quantize.embedding.weight"
-  shape = found[table][1] if table in found else ()
+  family = family or find_family(found, source)
+  config = FAMILIES[family]
+  if family == "amused":
+    config = diffusers_config(files[0].parent / CONFIG)
+  shape = found[table][1] if (table := f"{TABLE}.weight") in found else ()
   num_codes = shape[0] if shape and shape[0] else NUM_CODES
   _check(found, config, num_codes, source)
   tensors: dict[str, np.ndarray] = {}

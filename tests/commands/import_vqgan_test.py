@@ -1,3 +1,5 @@
+import dataclasses
+
 from absl import flags
 from absl.testing import flagsaver
 from etils import epath
@@ -111,6 +113,25 @@ def test_the_tokenizer_of_an_export_needs_no_family(tmp_path, capsys):
   import_vqgan.main(SETTINGS, tmp_path / "again", str(tmp_path / "vqgan"), None)
   with refused(UserError, "--config.vqgan.resolution=256"):
     import_vqgan.main(make_settings(resolution=512), tmp_path / "b", str(folder), None)
+
+
+def test_the_family_is_found_and_recorded(tmp_path, monkeypatch, capsys):
+  small = dataclasses.replace(FAMILY, family="janus", resolution=384, level_attention=True)
+  monkeypatch.setitem(published.FAMILIES, "janus", small)
+  tokenizer = save_random(tmp_path / "source", VOCAB.image_size, family=small)
+  source = str(tmp_path / "source")
+  import_vqgan.main(SETTINGS, tmp_path, source, None)
+  assert capsys.readouterr().out.startswith("import_vqgan: janus, ")
+  assert read_json(tmp_path / "vqgan" / stages.DONE)["summary"]["family"] == "janus"
+  loaded = ImageTokenizer.load(tmp_path / "vqgan")
+  assert loaded.config == dataclasses.replace(small, resolution=256)
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, tokenizer.params)
+  with refused(UserError, "--config.vqgan.published"):
+    import_vqgan.main(make_settings(published="amused"), tmp_path / "b", source, "janus")
+  path = tmp_path / "source" / NAME
+  path.write_bytes(path.read_bytes()[:-1])
+  with refused(UserError, str(path), "not a whole safetensors file"):
+    import_vqgan.main(SETTINGS, tmp_path / "b", source, None)
 
 
 def test_another_tokenizer_is_not_overwritten(source, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import image_tokenizer
+from cm3leon_jax.export.serving_functions import Functions, named
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.models import nnx_params
 from cm3leon_jax.run.run import Run
@@ -58,9 +59,11 @@ def test_a_network_that_the_script_does_not_compute_is_refused(workdir, tmp_path
   assert not (tmp_path / "image_tokenizer").exists()
 
 
-def test_a_published_tokenizer_is_copied(tmp_path):
-  sizes = {"widths": (8, 8), "groups": 2, "latent_channels": 4, "code_dim": 4, "resolution": 256}
-  config = dataclasses.replace(published.FAMILIES["amused"], **sizes)
+@pytest.mark.parametrize("family", published.FAMILIES)
+def test_a_published_tokenizer_is_copied_and_served(tmp_path, family):
+  """A StableHLO export, whose batch size is a symbol, has its codes and images."""
+  sizes = {"widths": (8, 8), "groups": 2, "latent_channels": 4, "code_dim": 4, "resolution": 16}
+  config = dataclasses.replace(published.FAMILIES[family], **sizes)
   rng = np.random.default_rng(0)
   expected = nnx_params.to_dict(published.structure(config, K)[1])
   params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), expected)
@@ -68,10 +71,22 @@ def test_a_published_tokenizer_is_copied(tmp_path):
   about = image_tokenizer.write(tmp_path / "export", Run(tmp_path / "run", SETTINGS))[
     "image_tokenizer"
   ]
-  assert (about["family"], about["image_tokens"], about["num_codes"]) == ("amused", 128**2, K)
+  assert (about["family"], about["image_tokens"], about["num_codes"]) == (family, 8**2, K)
   folder = tmp_path / "export" / "image_tokenizer"
   assert {path.name for path in folder.iterdir()} == {"config.json", "params.safetensors"}
   assert about["bytes"] == (folder / "params.safetensors").stat().st_size
   found = ImageTokenizer.load(folder)
   assert (found.config, found.num_codes) == (config, K)
   jax.tree.map(np.testing.assert_array_equal, found.params, params)
+  images = rng.integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+  codes, types = found.encode(images), {"image_tokenizer": expected}
+  functions = Functions(SETTINGS.model, SETTINGS.vocab, SETTINGS.sampling, found, types)
+  tokens = SETTINGS.vocab.image_ids(codes).astype(np.int32)
+  weights, (b,) = named({"image_tokenizer": params}), jax.export.symbolic_shape("b")
+  for function, name, given, result in (
+    (functions.encode_image, "images", images, tokens),
+    (functions.decode_image, "tokens", tokens, found.decode(codes)),
+  ):
+    argument = jax.ShapeDtypeStruct((b, *given.shape[1:]), given.dtype)
+    served = jax.export.export(jax.jit(function))(named(types), **{name: argument})
+    np.testing.assert_array_equal(served.call(weights, **{name: given}), result)

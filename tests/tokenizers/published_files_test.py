@@ -136,9 +136,31 @@ def test_another_network_of_diffusers_is_refused(tmp_path, field, value):
   ],
 )
 def test_wrong_tensors_are_named(tmp_path, name, value):
-  save_file(some_tensors("chameleon", **{name: value}), tmp_path / "a.safetensors")
-  with refused(UserError, str(tmp_path), f"'{name}'"):
-    published_files.read(tmp_path, "chameleon")
+  for family, given in (("chameleon", "chameleon"), ("janus", None)):
+    save_file(some_tensors(family, **{name: value}), tmp_path / "a.safetensors")
+    with refused(UserError, str(tmp_path), f"'{name}'"):
+      published_files.read(tmp_path, given)
+
+
+@pytest.mark.parametrize(
+  ("family", "prefix"),
+  [
+    ("amused", ""),
+    ("chameleon", "model.vqmodel."),
+    ("llamagen", ""),
+    ("llamagen", "gen_vision_model."),
+    ("janus", "model.vqmodel."),
+  ],
+)
+def test_the_family_is_found_in_its_file_and_in_a_whole_model(tmp_path, family, prefix):
+  """Tensors of the language model, and what only training needs, are left."""
+  tensors = some_tensors(family)
+  left = {f"{prefix}quantize.codebook_used": np.zeros(3, np.float32)}
+  left |= {"language_model.norm.weight": np.ones(3, np.float32)} if prefix else {}
+  save_file({prefix + k: x for k, x in tensors.items()} | left, tmp_path / "model.safetensors")
+  found = published_files.read(tmp_path)
+  assert (found.tokenizer.config.family, found.num_left) == (family, len(left))
+  assert_read(found, tensors)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
@@ -146,12 +168,18 @@ def test_weights_of_another_network_are_refused(tmp_path):
   no_decoder = {k: x for k, x in tensors.items() if not k.startswith("decoder.")}
   for found, family, fact in (
     (tensors, "amused", "another --family"),
+    (tensors, "janus", "another --family"),
+    (some_tensors("janus"), "chameleon", "another --family"),
+    (some_tensors("llamagen"), "janus", "another --family"),
     ({"model.norm.weight": np.zeros(2, np.float32)}, "chameleon", "no tensor"),
     (no_decoder, "chameleon", "contains no decoder"),
   ):
     save_file(found, tmp_path / "a.safetensors")
     with refused(UserError, str(tmp_path), f"--family={family}", fact):
       published_files.read(tmp_path, family)
+  save_file({"norm.weight": np.zeros(2, np.float32)}, tmp_path / "a.safetensors")
+  with refused(UserError, str(tmp_path), "no tensors of a supported image tokenizer (amused, "):
+    published_files.read(tmp_path)
 
 
 class Opened:

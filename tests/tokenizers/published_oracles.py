@@ -1,8 +1,9 @@
 """Makes published image tokenizers in torch, with random weights, as references.
 
-aMUSEd is `diffusers.VQModel`. Chameleon is transformers' ChameleonVQVAE, which has no decoder, with
-the decoder of Janus. Janus counts levels from the lowest resolution, and has an additional
-attention layer after each block of that level (`level_attention`).
+aMUSEd is `diffusers.VQModel`, and Janus transformers' JanusVQVAE; LlamaGen has other names of it.
+Chameleon is transformers' ChameleonVQVAE, which has no decoder, with the decoder of Janus. Janus
+counts levels from the lowest resolution, and has an additional attention layer after each block of
+that level (`level_attention`).
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import pytest
 from cm3leon_jax.tokenizers.published import FAMILIES, PublishedConfig
 
 torch = pytest.importorskip("torch")
+normalize = torch.nn.functional.normalize
 
 
 def small(family: str, **fields) -> PublishedConfig:
@@ -85,6 +87,66 @@ class Amused:
     return decoded.sample.permute(0, 2, 3, 1)
 
 
+def janus_sizes(config: PublishedConfig, num_codes: int) -> dict:
+  """Returns fields of JanusVQVAEConfig and ChameleonVQVAEConfig."""
+  width = config.widths[0]
+  return {
+    "embed_dim": config.code_dim,
+    "num_embeddings": num_codes,
+    "latent_channels": config.latent_channels,
+    "base_channels": width,
+    "channel_multiplier": tuple(w // width for w in config.widths),
+    "num_res_blocks": config.blocks,
+  }
+
+
+class Janus:
+  """Reference for Janus and LlamaGen.
+
+  LlamaGen's release normalizes encodings and codes. JanusVQVAE normalizes codes only in `decode`,
+  so `encode` here sets normalized codes, whose order does not depend on the encoding's length.
+  """
+
+  lowest = -1
+
+  def __init__(self, config: PublishedConfig, num_codes: int):
+    import transformers
+
+    self.is_llamagen = config.family == "llamagen"
+    sizes = janus_sizes(config, num_codes)
+    self.model = transformers.JanusVQVAE(transformers.JanusVQVAEConfig(**sizes)).eval()
+    self.modules = (self.model,)
+
+  def tensors(self):
+    tensors = self.model.state_dict()
+    if not self.is_llamagen:
+      return tensors
+    places = {"down": "conv_blocks", "up": "conv_blocks", "block": "res"}
+    places |= {"block_1": "0", "attn_1": "1", "block_2": "2"}
+    return {
+      ".".join(places.get(part, part) for part in name.split(".")): value
+      for name, value in tensors.items()
+    }
+
+  def distances(self, pixels):
+    """Maps pixels [B, H, W, 3] in [-1, 1] to distances [B, h, w, K] of unit vectors."""
+    z = self.model.quant_conv(self.model.encoder(pixels.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+    z, table = normalize(z, dim=-1), normalize(self.model.quantize.embedding.weight, dim=-1)
+    return torch.cdist(z.reshape(-1, z.shape[-1]), table).reshape(*z.shape[:3], -1)
+
+  def encode(self, pixels):
+    table = self.model.quantize.embedding.weight
+    stored = table.clone()
+    table.copy_(normalize(stored, dim=-1))
+    found = self.model.encode(pixels.permute(0, 3, 1, 2))
+    table.copy_(stored)
+    return found.image_tokens.reshape(-1, *found.last_hidden_state.shape[2:])
+
+  def decode(self, codes):
+    self.model.quantize.quant_state_dims = list(codes.shape[1:])
+    return self.model.decode(codes.flatten(1)).permute(0, 2, 3, 1)
+
+
 class Chameleon:
   """Reference for Chameleon: ChameleonVQVAE and Janus' decoder."""
 
@@ -95,15 +157,7 @@ class Chameleon:
     from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 
     self.attention, self.last = config.level_attention, len(config.widths) - 1
-    width = config.widths[0]
-    sizes = {
-      "embed_dim": config.code_dim,
-      "num_embeddings": num_codes,
-      "latent_channels": config.latent_channels,
-      "base_channels": width,
-      "channel_multiplier": tuple(w // width for w in config.widths),
-      "num_res_blocks": config.blocks,
-    }
+    sizes = janus_sizes(config, num_codes)
     lowest = config.resolution // config.downsample
     places = {"resolution": config.resolution}
     places["attn_resolutions"] = [lowest] if self.attention else None
@@ -143,7 +197,8 @@ class Chameleon:
 
 
 def build(config: PublishedConfig, num_codes: int):
-  return (Amused if config.family == "amused" else Chameleon)(config, num_codes)
+  classes = {"amused": Amused, "chameleon": Chameleon, "llamagen": Janus, "janus": Janus}
+  return classes[config.family](config, num_codes)
 
 
 def make(config: PublishedConfig, num_codes: int, seed: int = 0):

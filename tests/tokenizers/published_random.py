@@ -1,4 +1,4 @@
-"""Writes a small image tokenizer of aMUSEd's layout with random weights."""
+"""Writes a small image tokenizer of a published layout with random weights."""
 
 import dataclasses
 import pathlib
@@ -16,25 +16,25 @@ FAMILY = dataclasses.replace(
 )
 
 
-def save_random(folder, num_codes: int, seed: int = 0) -> ImageTokenizer:
-  """Saves random weights with diffusers' names and config; returns their tokenizer."""
+def save_random(folder, num_codes: int, seed: int = 0, family=FAMILY) -> ImageTokenizer:
+  """Saves random weights with a family's names, aMUSEd's with config; returns their tokenizer."""
   rng, tensors = np.random.default_rng(seed), {}
-  for name, shape in published_files.tensor_shapes(FAMILY, num_codes).items():
+  for name, shape in published_files.tensor_shapes(family, num_codes).items():
     scale = np.prod(shape[1:]) ** -0.5 if len(shape) == 4 else 1 if len(shape) == 2 else 0.3
     around = float("norm" in name and name.endswith("weight"))
     tensors[name] = rng.normal(around, scale, shape).astype(np.float32)
   pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
   save_file(tensors, pathlib.Path(folder) / DIFFUSERS)
-  config = {theirs: getattr(FAMILY, ours) for ours, theirs in published_files.SIZES.items()}
+  config = {theirs: getattr(family, ours) for ours, theirs in published_files.SIZES.items()}
   config |= {name: value for name, (value, _) in published_files.FIXED.items()}
-  levels = len(FAMILY.widths)
+  levels = len(family.widths)
   config |= {
     "num_vq_embeddings": num_codes,
     "down_block_types": ["DownEncoderBlock2D"] * levels,
     "up_block_types": ["UpDecoderBlock2D"] * levels,
     "lookup_from_codebook": True,
   }
-  write_json(pathlib.Path(folder) / "config.json", config)
-  return ImageTokenizer(
-    FAMILY, num_codes, published_files.from_tensors(tensors, FAMILY, num_codes), 4
-  )
+  if family.family == "amused":
+    write_json(pathlib.Path(folder) / "config.json", config)
+  params = published_files.from_tensors(tensors, family, num_codes)
+  return ImageTokenizer(family, num_codes, params, 4)

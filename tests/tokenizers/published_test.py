@@ -69,6 +69,7 @@ def swapped(params, side, level, first, second):
     ("chameleon", {"level_attention": True}),
     pytest.param("amused", {}, marks=pytest.mark.slow),
     pytest.param("chameleon", {}, marks=pytest.mark.slow),
+    ("llamagen", {}),
   ],
 )
 def test_codes_and_pixels_equal_torch(family, fields):
@@ -84,21 +85,38 @@ def test_codes_and_pixels_equal_torch(family, fields):
   assert largest_difference(config, NUM_CODES, decoder, oracle, codes) > 100 * TOLERANCE
 
 
+def test_codes_of_unequal_lengths_are_normalized():
+  """Codes and pixels equal Janus', unless the codes keep their lengths."""
+  oracle, params = make(config := small("janus"))
+  images = some_images(24, 32)
+  codes = np.random.default_rng(2).integers(0, NUM_CODES, (2, 6, 8))
+  table = oracle.model.quantize.embedding.weight.detach().numpy()
+  assert np.linalg.norm(table, axis=-1).std() > 0.5
+  not_normalized = params | {"quantize": {"embedding": {"embedding": table}}}
+  assert num_different(config, NUM_CODES, params, oracle, images) == 0
+  assert num_different(config, NUM_CODES, not_normalized, oracle, images) > 5
+  assert largest_difference(config, NUM_CODES, params, oracle, codes) < TOLERANCE
+  assert largest_difference(config, NUM_CODES, not_normalized, oracle, codes) > 100 * TOLERANCE
+
+
 # Published (levels, codes per image, code width) and number of parameters of each family.
 PUBLISHED = {
   "amused": (16, 256, 64, 146_244_675),
   "chameleon": (16, 1_024, 256, 68_718_467),
+  "llamagen": (16, 256, 8, 71_883_403),
+  "janus": (16, 576, 8, 71_883_403),
 }
+NUM_PUBLISHED = {"amused": 8_192, "chameleon": 8_192, "llamagen": 16_384, "janus": 16_384}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_published_tensors_have_the_names_and_shapes_of_torch(family):
-  config = FAMILIES[family]
+  config, count = FAMILIES[family], NUM_PUBLISHED[family]
   with torch.device("meta"):
-    oracle = published_oracles.build(config, 8_192)
+    oracle = published_oracles.build(config, count)
   found = {name: tuple(value.shape) for name, value in oracle.tensors().items()}
-  assert published_files.tensor_shapes(config, 8_192) == found
+  assert published_files.tensor_shapes(config, count) == found
   numbers = sum(math.prod(shape) for shape in found.values())
   assert (config.downsample, config.image_tokens, config.code_dim, numbers) == PUBLISHED[family]
 
@@ -117,24 +135,37 @@ NAMES = {
     "decoder.up.0.block.2.conv2.weight": (128, 128, 3, 3),
     "post_quant_conv.weight": (256, 256, 1, 1),
   },
+  "llamagen": {
+    "encoder.conv_blocks.0.downsample.conv.weight": (128, 128, 3, 3),
+    "encoder.conv_blocks.4.attn.1.q.weight": (512, 512, 1, 1),
+    "decoder.mid.2.conv2.weight": (512, 512, 3, 3),
+    "decoder.conv_blocks.0.res.2.conv1.weight": (512, 512, 3, 3),
+    "decoder.conv_blocks.3.res.0.nin_shortcut.weight": (128, 256, 1, 1),
+    "quantize.embedding.weight": (16_384, 8),
+  },
+  "janus": {
+    "encoder.down.4.attn.1.q.weight": (512, 512, 1, 1),
+    "decoder.up.3.upsample.conv.weight": (128, 128, 3, 3),
+    "decoder.up.4.block.2.conv2.weight": (128, 128, 3, 3),
+  },
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_published_names_literals(family):
-  shapes = published_files.tensor_shapes(FAMILIES[family], 8_192)
+  shapes = published_files.tensor_shapes(FAMILIES[family], NUM_PUBLISHED[family])
   assert {name: shapes.get(name) for name in NAMES[family]} == NAMES[family]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_published_sizes_equal_torch(family, optimized):
-  config = FAMILIES[family]
-  oracle = published_oracles.make(config, 8_192)
-  params = load(config, 8_192, oracle)
-  assert num_different(config, 8_192, params, oracle, some_images(64, 96, 1)) == 0
-  codes = np.random.default_rng(2).integers(0, 8_192, (1, 4, 6))
-  assert largest_difference(config, 8_192, params, oracle, codes) < TOLERANCE
+  config, count = FAMILIES[family], NUM_PUBLISHED[family]
+  oracle = published_oracles.make(config, count)
+  params = load(config, count, oracle)
+  assert num_different(config, count, params, oracle, some_images(64, 96, 1)) == 0
+  codes = np.random.default_rng(2).integers(0, count, (1, 4, 6))
+  assert largest_difference(config, count, params, oracle, codes) < TOLERANCE
 
 
 def test_impossible_sizes_are_refused():
