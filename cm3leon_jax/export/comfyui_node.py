@@ -42,33 +42,34 @@ def _images(response: dict) -> tuple[torch.Tensor]:
 class Generate:
   """Images for a prompt. ComfyUI passes the fields of INPUT_TYPES to the method FUNCTION."""
 
-  CATEGORY, FUNCTION, RETURN_TYPES = "cm3leon", "run", ("IMAGE",)
+  CATEGORY, FUNCTION, RETURN_TYPES = "cm3leon", "generate", ("IMAGE",)
   FIELDS: ClassVar[dict] = {"prompt": ("STRING", {"multiline": True}), "n": ("INT", {"default": 1})}
 
   @classmethod
   def INPUT_TYPES(cls) -> dict:
     return {"required": {**cls.FIELDS, "seed": ("INT", {"default": 0, "max": 2**32 - 1})}}
 
-  def run(self, **fields: Any) -> tuple:
+  def generate(self, **fields: Any) -> tuple:
     return _images(_post("images/generations", json=fields))
 
 
 class Edit(Generate):
   """The first image of a batch, edited by an instruction."""
 
+  FUNCTION = "edit"
   FIELDS: ClassVar[dict] = {"image": ("IMAGE",), "prompt": ("STRING", {"multiline": True})}
 
-  def run(self, image: torch.Tensor, **fields: Any) -> tuple:
+  def edit(self, image: torch.Tensor, **fields: Any) -> tuple:
     return _images(_post("images/edits", data=fields, files={"image": ("a.png", _png(image[0]))}))
 
 
 class Caption(Generate):
   """A caption of the first image of a batch, or the answer to a question about it."""
 
-  RETURN_TYPES = ("STRING",)
+  FUNCTION, RETURN_TYPES = "caption", ("STRING",)
   FIELDS: ClassVar[dict] = {"image": ("IMAGE",), "question": ("STRING", {"default": ""})}
 
-  def run(self, image: torch.Tensor, question: str, seed: int) -> tuple:
+  def caption(self, image: torch.Tensor, question: str, seed: int) -> tuple:
     url = f"data:image/png;base64,{base64.b64encode(_png(image[0])).decode()}"
     content: list[dict] = [{"type": "image_url", "image_url": {"url": url}}]
     content += [{"type": "text", "text": question}] if question else []

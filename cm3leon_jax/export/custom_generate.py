@@ -49,8 +49,7 @@ def generate(
     ValueError: an argument is unknown or wrong.
   """
   own = model.config.cm3leon
-  chosen = _chosen(own["text_to_image"], settings)
-  weights = _weights(chosen["guidance_scale"], chosen["guidance_schedule"], own["image_tokens"])
+  chosen = _chosen(own["text_to_image"], settings) | ({} if do_sample else {"top_k": 1})
   prompts = input_ids if inputs is None else inputs
   if getattr(prompts, "ndim", 0) != 2:
     raise ValueError("give prompts, a tensor of token ids with two axes.")
@@ -65,28 +64,34 @@ def generate(
     positions[: len(prompts), -position_ids.shape[1] :] = position_ids
   elif own["align_images"] and (ids >= own["text_size"]).any():
     raise ValueError("a prompt has images: pass position_ids, see config.json.")
-  if not do_sample:
-    chosen["top_k"] = 1
   seed = int(torch.randint(2**31, ())) if seed is None else seed
   generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+  codes = _decode(model, ids, mask, positions, generators, chosen)
+  return torch.cat([prompts.to(codes), codes], 1)
+
+
+def _decode(
+  model: torch.nn.Module,
+  ids: torch.Tensor,
+  mask: torch.Tensor,
+  positions: torch.Tensor,
+  generators: list,
+  settings: dict,
+) -> torch.Tensor:
+  """Decodes the image of each generator; returns ids [B, I]. The other tensors are [R, P]."""
+  own, rows, drawn = model.config.cm3leon, len(generators), []
   codes = slice(own["text_size"], own["text_size"] + own["image_size"])
   # Versions of transformers name this argument differently.
   named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-  cache, drawn = {named: DynamicCache(config=model.config)}, [prompts.to(ids)]
-  for weight in weights:
-    result = model(
-      input_ids=ids,
-      attention_mask=mask,
-      position_ids=positions,
-      use_cache=True,
-      logits_to_keep=1,
-      **cache,
-    )
+  options = {named: DynamicCache(config=model.config), "use_cache": True, "logits_to_keep": 1}
+  scale, schedule = settings["guidance_scale"], settings["guidance_schedule"]
+  for weight in _weights(scale, schedule, own["image_tokens"]):
+    result = model(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
     logits = result.logits[:, -1, codes].float()
-    conditional, unconditional = logits[: len(prompts)], logits[-len(prompts) :]
+    conditional, unconditional = logits[:rows], logits[-rows:]
     guided = unconditional + weight * (conditional - unconditional)
-    drawn.append(_sample(guided, generators, chosen) + codes.start)
-    ids = drawn[-1].repeat(len(streams), 1)
+    drawn.append(_sample(guided, generators, settings) + codes.start)
+    ids = drawn[-1].repeat(len(ids) // rows, 1)
     mask, positions = pad(mask, (0, 1), value=1), positions[:, -1:] + 1
   return torch.cat(drawn, 1)
 

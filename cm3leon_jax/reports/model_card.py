@@ -26,8 +26,9 @@ def write(folder: epath.PathLike, run: Run, step: int, exported: dict) -> None:
   """
   summary, learned = summary_lib.collect(run.folder), training_data.read(folder)
   trained = run.settings if "cost" in exported else settings_of_run(run.folder)
-  options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-  environment = jinja2.Environment(loader=jinja2.PackageLoader(__package__, ""), **options)
+  loader, undefined = jinja2.PackageLoader(__package__, ""), jinja2.StrictUndefined
+  environment = jinja2.Environment(loader=loader, undefined=undefined)
+  environment.trim_blocks = environment.lstrip_blocks = True
   environment.filters |= {"cell": cell, "clock": clock, "count": lambda x: f"{x:,}"}
   text = environment.get_template("model_card.md.jinja").render(
     version=cm3leon_jax.__version__,

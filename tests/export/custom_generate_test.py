@@ -102,7 +102,7 @@ def test_greedy_codes_are_those_of_this_project(models, more):
 
 def test_prompts_with_documents_take_positions(models):
   """With `position_ids` if positions are counted from images; without them, this is an error."""
-  folder, model, own = models
+  _, model, own = models
   [sample] = own.generate(CAPTIONS[0], retrieve=2, top_k=1)
   [request] = own.requests([dataclasses.replace(sample.task, seed=0)])
   prompt = request.streams[0]
@@ -149,7 +149,7 @@ def test_a_row_depends_on_its_seed_only(models):
 @pytest.mark.parametrize("top_p", [0.8, 1.0])
 def test_first_codes_have_the_frequencies_of_our_sampler(models, top_p, monkeypatch):
   """Guided logits agree to 1e-4, and sampled codes by chi-squared; another temperature does not."""
-  folder, model, own = models
+  _, model, own = models
   count, settings = 2_000, {"temperature": 0.7, "top_k": 12, "top_p": top_p}
   seen = []
   sample = custom_generate._sample
