@@ -10,6 +10,7 @@ transformers. The field `cm3leon` of config.json has the run's settings.
 
 import inspect
 import math
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -20,7 +21,7 @@ from transformers import DynamicCache
 def generate(
   inputs: torch.Tensor | None = None,
   *,
-  model: torch.nn.Module,
+  model: Any,
   input_ids: torch.Tensor | None = None,
   attention_mask: torch.Tensor | None = None,
   position_ids: torch.Tensor | None = None,
@@ -50,7 +51,7 @@ def generate(
   """
   own = model.config.cm3leon
   chosen = _chosen(own["text_to_image"], settings) | ({} if do_sample else {"top_k": 1})
-  prompts = input_ids if inputs is None else inputs
+  prompts: Any = input_ids if inputs is None else inputs
   if getattr(prompts, "ndim", 0) != 2:
     raise ValueError("give prompts, a tensor of token ids with two axes.")
   streams = [(prompts, attention_mask)]
@@ -71,7 +72,7 @@ def generate(
 
 
 def _decode(
-  model: torch.nn.Module,
+  model: Any,
   ids: torch.Tensor,
   mask: torch.Tensor,
   positions: torch.Tensor,
@@ -124,7 +125,7 @@ def _weights(scale: float, schedule: str, count: int) -> list[float]:
   return (1 + (scale - 1) * ramps[schedule]).tolist()
 
 
-def _joined(streams: list, model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def _joined(streams: list, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
   """Pads (ids, mask or None) of all streams to one width; returns ids and mask [R, P]."""
   rows, own = len(streams[0][0]), model.config.cm3leon
   width = max(ids.shape[1] for ids, _ in streams)

@@ -39,7 +39,7 @@ WEIGHTS = tensor_files.WEIGHTS
 # File of this package -> its copy in an export, which does not need this package.
 SCRIPTS = {
   "custom_generate.py": "custom_generate/generate.py",
-  "comfyui_node.py": "comfyui/cm3leon.py",
+  "comfyui_node.py": "comfyui_node.py",
 }
 
 

@@ -39,7 +39,7 @@ def nodes(live, tmp_path, monkeypatch):
   """Loads the nodes from the copy in an export, and makes each with its default inputs."""
   monkeypatch.setenv("CM3LEON_URL", live.url)
   huggingface.write_scripts(tmp_path)
-  spec = importlib.util.spec_from_file_location("node", tmp_path / "comfyui" / "cm3leon.py")
+  spec = importlib.util.spec_from_file_location("node", tmp_path / "comfyui_node.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.NODE_CLASS_MAPPINGS

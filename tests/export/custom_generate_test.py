@@ -1,7 +1,9 @@
 """Tests that transformers' `generate` draws an export's images as this project does."""
 
 import dataclasses
-import json
+import importlib.resources
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from cm3leon_jax import CM3Leon
 from cm3leon_jax.commands import export
 from cm3leon_jax.decoding.sampling import guidance, rows
 from cm3leon_jax.decoding.sampling.rows import SamplingValues, StreamLogits
+from cm3leon_jax.export import huggingface
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.positions import positions_of
 from tests.generation.run import SETTINGS, VOCAB, save_run
@@ -176,8 +179,6 @@ def test_first_codes_have_the_frequencies_of_our_sampler(models, top_p, monkeypa
 
 
 def guided_logits(own, prompt):
-  from cm3leon_jax.export import huggingface
-
   streams = [np.array(prompt), np.array([VOCAB.eos, VOCAB.mask(0), VOCAB.brk])]
   config, run = own.pipeline.settings.model, own.run
   with jax.set_mesh(own.mesh):
@@ -227,4 +228,11 @@ def p_value(first, second):
 def test_wrong_arguments_are_refused(models, options, message):
   with refused(ValueError, message):
     custom_generate.generate(**{"inputs": padded(PROMPTS), "model": models[1], **options})
-  assert "cm3leon_jax" not in json.dumps(sorted(vars(custom_generate)))
+
+
+@pytest.mark.parametrize("name", huggingface.SCRIPTS)
+def test_scripts_import_only_what_their_users_have(name):
+  source = importlib.resources.files("cm3leon_jax.export").joinpath(name).read_text()
+  lines = re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE)
+  known = {"numpy", "PIL", "requests", "torch", "transformers", *sys.stdlib_module_names}
+  assert {"torch"} <= set(lines) <= known
