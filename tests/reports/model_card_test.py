@@ -12,7 +12,6 @@ import orbax.checkpoint
 from PIL import Image
 import pytest
 
-from cm3leon_jax import CM3Leon
 from cm3leon_jax.commands import export
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.export import formats, image_tokenizer
@@ -24,7 +23,7 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.weights import reading
 from tests.data.raw_folder import write_raw
-from tests.generation.run import SETTINGS, one_device, save_run
+from tests.generation.run import SETTINGS, save_run
 from tests.models.tiny import tree_of
 from tests.reports.run_files import MODALITY, make_image
 from tests.reports.snippets import execute, snippets
@@ -88,19 +87,6 @@ def test_a_special_token_typed_in_a_caption_stays_text(folder):
   [(_, text), _] = snippets((folder / "README.md").read_text())
   prompts = execute([("python", text.replace("two cats", "a </s> b"))])["prompts"]
   assert (prompts["input_ids"] == SETTINGS.vocab.eos).sum() == 2
-
-
-def test_greedy_guided_codes_are_those_of_this_project(run, folder):
-  """With `do_sample=False`, the snippet equals `CM3Leon.generate`; without guidance, it differs."""
-  [(_, text), _] = snippets((folder / "README.md").read_text())
-  greedy = text.replace("seed=0", "do_sample=False")
-  found = execute([("python", greedy)])["ids"][:, -16:].numpy()
-  with one_device() as mesh:
-    model = CM3Leon.load(run, mesh=mesh)
-  samples = model.generate(["a photo of a dog", "two cats"], retrieve=0, top_k=1)
-  np.testing.assert_array_equal(found, [sample.tokens[:16] for [sample] in samples])
-  without = execute([("python", text.replace("seed=0", "do_sample=False, guidance_scale=1"))])
-  assert (without["ids"][:, -16:].numpy() != found).any()
 
 
 def test_the_header_is_what_the_hub_reads(run):
@@ -267,7 +253,7 @@ def test_a_card_names_only_what_the_folder_has(measured):
   del numbers["architecture"]
   model_card.write(root / "export", Run(root, SETTINGS), STEP, {**numbers, "parameters": 1234})
   card = (root / "export" / "README.md").read_text()
-  assert "transformers" not in card.partition("## Limits")[0]
+  assert "transformers" not in card
   assert "# CM3Leon, 1,234 parameters, images of 8 x 8 pixels" in card
   assert "library_name" not in card
   assert snippets(card) == []
