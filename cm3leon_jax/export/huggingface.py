@@ -11,6 +11,7 @@ contains a note about this.
 from collections.abc import Sequence
 import dataclasses
 import functools
+import importlib.resources
 import importlib.util
 
 from etils import epath
@@ -20,6 +21,8 @@ from jaxtyping import Array, Float32, Int32
 import numpy as np
 
 from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.decoding.request import unconditional_prompt
 from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import batch_shards, shard
@@ -33,20 +36,46 @@ from cm3leon_jax.weights.stored import StoredParams, of_tree
 from cm3leon_jax.weights.tensor_files import Tensor
 
 WEIGHTS = tensor_files.WEIGHTS
+# File of this package -> its copy in an export, which does not need this package.
+SCRIPTS = {
+  "custom_generate.py": "custom_generate/generate.py",
+  "comfyui_node.py": "comfyui_node.py",
+}
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   """Writes a run for `transformers.AutoModelForCausalLM` and `AutoTokenizer`. See `export`."""
   settings, choice = run.settings, run.choice
   described = hf_config(settings.model, settings.vocab)
+  described["cm3leon"] |= _text_to_image(settings)
   tensors = tensors_of(run.params, settings.model, choice.dtype)
   count = sum(tensor.size for tensor in tensors)
   if choice.quantize:
     described["quantization_config"] = int8.CONFIG
     tensors = int8.quantized(tensors)
+  write_scripts(folder)
   tokenizer = run.text_tokenizer
   numbers = write_model(folder, described, tensors, settings.vocab, tokenizer, choice.dtype)
   return {**numbers, "parameters": count}
+
+
+def write_scripts(folder: epath.PathLike) -> None:
+  """Copies `SCRIPTS` to an export."""
+  for source, target in SCRIPTS.items():
+    path = epath.Path(folder) / target
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(importlib.resources.files(__package__).joinpath(source).read_text("utf-8"))
+
+
+def _text_to_image(settings: Settings) -> dict:
+  """Returns what custom_generate.py reads from `cm3leon` in config.json."""
+  names = ("guidance_schedule", "temperature", "top_k", "top_p")
+  sampling = {name: getattr(settings.sampling, name) for name in names}
+  return {
+    "image_tokens": settings.vqgan.image_tokens,
+    "unconditional_prompt": unconditional_prompt(settings.vocab).tolist(),
+    "text_to_image": {"guidance_scale": settings.sampling.guidance, **sampling},
+  }
 
 
 def tensors_of(params: StoredParams, config: ModelConfig, dtype: str = "float32") -> list[Tensor]:

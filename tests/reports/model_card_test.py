@@ -8,10 +8,10 @@ from etils import epath
 import huggingface_hub
 import jax
 import numpy as np
+import orbax.checkpoint
 from PIL import Image
 import pytest
 
-from cm3leon_jax import CM3Leon
 from cm3leon_jax.commands import export
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.export import formats, image_tokenizer
@@ -23,7 +23,7 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.weights import reading
 from tests.data.raw_folder import write_raw
-from tests.generation.run import SETTINGS, one_device, save_run
+from tests.generation.run import SETTINGS, save_run
 from tests.models.tiny import tree_of
 from tests.reports.run_files import MODALITY, make_image
 from tests.reports.snippets import execute, snippets
@@ -61,43 +61,32 @@ def folder(run, monkeypatch):
 
 
 def test_all_snippets_run_in_the_folder_of_the_export(run, folder, capsys):
-  found = snippets((folder / "README.md").read_text())
-  assert [language for language, _ in found] == ["python", "bash", "python"]
-  names = execute(found)
+  card = (folder / "README.md").read_text()
+  first, second = snippets(card)
+  names = execute([first])
+  [command] = re.findall("`(python image_tokenizer/.*?)`", card)
+  execute([("bash", command)])
   vocab = SETTINGS.vocab
   ids = json.loads((folder / "ids.json").read_text())
-  words = TextTokenizer(run / "text_tokenizer", vocab).encode(names["caption"])
-  assert ids[:-16] == [vocab.eos, *words, vocab.brk]
-  codes = np.array(ids[-16:]) - vocab.text_size
-  expected = ImageTokenizer.load(run / "vqgan").decode(codes[None])
-  image = np.asarray(Image.open(folder / "image.png"))
-  assert image.shape == (8, 8, 3)
-  assert np.abs(image.astype(int) - expected[0]).max() <= 1
-  assert len(names["text"]) > 0
-  assert not vocab.is_image(names["text"].numpy()).any()
+  tokenizer = TextTokenizer(run / "text_tokenizer", vocab)
+  assert names["texts"] == [tokenizer.encode(x).tolist() for x in ("a photo of a dog", "two cats")]
+  for i, row in enumerate(ids):
+    prompt = [vocab.eos, *names["texts"][i], vocab.brk]
+    assert row[-16 - len(prompt) : -16] == prompt
+    codes = np.array(row[-16:]) - vocab.text_size
+    expected = ImageTokenizer.load(run / "vqgan").decode(codes[None])
+    image = np.asarray(Image.open(folder / f"image_{i}.png"))
+    assert image.shape == (8, 8, 3)
+    assert np.abs(image.astype(int) - expected[0]).max() <= 1
+  text = execute([(first[0], f"{first[1]}\n{second[1]}")])["text"][0, -32:]
+  assert not vocab.is_image(text.numpy()).any()
   assert capsys.readouterr().out.endswith("\n")
 
 
 def test_a_special_token_typed_in_a_caption_stays_text(folder):
-  [(_, text), *_] = snippets((folder / "README.md").read_text())
-  caption = re.search(r'caption = "(.*)"', text)[0]
-  names = execute([("python", text.replace(caption, 'caption = "a </s> b"'))])
-  assert (names["prompt"][0] == SETTINGS.vocab.eos).sum() == 1
-
-
-def test_greedy_guided_codes_are_those_of_this_project(run, folder):
-  """With `do_sample=False`, the snippet equals `CM3Leon.generate`; without guidance, it differs."""
-  [(_, text), *_] = snippets((folder / "README.md").read_text())
-  greedy = text.replace("do_sample=True", "do_sample=False")
-  assert f"guidance_scale={SETTINGS.sampling.guidance}" in greedy
-  names = execute([("python", greedy)])
-  with one_device() as mesh:
-    model = CM3Leon.load(run, mesh=mesh)
-  [sample] = model.generate(names["caption"], retrieve=0, top_k=1)
-  found = names["ids"][0, -16:].numpy() - SETTINGS.vocab.text_size
-  np.testing.assert_array_equal(found, SETTINGS.vocab.image_codes(sample.tokens[:16]))
-  without = execute([("python", re.sub("guidance_scale=.*", "guidance_scale=1.0,", greedy))])
-  assert (without["ids"] != names["ids"]).any()
+  [(_, text), _] = snippets((folder / "README.md").read_text())
+  prompts = execute([("python", text.replace("two cats", "a </s> b"))])["prompts"]
+  assert (prompts["input_ids"] == SETTINGS.vocab.eos).sum() == 2
 
 
 def test_the_header_is_what_the_hub_reads(run):
@@ -170,12 +159,13 @@ def test_figures_stand_with_their_protocol(measured):
 
 def test_a_card_says_that_weights_were_rounded_or_no_average(measured):
   root, _ = measured
-  numbers = {"parameters": 9, "image_tokenizer": {"resolution": 256, "image_tokens": 1024}}
+  numbers = {"parameters": 9}
+  numbers["image_tokenizer"] = {"resolution": 256, "image_tokens": 1024, "family": ""}
   for more, expected in (
     ({"average": False}, "the last parameters, which are exported here, were not measured."),
     (
       {"heldout_bits": {"before": {"image": 1.5}, "after": {"image": 1.625}}},
-      "before they were rounded. Bits of held-out documents, image: 1.5000 before, 1.6250 after",
+      "Bits of held-out documents, image: 1.5000 before, 1.6250 after rounding.",
     ),
   ):
     model_card.write(root / "export", Run(root, SETTINGS), STEP, numbers | more)
@@ -250,17 +240,21 @@ def test_texts_of_strangers_are_harmless(text, expected):
 
 
 def test_a_card_names_only_what_the_folder_has(measured):
-  """Without image tokenizer, a card has no script; without config.json, no transformers snippet."""
+  """Only hf has snippets; a published image tokenizer has no script."""
   root, _ = measured
-  assert "decode_image" in write_card(root)
-  for name, absent in (("image_tokenizer", "decode_image"), ("config.json", "transformers")):
-    path = root / "export" / name
-    path.rmtree() if path.is_dir() else path.unlink()
-    model_card.write(root / "export", Run(root, SETTINGS), STEP, {"parameters": 1234})
-    card = (root / "export" / "README.md").read_text()
-    uses = card.partition("## Limits")[0]
-    assert absent not in uses
-    assert "# CM3Leon, 1,234 parameters, images of 8 x 8 pixels" in card
+  card = write_card(root)
+  assert "decode_image" in card
+  numbers = read_json(root / "export" / stages.DONE)["summary"]
+  numbers["image_tokenizer"]["family"] = "amused"
+  model_card.write(root / "export", Run(root, SETTINGS), STEP, numbers)
+  card = (root / "export" / "README.md").read_text()
+  assert "decode_image" not in card
+  assert "codes from a codebook of 64, `amused`, read by" in card
+  del numbers["architecture"]
+  model_card.write(root / "export", Run(root, SETTINGS), STEP, {**numbers, "parameters": 1234})
+  card = (root / "export" / "README.md").read_text()
+  assert "transformers" not in card
+  assert "# CM3Leon, 1,234 parameters, images of 8 x 8 pixels" in card
   assert "library_name" not in card
   assert snippets(card) == []
 
@@ -272,8 +266,9 @@ def test_orbax_restores_the_parameters(run, tmp_path, monkeypatch):
   model_card.write(tmp_path, Run(run, SETTINGS), STEP, numbers)
   card = (tmp_path / "README.md").read_text()
   monkeypatch.chdir(tmp_path)
-  found = execute(snippets(card))["params"]
+  [text] = re.findall(r"`orbax\.checkpoint(.*?)`", card)
+  found = eval(f"orbax.checkpoint{text}", {"orbax": orbax, "os": os})
   expected = tree_of(reading.open_params(run / "train"))
   rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), expected)
   jax.tree.map(np.testing.assert_array_equal, found, rounded)
-  assert "stored as bfloat16 |" in card
+  assert "; stored as bfloat16 |" in card
