@@ -30,12 +30,13 @@ def product_flops(jaxpr, times=1):
   return total
 
 
-@pytest.mark.parametrize("targets", [(), ("q", "down")])
-def test_model_flops_of_adapters_are_those_of_the_traced_products(targets):
+@pytest.mark.parametrize(("targets", "key_heads"), [((), 0), (("q", "down"), 0), ((), 2)])
+def test_model_flops_of_adapters_are_those_of_the_traced_products(targets, key_heads):
   """The step computes the gradient of the whole output table, so here all its rows are trained."""
   config = ModelConfig(
     family="modern", vocab_size=96, num_layers=3, width=32, num_heads=4, mlp_width=64,
     max_positions=64, dtype="float32", remat_policy="none", loss_chunk=32,
+    num_kv_heads=key_heads,
   )  # fmt: skip
   adapter = AdapterConfig(rank=2, targets=targets)
   with jax.set_mesh(mesh_of(1, 1, 1)):
