@@ -3,7 +3,7 @@
 # B batch, L length, D width, N heads, G key heads, H head size, F feed-forward, V vocabulary, C
 # image codes, d code width.
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 import functools
 import math
 from typing import Any, TypeAlias
@@ -170,9 +170,9 @@ def apply_block(
   return x + product("down", "BLF,FD->BLD", up, params["down"], act)
 
 
-def projections(params: dict) -> tuple[Float[Array, "..."], ...]:
-  """Returns the matrices of queries, keys and values of a layer."""
-  return tuple(params["qkv"]) if "qkv" in params else (params["q"], *params["kv"])
+def projections(params: dict) -> Iterator[Float[Array, "..."]]:
+  """Yields the matrices of queries, keys and values of a layer."""
+  yield from params["qkv"] if "qkv" in params else (params["q"], *params["kv"])
 
 
 def places(params: Container[str]) -> list[tuple[str, tuple[int, ...]]]:

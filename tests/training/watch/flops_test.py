@@ -66,6 +66,10 @@ def test_7b_by_hand():
   per_token = 6 * 6_706_692_096 + 12 * 32 * 4_096 * 2_048
   assert flops.model_flops(config, 1, 4_096) == per_token == 43_461_378_048
   assert flops.model_flops(config, 4_096, 4_096) == 4_096 * per_token
+  # 32 heads share 8 key heads: keys and values have a quarter of the parameters.
+  shared = settings_from_config(cm3leon_7b.get_config("gqa")).model
+  layer = (2 + 2 / 4) * 4_096**2 + 3 * 4_096 * 12_288
+  assert flops.matmul_params(shared) == 32 * layer + 264_241_152 == 6_438_256_640
 
 
 @pytest.mark.parametrize(
