@@ -38,7 +38,7 @@ CHECKED = pathlib.Path(__file__).parents[2] / "workdir" / "cards_checked.json"
 KEPT = (
   "arguments_gib", "temporaries_gib", "sum_gib", "peak_gib", "rest_gib", "host_gib", "hbm_gib",
   "flops", "model_flops", "devices", "tokens", "collectives", "compute_seconds",
-  "collective_seconds",
+  "collective_seconds", "weights_gib", "cache_gib",
 )  # fmt: skip
 
 _SIZE = flags.DEFINE_enum("size", None, SIZES, "Model size of the cards (default: all).")
@@ -77,6 +77,8 @@ SLICES = {
 }
 # Slices of the program "adapters" of the 7B.
 ADAPTED = {"v5e-16": Slice("v5e-16", 1, (4, 4)), "v5p-8": Slice("v5p-8", 1, (4, 1))}
+# Slices of the program "gqa", the decoding of cm3leon_7b:gqa.
+GROUPED = ("v5e-256",)
 RANK = 16
 PROMPTS = 64  # Prompts per decoder replica; each has two guidance streams.
 
@@ -98,10 +100,11 @@ class Card:
   def command(self) -> list[str]:
     """Arguments of `cm3leon aot_compile`."""
     place = {**SLICES, **ADAPTED}[self.where]
-    command = [f"--config=cm3leon_{self.size}", f"--topology={place.topology}"]
+    variant = ":gqa" if self.program == "gqa" else ""
+    command = [f"--config=cm3leon_{self.size}{variant}", f"--topology={place.topology}"]
     if place.slices > 1:
       command.append(f"--slices={place.slices}")
-    if self.program == "decode":
+    if self.compiled == "decode":
       devices = place.slices * place.fsdp[0] * place.fsdp[1]
       replicas = devices // place.tensor
       axes = {"data": replicas, "fsdp": 1, "tensor": place.tensor}
@@ -116,7 +119,7 @@ class Card:
   @property
   def compiled(self) -> str:
     """Program of `cm3leon aot_compile`."""
-    return "train" if self.program == "adapters" else self.program
+    return {"adapters": "train", "gqa": "decode"}.get(self.program, self.program)
 
 
 # The compiler compiles this program, but cannot print it (libtpu 0.0.52, jax 0.10.2).
@@ -127,7 +130,11 @@ CARDS = [
   for size in SIZES
   for program in PROGRAMS
   if (size, where, program) not in NOT_PRINTED
-] + [Card("7b", where, "adapters") for where in ADAPTED]
+] + [
+  Card("7b", where, program)
+  for program, slices in (("adapters", ADAPTED), ("gqa", GROUPED))
+  for where in slices
+]
 
 
 def compiler() -> str:
@@ -146,7 +153,7 @@ def measure(card: Card) -> dict:
     reports = json.loads(path.read_text())
   report = reports[card.compiled]
   numbers = {key: report[key] for key in KEPT if key in report}
-  if card.program == "decode":
+  if card.compiled == "decode":
     numbers["prefill_peak_gib"] = reports["prefill"]["peak_gib"]
   date = datetime.datetime.now(datetime.UTC).date().isoformat()
   return {"command": " ".join(card.command), "compiler": compiler(), "date": date, **numbers}
@@ -190,6 +197,9 @@ ADAPTERS = """\
   device. Memory is arguments (frozen parameters, adapters, moments, rows) + temporaries. v5e-16 has
   16 chips, v5p-8 has 4.
 """
+SHARED = """\
+- **gqa**: decode of `cm3leon_7b:gqa`, whose heads share 8 key heads.
+"""
 TABLE = """
 | slice | program | GiB per device | FLOPs per device | collectives: number, GiB | compiled |
 |---|---|---|---|---|---|
@@ -206,7 +216,7 @@ def page(size: str, cards: dict[str, dict]) -> str:
   """Returns the page of a model size as Markdown."""
   parts = [HEADER.format(size=size, prompts=PROMPTS)]
   if any(card.size == size and card.program == "adapters" for card in CARDS):
-    parts.append(ADAPTERS.format(rank=RANK))
+    parts += [ADAPTERS.format(rank=RANK), SHARED]
   if cards:
     parts += [TABLE, *(_row(name, card) for name, card in cards.items())]
     parts.append(COMMANDS.format(commands="\n".join(c["command"] for c in cards.values())))
@@ -228,6 +238,8 @@ def _cells(card: dict) -> Iterator[str]:
     memory += f"; with the rest of the state {card['sum_gib'] + card['rest_gib']:.2f}"
   if "prefill_peak_gib" in card:
     memory += f"; prefill, at its peak, {card['prefill_peak_gib']:.2f}"
+  if "cache_gib" in card:
+    memory += f"; of weights {card['weights_gib']:.2f}, of the cache {card['cache_gib']:.2f}"
   yield memory
   flops = f"{card['flops']:.3e}"
   if "model_flops" in card:

@@ -152,6 +152,7 @@ def _decode_reports(
   step["slots"] = [seen.shape[1] for seen in lowered.state.seen]
   floor, bandwidth = weights + cache, topology.chip.hbm_bandwidth
   step["floor_bytes"] = floor
+  step |= {"weights_gib": weights / GIB, "cache_gib": cache / GIB}
   rate = prompts * bandwidth / floor
   step["floor"] = {
     "bytes of a step": f"{step['traffic'] / GIB:.3f} GiB moved; at least {floor / GIB:.3f}: "

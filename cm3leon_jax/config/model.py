@@ -30,6 +30,7 @@ class Traits:
     scaled_norms: uses RMSNorm with a scale instead of LayerNorm without parameters.
     head_norms: always normalizes queries and keys, see `ModelConfig.query_key_norm`.
     tied: uses one table for input and output embeddings.
+    shared_keys: can share key and value heads, see `ModelConfig.num_kv_heads`.
     starts_as_identity: initializes the output projections of residual branches to 0 (CM3Leon,
       section 2.3).
   """
@@ -39,12 +40,13 @@ class Traits:
   scaled_norms: bool = False
   head_norms: bool = False
   tied: bool = False
+  shared_keys: bool = False
   starts_as_identity: bool = False
 
 
 FAMILIES: dict[str, Traits] = {
   "opt": Traits(tied=True, starts_as_identity=True),
-  "modern": Traits(rotary=True, gated=True, scaled_norms=True, head_norms=True),
+  "modern": Traits(rotary=True, gated=True, scaled_norms=True, head_norms=True, shared_keys=True),
 }
 
 
@@ -74,6 +76,10 @@ class ModelConfig:
   """Width of the activations between layers."""
   num_heads: PositiveInt = 32
   """Number of attention heads. It must divide `width` if `head_size` is 0."""
+  num_kv_heads: NonNegativeInt = 0
+  """Number of key and value heads of `modern`, which must divide `num_heads`; 0 means `num_heads`.
+  Each is shared by `num_heads` / `num_kv_heads` adjacent attention heads (grouped-query attention,
+  Ainslie et al. 2023), so the cache of generation is smaller by this factor."""
   head_size: NonNegativeInt = 0
   """Size of an attention head; 0 means `width` / `num_heads`. `modern` needs an even size. Some
   published models need it, such as Qwen3-0.6B with a width of 1,024 and 16 heads of size 128."""
@@ -144,6 +150,15 @@ class ModelConfig:
       raise ValueError(
         f"{what} is {self.head_dim}, which is odd; rotary positions need an even head size."
       )
+    if self.num_heads % self.key_heads:
+      raise ValueError(
+        f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})."
+      )
+    if self.is_grouped and not self.traits.shared_keys:
+      raise ValueError(
+        f"num_kv_heads is {self.num_kv_heads}, but family is '{self.family}', which has a key head "
+        f"for each of its {self.num_heads} heads; only {_with('shared_keys')} can share key heads."
+      )
     if self.rope_base and not self.traits.rotary:
       raise ValueError(
         f"rope_base is {self.rope_base}, but family is '{self.family}'; only {_with('rotary')} has "
@@ -174,6 +189,16 @@ class ModelConfig:
   def head_dim(self) -> int:
     """Size of an attention head."""
     return self.head_size or self.width // self.num_heads
+
+  @property
+  def key_heads(self) -> int:
+    """Number of key heads, and of value heads."""
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def is_grouped(self) -> bool:
+    """Whether several attention heads share a key head."""
+    return self.key_heads < self.num_heads
 
   @property
   def rotary_base(self) -> float:

@@ -18,6 +18,8 @@ from cm3leon_jax.config.training import OptimizerConfig, ReinforceConfig, TrainC
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.vocab import VocabLayout
 
+SPLIT_BY_TENSOR = ("num_heads", "num_kv_heads", "mlp_width")  # Sizes of axes split over `tensor`.
+
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Settings:
@@ -68,17 +70,19 @@ class Settings:
       )
     if self.vqgan.quantizer == "fsq":
       check_levels(self.vocab.image_size, self.vqgan.code_dim)
-    for field in ("num_heads", "mlp_width"):
-      if self.mesh.tensor > 0 and getattr(self.model, field) % self.mesh.tensor:
+    for field in SPLIT_BY_TENSOR:
+      size = getattr(self.model, field)
+      if self.mesh.tensor > 0 and size % self.mesh.tensor:
         raise ValueError(
-          f"mesh.tensor is {self.mesh.tensor}; "
-          f"it must divide model.{field} = {getattr(self.model, field)}."
+          f"mesh.tensor is {self.mesh.tensor}; it must divide model.{field} = {size}."
         )
 
   def check_split(self, axes: Mapping[str, int]) -> None:
     """Raises ValueError unless the parameters can be split evenly over the mesh axes."""
     fsdp = axes["fsdp"] * axes["fsdp_inner"]
-    for field, parts in (("width", fsdp), ("vocab_size", fsdp * axes["tensor"])):
+    tensor = axes["tensor"]
+    split = {"width": fsdp, "vocab_size": fsdp * tensor, **dict.fromkeys(SPLIT_BY_TENSOR, tensor)}
+    for field, parts in split.items():
       if (size := getattr(self.model, field)) % parts:
         copies = axes["data"] * fsdp
         raise ValueError(

@@ -1,7 +1,7 @@
 """Implements the key-value cache of decoding, and attention over the entries of the cache."""
 
-# K layers, B samples, S guidance streams, R rows (B x S, or prompts), N heads, T entries, L new
-# tokens, H head size.
+# K layers, B samples, S guidance streams, R rows (B x S, or prompts), N heads, G key heads, T
+# entries, L new tokens, H head size.
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Int32, Shaped
 
 from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.mesh import shard, spec
-from cm3leon_jax.models.attention import wide
+from cm3leon_jax.models.attention import by_key_head, wide
 
 DTYPES = ("compute", "int8")
 AXES = ("batch", "heads", "length", "head_dim")
-Read: TypeAlias = Float[Array, "R L N H"]  # Queries, keys or values of new tokens.
+Read: TypeAlias = Float[Array, "R L _ H"]  # Queries, keys or values of new tokens.
 Size: TypeAlias = Any  # An int or a symbolic dimension of `jax.export`.
 
 
@@ -33,13 +33,13 @@ class LayerCache(NamedTuple):
       largest absolute entry, divided by 127. None for other dtypes.
   """
 
-  keys: Shaped[Array, "R N T H"]
-  values: Shaped[Array, "R N T H"]
-  key_scales: Float32[Array, "R N T 1"] | None = None
-  value_scales: Float32[Array, "R N T 1"] | None = None
+  keys: Shaped[Array, "R G T H"]
+  values: Shaped[Array, "R G T H"]
+  key_scales: Float32[Array, "R G T 1"] | None = None
+  value_scales: Float32[Array, "R G T 1"] | None = None
 
   def write(
-    self, entry: int | Int[Array, ""], k: Float[Array, "R L N H"], v: Float[Array, "R L N H"]
+    self, entry: int | Int[Array, ""], k: Float[Array, "R L G H"], v: Float[Array, "R L G H"]
   ) -> "LayerCache":
     """Writes `k` and `v` to entries [entry, entry + L)."""
 
@@ -62,17 +62,19 @@ class LayerCache(NamedTuple):
     entry. The result has the sharding of `q`.
     """
     keys, values = self.keys.astype(q.dtype), self.values.astype(q.dtype)
-    scores = (
-      jnp.einsum("RLNH,RNTH->RNLT", q, keys, preferred_element_type=wide(q.dtype))
-      * q.shape[-1] ** -0.5
-    )
-    if self.key_scales is not None:
-      scores *= self.key_scales.swapaxes(2, 3)
-    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
-    if self.value_scales is not None:
-      weights *= self.value_scales.swapaxes(2, 3)
-    heads = spec("batch", "length", "heads", "head_dim")
-    return jnp.einsum("RNLT,RNTH->RLNH", weights.astype(q.dtype), values, out_sharding=heads)
+
+    def attend(q: Float[Array, "R L G H"]) -> Float[Array, "R L G H"]:
+      scores = jnp.einsum("RLGH,RGTH->RGLT", q, keys, preferred_element_type=wide(q.dtype))
+      scores *= q.shape[-1] ** -0.5
+      if self.key_scales is not None:
+        scores *= self.key_scales.swapaxes(2, 3)
+      weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
+      if self.value_scales is not None:
+        weights *= self.value_scales.swapaxes(2, 3)
+      heads = spec("batch", "length", "heads", "head_dim")
+      return jnp.einsum("RGLT,RGTH->RLGH", weights.astype(q.dtype), values, out_sharding=heads)
+
+    return by_key_head(attend, q, keys.shape[1])
 
 
 Layers: TypeAlias = tuple[LayerCache, ...]  # Caches of all layers for one stream.
@@ -88,15 +90,15 @@ def over_streams(
   Args:
     layers: caches by layer and stream; the returned function replaces them after each write.
     masks: one mask per stream; see `LayerCache.attend`.
-    write: a function (cache, stream, k, v) -> cache, with k and v of shape [B, L, N, H].
+    write: a function (cache, stream, k, v) -> cache, with k and v of shape [B, L, G, H].
 
   Returns:
-    A function (layer, q, k, v) -> result, with arrays of shape [R, L, N, H]. The streams of a
-    sample are adjacent rows.
+    A function (layer, q, k, v) -> result, with q and result of shape [R, L, N, H] and k and v of
+    shape [R, L, G, H]. The streams of a sample are adjacent rows.
   """
   streams, heads = len(masks), ("length", "heads", "head_dim")
 
-  def by_stream(x: Read) -> Float[Array, "B S L N H"]:
+  def by_stream(x: Read) -> Float[Array, "B S L _ H"]:
     return jnp.reshape(x, (-1, streams, *x.shape[1:]), out_sharding=spec("batch", None, *heads))
 
   def attend(i: int, q: Read, k: Read, v: Read) -> Read:
@@ -114,8 +116,8 @@ def over_streams(
 def empty(config: ModelConfig, rows: Size, capacity: Size, dtype: str = "compute") -> Layers:
   """Makes a cache with `capacity` empty entries for each layer. `dtype` is one of `DTYPES`."""
 
-  def zeros(dtype: DTypeLike, size: int = config.head_dim) -> Shaped[Array, "R N T size"]:
-    shape = (rows, config.num_heads, capacity, size)
+  def zeros(dtype: DTypeLike, size: int = config.head_dim) -> Shaped[Array, "R G T size"]:
+    shape = (rows, config.key_heads, capacity, size)
     return jnp.zeros(shape, dtype, out_sharding=spec(*AXES))
 
   def layer() -> LayerCache:
@@ -130,7 +132,7 @@ def empty(config: ModelConfig, rows: Size, capacity: Size, dtype: str = "compute
 def rows(cache: Layers, index: Int32[Array, " rows"], kept: Size, capacity: Size) -> Layers:
   """Gathers cache rows (see `local_rows`), keeps the last `kept` entries, pads to `capacity`."""
 
-  def take(x: Shaped[Array, "R N T H"]) -> Shaped[Array, "rows N kept H"]:
+  def take(x: Shaped[Array, "R G T H"]) -> Shaped[Array, "rows G kept H"]:
     return local_rows(x[:, :, x.shape[2] - kept :], index)
 
   return grown(jax.tree.map(take, cache), capacity - kept)

@@ -90,8 +90,8 @@ def extend(
 ) -> Float[Array, "R L D"]:
   """Reads L more tokens in each row and returns their hidden states after the final norm.
 
-  `model` is `DecodeParams.model`. `attend` is a function (layer, q, k, v) -> result, with arrays of
-  shape [R, L, N, H]. The function also stores k and v.
+  `model` is `DecodeParams.model`. `attend` is a function (layer, q, k, v) -> result, see
+  `cache.over_streams`. The function also stores k and v.
   """
   bound = transformer.bind(config, {**model, "blocks": {}})
   x = bound.embed_tokens(tokens, positions)

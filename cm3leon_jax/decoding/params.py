@@ -18,7 +18,7 @@ from cm3leon_jax.vocab import VocabLayout
 
 DTYPES = ("compute", "int8")
 # Matrix of a block -> axes over which its product sums.
-SUMMED = {"qkv": (1,), "out": (0, 1), "up": (0,), "gate": (0,), "down": (0,)}
+SUMMED = {"qkv": (1,), "q": (0,), "kv": (1,), "out": (0, 1), "up": (0,), "gate": (0,), "down": (0,)}
 
 
 class Int8(NamedTuple):
@@ -76,7 +76,7 @@ def head_axis(rows: int) -> str | None:
   return None if rows % devices else "vocab"
 
 
-def _at(tree: PyTree, i: int) -> PyTree:
+def _at(tree: PyTree, i: int | tuple[int, ...]) -> PyTree:
   return jax.tree.map(lambda x: x[i], tree)
 
 
@@ -84,7 +84,9 @@ def prepare_layer(layer: dict, dtype: str = "compute") -> dict:
   """Prepares a layer whose parameters already have the compute dtype; see `prepare`."""
   if dtype == "int8":
     layer = {name: quantized(w, SUMMED[name]) if name in SUMMED else w for name, w in layer.items()}
-  return {**layer, "qkv": tuple(_at(layer["qkv"], i) for i in range(3))}
+  qkv = tuple(_at(layer[name], index) for name, index in transformer.places(layer))
+  rest = {name: w for name, w in layer.items() if name not in ("q", "kv")}
+  return {**rest, "qkv": qkv}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "vocab", "dtype", "image_head"))

@@ -3,10 +3,10 @@
 In the larger tables, the special tokens precede the source's ids, and the image codes follow them.
 """
 
-# N query heads, G key and value heads, H head size, D width, A total width of query heads, S ids of
-# the source, V ids of the vocabulary.
+# N query heads, G key and value heads, H head size, D width, F feed-forward, S ids of the source, V
+# ids of the vocabulary.
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 import dataclasses
 import functools
 
@@ -109,21 +109,11 @@ def model_fields(source: SourceCheckpoint) -> dict:
     "num_layers": source.size("num_hidden_layers", 32),
     "width": width,
     "num_heads": heads,
+    "num_kv_heads": 0 if groups == heads else groups,
     "head_size": 0 if heads * size == width else size,
     "rope_base": 0.0 if base == ROPE_BASE else float(base),
     "mlp_width": source.size("intermediate_size", 22_016),
   }
-
-
-def repeat_heads(
-  matrix: Float[np.ndarray, "GH D"], groups: int, times: int
-) -> Float[np.ndarray, "A D"]:
-  """Repeats each key or value head for every query head that shares it, which changes no result.
-
-  With groups = 2 and times = 2, heads [k0 k1] become [k0 k0 k1 k1].
-  """
-  by_head = matrix.reshape(groups, -1, matrix.shape[1])
-  return np.repeat(by_head, times, axis=0).reshape(-1, matrix.shape[1])
 
 
 def is_tied(source: SourceCheckpoint) -> bool:
@@ -137,9 +127,8 @@ def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tens
   Raises:
     UserError: the checkpoint has other tensors, nonzero biases, or two different output tables.
   """
-  width, heads = fields["width"], fields["num_heads"]
-  groups = source.size("num_key_value_heads", 32)
-  shapes = _layer_shapes(fields, groups)
+  width = fields["width"]
+  shapes = _layer_shapes(fields)
   names = {f"model.layers.{i}.{name}" for i in range(fields["num_layers"]) for name in shapes}
   biases = [name for name in source.tensors.names if f"{name.removesuffix('bias')}weight" in names]
   for name in biases:
@@ -164,18 +153,21 @@ def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tens
     tables.tensor(HEAD, width, functools.partial(read, head)),
   ]
   for i in range(fields["num_layers"]):
-    result += _layer(source, f"model.layers.{i}", shapes, heads // groups, groups)
+    for name, shape in shapes.items():
+      name = f"model.layers.{i}.{name}"
+      source.tensors.check_shape(name, shape)
+      result.append(Tensor(name, shape, "float32", functools.partial(read, name)))
   return result
 
 
-def _layer_shapes(fields: dict, groups: int) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(fields: dict) -> dict[str, tuple[int, ...]]:
   """Maps the name of each of the source's tensors in a layer to its shape."""
   D, F, N = fields["width"], fields["mlp_width"], fields["num_heads"]
-  H = fields["head_size"] or D // N
+  G, H = fields["num_kv_heads"] or N, fields["head_size"] or D // N
   shapes: dict[str, tuple[int, ...]] = {
     "self_attn.q_proj": (N * H, D),
-    "self_attn.k_proj": (groups * H, D),
-    "self_attn.v_proj": (groups * H, D),
+    "self_attn.k_proj": (G * H, D),
+    "self_attn.v_proj": (G * H, D),
     "self_attn.o_proj": (D, N * H),
     "mlp.gate_proj": (F, D),
     "mlp.up_proj": (F, D),
@@ -186,24 +178,3 @@ def _layer_shapes(fields: dict, groups: int) -> dict[str, tuple[int, ...]]:
     "post_attention_layernorm": (D,),
   }
   return {f"{name}.weight": shape for name, shape in shapes.items()}
-
-
-def _layer(
-  source: SourceCheckpoint,
-  layer: str,
-  shapes: Mapping[str, tuple[int, ...]],
-  times: int,
-  groups: int,
-) -> Iterator[Tensor]:
-  for name, shape in shapes.items():
-    source.tensors.check_shape(f"{layer}.{name}", shape)
-    read = functools.partial(source.tensors.read, f"{layer}.{name}")
-    if name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
-      repeated = functools.partial(_repeated, read, groups, times)
-      yield Tensor(f"{layer}.{name}", (times * shape[0], shape[1]), "float32", repeated)
-    else:
-      yield Tensor(f"{layer}.{name}", shape, "float32", read)
-
-
-def _repeated(read: Callable[[], np.ndarray], groups: int, times: int) -> np.ndarray:
-  return repeat_heads(read(), groups, times)

@@ -37,10 +37,9 @@ def init(model: ModelConfig, config: AdapterConfig, key: Key[Array, ""]) -> dict
 
   A is normally distributed with variance 1 / in, so that x A has the size of x. B is 0.
   """
-  sizes = _sizes(model)
   adapters: dict = {}
   for name in config.matrices(model):
-    ins, outs = AXES[name]
+    sizes, (ins, outs) = _sizes(model, name), AXES[name]
     key, own = jax.random.split(key)
     shape = [sizes[axis] for axis in ins]
     a = jax.random.normal(
@@ -63,9 +62,9 @@ def count(model: ModelConfig, config: AdapterConfig, mesh: Mapping[str, int] | N
 
   `mesh` contains the size of each mesh axis.
   """
-  sizes, parts = _sizes(model), mesh or {}
+  parts = mesh or {}
 
-  def length(axes: Sequence[str]) -> int:
+  def length(axes: Sequence[str], sizes: Mapping[str, int]) -> int:
     found: int = math.prod(sizes[axis] for axis in axes)
     for axis in axes:
       split: Any = RULES[axis] or ()
@@ -73,12 +72,14 @@ def count(model: ModelConfig, config: AdapterConfig, mesh: Mapping[str, int] | N
       found //= math.prod(parts.get(name, 1) for name in names)
     return found
 
-  lengths = (length(axes) for name in config.matrices(model) for axes in AXES[name])
+  lengths = (
+    length(axes, _sizes(model, name)) for name in config.matrices(model) for axes in AXES[name]
+  )
   return model.num_layers * config.rank * sum(lengths)
 
 
-def _sizes(model: ModelConfig) -> dict[str, int]:
-  sizes = {"embed": model.width, "heads": model.num_heads}
+def _sizes(model: ModelConfig, name: str) -> dict[str, int]:
+  sizes = {"embed": model.width, "heads": model.key_heads if name in "kv" else model.num_heads}
   return sizes | {"head_dim": model.head_dim, "mlp": model.mlp_width}
 
 
@@ -102,10 +103,11 @@ def merge(params: dict, adapters: dict, config: AdapterConfig) -> dict:
   deltas = {name: _product(name, factors[name]) for name in factors}
   for name in blocks.keys() & deltas.keys():
     blocks[name] = _sum(blocks[name], deltas[name])
-  if any(name in deltas for name in "qkv"):
-    parts = [blocks["qkv"][:, i] for i in range(3)]
-    parts = [_sum(w, deltas[name]) if name in deltas else w for name, w in zip("qkv", parts)]
-    blocks["qkv"] = jnp.stack(parts, axis=1)
+  stack = "qkv" if "qkv" in blocks else "kv"
+  if any(name in deltas for name in stack):
+    parts = [blocks[stack][:, i] for i in range(len(stack))]
+    parts = [_sum(w, deltas[name]) if name in deltas else w for name, w in zip(stack, parts)]
+    blocks[stack] = jnp.stack(parts, axis=1)
   return {**params, "blocks": blocks}
 
 

@@ -1,6 +1,6 @@
 """Implements causal attention within segments, in plain JAX and with Pallas kernels."""
 
-# B batch, L length (queries), T length (keys), N heads, H head size.
+# B batch, L length (queries), T length (keys), N heads, G key and value heads, H head size.
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -17,7 +17,8 @@ from cm3leon_jax.mesh import spec
 
 BLOCK = 128  # Number of queries in one block of `causal_attention`.
 Heads: TypeAlias = Float[Array, "B L N H"]
-PerHead: TypeAlias = Float[Array, "B N L H"]
+KeyHeads: TypeAlias = Float[Array, "B T G H"]
+PerHead: TypeAlias = Float[Array, "B _ L H"]
 Ids: TypeAlias = Int32[Array, "B L"]
 
 
@@ -26,21 +27,39 @@ def wide(dtype: DTypeLike) -> np.dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def masked_attention(
-  q: Heads, k: Float[Array, "B T N H"], v: Float[Array, "B T N H"], mask: Bool[Array, "B 1 L T"]
-) -> Heads:
+def by_key_head(attend: Callable[[Array], Array], q: Heads, key_heads: int) -> Heads:
+  """Calls `attend` with the heads that share key heads on a mapped axis, so no key is repeated.
+
+  `attend` maps queries of G heads to the result of attention. Adjacent heads share a key head.
+  """
+  heads = ("heads", "head_dim")
+  if (shared := q.shape[2] // key_heads) == 1:
+    return attend(q)
+  grouped = jnp.reshape(
+    q,
+    (*q.shape[:2], key_heads, shared, q.shape[3]),
+    out_sharding=spec("batch", "length", "heads", None, "head_dim"),
+  )
+  out = jax.vmap(attend, in_axes=3, out_axes=3)(grouped)
+  return jnp.reshape(out, q.shape, out_sharding=spec("batch", "length", *heads))
+
+
+def masked_attention(q: Heads, k: KeyHeads, v: KeyHeads, mask: Bool[Array, "B 1 L T"]) -> Heads:
   """Computes softmax attention with scores in fp32. The result has the sharding of `q`.
 
   `mask` is True where a query may attend to a key. Every query must attend to at least one key.
   """
-  scores = (
-    jnp.einsum("BLNH,BTNH->BNLT", q, k, preferred_element_type=wide(q.dtype)) * q.shape[-1] ** -0.5
-  )
-  weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
-  return jnp.einsum("BNLT,BTNH->BLNH", weights.astype(v.dtype), v)
+
+  def attend(q: Float[Array, "B L G H"]) -> Float[Array, "B L G H"]:
+    scores = jnp.einsum("BLGH,BTGH->BGLT", q, k, preferred_element_type=wide(q.dtype))
+    scores *= q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
+    return jnp.einsum("BGLT,BTGH->BLGH", weights.astype(v.dtype), v)
+
+  return by_key_head(attend, q, k.shape[2])
 
 
-def causal_attention(q: Heads, k: Heads, v: Heads, segment_ids: Ids) -> Heads:
+def causal_attention(q: Heads, k: KeyHeads, v: KeyHeads, segment_ids: Ids) -> Heads:
   """Computes attention in packed rows: a query attends to its segment up to its own position.
 
   Each block of queries uses only the keys up to the end of the block, which takes half the work of
@@ -60,9 +79,12 @@ def causal_attention(q: Heads, k: Heads, v: Heads, segment_ids: Ids) -> Heads:
 
 
 def _per_shard(
-  kernel: Callable[..., Array], q: Heads, k: Heads, v: Heads, segment_ids: Ids
+  kernel: Callable[..., Array], q: Heads, k: KeyHeads, v: KeyHeads, segment_ids: Ids
 ) -> Heads:
-  """Calls `kernel` with each device's shard of q, k and v as [B, N, L, H]. Shards split B and N."""
+  """Calls `kernel` with each device's shard of q, k and v as [B, heads, L, H].
+
+  Shards split the batch and the heads.
+  """
   per_head, rows = spec("batch", "heads", "length", "head_dim"), spec("batch", "length")
   call = jax.shard_map(
     kernel, in_specs=(per_head,) * 3 + (rows,), out_specs=per_head, check_vma=False
@@ -71,7 +93,7 @@ def _per_shard(
 
 
 def splash_attention(
-  q: Heads, k: Heads, v: Heads, segment_ids: Ids, interpret: bool = False
+  q: Heads, k: KeyHeads, v: KeyHeads, segment_ids: Ids, interpret: bool = False
 ) -> Heads:
   """Computes `causal_attention` with a Pallas kernel for TPUs. L must be a multiple of 128."""
   length, scale = q.shape[1], q.shape[-1] ** -0.5
@@ -93,7 +115,7 @@ def splash_attention(
 
 
 def triton_attention(
-  q: Heads, k: Heads, v: Heads, segment_ids: Ids, interpret: bool = False
+  q: Heads, k: KeyHeads, v: KeyHeads, segment_ids: Ids, interpret: bool = False
 ) -> Heads:
   """Computes `causal_attention` with a Pallas kernel for GPUs.
 
@@ -109,10 +131,12 @@ def triton_attention(
     )
     return out.swapaxes(1, 2)
 
-  return checkpoint_name(_per_shard(local, q, k, v, segment_ids), "attention")
+  # The kernel needs a key head for each head.
+  out = by_key_head(lambda q: _per_shard(local, q, k, v, segment_ids), q, k.shape[2])
+  return checkpoint_name(out, "attention")
 
 
-def row_attention(name: str, q: Heads, k: Heads, v: Heads, segment_ids: Ids) -> Heads:
+def row_attention(name: str, q: Heads, k: KeyHeads, v: KeyHeads, segment_ids: Ids) -> Heads:
   """Computes `causal_attention` with the implementation `name`, one of `config.ATTENTIONS`.
 
   `auto` uses the Pallas kernel for the mesh's devices if it supports these shapes, and plain

@@ -1,9 +1,9 @@
 """Implements the decoder. NNX modules define the parameters; JAX transforms take them as a dict."""
 
-# B batch, L length, D width, N heads, H head size, F feed-forward, V vocabulary, C image codes, d
-# code width.
+# B batch, L length, D width, N heads, G key heads, H head size, F feed-forward, V vocabulary, C
+# image codes, d code width.
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 import functools
 import math
 from typing import Any, TypeAlias
@@ -89,10 +89,15 @@ class Block(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
     D, N, H, F = config.width, config.num_heads, config.head_dim, config.mlp_width
+    heads = "embed", "heads", "head_dim"
     std, traits = config.init_std, config.traits
     out_std = 0.0 if traits.starts_as_identity else std
     self.norm1, self.norm2 = Norm(traits.scaled_norms, D), Norm(traits.scaled_norms, D)
-    self.qkv = _param(rngs, (3, D, N, H), (None, "embed", "heads", "head_dim"), std)
+    if config.is_grouped:
+      self.q = _param(rngs, (D, N, H), heads, std)
+      self.kv = _param(rngs, (2, D, config.key_heads, H), (None, *heads), std)
+    else:
+      self.qkv = _param(rngs, (3, D, N, H), (None, *heads), std)
     self.out = _param(rngs, (N, H, D), ("heads", "head_dim", "embed"), out_std)
     self.up = _param(rngs, (D, F), ("embed", "mlp"), std)
     self.down = _param(rngs, (F, D), ("mlp", "embed"), out_std)
@@ -119,8 +124,8 @@ def apply_block(
   """Applies one layer to the residual stream `x`.
 
   `params` are a `Block`'s parameters as a dict, in which "qkv" may be one array or three arrays.
-  `positions` are the positions of tokens in their samples. `attend` maps q, k and v, each [B, L, N,
-  H], to the attention output [B, L, N, H]. In decoding, it also reads and writes a cache.
+  `positions` are the positions of tokens in their samples. `attend` maps q [B, L, N, H], k and v
+  [B, L, G, H] to the attention output [B, L, N, H]. In decoding, it also reads and writes a cache.
   `adapters` are the layer's adapters, see `adapters.scaled`.
   """
   rows = ("batch", "length")
@@ -145,7 +150,7 @@ def apply_block(
   h = apply_norm(scale("norm1"), x)
   q, k, v = (
     checkpoint_name(product(name, "BLD,DNH->BLNH", h, w, heads), "qkv")
-    for name, w in zip("qkv", params["qkv"])
+    for name, w in zip("qkv", projections(params))
   )
   if "q_norm" in params:
     q, k = apply_norm(scale("q_norm"), q), apply_norm(scale("k_norm"), k)
@@ -163,6 +168,18 @@ def apply_block(
   else:
     up = ACTIVATIONS[config.activation](up)
   return x + product("down", "BLF,FD->BLD", up, params["down"], act)
+
+
+def projections(params: dict) -> Iterator[Float[Array, "..."]]:
+  """Yields the matrices of queries, keys and values of a layer."""
+  yield from params["qkv"] if "qkv" in params else (params["q"], *params["kv"])
+
+
+def places(params: Container[str]) -> list[tuple[str, tuple[int, ...]]]:
+  """Returns where a layer stores the matrices of queries, keys and values: (parameter, index)."""
+  if "qkv" in params:
+    return [("qkv", (i,)) for i in range(3)]
+  return [("q", ()), ("kv", (0,)), ("kv", (1,))]
 
 
 def low_rank(equation: str) -> tuple[str, str]:

@@ -176,7 +176,8 @@ def _parameters(model: ModelConfig) -> tuple[int, int, int]:
   """Counts the parameters of the layers, of the token tables, and of the position table."""
   K, D, F, V = model.num_layers, model.width, model.mlp_width, model.vocab_size
   traits = model.traits
-  layer = 4 * D * model.num_heads * model.head_dim + (3 if traits.gated else 2) * D * F
+  heads = 2 * (model.num_heads + model.key_heads)  # Of queries and outputs, of keys and values.
+  layer = D * heads * model.head_dim + (3 if traits.gated else 2) * D * F
   if traits.head_norms or model.query_key_norm:
     layer += 2 * model.head_dim
   tables, positions = (1 if traits.tied else 2) * V * D, 0 if traits.rotary else model.max_positions
@@ -198,8 +199,9 @@ def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> f
   `tensor` is the number of devices that share the heads and the feed-forward dimension.
   """
   heads = model.num_heads * _held_head(model, platform) / model.width / tensor
+  keys = model.key_heads * _held_head(model, platform) / model.width / tensor
   mlp = (2 if model.traits.gated else 1) * model.mlp_width / model.width / tensor
-  widths = {"qkv": 3 * heads, "attention": heads, "middle": 1, "mlp": mlp}
+  widths = {"qkv": heads + 2 * keys, "attention": heads, "middle": 1, "mlp": mlp}
   policy = model.remat_policy
   if policy == "none":  # Norms and activations are also kept in fp32.
     return 8 + sum(widths.values()) + mlp
@@ -237,7 +239,8 @@ def _layer(
   if platform == "gpu" and model.head_dim & (model.head_dim - 1):
     # No kernel supports heads of this size, so all attention weights are in memory.
     scores = R * model.num_heads / tensor * L * L / 2 * (8 + b)
-  widths = 2 * model.width + 4 * model.num_heads * _held_head(model, platform) + products * F
+  heads = 2 * (model.num_heads + model.key_heads) * _held_head(model, platform)
+  widths = 2 * model.width + heads + products * F
   if frozen:
     widths += 2 * model.width + (products - 1) * F
     return params * b + R * L * widths * b + scores + model.vocab_size / tensor * model.width * b

@@ -17,7 +17,8 @@ from cm3leon_jax.weights.tensor_files import DTYPES, Tensor
 
 PACKED = 4  # int8 numbers per int32.
 MAXIMUM = 127
-MATRICES = ("qkv", "out", "up", "down", "gate")  # Parameters under `blocks`.
+STACKS = ("qkv", "kv")  # Parameters under `blocks` that stack a matrix for each of their letters.
+MATRICES = (*STACKS, "q", "out", "up", "down", "gate")
 CONFIG = {
   "quant_method": "compressed-tensors",
   "format": "pack-quantized",
@@ -120,8 +121,8 @@ def rounded(params: dict, dtype: str, quantize_layers: bool) -> dict:
 
 def _dequantized(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
   """Rounds the matrices `x` of all layers to int8 and back. Their last axes are the outputs."""
-  inputs = {"qkv": x.shape[2], "out": x.shape[1] * x.shape[2]}.get(name) or x.shape[1]
-  matrices = x.reshape(x.shape[0] * (3 if name == "qkv" else 1), inputs, -1)
+  inputs = x.shape[1] * x.shape[2] if name == "out" else x.shape[2 if name in STACKS else 1]
+  matrices = x.reshape(x.shape[0] * (len(name) if name in STACKS else 1), inputs, -1)
   result = np.empty_like(matrices)
   for i, matrix in enumerate(matrices):
     values, scale = quantize(matrix.T, dtype)

@@ -12,6 +12,7 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.model import ROPE_BASE, ModelConfig
+from cm3leon_jax.models import transformer
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights.stored import StoredParams
 from cm3leon_jax.weights.tensor_files import Tensor
@@ -109,7 +110,7 @@ def _describe_qwen3(config: ModelConfig) -> dict:
   return {
     "hidden_act": "silu",
     "intermediate_size": config.mlp_width,
-    "num_key_value_heads": config.num_heads,
+    "num_key_value_heads": config.key_heads,
     "head_dim": config.head_dim,
     "rms_norm_eps": 1e-6,
     "rope_theta": config.rotary_base,
@@ -122,8 +123,10 @@ def _describe_qwen3(config: ModelConfig) -> dict:
 
 def _fields_of_qwen3(described: dict) -> dict:
   size, base = described["head_dim"], float(described["rope_theta"])
-  usual = size * described["num_attention_heads"] == described["hidden_size"]
+  heads, key_heads = described["num_attention_heads"], described["num_key_value_heads"]
+  usual = size * heads == described["hidden_size"]
   return {
+    "num_kv_heads": 0 if key_heads == heads else key_heads,
     "mlp_width": described["intermediate_size"],
     "head_size": 0 if usual else size,
     "rope_base": 0.0 if base == ROPE_BASE else base,
@@ -175,11 +178,12 @@ def layout_of(config: ModelConfig) -> Layout:
 def tensors_of(layout: Layout, params: StoredParams, dtype: str = "float32") -> list[Tensor]:
   """Lists the tensors of a decoder in a layout. Matrices are [out, in]."""
   tensors = [_table(layout, params, name, dtype) for name in layout.tables]
+  places = transformer.places([name.removeprefix("blocks.") for name in params.shapes])
   for i in range(params.shapes["blocks.up"][0]):
     layer = f"{layout.prefix}.layers.{i}"
     tensors += [
-      transposed(f"{layer}.{name}.weight", params, "blocks.qkv", i, j, dtype=dtype)
-      for j, name in enumerate(QKV)
+      transposed(f"{layer}.{name}.weight", params, f"blocks.{source}", i, *index, dtype=dtype)
+      for name, (source, index) in zip(QKV, places)
     ]
     out = f"{layer}.{layout.out}.weight"
     tensors.append(transposed(out, params, "blocks.out", i, dtype=dtype, axes_in=2))
@@ -215,7 +219,8 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     f"{theirs}.weight": (D,) if ours.endswith(".scale") else (rows.get(ours, config.vocab_size), D)
     for ours, theirs in layout.tables.items()
   }
-  layer: dict[str, tuple[int, ...]] = dict.fromkeys(QKV, (config.num_heads * H, D))
+  sizes = (config.num_heads, config.key_heads, config.key_heads)
+  layer: dict[str, tuple[int, ...]] = {name: (n * H, D) for name, n in zip(QKV, sizes)}
   layer[layout.out] = (D, config.num_heads * H)
   layer |= {theirs: (D, F) if x == "down" else (F, D) for x, theirs in layout.products.items()}
   layer |= {

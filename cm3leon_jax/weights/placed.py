@@ -79,10 +79,11 @@ def _read_layer(
 
   if kind in layout.scales:
     return read(layout.scales[kind], *index)
-  if kind == "qkv":
-    which, D, N, _ = index
-    parts = [read(name, heads(N), D) for name in layouts.QKV[which]]
-    return np.stack([part.T.reshape(-1, N.stop - N.start, head_size) for part in parts])
+  if kind in ("q", "kv", "qkv"):
+    *which, D, N, _ = index
+    names = [layouts.QKV["qkv".index(x)] for x in kind][which[0] if which else slice(None)]
+    parts = [read(name, heads(N), D).T.reshape(-1, N.stop - N.start, head_size) for name in names]
+    return np.stack(parts) if which else parts[0]
   if kind == "out":
     N, _, D = index
     return read(layout.out, D, heads(N)).T.reshape(N.stop - N.start, head_size, -1)

@@ -65,6 +65,7 @@ def example(align_images=False):
   [
     ("opt", False, False, {}),
     ("modern", True, True, {"head_size": 6, "rope_base": 1e6}),
+    ("modern", True, False, {"num_kv_heads": 2}),
   ],
 )
 def test_cached_equals_uncached(family, shared, align_images, fields, monkeypatch):

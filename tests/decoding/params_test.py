@@ -9,10 +9,10 @@ from tests.decoding.small import VOCAB, model_config, on_mesh
 from tests.models.tiny import random_params
 
 
-@pytest.mark.parametrize("family", ["opt", "modern"])
-def test_the_same_numbers(family):
+@pytest.mark.parametrize(("family", "key_heads"), [("opt", 0), ("modern", 0), ("modern", 2)])
+def test_the_same_numbers(family, key_heads):
   with on_mesh():
-    config = model_config(family)
+    config = model_config(family, num_kv_heads=key_heads)
     params = random_params(config)
     prepared = params_lib.prepare(params, config=config, vocab=VOCAB)
     table = np.asarray(params["embed" if family == "opt" else "head"])
@@ -21,11 +21,11 @@ def test_the_same_numbers(family):
     np.testing.assert_array_equal(params_lib.head_ids(VOCAB), [*range(264, 320), *range(264)])
     for i, layer in enumerate(prepared.model["blocks"]):
       expected = jax.tree.map(lambda x, i=i: np.asarray(x[i]), params["blocks"])
-      assert layer.keys() == expected.keys()
-      qkv, rest = layer.pop("qkv"), expected.pop("qkv")
+      qkv = layer.pop("qkv")
+      stored = (expected.pop("q"), *expected.pop("kv")) if key_heads else expected.pop("qkv")
       jax.tree.map(np.testing.assert_array_equal, layer, expected)
-      assert len(qkv) == 3
-      np.testing.assert_array_equal(np.stack(qkv), rest)
+      assert len(qkv) == len(stored) == 3
+      jax.tree.map(np.testing.assert_array_equal, list(qkv), list(stored))
 
 
 def test_int8_literals():

@@ -30,7 +30,9 @@ def config(family, **fields):
 )
 def exported(request, tmp_path):
   with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
-    published = {"head_size": 24, "rope_base": 1e6} if request.param.endswith("B") else {}
+    published = {}
+    if request.param.endswith("B"):
+      published = {"num_kv_heads": 2, "head_size": 24, "rope_base": 1e6}
     model_config = config(request.param.split()[0], **published)
     params = random_params(model_config)
     summary = huggingface.export(tmp_path, params, model_config, VOCAB, None)

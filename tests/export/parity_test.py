@@ -33,6 +33,7 @@ MODELS = {
   "opt-gelu": dataclasses.replace(CONFIG, activation="gelu"),
   "opt-gelu_tanh": dataclasses.replace(CONFIG, activation="gelu_tanh"),
   "modern": dataclasses.replace(CONFIG, family="modern"),
+  "grouped": dataclasses.replace(CONFIG, family="modern", num_kv_heads=2),
 }
 
 
@@ -135,7 +136,7 @@ def made(tmp_path_factory):
   return make
 
 
-@pytest.mark.parametrize("name", ["opt", "modern"])
+@pytest.mark.parametrize("name", ["opt", "modern", "grouped"])
 def test_fp64_logits_of_transformers_differ_by_less_than_1e_10(made, name):
   config, params, folder, _ = made(name)
   with jax.enable_x64(True):
@@ -168,6 +169,11 @@ def swap(names):
   return change
 
 
+def exchange_key_heads(tensors):
+  key = f"{QWEN3}.k_proj.weight"
+  tensors[key] = np.roll(tensors[key], len(tensors[key]) // 2, axis=0)
+
+
 def transpose(name):
   def change(tensors):
     tensors[name] = np.ascontiguousarray(tensors[name].T)
@@ -188,6 +194,7 @@ WRONG = [
   ("modern", "activation", None, {"hidden_act": "gelu"}, None),
   ("modern", "q and k", swap([f"{QWEN3}.q_norm.weight", f"{QWEN3}.k_norm.weight"]), {}, None),
   ("modern", "transposed", transpose(f"{QWEN3}.o_proj.weight"), {}, None),
+  ("grouped", "key heads", exchange_key_heads, {}, None),
 ]
 
 

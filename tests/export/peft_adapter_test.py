@@ -21,6 +21,7 @@ from tests.models.tiny import model_logits, random_params
 CHOICES = {
   "opt-all": ("opt", AdapterConfig(rank=3, alpha=6.0)),
   "modern-all": ("modern", AdapterConfig(rank=3, alpha=6.0)),
+  "grouped-all": ("modern", AdapterConfig(rank=3)),
   "modern-two": ("modern", AdapterConfig(rank=2, alpha=8.0, targets=("v", "down"))),
 }
 
@@ -30,6 +31,7 @@ def exported(request, tmp_path):
   """Returns (settings, base, adapters, folder of the export)."""
   family, adapter = CHOICES[request.param]
   model = dataclasses.replace(SETTINGS.model, family=family, num_layers=2)
+  model = dataclasses.replace(model, num_kv_heads=int(request.param == "grouped-all"))
   settings = dataclasses.replace(SETTINGS, model=model, adapter=adapter)
   run, folder = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "peft")
   begun = {"source": str(tmp_path / "base"), "step": 7, "digest": "0" * 64}

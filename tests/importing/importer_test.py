@@ -2,15 +2,18 @@ import dataclasses
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from scipy.special import logsumexp
 
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.data.documents import training_data
+from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.export import huggingface
-from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.importing import importer, qwen3
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.importing import importer
 from cm3leon_jax.importing.qwen3 import extend
 from cm3leon_jax.run import initial
 from cm3leon_jax.run.run import load_start
@@ -24,7 +27,7 @@ from tests.models.tiny import mesh_of, random_params
 TOLERANCE = 1e-4  # Tolerance in nats per token; in fp32, losses are about 7.
 SAMPLES = np.random.default_rng(0).integers(0, published.TOKENS, (2, 24)).astype(np.int32)
 QWEN3 = {"family": "modern", "num_layers": 2, "num_heads": 4, "mlp_width": 64, "head_size": 12}
-QWEN3 |= {"rope_base": 1e6}
+QWEN3 |= {"num_kv_heads": 2, "rope_base": 1e6}
 
 
 def settings_for(fields, rows=published.ROWS, num_special=32, image_size=64):
@@ -89,7 +92,7 @@ def test_a_qwen3_has_the_loss_of_the_original(tied, dtype, shards, tmp_path):
   assert "</s> starts as the source's id 467, the others start as the mean" in said
 
 
-def test_other_rotations_and_orders_of_heads_have_another_loss(tmp_path, monkeypatch):
+def test_other_rotations_and_orders_of_heads_have_another_loss(tmp_path):
   source = tmp_path / "source"
   expected = losses_of_original(published.save_qwen3(source))
   settings = settings_for(QWEN3)
@@ -100,12 +103,31 @@ def test_other_rotations_and_orders_of_heads_have_another_loss(tmp_path, monkeyp
     other = losses_of(params, dataclasses.replace(settings, model=wrong))
   assert difference(other, expected) > 1_000 * TOLERANCE
 
-  def tiled(matrix, groups, times):
-    return np.tile(matrix, (times, 1))
+  def exchanged(params):
+    blocks = params["blocks"]
+    return params | {"blocks": blocks | {"kv": jnp.flip(blocks["kv"], axis=-2)}}
 
-  monkeypatch.setattr(qwen3, "repeat_heads", tiled)
-  imported(source, tmp_path / "wrong", settings)
-  assert difference(losses_of_import(tmp_path / "wrong", settings), expected) > 1_000 * TOLERANCE
+  other = losses_of_import(tmp_path / "right", settings, change=exchanged)
+  assert difference(other, expected) > 1_000 * TOLERANCE
+
+
+def test_an_import_has_the_tensors_of_the_original_and_is_exported_as_they_are(tmp_path):
+  """Only token tables differ, which have more rows. The cache has as many heads as keys."""
+  published.save_qwen3(tmp_path / "source")
+  settings = settings_for(QWEN3)
+  imported(tmp_path / "source", tmp_path / "run", settings)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params = placed.load(StoredTensors(tmp_path / "run" / "init"), settings.model)
+    huggingface.export(tmp_path / "export", params, settings.model, settings.vocab, None)
+    assert cache_lib.empty(settings.model, 1, 8)[0].keys.shape == (1, 2, 8, 12)
+  theirs, ours = (
+    load_file(tmp_path / folder / "model.safetensors") for folder in ("source", "export")
+  )
+  layers = [name for name in theirs if ".layers." in name]
+  assert len(layers) == 2 * 11
+  for name in layers:
+    np.testing.assert_array_equal(ours[name], theirs[name])
+  assert read_json(tmp_path / "export" / "config.json")["num_key_value_heads"] == 2
 
 
 def test_new_rows_are_the_mean_and_the_end_of_text():

@@ -31,6 +31,17 @@ def random_params(config, seed=0):
   return jax.device_put(random_arrays(types, seed), shardings(types, jax.sharding.get_mesh()))
 
 
+def with_repeated_heads(params, repeat=np.repeat):
+  """Returns parameters of a model whose heads do not share keys, with each key head repeated."""
+  blocks = dict(params["blocks"])
+  q, kv = jax.device_get((blocks.pop("q"), blocks.pop("kv")))
+  kv = repeat(kv, q.shape[-2] // kv.shape[-2], axis=-2)
+  blocks["qkv"] = shard(
+    np.concatenate([q[:, None], kv], axis=1), "layers", None, "embed", "heads", "head_dim"
+  )
+  return {**params, "blocks": blocks}
+
+
 def random_arrays(types, seed=0):
   """Returns random fp32 arrays in the structure of `types`, without compiling a program."""
   rng = np.random.default_rng(seed)

@@ -75,13 +75,16 @@ def test_the_estimate_is_near_the_compilers_number(config, mesh, rows, passes, p
   assert estimated(settings).total / GIB == pytest.approx(gib, rel=0.05)
 
 
-@pytest.mark.parametrize(("family", "head_size"), [("opt", 0), ("modern", 0), ("modern", 8)])
+@pytest.mark.parametrize(
+  ("family", "fields"),
+  [("opt", {}), ("modern", {}), ("modern", {"head_size": 8}), ("modern", {"num_kv_heads": 2})],
+)
 @pytest.mark.parametrize(
   "optimizer", [{}, {"ema_decay": 0.9}, {"first_moment_dtype": "bfloat16"}, {"name": "muon"}]
 )
-def test_the_state_has_the_bytes_of_its_arrays(family, head_size, optimizer):
+def test_the_state_has_the_bytes_of_its_arrays(family, fields, optimizer):
   """Includes arrays with the size of a head or of the width, which are too small to be sharded."""
-  model = dataclasses.replace(SETTINGS.model, family=family, head_size=head_size)
+  model = dataclasses.replace(SETTINGS.model, family=family, **fields)
   settings = dataclasses.replace(
     SETTINGS, model=model, optimizer=dataclasses.replace(SETTINGS.optimizer, **optimizer),
     train=dataclasses.replace(SETTINGS.train, global_batch_size=8),

@@ -63,14 +63,15 @@ def test_a_program_that_does_not_fit_is_reported_in_one_sentence():
   assert "Traceback" not in result.stderr
 
 
-def test_the_7b_decoder_fits_and_copies_no_cache(tmp_path):
+@pytest.mark.parametrize(("variant", "heads"), [("", 4), (":gqa", 1)])
+def test_the_7b_decoder_fits_and_copies_no_cache(variant, heads, tmp_path):
   """With 64 prompts, 2 streams and 1,152 positions, a step reads little but weights and cache."""
   flags = ["--topology=v5e-8", "--config.mesh.tensor=8", "--program=decode"]
-  reports = aot_compile(tmp_path, "--config=ml_configs/cm3leon_7b.py", *flags)
+  reports = aot_compile(tmp_path, f"--config=ml_configs/cm3leon_7b.py{variant}", *flags)
   step, prefill = reports["decode"], reports["prefill"]
   assert step["sum_gib"] < step["hbm_gib"]
   assert prefill["peak_gib"] < prefill["hbm_gib"]
   assert step["temporaries_gib"] < 0.1 * step["floor_bytes"] / 2**30
   assert 1 < step["traffic"] / step["floor_bytes"] < 1.2
-  cache = "bf16[64,4,1152,128]"
+  cache = f"bf16[64,{heads},1152,128]"
   assert not [x for x in step["largest"] if x["array"] == cache and x["source"] == "copy"]

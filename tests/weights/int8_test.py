@@ -39,12 +39,13 @@ def test_packed_numbers_are_those_of_compressed_tensors(width):
   np.testing.assert_array_equal(int8.pack(values), expected)
 
 
-@pytest.mark.parametrize("family", ["opt", "modern"])
-def test_transformers_multiplies_by_the_rounded_parameters(tmp_path, family):
+@pytest.mark.parametrize(("family", "key_heads"), [("opt", 0), ("modern", 0), ("modern", 1)])
+def test_transformers_multiplies_by_the_rounded_parameters(tmp_path, family, key_heads):
   torch = pytest.importorskip("torch")
   pytest.importorskip("compressed_tensors")
   transformers = pytest.importorskip("transformers")
   config = dataclasses.replace(SETTINGS.model, family=family, num_layers=2)
+  config = dataclasses.replace(config, num_kv_heads=key_heads)
   settings = dataclasses.replace(SETTINGS, model=config)
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 16)).astype(np.int32)
   positions = np.broadcast_to(np.arange(16, dtype=np.int32), tokens.shape)

@@ -17,7 +17,7 @@ from cm3leon_jax.training.step.numerics import watch_norm
 # Parameters that Muon updates, with the input and output axes of their matrices. The other axes
 # stack matrices. `_factors` has those of adapters.
 MATRICES = {
-  "qkv": MuonDimensionNumbers((-3,), (-2, -1)),
+  **dict.fromkeys(("qkv", "q", "kv"), MuonDimensionNumbers((-3,), (-2, -1))),
   "out": MuonDimensionNumbers((-3, -2), (-1,)),
   "up": MuonDimensionNumbers((-2,), (-1,)),
   "gate": MuonDimensionNumbers((-2,), (-1,)),

@@ -38,9 +38,9 @@ def matmul_params(config: ModelConfig) -> int:
   scales of norms are not matrix products, so they do not count.
   """
   K, D, F = config.num_layers, config.width, config.mlp_width
-  A = config.num_heads * config.head_dim
+  A = (config.num_heads + config.key_heads) * config.head_dim
   mlp = 3 if config.traits.gated else 2
-  return K * (4 * D * A + mlp * D * F) + config.vocab_size * D
+  return K * (2 * D * A + mlp * D * F) + config.vocab_size * D
 
 
 def model_flops(

@@ -12,6 +12,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.continuous import state as state_lib
 from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator, NoFreeSlot, StepFailed
+from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.programs import Programs
 from tests.decoding.small import (
   IMAGE,
@@ -21,10 +22,12 @@ from tests.decoding.small import (
   VOCAB,
   A,
   guided_requests,
+  model_config,
   on_mesh,
   plain_requests,
   small_generator,
 )
+from tests.models.tiny import random_params, with_repeated_heads
 from tests.refusals import refused
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -151,6 +154,27 @@ def test_any_schedule_gives_the_samples_of_generate(generator, cases):
   run_often(engine, cases)
   # The ring buffers wrapped around more than once, so samples started at every entry.
   assert len(engine._batches) == 2
+
+
+def test_shared_key_heads_give_the_samples_of_repeated_heads():
+  """Compares a running batch, and `generate`, with a model that repeats key heads, all in int8."""
+  model = model_config("modern", num_kv_heads=2)
+  repeated = dataclasses.replace(model, num_kv_heads=0)
+  params = random_params(model)
+
+  def generator(model, params):
+    dtypes = {"weight_dtype": "int8", "cache_dtype": "int8", "image_head": False}
+    config = GeneratorConfig(model, VOCAB, IMAGE, POSITIONS, MIXTURE, batch_size=2, **dtypes)
+    return Generator(params, config)
+
+  cases = cases_of(
+    generator(repeated, with_repeated_heads(params)), [guided_requests()[:2]], SAMPLINGS[:1]
+  )
+  shared = generator(model, params)
+  engine = ContinuousGenerator(shared, slots=2, chunk=3)
+  assert run(engine, cases, np.random.default_rng(0), removed=0) == len(cases)
+  for case, other in zip(cases, cases_of(shared, [guided_requests()[:2]], SAMPLINGS[:1])):
+    np.testing.assert_array_equal(other[3].tokens, case[3].tokens)
 
 
 def seeds_of_other_slots(monkeypatch):

@@ -105,13 +105,20 @@ def test_muon_makes_the_updates_of_matrices_orthogonal_and_of_the_size_of_adamw(
   """Muon updates the matrices of each layer, with heads concatenated; AdamW updates the rest."""
   rng = np.random.default_rng(0)
   shapes = {"qkv": (2, 3, 8, 2, 3), "out": (2, 2, 3, 8), "up": (2, 8, 12), "embed": (5, 8)}
+  shapes |= {"q": (2, 8, 4, 3), "kv": (2, 2, 8, 2, 3)}
   gradients = {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}
   optimizer = jitted(
     OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0)
   )
   params = jax.tree.map(np.zeros_like, gradients)
   updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-  matrices = {"qkv": (6, 8, 6), "out": (2, 6, 8), "up": (2, 8, 12)}
+  matrices = {
+    "qkv": (6, 8, 6),
+    "out": (2, 6, 8),
+    "up": (2, 8, 12),
+    "q": (2, 8, 12),
+    "kv": (4, 8, 6),
+  }
   for name, shape in matrices.items():
     # Five iterations bring the singular values of a full-rank matrix near 1 (Jordan et al. 2024).
     values = np.linalg.svd(np.asarray(updates[name]).reshape(shape), compute_uv=False)

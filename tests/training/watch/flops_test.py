@@ -30,12 +30,13 @@ def product_flops(jaxpr, times=1):
   return total
 
 
-@pytest.mark.parametrize("targets", [(), ("q", "down")])
-def test_model_flops_of_adapters_are_those_of_the_traced_products(targets):
+@pytest.mark.parametrize(("targets", "key_heads"), [((), 0), (("q", "down"), 0), ((), 2)])
+def test_model_flops_of_adapters_are_those_of_the_traced_products(targets, key_heads):
   """The step computes the gradient of the whole output table, so here all its rows are trained."""
   config = ModelConfig(
     family="modern", vocab_size=96, num_layers=3, width=32, num_heads=4, mlp_width=64,
     max_positions=64, dtype="float32", remat_policy="none", loss_chunk=32,
+    num_kv_heads=key_heads,
   )  # fmt: skip
   adapter = AdapterConfig(rank=2, targets=targets)
   with jax.set_mesh(mesh_of(1, 1, 1)):
@@ -65,6 +66,10 @@ def test_7b_by_hand():
   per_token = 6 * 6_706_692_096 + 12 * 32 * 4_096 * 2_048
   assert flops.model_flops(config, 1, 4_096) == per_token == 43_461_378_048
   assert flops.model_flops(config, 4_096, 4_096) == 4_096 * per_token
+  # 32 heads share 8 key heads: keys and values have a quarter of the parameters.
+  shared = settings_from_config(cm3leon_7b.get_config("gqa")).model
+  layer = (2 + 2 / 4) * 4_096**2 + 3 * 4_096 * 12_288
+  assert flops.matmul_params(shared) == 32 * layer + 264_241_152 == 6_438_256_640
 
 
 @pytest.mark.parametrize(
