@@ -25,6 +25,7 @@ from cm3leon_jax.training.small import vqgan_training
 SIDES = (32, 48, 64, 128)
 MAIN = 48  # Side of the pictures whose codes are counted, and of those in the sheet.
 DRAWINGS = ("drawing", "artist")  # Kinds that the aim for drawings is about.
+WHITE = (100.0, 0.0, 0.0)  # In Lab.
 BACKGROUND = 10.0  # Pixels within this distance of white in Lab are background.
 THREADS = 2
 
@@ -41,7 +42,7 @@ def color_error(images: np.ndarray, others: np.ndarray) -> float:
   `images` decide what is background: pixels near white.
   """
   before, after = lab(images), lab(others)
-  front = np.linalg.norm(before - np.float32([100, 0, 0]), axis=-1) > BACKGROUND
+  front = np.linalg.norm(before - np.array(WHITE, np.float32), axis=-1) > BACKGROUND
   means = [(x * front[..., None]).sum((1, 2)) for x in (before, after)]
   counts = front.sum((1, 2))
   distances = np.linalg.norm(means[0] - means[1], axis=-1)[counts > 0] / counts[counts > 0]
