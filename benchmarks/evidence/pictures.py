@@ -18,7 +18,7 @@ from PIL import Image
 
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.small import vqgan_training
+from cm3leon_jax.training.image_models import vqgan_training
 
 # n images, H height, W width.
 
