@@ -119,7 +119,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       tokenizer = vqgan.ImageTokenizer.load(workdir / "vqgan")
       summary.update(_judge(settings, workdir, tokenizer))
       print("train_vqgan:", ", ".join(f"{k} {v:.4g}" for k, v in summary.items()))
-    else:
+    elif not settings.vqgan.source:
       trainer.print_other_steps("vqgan", workdir / "vqgan", settings.vqgan.steps)
   trainer.delete_checkpoints(workdir / "vqgan")
 
