@@ -6,7 +6,8 @@ At SIGTERM and Ctrl-C the training saves and stops. The same command continues i
 saved state also writes reconstructions.png, which shows held-out images above their
 reconstructions; TensorBoard shows this image, too. With a judge it also prints the share of
 held-out images that the judge accepts, both as rendered and as reconstructed. The share for
-reconstructed images is an upper bound for what a decoder can be expected to reach.
+reconstructed images is an upper bound for what a decoder can be expected to reach. With
+config.vqgan.source, a tokenizer of the package is used instead (docs/vqgan.md#pictures).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ with epy.lazy_imports():
   from cm3leon_jax.data.raw import reader
   from cm3leon_jax.evaluation import judged
   from cm3leon_jax.evaluation.metrics import published_weights
-  from cm3leon_jax.tokenizers import perceptual, vqgan
+  from cm3leon_jax.tokenizers import perceptual, published_files, vqgan
   from cm3leon_jax.training.image_models import trainer, vqgan_training
   from cm3leon_jax.training.watch import boards, tensorboard_board
 
@@ -90,7 +91,10 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   _check_import(settings, workdir / "vqgan")
   if stages.is_given(workdir, "vqgan"):
     return
-  features, digests = _features(settings.vqgan.perceptual)
+  installed, codes = None, settings.vocab.image_size
+  if settings.vqgan.source:
+    installed = published_files.read_installed(settings.vqgan.source, codes, settings.vqgan)
+  features, digests = _features("" if installed else settings.vqgan.perceptual)
   stage = stages.stage(workdir, "vqgan", settings, digests)
   with common.use_mesh(settings), stage as summary:
     if summary is not None:
@@ -101,7 +105,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       summary.update(
         vqgan_training.train_vqgan(
           settings.vqgan,
-          settings.vocab.image_size,
+          codes,
           settings.seed,
           images,
           heldout,
@@ -109,12 +113,13 @@ def main(settings: Settings, workdir: epath.Path) -> None:
           {**stages.inputs(settings, workdir, "vqgan"), **digests},
           features,
           functools.partial(_open_boards, workdir / "vqgan", settings.train.tensorboard),
+          installed,
         )
       )
       tokenizer = vqgan.ImageTokenizer.load(workdir / "vqgan")
       summary.update(_judge(settings, workdir, tokenizer))
       print("train_vqgan:", ", ".join(f"{k} {v:.4g}" for k, v in summary.items()))
-    else:
+    elif not settings.vqgan.source:
       trainer.print_other_steps("vqgan", workdir / "vqgan", settings.vqgan.steps)
   trainer.delete_checkpoints(workdir / "vqgan")
 

@@ -15,6 +15,7 @@ LEVELS = range(3, 9)  # Allowed numbers of levels of an FSQ channel.
 COLOR_DIM = 4  # Width of the color in a code of `shape_color`.
 Quantizer = Literal["", "fsq", "shape_color"]
 Family = Literal["amused", "chameleon", "llamagen", "janus"]  # Published networks.
+Installed = Literal["", "pictures"]  # Trained tokenizers that the package contains.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -45,6 +46,10 @@ class VQGANConfig:
   """Network of a published tokenizer that `cm3leon import_vqgan` imports. Of this section, only
   `resolution` and `downsample` then matter. Empty: the stage `vqgan` trains a tokenizer, unless one
   was imported before."""
+  source: Installed = ""
+  """Tokenizer of the package that the stage `vqgan` uses instead of training one
+  (docs/vqgan.md#pictures). Of this section, only `resolution`, `downsample`, `batch_size` and
+  `steps` then matter. Empty: the stage trains a tokenizer."""
   resolution: PositiveInt = 256
   """Side length of the images in pixels; a multiple of `downsample`."""
   downsample: PositiveInt = 8

@@ -78,7 +78,7 @@ def estimate(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
   yield Cost("prepare_data", cores(pairs, INGESTED), 0.0, f"{INGESTED} images/s a core")
   basis = f"a subset of {MERGED / 1e6:g} million characters, on one host (docs/pods.md)"
   yield Cost("train_text_tokenizer", MERGED_SECONDS / 3600, 0.0, basis)
-  if not settings.vqgan.published:
+  if not (settings.vqgan.published or settings.vqgan.source):
     images = settings.vqgan.steps * settings.vqgan.batch_size
     flops = encode + image_tokenizer_flops(settings, vqgan.decode)
     basis = f"{images:,} images, 3 x {flops / 1e9:.0f} GFLOP, at {share}"

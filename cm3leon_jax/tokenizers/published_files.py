@@ -1,8 +1,9 @@
-"""Reads published image tokenizers from safetensors."""
+"""Reads published image tokenizers from safetensors, and tokenizers that the package contains."""
 
 from collections.abc import Collection
 import dataclasses
 import functools
+import importlib.resources
 import os
 import re
 
@@ -275,11 +276,17 @@ def read_own(source: epath.PathLike) -> Read:
   return Read(tokenizer, (epath.Path(source) / PARAMS,), *sizes)
 
 
+def read_installed(name: str, num_codes: int, vqgan: VQGANConfig) -> ImageTokenizer:
+  """Reads a tokenizer of the package, `vqgan.source`. Raises UserError as `fit` does."""
+  folder = epath.Path(str(importlib.resources.files("cm3leon_jax"))) / "assets" / "tokenizers"
+  return fit(ImageTokenizer.load(folder / name), num_codes, vqgan)
+
+
 def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageTokenizer:
   """Returns an imported tokenizer, set to the resolution in a config.
 
   `num_codes` is `vocab.image_size` of the config. Only `resolution`, `downsample` and `code_colors`
-  of `vqgan` are read.
+  of `vqgan` are read. A tokenizer with `local_codes` fits every resolution.
 
   Raises:
     UserError: the codebook, its colors or the grid of codes differ from the config.
@@ -288,6 +295,7 @@ def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageT
   sides: tuple[int, ...] = (config.resolution,)
   if isinstance(config, VQGANConfig):
     colors = config.code_colors
+    sides += (vqgan.resolution,) * config.local_codes
   else:
     sides = RESOLUTIONS[config.family]
   side = vqgan.resolution if vqgan.resolution in sides else sides[0]
@@ -302,7 +310,7 @@ def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageT
   if wrong := {name: new for name, (old, new) in needed.items() if old != new}:
     flags = " ".join(f"--config.{name}={value}" for name, value in wrong.items())
     raise UserError(f"the image tokenizer has other codes than the config: add the flags {flags}")
-  if isinstance(config, VQGANConfig):
-    return tokenizer
   config = dataclasses.replace(config, resolution=vqgan.resolution)
+  if isinstance(config, VQGANConfig):
+    return dataclasses.replace(tokenizer, config=config)
   return dataclasses.replace(tokenizer, config=config, batch_size=config.batch_size)

@@ -1,6 +1,6 @@
 """Reads emoji sets of Iconify and finds the drawings of six sets that show the same thing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import dataclasses
 import io
 import json
@@ -49,7 +49,11 @@ class IconSet:
   source: str
   drawings: dict[str, str]
   aliases: dict[str, str]
-  flags: frozenset[str]
+  categories: dict[str, list[str]]
+
+  def of(self, *categories: str) -> set[str]:
+    """Returns the names of the icons in any of these categories."""
+    return {name for category in categories for name in self.categories.get(category, ())}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +70,18 @@ class Drawing:
     return f"{self.concept}/{self.style}".replace(" ", "_")
 
 
-def read(folder: pathlib.Path) -> list[IconSet]:
-  """Reads the six packed packages `iconify-json-NAME-VERSION.tgz` of a folder.
+def read(folder: pathlib.Path, styles: Mapping[str, str] = STYLES) -> list[IconSet]:
+  """Reads packed packages `iconify-json-NAME-VERSION.tgz` of a folder: the keys of `styles`.
 
   Raises:
     SetError: a package is missing, or is no icon set.
   """
   sets = []
-  for package, style in STYLES.items():
+  for package, style in styles.items():
     name = re.compile(rf"iconify-json-{re.escape(package)}-\d[\d.]*\.tgz")
     if not (found := sorted(path for path in folder.glob("*.tgz") if name.fullmatch(path.name))):
-      raise SetError(f"{folder} has no iconify-json-{package}-VERSION.tgz: run `{GET}` there.")
+      get = GET if styles is STYLES else f"npm pack @iconify-json/{package}"
+      raise SetError(f"{folder} has no iconify-json-{package}-VERSION.tgz: run `{get}` there.")
     sets.append(_read_set(found[-1], style))
   return sets
 
@@ -97,7 +102,7 @@ def _read_set(path: pathlib.Path, style: str) -> IconSet:
       {name: f"{start}{icon['body']}</svg>" for name, icon in icons["icons"].items()},
       # Aliases that flip or rotate an icon show something else.
       {a: v["parent"] for a, v in icons.get("aliases", {}).items() if set(v) == {"parent"}},
-      frozenset(about.get("categories", {}).get("Flags", ())),
+      about.get("categories", {}),
     )
   except (KeyError, ValueError, OSError, tarfile.TarError) as error:
     raise SetError(f"{path} is no icon set of Iconify ({error!r}): run `{GET}` again.") from error
@@ -119,9 +124,10 @@ def drawings(sets: Iterable[IconSet], fewest: int = 3) -> list[Drawing]:
   concepts: dict[str, dict[str, Drawing]] = {}
   left_out = set()
   for icons in sets:
+    flags = icons.of("Flags")
     for name, svg in sorted(icons.drawings.items()):
       concept, *keywords = names.of(name)
-      if name in icons.flags or any(map(_LEFT_OUT.search, (name, concept))):
+      if name in flags or any(map(_LEFT_OUT.search, (name, concept))):
         left_out.add(concept)
       else:
         drawing = Drawing(concept, icons.style, svg, tuple(keywords))
@@ -176,8 +182,17 @@ def _english(about: dict) -> list[str]:
 
 def render(svg: str, side: int) -> np.ndarray:
   """Draws an SVG text on white as an [H, W, 3] uint8 image with H = W = `side`."""
+  return rgba(svg, side, "white")[..., :3]
+
+
+def rgba(svg: str, side: int, background: str | None = None) -> np.ndarray:
+  """Draws an SVG text as an [H, W, 4] uint8 image with H = W = `side`; alpha is the last channel.
+
+  Raises:
+    ValueError: the text is no SVG that resvg can draw.
+  """
   png = resvg_py.svg_to_bytes(
-    svg_string=svg, background="white", width=side, height=side, skip_system_fonts=True
+    svg_string=svg, background=background, width=side, height=side, skip_system_fonts=True
   )
   with Image.open(io.BytesIO(png)) as image:
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image.convert("RGBA"))

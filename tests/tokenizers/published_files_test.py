@@ -244,7 +244,7 @@ def test_the_colors_of_codes_must_be_those_of_the_config(tokenizer):
   pairs = dataclasses.replace(plain, quantizer="shape_color", local_codes=True, code_dim=16)
   ours = {config: ImageTokenizer(config, 64, {}) for config in (plain, pairs)}
   for config, ok in ours.items():
-    assert published_files.fit(ok, 64, config) is ok
+    assert published_files.fit(ok, 64, config) == ok
   with refused(UserError, "--config.vqgan.quantizer=shape_color", "--config.vqgan.num_colors=8"):
     published_files.fit(ours[pairs], 64, plain)
   for one, codes in ((ours[plain], 64), (tokenizer, NUM_CODES)):

@@ -3,6 +3,7 @@
 # B batch, H height, W width, h and w of the code grid, E code width, K codes, n images.
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import functools
 import math
 import time
@@ -29,6 +30,10 @@ RECONSTRUCTIONS = "reconstructions.npz"
 NUM_RECONSTRUCTIONS = 32
 NUM_TRAIN_MEASURED = 1_024
 MAX_HELDOUT = 4_096
+GOOD_DB = 20.0  # An installed tokenizer with this PSNR on held-out images is used as it is.
+# Otherwise its decoder is trained on, for this share of the config's steps, which are estimated for
+# a smaller network, and with this share of its learning rate.
+TUNED_STEPS, TUNED_RATE = 1 / 4, 1 / 4
 
 
 @runtime_checkable
@@ -96,6 +101,8 @@ def train_step(
 ) -> tuple[dict, dict]:
   """Updates the VQGAN and, if `adversarial`, the discriminator on the same images.
 
+  With `config.source`, only the decoder of the VQGAN changes, so that codes stay as they are.
+
   Args:
     state: state as in `init_state`; donated.
     images: uint8 [B, H, W, 3].
@@ -110,6 +117,8 @@ def train_step(
   discriminator = state["discriminator"] if adversarial else None
   gradient = jax.value_and_grad(losses.generator_loss, has_aux=True)
   (loss, made), grads = gradient(state["params"], discriminator, config, num_codes, x, features)
+  if config.source:
+    grads = {**jax.tree.map(jnp.zeros_like, grads), "decoder": grads["decoder"]}
   y, _, indices, adaptive = made
   metrics = {"loss": loss, "mse": jnp.mean((y - x) ** 2)}
   state["params"], state["opt_state"] = _update(tx, grads, state["opt_state"], state["params"])
@@ -177,7 +186,7 @@ def restart_dead_codes(
 
 def restarts(config: VQGANConfig, done: int) -> bool:
   """Returns whether to replace dead codes after `done` steps."""
-  if config.quantizer == "fsq" or not config.restart_every:
+  if config.quantizer == "fsq" or config.source or not config.restart_every:
     return False
   return done < config.restart_until * config.steps and done % config.restart_every == 0
 
@@ -192,6 +201,7 @@ def train(
   features: dict | None = None,
   shown: np.ndarray | None = None,
   open_boards: Callable[[int], Sequence] = lambda first_step: (),
+  start: ImageTokenizer | None = None,
 ) -> ImageTokenizer:
   """Trains the VQGAN for all steps, or the remaining steps of a killed run; see `trainer.train`.
 
@@ -201,6 +211,7 @@ def train(
     features: result of `perceptual.make_params`; needed if `perceptual_weight` is positive.
     shown: held-out images to show with their reconstructions, uint8 [n, H, W, 3].
     open_boards: maps the first step of this start to open boards, see `watch.boards.Board`.
+    start: tokenizer from whose parameters the training starts; None: random parameters.
 
   Raises:
     ValueError: `features` are given although `perceptual_weight` is 0, or vice versa.
@@ -225,6 +236,9 @@ def train(
 
   def init() -> dict:
     state = init_state(config, num_codes, seed)
+    if start is not None:
+      names = {"params", "ema"} & state.keys()
+      return {**state, **{name: jax.tree.map(jnp.copy, start.params) for name in names}}
     return with_colors(state, config, images, seed) if config.code_colors else state
 
   about = {"num_codes": num_codes, "inputs": inputs}
@@ -317,6 +331,19 @@ def _evenly_spaced(length: int, count: int) -> np.ndarray:
   return np.unique(np.linspace(0, length - 1, count).astype(int))
 
 
+def tuning_config(config: VQGANConfig, start: VQGANConfig) -> VQGANConfig:
+  """Returns the config that trains the decoder of a tokenizer `start` on, in a run of `config`."""
+  return dataclasses.replace(
+    start,
+    source=config.source,
+    resolution=config.resolution,
+    steps=max(1, round(TUNED_STEPS * config.steps)),
+    learning_rate=TUNED_RATE * start.learning_rate,
+    batch_size=config.batch_size,
+    checkpoint_every=config.checkpoint_every,
+  )
+
+
 def train_vqgan(
   config: VQGANConfig,
   num_codes: int,
@@ -327,20 +354,42 @@ def train_vqgan(
   inputs: Mapping[str, str],
   features: dict | None = None,
   open_boards: Callable[[int], Sequence] = lambda first_step: (),
+  installed: ImageTokenizer | None = None,
 ) -> dict:
   """Runs the stage on the current mesh: trains and writes the tokenizer. Returns its measures.
 
   The caller deletes the checkpoints after the stage is finished. The arguments are described in
-  `train`.
+  `train`. With `installed`, the tokenizer `config.source`, nothing is trained if it suits the
+  held-out images (`GOOD_DB`), else only its decoder, and the better of the two is written.
 
   Raises:
     UserError: the training diverged, or `check_learned` rejects the tokenizer.
   """
   start = time.monotonic()
+  before = {"psnr_db": -math.inf}
+  if installed is not None:
+    before = evaluate(installed, heldout_images, images, folder)
+    found = f"train_vqgan: {config.source}, a tokenizer of the package: held-out images have "
+    found += f"{before['psnr_db']:.1f} dB"
+    if before["psnr_db"] >= GOOD_DB:
+      print(f"{found}, so nothing is trained.", flush=True)
+      installed.save(folder)
+      return {**before, "steps": 0, "seconds": round(time.monotonic() - start, 1)}
+    assert isinstance(installed.config, VQGANConfig)
+    config = tuning_config(config, installed.config)
+    print(
+      f"{found}, fewer than {GOOD_DB:g}, so its decoder is trained on for {config.steps:,} steps, "
+      "and its codes stay; --config.vqgan.source= trains a tokenizer from scratch.",
+      flush=True,
+    )
   shown = heldout_images[_evenly_spaced(len(heldout_images), vqgan_watch.SHOWN)]
-  tokenizer = train(config, num_codes, seed, images, folder, inputs, features, shown, open_boards)
+  tokenizer = train(
+    config, num_codes, seed, images, folder, inputs, features, shown, open_boards, installed
+  )
   seconds = time.monotonic() - start
-  tokenizer.save(folder)
   measures = evaluate(tokenizer, heldout_images, images, folder)
+  if installed is not None and measures["psnr_db"] < before["psnr_db"]:
+    tokenizer, measures = installed, evaluate(installed, heldout_images, images, folder)
+  tokenizer.save(folder)
   check_learned(measures)
   return {**measures, "steps": config.steps, "seconds": round(seconds, 1)}
