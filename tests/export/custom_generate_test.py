@@ -186,7 +186,8 @@ def p_value(codes, logits, settings):
   """Returns the p-value (chi-squared) of codes under the distribution of this project's sampler."""
   top_k, top_p = (jnp.array([settings[name]]) for name in ("top_k", "top_p"))
   with one_device():
-    values, ids = filter_candidates(logits / settings["temperature"], top_k, top_p, 0)
+    scaled = jnp.asarray(logits / settings["temperature"])
+    values, ids = filter_candidates(scaled, top_k, top_p, 0)
   expected = np.asarray(jax.nn.softmax(values[0]), np.float64) * len(codes) + 1e-9
   counts, usual = np.bincount(codes, minlength=len(expected))[ids[0]], expected > 5
   merged = [np.append(x[usual], x[~usual].sum()) for x in (counts, expected)]
