@@ -77,7 +77,12 @@ def test_the_estimate_is_near_the_compilers_number(config, mesh, rows, passes, p
 
 @pytest.mark.parametrize(
   ("family", "fields"),
-  [("opt", {}), ("modern", {}), ("modern", {"head_size": 8}), ("modern", {"num_kv_heads": 2})],
+  [
+    ("opt", {}),
+    ("modern", {}),
+    ("modern", {"head_size": 8}),
+    ("modern", {"num_kv_heads": 2, "num_layers": 16}),
+  ],
 )
 @pytest.mark.parametrize(
   "optimizer", [{}, {"ema_decay": 0.9}, {"first_moment_dtype": "bfloat16"}, {"name": "muon"}]
