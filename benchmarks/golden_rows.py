@@ -13,8 +13,8 @@ try:
   from cm3leon_jax.run.folders import settings_of_run
   from cm3leon_jax.run.rows import open_rows
 except ModuleNotFoundError:  # An earlier commit.
-  from cm3leon_jax.settings import settings_of_run
-  from cm3leon_jax.trained.rows import open_rows
+  from cm3leon_jax.settings import settings_of_run  # type: ignore[no-redef]
+  from cm3leon_jax.trained.rows import open_rows  # type: ignore[no-redef]
 
 
 def main(workdir: str, count: str) -> None:

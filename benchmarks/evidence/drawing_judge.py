@@ -59,7 +59,8 @@ class Drawings:
         f"{folder} has no records of drawings ({error!r}): write them with examples/illustrations/"
         "make_data.py, and name the folder in --data."
       ) from error
-    return cls(*map(np.array, [*names, *facts]), reader.load_images(paths, resolution, 8))
+    images = reader.load_images(paths, resolution, 8)
+    return cls(*map(np.array, [*names, *facts]), images=images)
 
 
 def lab_cells(images: Images) -> list[Features]:
