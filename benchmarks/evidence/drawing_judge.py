@@ -59,8 +59,7 @@ class Drawings:
         f"{folder} has no records of drawings ({error!r}): write them with examples/illustrations/"
         "make_data.py, and name the folder in --data."
       ) from error
-    images = reader.load_images(paths, resolution, 8)
-    return cls(*map(np.array, [*names, *facts]), images=images)
+    return cls(*[*map(np.array, [*names, *facts]), reader.load_images(paths, resolution, 8)])
 
 
 def lab_cells(images: Images) -> list[Features]:
@@ -79,8 +78,8 @@ def shapes_and_colors(images: Images) -> list[Features]:
   low, high, count = np.array(BINS, np.float32).T
   lab = color.rgb2lab(images / np.float32(255)).reshape(len(images), -1, 3)
   bins = np.clip((lab - low) / (high - low) * count, 0, count - 1).astype(int)
-  sizes = tuple(count.astype(int))
-  places = np.ravel_multi_index(tuple(np.moveaxis(bins, -1, 0)), sizes)
+  sizes = tuple(map(int, count))
+  places = np.asarray(np.ravel_multi_index(tuple(np.moveaxis(bins, -1, 0)), sizes))
   shares = [np.bincount(row, minlength=np.prod(sizes)) / len(row) for row in places]
   return [np.array(gradients, np.float32), np.sqrt(np.array(shares, np.float32))]
 

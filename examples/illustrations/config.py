@@ -18,7 +18,7 @@ from cm3leon_jax.run import from_data
 LARGE = 60
 CLIP_STEPS = 400  # At most; it then has seen each drawing nine times.
 # Decoder steps per minute of all stages on one core, see the table of throughput in docs/log.md.
-STEPS = {48: 50, 32: 75}
+STEPS = {48: 50, 32: 90}
 
 
 def get_config(variant: str = "150") -> ml_collections.ConfigDict:
