@@ -81,7 +81,7 @@ def test_the_estimate_is_near_the_compilers_number(config, mesh, rows, passes, p
     ("opt", {}),
     ("modern", {}),
     ("modern", {"head_size": 8}),
-    ("modern", {"num_kv_heads": 2, "num_layers": 16}),
+    ("modern", {"num_kv_heads": 2, "num_layers": 2, "width": 256}),
   ],
 )
 @pytest.mark.parametrize(
