@@ -169,6 +169,7 @@ class CLIPModel(nnx.Module):
     return normalize(self.text_projection(self.text(tokens)))
 
 
+@jax.jit
 def normalize(x: Float[Array | np.ndarray, "... E"]) -> Float[Array, "... E"]:
   """Scales vectors to norm 1."""
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

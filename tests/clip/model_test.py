@@ -1,7 +1,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,6 +8,7 @@ from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.tokenizers import CLIPConfig
+from tests.models.tiny import random_arrays
 from tests.refusals import refused
 
 TINY = CLIPConfig(
@@ -20,7 +20,8 @@ TEXT_SIZE = 50
 
 
 def make(config=TINY, seed=0):
-  return CLIP(config, TEXT_SIZE, clip_lib.init_params(config, TEXT_SIZE, jax.random.key(seed)))
+  types = jax.eval_shape(lambda: clip_lib.init_params(config, TEXT_SIZE, jax.random.key(0)))
+  return CLIP(config, TEXT_SIZE, jax.device_put(random_arrays(types, seed)))
 
 
 def some_images(n, seed=0):
@@ -68,8 +69,8 @@ def test_pad_texts_in_literals():
 
 
 def test_patches_in_literals():
-  image = jnp.arange(2 * 4 * 3.0).reshape(1, 2, 4, 3)
-  result = np.asarray(clip_lib.patches(image, 2))
+  image = np.arange(2 * 4 * 3, dtype=np.float32).reshape(1, 2, 4, 3)
+  result = np.asarray(clip_lib.patches(jax.device_put(image), 2))
   assert result.shape == (1, 1, 2, 12)
   assert result[0, 0, 1].tolist() == [6, 7, 8, 9, 10, 11, 18, 19, 20, 21, 22, 23]
 

@@ -7,7 +7,6 @@ import shutil
 from absl import flags
 from absl.testing import flagsaver
 from etils import epath
-import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -26,7 +25,7 @@ from cm3leon_jax.run import stages, table
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.weights import reading
 from tests.data.stores import VOCAB
-from tests.generation.run import SETTINGS, make_run, one_device
+from tests.generation.run import SETTINGS, clip_params, make_run, one_device
 from tests.models.tiny import random_params
 from tests.refusals import refused
 
@@ -35,8 +34,7 @@ from tests.refusals import refused
 def workdir(tmp_path_factory):
   root = epath.Path(tmp_path_factory.mktemp("run"))
   make_run(root)
-  params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
-  clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params).save(root / "clip")
+  clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, clip_params()).save(root / "clip")
   for name in ("text_tokenizer", "vqgan", "documents", "neighbors", "clip", "train"):
     write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
   stored = {"run": table.identity(SETTINGS, "train"), "settings": dataclasses.asdict(SETTINGS)}

@@ -34,7 +34,8 @@ from cm3leon_jax.tokenizers import published, published_files, published_source,
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.raw_folder import write_raw
 from tests.data.stores import VOCAB
-from tests.generation.run import make_config
+from tests.generation.run import clip_params, make_config
+from tests.models.tiny import random_arrays
 from tests.refusals import refused
 from tests.retrieval.stores import write_neighbors
 from tests.tokenizers.published_random import FAMILY, save_random
@@ -96,7 +97,8 @@ def test_a_tokenizer_is_imported_once(source, tmp_path, capsys):
 
 def test_the_tokenizer_of_an_export_needs_no_family(tmp_path, capsys):
   config = tiny_config(resolution=256, downsample=16, stem=16)
-  params = vqgan.init_params(config, VOCAB.image_size, jax.random.key(0))
+  types = jax.eval_shape(lambda: vqgan.init_params(config, VOCAB.image_size, jax.random.key(0)))
+  params = random_arrays(types)
   folder = tmp_path / "export" / "image_tokenizer"
   ImageTokenizer(config, VOCAB.image_size, params).save(folder)
   import_vqgan.main(SETTINGS, tmp_path, str(folder), None)
@@ -209,8 +211,7 @@ def write_data(root) -> np.ndarray:
   # Has enough different words to train the text tokenizer.
   words = [f"word{i} word{i + 1}" for i in range(400)]
   text.train_text_tokenizer(words, VOCAB, TextTokenizerConfig(), root / "text_tokenizer")
-  params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
-  clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params).save(root / "clip")
+  clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, clip_params(SETTINGS)).save(root / "clip")
   for split, count in (("train", 6), ("heldout", 2)):
     ids = np.zeros((count, 4), np.int32)
     write_neighbors(root / "neighbors" / f"{split}_pairs", ids=ids, text_ids=ids)

@@ -21,6 +21,7 @@ from cm3leon_jax.tokenizers import text, vqgan
 from tests.data.stores import VOCAB
 from tests.launch import tiny_instruct_config
 from tests.launch.stages_before import make_workdir
+from tests.models.tiny import random_arrays
 from tests.refusals import refused
 from tests.retrieval.stores import write_bank
 from tests.run import rows_test
@@ -37,7 +38,8 @@ def workdir(stores):
     with stages.once(stores / folder, {}):
       pass
   text.train_text_tokenizer(texts, VOCAB, TextTokenizerConfig(), stores / "text_tokenizer")
-  params = vqgan.init_params(VQGAN, VOCAB.image_size, jax.random.key(0))
+  types = jax.eval_shape(lambda: vqgan.init_params(VQGAN, VOCAB.image_size, jax.random.key(0)))
+  params = random_arrays(types)
   vqgan.ImageTokenizer(VQGAN, VOCAB.image_size, params).save(stores / "vqgan")
   return stores
 

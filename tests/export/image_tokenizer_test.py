@@ -12,9 +12,9 @@ from cm3leon_jax.export.serving_functions import Functions, named
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.models import nnx_params
 from cm3leon_jax.run.run import Run
-from cm3leon_jax.tokenizers import published, vqgan
+from cm3leon_jax.tokenizers import published
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from tests.generation.run import SETTINGS
+from tests.generation.run import SETTINGS, vqgan_params
 from tests.refusals import refused
 
 K = SETTINGS.vocab.image_size
@@ -23,8 +23,7 @@ K = SETTINGS.vocab.image_size
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   root = epath.Path(tmp_path_factory.mktemp("run"))
-  params = vqgan.init_params(SETTINGS.vqgan, K, jax.random.key(0))
-  ImageTokenizer(SETTINGS.vqgan, K, params, batch_size=2).save(root / "vqgan")
+  ImageTokenizer(SETTINGS.vqgan, K, vqgan_params(SETTINGS), batch_size=2).save(root / "vqgan")
   return root
 
 

@@ -83,8 +83,13 @@ def make_run(root: epath.Path) -> None:
   write_neighbors(root / "neighbors" / "heldout_pairs", text_ids=ids)
   of_train = [np.setdiff1d(rng.permutation(12)[:5], i)[:4] for i in range(12)]
   write_neighbors(root / "neighbors" / "train_pairs", ids=np.array(of_train, np.int32))
-  image_params = vqgan.init_params(SETTINGS.vqgan, VOCAB.image_size, jax.random.key(0))
+  image_params = vqgan_params(SETTINGS)
   vqgan.ImageTokenizer(SETTINGS.vqgan, VOCAB.image_size, image_params).save(root / "vqgan")
+
+
+def vqgan_params(settings) -> dict:
+  init = functools.partial(vqgan.init_params, settings.vqgan, settings.vocab.image_size)
+  return random_arrays(jax.eval_shape(init, jax.random.key(0)))
 
 
 def clip_params(settings=SETTINGS) -> dict:

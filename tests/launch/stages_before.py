@@ -3,14 +3,13 @@
 import json
 import pathlib
 
-import jax
-
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.config.tokenizers import TextTokenizerConfig
 from cm3leon_jax.run import stages
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.text import train_text_tokenizer
 from tests.data.stores import make_instructions, make_sources
+from tests.generation.run import vqgan_params
 from tests.retrieval.stores import write_neighbors
 
 PAIRS = 50
@@ -32,8 +31,8 @@ def make_workdir(root: pathlib.Path, settings: Settings) -> None:
   # Has enough different words to train the text tokenizer.
   words = [f"word{i} word{i + 1}" for i in range(400)]
   train_text_tokenizer(words, settings.vocab, TextTokenizerConfig(), root / "text_tokenizer")
-  params = vqgan.init_params(settings.vqgan, settings.vocab.image_size, jax.random.key(0))
-  vqgan.ImageTokenizer(settings.vqgan, settings.vocab.image_size, params).save(root / "vqgan")
+  image_tokenizer = settings.vqgan, settings.vocab.image_size
+  vqgan.ImageTokenizer(*image_tokenizer, vqgan_params(settings)).save(root / "vqgan")
   finished = {"config": {}, "summary": {}, "seconds": 0.0}
   if settings.instructions.any:
     for i, split in enumerate(("train", "heldout")):

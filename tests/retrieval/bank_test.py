@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import shutil
 
 from hypothesis import given, settings
@@ -23,18 +24,21 @@ from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.run import stages
 from cm3leon_jax.run import table as stage_table
 from tests.data.raw_folder import write_raw
+from tests.models.tiny import random_arrays
 from tests.refusals import refused
 
 CONFIG = RetrievalConfig(backend="exact", max_similarity=1.0)
 WIDTH = 16
 
 
+@functools.cache
 def tiny_clip():
   config = CLIPConfig(
     resolution=16, image_encoder="conv", patch=4, image_width=64, image_layers=1,
     text_width=64, text_layers=1, text_length=6, embed_dim=16,
   )  # fmt: skip
-  return CLIP(config, 50, clip_lib.init_params(config, 50, jax.random.key(0)), encode)
+  types = jax.eval_shape(lambda: clip_lib.init_params(config, 50, jax.random.key(0)))
+  return CLIP(config, 50, random_arrays(types), encode)
 
 
 def encode(text):

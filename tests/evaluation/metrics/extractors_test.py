@@ -21,6 +21,7 @@ from cm3leon_jax.config.tokenizers import CLIPConfig
 from cm3leon_jax.evaluation.metrics import extractors, published_weights
 from cm3leon_jax.evaluation.metrics.extractors import load_clip, load_dinov2, load_inception
 from tests.clip import huggingface_test
+from tests.models.tiny import random_arrays
 from tests.refusals import refused
 
 torch = pytest.importorskip("torch")
@@ -117,8 +118,8 @@ def check(extractor, images, expected):
 
 
 def test_the_clip_of_the_run(tmp_path):
-  params = init_params(TINY, 32, jax.random.key(0))
-  clip = CLIP(TINY, 32, params)
+  types = jax.eval_shape(lambda: init_params(TINY, 32, jax.random.key(0)))
+  clip = CLIP(TINY, 32, random_arrays(types))
   clip.save(tmp_path / "clip")
   extractor, images = load_clip("", tmp_path), some_images(3)
   check(extractor, images, clip.embed_images(images))
@@ -126,7 +127,7 @@ def test_the_clip_of_the_run(tmp_path):
   with refused(UserError, "16, 20"):
     extractor.embed(some_images(1, 16, 20))
   # With other parameters in the same folder, the identity changes.
-  CLIP(TINY, 32, init_params(TINY, 32, jax.random.key(1))).save(tmp_path / "clip")
+  CLIP(TINY, 32, random_arrays(types, seed=1)).save(tmp_path / "clip")
   assert load_clip("", tmp_path).identity["tensors"] != extractor.identity["tensors"]
 
 
