@@ -24,6 +24,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Configs of the demo.
 SCENES = str(ROOT / "examples" / "scenes" / "config.py")
 INSTRUCT = str(ROOT / "examples" / "scenes" / "instruct.py")
+# Imports of most commands that read a run; a server that has imported them saves seconds.
+SLOW = ("cm3leon_jax.weights.checkpoint",)
 SERVER = "from tests.launched import serve; serve()"
 
 

@@ -13,7 +13,7 @@ from cm3leon_jax.training.faults import lease
 from cm3leon_jax.training.saves import upkeep
 from cm3leon_jax.weights.checkpoint import Checkpoints
 from cm3leon_jax.weights.sealing import files_below
-from tests.launched import launch
+from tests.launched import SLOW, launch
 from tests.refusals import check_refused, check_sentence, refused
 
 STEPS = (2, 4, 6, 8)
@@ -46,8 +46,7 @@ def workdir(original, tmp_path):
 
 
 def command(workdir, *arguments):
-  imported = ("cm3leon_jax.weights.checkpoint",)
-  return launch("checkpoints", *arguments, f"--workdir={workdir}", imported=imported)
+  return launch("checkpoints", *arguments, f"--workdir={workdir}", imported=SLOW)
 
 
 def steps(workdir):

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from cm3leon_jax.commands import COMMANDS, common
-from tests.launched import SCENES, cm3leon, launch
+from tests.launched import SCENES, SLOW, cm3leon, launch
 from tests.refusals import check_refused
 
 FOLDER = pathlib.Path(common.__file__).parent
@@ -87,7 +87,7 @@ def test_a_mistake_is_found_before_anything_is_written(argv, facts, tmp_path):
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
-  result = cm3leon("export", "--workdir=scenes", "--output=/proc/x/y", cwd=tmp_path)
+  result = cm3leon("export", "--workdir=scenes", "--output=/proc/x/y", cwd=tmp_path, imported=SLOW)
   check_refused(result, "--output=/proc/x/y", "No such file")
 
 
@@ -139,7 +139,8 @@ def test_report_lists_what_has_not_run(tmp_path):
   done = {"config": {}, "summary": {}, "seconds": 1.0, "id": "1"}
   (tmp_path / "raw" / "done.json").write_text(json.dumps(done))
   changed = "--config.raw.source=my images"
-  result = launch("report", f"--config={SCENES}:2", changed, f"--workdir={tmp_path}")
+  flags = f"--config={SCENES}:2", changed, f"--workdir={tmp_path}"
+  result = launch("report", *flags, imported=SLOW)
   assert result.returncode == 0, result.stderr
   assert "not run" in result.stdout
   page = html.unescape((tmp_path / "report.html").read_text())

@@ -14,7 +14,7 @@ from etils import epath
 import pytest
 
 from tests.generation.run import save_run
-from tests.launched import ROOT, launch
+from tests.launched import ROOT, SLOW, launch
 from tests.refusals import check_refused
 
 
@@ -32,7 +32,7 @@ from tests.refusals import check_refused
   ],
 )
 def test_wrong_flags_are_refused_in_one_sentence(given, environment):
-  check_refused(launch("serve", *given, **environment))
+  check_refused(launch("serve", *given, imported=SLOW, **environment))
 
 
 def test_a_missing_package_is_named():
@@ -49,7 +49,8 @@ def run(tmp_path_factory):
 def test_a_port_that_is_taken_is_named(run):
   with socket.create_server(("127.0.0.1", 0)) as taken:
     port = taken.getsockname()[1]
-    result = launch("serve", f"--workdir={run}", "--host=0.0.0.0", f"--port={port}")
+    flags = f"--workdir={run}", "--host=0.0.0.0", f"--port={port}"
+    result = launch("serve", *flags, imported=SLOW)
   assert result.returncode == 2, result.stderr
   assert f"error: --host=0.0.0.0 --port={port} cannot be opened (Address already in use)" in (
     result.stderr
