@@ -5,8 +5,8 @@
   cm3leon run --config=examples/illustrations/config.py:30 --workdir=workdir/illustrations_30
 
 The variant is the time in minutes that all stages may take on one core (default 150). It scales the
-steps. From `LARGE` minutes on, images have 48 pixels and 144 codes, and the decoder has 2.4 million
-parameters; below, 32 pixels, 64 codes and 1.3 million. For another folder of records:
+steps. From `LARGE` minutes on, images have 48 pixels and 144 codes, and the decoder has 2.5 million
+parameters; below, 32 pixels, 64 codes and 1.5 million. For another folder of records:
 --config.raw.source=FOLDER. docs/illustrations.md describes the recipe and its evaluation.
 """
 
@@ -26,9 +26,8 @@ def get_config(variant: str = "150") -> ml_collections.ConfigDict:
   side = 48 if minutes >= LARGE else 32
   config = base.small_config()
   config.raw.update(source="illustrations_data", resolution=side)
-  config.vocab.update(text_size=1_024, image_size=1_024)
-  config.vqgan.update(resolution=side, downsample=4, stem=4)
-  config.vqgan.update(width=128, l1_weight=0.5, learning_rate=2e-3, batch_size=16, steps=2_000)
+  config.vocab.update(text_size=512, image_size=2_048)
+  config.vqgan.update(source="pictures", resolution=side, downsample=4, stem=4)
   config.clip.update(resolution=side, batch_size=128, shift=0.1)
   config.clip.steps = max(10, min(CLIP_STEPS, round(10 * minutes)))
   # The best document by the caption precedes a drawing, as at inference. As in the paper, queries
@@ -41,7 +40,7 @@ def get_config(variant: str = "150") -> ml_collections.ConfigDict:
   config.data.sequence_length = config.model.max_positions = length
   config.optimizer.update(learning_rate=2e-3, warmup_steps=100, ema_decay=0.998)
   if side == 48:
-    config.model.update(width=192, num_heads=3, mlp_width=448)
+    config.model.update(width=192, num_heads=3, mlp_width=384)
   config.sampling.update(temperature=0.9, guidance=3.0)
   config.evaluation.update(num_documents=750, batch_size=32)
   config.train.update(global_batch_size=2_560 // length, eval_batches=16)
