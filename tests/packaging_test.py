@@ -53,6 +53,8 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel):
     if path.is_file()
   }
   assert expected == {name for name in names if name.startswith("cm3leon_jax/")}
+  licenses = {name.partition("/licenses/")[2] for name in names} - {""}
+  assert licenses == {"LICENSE", "cm3leon_jax/assets/tokenizers/pictures/ATTRIBUTION.md"}
 
 
 @pytest.mark.slow
