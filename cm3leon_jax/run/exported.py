@@ -23,7 +23,7 @@ from cm3leon_jax.weights.stored import array_spec
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 
 ORBAX = "params"  # Folder of the parameters in an orbax export.
-PLACES = (IMAGES, ORBAX)
+PLACES = (IMAGES, ORBAX, "custom_generate")
 AGAIN = "run `cm3leon export` again"
 
 
