@@ -218,7 +218,7 @@ def check_levels(num_codes: int, code_dim: int) -> None:
     )
 
 
-HEAD_DIM = 64  # Width of an attention head.
+HEAD_DIM = 64  # Width of an attention head of CLIP.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

@@ -98,7 +98,6 @@ class Pipeline:
     self.settings, self.layout, self.bank = settings, layout, bank
     self.image_tokenizer = image_tokenizer
     self.generator = Generator(params, GeneratorConfig.of(settings, **options))
-    # Generators with the same config and other parameters, by name. Only the server uses them.
     # CLIP and the image tokenizer use the decoder's batch size, too. A larger batch would need more
     # padding, and a different size another compilation.
     size = self.generator.config.batch_size

@@ -19,7 +19,7 @@ _FILTERS = (Image.Resampling.LANCZOS, Image.Resampling.BOX)
 
 @dataclasses.dataclass(frozen=True)
 class Grounds:
-  """Makes what is behind drawings and text."""
+  """Makes the grounds on which drawings and text are put."""
 
   photographs: Sequence[Photograph]
 

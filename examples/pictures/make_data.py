@@ -37,7 +37,7 @@ PICTURES = {"emoji": 18_000, "icon": 8_000, "clip art": 8_000, "one color": 3_00
 PICTURES |= {"text": 4_000, "texture": 1_500, "photograph": 3_500}
 HELDOUT = 300  # At most this many held-out pictures of a kind.
 LARGE = 2 * compose.SIDE  # Side of held-out pictures, and of drawings that are scaled.
-WHITE = 0.6  # Share of white grounds behind drawings.
+WHITE = 0.6  # Share of drawings on white; the others are on colors, textures or photographs.
 _BLOCK = 1_024  # Drawings that are compared at a time.
 
 
@@ -49,7 +49,9 @@ def seed_of(name: str) -> int:
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
-def held_out(drawings: Sequence[Drawing], folder: pathlib.Path, found: Sequence[sets.IconSet]):
+def held_out(
+  drawings: Sequence[Drawing], folder: pathlib.Path, found: Sequence[sets.IconSet]
+) -> list[str]:
   """Returns the group of each drawing that no training picture may show, else "".
 
   Groups are "artist", "set" and "drawing". Drawings of other sets are held out if their name
