@@ -11,7 +11,7 @@ from cm3leon_jax.clip.model import PARAMS as CLIP_PARAMS
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.documents import training_data
-from cm3leon_jax.data.documents.store import DocumentStore, write_documents
+from cm3leon_jax.data.documents.store import Bank, write_documents
 from cm3leon_jax.export import huggingface, replay
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, write_json
@@ -22,6 +22,8 @@ from cm3leon_jax.tokenizers import text
 from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.weights import layouts, stored_tensors
+
+MOST_DOCUMENTS = 20_000  # A bundle has no search index, and is to fit into a package.
 
 
 def write(
@@ -154,19 +156,22 @@ def _write_stages(folder: epath.Path, workdir: epath.Path) -> None:
 
 
 def _write_bank(folder: epath.Path, run: Run) -> Settings:
-  """Copies the bank, if the run retrieves only from the documents of the split `bank`.
+  """Writes the documents that the run retrieves as the split `bank`, if they are few.
 
   Returns:
-    The settings. If the bank is copied, they select exact search, because no search index is
+    The settings. If the bank is written, they select exact search, because no search index is
     copied.
   """
-  settings = run.settings
-  if settings.retrieval.train_documents:
+  settings, train = run.settings, run.settings.retrieval.train_documents
+  if not settings.data.num_neighbors:
     return settings
-  pairs = DocumentStore(run.folder / "documents" / "bank_pairs", settings.vocab)
+  bank = Bank(run.folder / "documents", settings.vocab)
+  first = 0 if train else len(bank.parts[0])
+  if len(bank) - first > MOST_DOCUMENTS:
+    return settings
   write_documents(folder / "documents" / "train_pairs", (), settings.vocab)
-  documents = (pairs[i] for i in range(len(pairs)))
+  documents = (bank[i] for i in range(first, len(bank)))
   write_documents(folder / "documents" / "bank_pairs", documents, settings.vocab)
-  copy_bank(run.folder / "neighbors", folder / "neighbors")
-  retrieval = dataclasses.replace(settings.retrieval, backend="exact")
+  copy_bank(run.folder / "neighbors", folder / "neighbors", train)
+  retrieval = dataclasses.replace(settings.retrieval, backend="exact", train_documents=False)
   return dataclasses.replace(settings, retrieval=retrieval)

@@ -100,12 +100,15 @@ ROWS = "rows.json"
 ARRAYS = ("documents", "queries", "images", "groups", "keys")
 
 
-def copy_bank(folder: epath.PathLike, to: epath.PathLike) -> None:
-  """Copies the split `bank` of the files that `Retriever` reads, except for the search indices."""
+def copy_bank(folder: epath.PathLike, to: epath.PathLike, train: bool) -> None:
+  """Copies the split `bank` of the files that `Retriever` reads, except for the search indices.
+
+  If `train`, the training documents belong to the split `bank` of the copy.
+  """
   folder, to = epath.Path(folder), epath.Path(to)
   bank = Embeddings(folder / "train")
   for name in ("documents", "groups", "keys"):
-    rows = getattr(bank, name)[bank.first_bank :]
+    rows = getattr(bank, name)[0 if train else bank.first_bank :]
     ArrayStore.create(to / "train" / name, rows.shape[1:], rows.dtype).append(rows)
   write_json(to / "train" / ROWS, {"first_bank": 0})
   if (folder / WORDS).exists():

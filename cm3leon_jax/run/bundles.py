@@ -3,7 +3,7 @@
 A bundle contains:
   the decoder, in the Hugging Face layout (`huggingface.export`);
   vqgan/, clip/ and text_tokenizer/;
-  documents/ and neighbors/, if the run retrieves only from the split `bank`;
+  documents/ and neighbors/, if the run retrieves from at most 20,000 documents;
   replay/: a sample of the run's documents with their neighbors, for a tuning (`base_documents`);
   training_data.json: origins of the training data;
   bundle.json: settings, step, training cost, and the SHA-256 of every file.

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 
@@ -40,10 +41,10 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bundled(run):
   """Makes a bundle of `run`, which has no bank."""
-  folder = run.parent / "bundled"
+  folder, data = run.parent / "bundled", dataclasses.replace(SETTINGS.data, num_neighbors=0)
   with one_device():
     params, step = reading.load_params(run / "train", SETTINGS.model)
-    bundle.write(folder, Run(run, SETTINGS), params, step)
+    bundle.write(folder, Run(run, dataclasses.replace(SETTINGS, data=data)), params, step)
   return folder
 
 

@@ -70,16 +70,31 @@ def test_a_folder_with_files_of_others_is_refused_and_keeps_them(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_generates_without_the_run_and_retrieves_nothing(bundled, tmp_path):
+def test_it_generates_without_the_run_from_the_same_documents(run, bundled, tmp_path):
   moved = tmp_path / "moved"
   shutil.copytree(bundled, moved)
   with one_device() as mesh:
-    model = CM3Leon.load(moved, mesh=mesh)
+    model, whole = (CM3Leon.load(folder, mesh=mesh) for folder in (moved, run))
   assert model.step == 7
-  assert model.pipeline.settings == SETTINGS
+  kept = {"backend": "exact", "train_documents": False}
+  retrieval = dataclasses.replace(SETTINGS.retrieval, **kept)
+  assert model.pipeline.settings == dataclasses.replace(SETTINGS, retrieval=retrieval)
+  expected = [document.key for document in whole.retrieve("a red bell", k=5)]
+  assert [document.key for document in model.retrieve("a red bell", k=5)] == expected
   [sample] = model.generate("a red bell", seed=1)
-  assert (sample.neighbors, sample.image.size) == ((), (8, 8))
+  assert [document.key for document in sample.neighbors] == expected[: len(sample.neighbors)]
+  assert (len(sample.neighbors), sample.image.size) == (SETTINGS.data.num_neighbors, (8, 8))
   assert sample.clip_score is not None
+
+
+@pytest.mark.slow
+def test_it_has_no_bank_if_the_run_retrieves_too_many_documents(run, tmp_path, monkeypatch):
+  monkeypatch.setattr(bundle, "MOST_DOCUMENTS", 3)
+  with one_device() as mesh:
+    params, step = reading.load_params(run / "train", SETTINGS.model)
+    bundle.write(tmp_path / "bundle", Run(run, SETTINGS), params, step)
+    model = CM3Leon.load(tmp_path / "bundle", mesh=mesh)
+  assert model.generate("a red bell", seed=1)[0].neighbors == ()
   with pytest.raises(config.UserError, match="retrieve is 1, but there is no bank"):
     model.generate("a red bell", retrieve=1)
 
@@ -101,7 +116,8 @@ def test_it_has_the_bank_of_a_run_that_retrieves_from_nothing_else(run, tmp_path
   [sample] = model.generate("a red bell", seed=1)
   assert [document.key for document in sample.neighbors] == found[: SETTINGS.data.num_neighbors]
   # Writing a bundle without a bank over this one removes the bank.
-  bundle.write(folder, Run(run, SETTINGS), params, step)
+  data = dataclasses.replace(SETTINGS.data, num_neighbors=0)
+  bundle.write(folder, Run(run, dataclasses.replace(SETTINGS, data=data)), params, step)
   assert not (epath.Path(folder) / "documents").exists()
 
 
