@@ -61,14 +61,18 @@ class ArrayStore:
 
   @classmethod
   def create(
-    cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype: npt.DTypeLike
+    cls,
+    path: epath.PathLike,
+    row_shape: tuple[int, ...],
+    dtype: npt.DTypeLike,
+    file_bytes: int | None = None,
   ) -> "ArrayStore":
     """Creates an empty store. If a store exists at `path`, it is deleted."""
     path, row_bytes = epath.Path(path), int(np.prod(row_shape)) * np.dtype(dtype).itemsize
     path.mkdir(parents=True, exist_ok=True)
     (path / INDEX).unlink(missing_ok=True)
     read = max(1, READ_BYTES // row_bytes)
-    file = read * max(1, FILE_BYTES // (read * row_bytes))
+    file = read * max(1, (file_bytes or FILE_BYTES) // (read * row_bytes))
     checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     sharding = {"chunk_shape": (read, *row_shape), "codecs": checked, "index_codecs": checked}
     metadata = {

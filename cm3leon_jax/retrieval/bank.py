@@ -97,6 +97,7 @@ class Embeddings:
 
 
 ROWS = "rows.json"
+COPY_BYTES = 4 * 2**20  # Size of a file of a copied bank, small enough for git.
 ARRAYS = ("documents", "queries", "images", "groups", "keys")
 
 
@@ -109,7 +110,8 @@ def copy_bank(folder: epath.PathLike, to: epath.PathLike, train: bool) -> None:
   bank = Embeddings(folder / "train")
   for name in ("documents", "groups", "keys"):
     rows = getattr(bank, name)[0 if train else bank.first_bank :]
-    ArrayStore.create(to / "train" / name, rows.shape[1:], rows.dtype).append(rows)
+    store = ArrayStore.create(to / "train" / name, rows.shape[1:], rows.dtype, COPY_BYTES)
+    store.append(rows)
   write_json(to / "train" / ROWS, {"first_bank": 0})
   if (folder / WORDS).exists():
     (folder / WORDS).copy(to / WORDS)
