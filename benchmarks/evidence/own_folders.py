@@ -36,21 +36,23 @@ from examples.pictures import sources
 from examples.pictures.sources import Font, Photograph
 
 SIDE, PICTURES = 96, 300
-FLAGS = "circle-flags"
+FLAGS, FLAG = "emojione", "flag for"  # Its flags have names, not codes of countries.
 ROWS = ("top", "upper", "middle", "lower", "bottom")
 COLUMNS = ("far left", "left", "center", "right", "far right")
 SHOWN = 12  # Captions on the sheet.
 
 
-def icons(packages: pathlib.Path, name: str, words: str) -> list[tuple[str, Image.Image]]:
-  """Returns (caption, picture) of a set's drawings, ordered by hash."""
+def icons(packages: pathlib.Path, name: str, start: str = "") -> list[tuple[str, Image.Image]]:
+  """Returns (caption, picture) of a set's drawings whose names begin so, ordered by hash."""
   found = {}
   for drawing in sources.icons(sets.read(packages, {name: name}), "icon"):
+    if not drawing.name.startswith(start):
+      continue
     try:
       picture = Image.fromarray(sets.render(drawing.svg, SIDE))
     except (ValueError, OSError):  # resvg cannot draw it.
       continue
-    found[words.format(drawing.name)] = picture
+    found[drawing.name] = picture
   return sorted(found.items(), key=lambda item: fraction(item[0]))
 
 
@@ -82,10 +84,10 @@ def crops(photographs: Iterable[Photograph]) -> list[tuple[str, Image.Image]]:
 
 
 def make(packages: pathlib.Path, folder: pathlib.Path) -> None:
-  artist = icons(packages, sources.HELD_OUT[0], "{}")
+  artist = icons(packages, sources.HELD_OUT[0])
   photographs, quarter = crops(sources.photographs(packages)), PICTURES // 4
   emoji = [(f"{caption} emoji", image) for caption, image in artist[PICTURES:][:quarter]]
-  mixed = [*emoji, *icons(packages, FLAGS, "flag of {}")[:quarter]]
+  mixed = [*emoji, *icons(packages, FLAGS, FLAG)[:quarter]]
   mixed += [*letters(sources.fonts(packages))[:quarter], *photographs[:quarter]]
   folders = {"artist": artist, "mixed": mixed, "photographs": photographs}
   for name, pictures in folders.items():
