@@ -8,9 +8,9 @@
 
 Finished stages are skipped, and a stage that was stopped or killed continues. Each stage runs in a
 separate process. When a stage ends, the command prints one line; logs/NAME.log in the workdir has
-the full output of the stage. With --init_from, tokenizers and CLIP are copied from that run, and
-the decoder starts from its parameters. With the config `own`, the run then has the model of that
-run, and measures what it forgets (docs/tuning.md).
+the full output of the stage. With --init_from or `train.base` in the config, tokenizers and CLIP
+are copied from that run, and the decoder starts from its parameters. With the config `own`, the run
+then has the model of that run, and measures what it forgets (docs/tuning.md).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from cm3leon_jax.run import from_data, table
 with epy.lazy_imports():
   from cm3leon_jax.run import base_documents
 
+NONE = "none"  # Value of --init_from that starts from random parameters.
 STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
 # Matches lines of a progress bar, and the counts that `prepare_data` also prints as a sentence.
 HIDDEN = re.compile(r"\d%\||^prepare_data: shards \d")
@@ -107,8 +108,13 @@ def main(
     print(f"[{number}/{len(order)}] {name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
+def base_of(settings: Settings, init_from: str) -> str:
+  """Returns what a run starts from; "": random parameters. `init_from` is the flag's value."""
+  return (init_from or settings.train.base) if init_from != NONE else ""
+
+
 def _main(settings: Settings, workdir: epath.Path) -> None:
-  init_from, own_images = INIT_FROM.value, OWN_IMAGE_TOKENIZER.value
+  init_from, own_images = base_of(settings, INIT_FROM.value), OWN_IMAGE_TOKENIZER.value
   if init_from and from_data.missing(flags.FLAGS.config):
     settings = common.completed(workdir, True, base_documents.fields(init_from, own_images))
   more: dict[str, list] = {}

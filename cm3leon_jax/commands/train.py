@@ -139,7 +139,8 @@ def _print_losses(result: dict) -> None:
   if result.get("overfitting"):
     distributed.print_once(
       f"train: warning: the training ended at step {result['steps']}, because the held-out loss "
-      "was above its lowest value for config.train.patience evaluations."
+      "was above its lowest value for config.train.patience evaluations; step "
+      f"{result['best']}, which had it, is the result."
     )
   if risen := result.get("forgetting"):
     distributed.print_once(

@@ -7,7 +7,8 @@ saved state also writes reconstructions.png, which shows held-out images above t
 reconstructions; TensorBoard shows this image, too. With a judge it also prints the share of
 held-out images that the judge accepts, both as rendered and as reconstructed. The share for
 reconstructed images is an upper bound for what a decoder can be expected to reach. With
-config.vqgan.source, a tokenizer of the package is used instead (docs/vqgan.md#pictures).
+config.vqgan.source, a tokenizer of the package is used instead (docs/vqgan.md#pictures) or, in a
+run that starts from another run, the tokenizer of that run.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from etils import epath, epy
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.files import digests
 from cm3leon_jax.run import stages
 
 with epy.lazy_imports():
@@ -28,6 +30,7 @@ with epy.lazy_imports():
   from cm3leon_jax.data.raw import reader
   from cm3leon_jax.evaluation import judged
   from cm3leon_jax.evaluation.metrics import published_weights
+  from cm3leon_jax.run import base_documents, initial, run
   from cm3leon_jax.tokenizers import perceptual, published_files, vqgan
   from cm3leon_jax.training.image_models import trainer, vqgan_training
   from cm3leon_jax.training.watch import boards, tensorboard_board
@@ -87,15 +90,27 @@ def _open_boards(folder: epath.Path, enabled: bool, first_step: int) -> list:
   return [boards.Board("TensorBoard", make, "set --config.train.tensorboard=False", "train_vqgan")]
 
 
+def _installed(
+  settings: Settings, workdir: epath.Path
+) -> tuple[vqgan.ImageTokenizer | None, dict[str, str]]:
+  """Returns the tokenizer that `vqgan.source` names, and its digest if it is that of a base."""
+  name, codes = settings.vqgan.source, settings.vocab.image_size
+  if not name:
+    return None, {}
+  if not (base := base_documents.copied_from(workdir)):
+    return published_files.read_installed(name, codes, settings.vqgan), {}
+  opened = run.Run.open(base)
+  found = {initial.IMAGES: str(digests.digest(opened.stages / "vqgan" / vqgan.PARAMS))}
+  return published_files.fit(opened.images, codes, settings.vqgan), found
+
+
 def main(settings: Settings, workdir: epath.Path) -> None:
   _check_import(settings, workdir / "vqgan")
   if stages.is_given(workdir, "vqgan"):
     return
-  installed, codes = None, settings.vocab.image_size
-  if settings.vqgan.source:
-    installed = published_files.read_installed(settings.vqgan.source, codes, settings.vqgan)
-  features, digests = _features("" if installed else settings.vqgan.perceptual)
-  stage = stages.stage(workdir, "vqgan", settings, digests)
+  installed, of_base = _installed(settings, workdir)
+  features, inputs = _features("" if installed else settings.vqgan.perceptual)
+  stage = stages.stage(workdir, "vqgan", settings, inputs)
   with common.use_mesh(settings), stage as summary:
     if summary is not None:
       images, heldout = (
@@ -105,12 +120,12 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       summary.update(
         vqgan_training.train_vqgan(
           settings.vqgan,
-          codes,
+          settings.vocab.image_size,
           settings.seed,
           images,
           heldout,
           workdir / "vqgan",
-          {**stages.inputs(settings, workdir, "vqgan"), **digests},
+          {**stages.inputs(settings, workdir, "vqgan"), **inputs},
           features,
           functools.partial(_open_boards, workdir / "vqgan", settings.train.tensorboard),
           installed,
@@ -119,6 +134,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       tokenizer = vqgan.ImageTokenizer.load(workdir / "vqgan")
       summary.update(_judge(settings, workdir, tokenizer))
       print("train_vqgan:", ", ".join(f"{k} {v:.4g}" for k, v in summary.items()))
+      summary.update(of_base)
     elif not settings.vqgan.source:
       trainer.print_other_steps("vqgan", workdir / "vqgan", settings.vqgan.steps)
   trainer.delete_checkpoints(workdir / "vqgan")

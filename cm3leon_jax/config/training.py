@@ -19,6 +19,9 @@ class TrainConfig:
 
   steps: PositiveInt = 41_723
   """Number of training steps."""
+  base: str = ""
+  """Trained model from which `cm3leon run` starts if it is given no --init_from; `--init_from=none`
+  starts from random parameters. Empty: the run starts from random parameters."""
   minutes: NonNegativeFloat = 0.0
   """Time budget of all stages, in minutes on two CPU cores. If the config sets a number of steps to
   None, as the config `own` does, the number is computed from this budget."""

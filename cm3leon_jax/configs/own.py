@@ -6,8 +6,9 @@
 
 The variant is the time in minutes that all stages may take on two cores (default 15). Fields that
 are None here are computed from the counts of `cm3leon prepare_data`: resolution, size of the text
-vocabulary, share of texts, batch sizes and steps. docs/own_images.md walks through a run. With
---init_from, the run has the model and the tokenizers of that base, and tunes it (docs/tuning.md).
+vocabulary, length of rows, share of texts, batch sizes and steps. docs/own_images.md walks through
+a run. With --init_from, the run has the model and the tokenizers of that base, and tunes it
+(docs/tuning.md).
 """
 
 import ml_collections
@@ -20,7 +21,7 @@ FOLLOW = {
     *("vocab.text_size", "vqgan.resolution", "vqgan.batch_size", "vqgan.steps"),
     *("clip.resolution", "clip.batch_size", "clip.steps"),
     *("train.steps", "train.checkpoint_every", "train.eval_every", "train.sample_every"),
-    *("data.base_documents", "train.patience"),
+    *("data.base_documents", "train.patience", "data.sequence_length", "model.max_positions"),
   ),
   float: ("data.text_share", "data.base_share"),
 }
@@ -32,13 +33,13 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   # `max_rejected` is high, because a few damaged files are a large share of 300 images.
   config.raw.update(source="", resolution=0, heldout_fraction=0.07, max_rejected=0.1)
   config.raw.crops = -1  # Adds random crops, because a model soon overfits a few hundred images.
-  config.vocab.image_size = 256  # Training for minutes can learn only a small codebook.
-  config.vqgan.learning_rate = 5e-3
+  config.vocab.image_size = 2_048
+  config.vqgan.update(source="pictures", downsample=4, stem=4, learning_rate=5e-3)
   config.clip.shift = 0.1
   config.optimizer.learning_rate = 2e-3
   # With temperature 0.2 and guidance 1, most samples are blank (docs/own_images.md).
   config.sampling.update(temperature=0.7, guidance=3.0)
-  config.train.eval_batches = 8
+  config.train.update(global_batch_size=3, eval_batches=8)
   for kind, names in FOLLOW.items():
     for name in names:
       section, field = name.split(".")

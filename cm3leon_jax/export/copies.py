@@ -19,8 +19,8 @@ def copy_tokenizers(
 
   The folders are copied to the workdir of `run`. Folders that already contain the same files are
   not changed. `source` is the workdir of a run, or a bundle, see `bundles.folder_of`. `of_base`,
-  the result of `from_data.base_fields`, is stored for the later stages. If `own_images`, the run
-  trains its own image tokenizer, so that of `source` is not copied.
+  the result of `from_data.base_fields`, is stored for the later stages. For `own_images`, see
+  `table.copies_images`.
 
   Returns:
     For each stage, "copied" or "there already".
@@ -31,7 +31,14 @@ def copy_tokenizers(
   """
   settings, workdir = run.settings, run.folder
   trained, folder = _open(source)
-  left_out = {"clip": not table.own_clip(settings), "vqgan": own_images}
+  copied = table.copies_images(settings, own_images)
+  if not copied and not own_images and trained.vqgan.source != settings.vqgan.source:
+    raise UserError(
+      f"--init_from is {source}, whose image tokenizer is not config.vqgan.source = "
+      f"{settings.vqgan.source}: start from another base, or add --config.vqgan.source= to copy "
+      "the tokenizer of this one."
+    )
+  left_out = {"clip": not table.own_clip(settings), "vqgan": not copied}
   names = [name for name in bundles.FILES if not left_out.get(name)]
   files = {name: _describe(source, folder, name) for name in names}
   digests = {name: stages.id_of(files[name]) for name in names}

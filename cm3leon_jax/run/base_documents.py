@@ -33,20 +33,25 @@ def is_complete(folder: epath.Path) -> bool:
   return all((folder / name / stages.DONE).exists() for name in READ)
 
 
+def copied_from(workdir: epath.PathLike) -> str:
+  """Returns the base of a run, as the user named it; "" if nothing was copied from another run."""
+  path = epath.Path(workdir) / "text_tokenizer" / stages.DONE
+  found = read_json(path, {}).get("summary", {}).get("copied_from") if path.exists() else None
+  return str(found or "")
+
+
 def source_of(workdir: epath.PathLike) -> str:
   """Returns the base of a run, as the user named it.
 
   Raises:
     UserError: the tokenizers in `workdir` were not copied from another run.
   """
-  path = epath.Path(workdir) / "text_tokenizer" / stages.DONE
-  source = read_json(path, {}).get("summary", {}).get("copied_from") if path.exists() else None
-  if not source:
+  if not (source := copied_from(workdir)):
     raise UserError(
       f"config.data.base_documents is set, but the tokenizers in {workdir} were not copied from "
       "another run: run `cm3leon copy_tokenizers --init_from=RUN` first, or set it to 0."
     )
-  return str(source)
+  return source
 
 
 def find(source: str) -> tuple[Settings, epath.Path | None]:
@@ -71,16 +76,22 @@ def fields(source: str, own_images: bool) -> dict[str, Any]:
   """Returns the config fields that a tuning has in common with its base (`from_data.base_fields`).
 
   If the run trains its own image tokenizer (`own_images`), the codes of the base's documents have
-  no meaning for it, so it does not use them. If the base has none, prints that.
+  no meaning for it, so it does not use them. If the base has none, prints that. Nothing of
+  `bundles.ILLUSTRATIONS` is replayed: a user rarely needs its drawings.
   """
   settings, folder = find(source)
-  if folder is None:
+  replays = not own_images and source != bundles.ILLUSTRATIONS
+  if folder is None and replays:
     print(f"{source} has no documents: the run cannot replay them or measure what it forgets.")
-  documents = not own_images and folder is not None
-  found = from_data.base_fields(dataclasses.asdict(settings), documents)
-  if own_images:  # The batch must not be larger than the data, and nothing is imported.
+  found = from_data.base_fields(dataclasses.asdict(settings), replays and folder is not None)
+  installed = bool(settings.vqgan.source)
+  if own_images or installed:  # The batch must not be larger than the data.
     del found["vqgan.batch_size"]
+  if own_images:  # Nothing is imported; the fields of an installed tokenizer mean nothing.
     found["vqgan.published"] = ""
+  if own_images and installed:
+    found = {k: v for k, v in found.items() if not k.startswith("vqgan.")}
+    found["vqgan.source"] = ""
   return found
 
 
@@ -109,7 +120,7 @@ def check_limit(settings: Settings) -> None:
     raise UserError(
       f"config.train.max_forgetting is {settings.train.max_forgetting:g}, but the run has no "
       "documents of its base whose loss it could measure (config.data.base_documents is 0): set it "
-      "to 0, or start from a base with documents (docs/tuning.md)."
+      "to 0, or start from a base with documents, with 4000 of them (docs/tuning.md)."
     )
 
 

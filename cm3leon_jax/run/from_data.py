@@ -9,6 +9,7 @@ the base. `cm3leon copy_tokenizers` stores these fields in text_tokenizer/done.j
 
 from collections.abc import Collection
 import dataclasses
+import math
 from typing import Any
 
 from etils import epath
@@ -30,7 +31,8 @@ SECONDS_PER_PAIR = 0.02
 # `RESOLUTION` on two cores.
 TRAININGS = {"vqgan": (0.12, 0.03), "clip": (0.04, 0.25), "train": (0.8, 0.18)}
 RESOLUTION = 48
-PATCH = 6  # Side length, in pixels, of the square that a code represents.
+PATCH = 4  # Side length, in pixels, of the square that a code represents.
+LONG = 1.5  # A row has space for captions of this many times the mean length.
 LEAST_STEPS = {"vqgan": 300, "clip": 30, "train": 100}
 MOST_STEPS = {"vqgan": 6_000, "clip": 400, "train": 20_000}
 OTHERS = (
@@ -115,10 +117,29 @@ def base_fields(base: dict[str, Any], documents: bool) -> dict[str, Any]:
   return {**followed, "raw.resolution": flat["vqgan.resolution"]}
 
 
-def _cost(of_base: dict[str, Any]) -> float:
-  """Estimates how many times longer a step of the base takes than a step of the config `own`."""
-  layers, width, mlp = (of_base[f"model.{name}"] for name in ("num_layers", "width", "mlp_width"))
-  tokens = of_base["train.global_batch_size"] * of_base["data.sequence_length"]
+def row_fields(counts: Counts) -> dict[str, int]:
+  """Returns the fields that decide how long a row is: two documents, one of them a neighbor."""
+  codes = (counts.resolution // PATCH) ** 2
+  caption = LONG * counts.caption_characters / max(1, counts.pairs) / CHARACTERS
+  length = 32 * math.ceil(2 * (codes + 4 + caption) / 32)
+  return {"data.sequence_length": length, "model.max_positions": length}
+
+
+def _fitting(of_base: dict[str, Any], counts: Counts) -> dict[str, Any]:
+  """Returns the fields of a base, whose rows become longer if the data needs it.
+
+  Only for a base with `vqgan.source`: its tokenizer fits every resolution.
+  """
+  if not of_base.get("vqgan.source"):
+    return of_base
+  rows = {name: max(of_base[name], length) for name, length in row_fields(counts).items()}
+  return {**of_base, **rows, "vqgan.resolution": counts.resolution}
+
+
+def _cost(fields: dict[str, Any]) -> float:
+  """Estimates how many times longer a decoder step takes than the one that was measured."""
+  layers, width, mlp = (fields[f"model.{name}"] for name in ("num_layers", "width", "mlp_width"))
+  tokens = fields["train.global_batch_size"] * fields["data.sequence_length"]
   return layers * (4 * width**2 + 3 * width * mlp) * tokens / OWN_COST
 
 
@@ -129,17 +150,16 @@ def values(counts: Counts, minutes: float, cost: float = 1.0) -> dict[str, int |
   {"vocab.text_size": 358, "data.text_share": 0.0, "vqgan.resolution": 48, ...}
 
   `minutes` is `train.minutes`, the time that all stages of the run may take on two cores. `cost` is
-  the cost of a decoder step, relative to the config `own`.
+  the result of `_cost`.
   """
   size = min(counts.text_tokens, MOST_TEXT_TOKENS)
   result: dict[str, int | float] = {"vocab.text_size": size, "data.text_share": _text_share(counts)}
   result |= {"vqgan.resolution": counts.resolution, "clip.resolution": counts.resolution}
+  result |= row_fields(counts)
   pairs = max(1, counts.pairs)
   result |= {"vqgan.batch_size": min(16, pairs), "clip.batch_size": min(128, max(2, pairs))}
   seconds = max(0.0, 60 * minutes - FIXED_SECONDS - SECONDS_PER_PAIR * counts.pairs)
   for section, (share, step) in TRAININGS.items():
-    # The cost of a decoder step does not depend on the resolution, because rows have a fixed
-    # length.
     scale = cost if section == "train" else (counts.resolution / RESOLUTION) ** 2
     steps = share * seconds / (step * scale)
     result[f"{section}.steps"] = max(LEAST_STEPS[section], min(MOST_STEPS[section], round(steps)))
@@ -198,15 +218,19 @@ def complete(
       counts = dataclasses.replace(counts, resolution=side)
     stored, asked = ({"raw": {"resolution": number}} for number in (counts.resolution, side))
     stages.check_same_config(epath.Path(workdir or ".") / "raw", stored, asked)
-  found = values(counts, config.train.minutes, _cost(of_base) if of_base else 1.0)
+  known = values(counts, 0.0)
+  if wrong := [name for name in names if name not in known]:
+    raise UserError(
+      f"config.{wrong[0]} is None; only {', '.join(known)} are computed from the data."
+    )
+  of_base = _fitting(of_base, counts) if counted else of_base
+  parts = [(f"{s}.{k}", v) for s in ("model", "data", "train") for k, v in config[s].items()]
+  fields = {**row_fields(counts), **{k: v for k, v in parts if v is not None}, **of_base}
+  found = values(counts, config.train.minutes, _cost(fields))
   if tuned:  # The loss of documents does not show how well a model answers.
     found["train.patience"] = 0
   if steps := config.train.steps:  # The user has set them.
     found |= {f"train.{name}": every for name, every in intervals(steps).items()}
-  if wrong := [name for name in names if name not in found]:
-    raise UserError(
-      f"config.{wrong[0]} is None; only {', '.join(found)} are computed from the data."
-    )
   made = ml_collections.ConfigDict(config.to_dict())
   # The config may set these two fields.
   kept = {*given, *({"data.base_documents", "data.base_share"} - {*names})}

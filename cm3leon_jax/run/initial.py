@@ -21,7 +21,8 @@ from cm3leon_jax.run.adapters import Adapters, Weights
 from cm3leon_jax.weights import reading, stored_tensors, tensor_files
 
 IMAGE_TOKENIZER = f"{folders.IMAGES}/params.safetensors"  # Path in an exported model.
-# Key in the summary of the stage INIT. Its value is the SHA-256 of the imported image tokenizer.
+# Key in the summary of the stage INIT, and of a stage `vqgan` that trained only the decoder of an
+# image tokenizer. Its value is the SHA-256 of that tokenizer, which has the same codes.
 IMAGES = "image_tokenizer_sha256"
 INIT = "init"  # Folder of a workdir with the parameters that `cm3leon import_weights` wrote.
 
@@ -139,6 +140,9 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
       f"folder of `cm3leon export`, with config.json and {tensor_files.WEIGHTS}, or the "
       f"name of an installed model: {', '.join(bundles.INSTALLED)}."
     )
+  if settings.model.traits.rotary:  # Any number of positions fits the parameters.
+    for fields in (described, expected):
+      fields.get("model", {}).pop("max_positions", None)
   changed = stages.differences({part: described.get(part) for part in expected}, expected)
   if changed:
     raise UserError(
@@ -153,7 +157,7 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
 
 
 def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
-  """Returns the names of the tokenizers that differ between `source` and a workdir."""
+  """Returns the names of the tokenizers whose tokens differ between `source` and a workdir."""
   folder, workdir = bundles.stages_folder(bundles.folder_of(source)), epath.Path(workdir)
   text, image = "text_tokenizer/tokenizer.json", "vqgan/params.safetensors"
   pairs = [
@@ -164,9 +168,15 @@ def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
   ]
   pairs = [(name, digest(theirs), digest(ours)) for name, theirs, ours in pairs]
   if folder.name == INIT and (done := folder / stages.DONE).exists():
-    recorded = read_json(done, {"summary": dict})["summary"].get(IMAGES)
-    pairs.append(("image tokenizer", recorded, digest(workdir / image)))
-  return [name for name, theirs, ours in pairs if theirs and ours and theirs != ours]
+    pairs.append(("image tokenizer", _recorded(done), digest(workdir / image)))
+  done = workdir / "vqgan" / stages.DONE
+  same = _recorded(done) if done.exists() else None
+  return [name for name, theirs, ours in pairs if theirs and ours and theirs not in (ours, same)]
+
+
+def _recorded(done: epath.Path) -> str | None:
+  """Returns the digest that a stage's done.json has as `IMAGES`, if any."""
+  return read_json(done, {}).get("summary", {}).get(IMAGES)
 
 
 def seconds_before(workdir: epath.PathLike) -> float:

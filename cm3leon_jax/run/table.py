@@ -171,16 +171,26 @@ def reads_of(settings: Settings, name: str) -> tuple[str, ...]:
   return (*reads, *(own_clip(settings) if STAGES[name].embeds else ()))
 
 
+def copies_images(settings: Settings, own_images: bool = False) -> bool:
+  """Returns whether a run that starts from another run copies its image tokenizer.
+
+  If not, the run has the stage `vqgan`. It trains a tokenizer (`own_images`) or, if the config has
+  `vqgan.source`, only the decoder of the other run's tokenizer, if its images need that.
+  """
+  return not own_images and (settings.instructions.any or not settings.vqgan.source)
+
+
 def order(settings: Settings, given: bool, own_images: bool = False) -> list[str]:
   """Returns the stages of a whole run with this config, in the order in which they run.
 
   With `given`, tokenizers and CLIP are copied from another run, so that no stage trains them, but
-  for the image tokenizer if `own_images`.
+  for the image tokenizer, see `copies_images`.
   """
   ends = ["train"] if settings.instructions.any else ["samples", "evaluation", "export"]
   if settings.data.base_documents:
     ends.append("forgetting")
-  copied = ("text_tokenizer", "clip", *(() if own_images else ("vqgan",))) if given else ()
+  copied = ["text_tokenizer", "clip"] if given else []
+  copied += ["vqgan"] if given and copies_images(settings, own_images) else []
   needed: set[str] = set()
   waiting = ends
   while waiting:

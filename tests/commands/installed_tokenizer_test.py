@@ -1,5 +1,6 @@
 """Tests `vqgan.source`, with the tokenizer that the package contains."""
 
+import dataclasses
 import importlib.resources
 import pathlib
 
@@ -10,8 +11,10 @@ import pytest
 from cm3leon_jax.commands import train_vqgan as command
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.export import copies
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.run import initial, stages, table
+from cm3leon_jax.run.run import Run
 from cm3leon_jax.tokenizers import published_files
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.image_models import vqgan_training
@@ -69,7 +72,7 @@ def test_known_images_need_no_training(tmp_path, capsys):
   prepare(tmp_path, bars())
   command.main(make_settings(), tmp_path)
   out = capsys.readouterr().out
-  assert "train_vqgan: pictures, a tokenizer of the package: held-out images have " in out
+  assert out.startswith("reconstructions: the image tokenizer pictures reconstructs held-out ")
   assert "dB, so nothing is trained.\n" in out
   made, expected = ImageTokenizer.load(tmp_path / "vqgan"), installed(16)
   assert made.config == expected.config
@@ -97,6 +100,46 @@ def test_of_unknown_images_only_the_decoder_learns(tmp_path, capsys):
   assert new < 0.95 * old
   assert not np.array_equal(made.params["decoder"]["conv_out"]["kernel"],
                             before.params["decoder"]["conv_out"]["kernel"])  # fmt: skip
+
+
+def make_base(root, tokenizer):
+  """Writes what a tuning reads of a base with this image tokenizer."""
+  tokenizer.save(root / "vqgan")
+  settings = make_settings()
+  stored = {"run": table.identity(settings, "train"), "settings": dataclasses.asdict(settings)}
+  (root / "train").mkdir()
+  write_json(root / "train" / "config.json", stored)
+
+
+@pytest.mark.parametrize(("images", "side"), [(bars(), 32), (noise(), 16)])
+def test_a_run_that_starts_from_a_base_has_its_codes(images, side, tmp_path):
+  """Also if the base has other codes than the package, and another resolution than the run."""
+  known = installed(16)
+  order = np.random.default_rng(1).permutation(CODES)
+  table_of = {**known.params["codebook"], "table": known.params["codebook"]["table"][order]}
+  base = dataclasses.replace(known, params={**known.params, "codebook": table_of})
+  (tmp_path / "base").mkdir()
+  make_base(tmp_path / "base", base)
+  images = images.repeat(side // 16, 1).repeat(side // 16, 2)
+  prepare(tmp_path, images)
+  (tmp_path / "text_tokenizer").mkdir()
+  about = {"summary": {"copied_from": str(tmp_path / "base")}}
+  write_json(tmp_path / "text_tokenizer" / stages.DONE, about)
+  command.main(make_settings(resolution=side), tmp_path)
+  made = ImageTokenizer.load(tmp_path / "vqgan").in_batches(24)
+  codes = installed(side).encode(images)
+  np.testing.assert_array_equal(order[made.encode(images)], codes)
+  assert not np.array_equal(made.encode(images), codes)
+  assert initial.other_tokenizers(str(tmp_path / "base"), tmp_path) == []
+  known.save(tmp_path / "base" / "vqgan")
+  assert initial.other_tokenizers(str(tmp_path / "base"), tmp_path) == ["image tokenizer"]
+
+
+def test_a_base_with_another_image_tokenizer_is_named(tmp_path):
+  run = Run(tmp_path, make_settings())
+  with refused(UserError, "--init_from is scenes, whose image tokenizer is not", "= pictures"):
+    copies.copy_tokenizers(run, "scenes")
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

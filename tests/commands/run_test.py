@@ -102,6 +102,26 @@ def test_a_run_on_a_base_measures_what_it_forgets():
   assert last == ["train", "measure_forgetting", "report"]
 
 
+def test_the_decoder_of_a_tokenizer_for_any_image_may_be_trained_on_but_not_by_instructions():
+  name = str(pathlib.Path(__file__).parents[2] / "examples" / "illustrations" / "config.py")
+  names = list(run.commands(settings_of(name), given=True))
+  assert names[:3] == ["copy_tokenizers", "prepare_data", "train_vqgan"]
+  copied = settings_of(name, **{"vqgan.source": ""})
+  assert "train_vqgan" not in run.commands(copied, given=True)
+  fields = {"instructions.tasks": "t.yaml", "instructions.replay_share": 0.5}
+  tuned = list(run.commands(settings_of(name, **fields), given=True))
+  assert "prepare_data" in tuned
+  assert "train_vqgan" not in tuned
+
+
+@pytest.mark.parametrize(
+  ("base", "flag", "expected"),
+  [("", "", ""), ("", "a", "a"), ("b", "", "b"), ("b", "a", "a"), ("b", "none", "")],
+)
+def test_a_run_starts_from_the_base_of_its_config_unless_told_otherwise(base, flag, expected):
+  assert run.base_of(settings_of(SCENES, **{"train.base": base}), flag) == expected
+
+
 def test_an_own_image_tokenizer_belongs_to_a_base(tmp_path):
   with refused(UserError, "--own_image_tokenizer", "--init_from"):
     run.main(settings_of(SCENES), epath.Path(tmp_path), "", True, {})

@@ -10,6 +10,7 @@ from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.run import base_documents, bundles, stages
 from cm3leon_jax.run.rows import document_sources
+from examples.illustrations import config as illustrations
 from tests.launched import SCENES
 
 
@@ -54,6 +55,26 @@ def test_a_bundle_without_documents_is_neither_replayed_nor_measured_and_it_says
   fields = base_documents.fields(str(tmp_path), False)
   assert (fields["data.base_documents"], fields["data.base_share"]) == (0, 0)
   assert capsys.readouterr().out.startswith(f"{tmp_path} has no documents: ")
+
+
+def test_a_base_with_a_tokenizer_for_any_image_leaves_the_batch_to_the_data(workdir):
+  path = workdir / "train" / "config.json"
+  settings = dataclasses.asdict(settings_from_config(illustrations.get_config()))
+  write_json(path, {"run": {}, "settings": settings})
+  kept, own = (base_documents.fields(str(workdir), own_images) for own_images in (False, True))
+  names = {name for name in kept if name.startswith("vqgan.")}
+  assert kept["vqgan.source"] == "pictures"
+  assert "vqgan.batch_size" not in names
+  assert {**own, **{name: kept[name] for name in names}} == kept
+  assert {k: v for k, v in own.items() if k in names} == {"vqgan.source": ""}
+
+
+def test_nothing_of_illustrations_is_replayed(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(bundles, "ILLUSTRATIONS", "scenes")
+  fields = base_documents.fields("scenes", False)
+  assert (fields["data.base_documents"], fields["data.base_share"]) == (0, 0)
+  assert base_documents.fields("scenes-instruct", False)["data.base_documents"] == 4_000
+  assert capsys.readouterr().out == ""
 
 
 def test_the_folder_of_a_workdir_is_named_once_its_documents_and_neighbors_are_finished(workdir):

@@ -11,6 +11,7 @@ from cm3leon_jax.configs import own
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.run import from_data, table
 from cm3leon_jax.run.from_data import Counts
+from examples.illustrations import config as illustrations
 from tests.launched import SCENES
 from tests.refusals import refused
 
@@ -40,6 +41,8 @@ def test_all_fields_follow_from_the_counts_of_300_images():
   assert from_data.values(COUNTS, 15.0) == {
     "vocab.text_size": 358,
     "data.text_share": 0.0,
+    "data.sequence_length": 320,
+    "model.max_positions": 320,
     "vqgan.resolution": 48,
     "clip.resolution": 48,
     "vqgan.batch_size": 16,
@@ -86,8 +89,8 @@ def test_a_field_that_does_not_follow_from_the_data_is_named(tmp_path):
 
 def test_a_wrong_resolution_is_refused_before_the_data_is_prepared(tmp_path):
   config = own.get_config()
-  config.raw.resolution = 100
-  with pytest.raises(UserError, match=r"raw\.resolution is 100;.*downsample = 6, such as 96\."):
+  config.raw.resolution = 98
+  with pytest.raises(UserError, match=r"raw\.resolution is 98;.*downsample = 4, such as 96\."):
     from_data.complete(config, tmp_path, prepares=True)
   config.raw.resolution = 96
   made = from_data.complete(config, tmp_path, prepares=True)
@@ -141,6 +144,52 @@ def test_a_run_has_the_model_and_tokenizers_of_its_base_and_its_own_documents(tm
   assert found.data == data
   without = from_data.base_fields(base, documents=False)
   assert (without["data.base_documents"], without["data.base_share"]) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+  ("side", "characters", "length"), [(48, 28, 320), (48, 120, 416), (64, 28, 544)]
+)
+def test_a_row_has_space_for_two_documents_and_its_length_decides_the_steps(
+  side, characters, length, tmp_path
+):
+  counts = dataclasses.replace(COUNTS, resolution=side, caption_characters=264 * characters)
+  prepared(tmp_path, counts)
+  found = settings_from_config(from_data.complete(own.get_config(), tmp_path))
+  assert (found.data.sequence_length, found.model.max_positions) == (length, length)
+  longest = 2 * (found.vqgan.image_tokens + 4 + 1.5 * characters / 4)
+  assert longest <= length < longest + 32
+  assert found.train.steps == pytest.approx(3_088 * 1_024 / (3 * length), rel=1e-3)
+
+
+def of_pictures():
+  """Returns the sections of a base like the bundle `illustrations`."""
+  config = illustrations.get_config()
+  return dataclasses.asdict(settings_from_config(config))
+
+
+@pytest.mark.parametrize(
+  ("given", "counts", "length"),
+  [
+    ([], COUNTS, 320),
+    ([], dataclasses.replace(COUNTS, caption_characters=264 * 120), 416),
+    (["raw.resolution"], dataclasses.replace(COUNTS, resolution=64), 544),
+  ],
+)
+def test_rows_and_resolution_of_a_base_with_a_tokenizer_for_any_image_follow_the_data(
+  given, counts, length, tmp_path
+):
+  base = of_pictures()
+  prepared(tmp_path, counts)
+  copied(tmp_path, from_data.base_fields(base, documents=False))
+  config = own.get_config()
+  config.raw.resolution = 64 if given else 0
+  found = settings_from_config(from_data.complete(config, tmp_path, given=given))
+  expected = {**base["model"], "max_positions": length}
+  assert dataclasses.asdict(found.model) == expected
+  assert dataclasses.asdict(found.vocab) == base["vocab"]
+  assert (found.data.sequence_length, found.vqgan.resolution) == (length, counts.resolution)
+  assert (found.vqgan.source, found.vqgan.downsample) == ("pictures", 4)
+  assert found.clip.resolution == 48
 
 
 def test_a_base_names_no_function_of_the_config(tmp_path):

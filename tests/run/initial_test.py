@@ -61,6 +61,20 @@ def test_another_model_or_vocabulary_is_refused_with_its_fields(run, exported):
     initial.find(dataclasses.replace(settings, model=model, vocab=vocab), str(folder))
 
 
+def test_parameters_with_rotary_positions_fit_any_number_of_positions(exported, tmp_path):
+  settings, _, folder = exported
+  model = dataclasses.replace(settings.model, max_positions=999)
+  other = dataclasses.replace(settings, model=model)
+  if settings.model.family == "opt":  # Its positions are parameters.
+    with pytest.raises(UserError, match="max_positions"):
+      initial.find(other, str(folder))
+  else:
+    with one_device():
+      params = load_start(initial.find(other, str(folder)), other)
+      expected = load_start(initial.find(settings, str(folder)), settings)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
 @pytest.mark.parametrize("colors", [0, 8])
 def test_an_export_with_other_colors_of_codes_is_refused(colors, tmp_path):
   own, other = (with_model(code_colors=x) for x in (colors, 8 - colors))

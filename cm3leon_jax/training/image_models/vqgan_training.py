@@ -369,8 +369,8 @@ def train_vqgan(
   before = {"psnr_db": -math.inf}
   if installed is not None:
     before = evaluate(installed, heldout_images, images, folder)
-    found = f"train_vqgan: {config.source}, a tokenizer of the package: held-out images have "
-    found += f"{before['psnr_db']:.1f} dB"
+    found = f"reconstructions: the image tokenizer {config.source} reconstructs held-out images "
+    found += f"with {before['psnr_db']:.1f} dB"
     if before["psnr_db"] >= GOOD_DB:
       print(f"{found}, so nothing is trained.", flush=True)
       installed.save(folder)
@@ -379,7 +379,8 @@ def train_vqgan(
     config = tuning_config(config, installed.config)
     print(
       f"{found}, fewer than {GOOD_DB:g}, so its decoder is trained on for {config.steps:,} steps, "
-      "and its codes stay; --config.vqgan.source= trains a tokenizer from scratch.",
+      "and its codes stay; --own_image_tokenizer or, without a base, --config.vqgan.source= trains "
+      "a tokenizer from scratch.",
       flush=True,
     )
   shown = heldout_images[_evenly_spaced(len(heldout_images), vqgan_watch.SHOWN)]
