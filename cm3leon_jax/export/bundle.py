@@ -165,8 +165,8 @@ def _write_bank(folder: epath.Path, run: Run) -> Settings:
     return settings
   pairs = DocumentStore(run.folder / "documents" / "bank_pairs", settings.vocab)
   write_documents(folder / "documents" / "train_pairs", (), settings.vocab)
-  documents = (pairs[i] for i in range(len(pairs)))
+  kept = copy_bank(run.folder / "neighbors", folder / "neighbors")
+  documents = (pairs[i] for i in kept)
   write_documents(folder / "documents" / "bank_pairs", documents, settings.vocab)
-  copy_bank(run.folder / "neighbors", folder / "neighbors")
   retrieval = dataclasses.replace(settings.retrieval, backend="exact")
   return dataclasses.replace(settings, retrieval=retrieval)

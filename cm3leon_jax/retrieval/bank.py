@@ -22,6 +22,7 @@ from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.files.shards import Runner, forget, run_shards
+from cm3leon_jax.retrieval import removed
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.lexical import FILE as WORDS
 from cm3leon_jax.retrieval.lexical import Lexical
@@ -100,16 +101,21 @@ ROWS = "rows.json"
 ARRAYS = ("documents", "queries", "images", "groups", "keys")
 
 
-def copy_bank(folder: epath.PathLike, to: epath.PathLike) -> None:
-  """Copies the split `bank` of the files that `Retriever` reads, except for the search indices."""
+def copy_bank(folder: epath.PathLike, to: epath.PathLike) -> np.ndarray:
+  """Copies the split `bank` of the files that `Retriever` reads, except for the search indices.
+
+  Removed documents are left out. Returns the indices of the copied documents in the split.
+  """
   folder, to = epath.Path(folder), epath.Path(to)
   bank = Embeddings(folder / "train")
+  kept = np.setdiff1d(np.arange(bank.first_bank, len(bank)), removed.rows(folder))
   for name in ("documents", "groups", "keys"):
-    rows = getattr(bank, name)[bank.first_bank :]
+    rows = getattr(bank, name)[kept]
     ArrayStore.create(to / "train" / name, rows.shape[1:], rows.dtype).append(rows)
   write_json(to / "train" / ROWS, {"first_bank": 0})
   if (folder / WORDS).exists():
     (folder / WORDS).copy(to / WORDS)
+  return kept - bank.first_bank
 
 
 @dataclasses.dataclass(frozen=True)
