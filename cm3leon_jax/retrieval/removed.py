@@ -30,12 +30,9 @@ def identity(folder: epath.PathLike) -> dict[str, str]:
 
 
 def rows(folder: epath.PathLike, documents: Sequence[str] = ()) -> np.ndarray:
-  """Returns the rows of the removed documents, and of those with the keys `documents`, in the bank.
+  """Returns the rows of the removed documents, and of `documents`, in the bank.
 
-  Copies of a document have the same key. The keys of the bank are read block by block.
-
-  Raises:
-    UserError: one of `documents` is not in the bank.
+  Copies of a document have the same key. Raises UserError if one of `documents` is not in the bank.
   """
   hashes = {group_id(key): key for key in (*keys(folder), *documents)}
   found, seen = [np.zeros(0, np.int64)], set()
