@@ -13,6 +13,7 @@ COMMANDS = (
   "encode_instructions",
   "train_clip",
   "build_neighbors",
+  "bank",
   "inspect_data",
   "train",
   "checkpoints",

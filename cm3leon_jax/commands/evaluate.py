@@ -46,7 +46,7 @@ with epy.lazy_imports():
   from cm3leon_jax.evaluation.likelihood import bits
   from cm3leon_jax.generation import pipeline as pipeline_lib
   from cm3leon_jax.generation import tasks as tasks_lib
-  from cm3leon_jax.retrieval import neighbors
+  from cm3leon_jax.retrieval import neighbors, removed
   from cm3leon_jax.run import bundles
   from cm3leon_jax.run import run as run_lib
 
@@ -95,10 +95,10 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       raise UserError("--export uses the average of the parameters: leave --last_params out.")
     _export(settings, workdir)
     return
-  inputs: dict[str, Any] = {}
+  inputs: dict[str, Any] = removed.identity(workdir / "neighbors")
   judge = judged.judge_of(settings) if settings.evaluation.captions else None
   if judge is not None:
-    inputs = {"sampling": digest_of_json(dataclasses.asdict(settings.sampling))}
+    inputs["sampling"] = digest_of_json(dataclasses.asdict(settings.sampling))
     inputs["judge"] = digest(settings.evaluation.judge.rpartition(":")[0])
   folder = workdir / ("evaluation_last" if _LAST_PARAMS.value else "evaluation")
   config = stages.run_config(settings, workdir, "evaluation", inputs)
@@ -177,7 +177,7 @@ def _export_identity(
   if not prompts or config.neighbors:
     read += ["documents", "neighbors", *table.own_clip(settings)]
   return {
-    "inputs": stages.ids(settings, workdir, read),
+    "inputs": run_lib.ids(run_lib.Run(workdir, settings), read),
     "sampling": dataclasses.asdict(settings.sampling),
     "prompts": digest_of_json(prompts),
     "samples": samples,

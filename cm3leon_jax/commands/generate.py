@@ -33,13 +33,16 @@ from cm3leon_jax.files.digests import digest_of_json
 from cm3leon_jax.run import stages, table
 
 with epy.lazy_imports():
+  import numpy as np
+
   from cm3leon_jax.config import sampling as sampling_lib
+  from cm3leon_jax.generation import explanation, lookalikes, prompt_file
   from cm3leon_jax.generation import heldout as heldout_lib
-  from cm3leon_jax.generation import lookalikes, prompt_file
   from cm3leon_jax.generation import pipeline as pipeline_lib
   from cm3leon_jax.generation import tasks as tasks_lib
   from cm3leon_jax.generation import writer as writer_lib
   from cm3leon_jax.reports import summary as summary_lib
+  from cm3leon_jax.retrieval import removed
   from cm3leon_jax.run import bundles, run
 
 
@@ -89,6 +92,12 @@ _BANK = flags.DEFINE_string(
   None,
   "Another workdir, or a bundle, with the same tokenizers and CLIP, from which a --prompt "
   "retrieves documents.",
+)
+_EXPLAIN = flags.DEFINE_bool(
+  "explain", False, "Write images of what each retrieved document made more likely."
+)
+_WITHOUT = flags.DEFINE_multi_string(
+  "without", [], "Key of a document not to retrieve; the command prints which samples change."
 )
 _SEED = flags.DEFINE_integer(
   "seed", None, "Seed of the first prompt; each further prompt adds 1.", 0, 2**31
@@ -230,6 +239,7 @@ def _identity(
   same = ("samples", "rank", "keep_neighbors", "weight_dtype", "cache_dtype")
   config = {"inputs": inputs, **table.identity(settings, "samples")}
   config |= {name: flags.FLAGS[name].value for name in same}
+  config |= {flag.name: flag.value for flag in (_EXPLAIN, _WITHOUT) if flag.value}
   if tasks:
     return {**config, "tasks": [task.identity() for task in tasks]}
   return {
@@ -276,6 +286,46 @@ def _check_heldout(trained: run.Run, tasks: Sequence[tasks_lib.Task]) -> None:
     )
 
 
+def _check_documents(tasks: Sequence, columns: Sequence, bank: epath.Path | None) -> None:
+  """Raises UserError if --explain or --without does not fit the tasks or the bank."""
+  retrieves = any([task.retrieve for task in tasks] or [count for count, _ in columns])
+  if _EXPLAIN.value and not (retrieves and all(task.name == "text_to_image" for task in tasks)):
+    raise UserError(f"--explain is given, but {explanation.REFUSED}")
+  if _WITHOUT.value and not (tasks and bank and retrieves):
+    raise UserError("--without is given, but no prompt retrieves documents: set --retrieve.")
+  if _WITHOUT.value and bank:
+    removed.rows(bank / "neighbors", _WITHOUT.value)
+
+
+def _explain(writer: writer_lib.Writer, samples: Sequence) -> None:
+  """Writes documents and heat maps of each sample with documents, and prints their origins."""
+  for sample in [one for of_task in samples for one in of_task if one.neighbors]:
+    name = writer.file_names(sample)[0].replace(".png", "_explained.png")
+    rows, labels = [], []
+    for found in sample.explain():
+      rows.append([sample.segments[0], np.asarray(found.image), np.asarray(found.heat_map)])
+      origin = [getattr(found.document, field) for field in writer_lib.ORIGIN]
+      labels.append(" · ".join(filter(None, [found.caption, *origin])))
+      print(f"generate: {name}: {found.squares.sum()} squares by {printable(labels[-1])}")
+    sheet = writer_lib.contact_sheet(rows, labels, ["sample", "document", "more likely by it"])
+    writer_lib.save_png(writer.folder / name, sheet)
+
+
+def _compare(pipeline: pipeline_lib.Pipeline, tasks: Sequence, samples: Sequence) -> list[str]:
+  """Draws the same seeds with the documents of --without. Prints and returns what changes."""
+  retrieved = [{document.key for document in found} for found in pipeline.retrieve(tasks)]
+  hit = [i for i, keys in enumerate(retrieved) if keys & {*_WITHOUT.value}]
+  changed = []
+  for i, drawn in zip(hit, pipeline.generate([tasks[i] for i in hit], SAMPLES.value)):
+    after = {sample.index: sample.tokens for sample in samples[i]}
+    changed += [x for x in drawn if not np.array_equal(x.tokens, after[x.index])]
+  names = [f"{x.task.prompt}, sample {x.index}, seed {x.seed}" for x in changed]
+  count = f"{len(names)} of {sum(map(len, samples))} samples change"
+  title = f"generate: without {', '.join(_WITHOUT.value)}, {count}{':' if names else '.'}"
+  print("\n  ".join([title, *map(printable, names)]))
+  return names
+
+
 def _digests(given: dict) -> dict[str, str]:
   """Maps "path, crop" of each input image to the SHA-256 of its pixels."""
   return {
@@ -295,6 +345,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   source = _bank(trained, heldout=not tasks)
   config = _identity(trained, source, tasks, columns, seed)
   bank = source.bank if source else None
+  _check_documents(tasks, columns, bank)
   layout = tasks_lib.PromptLayout.of(trained)
   given = pipeline_lib.check_tasks(layout, tasks, bank)
   if given:
@@ -312,7 +363,8 @@ def main(settings: Settings, workdir: epath.Path) -> None:
         pipeline.image_tokenizer,
       )]  # fmt: skip
       writer = writer_lib.Writer(folder, SAMPLES.value)
-      samples = pipeline.generate(
+      drawing = pipeline.without(_WITHOUT.value) if _WITHOUT.value else pipeline
+      samples = drawing.generate(
         tasks, SAMPLES.value, _RANK.value, given, writer.save_images, show_progress=True
       )
       records = writer.finish(samples)
@@ -326,6 +378,10 @@ def main(settings: Settings, workdir: epath.Path) -> None:
         print(f"generate: {lookalikes.describe(alike)}")
       if apart := [r["divergence"] for r in records if r["divergence"] is not None]:
         summary["divergence"] = sum(apart) / len(apart)
+      if _EXPLAIN.value:
+        _explain(writer, samples)
+      if _WITHOUT.value:
+        summary["changed"] = _compare(pipeline, tasks, samples)
   print(f"generate: results in {folder}, overview in {folder / 'contact_sheet.png'}.", flush=True)
 
 

@@ -170,8 +170,8 @@ def _write_bank(folder: epath.Path, run: Run) -> Settings:
   if len(bank) - first > MOST_DOCUMENTS:
     return settings
   write_documents(folder / "documents" / "train_pairs", (), settings.vocab)
-  documents = (bank[i] for i in range(first, len(bank)))
+  kept = copy_bank(run.folder / "neighbors", folder / "neighbors", train)
+  documents = (bank[first + i] for i in kept)
   write_documents(folder / "documents" / "bank_pairs", documents, settings.vocab)
-  copy_bank(run.folder / "neighbors", folder / "neighbors", train)
   retrieval = dataclasses.replace(settings.retrieval, backend="exact", train_documents=False)
   return dataclasses.replace(settings, retrieval=retrieval)

@@ -5,6 +5,7 @@ import numpy as np
 
 from cm3leon_jax.data.documents.store import Bank, DocumentStore, write_documents
 from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.retrieval import removed
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.run import stages, table
 from cm3leon_jax.run.run import Run
@@ -18,7 +19,7 @@ def write(folder: epath.Path, run: Run, most: int) -> None:
 
   `folder` then has the stages documents and neighbors of a workdir: at most `most` training pairs,
   at most `HELDOUT` held-out pairs, and, as the split `bank`, the best neighbors of these pairs, as
-  many as precede a pair in training.
+  many as precede a pair in training. Documents that were removed from the bank are left out.
   """
   settings, documents = run.settings, run.folder / "documents"
   vocab, kept = settings.vocab, max(1, settings.data.num_neighbors)
@@ -27,12 +28,15 @@ def write(folder: epath.Path, run: Run, most: int) -> None:
   stores = {name: DocumentStore(documents / name, vocab) for name in of_splits}
   if not all(map(len, stores.values())):
     return
-  found, bank = {}, Bank(documents, vocab)
+  found, bank, gone = {}, Bank(documents, vocab), removed.rows(run.folder / "neighbors")
   for name, (array, number) in of_splits.items():
     rng = np.random.default_rng([settings.seed, len(stores[name])])
-    rows = np.sort(rng.permutation(len(stores[name]))[:number])
+    rows = rng.permutation(len(stores[name]))
+    rows = rows[~np.isin(rows, gone)] if name == "train_pairs" else rows
+    rows = np.sort(rows[:number])
     write_documents(folder / "documents" / name, (stores[name][i] for i in rows), vocab, GROUP)
-    found[name] = ArrayStore(run.folder / "neighbors" / name / array)[rows][:, :kept]
+    ids = ArrayStore(run.folder / "neighbors" / name / array)[rows]
+    found[name] = removed.dropped(ids, gone)[:, :kept]
   used = np.unique(np.concatenate([ids.ravel() for ids in found.values()]))
   used = used[used >= 0]
   write_documents(folder / "documents" / "bank_pairs", (bank[i] for i in used), vocab, GROUP)

@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from etils import epath
+import jax
 import numpy as np
 
 from cm3leon_jax.clip.huggingface import HFCLIP
@@ -21,10 +22,12 @@ from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.result import Result
 from cm3leon_jax.files.progress import progress_bar
+from cm3leon_jax.generation.explanation import explain
 from cm3leon_jax.generation.given_images import given_key, image_key, load_image
 from cm3leon_jax.generation.sample import Sample, ranked
 from cm3leon_jax.generation.tasks import GivenImage, PromptLayout, Task, has_image
 from cm3leon_jax.generation.text_tasks import Caption
+from cm3leon_jax.retrieval import removed
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -138,6 +141,13 @@ class Pipeline:
       _ = self.retriever, self.documents
     other = copy.copy(self)
     other.generator = Generator(params, self.generator.config)
+    return other
+
+  def without(self, documents: Sequence[str]) -> "Pipeline":
+    """Returns a pipeline that never retrieves documents with these keys, see `removed.rows`."""
+    other, gone = copy.copy(self), removed.rows(epath.Path(self.bank) / "neighbors", documents)
+    other.retriever = copy.copy(self.retriever)
+    other.retriever.removed = gone
     return other
 
   @functools.cached_property
@@ -340,6 +350,7 @@ class Pipeline:
     ]
     codes = [s for segments, _ in answers for s in segments if not isinstance(s, str)]
     images = iter(self._tokenizer.decode(np.stack(codes)) if codes else ())
+    parts = self.generator, self.layout, self._tokenizer, jax.sharding.get_mesh()
     samples = [
       Sample(
         task=tasks[i],
@@ -354,6 +365,7 @@ class Pipeline:
         neighbors=neighbors[i],
         given=given.get(given_key(tasks[i]), tasks[i].original),
         divergence=result.divergence,
+        explainer=functools.partial(explain, *parts),
       )
       for i, result, (segments, filled) in zip(places, batch, answers)
     ]

@@ -2,7 +2,7 @@
 
 # I tokens per image, G generated tokens, H height, W width.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import io
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document
+from cm3leon_jax.generation.explanation import Influence
 from cm3leon_jax.generation.tasks import Task
 
 CELL = 128  # Minimum side of an image on a sheet, in pixels.
@@ -38,6 +39,7 @@ class Sample:
     rank: rank by clip_score among the task's samples, starting at 1; None if they are not ranked.
     divergence: mean over the image codes of KL(with prompt || without prompt), in nats; None if it
       was not computed.
+    explainer: computes `explain` with the model that generated the sample.
   """
 
   task: Task
@@ -54,6 +56,16 @@ class Sample:
   clip_score: float | None = None
   rank: int | None = None
   divergence: float | None = None
+  explainer: Callable[..., list[Influence]] | None = dataclasses.field(default=None, compare=False)
+
+  def explain(self) -> list[Influence]:
+    """Returns the influence of each retrieved document on the image, see `explanation.explain`.
+
+    model.generate("a green bell")[0].explain()[0].heat_map.save("why.png")
+    """
+    assert self.explainer is not None
+    image = next((s for s in self.segments if not isinstance(s, str)), None)
+    return self.explainer(self.task, image, self.codes, self.neighbors)
 
   @property
   def parts(self) -> list[str | Image.Image]:

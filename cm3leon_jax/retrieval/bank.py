@@ -22,6 +22,7 @@ from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.files.shards import Runner, forget, run_shards
+from cm3leon_jax.retrieval import removed
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.lexical import FILE as WORDS
 from cm3leon_jax.retrieval.lexical import Lexical
@@ -101,20 +102,24 @@ COPY_BYTES = 4 * 2**20  # Size of a file of a copied bank, small enough for git.
 ARRAYS = ("documents", "queries", "images", "groups", "keys")
 
 
-def copy_bank(folder: epath.PathLike, to: epath.PathLike, train: bool) -> None:
+def copy_bank(folder: epath.PathLike, to: epath.PathLike, train: bool) -> np.ndarray:
   """Copies the split `bank` of the files that `Retriever` reads, except for the search indices.
 
-  If `train`, the training documents belong to the split `bank` of the copy.
+  If `train`, the training documents belong to the split `bank` of the copy. Removed documents are
+  left out. Returns the indices of the copied documents among those that could be copied.
   """
   folder, to = epath.Path(folder), epath.Path(to)
   bank = Embeddings(folder / "train")
+  first = 0 if train else bank.first_bank
+  kept = np.setdiff1d(np.arange(first, len(bank)), removed.rows(folder))
   for name in ("documents", "groups", "keys"):
-    rows = getattr(bank, name)[0 if train else bank.first_bank :]
+    rows = getattr(bank, name)[kept]
     store = ArrayStore.create(to / "train" / name, rows.shape[1:], rows.dtype, COPY_BYTES)
     store.append(rows)
   write_json(to / "train" / ROWS, {"first_bank": 0})
   if (folder / WORDS).exists():
     (folder / WORDS).copy(to / WORDS)
+  return kept - first
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.files.shards import Runner, forget, run_shards
 from cm3leon_jax.retrieval import index as index_lib
-from cm3leon_jax.retrieval import lexical
+from cm3leon_jax.retrieval import lexical, removed
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob, embed
 
@@ -78,7 +78,10 @@ def select_neighbors(
 
 
 class Retriever:
-  """Finds neighbors of documents or captions in the bank of a finished stage."""
+  """Finds neighbors of documents or captions in the bank of a finished stage.
+
+  `removed` has the rows of the bank that are never found, see `removed.rows`.
+  """
 
   def __init__(self, folder: epath.PathLike, config: RetrievalConfig, **options: int):
     """Opens the bank. `options` are for `BlockIndex`. Raises UserError if the bank is absent."""
@@ -90,14 +93,24 @@ class Retriever:
       self.bank.documents, backend, folder / "index", config.index_rows, self.first, **options
     )
     self.lexical = lexical.load(folder, config.lexical_weight, config.lexical_width)
+    self.removed = removed.rows(folder)
 
   def __len__(self) -> int:
     """Returns the number of documents that can be retrieved."""
     return len(self.bank) - self.first
 
   def search(self, queries: np.ndarray) -> np.ndarray:
-    """Finds the documents that are nearest to queries [q, E]. Returns ids [q, M], best first."""
-    return self.index.search(queries, min(self.config.max_candidates, len(self)))[0]
+    """Finds the documents that are nearest to queries [q, E]. Returns ids [q, M], best first.
+
+    Searches more documents until M that are not removed are found.
+    """
+    count = size = min(self.config.max_candidates, len(self))
+    most = min(count + len(self.removed), len(self))
+    while True:
+      size = min(2 * size, most)  # Equals `count` if nothing is removed.
+      ids = removed.dropped(self.index.search(queries, size)[0], self.removed)
+      if size == most or (ids[:, count - 1] >= 0).all():
+        return ids[:, :count]
 
   def select(
     self,
@@ -320,7 +333,7 @@ def load_neighbors(
     name: "train_pairs" or "heldout_pairs".
     text_only: whether to read the neighbors that were searched with the caption only, without the
       image. They exist only for held-out pairs.
-    array: "ids" or "scores", the similarities.
+    array: "ids", without removed documents, or "scores", the similarities of all.
     bank: number of documents in the bank, to check the ids. None skips the check.
 
   Raises:
@@ -331,7 +344,7 @@ def load_neighbors(
   values = store.read_all()
   if bank is not None:
     check_ids(store.path, values, bank)
-  return values
+  return removed.dropped(values, removed.rows(folder)) if array == "ids" else values
 
 
 def check_ids(path: epath.PathLike, ids: np.ndarray, bank: int) -> None:

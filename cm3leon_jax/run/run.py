@@ -21,6 +21,7 @@ from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.models.adapters import merge
+from cm3leon_jax.retrieval import removed
 from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.run import adapters, bundles, exported, folders, initial, stages, table
 from cm3leon_jax.run.adapters import Adapters, Weights
@@ -207,10 +208,14 @@ def _check_finite(params: dict, where: str) -> None:
 
 
 def ids(run: Run, names: Collection[str]) -> dict[str, str]:
-  """Returns the ids of stages, see `stages.ids`. For a bundle, computes the ids from its files."""
+  """Returns the ids of stages, see `stages.ids`. For a bundle, computes the ids from its files.
+
+  With the stage "neighbors", also returns a digest of the documents removed from the bank.
+  """
+  gone = removed.identity(run.stages / "neighbors") if "neighbors" in names else {}
   if run.kind == "workdir":
-    return stages.ids(run.settings, run.folder, names)
-  return {name: _id(run, name) for name in names}
+    return stages.ids(run.settings, run.folder, names) | gone
+  return {name: _id(run, name) for name in names} | gone
 
 
 def _id(run: Run, name: str) -> str:

@@ -181,7 +181,7 @@ class Engine:
     """Compiles the buckets of usual requests, then the largest buckets, which fit any request."""
     by_streams = {}
     for task in usual_tasks(self.pipeline):
-      job = Job(task, 1, lambda event: None, shows_progress=True)
+      job = Job(task, 1, lambda event: None, shows_progress=True, explains=True)
       self._prepare([job])
       if not self._open:
         raise RuntimeError(
@@ -360,8 +360,12 @@ class Engine:
       given,
       [found.neighbors for found in opened],
     )
-    for found, sample in zip(opened, samples, strict=True):
-      found.job.deliver(Finished(sample))
+    ratios = [
+      [x.ratios for x in sample.explain()] if found.job.explains and sample.neighbors else None
+      for found, sample in zip(opened, samples, strict=True)
+    ]
+    for found, sample, of_sample in zip(opened, samples, ratios):
+      found.job.deliver(Finished(sample, of_sample))
 
   def _show(self, parts: Sequence[_Part]) -> None:
     """Delivers new rows of images and new texts."""

@@ -53,6 +53,7 @@ class Finished:
   """Event: a sample is complete. No event follows after the last sample of a job."""
 
   sample: Sample
+  ratios: list[np.ndarray] | None = None  # `Influence.ratios` of each retrieved document.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Job:
   Attributes:
     deliver: called with each event, in the thread of the engine.
     shows_progress: whether `Progress` events are delivered.
+    explains: whether `Finished` events have ratios.
     cancelled: whether the client no longer waits for the job.
   """
 
@@ -79,6 +81,7 @@ class Job:
   num_samples: int
   deliver: Callable[[Event], None]
   shows_progress: bool = False
+  explains: bool = False
   cancelled: bool = False
 
 

@@ -75,9 +75,10 @@ class ImageBody(Body):
 
 
 class Generation(ImageBody):
-  """Body of POST /v1/images/generations."""
+  """Body of POST /v1/images/generations. `explain`: whether the answer has `ratios`."""
 
   prompt: str
+  explain: bool = False
 
 
 def _box(text: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.generation import calls
+from cm3leon_jax.generation.explanation import REFUSED
 from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import MASK, Task
@@ -25,6 +26,8 @@ FIELDS = {*schemas.EditBody.model_fields, *schemas.Chat.model_fields}
 def generation(pipeline: Pipeline, body: schemas.Generation) -> ImageTask:
   """Creates a task that generates an image for a prompt. Raises ApiError if a field is invalid."""
   retrieve = pipeline.usual_retrieve if body.retrieve is None else body.retrieve
+  if body.explain and not retrieve:
+    raise refusal(REFUSED, "explain")
   return _task(pipeline, "text_to_image", body, {"prompt": body.prompt}, retrieve=retrieve)
 
 

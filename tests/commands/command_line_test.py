@@ -13,7 +13,7 @@ from tests.refusals import check_refused
 FOLDER = pathlib.Path(common.__file__).parent
 ROOT = FOLDER.parents[1]
 RUN = [f"--config={SCENES}", "--workdir=w"]
-WITHOUT_CONFIG = ("checkpoints", "docs", "serve")
+WITHOUT_CONFIG = ("bank", "checkpoints", "docs", "serve")
 
 
 def test_every_command_is_listed():

@@ -21,6 +21,7 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.reports import summary
+from cm3leon_jax.retrieval import removed
 from cm3leon_jax.run import stages, table
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.weights import reading
@@ -145,6 +146,59 @@ def test_a_bundle_without_documents_is_no_bank(run, workdir, tmp_path):
     bundle.write(epath.Path(folder), Run(workdir, SETTINGS), random_params(SETTINGS.model), 7)
   with refused(UserError, "--bank", "without"):
     run(prompt=["red house"], bank=str(folder))
+
+
+def test_explanations_and_samples_without_a_document(run, workdir, tmp_path, capsys):
+  asked = {"prompt": ["green car"], "retrieve": ["2"], "samples": 2, "batch_size": 4}
+  run(**asked, explain=True, out=str(tmp_path))
+  [folder] = (tmp_path / "prompts").iterdir()
+  records, out = read_lines(folder), capsys.readouterr().out
+  found = records[0]["neighbors"]
+  for record in records:
+    name = record["file"].replace(".png", "_explained.png")
+    assert Image.open(folder / name).width > 3 * 128
+    assert out.count(f"{name}: ") == 2
+  assert all(f" · {x['key']} · {x['source']} · {x['license']}" in out for x in found)
+  run(**asked, without=[found[0]["key"]], out=str(tmp_path))
+  [other] = set((tmp_path / "prompts").iterdir()) - {folder}
+  after, out = read_lines(other), capsys.readouterr().out
+  assert [r["seed"] for r in after] == [r["seed"] for r in records]
+  assert all(found[0]["key"] not in [n["key"] for n in r["neighbors"]] for r in after)
+  changed = [a["seed"] for a, b in zip(after, records) if a["tokens"] != b["tokens"]]
+  assert f"without {found[0]['key']}, {len(changed)} of 2 samples change:\n" in out
+  listed = re.findall(r"\n  green car, sample \d, seed (\d+)", out)
+  assert [*map(int, listed)] == changed
+
+
+def test_a_removed_document_changes_the_folder_and_the_neighbors(run, workdir, tmp_path):
+  root = epath.Path(tmp_path) / "run"
+  shutil.copytree(workdir, root)
+  asked = {"prompt": ["green car"], "retrieve": ["1"], "out": str(tmp_path)}
+  run(root, **asked)
+  [folder] = (tmp_path / "prompts").iterdir()
+  key = read_lines(folder)[0]["neighbors"][0]["key"]
+  removed.remove(root / "neighbors", [key])
+  run(root, **asked)
+  [other] = set((tmp_path / "prompts").iterdir()) - {folder}
+  [neighbor] = read_lines(other)[0]["neighbors"]
+  assert neighbor["key"] != key
+
+
+WITHOUT_DOCUMENTS = [
+  ({"explain": True, "retrieve": ["0"]}, "set retrieve."),
+  ({"explain": True, "task": "caption", "prompt": [], "retrieve": ["1"]}, "text_to_image"),
+  ({"without": ["x"], "retrieve": ["0"]}, "--without"),
+  ({"without": ["x"], "prompt": [], "captions": 1, "retrieve": ["1"]}, "--without"),
+  ({"without": ["x"], "retrieve": ["1"]}, "'x' is not in the bank"),
+]
+
+
+@pytest.mark.parametrize(("values", "fact"), WITHOUT_DOCUMENTS)
+def test_nothing_to_explain_is_one_sentence(run, image_file, monkeypatch, values, fact):
+  monkeypatch.setattr(Run, "params", None)  # Nothing is loaded.
+  image = [image_file] if values.get("task") else []
+  with refused(UserError, fact):
+    run(**{"prompt": ["green car"], "image": image, **values})
 
 
 def test_a_file_of_prompts(run, workdir, image_file, tmp_path, capsys):

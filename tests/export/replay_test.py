@@ -1,12 +1,14 @@
 """Tests the documents of a run that its bundle contains for replay."""
 
 import dataclasses
+import shutil
 
 from etils import epath
 import pytest
 
 from cm3leon_jax.export import bundle, replay
 from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.retrieval import removed
 from cm3leon_jax.run import base_documents, bundles
 from cm3leon_jax.run.rows import document_sources
 from cm3leon_jax.run.run import Run
@@ -49,6 +51,19 @@ def test_a_bundle_has_a_sample_of_the_documents_with_their_best_neighbors(
   digests = read_json(epath.Path(tmp_path) / bundles.FILE)["digests"]
   names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
   assert names - {*digests} == {bundles.FILE}
+
+
+def test_removed_documents_are_left_out(run, params, tmp_path):
+  shutil.copytree(run, tmp_path / "run")
+  copy, gone = epath.Path(tmp_path / "run"), [*rows_of(run, "train")][:3]
+  removed.remove(copy / "neighbors", gone)
+  bundle.write(tmp_path / "bundle", Run(copy, SETTINGS), *params, replayed=12)
+  found = rows_of(epath.Path(tmp_path / "bundle") / bundles.REPLAY, "train")
+  assert found.keys() == rows_of(run, "train").keys() - {*gone}
+  best = {key for _, keys in found.values() for key in keys}
+  assert best
+  assert not best & {*gone}
+  assert {key for _, keys in rows_of(run, "train").values() for key in keys} & {*gone}
 
 
 def test_a_sample_depends_on_the_seed_alone_and_may_be_left_out(run, params, tmp_path):

@@ -139,12 +139,24 @@ def test_everything_works_by_the_keyboard_alone(page):
   assert texts == ["What color is the bell?", "Caption:"]
 
 
-def test_a_neighbor_is_shown_with_its_license(page):
+def test_a_neighbor_is_shown_with_its_license_and_its_squares(page):
   page.fill("#prompt", "a blue pentagram")
   page.click("#generate button")
   done(page, "^Done: 4 images")
   expect(page.locator("#neighbor-list figcaption")).to_contain_text("pentagram")
   expect(page.locator("#neighbor-list figcaption")).to_contain_text("Apache-2.0")
+  page.click("#neighbor-list button")
+  marks = page.locator("#grid canvas")
+  expect(marks).to_have_count(4)
+  label = marks.first.get_attribute("aria-label")
+  squares = int(re.fullmatch(r"(\d+) of 64 squares by this neighbor", label)[1])
+  visible = marks.first.evaluate(
+    "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter("
+    "(value, i) => i % 4 === 3 && value >= 63).length"
+  )
+  assert 0 < squares <= visible + 1
+  page.click("#neighbor-list button")
+  expect(marks).to_have_count(0)
 
 
 def test_a_box_is_dragged_on_an_image_of_the_user(page):

@@ -3,7 +3,7 @@
 import { GivenImage } from "./canvas.js";
 
 const $ = (id) => document.getElementById(id);
-const state = { model: null, token: "", running: null };
+const state = { model: null, token: "", running: null, cells: [] };
 const given = new GivenImage($("given"), {
   left: $("left"), top: $("top"), right: $("right"), bottom: $("bottom"),
 });
@@ -93,7 +93,7 @@ function cells(count, what) {
   $("grid").replaceChildren();
   $("images-title").textContent = `Images: ${what}`;
   $("images-title").hidden = false;
-  return Array.from({ length: count }, (_, index) => {
+  state.cells = Array.from({ length: count }, (_, index) => {
     const image = element("img", { alt: `Sample ${index + 1} of ${count}, in progress: ${what}` });
     image.className = "working";
     image.src = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7";
@@ -104,6 +104,29 @@ function cells(count, what) {
     $("grid").append(element("li", {}, figure));
     return { image, bar, label, figure, alt: `Sample ${index + 1} of ${count}: ${what}` };
   });
+  return state.cells;
+}
+
+/** Colors the codes of all samples that a neighbor made more likely; -1 removes the colors. */
+function mark(number) {
+  for (const cell of state.cells) {
+    cell.marks?.remove();
+    const ratios = cell.ratios?.[number];
+    if (!ratios) continue;
+    const squares = ratios.flat().filter((ratio) => ratio >= 1).length;
+    const label = `${squares} of ${ratios.length ** 2} squares by this neighbor`;
+    cell.marks = element("canvas", { width: ratios.length, height: ratios.length, role: "img", ariaLabel: label });
+    const brush = cell.marks.getContext("2d");
+    brush.fillStyle = "#d6006c";
+    ratios.forEach((row, y) => row.forEach((ratio, x) => {
+      brush.globalAlpha = Math.min(Math.max(ratio / 4, 0), 0.8);
+      brush.fillRect(x, y, 1, 1);
+    }));
+    cell.figure.append(cell.marks);
+  }
+  document.querySelectorAll("#neighbor-list button").forEach((button, place) => {
+    button.setAttribute("aria-pressed", place === number);
+  });
 }
 
 function finish(cell, event, index) {
@@ -112,6 +135,7 @@ function finish(cell, event, index) {
   cell.image.alt = cell.alt;
   cell.image.className = "";
   cell.bar.remove();
+  cell.ratios = event.ratios;
   const score = event.clip_score == null ? "" : `\nCLIP ${event.clip_score.toFixed(2)}`;
   cell.label.textContent = `seed ${event.seed}${score}`;
   const use = element("button", { type: "button", textContent: "Use" });
@@ -132,11 +156,15 @@ function finish(cell, event, index) {
 function showNeighbors(neighbors) {
   $("neighbors").hidden = !neighbors.length;
   $("neighbor-list").replaceChildren(
-    ...neighbors.map((found) => {
+    ...neighbors.map((found, number) => {
       const image = element("img", { src: dataUrl(found.b64_json), alt: found.caption });
+      const show = element("button", { type: "button", title: "Show what it changed" }, image);
+      show.addEventListener("click", () => {
+        mark(show.getAttribute("aria-pressed") === "true" ? -1 : number);
+      });
       const origin = [found.source, found.license, found.attribution].filter(Boolean).join(" · ");
       const caption = element("figcaption", {}, element("strong", { textContent: found.caption }), origin);
-      return element("li", {}, element("figure", {}, image, caption));
+      return element("li", {}, element("figure", {}, show, caption));
     }),
   );
 }
@@ -179,7 +207,7 @@ $("generate").addEventListener("submit", (event) => {
   const body = {
     prompt, n: count, stream: true, guidance: number("guidance"), retrieve: number("retrieve"),
     top_p: number("top-p"), top_k: number("top-k"), temperature: number("temperature"),
-    seed: number("seed"),
+    seed: number("seed"), explain: number("retrieve") > 0,
   };
   run(async (signal) => {
     say("Waiting for a free slot…");

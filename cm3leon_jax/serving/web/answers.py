@@ -43,6 +43,14 @@ def neighbors(found: tuple[Neighbor, ...]) -> list[dict[str, str]]:
   ]
 
 
+def described(event: Finished) -> dict[str, Any]:
+  """Returns the fields of a complete image, with `ratios` if the request asked to explain it."""
+  found = {"seed": event.sample.seed, "clip_score": event.sample.clip_score}
+  if event.ratios is None:
+    return found
+  return {**found, "ratios": [x.astype(float).round(3).tolist() for x in event.ratios]}
+
+
 def server_event(data: dict | str, name: str = "") -> str:
   """Formats a server-sent event."""
   text = data if isinstance(data, str) else json.dumps(data)
@@ -87,22 +95,19 @@ class ImageAnswer:
 
   async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
     """Waits until all samples are complete, and returns the answer."""
-    samples = []
+    finished = []
     async for event in events:
       self._seen.take(event)
       if isinstance(event, Finished):
-        samples.append(event.sample)
-    samples.sort(key=lambda sample: sample.index)
-    return await asyncio.to_thread(self._body, samples)
+        finished.append(event)
+    finished.sort(key=lambda event: event.sample.index)
+    return await asyncio.to_thread(self._body, finished)
 
-  def _body(self, samples: list[Sample]) -> dict[str, Any]:
+  def _body(self, finished: list[Finished]) -> dict[str, Any]:
     """Creates the answer. Runs in a thread, like `_partial` and `_completed`, to encode images."""
     return {
       "created": self._created,
-      "data": [
-        {"b64_json": png(s.segments[0]), "seed": s.seed, "clip_score": s.clip_score}
-        for s in samples
-      ],
+      "data": [{"b64_json": png(e.sample.segments[0]), **described(e)} for e in finished],
       **self._about(),
       "usage": self._usage(self._seen.tokens),
       "neighbors": neighbors(self._seen.started.neighbors),
@@ -115,7 +120,7 @@ class ImageAnswer:
       if isinstance(event, Progress) and self._is_due(event):
         yield await asyncio.to_thread(self._partial, event)
       elif isinstance(event, Finished):
-        yield await asyncio.to_thread(self._completed, event.sample)
+        yield await asyncio.to_thread(self._completed, event)
 
   def _partial(self, event: Progress) -> str:
     shown = self._shown.setdefault(event.index, [])
@@ -130,11 +135,11 @@ class ImageAnswer:
     shown.append(event.rows)
     return self._event("partial_image", event.image, event.index, data)
 
-  def _completed(self, sample: Sample) -> str:
+  def _completed(self, event: Finished) -> str:
+    sample = event.sample
     data = {
       "usage": self._usage(len(sample.tokens)),
-      "seed": sample.seed,
-      "clip_score": sample.clip_score,
+      **described(event),
       "neighbors": neighbors(self._seen.started.neighbors),
     }
     return self._event("completed", sample.segments[0], sample.index, data)

@@ -197,7 +197,8 @@ class Server:
       with contextlib.suppress(RuntimeError):  # Raised if the event loop has ended.
         loop.call_soon_threadsafe(queue.put_nowait, event)
 
-    job = Job(task, body.n, deliver, body.stream)
+    explains = isinstance(body, schemas.Generation) and body.explain
+    job = Job(task, body.n, deliver, body.stream, explains)
     self.engine.submit(job, request.state.place)
     try:
       remaining = body.n

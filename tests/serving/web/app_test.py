@@ -36,6 +36,23 @@ def test_images_are_those_of_the_python_call(live, model):
   assert other["data"][0]["b64_json"] != found["data"][0]["b64_json"]
 
 
+def test_explained_images_have_the_ratios_of_each_neighbor(live, model):
+  body = {"prompt": CAPTION, "n": 2, "seed": 5, "retrieve": 2}
+  whole = live.generate(**body, explain=True).json()["data"]
+  streamed = events(live.generate(**body, explain=True, stream=True))
+  for data, sample in zip(
+    whole, model.generate(CAPTION, num_samples=2, seed=5, retrieve=2), strict=True
+  ):
+    expected = [one.ratios for one in sample.explain()]
+    assert np.shape(data["ratios"]) == (2, 4, 4)
+    np.testing.assert_allclose(data["ratios"], expected, atol=1e-3)
+    [event] = [e for e in streamed if e.get("seed") == sample.seed]
+    assert event["ratios"] == data["ratios"]
+  assert "ratios" not in live.generate(**body).json()["data"][0]
+  status, message = error(live.generate(**body | {"retrieve": 0}, explain=True))
+  assert (status, "retrieved documents" in message) == (400, True)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_sample_is_the_same_alone_in_a_batch_and_from_the_server(
   live, model, monkeypatch, method
