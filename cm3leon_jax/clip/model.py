@@ -258,7 +258,7 @@ class CLIP:
     stages.check_files(folder)
     stored = read_json(folder / CONFIG, {"clip": dict, "text_size": int})
     config, text_size = build(CLIPConfig, stored["clip"], "clip"), stored["text_size"]
-    expected = jax.eval_shape(lambda: init_params(config, text_size, jax.random.key(0)))
+    expected = nnx_params.to_dict(_structure(config, text_size)[1])
     params = stored_tensors.load(folder / PARAMS, expected, "train_clip")
     return cls(config, text_size, params, encode)
 

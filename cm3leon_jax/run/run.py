@@ -32,6 +32,10 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.weights import reading
 from cm3leon_jax.weights.stored import StoredParams, of_tree
 
+# Functions of the module, so that a process compiles them once and not for each run that it reads.
+_add = jax.jit(merge, static_argnames="config", donate_argnums=0)
+_are_finite = jax.jit(functools.partial(jax.tree.map, lambda x: jnp.isfinite(x).all()))
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -152,8 +156,7 @@ class Run:
     found = self.adapter or (adapters.of_run(self.folder) if self.kind == "workdir" else None)
     if found is not None:
       trained, chosen = found.load(step, average)
-      add = jax.jit(functools.partial(merge, config=found.config), donate_argnums=0)
-      params = add(load_base(found), trained)
+      params = _add(load_base(found), trained, config=found.config)
     elif self.step is not None:
       return exported.load_params(self.folder, self.settings.model), self.step
     else:
@@ -198,8 +201,8 @@ def _load(weights: Weights, settings: Settings) -> dict:
 
 
 def _check_finite(params: dict, where: str) -> None:
-  are_finite = jax.jit(functools.partial(jax.tree.map, lambda x: jnp.isfinite(x).all()))(params)
-  for name, is_finite in traverse_util.flatten_dict(jax.device_get(are_finite), sep=".").items():
+  are_finite = jax.device_get(_are_finite(params))
+  for name, is_finite in traverse_util.flatten_dict(are_finite, sep=".").items():
     if not is_finite:
       raise UserError(
         f"{where}: parameter '{name}' has NaNs or infinities: return to an earlier checkpoint with "

@@ -186,7 +186,7 @@ def test_only_the_config_of_the_command_names_a_judge(made, tmp_path, monkeypatc
       patch.setattr(flags, "FLAGS", given)
       settings = common._settings(optional=True, prepares=False)
     with one_device():
-      CM3Leon.load(made).generate("a bell", seed=0)
+      CM3Leon.load(made).generate("a bell", seed=0, retrieve=0)
       params, step = reading.load_params(made / "train", SETTINGS.model)
       bundle.write(tmp_path / "bundle", Run.open(made), params, step)
     assert evil in (tmp_path / "bundle" / "bundle.json").read_text()
@@ -231,15 +231,15 @@ def test_an_export_has_the_folders_of_geneval_and_the_paths_of_geneval_2(made, r
 
 
 def test_an_export_without_prompts_has_the_heldout_scenes(made, run, capsys):
-  run(settings_of(captions=3), export="geneval", samples=1)
+  run(settings_of(captions=10), export="geneval", samples=1)
   (folder,) = (made / "geneval").glob("heldout-*")
-  found = [json.loads((folder / f"{i:05d}" / "metadata.jsonl").read_text()) for i in range(3)]
-  chosen = strata.choose(facts_of(made), 3, seed=0)
+  found = [json.loads((folder / f"{i:05d}" / "metadata.jsonl").read_text()) for i in range(10)]
+  chosen = strata.choose(facts_of(made), 10, seed=0)
   assert [x["include"] for x in found] == [facts_of(made)[i]["include"] for i in chosen]
   assert all(list(x) == ["tag", "include", "exclude", "prompt"] for x in found)
-  assert [x.name for x in (folder / "00002" / "samples").iterdir()] == ["0000.png"]
+  assert [x.name for x in (folder / "00009" / "samples").iterdir()] == ["0000.png"]
   capsys.readouterr()
-  run(settings_of(captions=3), export="geneval", samples=1)
+  run(settings_of(captions=10), export="geneval", samples=1)
   assert "finished already, skipped" in capsys.readouterr().out
 
 

@@ -19,11 +19,18 @@ from cm3leon_jax.tokenizers import published_files
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.image_models import vqgan_training
 from tests.data.raw_folder import write_raw
-from tests.generation.run import make_config
+from tests.generation.run import make_config, one_device
 from tests.refusals import refused
 
 FOLDER = pathlib.Path(str(importlib.resources.files("cm3leon_jax")), "assets", "tokenizers")
 CODES = read_json(FOLDER / "pictures" / "config.json")["num_codes"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_one_device():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(command.common, "use_mesh", lambda settings: one_device())
+    yield
 
 
 def make_settings(codes=CODES, **fields):
@@ -92,11 +99,12 @@ def test_of_unknown_images_only_the_decoder_learns(tmp_path, capsys):
   for part in ("encoder", "codebook"):
     pairs = zip(*(jax.tree.leaves(x.params.get(part, {})) for x in (made, before)))
     assert all(np.array_equal(a, b) for a, b in pairs)
-  codes = before.encode(images)
-  np.testing.assert_array_equal(made.encode(images), codes)
-  old, new = (
-    vqgan_training.mean_squared_errors(images, x.decode(codes)).mean() for x in (before, made)
-  )
+  with one_device():  # As in the command, whose programs are used again.
+    codes = before.encode(images)
+    np.testing.assert_array_equal(made.encode(images), codes)
+    old, new = (
+      vqgan_training.mean_squared_errors(images, x.decode(codes)).mean() for x in (before, made)
+    )
   assert new < 0.95 * old
   assert not np.array_equal(made.params["decoder"]["conv_out"]["kernel"],
                             before.params["decoder"]["conv_out"]["kernel"])  # fmt: skip

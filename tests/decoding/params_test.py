@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +19,7 @@ def test_the_same_numbers(family, key_heads):
     np.testing.assert_array_equal(prepared.head, table[[*range(264, 320), *range(264)]].T)
     np.testing.assert_array_equal(params_lib.head_ids(VOCAB), [*range(264, 320), *range(264)])
     for i, layer in enumerate(prepared.model["blocks"]):
-      expected = jax.tree.map(lambda x, i=i: np.asarray(x[i]), params["blocks"])
+      expected = jax.tree.map(lambda x, i=i: np.asarray(x)[i], params["blocks"])
       qkv = layer.pop("qkv")
       stored = (expected.pop("q"), *expected.pop("kv")) if key_heads else expected.pop("qkv")
       jax.tree.map(np.testing.assert_array_equal, layer, expected)
@@ -30,15 +29,16 @@ def test_the_same_numbers(family, key_heads):
 
 def test_int8_literals():
   """Each output has its own scale: the largest absolute weight / 127."""
-  w = jnp.array([[127.0, 0.5], [-64.0, -2.54]])
-  made = params_lib.quantized(w, (0,))
+  quantized = jax.jit(params_lib.quantized, static_argnums=1)
+  dequantized = jax.jit(params_lib.dequantized, static_argnums=1)
+  made = quantized(np.float32([[127, 0.5], [-64, -2.54]]), (0,))
   np.testing.assert_array_equal(made.values, [[127, 25], [-64, -127]])
   np.testing.assert_allclose(made.scale, [[1.0, 0.02]], rtol=1e-6)
   np.testing.assert_allclose(
-    params_lib.dequantized({"up": made}, "float32")["up"], [[127, 0.5], [-64, -2.54]], rtol=1e-6
+    dequantized({"up": made}, "float32")["up"], [[127, 0.5], [-64, -2.54]], rtol=1e-6
   )
-  zeros = params_lib.quantized(jnp.zeros((2, 2)), (0,))
-  assert (np.asarray(params_lib.dequantized(zeros, "float32")) == 0).all()
+  zeros = quantized(np.zeros((2, 2), np.float32), (0,))
+  assert (np.asarray(dequantized({"up": zeros}, "float32")["up"]) == 0).all()
 
 
 def test_the_head_is_split_where_it_divides():

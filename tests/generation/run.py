@@ -1,8 +1,11 @@
 """Makes a tiny run for generation, with random weights and without raw data."""
 
+import atexit
 import contextlib
 import dataclasses
 import functools
+import shutil
+import tempfile
 
 from etils import epath
 import jax
@@ -20,7 +23,7 @@ from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.weights import checkpoint
 from tests.data.stores import VOCAB, make_sources
-from tests.models.tiny import random_arrays, random_params
+from tests.models.tiny import random_arrays, random_params, types_of
 from tests.retrieval.stores import write_bank, write_neighbors
 
 CAPTIONS = ["red apple", "green apple", "blue car", "old house", "new house"]
@@ -88,26 +91,32 @@ def make_run(root: epath.Path) -> None:
 
 
 def vqgan_params(settings) -> dict:
-  init = functools.partial(vqgan.init_params, settings.vqgan, settings.vocab.image_size)
-  return random_arrays(jax.eval_shape(init, jax.random.key(0)))
+  return random_arrays(types_of(vqgan.init_params, settings.vqgan, settings.vocab.image_size))
 
 
 def clip_params(settings=SETTINGS) -> dict:
-  init = functools.partial(clip_lib.init_params, settings.clip, VOCAB.text_size)
-  return random_arrays(jax.eval_shape(init, jax.random.key(0)))
+  return random_arrays(types_of(clip_lib.init_params, settings.clip, VOCAB.text_size))
 
 
 def save_run(root: epath.Path, settings=SETTINGS) -> None:
   """Makes a run that `CM3Leon.load` and all commands can read, with CLIP and checkpoint 7.
 
   The last parameters are NaN and their average is random: all readers must use the average.
+  Runs of equal settings are copies: their files are equal to the byte.
   """
+  shutil.copytree(_saved(settings), root, dirs_exist_ok=True)
+
+
+@functools.cache
+def _saved(settings) -> epath.Path:
+  root = epath.Path(tempfile.mkdtemp())
+  atexit.register(shutil.rmtree, root, ignore_errors=True)
   make_run(root)
   clip_lib.CLIP(settings.clip, VOCAB.text_size, clip_params(settings)).save(root / "clip")
   optimizer = create_optimizer(settings.optimizer, 10)
   with one_device():
     average = random_params(settings.model)
-    params = jax.tree.map(lambda x: np.nan * x, average)
+    params = jax.jit(functools.partial(jax.tree.map, lambda x: np.nan * x))(average)
     state = TrainState(np.int32(7), params, jax.jit(optimizer.init)(params), average)
     checkpoints = checkpoint.Checkpoints(root / "train", keep=1)
     checkpoints.save(state, 7, next_row=0)
@@ -116,3 +125,4 @@ def save_run(root: epath.Path, settings=SETTINGS) -> None:
     write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
   stored = {"run": table.identity(settings, "train"), "settings": dataclasses.asdict(settings)}
   write_json(root / "train" / "config.json", stored)
+  return root

@@ -27,8 +27,18 @@ def place(x, *axes):
 
 def random_params(config, seed=0):
   """Returns random parameters on the current mesh that are not tiny, even residual outputs."""
-  types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
-  return jax.device_put(random_arrays(types, seed), shardings(types, jax.sharding.get_mesh()))
+  types, mesh = types_of(transformer.init_params, config), jax.sharding.get_mesh()
+  return jax.device_put(random_arrays(types, seed), shardings(types, mesh))
+
+
+def types_of(init, *arguments):
+  """Returns the types of parameters that `init(*arguments, key)` makes on the current mesh."""
+  return _types_of(jax.sharding.get_mesh(), init, *arguments)
+
+
+@functools.cache
+def _types_of(mesh, init, *arguments):
+  return jax.eval_shape(functools.partial(init, *arguments), jax.random.key(0))
 
 
 def with_repeated_heads(params, repeat=np.repeat):

@@ -237,8 +237,8 @@ def train(
   def init() -> dict:
     state = init_state(config, num_codes, seed)
     if start is not None:
-      names = {"params", "ema"} & state.keys()
-      return {**state, **{name: jax.tree.map(jnp.copy, start.params) for name in names}}
+      copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))  # One program, not one per shape.
+      return {**state, **{name: copy(start.params) for name in {"params", "ema"} & state.keys()}}
     return with_colors(state, config, images, seed) if config.code_colors else state
 
   about = {"num_codes": num_codes, "inputs": inputs}

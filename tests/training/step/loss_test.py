@@ -89,11 +89,15 @@ def test_the_hand_written_gradient_equals_autodiff_of_the_full_logits(arrays, sh
 
 
 def test_modality_losses_literal():
-  nll = jnp.array([[1.0, 2.0, 3.0, 100.0]])
-  targets = jnp.array([[49, 50, 61, 0]])
-  weights = jnp.array([[1.0, 0.5, 1.0, 0.0]])
+  nll, weights = np.float32([[1, 2, 3, 100]]), np.float32([[1, 0.5, 1, 0]])
+  targets = np.int32([[49, 50, 61, 0]])
+
+  @jax.jit
+  def of_modalities(*arrays):
+    return loss.modality_losses(loss.modality_sums(*arrays, text_size=50))
+
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    losses = loss.modality_losses(loss.modality_sums(nll, targets, weights, text_size=50))
+    losses = of_modalities(nll, targets, weights)
   assert float(losses["loss"]) == pytest.approx((1 + 1 + 3) / 2.5)
   assert float(losses["image_loss"]) == pytest.approx((1 + 3) / 1.5)
   assert float(losses["text_loss"]) == pytest.approx(1)
