@@ -1,19 +1,19 @@
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.likelihood.pairs import score_answers
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.models import transformer
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.weights import reading
 from tests.generation.run import SETTINGS, one_device, save_run
+from tests.models.tiny import model_logits
 from tests.refusals import refused
 
 TEXTS = ["Is it red? <mask>.", "What <mask> it?"]
 ANSWERS = [["yes", "no", "yes it is"], ["is", "was"]]
+LENGTH = 64
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,13 @@ def plain(pipeline, params, before, answer, after, codes) -> float:
     *(vocab.eos, *before, vocab.mask(0), *after, vocab.brk, *vocab.image_ids(codes), vocab.eos),
     *(vocab.mask(0), *encode(answer), vocab.eoss),
   ]
-  ids = jnp.array([ids], jnp.int32)
-  places = jnp.arange(ids.shape[1])[None]
-  model = transformer.bind(SETTINGS.model, params)
-  logits = model(ids, places, jnp.ones_like(ids)) @ model.output_table().T
-  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))[0]
-  count = len(encode(answer)) + 1
-  return sum(float(log_probs[-1 - i - 1, ids[0, -1 - i]]) for i in range(count))
+  row = np.zeros((1, LENGTH), np.int32)  # Padded at the end, so that all passes are one program.
+  row[0, : len(ids)] = ids
+  positions = np.arange(LENGTH, dtype=np.int32)[None]
+  logits = model_logits(SETTINGS.model, params, row, positions, np.ones_like(row))
+  log_probs = special.log_softmax(np.float64(logits)[0], axis=-1)
+  scored = range(len(ids) - len(encode(answer)) - 1, len(ids))
+  return sum(log_probs[i - 1, ids[i]] for i in scored)
 
 
 def test_scores_equal_those_of_plain_passes(run):
