@@ -182,6 +182,8 @@ def test_adapters_are_added_to_their_base_and_to_no_other(base, adapted, tmp_pat
   assert model.step == 3
   decoding, same = (one.pipeline.generator.params for one in (model, whole))
   jax.tree.map(np.testing.assert_array_equal, decoding, same)
+  red = np.full((8, 8, 3), (255, 0, 0), np.uint8)
+  assert model.score("a red apple", red) == whole.score("a red apple", red)
   other = tmp_path / "other"
   save_run(epath.Path(other), OTHER)
   with refused(UserError, str(adapted), str(other), "other parameters"):
