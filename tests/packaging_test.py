@@ -32,7 +32,7 @@ def wheel(tmp_path_factory):
   source = tmp_path_factory.mktemp("source")
   for name in ("cm3leon_jax", "examples", "launch", "ml_configs", "tests"):
     shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-  for name in ("pyproject.toml", "README.md", "LICENSE"):
+  for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
     shutil.copy(ROOT / name, source)
   return build(source, tmp_path_factory.mktemp("wheel"))
 
@@ -54,7 +54,8 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel):
   }
   assert expected == {name for name in names if name.startswith("cm3leon_jax/")}
   licenses = {name.partition("/licenses/")[2] for name in names} - {""}
-  assert licenses == {"LICENSE", "cm3leon_jax/assets/tokenizers/pictures/ATTRIBUTION.md"}
+  of_pictures = "cm3leon_jax/assets/tokenizers/pictures/ATTRIBUTION.md"
+  assert licenses == {"LICENSE", "NOTICE", of_pictures}
 
 
 @pytest.mark.slow
