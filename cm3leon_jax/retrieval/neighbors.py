@@ -78,10 +78,7 @@ def select_neighbors(
 
 
 class Retriever:
-  """Finds neighbors of documents or captions in the bank of a finished stage.
-
-  `removed` has the rows of the bank that are never found, see `removed.rows`.
-  """
+  """Finds neighbors of documents or captions in the bank of a finished stage."""
 
   def __init__(self, folder: epath.PathLike, config: RetrievalConfig, **options: int):
     """Opens the bank. `options` are for `BlockIndex`. Raises UserError if the bank is absent."""
@@ -93,7 +90,7 @@ class Retriever:
       self.bank.documents, backend, folder / "index", config.index_rows, self.first, **options
     )
     self.lexical = lexical.load(folder, config.lexical_weight, config.lexical_width)
-    self.removed = removed.rows(folder)
+    self.removed = removed.rows(folder)  # Rows of the bank that are never found.
 
   def __len__(self) -> int:
     """Returns the number of documents that can be retrieved."""

@@ -156,7 +156,8 @@ def test_explanations_and_samples_without_a_document(run, workdir, tmp_path, cap
   found = records[0]["neighbors"]
   for record in records:
     name = record["file"].replace(".png", "_explained.png")
-    assert Image.open(folder / name).width > 3 * 128
+    with Image.open(folder / name) as image:
+      assert image.width > 3 * 128
     assert out.count(f"{name}: ") == 2
   assert all(f" · {x['key']} · {x['source']} · {x['license']}" in out for x in found)
   run(**asked, without=[found[0]["key"]], out=str(tmp_path))

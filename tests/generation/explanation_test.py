@@ -22,7 +22,8 @@ PARAMS = {}
 
 
 def settings_of(aligned: bool):
-  model = dataclasses.replace(SETTINGS.model, align_images=aligned)
+  family = "modern" if aligned else "opt"
+  model = dataclasses.replace(SETTINGS.model, family=family, align_images=aligned)
   retrieval = dataclasses.replace(SETTINGS.retrieval, max_similarity=1.0)
   return dataclasses.replace(SETTINGS, model=model, retrieval=retrieval)
 
