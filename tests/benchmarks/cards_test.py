@@ -27,7 +27,7 @@ def test_there_is_a_card_of_each_size_slice_and_program():
   number += (len(cards.GPUS) * len(cards.SIZES) + len(cards.GPUS_7B)) * len(cards.PROGRAMS)
   number += len(cards.PLAIN)
   assert len(cards.CARDS) == len({(c.size, c.name) for c in cards.CARDS}) == number == 72
-  assert STORED == [card for card in cards.CARDS if not card.gpu or card in STORED]
+  assert [card for card in cards.CARDS if not card.gpu or card in STORED] == STORED
 
 
 def test_drift_is_the_relative_change_of_each_number():
