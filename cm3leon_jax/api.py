@@ -86,12 +86,11 @@ class CM3Leon:
 
     Args:
       workdir: the folder of a run, local or in a GCS bucket, even while the run trains; or a bundle
-        that `cm3leon export --bundle` wrote; or the name of a bundle in this package,
-        "scenes" or "scenes-instruct"; or an export that `cm3leon export` wrote in the format hf or
-        orbax. An export has neither a CLIP model nor a bank.
+        that `cm3leon export --bundle` wrote, or one of this package: "scenes", "scenes-instruct";
+        or an export in the format hf or orbax, which has neither a CLIP model nor a bank.
       adapter: workdir of a run that trained adapters of this model, to add them.
       dtype: compute dtype, `float32` or `bfloat16`; default: the run's.
-      devices: devices over which parameters and batches are sharded; default: `jax.devices()`.
+      devices: devices that share the model or the batches; default: `jax.devices()`.
       mesh: a mesh from `mesh.create_mesh`, given instead of `devices` for another sharding.
       clip: folder of the Hugging Face CLIP model; default: the path in the run's config.
       show_progress: whether to show a progress bar; default: only in a terminal or notebook.
@@ -105,22 +104,23 @@ class CM3Leon:
     import jax
 
     from cm3leon_jax.config import UserError
+    from cm3leon_jax.config.settings import decoding_mesh
     from cm3leon_jax.files import progress
     from cm3leon_jax.generation.pipeline import Pipeline
-    from cm3leon_jax.mesh import MeshConfig, create_mesh
+    from cm3leon_jax.mesh import create_mesh
     from cm3leon_jax.run.run import Run
 
-    shown = progress.is_interactive() if show_progress is None else show_progress
-    if mesh is None:
-      mesh = create_mesh(MeshConfig(), None if devices is None else list(devices))
-    elif devices is not None:
+    if mesh is not None and devices is not None:
       raise UserError("both mesh and devices are given: give only one of them.")
-    workdir = os.path.expanduser(workdir)
-    buckets.check_path(workdir)
+    buckets.check_path(workdir := os.path.expanduser(workdir))
     adapter = adapter and os.path.expanduser(adapter)
     run = Run.open(workdir, exports=True, adapter=adapter, dtype=dtype)
+    if mesh is None:
+      devices = list(devices or jax.devices())
+      mesh = create_mesh(decoding_mesh(run.settings.model, devices), devices)
     with jax.set_mesh(mesh):
       pipeline, step = Pipeline.open(run, clip and os.path.expanduser(clip), **options)
+    shown = progress.is_interactive() if show_progress is None else show_progress
     return cls(run, pipeline, mesh, step, shown)
 
   @classmethod

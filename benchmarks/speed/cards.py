@@ -1,18 +1,21 @@
-r"""Compiles the config cards in docs/cards/: memory and FLOPs by model size and TPU slice.
+r"""Compiles the config cards in docs/cards/: memory and FLOPs by model size and devices.
 
   python -m benchmarks.speed.cards                    # compiles missing cards, writes the pages
   python -m benchmarks.speed.cards --size=7b --again  # compiles all cards of a size
   python -m benchmarks.speed.cards --card=7b/v5e-256/train --again
   python -m benchmarks.speed.cards --size=350m --slice=v5e-256 --check
+  python -m benchmarks.speed.cards --gpu              # the cards of GPUs instead of TPU slices
 
 A card contains a command of `cm3leon aot_compile` for a config of this package, the numbers that
 the command prints, the version of the compiler and the date. Each card is written when it is
 finished, so a stopped command continues where it stopped. A card takes one to several minutes on
-two CPU cores, and needs no TPU.
+two CPU cores, and needs no TPU or GPU. XLA's compilers for both cannot share an environment with
+`jax[cuda12]` or `jax[tpu]`; that for GPUs is jax-cuda12-plugin and -pjrt (docs/installation.md).
 
 --check compiles cards again and writes nothing to docs/. It compares the memory of arguments and
 temporaries, the FLOPs and the collectives with the stored cards. The exit code is 1 if a number
-differs, or if a stored card comes from a compiler version other than the installed one. A stopped
+differs, or if a stored card comes from a compiler version other than the installed one. With --gpu
+it compiles one program of each size, a train step on one host. A stopped
 check continues: workdir/cards_checked.json lists the cards that have already passed, with the
 current source files and compiler.
 """
@@ -44,6 +47,7 @@ KEPT = (
 _SIZE = flags.DEFINE_enum("size", None, SIZES, "Model size of the cards (default: all).")
 _CARD = flags.DEFINE_string("card", None, "The only card to compile, e.g. 7b/v5e-256/train.")
 _SLICE = flags.DEFINE_string("slice", None, "TPU slice of the cards, e.g. v5e-256 (default: all).")
+_GPU = flags.DEFINE_bool("gpu", False, "Take the cards of GPUs, not those of TPU slices.")
 _AGAIN = flags.DEFINE_bool("again", False, "Also compile cards that exist.")
 _CHECK = flags.DEFINE_bool(
   "check", False, "Compile the stored cards again and compare them; write nothing."
@@ -60,12 +64,14 @@ class Slice:
     fsdp: sizes of the axes fsdp and fsdp_inner on a slice, which follow the shape of its torus.
     tensor: size of the tensor axis for decoding; the decoder is replicated over other devices. 0:
       there is no card of decoding.
+    hosts: number of GPU hosts, over which parameters are replicated as over slices.
   """
 
   topology: str
   slices: int
   fsdp: tuple[int, int]
   tensor: int = 0
+  hosts: int = 1
 
 
 SLICES = {
@@ -75,6 +81,12 @@ SLICES = {
   "v6e-256": Slice("v6e-256", 1, (16, 16), 4),
   "tpu7x-256": Slice("tpu7x-256", 1, (16, 16), 4),
 }
+GPUS = {"h100-8": Slice("h100-8", 1, (8, 1), 8), "h100-64": Slice("h100-64", 1, (8, 1), 8, 8)}
+GPUS_7B = {name: Slice(name, 1, (8, 1), 8, 8) for name in ("h200-64", "b200-64")}
+CHECKED_GPU = "h100-8/train"
+# Sizes of the program "plain", a train step without the Triton kernel. Heads of the 760M have 96
+# values, which the kernel does not support.
+PLAIN = ("350m",)
 # Slices of the program "adapters" of the 7B.
 ADAPTED = {"v5e-16": Slice("v5e-16", 1, (4, 4)), "v5p-8": Slice("v5p-8", 1, (4, 1))}
 # Slices of the program "gqa", the decoding of cm3leon_7b:gqa.
@@ -99,27 +111,42 @@ class Card:
   @property
   def command(self) -> list[str]:
     """Arguments of `cm3leon aot_compile`."""
-    place = {**SLICES, **ADAPTED}[self.where]
+    place = {**SLICES, **ADAPTED, **GPUS, **GPUS_7B}[self.where]
     variant = ":gqa" if self.program == "gqa" else ""
     command = [f"--config=cm3leon_{self.size}{variant}", f"--topology={place.topology}"]
     if place.slices > 1:
       command.append(f"--slices={place.slices}")
     if self.compiled == "decode":
-      devices = place.slices * place.fsdp[0] * place.fsdp[1]
+      devices = place.slices * place.hosts * place.fsdp[0] * place.fsdp[1]
       replicas = devices // place.tensor
       axes = {"data": replicas, "fsdp": 1, "tensor": place.tensor}
       command.append(f"--decode_batch={PROMPTS * replicas}")
     else:
-      axes = {"data": place.slices, "fsdp": place.fsdp[0], "fsdp_inner": place.fsdp[1]}
+      replicas = place.slices * place.hosts
+      axes = {"data": replicas, "fsdp": place.fsdp[0], "fsdp_inner": place.fsdp[1]}
     command += [f"--config.mesh.{axis}={n}" for axis, n in axes.items()]
     if self.program == "adapters":
       command += [f"--config.adapter.rank={RANK}", "--batch_per_device=1"]
+    if self.program == "plain":
+      command.append("--config.model.attention=plain")
     return [*command, f"--program={self.compiled}"]
 
   @property
   def compiled(self) -> str:
     """Program of `cm3leon aot_compile`."""
-    return {"adapters": "train", "gqa": "decode"}.get(self.program, self.program)
+    other = {"adapters": "train", "plain": "train", "gqa": "decode"}
+    return other.get(self.program, self.program)
+
+  @property
+  def gpu(self) -> bool:
+    """Whether the devices are GPUs."""
+    return self.where in GPUS or self.where in GPUS_7B
+
+  @property
+  def compiler(self) -> str:
+    """Versions of the installed packages that affect the numbers of the card."""
+    names = ("jax-cuda12-pjrt" if self.gpu else "libtpu", "jax")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 # The compiler compiles this program, but cannot print it (libtpu 0.0.52, jax 0.10.2).
@@ -135,11 +162,9 @@ CARDS = [
   for program, slices in (("adapters", ADAPTED), ("gqa", GROUPED))
   for where in slices
 ]
-
-
-def compiler() -> str:
-  """Returns the versions of the packages that affect the numbers of a card."""
-  return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("libtpu", "jax"))
+CARDS += [Card(size, where, name) for where in GPUS for size in SIZES for name in PROGRAMS]
+CARDS += [Card("7b", where, name) for where in GPUS_7B for name in PROGRAMS]
+CARDS += [Card(size, "h100-8", "plain") for size in PLAIN]
 
 
 def measure(card: Card) -> dict:
@@ -156,7 +181,7 @@ def measure(card: Card) -> dict:
   if card.compiled == "decode":
     numbers["prefill_peak_gib"] = reports["prefill"]["peak_gib"]
   date = datetime.datetime.now(datetime.UTC).date().isoformat()
-  return {"command": " ".join(card.command), "compiler": compiler(), "date": date, **numbers}
+  return {"command": " ".join(card.command), "compiler": card.compiler, "date": date, **numbers}
 
 
 def stored(size: str) -> dict[str, dict]:
@@ -200,8 +225,18 @@ ADAPTERS = """\
 SHARED = """\
 - **gqa**: decode of `cm3leon_7b:gqa`, whose heads share 8 key heads.
 """
+OF_GPUS = """
+## On GPUs
+XLA's compiler for GPUs planned these programs on a machine without one. `of` is the memory that
+the launchers give JAX, 92% (`XLA_PYTHON_CLIENT_MEM_FRACTION`); its default is 75%. Hosts have 8
+GPUs: `data` spans hosts, `fsdp` (decoding: `tensor`) the GPUs of a host. Nothing was autotuned, the
+compiler knows no links, and at run time sorts may use scratch memory of CUB.
+
+- **plain**: a train step without the Triton kernel of attention, which all others of this size use.
+  The 760M is always plain: its heads have 96 values, and the kernel needs a power of two.
+"""
 TABLE = """
-| slice | program | GiB per device | FLOPs per device | collectives: number, GiB | compiled |
+| devices | program | GiB per device | FLOPs per device | collectives: number, GiB | compiled |
 |---|---|---|---|---|---|
 """
 COMMANDS = """
@@ -217,8 +252,11 @@ def page(size: str, cards: dict[str, dict]) -> str:
   parts = [HEADER.format(size=size, prompts=PROMPTS)]
   if any(card.size == size and card.program == "adapters" for card in CARDS):
     parts += [ADAPTERS.format(rank=RANK), SHARED]
+  of_gpus = {card.name for card in CARDS if card.gpu}
+  for header, there in (("", cards.keys() - of_gpus), (OF_GPUS, cards.keys() & of_gpus)):
+    if there:
+      parts += [header, TABLE, *(_row(name, cards[name]) for name in cards if name in there)]
   if cards:
-    parts += [TABLE, *(_row(name, card) for name, card in cards.items())]
     parts.append(COMMANDS.format(commands="\n".join(c["command"] for c in cards.values())))
   missing = [c.name for c in CARDS if c.size == size and c.name not in cards]
   if missing:
@@ -283,7 +321,7 @@ def check(cards: list[Card], checked: pathlib.Path = CHECKED) -> list[str]:
     cards: cards to check; a card that is not stored is skipped.
     checked: file that lists the cards that have passed, with the source digest and the compiler.
   """
-  key = f"{source_digest()}, {compiler()}"
+  digest = source_digest()
   noted = json.loads(checked.read_text()) if checked.exists() else {}
   wrong = []
   for card in cards:
@@ -291,6 +329,7 @@ def check(cards: list[Card], checked: pathlib.Path = CHECKED) -> list[str]:
     if old is None:
       print(f"{name}: not stored", flush=True)
       continue
+    key = f"{digest}, {card.compiler}"
     if noted.get(name) == key:
       print(f"{name}: as stored (checked before)", flush=True)
       continue
@@ -309,8 +348,8 @@ def _wrong(card: Card, old: dict) -> str:
   """Describes how a card differs from the stored card; "" if they match."""
   if old["command"] != " ".join(card.command):
     return f"was compiled by another command: {old['command']}."
-  if old["compiler"] != compiler():
-    return f"was compiled by {old['compiler']}, and {compiler()} is installed."
+  if old["compiler"] != card.compiler:
+    return f"was compiled by {old['compiler']}, and {card.compiler} is installed."
   changes = sorted(drift(old, measure(card)).items())
   found = ", ".join(f"{number} by {change:.2%}" for number, change in changes)
   return f"differs: {found}." if changes else ""
@@ -321,13 +360,15 @@ def chosen() -> list[Card]:
   names = [f"{card.size}/{card.name}" for card in CARDS]
   if _CARD.value not in (None, *names):
     raise app.UsageError(f"--card is '{_CARD.value}'; it must be one of {', '.join(names)}.")
-  slices = [*SLICES, *ADAPTED]
+  slices = [*SLICES, *ADAPTED, *GPUS, *GPUS_7B]
   if _SLICE.value not in (None, *slices):
     raise app.UsageError(f"--slice is '{_SLICE.value}'; it must be one of {', '.join(slices)}.")
   return [
     card
     for card, name in zip(CARDS, names)
-    if _SIZE.value in (None, card.size)
+    if (_CARD.value or _SLICE.value or card.gpu == _GPU.value)
+    and not (_GPU.value and _CHECK.value and card.name != CHECKED_GPU)
+    and _SIZE.value in (None, card.size)
     and _SLICE.value in (None, card.where)
     and _CARD.value in (None, name)
   ]

@@ -9,9 +9,10 @@ With `--clock=processor`, seconds are those of the process on all cores, for a m
 use, too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 import time
+from typing import Any
 
 from absl import app, flags
 import jax
@@ -74,7 +75,7 @@ def step_seconds(
 ) -> list[float]:
   """Measures the seconds of each of `steps` train steps on random tokens.
 
-  Takes more steps until their sum is at least `least` seconds.
+  Takes more steps until their sum is at least `least` seconds. Prints the memory of a step.
   """
   optimizer = create_optimizer(OptimizerConfig(name=optimizer_name), 1_000)
   rng = np.random.default_rng(0)
@@ -87,13 +88,27 @@ def step_seconds(
   step = jax.jit(
     functools.partial(train_step, model, optimizer, model.vocab_size, 1), donate_argnums=0
   )
+  compiled = step.lower(state, batch).compile()
   seconds: list[float] = []
   while len(seconds) < steps + 2 or sum(seconds[2:]) < least:
     start = clock()
-    state, metrics = step(state, batch)
+    state, metrics = compiled(state, batch)
     float(metrics["loss"])
     seconds.append(clock() - start)
+  print(memory_line(compiled.memory_analysis(), jax.devices()[0].memory_stats()))
   return seconds[2:]
+
+
+def memory_line(expected: Any, measured: Mapping[str, int] | None) -> str:
+  """Compares the memory of a compiled step (`memory_analysis`) with that of the device."""
+  arrays = expected.argument_size_in_bytes, expected.temp_size_in_bytes
+  peak = (measured or {}).get("peak_bytes_in_use")
+  seen = f"the device's peak was {peak / 2**30:.2f}" if peak else "the device measures none"
+  arguments, temporaries = (n / 2**30 for n in arrays)
+  return (
+    f"memory of a step: the compiler expects arguments {arguments:.2f} + temporaries "
+    f"{temporaries:.2f} = {arguments + temporaries:.2f} GiB; {seen}"
+  )
 
 
 def main(_) -> None:

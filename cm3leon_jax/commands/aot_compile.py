@@ -1,14 +1,15 @@
-r"""Compiles training, evaluation and decoding for a TPU slice, and prints their memory and FLOPs.
+r"""Compiles training, evaluation and decoding for TPUs or GPUs, and prints memory and FLOPs.
 
   pip install 'libtpu>=0.0.52,<0.0.53'
   cm3leon aot_compile --config=cm3leon_7b --topology=v5e-256 \
     --config.mesh.fsdp=16 --config.mesh.fsdp_inner=16 --batch_per_device=4
-  cm3leon aot_compile --config=cm3leon_7b --topology=v5e-8 \
-    --config.mesh.tensor=8 --program=decode
+  cm3leon aot_compile --config=cm3leon_7b --topology=h100-8 --program=decode
 
-The command needs no TPU: on any x86-64 Linux machine, the real compiler, XLA:TPU, compiles the
-programs that a pod runs. The evaluation program computes the held-out loss of one micro-batch of
-`cm3leon train`.
+The command needs no TPU or GPU: on any x86-64 Linux machine, the real compiler, XLA, compiles the
+programs that a pod runs. For GPUs it is in the packages jax-cuda12-plugin and jax-cuda12-pjrt
+(docs/installation.md). The evaluation program computes the held-out loss of one micro-batch of
+`cm3leon train`. Without a mesh in the config, `tensor` spans the devices of a host for decoding,
+as in `cm3leon generate`, because `fsdp` would gather the parameters at each step.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
   from cm3leon_jax.planning.topology import Topology
 
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "TPU slice, e.g. v5e-256, or a chip and the shape of its torus: v5p:4x4x8."
+  "topology",
+  None,
+  "TPU slice, e.g. v5e-256 or v5p:4x4x8, or type and number of GPUs, e.g. h100-64.",
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "Number of slices.", lower_bound=1)
 _PROGRAM = flags.DEFINE_enum(
@@ -74,7 +77,7 @@ def _train_report(topology: Topology, settings: Settings, mesh: jax.sharding.Mes
 
   numbers = _model_numbers(settings, mesh, settings.train.global_batch_size)
   report = {**numbers, **compile_report(programs.train_step(settings, mesh), topology)}
-  estimate = memory.estimate(settings, mesh.shape)
+  estimate = memory.estimate(settings, mesh.shape, topology.devices[0].platform)
   report["estimate_gib"] = estimate.total / GIB
   report["floor"] = {"estimated memory": str(estimate)}
   return report
@@ -163,14 +166,19 @@ def _decode_reports(
 
 
 def main(settings: Settings) -> None:
+  from cm3leon_jax.config.settings import decoding_mesh
   from cm3leon_jax.config.training import on_mesh
-  from cm3leon_jax.mesh import batch_shards
+  from cm3leon_jax.mesh import MeshConfig, batch_shards
+  from cm3leon_jax.planning import gpus
   from cm3leon_jax.planning import topology as topology_lib
   from cm3leon_jax.planning.report import table
 
   topology_lib.prepare()
-  topology = topology_lib.load(_TOPOLOGY.value, _SLICES.value)
+  topology = gpus.load(_TOPOLOGY.value, _SLICES.value)
   reports: dict[str, Any] = {}
+  if _PROGRAM.value == "decode" and settings.mesh == MeshConfig():
+    chosen = decoding_mesh(settings.model, topology.devices)
+    settings = dataclasses.replace(settings, mesh=chosen)
   mesh = _mesh(settings, topology)
   if _BATCH.value:
     rows = _BATCH.value * len(topology.devices) // settings.mesh.tensor

@@ -28,11 +28,13 @@ from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError, printable
-from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.config.settings import Settings, decoding_mesh
 from cm3leon_jax.files.digests import digest_of_json
+from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.run import stages, table
 
 with epy.lazy_imports():
+  import jax
   import numpy as np
 
   from cm3leon_jax.config import sampling as sampling_lib
@@ -351,6 +353,9 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   if given:
     config["images"] = _digests(given)
   folder = _folder(results_folder(trained, OUT.value), tasks, config)
+  if settings.mesh == MeshConfig():
+    chosen = decoding_mesh(settings.model, jax.devices())
+    settings = dataclasses.replace(settings, mesh=chosen)
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
       clip = trained.clip if _needs_clip(tasks) else None

@@ -1,7 +1,8 @@
 """Combines all sections of a config into one checked, frozen dataclass."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 from typing import Any
 
 import ml_collections
@@ -19,6 +20,22 @@ from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.vocab import VocabLayout
 
 SPLIT_BY_TENSOR = ("num_heads", "num_kv_heads", "mlp_width")  # Sizes of axes split over `tensor`.
+
+
+def decoding_mesh(model: ModelConfig, devices: Sequence[Any]) -> MeshConfig:
+  """Returns a mesh for generation on all devices, on which no step gathers the parameters.
+
+  `tensor` spans the devices of a host, as far as it divides the model's axes, and `data` the rest.
+  CPU devices, which share one memory, have the default mesh.
+
+    8 GPUs of a host, 32 heads: MeshConfig(data=1, fsdp=1, tensor=8)
+  """
+  if devices[0].platform == "cpu":
+    return MeshConfig()
+  local = sum(device.process_index == devices[0].process_index for device in devices)
+  sizes = (getattr(model, field) for field in (*SPLIT_BY_TENSOR, "vocab_size"))
+  tensor = math.gcd(local, *sizes)
+  return MeshConfig(len(devices) // tensor, 1, tensor)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

@@ -58,13 +58,43 @@ TPUS = {
   ),
   "tpu7x": Tpu("TPU7x", "tpu7x", "tpu7x", 2, "", {4: (224, 960)}),
 }
-# Maps a GPU model to (its name in JAX, its memory in GiB according to nvidia-smi). The memory of
-# b200 is what others report.
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+  """Properties of an NVIDIA GPU.
+
+  Attributes:
+    kind: name in JAX.
+    memory: memory that CUDA reports, in GiB.
+    bandwidth: bytes/s of the memory.
+    cores, units, clock: number of multiprocessors, fp32 units of each, GHz.
+    cache, shared: bytes of the L2 cache, and of the shared memory of a multiprocessor.
+    capability: major version of the compute capability.
+  """
+
+  kind: str
+  memory: float
+  bandwidth: int
+  cores: int
+  units: int
+  clock: float
+  cache: int
+  shared: int
+  capability: int
+
+
+# The numbers are those of XLA's files xla/backends/gpu/target_config/specs/{a100_sxm_80,h100_sxm,
+# h200,b200}.txtpb in August 2026. The memory of h200 is from errors in public issues, because the
+# 141 GiB of XLA's file are those of the data sheet in GB.
+_HBM3 = (132, 128, 1.98, 52_428_800, 233_472, 9)
 GPUS = {
-  "a100": ("NVIDIA A100-SXM4-80GB", 80.0),
-  "h100": ("NVIDIA H100 80GB HBM3", 79.65),
-  "h200": ("NVIDIA H200", 140.4),
-  "b200": ("NVIDIA B200", 179.06),
+  "a100": Gpu(
+    "NVIDIA A100-SXM4-80GB", 79.26, 2_039_040_000_000, 108, 64, 1.41, 41_943_040, 167_936, 8
+  ),
+  "h100": Gpu("NVIDIA H100 80GB HBM3", 79.11, 3_352_320_000_000, *_HBM3),
+  "h200": Gpu("NVIDIA H200", 139.80, 4_800_000_000_000, *_HBM3),
+  "b200": Gpu("NVIDIA B200", 178.36, 7_672_320_000_000, 148, 128, 1.965, 132_644_864, 233_472, 10),
 }
 
 
@@ -105,6 +135,17 @@ class Hardware:
   def devices_per_chip(self) -> int:
     """JAX devices of a chip or GPU."""
     return CHIPS[self.chip].devices if self.platform == "tpu" else 1
+
+  @property
+  def share(self) -> str:
+    """Says which share of a GPU's memory is `memory`; "" for TPUs."""
+    if self.platform == "tpu":
+      return ""
+    total = GPUS[self.chip].memory
+    return (
+      f" ({GPU_FRACTION:.0%} of {total:.2f}, as the launchers set XLA_PYTHON_CLIENT_MEM_FRACTION; "
+      f"JAX's default, 75%, is {0.75 * total:.2f})"
+    )
 
   @property
   def hosts_per_slice(self) -> int:
@@ -201,9 +242,9 @@ def _gpus(name: str, chip: str, number: str, slices: int) -> Hardware:
       f"--topology is '{name}'; the number of GPUs must be at most {GPUS_PER_HOST}, the GPUs of "
       f"one host, or a multiple of {GPUS_PER_HOST}, as in {chip}-64."
     )
-  kind, memory = GPUS[chip]
-  usable = memory * GPU_FRACTION
-  return Hardware(name, chip, "gpu", kind, usable, (per_host,), count // per_host, per_host)
+  gpu = GPUS[chip]
+  usable = gpu.memory * GPU_FRACTION
+  return Hardware(name, chip, "gpu", gpu.kind, usable, (per_host,), count // per_host, per_host)
 
 
 def peak_of(device_kind: str) -> float:

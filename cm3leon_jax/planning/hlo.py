@@ -19,6 +19,8 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 # Number of [L, L] x H products per call of each Pallas kernel of splash attention, which XLA does
 # not count.
 KERNELS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+# The same for the Triton kernels of attention, whose results are [B, L, N, H].
+TRITON_KERNELS = {"mha_forward": 2, "mha_backward": 7}
 # Instructions that create no array.
 _VIEWS = "parameter get-tuple-element tuple while bitcast constant call opt-barrier conditional"
 VIEWS = set(_VIEWS.split())
@@ -93,8 +95,8 @@ class Program:
     """
     condition = self.computations[loop.required(r"condition=%?([\w.\-]+)")]
     ends = [_constant(i) for i in condition if _is_index(i) and i.op == "constant"]
-    if not ends:
-      return 1  # The end depends on data; counts one iteration.
+    if not ends:  # XLA:GPU writes the number down. Without it, the end depends on data.
+      return int(loop.attribute(r'"known_trip_count":\{"n":"(\d+)"') or 1)
     places = [i for i in condition if _is_index(i) and i.op == "get-tuple-element"]
     start = 0
     if len(places) == 1:
@@ -153,6 +155,9 @@ class Program:
         # fewer dimensions or follow it.
         *outer, L, H = max((dims for _, dims in i.shapes()), key=len)
         total += products * math.prod(outer) * L * L * H
+      elif i.op == "custom-call" and (name := i.attribute(r'op_name="[^"]*/(mha_\w+)/pallas_call')):
+        _, L, *_ = dims = i.shapes()[0][1]
+        total += TRITON_KERNELS.get(name, 0) * math.prod(dims) * L
     return total
 
   def traffic(self) -> float:
@@ -212,13 +217,18 @@ class Program:
     """Maps a kind of collective to (runs per call, bytes of all its whole arrays on one device)."""
     kinds: dict[str, list[int]] = {}
     for name, times in self.runs.items():
+      sizes = {i.name: sum(map(size, i.shapes())) for i in self.computations[name]}
       for i in self.computations[name]:
         kind = i.op.removesuffix("-start")
         if kind not in COLLECTIVES or self._continues_another(name):
           continue
         kind = "reduce-scatter" if "all-reduce-scatter" in name else kind
-        shapes = i.shapes()
-        moved = max(map(size, shapes)) if i.op.endswith("-start") else sum(map(size, shapes))
+        moved = sum(sizes.get(o, 0) for o in i.operands)
+        if i.op.endswith("-start"):  # The result has the operands, then their results.
+          n, arrays = len(i.operands), list(map(size, i.shapes()))
+          moved = max(sum(arrays[:n]), sum(arrays[n : 2 * n]))
+        elif kind != "reduce-scatter":
+          moved = sizes[i.name]
         entry = kinds.setdefault(kind, [0, 0])
         entry[0] += times
         entry[1] += times * moved

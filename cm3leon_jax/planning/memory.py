@@ -1,8 +1,8 @@
 """Estimates the memory of a step on one device, before anything is read or compiled.
 
-The formulas count the large arrays of a train step, or of an update of `cm3leon reinforce`, as the
-compiler plans them for TPUs. docs/scaling.md compares estimates with the compiler's numbers. For
-Muon, the estimate includes the optimizer state, but not the arrays of its update.
+The formulas count the large arrays of a train step, or of an update of `cm3leon reinforce`, as XLA
+plans them. docs/scaling.md compares estimates with XLA's numbers. For Muon, the estimate includes
+the optimizer state, but not the arrays of its update.
 """
 
 # K layers, D width, F feed-forward, N heads, H head size, V vocabulary, L length, R rows per device
@@ -28,8 +28,8 @@ from cm3leon_jax.training.step.grpo import LONG_BUCKET, row_length
 GIB = 2**30
 LANES = 128  # Lanes of a TPU register. The last dimension of an array is padded to a multiple.
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
-# Maps a prefix of `jax.Device.device_kind` to a chip. Longer prefixes precede shorter ones, as in
-# watch/flops.py.
+SCORES = {"gpu": 6}  # Bytes per logit or attention weight, besides the compute dtype; TPU: 8.
+# Prefix of `jax.Device.device_kind` -> chip. Longer ones precede shorter ones, as in flops.py.
 KINDS = {
   "TPU v5 lite": "v5e",
   "TPU v5e": "v5e",
@@ -103,13 +103,13 @@ def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
     params = matrices = adapters.count(model, settings.adapter, shape)
     gradients = 4 * params
   phases = (
-    kept + copy + _loss(model, R, L, tensor, bool(frozen)),
+    kept + copy + _loss(model, R, L, tensor, platform, bool(frozen)),
     kept + copy + gradients + 4 * tables + _layer(model, R, L, tensor, platform, bool(frozen)),
     gradients + table,
     8 * params,  # Gradients and updates, in fp32.
   )
-  # The sum of the table's gradient over replicas overlaps with the next pass.
-  overlapped = table if shape["data"] > 1 else 0
+  # XLA:TPU sums the table's gradient over replicas during the next pass.
+  overlapped = table if shape["data"] > 1 and platform == "tpu" else 0
   accumulated = train.gradient_accumulation_steps > 1
   fields = 6 if settings.instructions.any else 5
   states = 2 if train.replay_every else 1
@@ -138,8 +138,7 @@ def estimate_update(
   L = row_length(prompts, 2, codes)
   params, matrices, tables = _shares(model, shape)
   b, D = ITEMSIZE[model.dtype], model.width
-  # Without a kernel, heads are not padded, and the backward pass of a layer needs the attention
-  # weights of all queries.
+  # Without a kernel, heads are not padded, and all attention weights are in memory.
   kernel = platform if L % LONG_BUCKET == 0 else "plain"
   widths = kept_widths(model, tensor, kernel)
   kept = R * L * D * model.num_layers * b * widths
@@ -214,13 +213,15 @@ def _held_head(model: ModelConfig, platform: str) -> int:
   return -(-model.head_dim // LANES) * LANES if platform == "tpu" else model.head_dim
 
 
-def _loss(model: ModelConfig, R: int, L: int, tensor: int, frozen: bool = False) -> float:
+def _loss(
+  model: ModelConfig, R: int, L: int, tensor: int, platform: str, frozen: bool = False
+) -> float:
   """Computes the bytes of the loss: table, its fp32 gradient, a chunk of logits, hidden states.
 
   A frozen table has no gradient, but XLA:TPU also keeps the copy that the look-up gathered.
   """
   b, V = ITEMSIZE[model.dtype], model.vocab_size / tensor
-  chunk = R * min(L, model.loss_chunk) * V * (8 + b)
+  chunk = R * min(L, model.loss_chunk) * V * (SCORES.get(platform, 8) + b)
   return V * model.width * (b + (b if frozen else 4)) + chunk + 2 * R * L * model.width * b
 
 
@@ -236,9 +237,9 @@ def _layer(
   params = _parameters(model)[0] / model.num_layers / tensor
   products = 3 if model.traits.gated else 2
   scores = 0.0
-  if platform == "gpu" and model.head_dim & (model.head_dim - 1):
-    # No kernel supports heads of this size, so all attention weights are in memory.
-    scores = R * model.num_heads / tensor * L * L / 2 * (8 + b)
+  plain = model.attention == "plain" or model.head_dim & (model.head_dim - 1)
+  if platform == "gpu" and plain:  # No kernel, so all attention weights are in memory.
+    scores = R * model.num_heads / tensor * L * L / 2 * (SCORES["gpu"] + b)
   heads = 2 * (model.num_heads + model.key_heads) * _held_head(model, platform)
   widths = 2 * model.width + heads + products * F
   if frozen:

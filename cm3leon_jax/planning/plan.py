@@ -232,7 +232,7 @@ def table(plan: Plan, title: str, spot: bool = False) -> str:
     "mesh": ", ".join(f"{axis} {n}" for axis, n in plan.mesh.items()),
     "remat": plan.remat_policy,
     "rows of a device": f"{plan.rows_per_device} in a pass; a step has {plan.rows:,} {passes}",
-    "memory of a device": f"about {plan.memory} of {hw.memory:.2f}",
+    "memory of a device": f"about {plan.memory} of {hw.memory:.2f}{hw.share}",
     "model": f"{plan.parameters:,} parameters",
     "a step": f"{plan.tokens_per_step:,} tokens, {plan.step_seconds:,.1f} s at "
     f"{plan.mfu:.0%} of the peak{source}{checked}",

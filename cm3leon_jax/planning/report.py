@@ -20,7 +20,7 @@ def compile_for(
   """Compiles a program for a topology. Returns the program and the seconds that this took.
 
   Raises:
-    UserError: the program needs more memory than the chip has.
+    UserError: the program needs more memory than the chip has. XLA does not check this for GPUs.
   """
   start = time.perf_counter()
   try:
@@ -33,6 +33,14 @@ def compile_for(
   return compiled, time.perf_counter() - start
 
 
+def _check_fits(needed: float, topology: Topology) -> None:
+  if topology.share and needed > topology.chip.hbm:
+    raise UserError(
+      f"{topology.name}: the program does not fit: it needs {needed:.2f} GiB per device, of "
+      f"{topology.chip.hbm:.2f}{topology.share}."
+    )
+
+
 def compile_report(lowered: jax.stages.Lowered, topology: Topology) -> dict:
   """Compiles a program and returns its `report`. Raises UserError like `compile_for`."""
   return report(*compile_for(lowered, topology), topology)
@@ -43,6 +51,8 @@ def report(compiled: jax.stages.Compiled, seconds: float, topology: Topology) ->
   memory, program = compiled.memory_analysis(), Program(compiled.as_text())
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   flops, collectives = program.flops(), program.collectives()
+  hbm, links = topology.chip.hbm, topology.chip.ici_bandwidth
+  _check_fits((arguments + temporaries) / GIB, topology)
   peak = peak_of(topology.devices[0].device_kind)
   sent = sum(moved * (2 if kind == "all-reduce" else 1) for kind, (_, moved) in collectives.items())
   return {
@@ -53,13 +63,14 @@ def report(compiled: jax.stages.Compiled, seconds: float, topology: Topology) ->
     "sum_gib": (arguments + temporaries) / GIB,
     "peak_gib": memory.peak_memory_in_bytes / GIB,
     "host_gib": memory.host_temp_size_in_bytes / GIB,
-    "hbm_gib": topology.chip.hbm,
+    "hbm_gib": hbm,
+    "share": topology.share,
     "flops": flops,
     "traffic": program.traffic(),
     "cycles": program.cycles(),
     "collectives": {kind: {"count": n, "bytes": moved} for kind, (n, moved) in collectives.items()},
     "compute_seconds": flops / peak,
-    "collective_seconds": sent / topology.chip.ici_bandwidth,
+    "collective_seconds": sent / links if links else None,
     "largest": program.largest(LARGEST),
     "compile_seconds": seconds,
   }
@@ -82,11 +93,15 @@ def _rows(r: dict) -> Iterator[tuple[str, str]]:
   else:
     yield "FLOPs", f"{r['flops']:.3e} per device"
   arrays = f"arguments {r['arguments_gib']:.2f} + temporaries {r['temporaries_gib']:.2f}"
-  total = f"{r['sum_gib']:.2f} GiB of {r['hbm_gib']:.2f}"
+  total = f"{r['sum_gib']:.2f} GiB of {r['hbm_gib']:.2f}{r['share']}"
   rest = f"peak {r['peak_gib']:.2f}; in host memory {r['host_gib']:.2f}"
   yield "memory of a device", f"{arrays} = {total}; {rest}"
   products = f"products {r['compute_seconds']:.3f} s at peak FLOP/s"
-  yield "least time", f"{products}; collectives {r['collective_seconds']:.3f} s over all links"
+  seconds = r["collective_seconds"]
+  moved = "collectives unknown: the compiler knows no links, and autotuned nothing"
+  if seconds is not None:
+    moved = f"collectives {seconds:.3f} s over all links"
+  yield "least time", f"{products}; {moved}"
   yield from r.get("floor", {}).items()
   for kind, c in r["collectives"].items():
     yield kind, f"{c['count']:,} x, {c['bytes'] / GIB:.2f} GiB"

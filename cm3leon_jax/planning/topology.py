@@ -14,12 +14,13 @@ from cm3leon_jax.config import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A TPU chip.
+  """A TPU chip or GPU.
 
   Attributes:
     hbm: memory of a device in GiB, as the compiler reports it when a program does not fit.
     hbm_bandwidth: bytes/s.
-    ici_bandwidth: bytes/s between a device and its neighbors, summed over all its links.
+    ici_bandwidth: bytes/s between a device and its neighbors, summed over all its links; 0 if
+      unknown.
     source: web page with the two bandwidths.
     options: compiler options that keep the text of a compiled program readable for `hlo`.
     devices: JAX devices of a chip. A chip of tpu7x is two devices, each with half of its memory and
@@ -95,12 +96,14 @@ class Topology:
   Attributes:
     name: chip and shape, such as v5p:4x4x8.
     devices: JAX devices that programs can be compiled for.
+    share: share of a GPU's memory that `chip.hbm` is; "" for TPUs.
   """
 
   name: str
   chip: Chip
   slices: int
   devices: tuple
+  share: str = ""
 
 
 def prepare() -> None:

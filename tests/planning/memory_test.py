@@ -10,6 +10,7 @@ from etils import epath
 import jax
 import pytest
 
+from benchmarks.speed import cards
 from cm3leon_jax.commands import config_file
 from cm3leon_jax.commands import reinforce as reinforce_command
 from cm3leon_jax.commands import train as train_command
@@ -73,6 +74,26 @@ def test_the_estimate_is_near_the_compilers_number(config, mesh, rows, passes, p
   batch = rows * passes * math.prod(mesh) // mesh[2]
   settings = settings_of(config, mesh, rows, policy, batch)
   assert estimated(settings).total / GIB == pytest.approx(gib, rel=0.05)
+
+
+GPU_CARDS = [
+  card
+  for card in cards.CARDS
+  if card.gpu and card.compiled == "train" and card.name in cards.stored(card.size)
+]
+
+
+@pytest.mark.parametrize("card", GPU_CARDS, ids=lambda card: f"{card.size}/{card.name}")
+def test_the_estimate_is_near_the_number_of_the_compiler_for_gpus(card):
+  place = {**cards.GPUS, **cards.GPUS_7B}[card.where]
+  mesh = (place.hosts, place.fsdp[0], 1, place.fsdp[1])
+  settings = settings_of(f"cm3leon_{card.size}", mesh, 4, "full")
+  attention = "plain" if card.program == "plain" else "auto"
+  model = dataclasses.replace(settings.model, attention=attention)
+  settings = dataclasses.replace(settings, model=model)
+  estimate = memory.estimate(settings, settings.mesh.over(8 * place.hosts), "gpu")
+  stored = cards.stored(card.size)[card.name]
+  assert estimate.total / GIB == pytest.approx(stored["sum_gib"], rel=0.05)
 
 
 @pytest.mark.parametrize(
