@@ -73,7 +73,8 @@ def letters(fonts: Iterable[Font]) -> list[tuple[str, Image.Image]]:
 def crops(photographs: Iterable[Photograph]) -> list[tuple[str, Image.Image]]:
   """Returns (caption, picture) of squares that do not overlap, ordered by hash."""
   found = []
-  for photo, row, column in itertools.product(photographs, *map(range, map(len, (ROWS, COLUMNS)))):
+  places = itertools.product(range(len(ROWS)), range(len(COLUMNS)))
+  for photo, (row, column) in itertools.product(photographs, places):
     width, height = photo.image.size
     side = min(width // len(COLUMNS), height // len(ROWS))
     left, top = column * width // len(COLUMNS), row * height // len(ROWS)
