@@ -116,7 +116,7 @@ class CM3Leon:
     adapter = adapter and os.path.expanduser(adapter)
     run = Run.open(workdir, exports=True, adapter=adapter, dtype=dtype)
     if mesh is None:
-      devices = list(devices or jax.devices())
+      devices = list(jax.devices() if devices is None else devices)
       mesh = create_mesh(decoding_mesh(run.settings.model, devices), devices)
     with jax.set_mesh(mesh):
       pipeline, step = Pipeline.open(run, clip and os.path.expanduser(clip), **options)

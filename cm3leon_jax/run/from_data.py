@@ -227,6 +227,7 @@ def complete(
   parts = [(f"{s}.{k}", v) for s in ("model", "data", "train") for k, v in config[s].items()]
   fields = {**row_fields(counts), **{k: v for k, v in parts if v is not None}, **of_base}
   found = values(counts, config.train.minutes, _cost(fields))
+  found["model.max_positions"] = fields["data.sequence_length"]
   if tuned:  # The loss of documents does not show how well a model answers.
     found["train.patience"] = 0
   if steps := config.train.steps:  # The user has set them.
@@ -240,13 +241,18 @@ def complete(
   made.update_from_flattened_dict({k: v for k, v in new.items() if k not in kept})
   for section, field in own_functions.FIELDS:  # A base is foreign; it names no file to import.
     made[section][field] = config[section][field]
-  square = made.vqgan.downsample
-  if side and side == made.vqgan.resolution and square > 0 and side % square:
+  _check_side(made, side)
+  return made
+
+
+def _check_side(config: ml_collections.ConfigDict, side: int) -> None:
+  """Raises UserError if the image tokenizer cannot divide a resolution, `raw.resolution`."""
+  square = config.vqgan.downsample
+  if side and side == config.vqgan.resolution and square > 0 and side % square:
     raise UserError(
       f"config.raw.resolution is {side}; it must be a multiple of config.vqgan.downsample = "
       f"{square}, such as {max(1, side // square) * square}."
     )
-  return made
 
 
 def stored_of_base(workdir: epath.PathLike | None) -> dict[str, Any]:

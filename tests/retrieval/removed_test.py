@@ -100,7 +100,7 @@ def test_an_unknown_document_is_refused_and_nothing_is_removed(bank, tmp_path, m
 def test_a_copied_bank_has_no_removed_document(bank, tmp_path):
   (tmp_path / "train" / "rows.json").write_text('{"first_bank": 5}')
   removed.remove(tmp_path, ["k7"])
-  kept = copy_bank(tmp_path, tmp_path / "copy")
+  kept = copy_bank(tmp_path, tmp_path / "copy", train=False)
   assert kept.tolist() == [i - 5 for i in range(5, 399) if i != 7]
   copied, original = (Embeddings(folder / "train") for folder in (tmp_path / "copy", tmp_path))
   np.testing.assert_array_equal(copied.keys[:], original.keys[kept + 5])

@@ -170,7 +170,7 @@ def of_pictures():
 @pytest.mark.parametrize(
   ("given", "counts", "length"),
   [
-    ([], COUNTS, 320),
+    ([], COUNTS, 352),
     ([], dataclasses.replace(COUNTS, caption_characters=264 * 120), 416),
     (["raw.resolution"], dataclasses.replace(COUNTS, resolution=64), 544),
   ],
