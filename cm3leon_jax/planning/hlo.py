@@ -67,6 +67,7 @@ class Program:
 
   def __init__(self, text: str):
     self._lines = text.splitlines()
+    self._tiled = ":T(" in text  # For TPUs, whose plain reduce-scatters count as one shard.
     self.computations: dict[str, list[HloInstruction]] = {}
     self.entry = ""
     current: list[HloInstruction] = []
@@ -227,7 +228,7 @@ class Program:
         if i.op.endswith("-start"):  # The result has the operands, then their results.
           n, arrays = len(i.operands), list(map(size, i.shapes()))
           moved = max(sum(arrays[:n]), sum(arrays[n : 2 * n]))
-        elif kind != "reduce-scatter":
+        elif kind != "reduce-scatter" or self._tiled:
           moved = sizes[i.name]
         entry = kinds.setdefault(kind, [0, 0])
         entry[0] += times
