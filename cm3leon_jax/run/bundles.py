@@ -34,7 +34,6 @@ from cm3leon_jax.tokenizers import text
 FILE = "bundle.json"
 FIELDS = {"settings": dict, "step": int, "digests": dict}
 INSTALLED = ("scenes", "scenes-instruct")  # Bundles that the package contains.
-ILLUSTRATIONS = "illustrations"  # Bundle from which runs on a user's images start.
 MODEL = ("params.safetensors", "config.json")
 # Stage -> the files that a bundle copies from it.
 FILES = {"text_tokenizer": text.FILES, "vqgan": MODEL, "clip": MODEL}

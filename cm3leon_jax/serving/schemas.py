@@ -213,5 +213,6 @@ def read(cls: type[B], values: Mapping[str, Any], strict: bool = True) -> B:
     # Report unknown fields first: a field may be missing because its name is misspelled.
     details = error.errors(include_url=False, include_context=False, include_input=False)
     first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
-    field = short(".".join(map(str, first["loc"]))).strip("'\"")
+    # `repr` of a whole key would take as much memory as the body.
+    field = short(".".join(str(part)[:90] for part in first["loc"])).strip("'\"")
     raise ApiError(400, f"{field}: {first['msg']}.", field, first["type"]) from error

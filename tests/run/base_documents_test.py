@@ -69,14 +69,6 @@ def test_a_base_with_a_tokenizer_for_any_image_leaves_the_batch_to_the_data(work
   assert {k: v for k, v in own.items() if k in names} == {"vqgan.source": ""}
 
 
-def test_nothing_of_illustrations_is_replayed(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(bundles, "ILLUSTRATIONS", "scenes")
-  fields = base_documents.fields("scenes", False)
-  assert (fields["data.base_documents"], fields["data.base_share"]) == (0, 0)
-  assert base_documents.fields("scenes-instruct", False)["data.base_documents"] == 4_000
-  assert capsys.readouterr().out == ""
-
-
 def test_the_folder_of_a_workdir_is_named_once_its_documents_and_neighbors_are_finished(workdir):
   finish(workdir, "documents")
   assert base_documents.find(str(workdir))[1] is None
