@@ -1,7 +1,7 @@
 import json
 import tracemalloc
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 import pytest
 
@@ -104,6 +104,7 @@ def bodies(least: int, most: int):
   )
 
 
+@example((long_keys, "a", 2_990_000, True), schemas.Generation)  # Its key must not be copied again.
 @settings(max_examples=60)
 @given(bodies(0, 4 * MIB), st.sampled_from([*CLASSES.values()]))
 def test_any_body_is_read_or_refused_within_four_times_its_size(described, cls):
