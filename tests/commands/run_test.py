@@ -27,7 +27,7 @@ def settings_of(name, **fields):
 
 def test_a_run_has_the_stages_of_the_demo_in_order():
   assert list(run.commands(settings_of(SCENES), given=False)) == DEMO
-  example = str(pathlib.Path(__file__).parents[2] / "examples" / "openmoji" / "config.py")
+  example = str(pathlib.Path(__file__).parents[2] / "examples" / "illustrations" / "config.py")
   assert list(run.commands(settings_of(example), given=False)) == DEMO
 
 

@@ -22,7 +22,6 @@ from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.planning.programs import count_params
 from cm3leon_jax.run import bundles, from_data
 from examples.illustrations import config as illustrations
-from examples.openmoji import config as openmoji
 from examples.scenes import config as scenes
 from examples.scenes import instruct as scenes_instruct
 from examples.scenes import world as scene_world
@@ -92,7 +91,6 @@ def test_a_tuning_is_the_papers_of_the_same_model_and_tokens(size, variant):
 def test_settings_come_back_from_json():
   modules = [*SIZES.values(), *TUNED.values()]
   variants = [(module, variant) for module in modules for variant in ("", "paper")]
-  variants += [(openmoji, "15"), (openmoji, "long")]
   variants += [(scenes, variant) for variant in ("15", "long")]
   for module, variant in variants:
     settings = settings_from_config(module.get_config(variant))
@@ -102,7 +100,7 @@ def test_settings_come_back_from_json():
     assert settings_from_config(stored) != settings
 
 
-@pytest.mark.parametrize("demo", [openmoji, scenes, scenes_instruct])
+@pytest.mark.parametrize("demo", [scenes, scenes_instruct])
 def test_minutes_scale_the_training_stages_and_nothing_else(demo):
   two, fifteen = (demo.get_config(v) for v in ("2", "15"))
   assert two.train.steps == round(fifteen.train.steps * 2 / 15)
@@ -161,7 +159,7 @@ def test_illustrations_are_read_ten_times_by_a_small_decoder_with_one_neighbor(
 
 
 def test_an_unknown_variant_is_refused():
-  for module in (illustrations, openmoji, scenes, own, published_350m, cm3leon_7b):
+  for module in (illustrations, scenes, own, published_350m, cm3leon_7b):
     with pytest.raises(ValueError, match="soon"):
       module.get_config("soon")
 

@@ -19,6 +19,7 @@ from cm3leon_jax.files.shards import Runner
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "illustrations" / "make_data.py"
 STYLES = ("noto", "noto-v1", "fluent-emoji-flat", "fxemoji", "twemoji", "emojione")
+MORE = ("--interleaved", "--texts=5")
 THINGS = [f"{a}{b}" for a in ("ax", "bo", "cu", "dri", "fo", "gu", "hi") for b in "bcdnrxy"]
 
 
@@ -76,7 +77,7 @@ def make(folder, packages, *flags):
 @pytest.fixture(scope="module")
 def data(packages, tmp_path_factory):
   folder = tmp_path_factory.mktemp("illustrations")
-  result = make(folder, packages, "--concepts=6", "--pairs=9", "--side=32")
+  result = make(folder, packages, "--concepts=6", "--pairs=9", "--side=32", *MORE)
   assert result.returncode == 0, result.stderr
   return folder, [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
 
@@ -119,6 +120,22 @@ def test_the_check_for_leaks_finds_none_and_would_find_one(data, tmp_path):
   config = RawConfig(source=str(leaking), resolution=32, allow_outside=True)
   ingest.prepare(config, ingest.parts_of(config), tmp_path / "raw2", Runner())
   assert leaks.check(tmp_path / "raw2", 1).leaked == 1
+
+
+def test_texts_and_documents_of_training_drawings_are_read_completely(data, tmp_path):
+  folder, lines = data
+  config = RawConfig(source=str(folder), resolution=32)
+  summary = ingest.prepare(config, ingest.parts_of(config), tmp_path / "raw", Runner())
+  assert not [name for name in summary if name.startswith("rejected")]
+  text = (folder / "interleaved.jsonl").read_text()
+  pages = [json.loads(line) for line in text.splitlines()]
+  assert summary["train_interleaved"] == len(pages) > 30
+  assert summary["train_texts"] + summary["heldout_texts"] == 5
+  trained = {line["image"]: line["caption"] for line in lines if line["split"] == "train"}
+  for page in pages:
+    captions, images = page["segments"][::2], page["segments"][1::2]
+    assert 2 <= len(images) <= 3
+    assert [trained[s["image"]] for s in images] == [s["text"] for s in captions]
 
 
 def test_records_state_license_and_origin(data):

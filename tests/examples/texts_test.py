@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from examples.openmoji import texts as docstrings
+from examples.illustrations import texts as docstrings
 
 PROSE = "Reads a file line by line and gives every line as text without its end."
 

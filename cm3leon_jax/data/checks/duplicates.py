@@ -2,7 +2,7 @@
 
 Two images are near if at least one condition holds:
 - The PSNR between their 16 x 16 thumbnails is at least MIN_PSNR. This limit allows 1.35 times
-  the mean squared error of the image tokenizer of examples/openmoji, whose PSNR is 22.7 to 23.3 dB.
+  the mean squared error of an image tokenizer for drawings, whose PSNR is 22.7 to 23.3 dB.
   Averaging over blocks of pixels never increases the error, so full images differ at least as much
   as their thumbnails.
 - The distance between their perceptual hashes (`hash_distance`) is at most MAX_BITS. A hash
