@@ -2,7 +2,8 @@
 
 # n documents, C candidates of a document.
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+import re
 
 from etils import epath
 import numpy as np
@@ -15,12 +16,26 @@ from cm3leon_jax.retrieval.arrays import ArrayStore
 
 FILE = "removed.json"  # In neighbors/, beside the index.
 SCAN = 2**22  # Number of keys that are read at a time.
+MOST_CROPS = 999  # Of an image, see `raw.crops`.
 
 
 def keys(folder: epath.PathLike) -> list[str]:
   """Returns the keys of the documents that were removed from the bank in `folder`."""
   path = epath.Path(folder) / FILE
   return [str(key) for key in read_json(path, {"keys": list})["keys"]] if path.exists() else []
+
+
+def with_crops(documents: Iterable[str]) -> dict[str, str]:
+  """Returns the keys of documents, their images and all random crops of these, to the document.
+
+  with_crops(["a", "b crop 2"]) has the keys "a", "a crop 1", ..., "b", "b crop 1", ...
+  """
+  result = {}
+  for key in documents:
+    image = re.sub(r" crop \d{1,3}$", "", key)
+    crops = (f"{image} crop {i}" for i in range(1, MOST_CROPS + 1))
+    result |= dict.fromkeys((key, image, *crops), key)
+  return result
 
 
 def identity(folder: epath.PathLike) -> dict[str, str]:
@@ -32,9 +47,11 @@ def identity(folder: epath.PathLike) -> dict[str, str]:
 def rows(folder: epath.PathLike, documents: Sequence[str] = ()) -> np.ndarray:
   """Returns the rows of the removed documents, and of `documents`, in the bank.
 
-  Copies of a document have the same key. Raises UserError if one of `documents` is not in the bank.
+  Copies of a document have the same key, and all crops of its image belong to it. Raises UserError
+  if one of `documents` is not in the bank.
   """
-  hashes = {group_id(key): key for key in (*keys(folder), *documents)}
+  names = with_crops((*keys(folder), *documents))
+  hashes = {group_id(name): key for name, key in names.items()}
   found, seen = [np.zeros(0, np.int64)], set()
   stored = ArrayStore(epath.Path(folder) / "train" / "keys") if hashes else ()
   for start in range(0, len(stored), SCAN):

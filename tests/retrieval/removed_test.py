@@ -97,6 +97,16 @@ def test_an_unknown_document_is_refused_and_nothing_is_removed(bank, tmp_path, m
   assert removed.rows(tmp_path, ["k1"]).tolist() == [1, 3, 7, 399]
 
 
+@pytest.mark.parametrize("key", ["k7", "k7 crop 12"])
+def test_crops_of_an_image_are_removed_with_it(key, tmp_path):
+  made = bank_of(DOCUMENTS)
+  made.keys = made.keys.astype("U12")
+  made.keys[3], made.keys[5], made.keys[9] = "k7 crop 1", "k7 crop 12", "k7 cropped"
+  made.retriever(tmp_path, CONFIG)
+  assert removed.rows(tmp_path, [key]).tolist() == [3, 5, 7]
+  assert removed.rows(tmp_path, ["k70"]).tolist() == [70]
+
+
 def test_a_copied_bank_has_no_removed_document(bank, tmp_path):
   (tmp_path / "train" / "rows.json").write_text('{"first_bank": 5}')
   removed.remove(tmp_path, ["k7"])
