@@ -162,7 +162,7 @@ def print_table(names: Sequence[str], start: Drawn, drawn: Sequence[Drawn]) -> N
 
 
 if __name__ == "__main__":  # Tests import this module without flags.
-  config_flags.DEFINE_config_file("config", "ml_configs/scenes_reinforce.py", "Config file.")
+  config_flags.DEFINE_config_file("config", "examples/scenes/reinforce.py", "Config file.")
   flags.DEFINE_string("start", "", "Run or bundle from which the runs started.")
   flags.DEFINE_list("runs", [], "Runs of `cm3leon reinforce`.")
   flags.DEFINE_list("trained", [], "Runs or bundles whose claims the second table leaves out.")

@@ -42,7 +42,7 @@ XLA_FLAGS = (
   " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 # Files of an export that contain its time, its duration, or the name of the run.
-NAMED = (DONE, "README.md", "training_data.json")
+NAMED = (DONE, "README.md", "digests.json", "training_data.json")
 LOG, CACHE = "log.txt", "compilation_cache"
 POLL_SECONDS = 0.01
 
