@@ -4,10 +4,13 @@
 
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
+import itertools
 
 import numpy as np
 
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.documents.store import Document
+from cm3leon_jax.decoding.continuous.buckets import Bucket, bucket_of
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.given_images import given_key
 from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage
@@ -74,6 +77,7 @@ class Job:
     deliver: called with each event, in the thread of the engine.
     shows_progress: whether `Progress` events are delivered.
     explains: whether `Finished` events have ratios.
+    is_test: whether the engine made the job to compile programs. It is not counted.
     cancelled: whether the client no longer waits for the job.
   """
 
@@ -82,6 +86,7 @@ class Job:
   deliver: Callable[[Event], None]
   shows_progress: bool = False
   explains: bool = False
+  is_test: bool = False
   cancelled: bool = False
 
 
@@ -143,7 +148,8 @@ def _described(
 def usual_tasks(pipeline: Pipeline) -> list[Task]:
   """Returns example tasks with the usual kinds and lengths of prompts.
 
-  Their buckets are compiled before the first request. Longer prompts use a larger bucket.
+  The programs of the first are compiled before requests are answered, the others when the engine is
+  idle. Longer prompts use a larger bucket.
   """
   layout, sampling = pipeline.layout, pipeline.settings.sampling
   blank = np.full((layout.resolution, layout.resolution, 3), 128, np.uint8)
@@ -161,3 +167,17 @@ def usual_tasks(pipeline: Pipeline) -> list[Task]:
     known = layout.decode(pipeline.documents[0].segments[0].tokens)
     tasks.insert(0, TextToImage(known, retrieve=retrieve))
   return [dataclasses.replace(task, sampling=sampling) for task in tasks]
+
+
+def usual_buckets(
+  pipeline: Pipeline, tasks: Sequence[Task]
+) -> dict[Bucket, tuple[Request, SamplingConfig]]:
+  """Returns the buckets of tasks, each with a request and its sampling.
+
+  Only the first task may retrieve documents.
+  """
+  found = {}
+  for task, neighbors in itertools.zip_longest(tasks, pipeline.retrieve(tasks[:1]), fillvalue=()):
+    case = task.to_request(pipeline.layout, neighbors=neighbors), task.sampling
+    found.setdefault(bucket_of(*case, pipeline.generator), case)
+  return found

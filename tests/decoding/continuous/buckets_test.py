@@ -85,9 +85,8 @@ USUAL = {1: plain_requests, 2: guided_requests, 3: edits}
 @pytest.mark.parametrize("streams", [1, 2, 3])
 def test_samples_of_the_largest_bucket_are_those_of_generate(generator, streams):
   """Batches the longest prompts, longest texts and most candidates with a short request each."""
-  engine = ContinuousGenerator(generator, slots=2, chunk=3)
-  engine.warm(USUAL[streams]()[0])
+  usual = bucket_of(USUAL[streams]()[0], MIXTURE, generator)
+  engine = ContinuousGenerator(generator, slots=2, chunk=3, usual=[usual])
   cases = cases_of(generator, [EXTREMES[streams]], [MIXTURE, MOST])
   assert run(engine, cases, np.random.default_rng(0), removed=0) == len(cases)
-  [usual] = engine.usual
   assert {batch.bucket for batch in engine._batches} == {usual, largest(usual, generator.config)}
