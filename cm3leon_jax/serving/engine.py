@@ -1,6 +1,6 @@
 """Runs all computation in one thread, which accepts jobs, decodes chunks and delivers events."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
@@ -281,20 +281,25 @@ class Engine:
         self._open.remove(opened)
 
   def _fill(self) -> None:
-    """Starts samples while slots are free: one sample of each job at a time, so no job starves.
+    """Starts samples while slots are free. A slot goes to the job with the fewest running samples.
 
-    If the bucket of a job has no free slot, later jobs may start before it.
+    Among several such jobs, it goes to the one that got no slot for the longest time. If the bucket
+    of a job has no free slot, other jobs may start before it.
     """
-    progressed = True
-    while progressed:
-      progressed = False
-      for opened in list(self._open):
-        job = opened.job
-        if self._generator.can_admit(opened.request, job.task.sampling):
-          progressed = self._begin(opened) or progressed
-          self._open.remove(opened)
-          if opened.waits and not opened.failed:
-            self._open.append(opened)
+    running, waiting = Counter(opened for opened, _ in self._running.values()), list(self._open)
+    while waiting:
+      opened = min(waiting, key=lambda one: running[one])
+      if opened.bucket is None:
+        opened.bucket = self._generator.bucket(opened.request, opened.job.task.sampling)
+      if not self._generator.has_place(opened.bucket):
+        waiting = [one for one in waiting if one.bucket is not opened.bucket]
+        continue
+      waiting.remove(opened)
+      running[opened] += self._begin(opened)
+      self._open.remove(opened)
+      if opened.waits and not opened.failed:
+        self._open.append(opened)
+        waiting.append(opened)
 
   def _begin(self, opened: OpenJob) -> bool:
     job, index = opened.job, opened.begun

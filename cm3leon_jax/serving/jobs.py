@@ -100,6 +100,7 @@ class OpenJob:
   codes: np.ndarray | None
   neighbors: tuple[Document, ...]
   begun: int = 0
+  bucket: Bucket | None = None
   rows: dict[int, int] = dataclasses.field(default_factory=dict)
   failed: bool = False
 

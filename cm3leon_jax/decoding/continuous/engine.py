@@ -90,7 +90,7 @@ class ContinuousGenerator:
     If all batches are active with other buckets, one of them stops admitting requests, so that this
     request gets a batch later.
     """
-    return self._admits(self._bucket(request, sampling or self.generator.config.sampling))
+    return self.has_place(self.bucket(request, sampling or self.generator.config.sampling))
 
   def admit(self, request: Request, seed: int, sampling: SamplingConfig | None = None) -> int:
     """Admits a request to a free slot. The next step of its batch reads its prompts.
@@ -108,13 +108,13 @@ class ContinuousGenerator:
       NoFreeSlot: no slot is free and no batch can be made; try again after a step.
     """
     sampling = sampling or self.generator.config.sampling
-    return self._admit(self._bucket(request, sampling), request, seed, sampling)
+    return self._admit(self.bucket(request, sampling), request, seed, sampling)
 
   def _admit(self, bucket: Bucket, request: Request, seed: int, sampling: SamplingConfig) -> int:
     self.generator.check(request)
     if not 0 <= seed < 2**32:
       raise UserError(f"the seed is {seed}; it must be at least 0 and less than 2^32.")
-    if not self._admits(bucket):
+    if not self.has_place(bucket):
       raise NoFreeSlot("this request's bucket has no free slot: try again after a step.")
     batch = self._free_batch(bucket) or self._new_batch(bucket)
     ticket = next(self._tickets)
@@ -171,8 +171,8 @@ class ContinuousGenerator:
         del self._places[update.ticket]
     return updates
 
-  def _bucket(self, request: Request, sampling: SamplingConfig) -> Bucket:
-    """Returns the bucket that a request uses, see `usual`."""
+  def bucket(self, request: Request, sampling: SamplingConfig) -> Bucket:
+    """Returns the bucket that a request uses, see `usual`. It stays the same."""
     own = bucket_of(request, sampling, self.generator)
     if not self.usual:
       return own
@@ -186,8 +186,8 @@ class ContinuousGenerator:
     fits = [x for x in fits if x.active or x.bucket == bucket]
     return min(fits, key=lambda batch: batch.bucket.capacity, default=None)
 
-  def _admits(self, bucket: Bucket) -> bool:
-    """Returns whether a batch has a free slot or a new batch can be made."""
+  def has_place(self, bucket: Bucket) -> bool:
+    """Returns whether a batch has a free slot for a bucket or a new batch can be made."""
     for batch in self._batches:
       batch.draining &= batch.active
     if self._free_batch(bucket):

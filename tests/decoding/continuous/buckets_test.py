@@ -66,8 +66,8 @@ def test_requests_of_any_lengths_need_one_more_bucket_for_each_number_of_streams
     *(texts_with_holes(n) for n in range(1, VOCAB.num_masks)),
   ]
   requests = [request for request in requests if request.positions <= POSITIONS]
-  found = {engine._bucket(request, MIXTURE) for request in requests}
-  any_candidates = {engine._bucket(request, MOST) for request in requests}
+  found = {engine.bucket(request, MIXTURE) for request in requests}
+  any_candidates = {engine.bucket(request, MOST) for request in requests}
   assert any_candidates == {largest(bucket, generator.config) for bucket in usual}
   assert found == {*usual, *any_candidates}
 
