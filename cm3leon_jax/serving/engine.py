@@ -19,7 +19,7 @@ from cm3leon_jax.decoding.result import sample_seed
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.serving import jobs as jobs_lib
 from cm3leon_jax.serving.errors import ApiError, internal, stopping
-from cm3leon_jax.serving.jobs import Failed, Finished, Job, OpenJob, Progress
+from cm3leon_jax.serving.jobs import Failed, Finished, Job, Neighbor, OpenJob, Progress
 from cm3leon_jax.serving.tasks import refused
 
 RETRY_SECONDS = "2"
@@ -60,6 +60,7 @@ class Engine:
     self._incoming: deque[Job] = deque()
     self._places: set[object] = set()  # Reserved for requests that are being read.
     self._open: deque[OpenJob] = deque()
+    self._known: dict[tuple[str, str], Neighbor] = {}  # See `open_jobs`.
     # Ticket -> a job and the index of one of its samples.
     self._running: dict[int, tuple[OpenJob, int]] = {}
     self._generator = self._fresh()
@@ -231,7 +232,7 @@ class Engine:
     if not jobs:
       return
     try:
-      opened = jobs_lib.open_jobs(self.pipeline, jobs, self._decoded)
+      opened = jobs_lib.open_jobs(self.pipeline, jobs, self._decoded, self._known)
     except Exception as error:
       if len(jobs) > 1:
         for job in jobs:

@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -19,7 +20,9 @@ from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import PromptLayout, Task
 from cm3leon_jax.generation.text_tasks import Caption, Question
 from cm3leon_jax.serving.errors import ApiError
+from cm3leon_jax.serving.uploads import png
 
+KNOWN = 256  # Number of retrieved documents whose decoded images are kept.
 Decode = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]
 
 
@@ -30,6 +33,11 @@ class Neighbor:
   document: Document
   caption: str
   image: np.ndarray
+
+  @functools.cached_property
+  def png(self) -> str:
+    """The image as a PNG file in base64."""
+    return png(self.image)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +118,12 @@ class OpenJob:
 
 
 def open_jobs(
-  pipeline: Pipeline, jobs: Sequence[Job], decode: Decode
+  pipeline: Pipeline, jobs: Sequence[Job], decode: Decode, known: dict[tuple[str, str], Neighbor]
 ) -> list[tuple[OpenJob, Started]]:
   """Retrieves documents for all jobs, encodes their input images, and makes their requests.
 
-  `decode` converts [I] codes of each image to [H, W, 3] uint8.
+  `decode` converts [I] codes of each image to [H, W, 3] uint8. `known` keeps the last KNOWN
+  retrieved documents, by source and key, whose images need not be decoded again.
 
   Raises:
     UserError: a task is invalid, or retrieval finds no document for it.
@@ -123,7 +132,7 @@ def open_jobs(
   given = pipeline.check(tasks)
   neighbors = pipeline.retrieve(tasks)
   codes = pipeline.codes(given)
-  opened, described = [], _described(layout, neighbors, decode)
+  opened, described = [], _described(layout, neighbors, decode, known)
   for job, found, shown in zip(jobs, neighbors, described, strict=True):
     key = given_key(job.task)
     request = job.task.to_request(layout, codes.get(key), found)
@@ -135,15 +144,18 @@ def open_jobs(
 
 
 def _described(
-  layout: PromptLayout, neighbors: Sequence[Sequence[Document]], decode: Decode
+  layout: PromptLayout, neighbors: Sequence[Sequence[Document]], decode: Decode, known: dict
 ) -> list[tuple[Neighbor, ...]]:
   """Describes the retrieved documents of each job for the client."""
-  documents = [document for found in neighbors for document in found]
-  images = iter(decode([layout.vocab.image_codes(d.segments[1].tokens) for d in documents]))
-  return [
-    tuple(Neighbor(d, layout.decode(d.segments[0].tokens), next(images)) for d in found)
-    for found in neighbors
-  ]
+  documents = {(d.source, d.key): d for found in neighbors for d in found}
+  new = {name: d for name, d in documents.items() if name not in known}
+  images = decode([layout.vocab.image_codes(d.segments[1].tokens) for d in new.values()])
+  for (name, d), image in zip(new.items(), images, strict=True):
+    known[name] = Neighbor(d, layout.decode(d.segments[0].tokens), image)
+  described = [tuple(known[d.source, d.key] for d in found) for found in neighbors]
+  while len(known) > KNOWN:
+    del known[next(iter(known))]
+  return described
 
 
 def usual_tasks(pipeline: Pipeline) -> list[Task]:

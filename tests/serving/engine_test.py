@@ -9,11 +9,13 @@ import time
 
 import httpx
 import jax
+import numpy as np
 import pytest
 
 from cm3leon_jax.data.documents.store import write_documents
 from cm3leon_jax.decoding.continuous.engine import StepFailed
 from cm3leon_jax.generation.image_tasks import TextToImage
+from cm3leon_jax.serving import jobs
 from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.jobs import Failed, Finished, Job, Progress
@@ -200,6 +202,29 @@ def test_the_first_rows_of_a_streamed_image_arrive_after_the_next_chunk(model):
       engine._prepare([asked])
       engine._compute()
   assert [event.rows for event in events if isinstance(event, Progress)] == [1]
+
+
+def test_documents_that_were_retrieved_before_are_not_decoded_again(model, monkeypatch):
+  monkeypatch.setattr(jobs, "KNOWN", 2)
+  known, decoded = {}, []
+
+  def opened(prompt, count):
+    asked, *_ = job(TextToImage(prompt, retrieve=count))
+
+    def decode(codes):
+      decoded.append(len(codes))
+      return model.pipeline.image_tokenizer.decode(np.stack(codes)) if codes else ()
+
+    with jax.set_mesh(model.mesh):
+      [(_, started)] = jobs.open_jobs(model.pipeline, [asked], decode, known)
+    return started.neighbors
+
+  first, again = opened("red apple", 2), opened("red apple", 2)
+  assert [one.document.key for one in first] == [one.document.key for one in again]
+  assert first[0].image is again[0].image
+  assert decoded == [2, 0]
+  opened("old house", 2)
+  assert len(known) == 2
 
 
 def test_a_job_that_fails_among_others_fails_alone(engine, monkeypatch, caplog):
