@@ -10,6 +10,8 @@ Starts the server as a user does, and sends requests over HTTP in three ways:
   on the machine.
 - `mixed`: clients request images, event streams, edits, infills, captions and answers with Poisson
   arrivals, first from this server and then from one that decodes one sample at a time (--slots=1).
+  --rates=1,2,4,8,16 gives the arrivals per second. Prints the time until the first event of a
+  stream, and the time between two events: a chunk, if a row has at most --chunk codes.
 - `killed`: clients disconnect in the middle of an event stream.
 
 Server and `generate` share the machine: on a GPU, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
@@ -63,7 +65,7 @@ def offline(model: CM3Leon, numbers: Iterable[int]) -> np.ndarray:
 
 @contextlib.contextmanager
 def server(slots: int) -> Iterator[tuple[int, str]]:
-  """Starts a server; yields its process id and address."""
+  """Starts a server and waits for its programs; yields its process id and address."""
   command = [sys.executable, "-m", "cm3leon_jax", "serve", "--port=0", f"--slots={slots}"]
   command += [f"--workdir={flags.FLAGS.workdir}", f"--chunk={flags.FLAGS.chunk}"]
   command += ["--most_waiting=256", "--request_seconds=600"]
@@ -72,7 +74,10 @@ def server(slots: int) -> Iterator[tuple[int, str]]:
     line = process.stdout.readline()
     if not line.startswith("serving"):
       raise RuntimeError(f"the server printed {line!r}")
-    yield process.pid, line.split()[-1]
+    url = line.split()[-1]
+    while "cm3leon_serve_warm 0" in httpx.get(f"{url}metrics").text:
+      time.sleep(1)
+    yield process.pid, url
   finally:
     process.terminate()
     process.wait()
@@ -97,13 +102,26 @@ def given_image(image: Image.Image) -> Given:
   return Given(buffer.getvalue(), image.width)
 
 
+async def event_seconds(client: httpx.AsyncClient, i: int) -> list[float]:
+  """Requests an event stream. Returns the time of each event in seconds."""
+  began, seconds = time.perf_counter(), []
+  body = {"prompt": prompt(i), "seed": i, "stream": True}
+  async with client.stream("POST", "v1/images/generations", json=body) as answer:
+    answer.raise_for_status()
+    async for line in answer.aiter_lines():
+      if line == "event: error":
+        raise RuntimeError("a stream ended with an error")
+      if line.startswith("event: "):
+        seconds.append(time.perf_counter() - began)
+  return seconds
+
+
 async def ask(client: httpx.AsyncClient, kind: str, i: int, image: Given) -> None:
   """Sends a request of a kind and reads the response; raises an error if the request fails."""
   png, side = image.png, image.side
   url, files = "v1/images/generations", {"image": ("a.png", png, "image/png")}
-  if kind in ("image", "stream"):
-    body = {"prompt": prompt(i), "seed": i, "stream": kind == "stream"}
-    answer = await client.post(url, json=body)
+  if kind == "image":
+    answer = await client.post(url, json={"prompt": prompt(i), "seed": i})
   elif kind in ("edit", "infill"):
     fields = {"prompt": "make the bell red", "seed": str(i)}
     if kind == "infill":
@@ -117,8 +135,6 @@ async def ask(client: httpx.AsyncClient, kind: str, i: int, image: Given) -> Non
     body = {"messages": [{"role": "user", "content": content}], "seed": i}
     answer = await client.post("v1/chat/completions", json=body)
   answer.raise_for_status()
-  if kind == "stream" and "event: error" in answer.text:
-    raise RuntimeError(answer.text[-200:])
 
 
 async def full(url: str, pid: int, numbers: Sequence[int], image: Given, clients: int):
@@ -128,7 +144,8 @@ async def full(url: str, pid: int, numbers: Sequence[int], image: Given, clients
     The wall-clock time and the processor time of the server in seconds, and a list of errors.
   """
   errors, remaining = [], iter(numbers)
-  async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+  limits = httpx.Limits(max_connections=None)  # The clients keep their connections.
+  async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
 
     async def one() -> None:
       for i in remaining:
@@ -172,14 +189,18 @@ def in_turns(model: CM3Leon, url: str, pid: int, each: int, turns: int, clients:
 
 async def mixed(url: str, rate: float, count: int, image: Given) -> dict:
   """Sends requests of all kinds with Poisson arrivals."""
-  errors, seconds, chance = [], [], random.Random(0)
+  errors, seconds, streams, chance = [], [], [], random.Random(0)
   limits = httpx.Limits(max_connections=None)
   async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
 
     async def one(i: int) -> None:
       began = time.perf_counter()
       try:
-        await ask(client, KINDS[i % len(KINDS)], i, image)
+        kind = KINDS[i % len(KINDS)]
+        if kind == "stream":
+          streams.append(await event_seconds(client, i))
+        else:
+          await ask(client, kind, i, image)
         seconds.append(time.perf_counter() - began)
       except Exception as error:
         errors.append(repr(error))
@@ -187,6 +208,7 @@ async def mixed(url: str, rate: float, count: int, image: Given) -> dict:
     for i in range(len(KINDS)):  # Compiles all programs first.
       await one(i)
     seconds.clear()
+    streams.clear()
     tasks = []
     for i in range(count):
       tasks.append(asyncio.create_task(one(i)))
@@ -194,8 +216,10 @@ async def mixed(url: str, rate: float, count: int, image: Given) -> dict:
     await asyncio.gather(*tasks)
   p50, p95 = np.percentile(seconds, [50, 95]) if seconds else (None, None)
   return {
-    "requests_per_second": rate, "p50_seconds": p50, "p95_seconds": p95, "errors": len(errors),
-    "first_errors": errors[:3],
+    "requests_per_second": rate, "p50_seconds": p50, "p95_seconds": p95,
+    "first_event_p50_seconds": np.median([times[0] for times in streams]),
+    "between_events_p50_seconds": np.median(np.concatenate([np.diff(times) for times in streams])),
+    "errors": len(errors), "first_errors": errors[:3],
   }  # fmt: skip
 
 
@@ -228,12 +252,14 @@ def main(_) -> None:
   with server(flags.FLAGS.slots) as (pid, url):
     each = max(flags.FLAGS.requests // flags.FLAGS.turns, 1)
     results["full"] = in_turns(model, url, pid, each, flags.FLAGS.turns, flags.FLAGS.clients)
-    rate = flags.FLAGS.load * results["full"]["wall"]["server_images_per_second"][0]
-    results["mixed"] = asyncio.run(mixed(url, rate, flags.FLAGS.mixed, image))
+    usual = flags.FLAGS.load * results["full"]["wall"]["server_images_per_second"][0]
+    rates = [float(rate) for rate in flags.FLAGS.rates] or [usual]
+    results["mixed"] = [asyncio.run(mixed(url, x, flags.FLAGS.mixed, image)) for x in rates]
     results["killed"] = asyncio.run(killed(url, flags.FLAGS.killed))
     results["killed"]["resident_mib"] = resident_mib(pid)
   with server(1) as (_, url):
-    results["mixed, one at a time"] = asyncio.run(mixed(url, rate, flags.FLAGS.mixed, image))
+    alone = [asyncio.run(mixed(url, x, flags.FLAGS.mixed, image)) for x in rates]
+    results["mixed, one at a time"] = alone
   print(json.dumps(results, indent=2, default=float))
 
 
@@ -246,5 +272,6 @@ if __name__ == "__main__":
   flags.DEFINE_integer("turns", 5, "Turns of `full` and `generate`.", lower_bound=1)
   flags.DEFINE_integer("mixed", 200, "Requests of `mixed`.", lower_bound=1)
   flags.DEFINE_float("load", 0.7, "Arrival rate of `mixed`, relative to the images/s of `full`.")
+  flags.DEFINE_list("rates", [], "Arrival rates of `mixed`, per second, instead of --load.")
   flags.DEFINE_integer("killed", 100, "Clients that disconnect.", lower_bound=0)
   app.run(main)

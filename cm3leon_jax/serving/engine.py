@@ -1,9 +1,10 @@
 """Runs all computation in one thread, which accepts jobs, decodes chunks and delivers events."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
+import itertools
 import logging
 import threading
 
@@ -11,21 +12,14 @@ import jax
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.decoding.continuous.buckets import Bucket
+from cm3leon_jax.decoding.continuous.buckets import Bucket, largest
 from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator, StepFailed
 from cm3leon_jax.decoding.continuous.slots import Update
 from cm3leon_jax.decoding.result import sample_seed
 from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.serving import jobs as jobs_lib
 from cm3leon_jax.serving.errors import ApiError, internal, stopping
-from cm3leon_jax.serving.jobs import (
-  Failed,
-  Finished,
-  Job,
-  OpenJob,
-  Progress,
-  open_jobs,
-  usual_tasks,
-)
+from cm3leon_jax.serving.jobs import Failed, Finished, Job, Neighbor, OpenJob, Progress
 from cm3leon_jax.serving.tasks import refused
 
 RETRY_SECONDS = "2"
@@ -66,17 +60,19 @@ class Engine:
     self._incoming: deque[Job] = deque()
     self._places: set[object] = set()  # Reserved for requests that are being read.
     self._open: deque[OpenJob] = deque()
+    self._known: dict[tuple[str, str], Neighbor] = {}  # See `open_jobs`.
     # Ticket -> a job and the index of one of its samples.
     self._running: dict[int, tuple[OpenJob, int]] = {}
     self._generator = self._fresh()
-    self._closing = False
+    self._closing, self._warming = False, self._warm_up()
+    self.is_warm = False  # Whether all programs of usual requests are compiled.
     self._ready = threading.Event()
     self.failure: BaseException | None = None
     self.samples = self.tokens = 0
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
   def start(self) -> None:
-    """Starts the thread. `is_ready` becomes True when the thread has compiled the programs."""
+    """Starts the thread. `is_ready` becomes True when the first programs are compiled."""
     self._thread.start()
 
   def close(self, seconds: float = 10) -> bool:
@@ -89,11 +85,11 @@ class Engine:
 
   @property
   def is_ready(self) -> bool:
-    """Whether the programs are compiled and the engine is not closing."""
+    """Whether the first programs are compiled and the engine is not closing."""
     return self._ready.is_set() and not self._closing
 
   def wait_until_ready(self) -> bool:
-    """Waits until the programs are compiled. Returns False if the engine ended instead."""
+    """Waits until `is_ready`. Returns False if the engine ended instead."""
     self._ready.wait()
     return self.is_ready
 
@@ -153,10 +149,14 @@ class Engine:
     """Number of samples that have a slot."""
     return len(self._running)
 
+  @property
+  def _busy(self) -> bool:
+    return bool(self._incoming or self._open or self._running)
+
   def _run(self) -> None:
     try:
       with jax.set_mesh(self._mesh):
-        self._warm_up()
+        next(self._warming)
         self._ready.set()
         while self._turn():
           pass
@@ -177,30 +177,39 @@ class Engine:
     pipeline, sizes = self.pipeline, (self.slots, self._chunk, self._buckets)
     return ContinuousGenerator(pipeline.generator, *sizes, usual)
 
-  def _warm_up(self) -> None:
-    """Compiles the buckets of usual requests, then the largest buckets, which fit any request."""
-    by_streams = {}
-    for task in usual_tasks(self.pipeline):
-      job = Job(task, 1, lambda event: None, shows_progress=True, explains=True)
+  def _warm_up(self) -> Iterator[bool]:
+    """Compiles what a first request usually needs, then one of the other programs at a time."""
+    pipeline, tasks = self.pipeline, jobs_lib.usual_tasks(self.pipeline)
+    usual = jobs_lib.usual_buckets(pipeline, tasks)
+    self._generator = self._fresh(list(usual))
+    first, *others = [Job(task, 1, lambda event: None, True, True, is_test=True) for task in tasks]
+    self._prepare([first])
+    if not self._open:
+      raise RuntimeError(
+        f"the server cannot start: a test of the task {first.task.name} has failed."
+      )
+    while self._open or self._running:
+      self._compute()
+    yield False
+    for job in others:
       self._prepare([job])
-      if not self._open:
-        raise RuntimeError(
-          f"the server cannot start: a test request for the task {task.name} has failed."
-        )
-      request = self._open[0].request
-      by_streams[len(request.streams)] = request, task.sampling
-      self._generator.warm(request, task.sampling)
-      while self._open or self._running:
-        self._compute()
-    # Use a new generator for each large bucket, so that only one of them has arrays at a time.
-    for warm in by_streams.values():
-      self._fresh().warm(*warm, in_largest=True)
-    self.samples = self.tokens = 0
+      yield False
+    large = {largest(bucket, pipeline.generator.config): usual[bucket] for bucket in usual}
+    sizes = sorted({self._generator.shards, self.slots})
+    for cases, together in itertools.product((usual, large), sizes):
+      for bucket, case in cases.items():
+        # A new generator for each large bucket: only one of them has arrays at a time.
+        generator = self._generator if cases is usual else self._fresh()
+        generator.warm(bucket, *case, together)
+        yield False
 
   def _turn(self) -> bool:
-    """Waits for jobs and computes one chunk. Returns False if the engine is closing."""
+    """Waits for jobs and computes one chunk. Returns False if the engine is closing.
+
+    While there is no job, it goes on with `_warm_up`.
+    """
     with self._changed:
-      self._changed.wait_for(lambda: self._closing or self._incoming or self._open or self._running)
+      self._changed.wait_for(lambda: self._closing or self._busy or not self.is_warm)
       if self._closing:
         return False
       # If fewer than `slots` prepared jobs wait for their first slot, prepare up to `slots` jobs
@@ -209,7 +218,10 @@ class Engine:
       taken = [self._incoming.popleft() for _ in range(min(most, len(self._incoming)))]
     self._prepare([job for job in taken if not job.cancelled])
     try:
-      self._compute()
+      if self._busy:
+        self._compute()
+      else:
+        self.is_warm = next(self._warming, True)
     except Exception:
       _LOG.exception("decoding has failed")
       self._fail_running()
@@ -220,7 +232,7 @@ class Engine:
     if not jobs:
       return
     try:
-      opened = open_jobs(self.pipeline, jobs, self._decoded)
+      opened = jobs_lib.open_jobs(self.pipeline, jobs, self._decoded, self._known)
     except Exception as error:
       if len(jobs) > 1:
         for job in jobs:
@@ -270,20 +282,25 @@ class Engine:
         self._open.remove(opened)
 
   def _fill(self) -> None:
-    """Starts samples while slots are free: one sample of each job at a time, so no job starves.
+    """Starts samples while slots are free. A slot goes to the job with the fewest running samples.
 
-    If the bucket of a job has no free slot, later jobs may start before it.
+    Among several such jobs, it goes to the one that got no slot for the longest time. If the bucket
+    of a job has no free slot, other jobs may start before it.
     """
-    progressed = True
-    while progressed:
-      progressed = False
-      for opened in list(self._open):
-        job = opened.job
-        if self._generator.can_admit(opened.request, job.task.sampling):
-          progressed = self._begin(opened) or progressed
-          self._open.remove(opened)
-          if opened.waits and not opened.failed:
-            self._open.append(opened)
+    running, waiting = Counter(opened for opened, _ in self._running.values()), list(self._open)
+    while waiting:
+      opened = min(waiting, key=lambda one: running[one])
+      if opened.bucket is None:
+        opened.bucket = self._generator.bucket(opened.request, opened.job.task.sampling)
+      if not self._generator.has_place(opened.bucket):
+        waiting = [one for one in waiting if one.bucket is not opened.bucket]
+        continue
+      waiting.remove(opened)
+      running[opened] += self._begin(opened)
+      self._open.remove(opened)
+      if opened.waits and not opened.failed:
+        self._open.append(opened)
+        waiting.append(opened)
 
   def _begin(self, opened: OpenJob) -> bool:
     job, index = opened.job, opened.begun
@@ -321,8 +338,9 @@ class Engine:
       opened, index = self._running[update.ticket]
       if update.finished:
         del self._running[update.ticket]
-        self.samples += 1
-        self.tokens += len(update.result.tokens)
+        if not opened.job.is_test:
+          self.samples += 1
+          self.tokens += len(update.result.tokens)
       if opened.job.cancelled or opened.failed:
         continue
       if update.finished:

@@ -4,10 +4,14 @@
 
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
+import functools
+import itertools
 
 import numpy as np
 
+from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.documents.store import Document
+from cm3leon_jax.decoding.continuous.buckets import Bucket, bucket_of
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.given_images import given_key
 from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage
@@ -16,7 +20,9 @@ from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import PromptLayout, Task
 from cm3leon_jax.generation.text_tasks import Caption, Question
 from cm3leon_jax.serving.errors import ApiError
+from cm3leon_jax.serving.uploads import png
 
+KNOWN = 256  # Number of retrieved documents whose decoded images are kept.
 Decode = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]
 
 
@@ -27,6 +33,11 @@ class Neighbor:
   document: Document
   caption: str
   image: np.ndarray
+
+  @functools.cached_property
+  def png(self) -> str:
+    """The image as a PNG file in base64."""
+    return png(self.image)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +85,7 @@ class Job:
     deliver: called with each event, in the thread of the engine.
     shows_progress: whether `Progress` events are delivered.
     explains: whether `Finished` events have ratios.
+    is_test: whether the engine made the job to compile programs. It is not counted.
     cancelled: whether the client no longer waits for the job.
   """
 
@@ -82,6 +94,7 @@ class Job:
   deliver: Callable[[Event], None]
   shows_progress: bool = False
   explains: bool = False
+  is_test: bool = False
   cancelled: bool = False
 
 
@@ -95,6 +108,7 @@ class OpenJob:
   codes: np.ndarray | None
   neighbors: tuple[Document, ...]
   begun: int = 0
+  bucket: Bucket | None = None
   rows: dict[int, int] = dataclasses.field(default_factory=dict)
   failed: bool = False
 
@@ -104,11 +118,12 @@ class OpenJob:
 
 
 def open_jobs(
-  pipeline: Pipeline, jobs: Sequence[Job], decode: Decode
+  pipeline: Pipeline, jobs: Sequence[Job], decode: Decode, known: dict[tuple[str, str], Neighbor]
 ) -> list[tuple[OpenJob, Started]]:
   """Retrieves documents for all jobs, encodes their input images, and makes their requests.
 
-  `decode` converts [I] codes of each image to [H, W, 3] uint8.
+  `decode` converts [I] codes of each image to [H, W, 3] uint8. `known` keeps the last KNOWN
+  retrieved documents, by source and key, whose images need not be decoded again.
 
   Raises:
     UserError: a task is invalid, or retrieval finds no document for it.
@@ -117,7 +132,7 @@ def open_jobs(
   given = pipeline.check(tasks)
   neighbors = pipeline.retrieve(tasks)
   codes = pipeline.codes(given)
-  opened, described = [], _described(layout, neighbors, decode)
+  opened, described = [], _described(layout, neighbors, decode, known)
   for job, found, shown in zip(jobs, neighbors, described, strict=True):
     key = given_key(job.task)
     request = job.task.to_request(layout, codes.get(key), found)
@@ -129,21 +144,25 @@ def open_jobs(
 
 
 def _described(
-  layout: PromptLayout, neighbors: Sequence[Sequence[Document]], decode: Decode
+  layout: PromptLayout, neighbors: Sequence[Sequence[Document]], decode: Decode, known: dict
 ) -> list[tuple[Neighbor, ...]]:
   """Describes the retrieved documents of each job for the client."""
-  documents = [document for found in neighbors for document in found]
-  images = iter(decode([layout.vocab.image_codes(d.segments[1].tokens) for d in documents]))
-  return [
-    tuple(Neighbor(d, layout.decode(d.segments[0].tokens), next(images)) for d in found)
-    for found in neighbors
-  ]
+  documents = {(d.source, d.key): d for found in neighbors for d in found}
+  new = {name: d for name, d in documents.items() if name not in known}
+  images = decode([layout.vocab.image_codes(d.segments[1].tokens) for d in new.values()])
+  for (name, d), image in zip(new.items(), images, strict=True):
+    known[name] = Neighbor(d, layout.decode(d.segments[0].tokens), image)
+  described = [tuple(known[d.source, d.key] for d in found) for found in neighbors]
+  while len(known) > KNOWN:
+    del known[next(iter(known))]
+  return described
 
 
 def usual_tasks(pipeline: Pipeline) -> list[Task]:
   """Returns example tasks with the usual kinds and lengths of prompts.
 
-  Their buckets are compiled before the first request. Longer prompts use a larger bucket.
+  The programs of the first are compiled before requests are answered, the others when the engine is
+  idle. Longer prompts use a larger bucket.
   """
   layout, sampling = pipeline.layout, pipeline.settings.sampling
   blank = np.full((layout.resolution, layout.resolution, 3), 128, np.uint8)
@@ -161,3 +180,17 @@ def usual_tasks(pipeline: Pipeline) -> list[Task]:
     known = layout.decode(pipeline.documents[0].segments[0].tokens)
     tasks.insert(0, TextToImage(known, retrieve=retrieve))
   return [dataclasses.replace(task, sampling=sampling) for task in tasks]
+
+
+def usual_buckets(
+  pipeline: Pipeline, tasks: Sequence[Task]
+) -> dict[Bucket, tuple[Request, SamplingConfig]]:
+  """Returns the buckets of tasks, each with a request and its sampling.
+
+  Only the first task may retrieve documents.
+  """
+  found = {}
+  for task, neighbors in itertools.zip_longest(tasks, pipeline.retrieve(tasks[:1]), fillvalue=()):
+    case = task.to_request(pipeline.layout, neighbors=neighbors), task.sampling
+    found.setdefault(bucket_of(*case, pipeline.generator), case)
+  return found

@@ -1,5 +1,7 @@
 """Serves a tiny run in the process of the tests."""
 
+import time
+
 from etils import epath
 import jax
 import pytest
@@ -37,6 +39,8 @@ def engine(model):
   engine = Engine(model.pipeline, model.mesh, slots=3, chunk=4, queue_limit=64)
   engine.start()
   assert engine.wait_until_ready()
+  while not engine.is_warm:
+    time.sleep(0.02)
   yield engine
   assert engine.close(seconds=60)
 

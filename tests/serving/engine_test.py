@@ -8,14 +8,17 @@ import threading
 import time
 
 import httpx
+import jax
+import numpy as np
 import pytest
 
 from cm3leon_jax.data.documents.store import write_documents
 from cm3leon_jax.decoding.continuous.engine import StepFailed
 from cm3leon_jax.generation.image_tasks import TextToImage
+from cm3leon_jax.serving import jobs
 from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.errors import ApiError
-from cm3leon_jax.serving.jobs import Failed, Finished, Job
+from cm3leon_jax.serving.jobs import Failed, Finished, Job, Progress
 from tests.data.stores import VOCAB
 from tests.refusals import refused
 from tests.serving.conftest import LIMITS
@@ -165,6 +168,63 @@ def test_samples_of_jobs_take_turns(engine):
   assert one_ended.wait(60)
   assert all(ended.wait(60) for _, _, ended in large)
   assert still == [[False] * 4]
+
+
+def test_a_small_request_gets_the_first_slot_of_a_large_one(model, monkeypatch):
+  """The two slots become free at different times. The second is not for the large request again."""
+  engine = Engine(model.pipeline, model.mesh, slots=2, chunk=4)
+  task = TextToImage("a red apple", retrieve=0, sampling=model.pipeline.settings.sampling)
+  (first, *_), (large, *_), (small, _, ended) = job(task), job(task, 256), job(task)
+  image, steps, deliver = model.pipeline.layout.image_tokens + 1, [], engine._deliver
+  monkeypatch.setattr(engine, "_deliver", lambda x: steps.append(x[0].steps) or deliver(x))
+  with jax.set_mesh(model.mesh):
+    engine._prepare([first])
+    for _ in range(2):
+      engine._compute()
+    engine._prepare([large])
+    while engine.samples == 0:
+      engine._compute()
+    engine._compute()  # Both slots have samples of the large request.
+    engine._prepare([small])
+    steps.clear()
+    while not ended.is_set():
+      engine._compute()
+  assert image < sum(steps) < 1.5 * image
+
+
+def test_the_first_rows_of_a_streamed_image_arrive_after_the_next_chunk(model):
+  engine = Engine(model.pipeline, model.mesh, slots=2, chunk=4)
+  task = TextToImage("a red apple", retrieve=0, sampling=model.pipeline.settings.sampling)
+  (other, *_), (streamed, events, _) = job(task), job(task)
+  streamed.shows_progress = True
+  with jax.set_mesh(model.mesh):
+    for asked in (other, streamed):
+      engine._prepare([asked])
+      engine._compute()
+  assert [event.rows for event in events if isinstance(event, Progress)] == [1]
+
+
+def test_documents_that_were_retrieved_before_are_not_decoded_again(model, monkeypatch):
+  monkeypatch.setattr(jobs, "KNOWN", 2)
+  known, decoded = {}, []
+
+  def opened(prompt, count):
+    asked, *_ = job(TextToImage(prompt, retrieve=count))
+
+    def decode(codes):
+      decoded.append(len(codes))
+      return model.pipeline.image_tokenizer.decode(np.stack(codes)) if codes else ()
+
+    with jax.set_mesh(model.mesh):
+      [(_, started)] = jobs.open_jobs(model.pipeline, [asked], decode, known)
+    return started.neighbors
+
+  first, again = opened("red apple", 2), opened("red apple", 2)
+  assert [one.document.key for one in first] == [one.document.key for one in again]
+  assert first[0].image is again[0].image
+  assert decoded == [2, 0]
+  opened("old house", 2)
+  assert len(known) == 2
 
 
 def test_a_job_that_fails_among_others_fails_alone(engine, monkeypatch, caplog):

@@ -58,7 +58,9 @@ class ContinuousGenerator:
       buckets: largest number of running batches, each with a different bucket. A batch without
         requests is replaced when another bucket needs a batch. If all batches are active and a
         request of another bucket waits, one batch stops admitting requests.
-      usual: warm buckets (`self.usual`) of another engine with the same generator.
+      usual: buckets of the requests to expect. A request uses the smallest of them that can hold
+        it, or else the `largest` bucket of its number of streams. So at most one more bucket is
+        compiled for each number of streams. Without `usual`, each request uses its own bucket.
 
     Raises:
       UserError: `slots` is not a multiple of the number of devices.
@@ -88,7 +90,7 @@ class ContinuousGenerator:
     If all batches are active with other buckets, one of them stops admitting requests, so that this
     request gets a batch later.
     """
-    return self._admits(self._bucket(request, sampling or self.generator.config.sampling))
+    return self.has_place(self.bucket(request, sampling or self.generator.config.sampling))
 
   def admit(self, request: Request, seed: int, sampling: SamplingConfig | None = None) -> int:
     """Admits a request to a free slot. The next step of its batch reads its prompts.
@@ -106,13 +108,13 @@ class ContinuousGenerator:
       NoFreeSlot: no slot is free and no batch can be made; try again after a step.
     """
     sampling = sampling or self.generator.config.sampling
-    return self._admit(self._bucket(request, sampling), request, seed, sampling)
+    return self._admit(self.bucket(request, sampling), request, seed, sampling)
 
   def _admit(self, bucket: Bucket, request: Request, seed: int, sampling: SamplingConfig) -> int:
     self.generator.check(request)
     if not 0 <= seed < 2**32:
       raise UserError(f"the seed is {seed}; it must be at least 0 and less than 2^32.")
-    if not self._admits(bucket):
+    if not self.has_place(bucket):
       raise NoFreeSlot("this request's bucket has no free slot: try again after a step.")
     batch = self._free_batch(bucket) or self._new_batch(bucket)
     ticket = next(self._tickets)
@@ -120,19 +122,11 @@ class ContinuousGenerator:
     self._places[ticket] = batch, slot
     return ticket
 
-  def warm(
-    self, request: Request, sampling: SamplingConfig | None = None, in_largest: bool = False
-  ) -> None:
-    """Compiles all programs of a request's bucket, so that no sample waits for compilation later.
+  def warm(self, bucket: Bucket, request: Request, sampling: SamplingConfig, together: int) -> None:
+    """Compiles the programs that `together` requests need which enter a bucket at the same time.
 
-    From then on, a request uses the smallest warm bucket that can hold it, or else the `largest`
-    bucket of its number of streams. So at most one more bucket is compiled for each number of
-    streams.
-
-    Args:
-      request: an example of the requests to expect.
-      sampling: sampling settings; default: the config's.
-      in_largest: whether to warm the `largest` bucket of the request's number of streams instead.
+    Two calls compile all programs of a bucket, so that no sample waits for compilation later: with
+    one request for each device that shares a batch, and with `slots` requests.
 
     Raises:
       ValueError: a request is active.
@@ -140,17 +134,10 @@ class ContinuousGenerator:
     """
     if self.active:
       raise ValueError("warm was called while requests are active; call it before admitting any.")
-    sampling = sampling or self.generator.config.sampling
-    bucket = bucket_of(request, sampling, self.generator)
-    if in_largest:
-      bucket = largest(bucket, self.generator.config)
-    for of_shard in sorted({1, self.slots // self.shards}):
-      tickets = [self._admit(bucket, request, 0, sampling) for _ in range(of_shard * self.shards)]
-      self.step()
-      for ticket in tickets:
-        self.remove(ticket)
-    if bucket not in self.usual:
-      self.usual.append(bucket)
+    tickets = [self._admit(bucket, request, 0, sampling) for _ in range(together)]
+    self.step()
+    for ticket in tickets:
+      self.remove(ticket)
 
   def remove(self, ticket: int) -> None:
     """Ends a sample and immediately frees its slot. Finished or unknown tickets are ignored."""
@@ -184,8 +171,8 @@ class ContinuousGenerator:
         del self._places[update.ticket]
     return updates
 
-  def _bucket(self, request: Request, sampling: SamplingConfig) -> Bucket:
-    """Returns the bucket that a request uses after `warm`; without `warm`, the request's own."""
+  def bucket(self, request: Request, sampling: SamplingConfig) -> Bucket:
+    """Returns the bucket that a request uses, see `usual`. It stays the same."""
     own = bucket_of(request, sampling, self.generator)
     if not self.usual:
       return own
@@ -199,8 +186,8 @@ class ContinuousGenerator:
     fits = [x for x in fits if x.active or x.bucket == bucket]
     return min(fits, key=lambda batch: batch.bucket.capacity, default=None)
 
-  def _admits(self, bucket: Bucket) -> bool:
-    """Returns whether a batch has a free slot or a new batch can be made."""
+  def has_place(self, bucket: Bucket) -> bool:
+    """Returns whether a batch has a free slot for a bucket or a new batch can be made."""
     for batch in self._batches:
       batch.draining &= batch.active
     if self._free_batch(bucket):

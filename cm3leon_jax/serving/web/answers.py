@@ -38,7 +38,7 @@ def neighbors(found: tuple[Neighbor, ...]) -> list[dict[str, str]]:
   return [
     {"key": one.document.key, "caption": one.caption}
     | {name: getattr(one.document, name) for name in names}
-    | {"b64_json": png(one.image)}
+    | {"b64_json": one.png}
     for one in found
   ]
 

@@ -43,7 +43,8 @@ class Metrics:
     """Yields all metrics for `generate_latest`."""
     engine, gauge, counter = self._engine, GaugeMetricFamily, CounterMetricFamily
     for name, kind, value, meaning in (
-      ("ready", gauge, engine.is_ready, "1 when the programs are compiled."),
+      ("ready", gauge, engine.is_ready, "1 when the first programs are compiled."),
+      ("warm", gauge, engine.is_warm, "1 when all programs of usual requests are compiled."),
       ("requests_active", gauge, engine.active, "Requests that are not answered yet."),
       ("requests_waiting", gauge, engine.waiting, "Requests with a sample that has no slot yet."),
       ("samples_running", gauge, engine.running, "Samples that have a slot."),

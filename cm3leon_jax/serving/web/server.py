@@ -163,7 +163,7 @@ def serve(
 ) -> None:
   """Serves until a signal arrives. Running requests then have `stop_seconds` to finish.
 
-  Prints one line with the address when the programs are compiled.
+  Prints one line with the address when the first programs are compiled.
 
   Args:
     engine: engine whose thread is not started yet.
@@ -183,7 +183,7 @@ def serve(
   announcer = threading.Thread(target=_announce, args=(engine, server, name, address), daemon=True)
   announcer.start()
   server.run(sockets=[opened])
-  engine.close(seconds=stop_seconds if engine.is_ready else 0)  # 0: it still compiles.
+  engine.close(seconds=stop_seconds if engine.is_warm else 0)  # 0: it still compiles.
   if engine.failure is not None:
     raise RuntimeError("the engine has failed; its error is above.") from engine.failure
   print("stopped.", flush=True)

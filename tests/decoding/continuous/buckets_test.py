@@ -66,8 +66,8 @@ def test_requests_of_any_lengths_need_one_more_bucket_for_each_number_of_streams
     *(texts_with_holes(n) for n in range(1, VOCAB.num_masks)),
   ]
   requests = [request for request in requests if request.positions <= POSITIONS]
-  found = {engine._bucket(request, MIXTURE) for request in requests}
-  any_candidates = {engine._bucket(request, MOST) for request in requests}
+  found = {engine.bucket(request, MIXTURE) for request in requests}
+  any_candidates = {engine.bucket(request, MOST) for request in requests}
   assert any_candidates == {largest(bucket, generator.config) for bucket in usual}
   assert found == {*usual, *any_candidates}
 
@@ -85,9 +85,8 @@ USUAL = {1: plain_requests, 2: guided_requests, 3: edits}
 @pytest.mark.parametrize("streams", [1, 2, 3])
 def test_samples_of_the_largest_bucket_are_those_of_generate(generator, streams):
   """Batches the longest prompts, longest texts and most candidates with a short request each."""
-  engine = ContinuousGenerator(generator, slots=2, chunk=3)
-  engine.warm(USUAL[streams]()[0])
+  usual = bucket_of(USUAL[streams]()[0], MIXTURE, generator)
+  engine = ContinuousGenerator(generator, slots=2, chunk=3, usual=[usual])
   cases = cases_of(generator, [EXTREMES[streams]], [MIXTURE, MOST])
   assert run(engine, cases, np.random.default_rng(0), removed=0) == len(cases)
-  [usual] = engine.usual
   assert {batch.bucket for batch in engine._batches} == {usual, largest(usual, generator.config)}

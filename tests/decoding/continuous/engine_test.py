@@ -11,6 +11,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.continuous import state as state_lib
+from cm3leon_jax.decoding.continuous.buckets import bucket_of
 from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator, NoFreeSlot, StepFailed
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.programs import Programs
@@ -309,9 +310,12 @@ def test_a_warm_bucket_compiles_nothing(generator, cases, caplog):
   again = compiled_again(generator, "running batch", "admit")
   engine = ContinuousGenerator(again, slots=2, chunk=3)
   with jax.log_compiles():
-    engine.warm(plain[0][0])
+    bucket = bucket_of(plain[0][0], MIXTURE, again)
+    for together in (1, 2):
+      engine.warm(bucket, plain[0][0], MIXTURE, together)
     assert "Compiling jit" in caplog.text
     caplog.clear()
+    engine.usual.append(bucket)
     assert not engine.active
     assert run(engine, plain, np.random.default_rng(0), removed=0) == len(plain)
     assert "Compiling jit" not in caplog.text

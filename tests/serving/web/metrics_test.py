@@ -3,7 +3,7 @@ import types
 from cm3leon_jax.serving.web.metrics import CONTENT_TYPE, Metrics
 
 ENGINE = types.SimpleNamespace(
-  is_ready=True, active=2, waiting=1, running=5, slots=8, samples=3, tokens=48
+  is_ready=True, is_warm=False, active=2, waiting=1, running=5, slots=8, samples=3, tokens=48
 )
 GENERATIONS = "/v1/images/generations"
 
@@ -21,7 +21,7 @@ def test_the_text_by_hand():
   metrics.count("other", 404, 0.01)
   text = metrics.text()
   assert text.startswith(
-    "# HELP cm3leon_serve_ready 1 when the programs are compiled.\n"
+    "# HELP cm3leon_serve_ready 1 when the first programs are compiled.\n"
     "# TYPE cm3leon_serve_ready gauge\ncm3leon_serve_ready 1.0\n"
   )
   for kind in ("samples_total counter", "requests_total counter", "request_seconds histogram"):
@@ -40,6 +40,7 @@ def test_the_text_by_hand():
   }
   assert found == {
     "cm3leon_serve_ready": 1,
+    "cm3leon_serve_warm": 0,
     "cm3leon_serve_requests_active": 2,
     "cm3leon_serve_requests_waiting": 1,
     "cm3leon_serve_samples_running": 5,
