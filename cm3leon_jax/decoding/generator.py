@@ -123,15 +123,16 @@ class Generator:
 
   def __init__(self, params: dict, config: GeneratorConfig):
     """Prepares the parameters of a model for decoding. Needs a current mesh."""
-    self.config = config
+    self.config, mesh = config, jax.sharding.get_mesh()
     self.params = params_lib.prepare(
       params,
       config=config.model,
       vocab=config.vocab,
       dtype=config.weight_dtype,
       image_head=config.image_head,
+      transposed=mesh.devices.flat[0].platform == "cpu",
     )
-    self.programs = compile_lib.programs_of(jax.sharding.get_mesh())
+    self.programs = compile_lib.programs_of(mesh)
 
   def generate(
     self, requests: Sequence[Request], seeds: Sequence[int], **options: Any

@@ -12,10 +12,9 @@ import numpy as np
 
 from cm3leon_jax.decoding import batch, cache
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
-from cm3leon_jax.decoding.loop import NEVER, extend
-from cm3leon_jax.decoding.params import DecodeParams, head_axis
-from cm3leon_jax.mesh import batch_shards, shard, spec
-from cm3leon_jax.models.attention import wide
+from cm3leon_jax.decoding.loop import extend
+from cm3leon_jax.decoding.params import DecodeParams, head_logits, only_codes
+from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.positions import positions_of
 
 
@@ -46,13 +45,8 @@ def _of_last(
     return layers[i].write(0, k, v).attend(q, mask)
 
   hidden = extend(config.model, params.model, ids, positions, attend)[:, -count - 1 : -1]
-  axis, kind = head_axis(params.head.shape[1]), wide(hidden.dtype)
-  split = spec("batch", "length", axis)
-  logits = jnp.einsum(
-    "RID,DV->RIV", hidden, params.head, preferred_element_type=kind, out_sharding=split
-  )
-  is_code = shard(jnp.arange(logits.shape[2]) < config.vocab.image_size, axis)
-  logits = shard(jnp.where(is_code, logits, NEVER), "batch", None, None)
+  logits = only_codes(head_logits(hidden, params.head), config.vocab)
+  logits = shard(logits, "batch", None, None)
   pick = jax.vmap(jax.vmap(lambda row, i: row[i]))
   targets = ids[:, -count:] - config.vocab.text_size  # Codes are the first columns of the head.
   return jax.sharding.reshard(pick(jax.nn.log_softmax(logits), targets), jax.P())

@@ -19,16 +19,22 @@ from cm3leon_jax.decoding.batch import Padded, Prompts
 from cm3leon_jax.decoding.cache import LayerCache, Layers, Read, Size, over_streams
 from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.grammar import Grammar, Plan, State
-from cm3leon_jax.decoding.params import DecodeParams, dequantized, head_axis, head_ids
+from cm3leon_jax.decoding.params import (
+  DecodeParams,
+  dequantized,
+  head_axis,
+  head_ids,
+  head_logits,
+  only_codes,
+)
 from cm3leon_jax.decoding.sampling.guidance import combine_streams, divergence
 from cm3leon_jax.decoding.sampling.rows import Sampler, StreamLogits, sample, select
 from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.attention import wide
+from cm3leon_jax.models.products import Transposed
 
 # (ids, log_probs, divergence), see `_sample_ids`.
 Sampled: TypeAlias = tuple[Int[Array, " B"], Float[Array, " B"], Float32[Array, " B"]]
-NEVER = -1e9  # Logit of probability 0. It is finite, since -inf - (-inf) is NaN.
 
 
 class Static(NamedTuple):
@@ -206,14 +212,12 @@ def to_rows(x: Shaped[Array, "B ..."], streams: int) -> Shaped[Array, "R ..."]:
 
 
 def _stream_logits(
-  hidden: Float[Array, "R 1 D"], head: Float[Array, "D V"], streams: int
+  hidden: Float[Array, "R 1 D"], head: Float[Array, "D V"] | Transposed, streams: int
 ) -> Float[Array, "S B V"]:
-  axis = head_axis(head.shape[1])
-  split = spec("batch", "length", axis)
-  kind = wide(hidden.dtype)
-  out = jnp.einsum("BLD,DR->BLR", hidden, head, preferred_element_type=kind, out_sharding=split)
-  shape = (hidden.shape[0] // streams, streams, head.shape[1])
-  return jnp.reshape(out, shape, out_sharding=spec("batch", None, axis)).swapaxes(0, 1)
+  out = head_logits(hidden, head)
+  shape = (hidden.shape[0] // streams, streams, out.shape[2])
+  split = spec("batch", None, head_axis(shape[2]))
+  return jnp.reshape(out, shape, out_sharding=split).swapaxes(0, 1)
 
 
 def _sample_ids(
@@ -232,15 +236,12 @@ def _sample_ids(
   weights = jax.vmap(lambda row, i: row[i])(control.guidance, place)
 
   def sample_columns(
-    head: Float[Array, "D V"], candidates: int, is_image: Bool[Array, " B"],
+    head: Float[Array, "D V"] | Transposed, candidates: int, is_image: Bool[Array, " B"],
     legal: Bool[Array, "B V"] | None = None,
   ) -> Sampled:  # fmt: skip
     out = _stream_logits(hidden, head, streams)
     logits = [combine_streams(out, weights), out[0], out[-1]]
-    # Restrict the divergence to image codes, which are the first columns of the head. A mask is
-    # used instead of a slice, so that the columns remain sharded.
-    is_code = shard(jnp.arange(head.shape[1]) < grammar.vocab.image_size, head_axis(head.shape[1]))
-    of_codes = [jnp.where(is_code, x, NEVER) for x in logits[1:]]
+    of_codes = [only_codes(x, grammar.vocab) for x in logits[1:]]
     apart = divergence(*of_codes) if streams > 1 else jnp.zeros(keys.shape[0], jnp.float32)
     logits = [shard(x, "batch", None) for x in logits]
     if legal is not None:

@@ -1,29 +1,60 @@
-"""Multiplies activations by the matrices of a layer, with a backward pass that is fast on CPUs."""
+"""Multiplies activations by matrices, in ways that are fast on CPUs."""
 
 # B batch, L length, D width, N heads, H head size, F feed-forward.
 
 from collections.abc import Sequence
 import functools
+import math
+import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from cm3leon_jax.mesh import spec
 
+FEW_ROWS = 64
 
-def product(equation: str, x: Array, w: Array, axes: Sequence[str | None]) -> Array:
+
+class Transposed(NamedTuple):
+  """A matrix that is stored with the axes of its outputs first, for few rows on CPUs.
+
+  XLA:CPU reads such a matrix in place, and copies others to another layout in every product.
+  """
+
+  stored: Array
+
+
+def product(equation: str, x: Array, w: Array | Transposed, axes: Sequence[str | None]) -> Array:
   """Computes `einsum(equation, x, w)`. `axes` are the logical axes of the result.
 
   The equation multiplies the last axes of the activations `x` by the first axes of the matrix `w`,
   for example "BLD,DF->BLF" or "BLNh,NhD->BLD". On CPUs, the gradient of `w` has other rounding
   errors than that of `einsum`.
   """
+  if isinstance(w, Transposed):
+    return by_transposed(equation, x, w, axes, x.dtype)
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is not None and device.platform == "cpu":
     return _on_cpu(equation, spec(*axes), x, w)
   return jnp.einsum(equation, x, w, out_sharding=spec(*axes))
+
+
+def by_transposed(
+  equation: str, x: Array, w: Transposed, axes: Sequence[str | None], dtype: DTypeLike
+) -> Array:
+  """Computes `product` in `dtype`. For few rows, XLA reads the matrix as the left operand."""
+  of_x, of_w, of_y = re.split(",|->", equation)
+  rows = "".join(letter for letter in of_x if letter not in of_w)
+  outputs, few = of_y.removeprefix(rows), math.prod(x.shape[: len(rows)]) <= FEW_ROWS
+  result = outputs + rows if few else of_y
+  equation = f"{outputs}{of_x.removeprefix(rows)},{of_x}->{result}"
+  split = spec(*(axes[of_y.index(letter)] for letter in result))
+  y = jnp.einsum(equation, w.stored, x, preferred_element_type=dtype, out_sharding=split)
+  return jnp.moveaxis(y, range(len(outputs)), range(-len(outputs), 0)) if few else y
 
 
 # JAX multiplies the cotangent by x to compute the gradient of w, and transposes the result. On CPUs

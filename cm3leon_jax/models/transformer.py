@@ -131,8 +131,10 @@ def apply_block(
   rows = ("batch", "length")
   heads, mlp, act = (*rows, "heads", "head_dim"), (*rows, "mlp"), (*rows, "act")
 
-  def product(name: str, equation: str, x: Array, w: Array, axes: tuple[str, ...]) -> Array:
-    w = gathered(w.astype(x.dtype))
+  def product(
+    name: str, equation: str, x: Array, w: Array | products.Transposed, axes: tuple[str, ...]
+  ) -> Array:
+    w = jax.tree.map(lambda w: gathered(w.astype(x.dtype)), w)
     if adapters is None:
       return products.product(equation, x, w, axes)
     y = jnp.einsum(equation, x, w, out_sharding=spec(*axes))  # The matrix has no gradient.

@@ -18,6 +18,7 @@ from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.grammar import Grammar, plan_array
 from cm3leon_jax.decoding.result import sample_seed
 from cm3leon_jax.mesh import shard
+from cm3leon_jax.models.products import Transposed
 from tests.decoding.small import (
   ANYTHING,
   CODES,
@@ -205,7 +206,8 @@ def on_one_device(generator):
 def test_eight_devices_equal_one(on_one_device, shape):
   with on_mesh(*shape):
     generator = small_generator(sampling=MIXTURE)
-    vocab = generator.params.head.sharding.shard_shape(generator.params.head.shape)[1]
+    head = generator.params.head.stored
+    vocab = head.sharding.shard_shape(head.shape)[0]
     assert vocab == VOCAB.size // shape[2]
     same(all_results(generator), on_one_device)
 
@@ -244,7 +246,7 @@ def test_a_cache_that_grows_equals_plain_passes(plain_generator, params, grown):
 def test_no_step_makes_a_nan(generator, plain_generator):
   """Neither padding rows nor finished samples nor illegal ids produce NaNs."""
   broken = copy.copy(generator)
-  broken.params = generator.params._replace(head=generator.params.head * np.nan)
+  broken.params = generator.params._replace(head=Transposed(generator.params.head.stored * np.nan))
   with jax.debug_nans(True):
     results = generator.generate(guided_requests(), SEEDS) + plain_generator.generate(
       plain_requests(), SEEDS

@@ -1,4 +1,4 @@
-"""Tests that the gradients of products equal those of einsum, on any mesh."""
+"""Tests that products and their gradients equal those of einsum, on any mesh."""
 
 import re
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.mesh import gathered, shard
-from cm3leon_jax.models.products import product
+from cm3leon_jax.models.products import FEW_ROWS, Transposed, by_transposed, product
 from tests.models.tiny import mesh_of
 
 SIZES = {"B": 8, "L": 16, "D": 24, "N": 4, "H": 6, "h": 6, "F": 40}
@@ -68,3 +68,34 @@ def test_the_gradient_of_a_matrix_multiplies_rows_by_columns_on_cpus():
   products = [line for line in program.splitlines() if re.search(r"f32\[24,40\]\S* dot\(", line)]
   assert len(products) == 1
   assert "lhs_contracting_dims={1}, rhs_contracting_dims={0}" in products[0]
+
+
+def transposed(equation, of_w):
+  """Returns activations and a matrix as `Transposed`, sharded by the axes `of_w` of the matrix."""
+  x, w, _ = arrays(equation)
+  summed = x.ndim - 2
+  w = np.moveaxis(w, range(summed), range(-summed, 0))
+  return shard(x, *ROWS, *[None] * summed), Transposed(shard(w, *of_w[summed:], *of_w[:summed]))
+
+
+@pytest.mark.parametrize(("equation", "of_w", "of_y"), PRODUCTS)
+@pytest.mark.parametrize(("shape", "length"), [((1, 1, 1), 16), ((1, 1, 1), 2), ((2, 2, 2), 2)])
+def test_a_transposed_matrix_gives_the_same_product(equation, of_w, of_y, shape, length):
+  x, w, _ = arrays(equation, np.float64)
+  with jax.set_mesh(mesh_of(*shape)):
+    rows, stored = transposed(equation, of_w)
+    run = jax.jit(lambda x, w: product(equation, x, Transposed(gathered(w.stored)), of_y))
+    found = run(rows[:, :length], stored)
+  np.testing.assert_allclose(found, np.einsum(equation, x[:, :length], w), atol=3e-5)
+
+
+def test_few_rows_are_the_right_operand():
+  """XLA:CPU would copy the whole matrix in every step if it were the right operand."""
+  equation, of_w, of_y = PRODUCTS[2]
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    rows, stored = transposed(equation, of_w)
+    run = jax.jit(lambda x, w: by_transposed(equation, x, w, of_y, "float32"))
+    few, many = (run.lower(rows[:, :i], stored).compile().as_text() for i in (2, 16))
+  assert 8 * 2 <= FEW_ROWS < 8 * 16
+  assert "f32[40,16]{1,0} dot(" in few
+  assert "f32[128,40]{1,0} dot(" in many
