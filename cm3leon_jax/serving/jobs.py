@@ -9,6 +9,7 @@ import itertools
 
 import numpy as np
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.decoding.continuous.buckets import Bucket, bucket_of
@@ -162,7 +163,7 @@ def usual_tasks(pipeline: Pipeline) -> list[Task]:
   """Returns example tasks with the usual kinds and lengths of prompts.
 
   The programs of the first are compiled before requests are answered, the others when the engine is
-  idle. Longer prompts use a larger bucket.
+  idle. Longer prompts use a larger bucket. Tasks that do not fit the model's positions are left out.
   """
   layout, sampling = pipeline.layout, pipeline.settings.sampling
   blank = np.full((layout.resolution, layout.resolution, 3), 128, np.uint8)
@@ -179,7 +180,16 @@ def usual_tasks(pipeline: Pipeline) -> list[Task]:
     # The caption of a document retrieves at least that document, even if no other is similar.
     known = layout.decode(pipeline.documents[0].segments[0].tokens)
     tasks.insert(0, TextToImage(known, retrieve=retrieve))
-  return [dataclasses.replace(task, sampling=sampling) for task in tasks]
+  tasks = [dataclasses.replace(task, sampling=sampling) for task in tasks]
+  return [task for task in tasks if _fits(layout, task)]
+
+
+def _fits(layout: PromptLayout, task: Task) -> bool:
+  try:
+    task.to_request(layout)
+  except UserError:
+    return False
+  return True
 
 
 def usual_buckets(

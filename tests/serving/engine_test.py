@@ -279,3 +279,12 @@ def test_a_refusal_names_no_folder_of_the_server(model, tmp_path):
   assert events[0].error.message == (
     "retrieve is 1, but the bank/documents/train_pairs has no documents: set retrieve to 0."
   )
+
+
+def test_tasks_that_are_too_long_for_the_model_are_not_compiled(model):
+  """An edit has two images. Rows that are shorter must not keep a server from its other tasks."""
+  short, layout = copy.copy(model.pipeline), model.pipeline.layout
+  short.layout = dataclasses.replace(layout, positions=2 * layout.image_tokens)
+  names = [{task.name for task in jobs.usual_tasks(one)} for one in (model.pipeline, short)]
+  assert "edit" in names[0] - names[1]
+  assert "text_to_image" in names[1]
