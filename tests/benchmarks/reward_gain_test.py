@@ -57,7 +57,9 @@ def test_the_spread_of_pixels_is_the_mean_difference_over_pairs():
   assert reward_gain.pixel_spread(images) == pytest.approx((100 + 100 + 0) / 3)
 
 
-def measured(*flags):
+def measured(folder, *flags):
+  prompts = [str(folder), "--tasks=draw", "--records=50", "--heldout=40", "--seed=2"]
+  subprocess.run([sys.executable, "-m", "examples.scenes.make_instructions", *prompts], check=True)
   command = [
     sys.executable,
     "-m",
@@ -65,13 +67,14 @@ def measured(*flags):
     "--start=scenes-instruct",
     *flags,
   ]
+  command.append(f"--config.instructions.tasks={folder / 'tasks.yaml'}")
   command += ["--config.reinforce.samples=4", "--config.reinforce.heldout_prompts=20"]
   return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.mark.slow
-def test_a_model_gains_nothing_over_itself_but_another_model_differs():
-  result = measured("--runs=scenes-instruct,scenes", "--skip=4", "--trained=scenes")
+def test_a_model_gains_nothing_over_itself_but_another_model_differs(tmp_path):
+  result = measured(tmp_path, "--runs=scenes-instruct,scenes", "--skip=4", "--trained=scenes")
   result.check_returncode()
   first, *lines = result.stdout.splitlines()
   line, other, *of_new = [line for line in lines if line.startswith("| scenes")]
