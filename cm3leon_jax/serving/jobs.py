@@ -163,8 +163,8 @@ def usual_tasks(pipeline: Pipeline) -> list[Task]:
   """Returns example tasks with the usual kinds and lengths of prompts.
 
   The programs of the first are compiled before requests are answered, the others when the engine is
-  idle. Longer prompts use a larger bucket. Tasks that need more positions than the model has are left
-  out.
+  idle. Longer prompts use a larger bucket. Tasks that do not fit into the model's positions are
+  left out.
   """
   layout, sampling = pipeline.layout, pipeline.settings.sampling
   blank = np.full((layout.resolution, layout.resolution, 3), 128, np.uint8)
