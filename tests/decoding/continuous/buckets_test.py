@@ -89,4 +89,5 @@ def test_samples_of_the_largest_bucket_are_those_of_generate(generator, streams)
   engine = ContinuousGenerator(generator, slots=2, chunk=3, usual=[usual])
   cases = cases_of(generator, [EXTREMES[streams]], [MIXTURE, MOST])
   assert run(engine, cases, np.random.default_rng(0), removed=0) == len(cases)
-  assert {batch.bucket for batch in engine._batches} == {usual, largest(usual, generator.config)}
+  any_request = largest(usual, generator.config)
+  assert any_request in {batch.bucket for batch in engine._batches} <= {usual, any_request}
