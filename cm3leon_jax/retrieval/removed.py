@@ -30,7 +30,7 @@ def with_crops(documents: Iterable[str]) -> dict[str, str]:
 
   with_crops(["a", "b crop 2"]) has the keys "a", "a crop 1", ..., "b", "b crop 1", ...
   """
-  result = {}
+  result: dict[str, str] = {}
   for key in documents:
     image = re.sub(r" crop \d{1,3}$", "", key)
     crops = (f"{image} crop {i}" for i in range(1, MOST_CROPS + 1))

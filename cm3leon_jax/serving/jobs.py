@@ -5,7 +5,6 @@
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
-import itertools
 
 import numpy as np
 
@@ -200,8 +199,9 @@ def usual_buckets(
 
   Only the first task may retrieve documents.
   """
-  found = {}
-  for task, neighbors in itertools.zip_longest(tasks, pipeline.retrieve(tasks[:1]), fillvalue=()):
+  found: dict[Bucket, tuple[Request, SamplingConfig]] = {}
+  retrieved = [*pipeline.retrieve(tasks[:1]), *[()] * (len(tasks) - 1)]
+  for task, neighbors in zip(tasks, retrieved, strict=True):
     case = task.to_request(pipeline.layout, neighbors=neighbors), task.sampling
     found.setdefault(bucket_of(*case, pipeline.generator), case)
   return found
