@@ -103,13 +103,10 @@ def only_codes(logits: Float[Array, "*batch V"], vocab: VocabLayout) -> Float[Ar
 
 def _transposed(tree: PyTree, summed: int) -> PyTree:
   """Moves the first `summed` axes of each matrix to the end."""
-
-  def move(x: Array) -> Array:
-    return jnp.moveaxis(x, range(summed), range(-summed, 0))
-
-  return jax.tree.map(
-    lambda w: Transposed(jax.tree.map(move, w)), tree, is_leaf=lambda x: isinstance(x, Int8)
-  )
+  leaves, structure = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Int8))
+  axes = range(summed), range(-summed, 0)
+  moved = [jax.tree.map(lambda x: jnp.moveaxis(x, *axes), w) for w in leaves]
+  return structure.unflatten(map(Transposed, moved))
 
 
 def _at(tree: PyTree, i: int | tuple[int, ...]) -> PyTree:

@@ -22,7 +22,7 @@ FEW_ROWS = 64
 class Transposed(NamedTuple):
   """A matrix that is stored with the axes of its outputs first, for few rows on CPUs.
 
-  XLA:CPU reads such a matrix in place, and copies others to another layout in every product.
+  YNNPACK multiplies few rows up to 1.5 times as fast if the matrix is its left operand.
   """
 
   stored: Array
@@ -46,7 +46,7 @@ def product(equation: str, x: Array, w: Array | Transposed, axes: Sequence[str |
 def by_transposed(
   equation: str, x: Array, w: Transposed, axes: Sequence[str | None], dtype: DTypeLike
 ) -> Array:
-  """Computes `product` in `dtype`. For few rows, XLA reads the matrix as the left operand."""
+  """Computes `product` in `dtype`. For few rows, the matrix is the left operand."""
   of_x, of_w, of_y = re.split(",|->", equation)
   rows = "".join(letter for letter in of_x if letter not in of_w)
   outputs, few = of_y.removeprefix(rows), math.prod(x.shape[: len(rows)]) <= FEW_ROWS
