@@ -32,7 +32,11 @@ def main(action: str, workdir: epath.Path) -> None:
     )
   stages.require(workdir, "neighbors")
   every = removed.remove(workdir / "neighbors", _DOCUMENT.value)
-  print(f"bank: never retrieved, although weights may still remember them: {', '.join(every)}")
+  count = len(removed.rows(workdir / "neighbors"))
+  print(
+    f"bank: never retrieved, although weights may still remember them: {', '.join(every)}; "
+    f"documents with their copies and crops: {count}"
+  )
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def main(workdir: epath.Path) -> None:
     queue_limit=_MOST_WAITING.value,
   )
   print(
-    "compiling or loading the first programs; on a CPU the first start takes about a minute.",
+    "compiling or loading the first programs; on a CPU this takes up to a minute.",
     file=sys.stderr,
     flush=True,
   )

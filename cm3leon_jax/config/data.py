@@ -9,6 +9,7 @@ import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
 
+MOST_CROPS = 999  # Of an image.
 PAPER_NEIGHBORS, PAPER_CANDIDATES = 3, 4  # The paper uses 3 of 4 candidates.
 
 
@@ -145,7 +146,7 @@ class RawConfig:
   crop: Crop = "center"
   """Treatment of images that are not square. `center` crops to a centered square, `pad` adds white
   borders."""
-  crops: Annotated[int, Field(ge=-1, le=999)] = 0
+  crops: Annotated[int, Field(ge=-1, le=MOST_CROPS)] = 0
   """Number of random crops per training image, for sources of a few hundred images. Each crop
   becomes an additional pair with the caption and concept of its image. -1 chooses a number that
   yields about 3,200 pairs."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import functools
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,17 @@ from jaxtyping import Array
 
 from cm3leon_jax.mesh import spec
 
-FEW_ROWS = 64
+FEW_ROWS = 64  # Products of more rows take about as long in any order.
 
 
 class Transposed(NamedTuple):
   """A matrix that is stored with the axes of its outputs first, for few rows on CPUs.
 
-  YNNPACK multiplies few rows up to 1.5 times as fast if the matrix is its left operand.
+  YNNPACK multiplies few rows up to 1.5 times as fast if the matrix is its left operand. The matrix
+  of "BLD,DF->BLF" is stored as [F, D], that of "BLNh,NhD->BLD" as [D, N, h].
   """
 
-  stored: Array
+  stored: Any  # An array, or `decoding.params.Int8`.
 
 
 def product(equation: str, x: Array, w: Array | Transposed, axes: Sequence[str | None]) -> Array:

@@ -9,14 +9,15 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.config.data import MOST_CROPS
 from cm3leon_jax.data.documents.store import group_id
+from cm3leon_jax.data.sources.records import crop_key
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.retrieval.arrays import ArrayStore
 
 FILE = "removed.json"  # In neighbors/, beside the index.
 SCAN = 2**22  # Number of keys that are read at a time.
-MOST_CROPS = 999  # Of an image, see `raw.crops`.
 
 
 def keys(folder: epath.PathLike) -> list[str]:
@@ -32,8 +33,8 @@ def with_crops(documents: Iterable[str]) -> dict[str, str]:
   """
   result: dict[str, str] = {}
   for key in documents:
-    image = re.sub(r" crop \d{1,3}$", "", key)
-    crops = (f"{image} crop {i}" for i in range(1, MOST_CROPS + 1))
+    image = re.sub(rf"{re.escape(crop_key('', 0)[:-1])}\d+$", "", key)
+    crops = (crop_key(image, i) for i in range(1, MOST_CROPS + 1))
     result |= dict.fromkeys((key, image, *crops), key)
   return result
 

@@ -182,7 +182,10 @@ class Engine:
     pipeline, tasks = self.pipeline, jobs_lib.usual_tasks(self.pipeline)
     usual = jobs_lib.usual_buckets(pipeline, tasks)
     self._generator = self._fresh(list(usual))
-    first, *others = [Job(task, 1, lambda event: None, True, True, is_test=True) for task in tasks]
+    first, *others = [
+      Job(task, 1, lambda event: None, shows_progress=True, explains=True, is_test=True)
+      for task in tasks
+    ]
     self._prepare([first])
     if not self._open:
       raise RuntimeError(
@@ -206,7 +209,7 @@ class Engine:
   def _turn(self) -> bool:
     """Waits for jobs and computes one chunk. Returns False if the engine is closing.
 
-    While there is no job, it goes on with `_warm_up`.
+    Without a job, it compiles the next program of `_warm_up`.
     """
     with self._changed:
       self._changed.wait_for(lambda: self._closing or self._busy or not self.is_warm)

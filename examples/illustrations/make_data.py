@@ -135,10 +135,13 @@ def records(
 
 
 def interleaved(pairs: Iterable[dict]) -> Iterator[dict]:
-  """Yields the lines of interleaved.jsonl: drawings of a concept for training, after captions."""
+  """Yields the lines of interleaved.jsonl: drawings of a concept, each after its caption.
+
+  Held-out documents have the drawings of the bank, whose concepts training does not show.
+  """
   by_concept = collections.defaultdict(list)
   for pair in pairs:
-    if pair["split"] == "train":
+    if pair["split"] != "heldout":
       by_concept[pair["facts"]["concept"]].append(pair)
   for concept, members in sorted(by_concept.items()):
     shown = members[:MOST_IMAGES]
@@ -148,7 +151,7 @@ def interleaved(pairs: Iterable[dict]) -> Iterator[dict]:
         "key": f"{concept} by {len(shown)} artists",
         "segments": [*itertools.chain(*parts)],
         "group": shown[0]["group"],
-        "split": "train",
+        "split": "train" if shown[0]["split"] == "train" else "heldout",
         "source": " ".join(pair["source"] for pair in shown),
         "license": " AND ".join(sorted({pair["license"] for pair in shown})),
         "attribution": "; ".join(pair["attribution"] for pair in shown),

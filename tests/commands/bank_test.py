@@ -24,7 +24,10 @@ def remove(workdir, *keys):
 
 
 def test_removed_documents_add_up(workdir):
-  for key, said in (("k4", "remember them: k4\n"), ("k2", "remember them: k4, k2\n")):
+  for key, said in (
+    ("k4", "remember them: k4; documents with their copies and crops: 1\n"),
+    ("k2", "remember them: k4, k2; documents with their copies and crops: 2\n"),
+  ):
     result = remove(workdir, key)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.endswith(said)

@@ -122,20 +122,26 @@ def test_the_check_for_leaks_finds_none_and_would_find_one(data, tmp_path):
   assert leaks.check(tmp_path / "raw2", 1).leaked == 1
 
 
-def test_texts_and_documents_of_training_drawings_are_read_completely(data, tmp_path):
+def test_texts_and_documents_are_read_completely_and_share_no_drawing(data, tmp_path):
   folder, lines = data
   config = RawConfig(source=str(folder), resolution=32)
   summary = ingest.prepare(config, ingest.parts_of(config), tmp_path / "raw", Runner())
   assert not [name for name in summary if name.startswith("rejected")]
   text = (folder / "interleaved.jsonl").read_text()
   pages = [json.loads(line) for line in text.splitlines()]
-  assert summary["train_interleaved"] == len(pages) > 30
+  counts = [summary[f"{split}_interleaved"] for split in ("train", "heldout")]
+  assert counts == [sum(page["split"] == split for page in pages) for split in ("train", "heldout")]
+  assert counts[0] > 30 > counts[1] > 3
   assert summary["train_texts"] + summary["heldout_texts"] == 5
-  trained = {line["image"]: line["caption"] for line in lines if line["split"] == "train"}
+  known = {line["image"]: line for line in lines if line["split"] != "heldout"}
   for page in pages:
     captions, images = page["segments"][::2], page["segments"][1::2]
     assert 2 <= len(images) <= 3
-    assert [trained[s["image"]] for s in images] == [s["text"] for s in captions]
+    shown = [known[segment["image"]] for segment in images]
+    assert [line["caption"] for line in shown] == [segment["text"] for segment in captions]
+    is_train = page["split"] == "train"
+    assert {line["split"] for line in shown} == {"train" if is_train else "bank"}
+  assert not leaks.check(tmp_path / "raw", 1).leaked
 
 
 def test_records_state_license_and_origin(data):

@@ -27,6 +27,7 @@ from cm3leon_jax.data.sources.records import (
   Record,
   Rejected,
   batches,
+  crop_key,
   images_of,
   origin_counts,
   with_images,
@@ -114,7 +115,7 @@ class _Writer:
       return []
     numbers = range(1, self.config.crops + 1)
     return [
-      dataclasses.replace(item, key=f"{item.key} crop {i}", added_crop=str(i)) for i in numbers
+      dataclasses.replace(item, key=crop_key(item.key, i), added_crop=str(i)) for i in numbers
     ]
 
   def _load_crop(self, image: str | bytes, key: str) -> tuple[np.ndarray, tuple[int, int]]:

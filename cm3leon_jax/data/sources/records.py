@@ -22,6 +22,11 @@ ORIGIN_FIELDS = ("kind", "source", "license", "attribution")
 MOST_ORIGINS = 100  # Maximum number of origins that are listed separately.
 
 
+def crop_key(key: str, number: int) -> str:
+  """Returns the key of a random crop that `cm3leon prepare_data` adds to the pair `key`."""
+  return f"{key} crop {number}"
+
+
 @dataclasses.dataclass(frozen=True)
 class RawPair:
   """A captioned image.
