@@ -266,7 +266,7 @@ def main(_) -> None:
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", "scenes-instruct", "Run or bundle.")
   flags.DEFINE_integer("slots", 8, "Slots per shape.", lower_bound=1)
-  flags.DEFINE_integer("chunk", 8, "Steps per chunk.", lower_bound=1)
+  flags.DEFINE_integer("chunk", 16, "Steps per chunk.", lower_bound=1)
   flags.DEFINE_integer("clients", 64, "Parallel clients.", lower_bound=1)
   flags.DEFINE_integer("requests", 1000, "Requests of `full`.", lower_bound=1)
   flags.DEFINE_integer("turns", 5, "Turns of `full` and `generate`.", lower_bound=1)

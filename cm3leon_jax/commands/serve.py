@@ -38,13 +38,13 @@ _SLOTS = flags.DEFINE_integer(
 )
 _CHUNK = flags.DEFINE_integer(
   "chunk",
-  8,
+  16,
   "Decoding steps per chunk. After each chunk, partial results are sent and requests are admitted.",
   lower_bound=1,
 )
 _BUCKETS = flags.DEFINE_integer(
   "buckets",
-  8,
+  16,
   "Largest number of decoding shapes that run in turn; each has memory for --slots samples.",
   lower_bound=1,
 )

@@ -29,6 +29,9 @@ from cm3leon_jax.decoding.sampling.rows import Sampler
 from cm3leon_jax.mesh import batch_shards
 from cm3leon_jax.vocab import VocabLayout
 
+# Width from which CPUs are faster with `Transposed` matrices. With 192, they are 6 to 12% slower.
+WIDE = 512
+
 
 class LoadOptions(TypedDict, total=False):
   """Fields of `GeneratorConfig` that `CM3Leon.load` accepts."""
@@ -130,7 +133,7 @@ class Generator:
       vocab=config.vocab,
       dtype=config.weight_dtype,
       image_head=config.image_head,
-      transposed=mesh.devices.flat[0].platform == "cpu",
+      transposed=mesh.devices.flat[0].platform == "cpu" and config.model.width >= WIDE,
     )
     self.programs = compile_lib.programs_of(mesh)
 

@@ -14,7 +14,8 @@ from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.loop import LoopState, Static
 from cm3leon_jax.decoding.params import DecodeParams
 from cm3leon_jax.mesh import abstract
-from cm3leon_jax.xla_options import DECODE_OPTIONS, compiler_options
+from cm3leon_jax.models.products import Transposed
+from cm3leon_jax.xla_options import DECODE_OPTIONS, TRANSPOSED_OPTIONS, compiler_options
 
 # Initial capacity of a cache for generated tokens. It is small because attention also reads empty
 # entries.
@@ -69,12 +70,13 @@ def lower_loop(
 
   if formats is None:
     formats = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), state)
+  options = TRANSPOSED_OPTIONS if isinstance(params.head, Transposed) else DECODE_OPTIONS
   jitted = jax.jit(
     function,
     in_shardings=(shardings(params), shardings(control), formats, *map(shardings, others)),
     out_shardings=formats,
     donate_argnums=2,
-    compiler_options=compiler_options(mesh, DECODE_OPTIONS),
+    compiler_options=compiler_options(mesh, options),
   )
   return jitted.lower(params, control, state, *others)
 

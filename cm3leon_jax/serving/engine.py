@@ -290,20 +290,19 @@ class Engine:
     Among several such jobs, it goes to the one that got no slot for the longest time. If the bucket
     of a job has no free slot, other jobs may start before it.
     """
-    running, waiting = Counter(opened for opened, _ in self._running.values()), list(self._open)
-    while waiting:
+    running, full = Counter(opened for opened, _ in self._running.values()), list[Bucket]()
+    while waiting := [opened for opened in self._open if opened.bucket not in full]:
       opened = min(waiting, key=lambda one: running[one])
       if opened.bucket is None:
         opened.bucket = self._generator.bucket(opened.request, opened.job.task.sampling)
       if not self._generator.has_place(opened.bucket):
-        waiting = [one for one in waiting if one.bucket is not opened.bucket]
+        full.append(opened.bucket)
         continue
-      waiting.remove(opened)
+      full.clear()  # A new batch also has slots for requests of smaller buckets.
       running[opened] += self._begin(opened)
       self._open.remove(opened)
       if opened.waits and not opened.failed:
         self._open.append(opened)
-        waiting.append(opened)
 
   def _begin(self, opened: OpenJob) -> bool:
     job, index = opened.job, opened.begun

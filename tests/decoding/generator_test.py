@@ -13,6 +13,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import batch
+from cm3leon_jax.decoding import generator as generator_lib
 from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.grammar import Grammar, plan_array
@@ -159,6 +160,15 @@ def test_a_request_does_not_depend_on_its_batch(generator):
   assert differ(generator.generate(requests, SEEDS[::-1]), alone)
 
 
+def test_wide_models_give_the_same_samples_with_transposed_matrices(generator, params, monkeypatch):
+  monkeypatch.setattr(generator_lib, "WIDE", generator.config.model.width)
+  wide = small_generator(params=params, sampling=MIXTURE, batch_size=4)
+  assert isinstance(wide.params.head, Transposed)
+  assert not isinstance(generator.params.head, Transposed)
+  requests = guided_requests()
+  same(wide.generate(requests, SEEDS), generator.generate(requests, SEEDS))
+
+
 def test_samples_of_a_request_are_requests_with_seeds_of_their_own(generator):
   request = guided_requests()[3]
   sampling = dataclasses.replace(MIXTURE, method="contrastive")
@@ -246,7 +256,7 @@ def test_a_cache_that_grows_equals_plain_passes(plain_generator, params, grown):
 def test_no_step_makes_a_nan(generator, plain_generator):
   """Neither padding rows nor finished samples nor illegal ids produce NaNs."""
   broken = copy.copy(generator)
-  broken.params = generator.params._replace(head=Transposed(generator.params.head.stored * np.nan))
+  broken.params = generator.params._replace(head=generator.params.head * np.nan)
   with jax.debug_nans(True):
     results = generator.generate(guided_requests(), SEEDS) + plain_generator.generate(
       plain_requests(), SEEDS
