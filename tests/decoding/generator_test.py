@@ -216,8 +216,8 @@ def on_one_device(generator):
 def test_eight_devices_equal_one(on_one_device, shape):
   with on_mesh(*shape):
     generator = small_generator(sampling=MIXTURE)
-    head = generator.params.head.stored
-    vocab = head.sharding.shard_shape(head.shape)[0]
+    head = generator.params.head
+    vocab = head.sharding.shard_shape(head.shape)[1]
     assert vocab == VOCAB.size // shape[2]
     same(all_results(generator), on_one_device)
 
