@@ -195,7 +195,7 @@ def test_a_small_request_gets_the_first_slot_of_a_large_one(model, monkeypatch):
 def test_a_short_request_enters_a_batch_that_a_longer_one_has_just_begun(model):
   engine = Engine(model.pipeline, model.mesh, slots=2, chunk=4)
   task = TextToImage("a red apple", retrieve=0, sampling=model.pipeline.settings.sampling)
-  long = dataclasses.replace(task, prompt=" ".join(["a red apple"] * 4))
+  long = dataclasses.replace(task, prompt=" ".join(["a red apple"] * 8))
   with jax.set_mesh(model.mesh):
     engine._prepare([job(one)[0] for one in (task, task, task, long)])
     *short, longer = [engine._generator.bucket(x.request, x.job.task.sampling) for x in engine._open]
