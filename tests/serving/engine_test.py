@@ -198,9 +198,11 @@ def test_a_short_request_enters_a_batch_that_a_longer_one_has_just_begun(model):
   long = dataclasses.replace(task, prompt=" ".join(["a red apple"] * 8))
   with jax.set_mesh(model.mesh):
     engine._prepare([job(one)[0] for one in (task, task, task, long)])
-    *short, longer = [engine._generator.bucket(x.request, x.job.task.sampling) for x in engine._open]
+    asked = [(one.request, one.job.task.sampling) for one in engine._open]
+    short, *_, longer = [engine._generator.bucket(*one) for one in asked]
     engine._fill()
-  assert short[0] != longer and short[0].fits(longer)
+  assert short != longer
+  assert short.fits(longer)
   assert (len(engine._running), len(engine._open)) == (4, 0)
 
 
