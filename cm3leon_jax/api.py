@@ -86,16 +86,15 @@ class CM3Leon:
 
     Args:
       workdir: the folder of a run, local or in a GCS bucket, even while the run trains; or a bundle
-        that `cm3leon export --bundle` wrote, or one of this package: "scenes", "scenes-instruct";
-        or an export in the format hf or orbax, which has neither a CLIP model nor a bank.
+        that `cm3leon export --bundle` wrote, or one of this package: "scenes", "scenes-instruct",
+        "illustrations"; or an export in the format hf or orbax, without CLIP model and bank.
       adapter: workdir of a run that trained adapters of this model, to add them.
       dtype: compute dtype, `float32` or `bfloat16`; default: the run's.
       devices: devices that share the model or the batches; default: `jax.devices()`.
       mesh: a mesh from `mesh.create_mesh`, given instead of `devices` for another sharding.
       clip: folder of the Hugging Face CLIP model; default: the path in the run's config.
       show_progress: whether to show a progress bar; default: only in a terminal or notebook.
-      **options: fields of `GeneratorConfig`: `batch_size`, `weight_dtype`, `cache_dtype`,
-        `drafts`.
+      **options: `batch_size`, `weight_dtype`, `cache_dtype`, `drafts`, see `GeneratorConfig`.
 
     Raises:
       UserError: nothing was trained there, a file is damaged, or an option is wrong.

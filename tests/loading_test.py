@@ -44,7 +44,7 @@ def test_devices_and_dtype_are_those_that_are_asked_for(run, model):  # noqa: F8
   assert {d.id for d in narrow.mesh.devices.flat} == {d.id for d in jax.devices()[2:4]}
   assert model.pipeline.settings.model.dtype == "float32"
   assert narrow.pipeline.settings.model.dtype == "bfloat16"
-  assert str(narrow.pipeline.generator.params.head.stored.dtype) == "bfloat16"
+  assert str(narrow.pipeline.generator.params.head.dtype) == "bfloat16"
   assert CM3Leon.load(run, dtype=jax.numpy.bfloat16).pipeline.settings.model.dtype == "bfloat16"
 
 

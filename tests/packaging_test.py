@@ -54,8 +54,9 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel):
   }
   assert expected == {name for name in names if name.startswith("cm3leon_jax/")}
   licenses = {name.partition("/licenses/")[2] for name in names} - {""}
-  of_pictures = "cm3leon_jax/assets/tokenizers/pictures/ATTRIBUTION.md"
-  assert licenses == {"LICENSE", "NOTICE", of_pictures}
+  assets = ("tokenizers/pictures", "models/illustrations")
+  attributions = {f"cm3leon_jax/assets/{name}/ATTRIBUTION.md" for name in assets}
+  assert licenses == {"LICENSE", "NOTICE", *attributions}
 
 
 @pytest.mark.slow

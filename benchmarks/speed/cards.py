@@ -25,6 +25,7 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import pathlib
 import subprocess
@@ -147,7 +148,8 @@ class Card:
   @property
   def compiler(self) -> str:
     """Versions of the installed packages that affect the numbers of the card."""
-    names = ("jax-cuda12-pjrt" if self.gpu else "libtpu", "jax")
+    cuda = 13 if importlib.util.find_spec("jax_cuda13_plugin") else 12
+    names = (f"jax-cuda{cuda}-pjrt" if self.gpu else "libtpu", "jax")
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 

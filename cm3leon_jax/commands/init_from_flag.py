@@ -6,8 +6,8 @@ INIT_FROM = flags.DEFINE_string(
   "init_from",
   "",
   "Trained run that a new run starts from: the workdir of another run, a bundle that `cm3leon "
-  "export --bundle` wrote, or an installed model (scenes, scenes-instruct). For cm3leon run, the "
-  "default is config.train.base, and none is no run. train and reinforce "
+  "export --bundle` wrote, or an installed model (scenes, scenes-instruct, illustrations). For "
+  "cm3leon run, the default is config.train.base, and none is no run. train and reinforce "
   "start from its parameters (the moving average, if there is one) with a new optimizer state; "
   "they also accept an export in the format hf or orbax. copy_tokenizers copies its tokenizers and "
   "CLIP.",

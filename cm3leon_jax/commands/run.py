@@ -3,8 +3,7 @@
   cm3leon run --config=examples/scenes/config.py --workdir=workdir/scenes
   cm3leon run --config=examples/scenes/instruct.py --workdir=workdir/tuned \\
     --init_from=scenes
-  cm3leon run --config=own --config.raw.source=my_images \\
-    --init_from=scenes --workdir=workdir/mine
+  cm3leon run --config=own --config.raw.source=my_images --workdir=workdir/mine
 
 Finished stages are skipped, and a stage that was stopped or killed continues. Each stage runs in a
 separate process. When a stage ends, the command prints one line; logs/NAME.log in the workdir has

@@ -3,12 +3,14 @@
   cm3leon run --config=own --config.raw.source=my_images --workdir=W
   cm3leon run --config=own:60 --config.raw.source=my_images --workdir=W
   cm3leon run --config=own:10 --config.raw.source=my_images --workdir=W --init_from=scenes
+  cm3leon run --config=own --config.raw.source=my_images --workdir=W --init_from=none
 
 The variant is the time in minutes that all stages may take on two cores (default 15). Fields that
 are None here are computed from the counts of `cm3leon prepare_data`: resolution, size of the text
 vocabulary, length of rows, share of texts, batch sizes and steps. docs/own_images.md walks through
-a run. With --init_from, the run has the model and the tokenizers of that base, and tunes it
-(docs/tuning.md).
+a run. The run tunes a base, and has its model and tokenizers (docs/tuning.md): the bundle
+`illustrations`, or what --init_from names. With none, it trains the model below from random
+parameters; a config of yours with another model sets `train.base` to "".
 """
 
 import ml_collections
@@ -30,6 +32,7 @@ FOLLOW = {
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config = base.small_config()
   config.train.minutes = 15 * base.scale_of(variant, named=())
+  config.train.base = "illustrations"
   # `max_rejected` is high, because a few damaged files are a large share of 300 images.
   config.raw.update(source="", resolution=0, heldout_fraction=0.07, max_rejected=0.1)
   config.raw.crops = -1  # Adds random crops, because a model soon overfits a few hundred images.

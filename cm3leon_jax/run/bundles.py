@@ -33,7 +33,7 @@ from cm3leon_jax.tokenizers import text
 
 FILE = "bundle.json"
 FIELDS = {"settings": dict, "step": int, "digests": dict}
-INSTALLED = ("scenes", "scenes-instruct")  # Bundles that the package contains.
+INSTALLED = ("scenes", "scenes-instruct", "illustrations")  # Bundles that the package contains.
 MODEL = ("params.safetensors", "config.json")
 # Stage -> the files that a bundle copies from it.
 FILES = {"text_tokenizer": text.FILES, "vqgan": MODEL, "clip": MODEL}

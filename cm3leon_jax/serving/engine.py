@@ -215,8 +215,7 @@ class Engine:
       self._changed.wait_for(lambda: self._closing or self._busy or not self.is_warm)
       if self._closing:
         return False
-      # If fewer than `slots` prepared jobs wait for their first slot, prepare up to `slots` jobs
-      # together, because retrieval costs the same for one job and for a batch.
+      # Prepare jobs together, because retrieval costs the same for one job and for a batch.
       most = self.slots if sum(o.begun == 0 for o in self._open) < self.slots else 0
       taken = [self._incoming.popleft() for _ in range(min(most, len(self._incoming)))]
     self._prepare([job for job in taken if not job.cancelled])
@@ -287,8 +286,7 @@ class Engine:
   def _fill(self) -> None:
     """Starts samples while slots are free. A slot goes to the job with the fewest running samples.
 
-    Among several such jobs, it goes to the one that got no slot for the longest time. If the bucket
-    of a job has no free slot, other jobs may start before it.
+    Among several, it goes to the one that got no slot for the longest time, if its bucket has one.
     """
     running, full = Counter(opened for opened, _ in self._running.values()), list[Bucket]()
     while waiting := [opened for opened in self._open if opened.bucket not in full]:

@@ -169,6 +169,7 @@ def test_the_config_for_own_images_leaves_to_the_data_what_follows_from_it():
   assert set(from_data.missing(config)) == {name for names in own.FOLLOW.values() for name in names}
   assert config.model.vocab_size is None
   assert (own.get_config("30").train.minutes, config.train.minutes) == (30.0, 15.0)
+  assert bundles.is_bundle(bundles.folder_of(config.train.base))
 
 
 def test_published_models_leave_the_decoder_of_350m_and_the_variant_counts_images():

@@ -34,7 +34,7 @@ def finish(folder, name):
   write_json(folder / name / stages.DONE, {})
 
 
-@pytest.mark.parametrize("name", bundles.INSTALLED)
+@pytest.mark.parametrize("name", ["scenes", "scenes-instruct"])
 def test_the_bundled_models_have_documents_with_neighbors_and_none_is_held_out_and_trained(name):
   settings, folder = base_documents.find(name)
   captions = []

@@ -74,7 +74,7 @@ def test_files_of_instructions_are_named_without_a_license(tmp_path):
     assert [(x["source"], x["license"], x["records"]) for x in found[1:]] == expected
 
 
-@pytest.mark.parametrize("name", bundles.INSTALLED)
+@pytest.mark.parametrize("name", ["scenes", "scenes-instruct"])
 def test_a_run_that_began_from_an_installed_model_knows_its_data(tmp_path, name):
   run = make_run(epath.Path(tmp_path / "run"), "MIT", name)
   found = training_data.collect(run, bundles.folder_of)
