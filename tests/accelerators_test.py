@@ -29,7 +29,7 @@ def test_importing_is_light_and_loading_uses_the_cpu_where_there_is_nothing_else
   result = python(LIGHT, cwd=ROOT, env=environment, check=True)
   assert result.stdout.splitlines() == [
     "there is no folder nowhere: give the workdir of a run, the folder of a bundle, or the name "
-    "of an installed one: scenes, scenes-instruct.",
+    "of an installed one: scenes, scenes-instruct, illustrations.",
     "cpu",
   ]
   with pytest.raises(AttributeError, match="has no attribute 'CM4Leon'"):
