@@ -76,7 +76,7 @@ _CACHE_DTYPE = flags.DEFINE_enum(
   "cache_dtype", "compute", ("compute", "int8"), "Dtype of the cache entries."
 )
 _DRAFTS = flags.DEFINE_integer(
-  "drafts", 0, "Image codes that a step reads, most of them guesses; 0 reads one.", lower_bound=0
+  "drafts", 0, "Image codes that a step reads: the last and guesses; 0: no guesses.", lower_bound=0
 )
 
 

@@ -2,7 +2,8 @@
 
 This is Jacobi decoding with coupled noise (arXiv 2510.24211). The random numbers of a token depend
 only on its sample's key, its place and its id. So a token does not depend on how many tokens a step
-reads, and all samples equal those without drafts. Codes after a wrong guess are the next guesses.
+reads, and samples equal those without drafts, up to rounding. Codes after a wrong guess are the
+next guesses. Every step costs as much as one of W codes, also where it samples a token of a text.
 
   window 4, guesses 5 6 7, last token 3: reads 3 5 6 7 and samples 5 6 8 2
   keeps 5 6 8; the next step reads 8 2 and two more guesses

@@ -52,7 +52,8 @@ class GeneratorConfig:
     weight_dtype: `compute`, or `int8` for the matrices of the blocks.
     cache_dtype: `compute` or `int8`.
     drafts: number of image codes that a step reads: the last one and guesses of the next ones, see
-      `drafts.decode_step`. Samples stay the same up to rounding. 0 reads one, without guesses.
+      `drafts.decode_step`; at most the codes of an image. Samples stay the same up to rounding. 0
+      reads one, without guesses.
     image_head: whether to compute only the logits of image codes while only image codes are legal.
   """
 
@@ -76,6 +77,11 @@ class GeneratorConfig:
     for field, least in (("batch_size", 1), ("drafts", 0)):
       if (value := getattr(self, field)) < least:
         raise ValueError(f"{field} is {value}; it must be at least {least}.")
+
+  @property
+  def window(self) -> int:
+    """Number of image codes that a step reads; 0 without drafts."""
+    return min(self.drafts, self.image_tokens)
 
   @classmethod
   def of(cls, settings: Settings, **fields: Any) -> "GeneratorConfig":
@@ -118,7 +124,7 @@ class GeneratorConfig:
       prompts, capacities = prompts._replace(drafts=guesses), (most,)
     compiled = self.model, Grammar(self.vocab, self.image_tokens), Sampler.of(sampling)
     return Batch(prompts, control), Static(
-      *compiled, self.cache_dtype, widths, most, capacities, self.drafts
+      *compiled, self.cache_dtype, widths, most, capacities, self.window
     )
 
 

@@ -216,7 +216,7 @@ class Pipeline:
 
     def show_steps(more: int) -> None:
       steps.append(more)
-      bar.set_postfix(tokens=sum(steps))  # Tokens per sample in this batch.
+      bar.set_postfix(steps=sum(steps))  # Of this batch.
 
     with progress_bar(
       total=total, desc="generate", unit="sample", disable=not show_progress

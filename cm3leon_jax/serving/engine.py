@@ -19,7 +19,7 @@ from cm3leon_jax.decoding.result import sample_seed
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.serving import jobs as jobs_lib
 from cm3leon_jax.serving.errors import ApiError, internal, stopping
-from cm3leon_jax.serving.jobs import Failed, Finished, Job, Neighbor, OpenJob, Progress
+from cm3leon_jax.serving.jobs import Event, Failed, Finished, Job, Neighbor, OpenJob, Progress
 from cm3leon_jax.serving.tasks import refused
 
 RETRY_SECONDS = "2"
@@ -45,7 +45,7 @@ class Engine:
     Args:
       mesh: mesh on which the pipeline was loaded.
       slots: number of slots of each bucket.
-      chunk: number of tokens that each sample gains between two deliveries of events.
+      chunk: number of steps between two deliveries of events.
       buckets: number of buckets between which decoding alternates; see `ContinuousGenerator`.
       queue_limit: largest number of jobs with samples that wait for a slot.
 
@@ -64,7 +64,7 @@ class Engine:
     # Ticket -> a job and the index of one of its samples.
     self._running: dict[int, tuple[OpenJob, int]] = {}
     self._generator = self._fresh()
-    self._closing, self._warming = False, self._warm_up()
+    self._closing, self._warming, self._warms = False, self._warm_up(), True
     self.is_warm = False  # Whether all programs of usual requests are compiled.
     self._ready = threading.Event()
     self.failure: BaseException | None = None
@@ -179,32 +179,32 @@ class Engine:
 
   def _warm_up(self) -> Iterator[bool]:
     """Compiles what a first request usually needs, then one of the other programs at a time."""
-    pipeline, tasks = self.pipeline, jobs_lib.usual_tasks(self.pipeline)
+    pipeline, tasks, events = self.pipeline, jobs_lib.usual_tasks(self.pipeline), list[Event]()
     usual = jobs_lib.usual_buckets(pipeline, tasks)
     self._generator = self._fresh(list(usual))
-    first, *others = [
-      Job(task, 1, lambda event: None, shows_progress=True, explains=True, is_test=True)
-      for task in tasks
-    ]
+    first, *others = jobs_lib.test_jobs(tasks, events.append)
     self._prepare([first])
-    if not self._open:
-      raise RuntimeError(
-        f"the server cannot start: a test of the task {first.task.name} has failed."
-      )
     while self._open or self._running:
       self._compute()
-    yield False
+    if any(isinstance(event, Failed) for event in events):
+      raise RuntimeError(f"the server cannot start: a test of the task {first.task.name} failed.")
+    yield True
     for job in others:
       self._prepare([job])
-      yield False
+      yield True
     large = {largest(bucket, pipeline.generator.config): usual[bucket] for bucket in usual}
     sizes = sorted({self._generator.shards, self.slots})
     for cases, together in itertools.product((usual, large), sizes):
       for bucket, case in cases.items():
         # A new generator for each large bucket: only one of them has arrays at a time.
         generator = self._generator if cases is usual else self._fresh()
-        generator.warm(bucket, *case, together)
-        yield False
+        try:
+          generator.warm(bucket, *case, together)
+        except StepFailed:
+          _LOG.exception("a program could not be compiled or run")
+          events.append(Failed(internal()))
+        yield True
+    self.is_warm = not any(isinstance(event, Failed) for event in events)
 
   def _turn(self) -> bool:
     """Waits for jobs and computes one chunk. Returns False if the engine is closing.
@@ -212,7 +212,7 @@ class Engine:
     Without a job, it compiles the next program of `_warm_up`.
     """
     with self._changed:
-      self._changed.wait_for(lambda: self._closing or self._busy or not self.is_warm)
+      self._changed.wait_for(lambda: self._closing or self._busy or self._warms)
       if self._closing:
         return False
       # Prepare jobs together, because retrieval costs the same for one job and for a batch.
@@ -223,7 +223,7 @@ class Engine:
       if self._busy:
         self._compute()
       else:
-        self.is_warm = next(self._warming, True)
+        self._warms = next(self._warming, False)
     except Exception:
       _LOG.exception("decoding has failed")
       self._fail_running()

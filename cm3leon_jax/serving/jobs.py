@@ -192,6 +192,11 @@ def _fits(layout: PromptLayout, task: Task) -> bool:
   return True
 
 
+def test_jobs(tasks: Sequence[Task], deliver: Callable[[Event], None]) -> list[Job]:
+  """Returns jobs that use all programs of tasks."""
+  return [Job(task, 1, deliver, shows_progress=True, explains=True, is_test=True) for task in tasks]
+
+
 def usual_buckets(
   pipeline: Pipeline, tasks: Sequence[Task]
 ) -> dict[Bucket, tuple[Request, SamplingConfig]]:

@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 import time
+from unittest import mock
 
 import httpx
 import jax
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.data.documents.store import write_documents
-from cm3leon_jax.decoding.continuous.engine import StepFailed
+from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator, StepFailed
+from cm3leon_jax.decoding.continuous.slots import RunningBatch
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.serving import jobs
 from cm3leon_jax.serving.engine import Engine
@@ -144,6 +146,24 @@ def job(task, count=1):
       ended.set()
 
   return Job(task, count, deliver), events, ended
+
+
+@pytest.mark.parametrize(
+  ("broken", "method"), [(RunningBatch, "step"), (ContinuousGenerator, "warm")]
+)
+def test_a_program_that_fails_is_not_hidden(model, monkeypatch, caplog, broken, method):
+  """Without the first programs the server does not start; without others, it is not warm."""
+  engine = Engine(model.pipeline, model.mesh, slots=3, chunk=4)
+  error = StepFailed([]) if method == "warm" else RuntimeError("broken")
+  monkeypatch.setattr(broken, method, mock.Mock(side_effect=error))
+  engine.start()
+  assert engine.wait_until_ready() == (method == "warm")
+  while engine._warms and engine.failure is None:
+    time.sleep(0.02)
+  assert not engine.is_warm
+  text = "could not be compiled" if method == "warm" else "the server cannot start"
+  assert text in f"{caplog.text} {engine.failure}"
+  assert engine.close(seconds=60)
 
 
 def test_samples_of_jobs_take_turns(engine):

@@ -48,7 +48,7 @@ class BatchState(NamedTuple):
   Attributes:
     loop: the decoding state. Its `ids`, `log_probs` and `count` refer to the last chunk only. With
       drafts, `ids` and `log_probs` have all tokens of each sample.
-    counts: number of tokens that the sample in each slot has so far.
+    counts: number of steps of the sample in each slot; without drafts, also of its tokens.
   """
 
   loop: LoopState
