@@ -24,7 +24,7 @@ from cm3leon_jax.data.raw import reader
 Images: TypeAlias = UInt8[np.ndarray, "n H W 3"]
 Features: TypeAlias = Float[np.ndarray, "n F"]
 # Pixels per side of a cell, and largest shift in pixels. Chosen on training drawings through a
-# tokenizer (docs/illustrations.md), never on samples.
+# tokenizer (docs/log.md), never on samples.
 CELL, SHIFT = 4, 1
 BINS = ((0, 100, 5), (-90, 90, 9), (-90, 90, 9))  # Lowest and highest value, and number, in Lab.
 CHUNK = 512  # Images whose features are computed together.
