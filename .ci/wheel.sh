@@ -62,7 +62,6 @@ from PIL import Image, ImageDraw
 
 pathlib.Path("drawings").mkdir()
 sides = {"top": 4, "bottom": 28}, {"left": 4, "right": 28}
-# The image tokenizer of `scenes` knows these colors alone.
 colors = {"red": "#dc001e", "orange": "#ff8200", "yellow": "#fae600", "green": "#009632",
           "cyan": "#00bee1", "blue": "#0032e6", "purple": "#9600be", "black": "#000000"}
 for color, shape, y, x in itertools.product(colors, ("rectangle", "ellipse"), *sides):

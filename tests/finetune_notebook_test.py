@@ -40,9 +40,9 @@ def test_the_notebook_runs(monkeypatch, tmp_path):
   resources = {"metadata": {"path": str(tmp_path)}}
   nbclient.NotebookClient(notebook, timeout=1_200, resources=resources).execute()
   printed = "".join(out.get("text", "") for cell in code_of(notebook) for out in cell.outputs)
-  assert "reconstructions: the image tokenizer of scenes reconstructs 16 of your images" in printed
+  assert "reconstructions: the image tokenizer pictures reconstructs held-out images" in printed
   assert re.search(r"forgetting: \d+ held-out documents of scenes: bits per image code", printed)
-  assert "[10/10] report" in printed
+  assert "[11/11] report" in printed
   stored = json.loads((tmp_path / "my_drawings" / "forgetting" / "done.json").read_text())
   assert stored["summary"]["image"]["documents"] == 200
   assert (tmp_path / "my_drawings" / "report.html").exists()

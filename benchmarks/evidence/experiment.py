@@ -15,12 +15,6 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import write_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Fields in which data and image tokenizer of older measurements differ from the demo's config:
-# they have more scenes of rare objects, and one codebook, trained in another way.
-OLDER = {
-  "raw.options.shares": (1.0, 2.0, 1.0, 1.0, 2.0, 3.0, 3.0), "vqgan.steps": 2_000,
-  "vqgan.learning_rate": 0.012, "vqgan.l1_weight": 0.1, "vqgan.quantizer": "", "vqgan.code_dim": 8,
-}  # fmt: skip
 
 
 def chosen_conditions(

@@ -93,22 +93,25 @@ def _open_boards(folder: epath.Path, enabled: bool, first_step: int) -> list:
 def _installed(
   settings: Settings, workdir: epath.Path
 ) -> tuple[vqgan.ImageTokenizer | None, dict[str, str]]:
-  """Returns the tokenizer that `vqgan.source` names, and its digest if it is that of a base."""
+  """Returns the tokenizer that `vqgan.source` names, of the package or the base, and its digest."""
   name, codes = settings.vqgan.source, settings.vocab.image_size
   if not name:
     return None, {}
   if not (base := base_documents.copied_from(workdir)):
-    return published_files.read_installed(name, codes, settings.vqgan), {}
-  opened = run.Run.open(base)
-  found = {initial.IMAGES: str(digests.digest(opened.stages / "vqgan" / vqgan.PARAMS))}
-  return published_files.fit(opened.images, codes, settings.vqgan), found
+    tokenizer = published_files.read_installed(name, codes, settings.vqgan)
+    folder = published_files.installed_folder(name)
+  else:
+    opened = run.Run.open(base)
+    tokenizer = published_files.fit(opened.images, codes, settings.vqgan)
+    folder = opened.stages / "vqgan"
+  return tokenizer, {initial.IMAGES: str(digests.digest(folder / vqgan.PARAMS))}
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
   _check_import(settings, workdir / "vqgan")
   if stages.is_given(workdir, "vqgan"):
     return
-  installed, of_base = _installed(settings, workdir)
+  installed, known = _installed(settings, workdir)
   features, inputs = _features("" if installed else settings.vqgan.perceptual)
   stage = stages.stage(workdir, "vqgan", settings, inputs)
   with common.use_mesh(settings), stage as summary:
@@ -134,7 +137,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       tokenizer = vqgan.ImageTokenizer.load(workdir / "vqgan")
       summary.update(_judge(settings, workdir, tokenizer))
       print("train_vqgan:", ", ".join(f"{k} {v:.4g}" for k, v in summary.items()))
-      summary.update(of_base)
+      summary.update(known)
     elif not settings.vqgan.source:
       trainer.print_other_steps("vqgan", workdir / "vqgan", settings.vqgan.steps)
   trainer.delete_checkpoints(workdir / "vqgan")

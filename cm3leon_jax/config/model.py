@@ -65,11 +65,6 @@ class ModelConfig:
   vocab_size: PositiveInt = 64_512
   """Number of text tokens and image codes. Omit it in a config, because it is computed from
   `vocab`."""
-  code_colors: NonNegativeInt = 0
-  """Number of colors, if image codes are pairs of a shape and a color. A config that omits it takes
-  it from `vqgan`. The embedding of such a code is the sum of vectors of its shape, its color and
-  the pair, so what is learned of a color holds for all shapes. 0 trains the embeddings one by
-  one."""
   num_layers: PositiveInt = 32
   """Number of layers."""
   width: PositiveInt = 4_096

@@ -80,11 +80,6 @@ class Settings:
       )
     if self.adapter.rank:
       self.adapter.matrices(self.model)
-    if self.vocab.image_size % self.vqgan.num_colors and self.vqgan.code_colors:
-      raise ValueError(
-        f"vqgan.num_colors is {self.vqgan.num_colors}; it must divide vocab.image_size = "
-        f"{self.vocab.image_size}."
-      )
     if self.vqgan.quantizer == "fsq":
       check_levels(self.vocab.image_size, self.vqgan.code_dim)
     for field in SPLIT_BY_TENSOR:
@@ -125,15 +120,13 @@ def default_of(field: dataclasses.Field) -> Any:
 def default_config() -> ml_collections.ConfigDict:
   """Returns a config with the defaults of all fields, so that a flag can override each of them.
 
-  `model.vocab_size` and `model.code_colors` are None, because `settings_from_config` computes them
-  from `vocab` and `vqgan`.
+  `model.vocab_size` is None, because `settings_from_config` computes it from `vocab`.
   """
   sections = {
     name: {f.name: default_of(f) for f in dataclasses.fields(cls)} for name, cls in SECTIONS.items()
   }
   config = ml_collections.ConfigDict({"seed": 0, **sections})
-  for field in ("vocab_size", "code_colors"):
-    config.model[field] = ml_collections.config_dict.placeholder(int)
+  config.model.vocab_size = ml_collections.config_dict.placeholder(int)
   return config
 
 
@@ -152,8 +145,6 @@ def settings_from_config(config: Mapping[str, Any] | ml_collections.ConfigDict) 
   model = dict(config["model"])
   if model.get("vocab_size") is None:
     model["vocab_size"] = vocab.size
-  if model.get("code_colors") is None:
-    model["code_colors"] = build(VQGANConfig, config["vqgan"], "vqgan").code_colors
   values = {**dict(config), "model": model}
   sections = {name: build(cls, values[name], name) for name, cls in SECTIONS.items()}
   return build(Settings, {"seed": config["seed"], **sections})

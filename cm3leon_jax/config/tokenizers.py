@@ -12,8 +12,7 @@ from cm3leon_jax.config import STRICT
 
 SMALLEST_PERCEPTUAL = 16  # Pixels. The network of `perceptual` halves the side four times.
 LEVELS = range(3, 9)  # Allowed numbers of levels of an FSQ channel.
-COLOR_DIM = 4  # Width of the color in a code of `shape_color`.
-Quantizer = Literal["", "fsq", "shape_color"]
+Quantizer = Literal["", "fsq"]
 Family = Literal["amused", "chameleon", "llamagen", "janus"]  # Published networks.
 Installed = Literal["", "pictures"]  # Trained tokenizers that the package contains.
 
@@ -73,12 +72,8 @@ class VQGANConfig:
   """Width of a code; for `fsq`, the number of channels."""
   quantizer: Quantizer = ""
   """Method that converts encodings to codes. Empty: the nearest entry of a learned codebook. `fsq`:
-  rounds each of `code_dim` channels to one of a few levels, without a codebook. `shape_color`: a
-  code is a pair of a shape and a color, from two learned codebooks; for drawings in flat colors on
-  white; needs `local_codes`. All have straight-through gradients."""
-  num_colors: PositiveInt = 8
-  """Number of colors of `shape_color`. It must divide `vocab.image_size`; the quotient is
-  the number of shapes."""
+  rounds each of `code_dim` channels to one of a few levels, without a codebook. Both have
+  straight-through gradients."""
   steps: PositiveInt = 500_000
   """Number of training steps; the learning rate decays to 0 over them, along one cosine."""
   batch_size: PositiveInt = 256
@@ -138,11 +133,6 @@ class VQGANConfig:
       raise ValueError(
         f"local_codes is set, but stem is {self.stem}; it must be downsample = {self.downsample}."
       )
-    if self.quantizer == "shape_color" and not (self.local_codes and self.code_dim > COLOR_DIM):
-      raise ValueError(
-        f"quantizer is shape_color, but local_codes is {self.local_codes} and code_dim is "
-        f"{self.code_dim}; local_codes must be True, and code_dim greater than {COLOR_DIM}."
-      )
     if self.resolution % self.downsample:
       raise ValueError(
         f"resolution is {self.resolution}; it must be a multiple of downsample = {self.downsample}."
@@ -172,11 +162,6 @@ class VQGANConfig:
   @property
   def num_levels(self) -> int:
     return int(math.log2(self.downsample // self.stem)) + 1
-
-  @property
-  def code_colors(self) -> int:
-    """Number of colors of codes that are pairs of a shape and a color; 0 for other codes."""
-    return self.num_colors if self.quantizer == "shape_color" and not self.published else 0
 
   @property
   def image_tokens(self) -> int:

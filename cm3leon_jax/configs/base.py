@@ -57,8 +57,8 @@ def small_config() -> ml_collections.ConfigDict:
   """Returns the config that the demos share, which train on two CPU cores in minutes."""
   config = get_config()
   config.vocab.num_special = 32
-  # A code represents a square of 6 x 6 pixels, and depends only on these pixels.
-  config.vqgan.update(downsample=6, stem=6, local_codes=True, width=64, code_dim=8)
+  # A code represents a square of 4 x 4 pixels, and depends only on these pixels.
+  config.vqgan.update(downsample=4, stem=4, local_codes=True, width=64, code_dim=8)
   config.vqgan.update(multipliers=(1,), encoder_blocks=(1,), decoder_blocks=(2,), l1_weight=0.1)
   config.vqgan.update(warmup_steps=50, adversarial_weight=0.0)
   config.vqgan.update(restart_every=50, checkpoint_every=200)
@@ -78,7 +78,7 @@ def small_config() -> ml_collections.ConfigDict:
   config.model.update(max_positions=512, init_std=0.034, embed_std=0.25, dtype="float32")
   config.model.update(remat_policy="none", loss_chunk=512, unroll_layers=True)
   # `align_images` gives the images of neighbor and document the same positions. `codebook_start`
-  # gives codes of one shape in two colors similar embeddings from the start.
+  # gives codes that look alike similar embeddings from the start.
   config.model.update(align_images=True, codebook_start=0.5, tied_start=True)
   config.optimizer.update(name="muon", warmup_steps=50, weight_decay=0.05, ema_decay=0.99)
   config.train.update(global_batch_size=2, log_every=50)

@@ -37,7 +37,7 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config.raw.update(source="", resolution=0, heldout_fraction=0.07, max_rejected=0.1)
   config.raw.crops = -1  # Adds random crops, because a model soon overfits a few hundred images.
   config.vocab.image_size = 2_048
-  config.vqgan.update(source="pictures", downsample=4, stem=4, learning_rate=5e-3)
+  config.vqgan.update(source="pictures", learning_rate=5e-3)
   config.clip.shift = 0.1
   config.optimizer.learning_rate = 2e-3
   # With temperature 0.2 and guidance 1, most samples are blank (docs/own_images.md).

@@ -8,7 +8,7 @@ import numpy as np
 
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.clip.model import PARAMS as CLIP_PARAMS
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, own_functions
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.data.documents.store import Bank, write_documents
@@ -21,9 +21,10 @@ from cm3leon_jax.run.run import Run
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.weights import layouts, stored_tensors
+from cm3leon_jax.weights import layouts, stored_tensors, tensor_files
 
 MOST_DOCUMENTS = 20_000  # A bundle has no search index, and is to fit into a package.
+FILE_BYTES, MOST_FILES = 4 * 2**20, 8  # Of the weights. The package has no file above 5 MB.
 
 
 def write(
@@ -63,9 +64,7 @@ def write(
   layouts.layout_of(settings.model).check(settings.model)
   described_base, of_base = _base(base, workdir) if base else (None, settings)
   _begin(folder)
-  huggingface.export(
-    folder, params, settings.model, settings.vocab, workdir / "text_tokenizer", "float16"
-  )
+  _write_weights(folder, run, params)
   write_json(folder / training_data.FILE, training_data.collect(workdir, bundles.folder_of))
   if base:
     settings = dataclasses.replace(settings, retrieval=of_base.retrieval)
@@ -76,7 +75,7 @@ def write(
     _write_stages(folder, workdir)
   names = _names_in(folder)
   described = {
-    "settings": plain(dataclasses.asdict(settings)),
+    "settings": _without_functions(plain(dataclasses.asdict(settings))),
     "step": step,
     "cost": cost,
     "base": described_base,
@@ -84,6 +83,23 @@ def write(
   }
   write_json(folder / bundles.FILE, described)
   return {"files": len(names), "bytes": sum((folder / name).stat().length for name in names)}
+
+
+def _without_functions(settings: dict) -> dict:
+  """Removes functions of the user's files, and their options: other machines lack these files."""
+  for section, field in own_functions.FIELDS:
+    if own_functions.is_function(settings[section][field]):
+      settings[section][field] = ""
+      settings[section].pop("options", None)
+  return settings
+
+
+def _write_weights(folder: epath.Path, run: Run, params: dict) -> None:
+  """Writes the parameters, the text tokenizer and their configs in the Hugging Face format."""
+  model, vocab, tokenizer = run.settings.model, run.settings.vocab, run.folder / "text_tokenizer"
+  size = 2 * sum(x.size for x in jax.tree.leaves(params))
+  of_file = min(max(FILE_BYTES, size // MOST_FILES), tensor_files.SHARD_BYTES)
+  huggingface.export(folder, params, model, vocab, tokenizer, "float16", of_file)
 
 
 def _names_in(folder: epath.Path) -> set[str]:
@@ -102,7 +118,7 @@ def _check_target(folder: epath.Path) -> None:
       f"{folder} is the folder of a run, whose tokenizers would be overwritten: choose another "
       "folder."
     )
-  written = bundles.is_bundle(folder) or (folder / huggingface.WEIGHTS).exists()
+  written = bundles.is_bundle(folder) or stored_tensors.are_in(folder)
   if folder.exists() and not written and (found := sorted(path.name for path in folder.iterdir())):
     raise UserError(
       f"{folder} contains '{found[0]}' and is not a bundle: choose a new or empty folder."

@@ -43,10 +43,6 @@ class Tokenizer:
       self.levels = torch.tensor(config["levels"], dtype=torch.float64)
       digits = torch.unravel_index(torch.arange(self.num_codes), config["levels"][::-1])
       self.codes = (torch.stack(digits[::-1], -1) / (self.levels // 2) - 1).float()
-    elif self.config["quantizer"] == "shape_color":  # Each shape in each color.
-      shapes, colors = (unit(tensors[f"codebook.{x}"].float()) for x in ("shapes", "colors"))
-      pairs = (shapes.repeat_interleave(len(colors), 0), colors.repeat(len(shapes), 1))
-      self.codes = unit(torch.cat(pairs, -1))
     else:
       self.codes = unit(tensors["codebook.table"].float())
 
@@ -85,25 +81,13 @@ class Tokenizer:
   def scores(self, pixels: torch.Tensor) -> torch.Tensor:
     """Returns the scores [T, K] of all codes for pixels [H, W, 3]: nearer codes score higher."""
     x, side = pixels.permute(2, 0, 1)[None], self.config["stem"]
-    is_pair = self.config["quantizer"] == "shape_color"
-    ink = -x.amin(1, keepdim=True)
-    z = self.network("encoder", space_to_depth(ink if is_pair else x, side))[0].flatten(1).T
-    if is_pair:
-      z = unit(torch.cat([unit(z), unit(colors_of(x, ink, side))], -1))
-    elif self.config["quantizer"] == "fsq":
+    z = self.network("encoder", space_to_depth(x, side))[0].flatten(1).T
+    if self.config["quantizer"] == "fsq":
       half, offset = (self.levels - 1) * 1.001 / 2, (1 - self.levels % 2) / 2
       z = (torch.tanh(z + torch.atanh(offset / half)) * half - offset) / (self.levels // 2)
     else:
       z = unit(z)
     return z.float() @ self.codes.T - self.codes.square().sum(-1) / 2
-
-
-def colors_of(x: torch.Tensor, ink: torch.Tensor, side: int) -> torch.Tensor:
-  """Returns the colors [T, 4] of the ink of squares of pixels [1, 3, H, W], without its white."""
-  amount = (1 + ink) / 2
-  sums = F.avg_pool2d(torch.cat([amount - (1 - x) / 2, amount], 1), side) * side**2
-  colors = 2 * sums[:, :3] / (sums[:, 3:] + 0.05) - 1
-  return torch.cat([colors, torch.ones_like(sums[:, 3:])], 1)[0].flatten(1).T
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:

@@ -92,6 +92,7 @@ def export(
   vocab: VocabLayout,
   tokenizer_folder: epath.PathLike | None,
   dtype: str = "float32",
+  shard_bytes: int = tensor_files.SHARD_BYTES,
 ) -> dict:
   """Writes files for `transformers.AutoModelForCausalLM` and `AutoTokenizer`, without torch.
 
@@ -103,6 +104,7 @@ def export(
       tokenizer's files.
     tokenizer_folder: folder of the text tokenizer; None omits the tokenizer.
     dtype: dtype of the weights in the file, a key of `tensor_files.DTYPES`.
+    shard_bytes: see `tensor_files.write`.
 
   Returns:
     {"architecture", "parameters", "bytes"}.
@@ -111,7 +113,8 @@ def export(
     UserError: the Hugging Face model does not support the decoder.
   """
   tensors = tensors_of(of_tree(params), config, dtype)
-  return write_model(folder, hf_config(config, vocab), tensors, vocab, tokenizer_folder, dtype)
+  described = hf_config(config, vocab)
+  return write_model(folder, described, tensors, vocab, tokenizer_folder, dtype, shard_bytes)
 
 
 def write_model(

@@ -17,7 +17,7 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.importing import qwen3, tokenizer
 from cm3leon_jax.importing.qwen3 import Tables
 from cm3leon_jax.importing.source import CONFIG, SourceCheckpoint, open_source
-from cm3leon_jax.run import exported, initial, stages, table
+from cm3leon_jax.run import initial, stages, table
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.weights import layouts, tensor_files
 from cm3leon_jax.weights.tensor_files import Tensor
@@ -78,7 +78,7 @@ def _own_fields(source: SourceCheckpoint) -> dict[str, dict]:
 
   A model with rotary positions accepts any `max_positions`.
   """
-  needed = exported.config_of(source.folder, dict(source.described))
+  needed = layouts.config_of(dict(source.described))
   if FAMILIES[needed["model"]["family"]].rotary:
     del needed["model"]["max_positions"]
   return needed

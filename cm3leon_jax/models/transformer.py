@@ -17,7 +17,7 @@ import numpy as np
 
 from cm3leon_jax.config.model import ROPE_BASE, ModelConfig
 from cm3leon_jax.mesh import gathered, spec
-from cm3leon_jax.models import attention, nnx_params, products, shape_color
+from cm3leon_jax.models import attention, nnx_params, products
 
 # Standard deviation of the initial learned positions, divided by init_std: 0.0002 / 0.006 (CM3Leon,
 # section 2.3).
@@ -370,12 +370,6 @@ def params_from_codebook(
   is_code = jnp.arange(config.vocab_size)[:, None] >= text_size
 
   def start(table: Float[Array, "V D"], std: float) -> Float[Array, "V D"]:
-    if colors := config.code_colors:
-      # Sums of two random vectors with half of the variance each.
-      text, shapes, ink, pairs = shape_color.split(table, text_size, colors)
-      scales = (math.sqrt(n / 2) for n in (colors, len(shapes)))
-      shapes, ink = (s * x for s, x in zip(scales, (shapes, ink)))
-      table = shape_color.join(shape_color.Parts(text, shapes, ink, 0 * pairs))
     layout = jax.typeof(table).sharding.spec
     near = jax.sharding.reshard(math.sqrt(share) * std * rows, layout)
     return jnp.where(is_code, math.sqrt(1 - share), 1) * table + near

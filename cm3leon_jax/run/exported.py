@@ -18,7 +18,7 @@ from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import read_foreign_json, read_json
 from cm3leon_jax.run import bundles
 from cm3leon_jax.run.folders import ABOUT, DIGESTS, IMAGES, KINDS, TREE, kind_of
-from cm3leon_jax.weights import layouts, placed, sealing
+from cm3leon_jax.weights import placed, sealing
 from cm3leon_jax.weights.stored import array_spec
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 
@@ -72,23 +72,6 @@ def digest_of_params(folder: epath.Path) -> str:
   """
   text = json.dumps(_digests(folder)[0], indent=1) + "\n"
   return hashlib.sha256(text.encode()).hexdigest()
-
-
-def config_of(folder: epath.Path, described: dict) -> dict[str, dict]:
-  """Returns the fields of the config sections `model` and `vocab` of an export or bundle.
-
-  `described` is the content of its config.json. If an earlier version wrote that file, it lacks
-  `code_colors`, which is then read from the stored settings.
-
-  Raises:
-    KeyError, TypeError, AttributeError: `cm3leon export` did not write the files.
-  """
-  fields = layouts.config_of(described)
-  for path in (folder / bundles.FILE, folder / ABOUT):
-    if "code_colors" not in fields["model"] and path.exists():
-      model = read_foreign_json(path, {}).get("settings", {}).get("model", {})
-      fields["model"] |= {x: y for x, y in model.items() if x == "code_colors"}
-  return fields
 
 
 @foreign.reads("an export")

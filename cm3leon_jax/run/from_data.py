@@ -35,10 +35,7 @@ PATCH = 4  # Side length, in pixels, of the square that a code represents.
 LONG = 1.5  # A row has space for captions of this many times the mean length.
 LEAST_STEPS = {"vqgan": 300, "clip": 30, "train": 100}
 MOST_STEPS = {"vqgan": 6_000, "clip": 400, "train": 20_000}
-OTHERS = (
-  "model.vocab_size",
-  "model.code_colors",
-)  # Fields that are computed from other fields, not from the data.
+OTHERS = ("model.vocab_size",)  # Fields that are computed from other fields, not from the data.
 # Sections and fields that a run has in common with its base.
 FOLLOWED = {
   *("vocab", "model", "vqgan", "clip", "text_tokenizer", "data", "sampling"),
@@ -49,7 +46,7 @@ FOLLOWED = {
 NOT_FOLLOWED = {
   *("data.text_share", "data.interleaved_share", "data.base_documents", "data.base_share"),
   *("data.read_threads", "data.on_bad_record", "data.max_skipped"),
-  *("model.vocab_size", "model.code_colors", "vqgan.steps", "clip.steps"),
+  *("model.vocab_size", "vqgan.steps", "clip.steps"),
 }
 BASE_DOCUMENTS, BASE_SHARE = 4_000, 0.1
 # Share of the base's learning rate. With the whole rate, the bundled model learned no more of 240

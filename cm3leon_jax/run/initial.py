@@ -18,7 +18,7 @@ from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
 from cm3leon_jax.run import adapters, bundles, exported, folders, stages, table
 from cm3leon_jax.run.adapters import Adapters, Weights
-from cm3leon_jax.weights import reading, stored_tensors, tensor_files
+from cm3leon_jax.weights import layouts, reading, stored_tensors, tensor_files
 
 IMAGE_TOKENIZER = f"{folders.IMAGES}/params.safetensors"  # Path in an exported model.
 # Key in the summary of the stage INIT, and of a stage `vqgan` that trained only the decoder of an
@@ -132,7 +132,7 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
     described = read_json(folder / "config.json", {"model": dict})
     expected = {part: expected[part] for part in ("model", "vocab")}
   elif stored_tensors.are_in(folder):
-    described = exported.config_of(folder, read_json(folder / "config.json", {}))
+    described = layouts.config_of(read_json(folder / "config.json", {}))
     expected = {part: {k: expected[part][k] for k in described[part]} for part in described}
   else:
     raise UserError(

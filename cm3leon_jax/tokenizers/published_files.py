@@ -278,23 +278,26 @@ def read_own(source: epath.PathLike) -> Read:
 
 def read_installed(name: str, num_codes: int, vqgan: VQGANConfig) -> ImageTokenizer:
   """Reads a tokenizer of the package, `vqgan.source`. Raises UserError as `fit` does."""
-  folder = epath.Path(str(importlib.resources.files("cm3leon_jax"))) / "assets" / "tokenizers"
-  return fit(ImageTokenizer.load(folder / name), num_codes, vqgan)
+  return fit(ImageTokenizer.load(installed_folder(name)), num_codes, vqgan)
+
+
+def installed_folder(name: str) -> epath.Path:
+  """Returns the folder of a tokenizer of the package."""
+  return epath.Path(str(importlib.resources.files("cm3leon_jax"))) / "assets/tokenizers" / name
 
 
 def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageTokenizer:
   """Returns an imported tokenizer, set to the resolution in a config.
 
-  `num_codes` is `vocab.image_size` of the config. Only `resolution`, `downsample` and `code_colors`
-  of `vqgan` are read. A tokenizer with `local_codes` fits every resolution.
+  `num_codes` is `vocab.image_size` of the config. Only `resolution` and `downsample` of `vqgan`
+  are read. A tokenizer with `local_codes` fits every resolution.
 
   Raises:
-    UserError: the codebook, its colors or the grid of codes differ from the config.
+    UserError: the codebook or the grid of codes differs from the config.
   """
-  config, colors = tokenizer.config, 0
+  config = tokenizer.config
   sides: tuple[int, ...] = (config.resolution,)
   if isinstance(config, VQGANConfig):
-    colors = config.code_colors
     sides += (vqgan.resolution,) * config.local_codes
   else:
     sides = RESOLUTIONS[config.family]
@@ -304,9 +307,6 @@ def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageT
     "vqgan.resolution": (vqgan.resolution, side),
     "vqgan.downsample": (vqgan.downsample, config.downsample),
   }
-  if colors != vqgan.code_colors:
-    needed["vqgan.quantizer"] = vqgan.quantizer, getattr(config, "quantizer", "")
-    needed["vqgan.num_colors"] = vqgan.code_colors, colors or vqgan.code_colors
   if wrong := {name: new for name, (old, new) in needed.items() if old != new}:
     flags = " ".join(f"--config.{name}={value}" for name, value in wrong.items())
     raise UserError(f"the image tokenizer has other codes than the config: add the flags {flags}")

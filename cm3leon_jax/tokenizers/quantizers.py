@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 import numpy as np
 
-from cm3leon_jax.config.tokenizers import COLOR_DIM, Quantizer, check_levels, levels_of
+from cm3leon_jax.config.tokenizers import Quantizer, check_levels, levels_of
 
 Vectors: TypeAlias = Float[Array | np.ndarray, "*B E"]
 
@@ -54,30 +54,6 @@ class Codebook(nnx.Module):
   def __call__(self, indices: Int[Array | np.ndarray, "*B"]) -> Float32[Array, "*B E"]:
     """Looks up codes: int32 [...] -> [..., E] of norm 1."""
     return self.vectors()[indices]
-
-
-class ShapeColor(Codebook):
-  """K learned codes that are pairs: code = shape x number of colors + color.
-
-  A code consists of the vector of its shape and that of its color, each of norm sqrt(1 / 2). The
-  nearest code is therefore the pair of the nearest shape and the nearest color.
-  """
-
-  def __init__(self, num_codes: int, num_colors: int, code_dim: int, rngs: nnx.Rngs):
-    shape = (num_codes // num_colors, code_dim - COLOR_DIM)
-    self.shapes = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32))
-    self.colors = nnx.Param(jax.random.normal(rngs.params(), (num_colors, COLOR_DIM), jnp.float32))
-
-  def vectors(self) -> Float32[Array, "K E"]:
-    """Returns all codes, [K, E]."""
-    shapes, colors = self.shapes[...], self.colors[...]
-    both = [jnp.repeat(shapes, len(colors), 0), jnp.tile(colors, (len(shapes), 1))]
-    return self.prepare(jnp.concatenate(both, -1))
-
-  def prepare(self, encodings: Vectors) -> Float[Array, "*B E"]:
-    """Scales the shape and the color of encodings [..., E] to norm sqrt(1 / 2)."""
-    parts = [l2_normalize(x) for x in (encodings[..., :-COLOR_DIM], encodings[..., -COLOR_DIM:])]
-    return jnp.concatenate(parts, -1) * np.float32(np.sqrt(0.5))
 
 
 class FSQ(nnx.Module):
@@ -121,18 +97,14 @@ class FSQ(nnx.Module):
     return strides.reshape((1,) * (ndim - 1) + (-1,))
 
 
-def make(
-  kind: Quantizer, num_codes: int, code_dim: int, rngs: nnx.Rngs, num_colors: int = 1
-) -> Codebook | FSQ:
-  """Makes the quantizer of a config. Only `shape_color` uses `num_colors`.
+def make(kind: Quantizer, num_codes: int, code_dim: int, rngs: nnx.Rngs) -> Codebook | FSQ:
+  """Makes the quantizer of a config.
 
   Raises:
     ValueError: see `check_levels`.
   """
   if kind == "fsq":
     return FSQ(num_codes, code_dim)
-  if kind == "shape_color":
-    return ShapeColor(num_codes, num_colors, code_dim, rngs)
   return Codebook(num_codes, code_dim, rngs)
 
 
@@ -141,15 +113,9 @@ def restarted(
 ) -> dict[str, Float[Array, "_ _"]]:
   """Replaces codes that were not used by those of `new`.
 
-  `tables` are the parameters of a quantizer with a codebook. Of `shape_color`, shapes that were in
-  no used code are replaced. Most encodings are of white squares, so their colors would not help.
+  `tables` are the parameters of a quantizer with a codebook.
   """
-  if "table" in tables:
-    return {"table": jnp.where((usage == 0)[:, None], new, tables["table"])}
-  shapes = tables["shapes"]
-  used = usage.reshape(len(shapes), -1).sum(1)
-  new = new[: len(shapes), :-COLOR_DIM]
-  return {**tables, "shapes": jnp.where((used == 0)[:, None], new, shapes)}
+  return {"table": jnp.where((usage == 0)[:, None], new, tables["table"])}
 
 
 def loss(

@@ -21,11 +21,11 @@ from jaxtyping import Array, Float, Float32, Int32, Key, UInt8
 import numpy as np
 
 from cm3leon_jax.config import UserError, build, current_fields
-from cm3leon_jax.config.tokenizers import COLOR_DIM, VQGANConfig
+from cm3leon_jax.config.tokenizers import VQGANConfig
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.models import nnx_params
 from cm3leon_jax.run import stages
-from cm3leon_jax.tokenizers import ink, published, quantizers
+from cm3leon_jax.tokenizers import published, quantizers
 from cm3leon_jax.weights import stored_tensors
 
 PARAMS = "params.safetensors"
@@ -83,32 +83,21 @@ class ConvBlock(nnx.Module):
 
 
 class Encoder(nnx.Module):
-  """Encodes pixels in [-1, 1]: [B, H, W, 3] -> [B, h, w, E].
-
-  For `shape_color`, the network encodes only the ink; the color of the ink is not learned.
-  """
+  """Encodes pixels in [-1, 1]: [B, H, W, 3] -> [B, h, w, E]."""
 
   def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
     self.stem, self.local = config.stem, config.local_codes
-    self.sees_ink = config.quantizer == "shape_color"
-    size, channels = 1 if self.local else 3, 1 if self.sees_ink else 3
+    size = 1 if self.local else 3
     widths = [config.width * m for m in config.multipliers]
-    self.conv_in = conv(channels * config.stem**2, widths[0], size, rngs)
+    self.conv_in = conv(3 * config.stem**2, widths[0], size, rngs)
     self.levels = nnx.List(
       nnx.List(ConvBlock(w, size, self.local, rngs) for _ in range(n))
       for w, n in zip(widths, config.encoder_blocks)
     )
     self.downs = nnx.List(conv(a, b, 4, rngs, stride=2) for a, b in itertools.pairwise(widths))
-    outputs = config.code_dim - COLOR_DIM if self.sees_ink else config.code_dim
-    self.conv_out = conv(widths[-1], outputs, 1, rngs)
+    self.conv_out = conv(widths[-1], config.code_dim, 1, rngs)
 
   def __call__(self, x: Pixels) -> Float[Array, "B h w E"]:
-    if self.sees_ink:
-      return jnp.concatenate([self.network(ink.ink_of(x)), ink.color_of(x, self.stem)], -1)
-    return self.network(x)
-
-  def network(self, x: Channels) -> Float[Array, "B h w _"]:
-    """Applies the convolutions."""
     x = self.conv_in(space_to_depth(x, self.stem))
     for i, blocks in enumerate(self.levels):
       if i:
@@ -155,9 +144,7 @@ class VQGAN(nnx.Module):
 
   def __init__(self, config: VQGANConfig, num_codes: int, rngs: nnx.Rngs):
     self.encoder = Encoder(config, rngs)
-    self.codebook = quantizers.make(
-      config.quantizer, num_codes, config.code_dim, rngs, config.num_colors
-    )
+    self.codebook = quantizers.make(config.quantizer, num_codes, config.code_dim, rngs)
     self.decoder = Decoder(config, rngs)
 
   def __call__(self, x: Pixels) -> tuple[Float[Array, "B H W 3"], Encodings, Encodings, Indices]:
@@ -280,7 +267,7 @@ class ImageTokenizer:
       params = stored_tensors.load(folder / PARAMS, expected, "import_vqgan")
       return cls(other, stored["num_codes"], params, other.batch_size)
     stored = read_json(folder / CONFIG, {"vqgan": dict, "num_codes": int})
-    config = build(VQGANConfig, stored["vqgan"], "vqgan")
+    config = build(VQGANConfig, current_fields("vqgan", stored["vqgan"]), "vqgan")
     expected = jax.eval_shape(lambda: init_params(config, stored["num_codes"], jax.random.key(0)))
     params = stored_tensors.load(folder / PARAMS, expected, "train_vqgan")
     return cls(config, stored["num_codes"], params)

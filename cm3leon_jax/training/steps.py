@@ -63,8 +63,7 @@ def compile_steps(
   If `adapter` has a rank, only adapters are trained, and the functions need a base (`Steps.over`).
   """
   adapter = adapter or AdapterConfig()
-  colors = 0 if adapter.rank else model.code_colors
-  optimizer = create_optimizer(optimizer_config, config.steps, vocab.text_size, colors)
+  optimizer = create_optimizer(optimizer_config, config.steps)
 
   def make_step(optimizer: optax.GradientTransformation) -> Callable:
     return functools.partial(

@@ -255,8 +255,6 @@ def transposed(
 def config_of(described: dict) -> dict[str, dict]:
   """Returns the fields of the config sections `model` and `vocab`; the inverse of `hf_config`.
 
-  Earlier versions did not write `code_colors`; the result then lacks it.
-
   Raises:
     KeyError: a field is absent or unknown, so `hf_config` did not write `described`.
   """
@@ -273,8 +271,6 @@ def config_of(described: dict) -> dict[str, dict]:
     "align_images": described["cm3leon"].get("align_images", False),
     **LAYOUTS[family].read_fields(described),
   }
-  if "code_colors" in described["cm3leon"]:
-    model["code_colors"] = described["cm3leon"]["code_colors"]
   return {"model": model, "vocab": {name: described["cm3leon"][name] for name in VOCAB_FIELDS}}
 
 
@@ -286,7 +282,7 @@ def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
   """
   layout = layout_of(config)
   own = {name: getattr(vocab, name) for name in VOCAB_FIELDS}
-  own |= {"align_images": config.align_images, "code_colors": config.code_colors}
+  own["align_images"] = config.align_images
   if config.align_images:
     own["position_ids"] = POSITION_IDS
   return {

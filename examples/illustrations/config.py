@@ -28,7 +28,7 @@ def get_config(variant: str = "150") -> ml_collections.ConfigDict:
   # Without the crops, the held-out loss rises after five passes over the drawings (docs/log.md).
   config.raw.update(source="illustrations_data", resolution=side, crops=2)
   config.vocab.update(text_size=512, image_size=2_048)
-  config.vqgan.update(source="pictures", resolution=side, downsample=4, stem=4)
+  config.vqgan.update(source="pictures", resolution=side)
   config.clip.update(resolution=side, batch_size=128, shift=0.1)
   config.clip.steps = max(10, min(CLIP_STEPS, round(10 * minutes)))
   # The best document by the caption precedes a drawing, as at inference. As in the paper, queries

@@ -21,14 +21,14 @@ from cm3leon_jax.run import from_data
 from examples.scenes.options import ScenesConfig
 
 HERE = pathlib.Path(__file__).parent  # Absolute, so that other configs can start from this one.
-STEPS = {"vqgan": 4_000, "clip": 200, "train": 4_200}  # Steps that fit in 15 minutes.
-LONG_STEPS = {"vqgan": 6_000, "clip": 250, "train": 8_000}
+STEPS = {"clip": 200, "train": 3_400}  # Steps that fit in 15 minutes.
+LONG_STEPS = {"clip": 250, "train": 7_000}
 
 
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   scale = base.scale_of(variant)
   config = base.small_config()
-  config.vocab.update(text_size=1_024, image_size=1_024)
+  config.vocab.update(text_size=1_024, image_size=2_048)
   config.raw.update(source=f"{HERE}/source.py:records", resolution=48)
   # Scenes of several objects are learned last, copying from a document early (docs/log.md).
   # All options are set, so that flags can override each of them.
@@ -44,21 +44,19 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   # several objects or without a place. With this threshold, such captions get no neighbors. Some
   # captions that name a common object and its color get none either.
   config.retrieval.min_similarity = 0.58
-  # Each of the four places covers 4 x 4 codes, so an icon has the same codes at every place.
-  # A code is a pair of one of 128 shapes and one of 8 colors, so the decoder can draw an object in
-  # a color that training never shows (docs/log.md).
-  config.vqgan.update(resolution=48, batch_size=16, quantizer="shape_color", code_dim=12)
-  config.vqgan.update(learning_rate=5e-3, l1_weight=0.5)
+  config.vqgan.update(source="pictures", resolution=48)
   config.clip.update(resolution=48, batch_size=128, shift=0.0)
   config.data.text_share = 0.0
+  # Two scenes with their documents, of 144 codes an image, fit into a row.
+  config.data.sequence_length = config.model.max_positions = 640
   config.optimizer.learning_rate = 3e-3
-  # Only a few of the 1,024 codes are likely. `contrastive_k` = 16 would allow all codes.
+  # Only a few of the 2,048 codes are likely. `contrastive_k` = 16 would allow all codes.
   config.sampling.update(temperature=0.5, guidance=1.25, contrastive_k=1)
   config.evaluation.update(judge=f"{HERE}/judge/answers.py:mistakes", neighbors=1)
   config.evaluation.update(captions=240, guidance=(1.0, 1.25))
   for stage, count in STEPS.items():
     config[stage].steps = LONG_STEPS[stage] if variant == "long" else max(10, round(count * scale))
-  config.train.update(from_data.intervals(config.train.steps), eval_batches=32)
+  config.train.update(from_data.intervals(config.train.steps), eval_batches=32, global_batch_size=3)
   if variant == "long":
     _lengthen(config)
   return config
@@ -70,7 +68,7 @@ def _lengthen(config: ml_collections.ConfigDict) -> None:
   config.model.update(width=192, num_heads=3, mlp_width=448)
   config.optimizer.update(learning_rate=2e-3, warmup_steps=100, ema_decay=0.998)
   config.evaluation.update(captions=600, guidance=(1.0, 1.25, 1.5, 2.0))
-  config.train.update(global_batch_size=4, eval_batches=16)
+  config.train.eval_batches = 16
 
 
 def scenes_of(settings: Settings) -> ScenesConfig:

@@ -7,7 +7,7 @@
   python -m examples.scenes.grade --workdir=workdir/scenes_instruct
 
 The variant is the time in minutes that all stages may take on two cores (default 15). It scales
-only the training steps. The variant `long` is the recipe of the bundled model: it trains 8,000
+only the training steps. The variant `long` is the recipe of the bundled model: it trains 10,000
 steps on more records. In half of these records, the image tokenizer has encoded and decoded the
 input image, so that it looks like a generated image.
 """
@@ -18,7 +18,7 @@ from cm3leon_jax.configs import base
 from cm3leon_jax.run import from_data
 from examples.scenes import config as scenes
 
-STEPS, LONG_STEPS = 1_600, 8_000
+STEPS, LONG_STEPS = 1_600, 10_000
 TASKS = "workdir/scene_instructions/tasks.yaml"  # `make_instructions` writes it.
 
 
@@ -33,7 +33,7 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config.optimizer.update(learning_rate=2.5e-3, warmup_steps=50, ema_decay=0.99)
   # Text is decoded greedily. Edits use almost no guidance.
   config.sampling.update(text_top_k=1, image_guidance=1.0, edit_guidance=1.25)
-  config.train.update(steps=max(10, steps), global_batch_size=4, eval_batches=16)
+  config.train.update(steps=max(10, steps), eval_batches=16)
   config.train.update(from_data.intervals(steps))
   if variant == "long":
     config.optimizer.update(learning_rate=2e-3, warmup_steps=100, ema_decay=0.998)

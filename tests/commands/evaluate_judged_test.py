@@ -189,7 +189,12 @@ def test_only_the_config_of_the_command_names_a_judge(made, tmp_path, monkeypatc
       CM3Leon.load(made).generate("a bell", seed=0, retrieve=0)
       params, step = reading.load_params(made / "train", SETTINGS.model)
       bundle.write(tmp_path / "bundle", Run.open(made), params, step)
-    assert evil in (tmp_path / "bundle" / "bundle.json").read_text()
+    bundled = tmp_path / "bundle" / "bundle.json"
+    assert evil not in bundled.read_text()
+    described = json.loads(bundled.read_text())
+    described["settings"]["raw"]["source"] = described["settings"]["reinforce"]["reward"] = evil
+    described["settings"]["evaluation"] |= {"judge": evil, "captions": 3}
+    bundled.write_text(json.dumps(described))  # As a stranger can write it.
     CM3Leon.load(tmp_path / "bundle").generate("a bell", seed=0)
     stored_of_base = config["settings"]
     fields = from_data.base_fields(stored_of_base, documents=True)

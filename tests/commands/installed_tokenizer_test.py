@@ -85,6 +85,7 @@ def test_known_images_need_no_training(tmp_path, capsys):
   assert made.config == expected.config
   jax.tree.map(np.testing.assert_array_equal, made.params, expected.params)
   assert read_json(tmp_path / "vqgan" / stages.DONE)["summary"]["steps"] == 0
+  assert initial.other_tokenizers("scenes", tmp_path) == []  # Its file has 16-bit numbers.
   command.main(make_settings(), tmp_path)
   assert capsys.readouterr().out == f"{tmp_path / 'vqgan'}: finished already, skipped.\n"
 
@@ -110,10 +111,9 @@ def test_of_unknown_images_only_the_decoder_learns(tmp_path, capsys):
                             before.params["decoder"]["conv_out"]["kernel"])  # fmt: skip
 
 
-def make_base(root, tokenizer):
+def make_base(root, tokenizer, settings):
   """Writes what a tuning reads of a base with this image tokenizer."""
   tokenizer.save(root / "vqgan")
-  settings = make_settings()
   stored = {"run": table.identity(settings, "train"), "settings": dataclasses.asdict(settings)}
   (root / "train").mkdir()
   write_json(root / "train" / "config.json", stored)
@@ -127,7 +127,7 @@ def test_a_run_that_starts_from_a_base_has_its_codes(images, side, tmp_path):
   table_of = {**known.params["codebook"], "table": known.params["codebook"]["table"][order]}
   base = dataclasses.replace(known, params={**known.params, "codebook": table_of})
   (tmp_path / "base").mkdir()
-  make_base(tmp_path / "base", base)
+  make_base(tmp_path / "base", base, make_settings())
   images = images.repeat(side // 16, 1).repeat(side // 16, 2)
   prepare(tmp_path, images)
   (tmp_path / "text_tokenizer").mkdir()
@@ -144,10 +144,13 @@ def test_a_run_that_starts_from_a_base_has_its_codes(images, side, tmp_path):
 
 
 def test_a_base_with_another_image_tokenizer_is_named(tmp_path):
-  run = Run(tmp_path, make_settings())
-  with refused(UserError, "--init_from is scenes, whose image tokenizer is not", "= pictures"):
-    copies.copy_tokenizers(run, "scenes")
-  assert not list(tmp_path.iterdir())
+  base, own = tmp_path / "base", tmp_path / "own"
+  for folder in (base, own):
+    folder.mkdir()
+  make_base(base, installed(16), make_settings(source=""))
+  with refused(UserError, f"--init_from is {base}, whose image tokenizer is not", "= pictures"):
+    copies.copy_tokenizers(Run(own, make_settings()), str(base))
+  assert not list(own.iterdir())
 
 
 @pytest.mark.slow

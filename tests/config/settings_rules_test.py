@@ -2,8 +2,10 @@
 
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import REMOVED_QUANTIZERS, UserError, current_fields
+from cm3leon_jax.config.settings import settings_from_stored
 from tests.config.settings_test import settings_with
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize(
@@ -20,16 +22,6 @@ from tests.config.settings_test import settings_with
     {"vqgan__perceptual_weight": 0.5},
     {"vqgan__quantizer": "fsq", "vqgan__code_dim": 4},
     {"vqgan__quantizer": "fsq", "vocab__image_size": 8_191, "model__vocab_size": 64_511},
-    {"vqgan__quantizer": "shape_color"},
-    {
-      "vqgan__quantizer": "shape_color",
-      "vqgan__stem": 8,
-      "vqgan__multipliers": (1,),
-      "vqgan__encoder_blocks": (1,),
-      "vqgan__decoder_blocks": (1,),
-      "vqgan__local_codes": True,
-      "vqgan__num_colors": 7,
-    },
     {"clip__patch": 48},
     {"retrieval__max_candidates": 1},
     {"data__interleaved_share": 0.5},
@@ -67,3 +59,14 @@ def test_contradictions_and_unknown_fields_are_refused(fields):
   with pytest.raises(UserError) as error:
     settings_with(**fields)
   assert any(name.rpartition("__")[2] in str(error.value) for name in fields)
+
+
+@pytest.mark.parametrize("kind", sorted(REMOVED_QUANTIZERS))
+def test_stored_settings_with_a_removed_quantizer_are_refused_in_one_sentence(kind):
+  stored = {"vqgan": {"quantizer": kind, "num_colors": 8}}
+  with refused(UserError, f"vqgan.quantizer is {kind}", "vqgan.source=pictures"):
+    settings_from_stored(stored)
+  with refused(UserError, f"vqgan.quantizer is {kind}"):
+    current_fields("vqgan", stored["vqgan"])
+  kept = current_fields("vqgan", {"quantizer": "fsq", "num_colors": 8})
+  assert kept == {"quantizer": "fsq"}

@@ -42,6 +42,24 @@ def test_parameters_are_those_of_the_run_rounded_to_float16(run, bundled):
   assert {x.dtype.name for x in jax.tree.leaves(found)} == {"float32"}
 
 
+def test_it_names_no_function_of_the_users_files_and_has_small_files(run, tmp_path, monkeypatch):
+  monkeypatch.setattr(bundle, "FILE_BYTES", 2_000)
+  raw = dataclasses.replace(SETTINGS.raw, source="/home/ada/own.py:blue", options={"size": 1})
+  evaluation = dataclasses.replace(SETTINGS.evaluation, judge="/home/ada/own.py:right")
+  settings = dataclasses.replace(SETTINGS, raw=raw, evaluation=evaluation)
+  folder = epath.Path(tmp_path / "bundle")
+  with one_device():
+    params, step = reading.load_params(run / "train", SETTINGS.model)
+    bundle.write(folder, Run(run, settings), params, step)
+    found, _ = Run.open(folder).params()
+  assert "/home/ada" not in (folder / bundles.FILE).read_text()
+  stored, _ = bundles.read(folder)
+  assert stored.raw == dataclasses.replace(raw, source="", options={})
+  assert stored.evaluation == dataclasses.replace(evaluation, judge="")
+  assert 1 < len([*folder.glob("model-*.safetensors")]) < 2 * bundle.MOST_FILES
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, params)
+
+
 def test_a_refused_bundle_leaves_what_is_there(run, bundled, tmp_path):
   workdir, folder = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "bundle")
   shutil.copytree(run, workdir)

@@ -33,11 +33,7 @@ VARIANTS = {
   | {"stem": 4, "multipliers": (1,), "encoder_blocks": (1,), "decoder_blocks": (2,)}
   | {"local_codes": True},
 }  # fmt: skip
-VARIANTS |= {
-  "quantizer fsq": PLAIN | {"quantizer": "fsq", "code_dim": 2},
-  "quantizer shape_color": VARIANTS["local codes"]
-  | {"quantizer": "shape_color", "code_dim": 9, "num_colors": 2},
-}
+VARIANTS["quantizer fsq"] = PLAIN | {"quantizer": "fsq", "code_dim": 2}
 assert {f"quantizer {name}" for name in get_args(Quantizer) if name} <= {*VARIANTS}
 
 

@@ -7,9 +7,8 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import huggingface
-from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.importing import importer
-from cm3leon_jax.run import folders, initial, table
+from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.run import initial, table
 from cm3leon_jax.run.run import load_start
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
@@ -73,25 +72,6 @@ def test_parameters_with_rotary_positions_fit_any_number_of_positions(exported, 
       params = load_start(initial.find(other, str(folder)), other)
       expected = load_start(initial.find(settings, str(folder)), settings)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-
-
-@pytest.mark.parametrize("colors", [0, 8])
-def test_an_export_with_other_colors_of_codes_is_refused(colors, tmp_path):
-  own, other = (with_model(code_colors=x) for x in (colors, 8 - colors))
-  with one_device():
-    huggingface.export(tmp_path, random_params(own.model), own.model, own.vocab, None)
-  described = read_json(tmp_path / "config.json")
-  for earlier in (False, True):
-    if earlier:  # Earlier versions stored the field only among the settings.
-      del described["cm3leon"]["code_colors"]
-      write_json(tmp_path / "config.json", described)
-      write_json(tmp_path / folders.ABOUT, {"settings": {"model": {"code_colors": colors}}})
-    assert initial.find(own, str(tmp_path)).source == str(tmp_path)
-    importer.plan(own, str(tmp_path))
-    with pytest.raises(UserError, match="code_colors"):
-      initial.find(other, str(tmp_path))
-    with pytest.raises(UserError, match=f"the flags --config.model.code_colors={colors}"):
-      importer.plan(other, str(tmp_path))
 
 
 def test_the_image_tokenizer_of_an_export_is_compared(run, tmp_path):

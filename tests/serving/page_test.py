@@ -149,7 +149,7 @@ def test_a_neighbor_is_shown_with_its_license_and_its_squares(page):
   marks = page.locator("#grid canvas")
   expect(marks).to_have_count(4)
   label = marks.first.get_attribute("aria-label")
-  squares = int(re.fullmatch(r"(\d+) of 64 squares by this neighbor", label)[1])
+  squares = int(re.fullmatch(r"(\d+) of 144 squares by this neighbor", label)[1])
   visible = marks.first.evaluate(
     "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter("
     "(value, i) => i % 4 === 3 && value >= 63).length"

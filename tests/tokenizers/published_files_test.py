@@ -239,19 +239,6 @@ def test_the_grid_and_the_codebook_must_be_those_of_the_config(tokenizer):
       published_files.fit(tokenizer, codes, vqgan_config(resolution, downsample))
 
 
-def test_the_colors_of_codes_must_be_those_of_the_config(tokenizer):
-  plain = vqgan_config(256, 2)
-  pairs = dataclasses.replace(plain, quantizer="shape_color", local_codes=True, code_dim=16)
-  ours = {config: ImageTokenizer(config, 64, {}) for config in (plain, pairs)}
-  for config, ok in ours.items():
-    assert published_files.fit(ok, 64, config) == ok
-  with refused(UserError, "--config.vqgan.quantizer=shape_color", "--config.vqgan.num_colors=8"):
-    published_files.fit(ours[pairs], 64, plain)
-  for one, codes in ((ours[plain], 64), (tokenizer, NUM_CODES)):
-    with pytest.raises(UserError, match=r"add the flags --config.vqgan.quantizer=$"):
-      published_files.fit(one, codes, pairs)
-
-
 def test_an_import_of_an_earlier_version_is_read(tokenizer, tmp_path):
   tokenizer.save(tmp_path / "vqgan")
   path = tmp_path / "vqgan" / "config.json"

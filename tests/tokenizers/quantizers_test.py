@@ -1,7 +1,6 @@
 import dataclasses
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,23 +15,15 @@ from tests.tokenizers.tiny import random_images, tiny_config
 
 CONFIG = tiny_config(code_dim=2, steps=10)
 NUM_CODES = 24
-KINDS = ("", "fsq", "shape_color")
-NUM_COLORS = 4  # Of `shape_color`, whose codes have 6 channels.
+KINDS = ("", "fsq")
 
 
 def config_of(kind, **fields):
-  if kind == "shape_color":
-    fields |= {"code_dim": dim_of(kind), "num_colors": NUM_COLORS, "local_codes": True}
   return dataclasses.replace(CONFIG, quantizer=kind, **fields)
 
 
-def dim_of(kind):
-  return 6 if kind == "shape_color" else 2
-
-
-def make(kind, num_codes=NUM_CODES, code_dim=None):
-  code_dim = code_dim or dim_of(kind)
-  return quantizers.make(kind, num_codes, code_dim, nnx.Rngs(params=0), NUM_COLORS)
+def make(kind, num_codes=NUM_CODES, code_dim=2):
+  return quantizers.make(kind, num_codes, code_dim, nnx.Rngs(params=0))
 
 
 @pytest.fixture(scope="module")
@@ -44,29 +35,9 @@ def images():
 def test_every_code_is_its_own_nearest_code(kind):
   codebook, indices = make(kind), np.arange(NUM_CODES).reshape(4, 6)
   q = codebook(indices)
-  assert q.shape == (4, 6, dim_of(kind))
+  assert q.shape == (4, 6, 2)
   np.testing.assert_array_equal(codebook.nearest(q), indices)
   assert codebook.nearest(q).dtype == jnp.int32
-
-
-def test_the_nearest_pair_is_the_nearest_shape_and_the_nearest_color():
-  codebook = quantizers.make("shape_color", 6 * 8, 7, nnx.Rngs(params=0), 8)
-  x = np.random.default_rng(1).normal(size=(200, 7)).astype(np.float32)
-  z = np.asarray(jax.jit(codebook.prepare)(x))
-  tables = (np.asarray(x[...]) for x in (codebook.shapes, codebook.colors))
-  shapes, colors = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in tables)
-  nearest = np.argmax(z[:, :3] @ shapes.T, -1) * 8 + np.argmax(z[:, 3:] @ colors.T, -1)
-  np.testing.assert_array_equal(jax.jit(codebook.nearest)(z), nearest)
-  np.testing.assert_allclose(np.linalg.norm(codebook.vectors(), axis=1), 1, atol=1e-5)
-  np.testing.assert_array_equal(codebook.nearest(codebook(np.arange(48))), np.arange(48))
-
-
-def test_only_shapes_of_no_used_code_restart():
-  tables = {"shapes": jnp.zeros((3, 2)), "colors": jnp.zeros((2, 4))}
-  usage = jnp.array([[5, 0], [0, 0], [1, 0]]).ravel()
-  found = quantizers.restarted(tables, usage, jnp.ones((6, 6)))
-  np.testing.assert_array_equal(found["shapes"].sum(1), [0, 2, 0])
-  np.testing.assert_array_equal(found["colors"], tables["colors"])
 
 
 @pytest.mark.parametrize("num_codes", [24, 105, 1_000, 8_192])

@@ -20,7 +20,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.config.tokenizers import VQGANConfig
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers import discriminator as discriminator_lib
-from cm3leon_jax.tokenizers import ink, losses, quantizers, vqgan
+from cm3leon_jax.tokenizers import losses, quantizers, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.image_models import trainer, vqgan_watch
 from cm3leon_jax.training.step.optimizer import update_average
@@ -152,17 +152,6 @@ def _update(
   return optax.apply_updates(params, updates), opt_state
 
 
-def with_colors(state: dict, config: VQGANConfig, images: ImageRows, seed: int) -> dict:
-  """Returns a new state of `shape_color` whose colors are the most common ones of the images."""
-  some = images[_evenly_spaced(len(images), NUM_TRAIN_MEASURED)]
-  found = ink.common_colors(vqgan.to_float(some), config.downsample, config.num_colors, seed)
-
-  def changed(params: dict) -> dict:
-    return {**params, "codebook": {**params["codebook"], "colors": jnp.asarray(found)}}
-
-  return {**state, **{name: changed(state[name]) for name in ("params", "ema") if name in state}}
-
-
 @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
 def restart_dead_codes(
   state: dict, images: Images, config: VQGANConfig, key: Key[Array, ""]
@@ -239,7 +228,7 @@ def train(
     if start is not None:
       copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))  # One program, not one per shape.
       return {**state, **{name: copy(start.params) for name in {"params", "ema"} & state.keys()}}
-    return with_colors(state, config, images, seed) if config.code_colors else state
+    return state
 
   about = {"num_codes": num_codes, "inputs": inputs}
   watch = vqgan_watch.Watch(folder, open_boards, reconstruct, shown)

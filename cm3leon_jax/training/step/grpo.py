@@ -220,7 +220,7 @@ def compile_step(
   step = functools.partial(
     policy_step,
     model,
-    create_optimizer(optimizer_config, steps, text_size, model.code_colors),
+    create_optimizer(optimizer_config, steps),
     text_size,
     config.kl_weight,
     config.temperature,

@@ -1,6 +1,5 @@
 """Creates AdamW or Muon with clipping, warm-up and decay; updates the average of the parameters."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +9,6 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from cm3leon_jax.config.training import OptimizerConfig
-from cm3leon_jax.models import shape_color
 from cm3leon_jax.models.adapters import AXES
 from cm3leon_jax.training.step.numerics import watch_norm
 
@@ -23,7 +21,6 @@ MATRICES = {
   "gate": MuonDimensionNumbers((-2,), (-1,)),
   "down": MuonDimensionNumbers((-2,), (-1,)),
 }
-TABLES = ("embed", "head")  # Token tables. If embeddings are tied, there is no "head".
 UPDATE_RMS = 0.2  # RMS to which Muon's updates are scaled; typical of AdamW (Liu et al. 2025).
 
 
@@ -42,16 +39,9 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
   )
 
 
-def create_optimizer(
-  config: OptimizerConfig, steps: int, start: int = 0, colors: int = 0
-) -> optax.GradientTransformation:
-  """Creates the optimizer of a run of `steps` steps. Its state is sharded like the parameters.
-
-  If `colors` is positive, it is `on_vectors`, where `start` is the id of the first image code.
-  """
+def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  """Creates the optimizer of a run of `steps` steps. Its state is sharded like the parameters."""
   without_decay = {"scale"} if config.decay_embeddings else {"scale", "embed", "positions"}
-  if "embed" in without_decay:
-    without_decay |= {f"embed_{name}" for name in shape_color.Parts._fields}
 
   def decayed(params: dict) -> dict:
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in without_decay, params)
@@ -87,40 +77,7 @@ def create_optimizer(
   # `watch_norm` must see the norm before clipping. It is omitted if `skip_above` is 0, so that the
   # state has the same structure as in older checkpoints.
   watch = [watch_norm(config.skip_above)] if config.skip_above else []
-  chain = optax.chain(*watch, optax.clip_by_global_norm(config.clip_norm), *transforms)
-  return on_vectors(chain, start, colors) if colors else chain
-
-
-def on_vectors(
-  inner: optax.GradientTransformation, start: int, colors: int
-) -> optax.GradientTransformation:
-  """Updates the vectors of shapes, colors and pairs of token tables, see `models.shape_color`.
-
-  `start` is the id of the first image code, and `colors` the number of colors.
-  """
-
-  def parts(tree: dict, split: Callable) -> dict:
-    found = {name: x for name, x in tree.items() if name not in TABLES}
-    for name in tree.keys() & set(TABLES):
-      of_table = split(tree[name], start, colors)._asdict()
-      found |= {f"{name}_{part}": x for part, x in of_table.items()}
-    return found
-
-  def update(updates: dict, state: optax.OptState, params: dict) -> tuple[dict, optax.OptState]:
-    before = parts(params, shape_color.split)
-    changes, state = inner.update(parts(updates, shape_color.split_gradient), state, before)
-    after = optax.apply_updates(before, changes)
-    result = {name: changes[name] for name in params if name not in TABLES}
-    for name in params.keys() & set(TABLES):
-      table = shape_color.join(
-        shape_color.Parts(*(after[f"{name}_{part}"] for part in shape_color.Parts._fields))
-      )
-      result[name] = table - params[name]
-    return result, state
-
-  return optax.GradientTransformation(
-    lambda params: inner.init(parts(params, shape_color.split)), update
-  )
+  return optax.chain(*watch, optax.clip_by_global_norm(config.clip_norm), *transforms)
 
 
 def _matrices(params: dict) -> dict:
