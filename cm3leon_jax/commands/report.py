@@ -32,13 +32,11 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   for finding in summary["findings"]:
     print(finding)
   for line in summary["headlines"]:
-    verdict = {
-      None: "not run" if line["value"] is None else "no target",
-      True: "met",
-      False: "not met",
-    }[line["met"]]
+    verdict = {None: "not run", True: "met", False: "not met"}[line["met"]]
     note = f", {line['note']}" if line["note"] else ""
     target = f" ({line['relation']}{report.show(line['target'])}{note}: {verdict})"
+    if line["target"] is None:
+      target = " (no target)" if line["value"] is not None else " (not run)"
     interval = ""
     if found := line["interval"]:
       interval = f" [{report.show(found['low'])}, {report.show(found['high'])}]"

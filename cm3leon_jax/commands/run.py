@@ -14,6 +14,8 @@ then has the model of that run, and measures what it forgets (docs/tuning.md).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import functools
 import re
 import shutil
 import sys
@@ -28,7 +30,7 @@ from cm3leon_jax.commands.stage_process import StageProcesses
 from cm3leon_jax.commands.tokenizer_check import LIMITS
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import from_data, table
+from cm3leon_jax.run import from_data, pace, table
 
 with epy.lazy_imports():
   from cm3leon_jax.run import base_documents
@@ -97,14 +99,41 @@ def main(
   more = {**more, **{name: [f"--init_from={init_from}"] for name in STARTED if init_from}}
   if own_images:
     more["copy_tokenizers"].append("--own_image_tokenizer")
-  processes = StageProcesses(workdir / "logs")
+  processes, begun = StageProcesses(workdir / "logs"), time.monotonic()
   for number, name in enumerate(order, 1):
     start, lines = time.monotonic(), _Lines(f"[{number}/{len(order)}]", name)
+    if name == "train" and settings.train.minutes:
+      measure = functools.partial(processes.run, name, show=lines.show)
+      given += _steps_that_fit(settings, workdir, begun, [*given, *more.get(name, [])], measure)
     try:
       processes.run(name, [*given, *more.get(name, [])], lines.show)
     finally:
       lines.clear()
     print(f"[{number}/{len(order)}] {name}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def _steps_that_fit(
+  settings: Settings,
+  workdir: epath.Path,
+  begun: float,
+  given: list[str],
+  measure: Callable[[list[str]], None],
+) -> list[str]:
+  """Returns flags with the number of steps that fit into `train.minutes`, unless flags give it."""
+  fields = {flag.removeprefix("--config.train.").partition("=")[0] for flag in given}
+  if "steps" in fields:
+    return []
+  known = pace.read(workdir)
+  if known is None or known.minutes != settings.train.minutes:
+    # Finished stages are skipped, but their time counts.
+    before = max(time.monotonic() - begun, known.seconds_before if known else 0.0)
+    measure([*given, f"--measure_after={before}"])
+    known = pace.read(workdir)
+    assert known is not None
+  end = time.localtime(time.time() + known.seconds_left)
+  print(f"  {known.describe(time.strftime('%H:%M', end))}", flush=True)
+  values = {"steps": known.steps, **from_data.intervals(known.steps)}
+  return [f"--config.train.{name}={value}" for name, value in values.items() if name not in fields]
 
 
 def base_of(settings: Settings, init_from: str) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import time
 
 from absl import flags
 from etils import epath, epy
@@ -35,7 +36,7 @@ with epy.lazy_imports():
   from cm3leon_jax.models import transformer
   from cm3leon_jax.planning import memory
   from cm3leon_jax.run import adapters as adapters_lib
-  from cm3leon_jax.run import rows
+  from cm3leon_jax.run import pace, rows
   from cm3leon_jax.run import run as run_lib
   from cm3leon_jax.training import decoder, objective
   from cm3leon_jax.training.faults import lease as lease_lib
@@ -48,6 +49,15 @@ _PROFILE_STEPS = flags.DEFINE_string(
 _DEBUG_NANS = flags.DEFINE_bool(
   "debug_nans", False, "Stop at the operation that computes the first NaN. Slow."
 )
+
+_MEASURE_AFTER = flags.DEFINE_float(
+  "measure_after",
+  None,
+  "Train nothing; measure a step, and write the steps that fit into config.train.minutes, of which "
+  "this many seconds have passed, to pace.json. `cm3leon run` does this.",
+  lower_bound=0.0,
+)
+MEASURED_STEPS = 16
 
 
 def _initial_params(
@@ -128,6 +138,21 @@ def main(
     _print_losses(result)
 
 
+def _measure(settings: Settings, workdir: epath.Path, init_from: str, passed: float) -> None:
+  """Takes some steps of a run, keeps nothing of them, and writes pace.json."""
+  begun = time.monotonic()
+  run = run_lib.Run(workdir, settings)
+  _, start = run_start.begin(settings, workdir, init_from)
+  with common.use_mesh(settings):
+    training = decoder.DecoderTraining.of(
+      settings, folder=workdir / "train", objective=objective.RowObjective(run.rows("train")),
+      heldout=run.rows("heldout"), base_params=_base_params(run, start),
+    )  # fmt: skip
+    seconds = decoder.step_seconds(training, MEASURED_STEPS)
+  passed += time.monotonic() - begun
+  pace.write(workdir, pace.Pace.of(settings.train.minutes, passed, seconds))
+
+
 def _print_losses(result: dict) -> None:
   """Prints the held-out losses of the last step and, if they are known, of step 0."""
   units = {"image": "code", "text": "token"}
@@ -150,6 +175,9 @@ def _print_losses(result: dict) -> None:
 
 
 def _main(settings: Settings, workdir: epath.Path) -> None:
+  if _MEASURE_AFTER.value is not None:
+    _measure(settings, workdir, INIT_FROM.value, _MEASURE_AFTER.value)
+    return
   main(
     settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value, INIT_FROM.value,
     ALLOW_CHANGED.value, SKIP_MEMORY_CHECK.value,

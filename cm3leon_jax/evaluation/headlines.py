@@ -11,7 +11,7 @@ class Headline:
     title: what is measured, with its unit.
     path: dotted path of the figure in the summary.
     better: how a good figure compares with the target: ">=", "<=", ">" or "<".
-    target: a number, or the dotted path of a number in the summary.
+    target: a number, the dotted path of a number in the summary, or None.
     note: what the target is, e.g. "chance". If the note is "" and the whole interval of the figure
       must meet the target, the report writes "whole interval" instead.
   """
@@ -19,7 +19,7 @@ class Headline:
   title: str
   path: str
   better: str
-  target: float | str
+  target: float | str | None
   note: str = ""
 
 

@@ -77,7 +77,7 @@ def compare(summary: dict, headline: Headline) -> dict:
 def headlines(summary: dict) -> list[Headline]:
   """Returns the headline figures of a run: first those of judged.json, then those of its stages."""
   figures = summary.get(JUDGED, {}).items()
-  own = [Headline(f["title"], f"{JUDGED}.{i}.value", ">=", f["target"]) for i, f in figures]
+  own = [Headline(f["title"], f"{JUDGED}.{i}.value", ">=", f.get("target")) for i, f in figures]
   return own + _of_stages(summary)
 
 
@@ -269,9 +269,9 @@ def judged(workdir: epath.Path) -> dict[str, dict]:
   """Reads judged.json, which a judge outside the pipeline wrote: figures keyed "0", "1", ...
 
   Raises:
-    UserError: the file is damaged, or a figure lacks its title, value or target.
+    UserError: the file is damaged, or a figure lacks its title or value.
   """
-  path, fields = workdir / f"{JUDGED}.json", {"title": str, "value": float, "target": float}
+  path, fields = workdir / f"{JUDGED}.json", {"title": str, "value": float}
   if not path.exists():
     return {}
   figures = read_json(path, {"figures": list}, "write it again")["figures"]

@@ -3,10 +3,11 @@
   bash launch/demo.sh
   cm3leon run --config=examples/scenes/config.py:15 --workdir=workdir/scenes
 
-The variant is the time in minutes that all stages may take on two cores (default 15). It scales
-only the steps of the training stages. The variant `long` is the recipe of the bundled model, with
-more scenes and a larger decoder. docs/design.md explains the choices. docs/log.md
-explains the choices that make a small decoder copy from its neighbors.
+The variant is the time in minutes that all stages may take (default 15): `cm3leon run` measures a
+step of the decoder and takes as many as fit. `cm3leon train` alone takes as many as fitted on two
+AMD EPYC cores. The variant `long` is the recipe of the bundled model, with more scenes and a larger
+decoder. docs/design.md explains the choices. docs/log.md explains the choices that make a small
+decoder copy from its neighbors.
 """
 
 import dataclasses
@@ -59,6 +60,8 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config.train.update(from_data.intervals(config.train.steps), eval_batches=32, global_batch_size=3)
   if variant == "long":
     _lengthen(config)
+  else:
+    config.train.minutes = 15 * scale
   return config
 
 

@@ -6,6 +6,7 @@ import pytest
 from cm3leon_jax.commands import config_file, run, stage_process
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.run import pace
 from tests.launched import INSTRUCT, SCENES
 from tests.refusals import refused
 
@@ -66,7 +67,7 @@ def started(monkeypatch):
 def test_each_stage_prints_one_line_and_data_and_report_say_what_they_found(
   started, tmp_path, capsys
 ):
-  run.main(settings_of(SCENES), epath.Path(tmp_path), "", False, {})
+  run.main(settings_of(f"{SCENES}:long"), epath.Path(tmp_path), "", False, {})
   assert [command for command, _ in started] == DEMO
   assert all(flags == ["--config=c", f"--workdir={tmp_path}"] for _, flags in started)
   lines = capsys.readouterr().out.splitlines()
@@ -79,6 +80,37 @@ def test_each_stage_prints_one_line_and_data_and_report_say_what_they_found(
   assert not [line for line in lines if "error:" in line]
   assert lines.count("  Warning: one is odd") == lines.count("  train: warning: it ended") == 11
   assert lines[-1] == "[11/11] report: 0 s"
+
+
+def test_a_run_with_minutes_takes_the_steps_that_fit(started, tmp_path, capsys, monkeypatch):
+  folder, plain = epath.Path(tmp_path), stage_process.StageProcesses.run
+
+  def measure(self, command, flags, show):
+    if any(flag.startswith("--measure_after=") for flag in flags):
+      pace.write(folder, pace.Pace(15.0, 200.0, 0.25, 1_200))
+    plain(self, command, flags, show)
+
+  monkeypatch.setattr(stage_process.StageProcesses, "run", measure)
+  for _ in range(2):  # The second time, it keeps the decision.
+    run.main(settings_of(SCENES), folder, "", False, {})
+  trainings = [flags[2:] for command, flags in started if command == "train"]
+  steps = [
+    "--config.train.steps=1200", "--config.train.checkpoint_every=100",
+    "--config.train.eval_every=150", "--config.train.sample_every=400",
+  ]  # fmt: skip
+  assert [len(flags) for flags in trainings] == [1, 4, 4]
+  assert trainings[1:] == [steps, steps]
+  assert all(flags[2:] == steps for command, flags in started if command == "evaluate")
+  assert capsys.readouterr().out.count("1,200 steps fit into 15 minutes") == 2
+
+
+def test_steps_of_the_user_are_not_measured(started, tmp_path, monkeypatch):
+  given = ["--config=c", "--config.train.steps=7"]
+  monkeypatch.setattr(run.common, "config_arguments", lambda: given)
+  run.main(settings_of(SCENES), epath.Path(tmp_path), "", False, {})
+  assert [flags for command, flags in started if command == "train"] == [
+    [*given, f"--workdir={tmp_path}"]
+  ]
 
 
 def test_a_run_that_tunes_names_its_start_to_two_stages(started, tmp_path):

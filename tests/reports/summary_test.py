@@ -41,14 +41,16 @@ def test_figures_of_another_judge_are_the_first_headlines(tmp_path):
   figures = [
     {"title": "Colors shown", "value": 0.5, "target": 0.6},
     {"title": "Shapes shown", "value": 1, "target": 0.4},
+    {"title": "Places shown", "value": 0.3, "target": None},
   ]
   write_json(tmp_path / "judged.json", {"figures": figures})
   lines = summary.collect(tmp_path)["headlines"]
-  assert [(line["title"], line["value"], line["met"]) for line in lines[:2]] == [
+  assert [(line["title"], line["value"], line["met"]) for line in lines[:3]] == [
     ("Colors shown", 0.5, False),
     ("Shapes shown", 1, True),
+    ("Places shown", 0.3, None),
   ]
-  assert [line["title"] for line in lines[2:]] == [line.title for line in summary.HEADLINES]
+  assert [line["title"] for line in lines[3:]] == [line.title for line in summary.HEADLINES]
 
 
 def test_a_damaged_figure_of_another_judge_is_named(tmp_path):

@@ -20,7 +20,7 @@ def test_the_headlines_are_those_of_the_best_guidance_weight(shares, best):
   assert values == {
     "Reconstructions judged correct": (0.9, 0.9),
     "New combinations whose claims no training caption makes": (max(shares), 0.25),
-    "Single objects": (max(shares), 0.5),
-    "Place correct": (0.5, 0.85),
+    "Single objects": (max(shares), None),
+    "Place correct": (0.5, None),
   }
   assert found[-1]["low"] == 0.4

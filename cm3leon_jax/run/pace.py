@@ -1,0 +1,71 @@
+"""Decides how many steps of the decoder fit into `train.minutes`, from a measured step.
+
+`cm3leon run` measures steps of the real training before the stage `train` and stores the decision
+in pace.json, so that the same command continues a stopped run with the same number of steps.
+"""
+
+import dataclasses
+
+from etils import epath
+
+from cm3leon_jax.config import build
+from cm3leon_jax.files.json_files import read_json, write_json
+
+FILE = "pace.json"
+LEAST_STEPS = 100
+# Time of everything but the steps, from the stage `train` on: seconds that do not depend on the
+# speed of a step (starts of processes, compilation), and work that takes as long as so many steps
+# (held-out losses, samples, the evaluation). Both were measured on the demo (docs/log.md).
+START_SECONDS = 75.0
+OTHER_STEPS = 330
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+  """Number of steps that fit into the minutes of a run.
+
+  Attributes:
+    minutes: `train.minutes` of the run.
+    seconds_before: time of the stages before `train`.
+    step_seconds: measured time of a step.
+    steps: the number of steps, at least `LEAST_STEPS`.
+  """
+
+  minutes: float
+  seconds_before: float
+  step_seconds: float
+  steps: int
+
+  @classmethod
+  def of(cls, minutes: float, seconds_before: float, step_seconds: float) -> "Pace":
+    """Computes the steps: Pace.of(15.0, 300.0, 0.25).steps = (900 - 300 - 75) / 0.25 - 330."""
+    left = 60 * minutes - seconds_before - START_SECONDS
+    steps = int(left / step_seconds) - OTHER_STEPS
+    return cls(minutes, seconds_before, step_seconds, max(LEAST_STEPS, steps))
+
+  @property
+  def seconds_left(self) -> float:
+    """Expected seconds from the first step to the end of the run."""
+    return START_SECONDS + (self.steps + OTHER_STEPS) * self.step_seconds
+
+  def describe(self, clock: str) -> str:
+    """Formats the decision. `clock` is the time of day at which the run is expected to end."""
+    total = (self.seconds_before + self.seconds_left) / 60
+    fits = f"{self.steps:,} steps fit into {self.minutes:g} minutes"
+    if self.steps == LEAST_STEPS:
+      fits = f"{self.minutes:g} minutes are too few, so it takes the least, {self.steps} steps"
+    return (
+      f"a step takes {self.step_seconds:.2f} s on this machine; {fits}. "
+      f"The run ends at about {clock}, {total:.0f} minutes after its start."
+    )
+
+
+def read(workdir: epath.Path) -> Pace | None:
+  """Returns the stored decision of a run, or None."""
+  path = workdir / FILE
+  return build(Pace, read_json(path), FILE) if path.exists() else None
+
+
+def write(workdir: epath.Path, pace: Pace) -> None:
+  """Stores the decision of a run."""
+  write_json(workdir / FILE, dataclasses.asdict(pace))
