@@ -10,9 +10,10 @@ from etils import epath
 
 from cm3leon_jax.config import build
 from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.run.from_data import LEAST_STEPS, MOST_STEPS
 
 FILE = "pace.json"
-LEAST_STEPS = 100
+LEAST, MOST = LEAST_STEPS["train"], MOST_STEPS["train"]
 # Time of everything but the steps, from the stage `train` on: seconds that do not depend on the
 # speed of a step (starts of processes, compilation), and work that takes as long as so many steps
 # (held-out losses, samples, the evaluation). Both were measured on the demo (docs/log.md).
@@ -28,7 +29,7 @@ class Pace:
     minutes: `train.minutes` of the run.
     seconds_before: time of the stages before `train`.
     step_seconds: measured time of a step.
-    steps: the number of steps, at least `LEAST_STEPS`.
+    steps: the number of steps, from `LEAST` to `MOST`.
   """
 
   minutes: float
@@ -41,7 +42,7 @@ class Pace:
     """Computes the steps: Pace.of(15.0, 300.0, 0.25).steps = (900 - 300 - 75) / 0.25 - 330."""
     left = 60 * minutes - seconds_before - START_SECONDS
     steps = int(left / step_seconds) - OTHER_STEPS
-    return cls(minutes, seconds_before, step_seconds, max(LEAST_STEPS, steps))
+    return cls(minutes, seconds_before, step_seconds, min(max(LEAST, steps), MOST))
 
   @property
   def seconds_left(self) -> float:
@@ -52,7 +53,7 @@ class Pace:
     """Formats the decision. `clock` is the time of day at which the run is expected to end."""
     total = (self.seconds_before + self.seconds_left) / 60
     fits = f"{self.steps:,} steps fit into {self.minutes:g} minutes"
-    if self.steps == LEAST_STEPS:
+    if self.steps == LEAST:
       fits = f"{self.minutes:g} minutes are too few, so it takes the least, {self.steps} steps"
     return (
       f"a step takes {self.step_seconds:.2f} s on this machine; {fits}. "

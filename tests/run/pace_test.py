@@ -16,7 +16,7 @@ def test_the_steps_and_all_else_fill_the_minutes():
 
 def test_a_run_with_too_few_minutes_says_when_it_ends():
   found = Pace.of(2.0, 300.0, 0.25)
-  assert found.steps == pace.LEAST_STEPS
+  assert found.steps == pace.LEAST
   assert "2 minutes are too few" in found.describe("14:05")
   assert "ends at about 14:05, 8 minutes after" in found.describe("14:05")
 
