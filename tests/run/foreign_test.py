@@ -109,6 +109,10 @@ ATTACKS = {
   "base": ("bundle", fields("bundle.json", lambda x: x.update(base=[1]))),
   "other CLIP": ("bundle", fields("bundle.json", lambda x: x["settings"]["retrieval"].update(
     clip="/etc"))),
+  "layers": ("bundle", fields("bundle.json", lambda x: x["settings"]["model"].update(
+    num_layers=10**7))),
+  "blocks": ("bundle=", fields("vqgan/config.json", lambda x: x["vqgan"].update(
+    decoder_blocks=[10**7, 1]))),
   "about a pipe": ("hf", pipe("export.json")),
   "settings": ("hf", fields("export.json", lambda x: x.update(settings=[1]))),
   "endless file": ("orbax", link("params/d/zero", "/dev/zero")),
