@@ -2,7 +2,10 @@
 
 # n documents, C candidates of a document.
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
+import fcntl
+import os
 import re
 
 from etils import epath
@@ -82,10 +85,22 @@ def _hash(key: str) -> int:
 
 def remove(folder: epath.PathLike, documents: Sequence[str]) -> list[str]:
   """Removes documents and returns the keys of all removed ones. For errors, see `rows`."""
-  rows(folder, documents)
-  every = [*dict.fromkeys([*keys(folder), *documents])]
-  write_json(epath.Path(folder) / FILE, {"keys": every})
+  with _alone(folder):
+    rows(folder, documents)
+    every = [*dict.fromkeys([*keys(folder), *documents])]
+    write_json(epath.Path(folder) / FILE, {"keys": every})
   return every
+
+
+@contextlib.contextmanager
+def _alone(folder: epath.PathLike) -> Iterator[None]:
+  """Lets one process at a time change a local folder. A folder in a bucket is not locked."""
+  with contextlib.ExitStack() as stack:
+    if "://" not in os.fspath(folder):
+      opened = os.open(folder, os.O_RDONLY)
+      stack.callback(os.close, opened)
+      fcntl.flock(opened, fcntl.LOCK_EX)
+    yield
 
 
 def dropped(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:

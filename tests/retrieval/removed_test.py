@@ -1,6 +1,9 @@
 """Tests that removed documents are never found, and that searches still find as many documents."""
 
+from concurrent import futures
 import dataclasses
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -117,6 +120,26 @@ def test_a_removed_document_takes_two_hashes(bank, tmp_path, monkeypatch):
   monkeypatch.setattr(removed, "group_id", lambda name: hashed.append(name) or group_id(name))
   assert len(removed.rows(tmp_path)) == DOCUMENTS
   assert len({*hashed}) == 2 * (DOCUMENTS - 1)
+
+
+def test_two_removals_at_once_lose_none(bank, tmp_path, monkeypatch):
+  """The second removal waits until the first one, which is slow, has written the file."""
+  begun, rows = threading.Event(), removed.rows
+
+  def slow_rows(*args):
+    found = rows(*args)
+    begun.set()
+    time.sleep(0.3)
+    return found
+
+  monkeypatch.setattr(removed, "rows", slow_rows)
+  with futures.ThreadPoolExecutor() as pool:
+    first = pool.submit(removed.remove, tmp_path, ["k1"])
+    begun.wait()
+    monkeypatch.setattr(removed, "rows", rows)
+    assert removed.remove(tmp_path, ["k2"]) == ["k1", "k2"]
+    first.result()
+  assert removed.keys(tmp_path) == ["k1", "k2"]
 
 
 def test_removed_documents_of_a_stranger_are_few_and_have_valid_keys(bank, tmp_path):
