@@ -35,8 +35,8 @@ def main(action: str, workdir: epath.Path) -> None:
   count = len(removed.rows(workdir / "neighbors"))
   print(
     f"bank: never retrieved again: {', '.join(map(printable, every))}; with their copies and "
-    f"crops, {count} documents. They stay in raw, documents and neighbors of {workdir}, and weights "
-    "may remember them; bundles and exports made before are not changed."
+    f"crops, {count} documents. They stay in raw, documents and neighbors of {workdir}, and "
+    "weights may remember them; bundles and exports made before are not changed."
   )
 
 

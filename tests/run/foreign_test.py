@@ -20,6 +20,7 @@ from cm3leon_jax.run.run import Run
 from cm3leon_jax.weights import reading, sealing
 from tests.export.conftest import with_bank
 from tests.generation.run import SETTINGS, one_device
+from tests.refusals import refused
 
 NAMES = ("bundle", "hf", "orbax")
 INDEX = "documents/bank_pairs/index.json"
@@ -158,6 +159,13 @@ def test_a_wrong_model_is_refused_in_one_sentence(models, tmp_path, attack):
   if model.endswith("="):
     update_digests(folder)
   with pytest.raises(UserError, match=f"^[^\n]*{folder}[^\n]*$"):
+    read(folder)
+
+
+def test_an_orbax_export_without_digests_is_named_as_that(models, tmp_path):
+  folder = shutil.copytree(models / "orbax", tmp_path / "model")
+  (folder / "digests.json").unlink()
+  with refused(UserError, str(folder), "format orbax", "digests.json"):
     read(folder)
 
 
