@@ -145,6 +145,9 @@ def test_origins_are_counted(source, tmp_path, monkeypatch):
   ada = {"kind": "pairs", "source": "", "license": "CC0-1.0", "attribution": "Ada", "records": 4}
   assert origins[:2] == [{**ada, "license": "", "attribution": "", "records": 35}, ada]
   assert sum(origin["records"] for origin in origins) == 42
+  _, cropped = prepare(source, tmp_path / "cropped", crops=2)
+  kinds = [origin["kind"] for origin in reader.read_index(cropped)["origins"]]
+  assert (kinds.count("pairs"), "crops" in kinds) == (3, True)
   monkeypatch.setattr(records_lib, "MOST_ORIGINS", 1)
   few = records_lib.origin_counts(origins)
   others = {**ada, "source": "others", "attribution": "others", "records": 5}
