@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import io
 import json
-import numbers
 import os
 import pathlib
 import signal
@@ -66,15 +65,18 @@ def run(
     name, options = next(iter(unknown)), list(inspect.signature(run).parameters)[3:-1]
     hint = did_you_mean(name, options, "`minutes` sets how long it trains.")
     raise UserError(f"finetune has no option '{name}', only {', '.join(options)}: {hint}")
-  if not isinstance(minutes, numbers.Real):
-    raise UserError(f"minutes={minutes!r} is not a number: give the minutes of all stages.")
+  try:
+    config = f"--config=own:{minutes:g}"
+  except (TypeError, ValueError) as error:
+    message = f"minutes={minutes!r} is not a number: give the minutes of all stages."
+    raise UserError(message) from error
   folder = pathlib.Path(os.path.expanduser(workdir))
   if isinstance(data, str | os.PathLike):
     source = os.path.expanduser(data)
   else:
     source = str(_write_pairs(data, folder / GIVEN))
   values = {"raw.source": source, "train.max_forgetting": max_forgetting, **(fields or {})}
-  flags = [f"--config=own:{minutes:g}", f"--workdir={folder}", f"--init_from={os.fspath(base)}"]
+  flags = [config, f"--workdir={folder}", f"--init_from={os.fspath(base)}"]
   flags += [f"--config.{name}={value}" for name, value in values.items()]
   flags += ["--own_image_tokenizer"] if tokenizer == "own" else []
   limits = {"min_psnr": min_psnr, "max_color_difference": max_color_difference}
