@@ -6,7 +6,7 @@ can be repeated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 import hashlib
 import inspect
 import io
@@ -21,8 +21,8 @@ from typing import Any, Literal
 from PIL import Image
 
 from cm3leon_jax.config import UserError, did_you_mean
-from cm3leon_jax.files.images import upright_rgb
 from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.generation import calls, given_images
 
 GIVEN = "given"  # Folder in the workdir with the pairs that were given.
 
@@ -59,19 +59,24 @@ def run(
     show_progress: whether to print a line for each stage that ends; None: yes.
 
   Raises:
-    UserError: an option is unknown, the workdir has other data, or a stage raised the error.
+    UserError: an option or image is wrong, the workdir has other data, or a stage raised an error.
   """
   if unknown:
     name, options = next(iter(unknown)), list(inspect.signature(run).parameters)[3:-1]
     hint = did_you_mean(name, options, "`minutes` sets how long it trains.")
     raise UserError(f"finetune has no option '{name}', only {', '.join(options)}: {hint}")
+  try:
+    config = f"--config=own:{minutes:g}"
+  except (TypeError, ValueError) as error:
+    message = f"minutes={minutes!r} is not a number: give the minutes of all stages."
+    raise UserError(message) from error
   folder = pathlib.Path(os.path.expanduser(workdir))
   if isinstance(data, str | os.PathLike):
     source = os.path.expanduser(data)
   else:
     source = str(_write_pairs(data, folder / GIVEN))
   values = {"raw.source": source, "train.max_forgetting": max_forgetting, **(fields or {})}
-  flags = [f"--config=own:{minutes:g}", f"--workdir={folder}", f"--init_from={os.fspath(base)}"]
+  flags = [config, f"--workdir={folder}", f"--init_from={os.fspath(base)}"]
   flags += [f"--config.{name}={value}" for name, value in values.items()]
   flags += ["--own_image_tokenizer"] if tokenizer == "own" else []
   limits = {"min_psnr": min_psnr, "max_color_difference": max_color_difference}
@@ -79,39 +84,39 @@ def run(
   _start(flags, show_progress is not False)
 
 
-def _write_pairs(pairs: Sequence[Any], folder: pathlib.Path) -> pathlib.Path:
-  """Writes pairs to a folder. Does nothing if `folder` already has the same pairs."""
-  images, lines = {}, []
+def _write_pairs(pairs: Iterable[Any], folder: pathlib.Path) -> pathlib.Path:
+  """Writes pairs to a folder. Writes no file if `folder` already has the same pairs."""
+  about, digests, lines = folder / "digest.json", [], []
+  stored = read_json(about, {"sha256": str})["sha256"] if about.exists() else None
   for number, (image, *texts) in enumerate(pairs):
     name = f"{number:06}.png"
-    images[name] = as_png(image)
+    try:
+      png = as_png(image)
+    except UserError as error:
+      raise UserError(f"pair {number}: {error}") from error
+    if stored is None:
+      folder.mkdir(parents=True, exist_ok=True)
+      (folder / name).write_bytes(png)
+    digests.append(hashlib.sha256(png).digest())
     given = dict(zip(("caption", "concept"), texts, strict=False))
     lines.append(json.dumps({"key": f"{number:06}", "image": name, **given}))
-  digest = hashlib.sha256(json.dumps({"pairs.jsonl": lines}).encode())
-  for png in images.values():
-    digest.update(hashlib.sha256(png).digest())
-  about, found = folder / "digest.json", digest.hexdigest()
-  if about.exists():
-    if read_json(about, {"sha256": str})["sha256"] != found:
-      raise UserError(f"{folder} has the data of another call: use another workdir.")
-    return folder
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, png in images.items():
-    (folder / name).write_bytes(png)
-  (folder / "pairs.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-  write_json(about, {"sha256": found})  # The folder is complete when it has this file.
+  if not lines:
+    raise UserError("the list has no pairs: give pairs (image, caption), or a folder.")
+  head = json.dumps({"pairs.jsonl": lines}).encode()
+  found = hashlib.sha256(b"".join([head, *digests])).hexdigest()
+  if stored is None:
+    (folder / "pairs.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_json(about, {"sha256": found})  # The folder is complete when it has this file.
+  elif stored != found:
+    raise UserError(f"{folder} has the data of another call: use another workdir.")
   return folder
 
 
 def as_png(image: str | os.PathLike[str] | Image.Image | Any) -> bytes:
-  """Returns an image as an RGB PNG file."""
+  """Returns an image as an RGB PNG file. For the limits and errors, see `reader.load_image`."""
   buffer = io.BytesIO()
-  if isinstance(image, str | os.PathLike):
-    with Image.open(os.path.expanduser(image)) as opened:
-      upright_rgb(opened).save(buffer, "PNG")
-  else:
-    given = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    upright_rgb(given).save(buffer, "PNG")
+  pixels = given_images.load_image(calls.expanded(image), None)
+  Image.fromarray(pixels).save(buffer, "PNG")
   return buffer.getvalue()
 
 

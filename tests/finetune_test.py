@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 from PIL import Image
@@ -62,6 +63,22 @@ def test_pairs_are_written_once_as_a_folder(started, tmp_path):
   assert f"--config.raw.source={folder}" in started[1][0]
   with refused(UserError, str(folder), "another call"):
     finetune.run(pairs[:2], tmp_path / "W", "scenes")
+
+
+def test_the_paths_of_pairs_have_the_limits_of_all_images(started, tmp_path):
+  """Regression: a FIFO hung, an EPS file started Ghostscript, and all PNGs were in memory."""
+  os.mkfifo(tmp_path / "fifo.png")
+  Image.new("RGB", (2, 2)).save(tmp_path / "x.eps")
+  Image.new("1", (6_000, 6_000)).save(tmp_path / "large.png")
+  for name, fact in {"fifo.png": "not a file", "x.eps": "PNG", "large.png": "36,000,000"}.items():
+    with refused(UserError, "pair 1", name, fact):
+      finetune.run([(image(3), "three"), (tmp_path / name, "")], tmp_path / "W", "scenes")
+  assert [path.name for path in (tmp_path / "W" / finetune.GIVEN).iterdir()] == ["000000.png"]
+  with refused(UserError, "no pairs"):
+    finetune.run([], tmp_path / "W", "scenes")
+  with refused(UserError, "minutes='ten'"):
+    finetune.run(tmp_path, tmp_path / "W", "scenes", minutes="ten")
+  assert not started
 
 
 @pytest.mark.parametrize(("last", "fact"), [("error: no such base", "no such base"), ("4 s", "9")])

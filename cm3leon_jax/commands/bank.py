@@ -12,7 +12,7 @@ from absl import flags
 from etils import epath, epy
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, printable
 
 with epy.lazy_imports():
   from cm3leon_jax.retrieval import removed
@@ -34,8 +34,9 @@ def main(action: str, workdir: epath.Path) -> None:
   every = removed.remove(workdir / "neighbors", _DOCUMENT.value)
   count = len(removed.rows(workdir / "neighbors"))
   print(
-    f"bank: never retrieved, although weights may still remember them: {', '.join(every)}; "
-    f"documents with their copies and crops: {count}"
+    f"bank: never retrieved again: {', '.join(map(printable, every))}; with their copies and "
+    f"crops, {count} documents. They stay in raw, documents and neighbors of {workdir}, and "
+    "weights may remember them; bundles and exports made before are not changed."
   )
 
 

@@ -174,6 +174,11 @@ def _write(
     checked, sentences = _check(folder, run, transformers)
     numbers |= checked
     parts += sentences
+    if settings.sampling.method != "top_p":
+      parts.append(
+        f"config.sampling.method is {settings.sampling.method}, but the export samples by top-k "
+        "and top-p, with guidance"
+      )
     if transformers and settings.model.align_images:
       parts.append(
         "config.model.align_images is set, so other engines need position_ids after neighbors and "

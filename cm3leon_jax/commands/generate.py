@@ -318,9 +318,9 @@ def _explain(writer: writer_lib.Writer, samples: Sequence) -> None:
 
 def _compare(pipeline: pipeline_lib.Pipeline, tasks: Sequence, samples: Sequence) -> list[str]:
   """Draws the same seeds with the documents of --without. Prints and returns what changes."""
-  retrieved = [{document.key for document in found} for found in pipeline.retrieve(tasks)]
-  gone = removed.with_crops(_WITHOUT.value).keys()
-  hit = [i for i, keys in enumerate(retrieved) if not gone.isdisjoint(keys)]
+  retrieved = [{removed.image_of(x.key) for x in found} for found in pipeline.retrieve(tasks)]
+  gone = {*map(removed.image_of, _WITHOUT.value)}
+  hit = [i for i, images in enumerate(retrieved) if not gone.isdisjoint(images)]
   changed = []
   for i, drawn in zip(hit, pipeline.generate([tasks[i] for i in hit], SAMPLES.value)):
     after = {sample.index: sample.tokens for sample in samples[i]}

@@ -65,7 +65,7 @@ class ModelConfig:
   vocab_size: PositiveInt = 64_512
   """Number of text tokens and image codes. Omit it in a config, because it is computed from
   `vocab`."""
-  num_layers: PositiveInt = 32
+  num_layers: Annotated[int, Field(gt=0, le=4_096)] = 32
   """Number of layers."""
   width: PositiveInt = 4_096
   """Width of the activations between layers."""

@@ -14,6 +14,7 @@ SMALLEST_PERCEPTUAL = 16  # Pixels. The network of `perceptual` halves the side 
 LEVELS = range(3, 9)  # Allowed numbers of levels of an FSQ channel.
 Quantizer = Literal["", "fsq"]
 Family = Literal["amused", "chameleon", "llamagen", "janus"]  # Published networks.
+Layers = Annotated[int, Field(ge=0, le=4_096)]  # More, in a stranger's file, would take hours.
 Installed = Literal["", "pictures"]  # Trained tokenizers that the package contains.
 
 
@@ -60,9 +61,9 @@ class VQGANConfig:
   """Number of channels before multiplication by `multipliers`."""
   multipliers: tuple[PositiveInt, ...] = (1, 2, 4)
   """Factors of `width`, one per level."""
-  encoder_blocks: tuple[NonNegativeInt, ...] = (2, 2, 2)
+  encoder_blocks: tuple[Layers, ...] = (2, 2, 2)
   """Number of residual blocks of each encoder level."""
-  decoder_blocks: tuple[NonNegativeInt, ...] = (3, 3, 3)
+  decoder_blocks: tuple[Layers, ...] = (3, 3, 3)
   """Number of residual blocks of each decoder level."""
   local_codes: bool = False
   """Whether a code depends only on its own square of pixels. Convolutions of the encoder are then
@@ -223,12 +224,12 @@ class CLIPConfig:
   """Side of a patch in pixels."""
   image_width: Annotated[int, Field(gt=0, multiple_of=HEAD_DIM)] = 768
   """Width of the image encoder. For `conv`, it is the width of the last stage."""
-  image_layers: PositiveInt = 12
+  image_layers: Annotated[Layers, Field(gt=0)] = 12
   """Number of transformer layers. For `conv`, number of residual blocks per stage after the first
   stage."""
   text_width: Annotated[int, Field(gt=0, multiple_of=HEAD_DIM)] = 512
   """Width of the text transformer."""
-  text_layers: PositiveInt = 12
+  text_layers: Annotated[Layers, Field(gt=0)] = 12
   """Number of layers of the text transformer."""
   text_length: PositiveInt = 77
   """Longest caption in tokens. Longer captions are truncated."""

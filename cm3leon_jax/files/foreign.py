@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from cm3leon_jax.config import UserError, short
+from cm3leon_jax.config import FieldError, UserError, short
 from cm3leon_jax.files import buckets
 from cm3leon_jax.files.atomic import exists
 from cm3leon_jax.files.json_files import check_foreign, check_foreign_json
@@ -56,6 +56,8 @@ def reads(kind: str, place: int = 0) -> Callable[[F], F]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
       try:
         return read(*args, **kwargs)
+      except FieldError as error:
+        raise UserError(f"{getattr(args[place], 'folder', args[place])}: {error}") from error
       except UserError:
         raise
       except WRONG as error:

@@ -40,6 +40,7 @@ def write(folder: epath.PathLike, run: Run, step: int, exported: dict) -> None:
     tasks=sorted(name[6:] for name in summary.get("instructions", {}) if name[:6] == "train_"),
     learned=learned,
     licenses=sorted({origin["license"] for origin in learned["origins"]} - {""}),
+    unlicensed=sorted({x["source"] or x["run"] for x in learned["origins"] if not x["license"]}),
     unknown=not all(one["known"] for one in learned["runs"]),
     cost=exported.get("cost", summary_lib.cost(summary)),
     step=step,

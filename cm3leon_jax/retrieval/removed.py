@@ -2,13 +2,16 @@
 
 # n documents, C candidates of a document.
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
+import fcntl
+import os
 import re
 
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, short
 from cm3leon_jax.config.data import MOST_CROPS
 from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.data.sources.records import crop_key
@@ -26,17 +29,9 @@ def keys(folder: epath.PathLike) -> list[str]:
   return [str(key) for key in read_json(path, {"keys": list})["keys"]] if path.exists() else []
 
 
-def with_crops(documents: Iterable[str]) -> dict[str, str]:
-  """Returns the keys of documents, their images and all random crops of these, to the document.
-
-  with_crops(["a", "b crop 2"]) has the keys "a", "a crop 1", ..., "b", "b crop 1", ...
-  """
-  result: dict[str, str] = {}
-  for key in documents:
-    image = re.sub(rf"{re.escape(crop_key('', 0)[:-1])}\d+$", "", key)
-    crops = (crop_key(image, i) for i in range(1, MOST_CROPS + 1))
-    result |= dict.fromkeys((key, image, *crops), key)
-  return result
+def image_of(key: str) -> str:
+  """Returns the key of the image of a document: "a" for "a" and for its random crop "a crop 2"."""
+  return re.sub(rf"{re.escape(crop_key('', 0)[:-1])}\d+$", "", key)
 
 
 def identity(folder: epath.PathLike) -> dict[str, str]:
@@ -49,31 +44,63 @@ def rows(folder: epath.PathLike, documents: Sequence[str] = ()) -> np.ndarray:
   """Returns the rows of the removed documents, and of `documents`, in the bank.
 
   Copies of a document have the same key, and all crops of its image belong to it. Raises UserError
-  if one of `documents` is not in the bank.
+  if one of `documents` is not in the bank, or the bank has fewer documents than were removed.
   """
-  names = with_crops((*keys(folder), *documents))
-  hashes = {group_id(name): key for name, key in names.items()}
-  found, seen = [np.zeros(0, np.int64)], set()
-  stored = ArrayStore(epath.Path(folder) / "train" / "keys") if hashes else ()
-  for start in range(0, len(stored), SCAN):
-    block = stored[start : start + SCAN]
-    places = np.flatnonzero(np.isin(block, np.array([*hashes], np.uint64)))
-    found.append(start + places)
-    seen |= {hashes[int(value)] for value in block[places]}
-  if missing := [key for key in documents if key not in seen]:
+  every = dict.fromkeys((*keys(folder), *documents))
+  if not every:
+    return np.zeros(0, np.int64)
+  stored = ArrayStore(epath.Path(folder) / "train" / "keys")
+  if len(every) > len(stored) + len(documents):
+    raise UserError(
+      f"{epath.Path(folder) / FILE} has {len(every)} keys, but the bank only {len(stored)} "
+      "documents: delete the keys that are not in the bank."
+    )
+  hashes = {_hash(name): image_of(key) for key in every for name in (key, image_of(key))}
+  found, seen, numbers = [], set(), range(1)
+  while hashes:
+    wanted, hit = np.fromiter(hashes, np.uint64), set()
+    for start in range(0, len(stored), SCAN):
+      block = stored[start : start + SCAN]
+      places = np.flatnonzero(np.isin(block, wanted))
+      found.append(start + places)
+      hit |= {hashes[int(value)] for value in block[places]}
+    seen |= hit
+    # Crops are numbered without gaps: 1, then 2 and 3, then 4 to 7, ... while some are found.
+    numbers = range(numbers.stop, min(2 * numbers.stop, MOST_CROPS + 1))
+    hashes = {_hash(crop_key(image, i)): image for image in hit for i in numbers}
+  if missing := [key for key in documents if image_of(key) not in seen]:
     raise UserError(
       f"document '{missing[0]}' is not in the bank of {folder}: give a key from results.jsonl or "
       "CM3Leon.retrieve."
     )
-  return np.concatenate(found)
+  return np.unique(np.concatenate(found))
+
+
+def _hash(key: str) -> int:
+  try:
+    return group_id(key)
+  except UnicodeEncodeError as error:
+    raise UserError(f"the key {short(key)} of a removed document is not valid Unicode.") from error
 
 
 def remove(folder: epath.PathLike, documents: Sequence[str]) -> list[str]:
   """Removes documents and returns the keys of all removed ones. For errors, see `rows`."""
-  rows(folder, documents)
-  every = [*dict.fromkeys([*keys(folder), *documents])]
-  write_json(epath.Path(folder) / FILE, {"keys": every})
+  with _alone(folder):
+    rows(folder, documents)
+    every = [*dict.fromkeys([*keys(folder), *documents])]
+    write_json(epath.Path(folder) / FILE, {"keys": every})
   return every
+
+
+@contextlib.contextmanager
+def _alone(folder: epath.PathLike) -> Iterator[None]:
+  """Lets one process at a time change a local folder. A folder in a bucket is not locked."""
+  with contextlib.ExitStack() as stack:
+    if "://" not in os.fspath(folder):
+      opened = os.open(folder, os.O_RDONLY)
+      stack.callback(os.close, opened)
+      fcntl.flock(opened, fcntl.LOCK_EX)
+    yield
 
 
 def dropped(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -59,6 +59,8 @@ def check(folder: epath.Path, part: str = "") -> list[str]:
     UserError: a file is absent or has changed, see also `foreign.check_folder`.
   """
   files = foreign.check_folder(folder, PLACES)
+  if (folder / ABOUT).exists() and (folder / TREE).exists() and not is_orbax(folder):
+    raise UserError(f"{folder} is an export in the format orbax without its {DIGESTS}: {AGAIN}.")
   if (folder / ABOUT).exists() and (folder / DIGESTS).exists():
     listed = {name: x for name, x in _digests(folder)[1].items() if name.startswith(part)}
     bundles.check_digests(folder, listed, files, AGAIN)

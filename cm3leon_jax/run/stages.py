@@ -23,7 +23,7 @@ from cm3leon_jax.config import REMOVED_FIELDS, UserError, current_fields
 from cm3leon_jax.files.atomic import exists, sync
 from cm3leon_jax.files.digests import damage, describe, digest
 from cm3leon_jax.files.json_files import plain, read_json, write_json
-from cm3leon_jax.run.table import STAGES, identity, reads_of
+from cm3leon_jax.run.table import STAGES, identity, reads_of, unused
 
 if TYPE_CHECKING:
   from cm3leon_jax.config.settings import Settings
@@ -38,10 +38,11 @@ def differences(old: dict, new: dict, where: str = "") -> list[str]:
   """Returns `name: old -> new` for every leaf that differs between two nested dicts.
 
   A field that did not exist when `old` was written is not a difference if it is off in `new`: 0,
-  False or empty. Fields in `REMOVED_FIELDS` are never a difference.
+  False or empty. Fields in `REMOVED_FIELDS`, and those `unused` in both, are never a difference.
   """
-  changed, old = [], current_fields(where.rstrip("."), old)
-  for key in sorted({*old, *new}):
+  section = where.rstrip(".")
+  changed, old = [], current_fields(section, old)
+  for key in sorted({*old, *new} - (unused(section, old) & unused(section, new))):
     a, b = old.get(key), new.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
       changed += differences(a, b, f"{where}{key}.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from cm3leon_jax.config.settings import Settings
@@ -156,6 +157,13 @@ def identity(settings: Settings, name: str) -> dict:
   if name == "train" and settings.adapter.rank:
     config["adapter"] = dataclasses.asdict(settings.adapter)
   return config
+
+
+def unused(section: str, fields: Mapping[str, Any]) -> set[str]:
+  """Returns the fields of a section that have no effect because of another field's value."""
+  if section == "vqgan" and fields.get("source"):
+    return {*fields} - {"source", "resolution", "downsample", "batch_size"}
+  return {"tied_start"} if section == "model" and fields.get("family") == "opt" else set()
 
 
 def own_clip(settings: Settings) -> tuple[str, ...]:

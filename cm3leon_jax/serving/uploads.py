@@ -15,6 +15,7 @@ import select
 import signal
 import sys
 import threading
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -94,6 +95,10 @@ def main() -> None:
   A request is a line of JSON, with the size of the file and the other arguments of `decode`, and
   then the file. An answer is an empty object and the pixels, or only an ApiError.
   """
+  # Decoders' warnings and messages may be far longer than the file. Only errors are printed.
+  warnings.simplefilter("ignore")
+  sys.stderr = io.TextIOWrapper(io.FileIO(os.dup(2), "w"), write_through=True)
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)  # The server decides when this process ends.
   closed = select.poll()
   closed.register(sys.stdin, 0)  # Reports only that the server has closed the pipe, or has ended.

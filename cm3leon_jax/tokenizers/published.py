@@ -45,7 +45,7 @@ class PublishedConfig:
   """Number of channels of the encoder's output, Z."""
   code_dim: PositiveInt
   """Width of a code's vector, E."""
-  blocks: PositiveInt = 2
+  blocks: Annotated[int, Field(gt=0, le=4_096)] = 2
   """Number of residual blocks of each level of the encoder; the decoder has one more."""
   groups: PositiveInt = 32
   """Number of groups of channels that are normalized separately; it divides all widths."""

@@ -118,8 +118,11 @@ def test_a_run_without_documents_is_exported_without_a_comparison(gelu, tmp_path
   settings, root = gelu
   run = epath.Path(tmp_path / "run")
   shutil.copytree(root, run, ignore=shutil.ignore_patterns("documents"))
-  export.main(settings, run)
-  assert "not compared: a run without documents has no held-out" in capsys.readouterr().out
+  sampling = dataclasses.replace(settings.sampling, method="contrastive")
+  export.main(dataclasses.replace(settings, sampling=sampling), run)
+  message = capsys.readouterr().out
+  assert "not compared: a run without documents has no held-out" in message
+  assert "sampling.method is contrastive, but the export samples by top-k and top-p" in message
   assert stages.require(run, "export")
 
 

@@ -223,6 +223,18 @@ def test_data_of_the_run_and_of_its_base_are_listed(measured):
   assert "under CC-BY-SA-4.0, and others that are not recorded here." in card
 
 
+def test_unknown_licenses_are_named_without_folders_of_this_machine(measured):
+  root, _ = measured
+  index = read_json(root / "raw" / "index.json")
+  own = {"kind": "crops", "source": f"{root}/my_style", "license": "", "attribution": ""}
+  index["origins"].append({**own, "records": 3_016})
+  write_json(root / "raw" / "index.json", index)
+  card = write_card(root)
+  assert "under CC-BY-SA-4.0, and of unknown license: my_style. No license" in card
+  assert "| copy | crops | my_style |  |  | 3,016 |" in card
+  assert str(root) not in card
+
+
 @pytest.mark.parametrize(
   ("text", "expected"),
   [

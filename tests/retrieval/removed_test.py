@@ -1,12 +1,17 @@
 """Tests that removed documents are never found, and that searches still find as many documents."""
 
+from concurrent import futures
 import dataclasses
+import threading
+import time
 
 import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import RetrievalConfig
+from cm3leon_jax.data.documents.store import group_id
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.retrieval import neighbors, removed
 from cm3leon_jax.retrieval.bank import Embeddings, copy_bank
 from cm3leon_jax.retrieval.neighbors import Retriever
@@ -97,14 +102,53 @@ def test_an_unknown_document_is_refused_and_nothing_is_removed(bank, tmp_path, m
   assert removed.rows(tmp_path, ["k1"]).tolist() == [1, 3, 7, 399]
 
 
-@pytest.mark.parametrize("key", ["k7", "k7 crop 12"])
-def test_crops_of_an_image_are_removed_with_it(key, tmp_path):
+@pytest.mark.parametrize("keys", [["k7"], ["k7 crop 12"], ["k7 crop 3", "k7"]])
+def test_crops_of_an_image_are_removed_with_it(keys, tmp_path):
   made = bank_of(DOCUMENTS)
   made.keys = made.keys.astype("U12")
-  made.keys[3], made.keys[5], made.keys[9] = "k7 crop 1", "k7 crop 12", "k7 cropped"
+  made.keys[20:32] = [f"k7 crop {i}" for i in range(1, 13)]
+  made.keys[9] = "k7 cropped"
   made.retriever(tmp_path, CONFIG)
-  assert removed.rows(tmp_path, [key]).tolist() == [3, 5, 7]
+  assert removed.rows(tmp_path, keys).tolist() == [7, *range(20, 32)]
   assert removed.rows(tmp_path, ["k70"]).tolist() == [70]
+
+
+def test_a_removed_document_takes_two_hashes(bank, tmp_path, monkeypatch):
+  """Regression: it took 1,001, so that 10,000 keys of a bundle took a minute and 1.2 GB."""
+  removed.remove(tmp_path, [f"k{i}" for i in range(DOCUMENTS - 1)])
+  hashed = []
+  monkeypatch.setattr(removed, "group_id", lambda name: hashed.append(name) or group_id(name))
+  assert len(removed.rows(tmp_path)) == DOCUMENTS
+  assert len({*hashed}) == 2 * (DOCUMENTS - 1)
+
+
+def test_two_removals_at_once_lose_none(bank, tmp_path, monkeypatch):
+  """The second removal waits until the first one, which is slow, has written the file."""
+  begun, rows = threading.Event(), removed.rows
+
+  def slow_rows(*args):
+    found = rows(*args)
+    begun.set()
+    time.sleep(0.3)
+    return found
+
+  monkeypatch.setattr(removed, "rows", slow_rows)
+  with futures.ThreadPoolExecutor() as pool:
+    first = pool.submit(removed.remove, tmp_path, ["k1"])
+    begun.wait()
+    monkeypatch.setattr(removed, "rows", rows)
+    assert removed.remove(tmp_path, ["k2"]) == ["k1", "k2"]
+    first.result()
+  assert removed.keys(tmp_path) == ["k1", "k2"]
+
+
+def test_removed_documents_of_a_stranger_are_few_and_have_valid_keys(bank, tmp_path):
+  write_json(tmp_path / removed.FILE, {"keys": [f"other {i}" for i in range(DOCUMENTS + 1)]})
+  with refused(UserError, "removed.json", "401 keys", "400 documents"):
+    removed.rows(tmp_path)
+  write_json(tmp_path / removed.FILE, {"keys": ["\ud800"]})
+  with refused(UserError, r"'\ud800'", "Unicode"):
+    removed.rows(tmp_path)
 
 
 def test_a_copied_bank_has_no_removed_document(bank, tmp_path):

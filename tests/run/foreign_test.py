@@ -20,6 +20,7 @@ from cm3leon_jax.run.run import Run
 from cm3leon_jax.weights import reading, sealing
 from tests.export.conftest import with_bank
 from tests.generation.run import SETTINGS, one_device
+from tests.refusals import refused
 
 NAMES = ("bundle", "hf", "orbax")
 INDEX = "documents/bank_pairs/index.json"
@@ -109,6 +110,10 @@ ATTACKS = {
   "base": ("bundle", fields("bundle.json", lambda x: x.update(base=[1]))),
   "other CLIP": ("bundle", fields("bundle.json", lambda x: x["settings"]["retrieval"].update(
     clip="/etc"))),
+  "layers": ("bundle", fields("bundle.json", lambda x: x["settings"]["model"].update(
+    num_layers=10**7))),
+  "blocks": ("bundle=", fields("vqgan/config.json", lambda x: x["vqgan"].update(
+    decoder_blocks=[10**7, 1]))),
   "about a pipe": ("hf", pipe("export.json")),
   "settings": ("hf", fields("export.json", lambda x: x.update(settings=[1]))),
   "endless file": ("orbax", link("params/d/zero", "/dev/zero")),
@@ -154,6 +159,13 @@ def test_a_wrong_model_is_refused_in_one_sentence(models, tmp_path, attack):
   if model.endswith("="):
     update_digests(folder)
   with pytest.raises(UserError, match=f"^[^\n]*{folder}[^\n]*$"):
+    read(folder)
+
+
+def test_an_orbax_export_without_digests_is_named_as_that(models, tmp_path):
+  folder = shutil.copytree(models / "orbax", tmp_path / "model")
+  (folder / "digests.json").unlink()
+  with refused(UserError, str(folder), "format orbax", "digests.json"):
     read(folder)
 
 

@@ -172,6 +172,18 @@ def test_a_field_that_was_added_since_and_is_off_does_not_differ():
   assert stages.differences(old, {"a": {"b": 0, "d": 1}}) == ["a.b: 1 -> 0"]
 
 
+def test_fields_without_effect_do_not_differ():
+  """Regression: a finished tokenizer of the package was refused for a weight that it ignores."""
+  old = {"vqgan": {"source": "pictures", "l1_weight": 1.0, "batch_size": 8}}
+  assert stages.differences(old, {"vqgan": {**old["vqgan"], "l1_weight": 9.0}}) == []
+  for change in ({"batch_size": 9}, {"source": "", "l1_weight": 9.0}):
+    assert len(stages.differences(old, {"vqgan": {**old["vqgan"], **change}})) == len(change)
+  models = [{"model": {"family": "opt", "tied_start": x}} for x in (False, True)]
+  assert stages.differences(*models) == []
+  models = [{"model": {**x["model"], "family": "modern"}} for x in models]
+  assert stages.differences(*models) == ["model.tied_start: False -> True"]
+
+
 def test_of_a_jobs_processes_one_writes_and_all_read_first(tmp_path, capsys):
   read = []
 

@@ -26,7 +26,7 @@ def collect(
     runs: {"name", "known"} of each run: the run, the run that initialized it, and so on. "known"
       says whether the origins of the data of this run are recorded.
     origins: {"run", "kind", "source", "license", "attribution", "records"} of each origin.
-      "records" is the number of records in all splits.
+      "records" is the number of records in all splits; added crops have a kind of their own.
 
   Raises:
     UserError: a file is damaged.
@@ -42,7 +42,9 @@ def collect(
       before = read(folder)
       return {"runs": [*runs, *before["runs"]], "origins": [*origins, *before["origins"]]}
     has_raw = (folder / "raw" / reader.INDEX).exists()
-    found = origin_counts(reader.read_index(folder / "raw")["origins"]) if has_raw else []
+    listed = reader.read_index(folder / "raw")["origins"] if has_raw else []
+    # An absolute path of this machine says nothing to others: only its last part is recorded.
+    found = origin_counts({**x, "source": _without_folders(x["source"])} for x in listed)
     found += _instruction_origins(folder)
     runs.append({"name": _name(folder), "known": bool(found)})
     origins += [{"run": folder.name, **origin} for origin in found]
@@ -62,6 +64,10 @@ def _instruction_origins(folder: epath.Path) -> list[dict]:
   records = sum(x["documents"] for x in stored["summary"].values() if "documents" in x)
   fields = ("instructions", epath.Path(root).name, "", "")
   return [{**dict(zip(ORIGIN_FIELDS, fields)), "records": records}]
+
+
+def _without_folders(source: str) -> str:
+  return epath.Path(source).name if source.startswith("/") else source
 
 
 def _name(folder: epath.Path) -> str:

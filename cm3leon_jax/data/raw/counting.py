@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 import itertools
 import statistics
+import warnings
 
 from etils import epath
 from PIL import Image
@@ -29,6 +30,7 @@ def resolution_of(parts: list[formats.SourcePart], allow_outside: bool = False) 
   The side of an image is its shorter side. Returns the smallest of `SIDES` if the median is below
   all of them, and the largest if no image is readable. Unreadable images are rejected later.
   """
+  warnings.filterwarnings("ignore", module="PIL")  # May be thousands for an image.
   records = itertools.chain.from_iterable(formats.read(part, allow_outside) for part in parts)
   pairs = (record for record in records if isinstance(record, RawPair))
   sides = [side for pair in itertools.islice(pairs, IMAGES) for side in _side(pair)]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
+import warnings
 
 from etils import epath
 import numpy as np
@@ -172,6 +173,7 @@ class _Ingest:
   parts: dict[str, formats.SourcePart]
 
   def open(self) -> Callable[[str], dict]:
+    warnings.filterwarnings("ignore", module="PIL")  # May be thousands for an image.
     own = function.Reader(self.config.source, self.config.options)
     return functools.partial(self._shard, own)
 

@@ -179,7 +179,8 @@ class _Writer:
     line = json.dumps(values, ensure_ascii=False) + "\n"
     kind = kind_of(type(item))
     self._counts[f"{item.split}_{kind}"] += 1
-    self._origins[kind, item.source, item.license, item.attribution] += 1
+    counted = "crops" if getattr(item, "added_crop", "") else kind
+    self._origins[counted, item.source, item.license, item.attribution] += 1
     if isinstance(item, RawPair):
       self._concepts[item.split].add(item.concept or item.key)
     added = raw_statistics.of_record(item, sizes)

@@ -107,6 +107,15 @@ def test_a_few_wrong_records_are_left_out_and_listed(source, tmp_path):
   assert len((out / "rejected.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_wrong_tag_of_an_image_prints_no_warning(source, tmp_path):
+  """A warning raises an error in tests, so that the images would be left out."""
+  tag = bytes.fromhex("4d4d002a00000008 0001 010f0002000013880000001a 00000000")
+  Image.new("RGB", (4, 4)).save(source / "red.png", exif=b"Exif\0\0" + tag)
+  with pytest.warns(UserWarning, match="larger"):
+    reader.load_image(str(source / "red.png"), 8)
+  assert "rejected_unreadable_image" not in prepare(source, tmp_path)[0]
+
+
 def test_records_are_chosen_by_license(source, tmp_path):
   replace_line(source, 0, red("free", license="CC0-1.0"))
   replace_line(source, 1, red("other", license="secret"))
@@ -136,6 +145,9 @@ def test_origins_are_counted(source, tmp_path, monkeypatch):
   ada = {"kind": "pairs", "source": "", "license": "CC0-1.0", "attribution": "Ada", "records": 4}
   assert origins[:2] == [{**ada, "license": "", "attribution": "", "records": 35}, ada]
   assert sum(origin["records"] for origin in origins) == 42
+  _, cropped = prepare(source, tmp_path / "cropped", crops=2)
+  kinds = [origin["kind"] for origin in reader.read_index(cropped)["origins"]]
+  assert (kinds.count("pairs"), "crops" in kinds) == (3, True)
   monkeypatch.setattr(records_lib, "MOST_ORIGINS", 1)
   few = records_lib.origin_counts(origins)
   others = {**ada, "source": "others", "attribution": "others", "records": 5}
