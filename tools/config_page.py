@@ -19,7 +19,6 @@ fields, wrong types and values out of range. `--print_config` prints the resulti
 must be less than 2^31. Floats must be 0 or have an absolute value from 1e-20 to 1e12.
 
 `cm3leon docs config train.patience` prints one field, `cm3leon docs config train` a section.
-`python -m tools.config_page` prints this page, from the dataclasses of the sections.
 
 | field | values | default | meaning |
 |---|---|---|---|

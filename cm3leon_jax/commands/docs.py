@@ -30,23 +30,20 @@ def first_sentence(page: str) -> str:
   return textwrap.shorten(re.split(r"(?<=[.:])\s", prose.strip(), maxsplit=1)[0], 100)
 
 
-def fields(page: str) -> dict[str, str]:
-  """Maps the fields in config.md to lines such as "train.steps = 41723 (int, > 0): Number of"."""
-  found, section = {}, ""
-  for line in page.splitlines():
+def about(field: str) -> str:
+  """Returns what config.md says about a field, or about each field of a section.
+
+  about("train.steps") = "train.steps = 41723 (int, > 0): Number of training steps."
+  """
+  known, section = {}, ""
+  for line in text_of("config").splitlines():
     section = f"{line[3:]}." if line.startswith("## ") else section
     if row := re.fullmatch(r"\| `(\w+)` \| (.*) \| (.*) \| (.*) \|", line):
       name, values, default, meaning = row.groups()
-      found[section + name] = f"{section}{name} = {default.strip('`')} ({values}): {meaning}"
-  return found
-
-
-def about(field: str) -> str:
-  """Returns the line of a field, or the lines of a section of the config."""
-  known = fields(text_of("config"))
+      known[section + name] = f"{section}{name} = {default.strip('`')} ({values}): {meaning}"
   lines = [line for name, line in known.items() if f"{name}.".startswith(f"{field}.")]
   if not lines:
-    hint = did_you_mean(field, known, "`cm3leon docs config` lists the fields.")
+    hint = did_you_mean(field, known, "`cm3leon docs config` lists them.")
     raise UserError(f"the config has no field '{field}': {hint}")
   return "\n".join(lines)
 

@@ -7,7 +7,6 @@ import math
 import jax
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.config.training import on_mesh
 from cm3leon_jax.mesh import BATCH, MeshConfig, create_mesh
@@ -129,8 +128,8 @@ def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: f
   replica = hardware.devices // mesh["data"]
   measured = utilization.nearest(hardware.platform, hardware.chip, parameters)
   source = f"as {measured.source}, {measured.mfu:.0%} with remat like `{measured.remat}`"
-  step_mfu = mfu or measured.mfu_of(settings.model, length, settings.adapter)
-  flops = model_flops(settings.model, tokens, length, settings.adapter)
+  sizes = length, settings.adapter
+  step_mfu = mfu or measured.mfu_of(settings.model, *sizes)
   return Plan(
     hardware=hardware,
     mesh=mesh,
@@ -146,7 +145,7 @@ def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: f
     mfu=mfu or measured.mfu,
     mfu_source="" if mfu else source,
     step_mfu=step_mfu,
-    step_seconds=flops / (peak * step_mfu),
+    step_seconds=model_flops(settings.model, tokens, *sizes) / (peak * step_mfu),
     replay_every=train.replay_every,
     checkpoint_bytes=checkpoint,
     saving_hosts=max(1, replica // (hardware.per_host * hardware.devices_per_chip)),
@@ -158,14 +157,12 @@ def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: f
 
 def _faster(settings: Settings, shape: dict[str, int], hardware: Hardware) -> str:
   """Says which lighter remat policy, or else how many more rows per pass, fit too; "" if none."""
-
-  def flops(model: ModelConfig) -> float:
-    return hardware_flops(model, 1, settings.data.sequence_length, settings.adapter)
-
+  row = 1, settings.data.sequence_length, settings.adapter
   found: list[tuple[Settings, str, str]] = []
   for policy in reversed(KEPT):  # The policy that computes least again is the first.
     model = dataclasses.replace(settings.model, remat_policy=policy)
-    if (gain := 1 - flops(model) / flops(settings.model)) > 0:
+    gain = 1 - hardware_flops(model, *row) / hardware_flops(settings.model, *row)
+    if gain > 0:
       text = f"{gain:.0%} less time: --config.model.remat_policy={policy}"
       found.append((dataclasses.replace(settings, model=model), f"`{policy}` fits", text))
   now = memory.estimate(settings, shape, hardware.platform).rows

@@ -69,15 +69,8 @@ SLICES = {f"{chip}-{n}": shape for chip, tori in _TORI.items() for n, shape in t
 # Chip names in Cloud TPU's accelerator types and in JAX -> this project's chip names.
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "7x": "tpu7x"}
 # Prefix of `jax.Device.device_kind` -> chip. Longer ones precede shorter ones, as in flops.py.
-KINDS = {
-  "TPU v5 lite": "v5e",
-  "TPU v5e": "v5e",
-  "TPU v5p": "v5p",
-  "TPU v5": "v5p",
-  "TPU v6 lite": "v6e",
-  "TPU v6e": "v6e",
-  "TPU7x": "tpu7x",
-}
+KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p"}
+KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"}
 
 
 def own_name(name: str) -> str:
@@ -93,8 +86,7 @@ def own_name(name: str) -> str:
 def suggestion(name: str, others: tuple[str, ...] = ()) -> str:
   """Returns "did you mean v5e-256? " with the most similar slice, or "" if no name is similar.
 
-  The slice of a known chip is the one with the nearest number. `others` are more names that can be
-  suggested.
+  Of a known chip, it is the slice with the nearest number. `others` can also be suggested.
   """
   chip, _, size = name.partition("-")
   if chip in _TORI and re.fullmatch(r"\d{1,6}", size):

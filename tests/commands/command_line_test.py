@@ -37,8 +37,14 @@ def test_help_shows_an_example_and_the_flags_that_the_command_takes(name):
   }
 
 
+def test_help_of_a_command_is_its_flag():
+  assert cm3leon("help", "train").stdout == cm3leon("train", "--help").stdout != ""
+
+
 MISTAKES = [
   (["trian"], ["trian", "train"]),
+  (["finetune"], ["`cm3leon run --config=own`", "CM3Leon.finetune"]),
+  (["help", "trian"], ["trian", "did you mean 'train'?"]),
   (["train", *RUN, "--workdri=x"], ["workdri", "workdir"]),
   (["train", *RUN, "--config.train.stepz=5"], ["stepz", "steps"]),
   (["train", *RUN, "--config.foo.bar=5"], ["foo"]),

@@ -89,10 +89,8 @@ def hardware_flops(
     "mlp": 2 * (2 if config.traits.gated else 1) * D * config.mlp_width,
   }
   kept = KEPT.get(config.remat_policy, KEPT["save_attention"])  # Also those of `offload`.
-  again = sum(flops for name, flops in forward.items() if name not in kept)
-  if config.remat_policy == "none":
-    again = 0
-  layer = again + 3 * forward["attention"] / 2
+  again = sum(n for name, n in forward.items() if name not in kept)
+  layer = again * (config.remat_policy != "none") + 3 * forward["attention"] / 2
   return model_flops(config, tokens, sequence_length, adapter) + tokens * config.num_layers * layer
 
 
