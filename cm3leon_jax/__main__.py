@@ -9,6 +9,8 @@ import cm3leon_jax
 from cm3leon_jax.commands import COMMANDS, interrupts
 from cm3leon_jax.config import did_you_mean
 
+# Names that users try -> what does the job.
+INSTEAD = {"finetune": "use `cm3leon run --config=own`, or CM3Leon.finetune in Python."}
 FOLDER = pathlib.Path(__file__).parent / "commands"
 
 
@@ -35,6 +37,8 @@ def start(name: str) -> None:
 def main() -> None:
   """Runs the command that `sys.argv[1]` names."""
   name, *flags = sys.argv[1:] or ["--help"]
+  if name == "help" and flags:
+    name, flags = flags[0], ["--help"]
   if name in ("--help", "-h", "help"):
     print(overview())
   elif name == "--version":
@@ -43,7 +47,7 @@ def main() -> None:
     sys.argv = ["cm3leon", *flags]
     start(name)
   else:
-    hint = did_you_mean(name, COMMANDS, "cm3leon --help lists them.")
+    hint = INSTEAD.get(name) or did_you_mean(name, COMMANDS, "cm3leon --help lists them.")
     print(f"error: there is no command '{name}': {hint}", file=sys.stderr)
     sys.exit(2)
 

@@ -14,10 +14,12 @@ import yaml
 
 from cm3leon_jax.commands import COMMANDS
 from cm3leon_jax.config.settings import SECTIONS
+from tools import config_page, tasks_page
 
 ROOT = pathlib.Path(__file__).parents[1]
+GENERATED = {"config": config_page.page, "instruction_tasks": tasks_page.page}
 # docs/log.md names what an earlier commit has.
-PAGES = sorted({*(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "log.md"})
+PAGES = sorted(p for p in (ROOT / "docs").glob("*.md") if p.stem not in {"log", *GENERATED})
 PAGES += [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 FIELDS = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 FIELDS |= {f"{name}.FIELD" for name in SECTIONS} | {f"config.{name}" for name in SECTIONS}
@@ -100,6 +102,34 @@ def test_the_site_builds_without_warnings_and_renders_every_table_and_list(tmp_p
     paragraphs = re.findall(r"<p>(.*?)</p>", html.read_text(), re.DOTALL)
     # A table or a list without an empty line before it renders as a paragraph.
     assert not [p[:200] for p in paragraphs if re.search(r"^(\| |- |\d\. )", p, re.MULTILINE)], page
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_the_generated_pages_are_current(name):
+  page = (ROOT / "docs" / f"{name}.md").read_text()
+  assert page == GENERATED[name](), f"run: python -m tools.{name.split('_')[-1]}_page > {page}"
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+  """Returns the anchors of the headings of a page, as GitHub makes them."""
+  text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+  titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+  return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_relative_links_lead_to_files_and_headings():
+  listed = subprocess.check_output(["git", "ls-files", "*.md"], cwd=ROOT, text=True).split()
+  dead = []
+  for name in listed:
+    page = ROOT / name
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', text):
+      path, _, anchor = "".join(link).partition("#")
+      target = (page.parent / path) if path else page
+      if ":" in path or (target.exists() and (not anchor or anchor in anchors(target))):
+        continue
+      dead.append(f"{name}: {''.join(link)}")
+  assert not dead
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -28,12 +28,14 @@ def build(source, target) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-  """Builds the wheel from a copy of the repository without build outputs."""
+  """Builds the wheel from a copy of the repository, with a deleted module in build/."""
   source = tmp_path_factory.mktemp("source")
   for name in ("cm3leon_jax", "examples", "launch", "ml_configs", "tests"):
     shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-  for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+  for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
     shutil.copy(ROOT / name, source)
+  (source / "build" / "lib" / "cm3leon_jax").mkdir(parents=True)
+  (source / "build" / "lib" / "cm3leon_jax" / "removed.py").touch()
   return build(source, tmp_path_factory.mktemp("wheel"))
 
 
@@ -57,6 +59,18 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel):
   assets = ("tokenizers/pictures", "models/illustrations")
   attributions = {f"cm3leon_jax/assets/{name}/ATTRIBUTION.md" for name in assets}
   assert licenses == {"LICENSE", "NOTICE", *attributions}
+
+
+def test_metadata_and_notice_name_the_licenses_of_the_bundled_models():
+  files = (ROOT / "cm3leon_jax" / "assets").rglob("ATTRIBUTION.md")
+  found = {x for file in files for x in re.findall(r": ([\w.-]+), https", file.read_text())}
+  notice = (ROOT / "NOTICE").read_text()
+  assert {"UFL-1.0", "CC-BY-2.0", "MIT"} < found
+  assert not [name for name in found if name not in notice]
+  spdx = {name.replace("UFL", "Ubuntu-font") for name in found}
+  assert spdx <= set(METADATA["project"]["license"].split(" AND "))
+  # Drawings of this set are retrieved, so the wheel has copies of them.
+  assert "Copyright (c) Microsoft Corporation.\n\nPermission is hereby granted" in notice
 
 
 @pytest.mark.slow

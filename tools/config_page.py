@@ -1,8 +1,6 @@
 """Prints the page config.md: the type, range, default and meaning of every field of a config.
 
-  python -m tools.config_page
-
-mkdocs builds the page, see tools/mkdocs_hook.py.
+python -m tools.config_page > docs/config.md
 """
 
 import dataclasses
@@ -20,9 +18,11 @@ Any field can be set on the command line: `--config.train.steps=100`. Commands r
 fields, wrong types and values out of range. `--print_config` prints the resulting config. Integers
 must be less than 2^31. Floats must be 0 or have an absolute value from 1e-20 to 1e12.
 
-`python -m tools.config_page` prints this page, from the dataclasses of the sections.
+`cm3leon docs config train.patience` prints one field, `cm3leon docs config train` a section.
 
-`seed` (int, >= 0, default `0`): {seed}
+| field | values | default | meaning |
+|---|---|---|---|
+| `seed` | int, >= 0 | `0` | {seed} |
 """
 SHOWN = 10  # Largest length of a default tuple that is shown in full.
 BOUNDS = {

@@ -1,8 +1,7 @@
-"""Hook of mkdocs: adds the pages that are generated, and README.md as the home page."""
+"""Hook of mkdocs: adds README.md as the home page."""
 
 import pathlib
 import re
-import sys
 
 from mkdocs.structure.files import File
 
@@ -18,11 +17,6 @@ def home() -> str:
 
 
 def on_files(files, config):
-  """Returns the files of the site with index.md, config.md and instruction_tasks.md."""
-  sys.path.insert(0, str(ROOT))
-  from tools import config_page, tasks_page
-
-  pages = {"index.md": home, "config.md": config_page.page, "instruction_tasks.md": tasks_page.page}
-  for name, page in pages.items():
-    files.append(File.generated(config, name, content=page()))
+  """Returns the files of the site with index.md."""
+  files.append(File.generated(config, "index.md", content=home()))
   return files

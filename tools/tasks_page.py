@@ -1,8 +1,6 @@
 """Prints the page instruction_tasks.md: the fields of a task, and the shipped tasks with examples.
 
-  python -m tools.tasks_page
-
-mkdocs builds the page, see tools/mkdocs_hook.py.
+python -m tools.tasks_page > docs/instruction_tasks.md
 """
 
 # T tokens of a sample.

@@ -4,7 +4,7 @@ The default variant has the values of the tutorial that this project started fro
 `:paper` has the paper's values. The stages `vqgan` and `clip` of these sizes train on one host.
 `cm3leon plan` prints how long they take. A published image tokenizer (`cm3leon import_vqgan
 --source=FOLDER`) and a published CLIP (`--config.retrieval.clip=FOLDER`) need no training.
-docs/scaling.md lists the steps, and `python -m tools.config_page` every field.
+docs/scaling.md lists the steps, and docs/config.md every field.
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key
 import numpy as np
 
-from cm3leon_jax.config.model import ROPE_BASE, ModelConfig
+from cm3leon_jax.config.model import ROPE_BASE, ModelConfig, RematPolicy
 from cm3leon_jax.mesh import gathered, spec
 from cm3leon_jax.models import attention, nnx_params, products
 
@@ -303,7 +303,7 @@ class Transformer(nnx.Module):
 # Maps a remat policy to the activations that it saves in addition to "input". "middle" is the
 # residual stream between attention and feed-forward. "mlp" is the hidden feed-forward layer before
 # the activation function.
-KEPT = {
+KEPT: dict[RematPolicy, tuple[str, ...]] = {
   "full": (),
   "save_attention": ("attention", "middle"),
   "save_qkv": ("qkv", "attention"),
@@ -311,7 +311,7 @@ KEPT = {
 }
 
 
-def _checkpointed(layer: Layer, policy: str) -> Layer:
+def _checkpointed(layer: Layer, policy: RematPolicy) -> Layer:
   if policy == "none":
     return layer
   if policy == "offload":

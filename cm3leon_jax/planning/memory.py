@@ -22,23 +22,13 @@ from cm3leon_jax.config.training import OptimizerConfig, on_mesh
 from cm3leon_jax.mesh import BATCH, FSDP
 from cm3leon_jax.models import adapters
 from cm3leon_jax.models.transformer import KEPT
-from cm3leon_jax.planning.topology import CHIPS
+from cm3leon_jax.planning.topology import device_memory
 from cm3leon_jax.training.step.grpo import LONG_BUCKET, row_length
 
 GIB = 2**30
 LANES = 128  # Lanes of a TPU register. The last dimension of an array is padded to a multiple.
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
 SCORES = {"gpu": 6}  # Bytes per logit or attention weight, besides the compute dtype; TPU: 8.
-# Prefix of `jax.Device.device_kind` -> chip. Longer ones precede shorter ones, as in flops.py.
-KINDS = {
-  "TPU v5 lite": "v5e",
-  "TPU v5e": "v5e",
-  "TPU v5p": "v5p",
-  "TPU v5": "v5p",
-  "TPU v6 lite": "v6e",
-  "TPU v6e": "v6e",
-  "TPU7x": "tpu7x",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,25 +238,6 @@ def _layer(
   return 2 * params * b + R * L * widths * b + scores
 
 
-def device_memory(device: jax.Device) -> int | None:
-  """Returns the bytes that programs can use on a device; None for CPUs and unknown devices.
-
-  If the backend does not say the number, it is looked up in a table of chips.
-  """
-  if device.platform == "cpu":
-    return None
-  try:
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-  except (jax.errors.JaxRuntimeError, NotImplementedError):  # For a topology's devices.
-    limit = None
-  if limit:
-    return int(limit)
-  for kind, chip in KINDS.items():
-    if device.device_kind == kind or device.device_kind.startswith((f"{kind} ", f"{kind}-")):
-      return int(CHIPS[chip].hbm * GIB)
-  return None
-
-
 def smaller(
   settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
 ) -> Iterator[tuple[Settings, str]]:
@@ -293,15 +264,21 @@ def _fewer_rows(
   rows = settings.train.global_batch_size // shards
   divisors = [n for n in range(now, 0, -1) if rows % n == 0]
   for policy in dict.fromkeys((settings.model.remat_policy, "full")):
+    model = dataclasses.replace(settings.model, remat_policy=policy)
     for n in divisors:
-      train = dataclasses.replace(settings.train, rows_per_device=n, gradient_accumulation_steps=1)
-      model = dataclasses.replace(settings.model, remat_policy=policy)
-      flags = [f"--config.train.rows_per_device={n}"]
-      if settings.train.gradient_accumulation_steps > 1:
-        flags.append("--config.train.gradient_accumulation_steps=1")
+      other, flags = with_rows(settings, n)
       if policy != settings.model.remat_policy:
         flags.append(f"--config.model.remat_policy={policy}")
-      yield dataclasses.replace(settings, train=train, model=model), " ".join(flags)
+      yield dataclasses.replace(other, model=model), " ".join(flags)
+
+
+def with_rows(settings: Settings, rows: int) -> tuple[Settings, list[str]]:
+  """Returns settings with `rows` rows per device and pass, and the flags that select them."""
+  train = dataclasses.replace(settings.train, rows_per_device=rows, gradient_accumulation_steps=1)
+  flags = [f"--config.train.rows_per_device={rows}"]
+  if settings.train.gradient_accumulation_steps > 1:
+    flags.append("--config.train.gradient_accumulation_steps=1")
+  return dataclasses.replace(settings, train=train), flags
 
 
 def excess(settings: Settings, memory: Memory, limit: float) -> str:

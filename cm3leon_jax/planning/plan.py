@@ -9,12 +9,13 @@ import jax
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.config.training import on_mesh
-from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.mesh import BATCH, MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
+from cm3leon_jax.models.transformer import KEPT
 from cm3leon_jax.planning import memory, utilization
 from cm3leon_jax.planning.hardware import Hardware, peak_of
 from cm3leon_jax.training.steps import compile_steps
-from cm3leon_jax.training.watch.flops import model_flops
+from cm3leon_jax.training.watch.flops import hardware_flops, model_flops
 
 GIB = 2**30
 GRACE_SECONDS = 900
@@ -31,9 +32,11 @@ class Plan:
     passes: passes (micro-batches) per step.
     rows: rows per step, over all devices.
     tokens_per_step: tokens per step, over all devices.
-    mfu: assumed share of the peak FLOP/s that training reaches.
-    mfu_source: measurement that `mfu` is from; "" if a user gave it.
-    step_seconds: seconds per step at `mfu`, if it is not checked.
+    mfu: assumed share of the peak FLOP/s, as measured or given; the stages before training use it.
+    mfu_source: says which measurement `mfu` is from; "" if a user gave it.
+    step_mfu: `mfu` with the remat policy of the run, see planning/utilization.py.
+    step_seconds: seconds per step at `step_mfu`, if it is not checked.
+    faster: what would also fit into the memory and takes less time, with its flags; or "".
     replay_every: a step is checked (computed twice) if its number is a multiple of `replay_every`;
       0 means never.
     checkpoint_bytes: bytes of parameters and optimizer state.
@@ -54,12 +57,14 @@ class Plan:
   tokens_per_step: int
   mfu: float
   mfu_source: str
+  step_mfu: float
   step_seconds: float
   replay_every: int
   checkpoint_bytes: int
   saving_hosts: int
   save_bandwidth: float
   eval_batches: int
+  faster: str
 
   @property
   def mean_step_seconds(self) -> float:
@@ -106,9 +111,9 @@ def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: f
 
   Uses the mesh of the config, or, if all mesh fields have their defaults, a mesh that follows the
   torus. If the config's rows do not fit into the memory of a device, chooses fewer rows per pass or
-  a remat policy that keeps less. `mfu` is the assumed share of the peak FLOP/s that training
-  reaches; None: as the nearest published measurement. `bandwidth` is the GB/s at which each
-  host writes to storage.
+  a remat policy that keeps less. `mfu` is the assumed model FLOPs utilization of the run; None:
+  that of the nearest published measurement, for the run's remat policy. `bandwidth` is the GB/s at
+  which each host writes to storage.
 
   Raises:
     UserError: the mesh does not fit the hardware or the batch, or no settings fit into the memory.
@@ -122,8 +127,9 @@ def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: f
   parameters, checkpoint = _state(settings)
   replica = hardware.devices // mesh["data"]
   measured = utilization.nearest(hardware.platform, hardware.chip, parameters)
-  source = measured.source if mfu is None else ""
-  mfu = mfu or measured.mfu
+  source = f"as {measured.source}, {measured.mfu:.0%} with remat like `{measured.remat}`"
+  sizes = length, settings.adapter
+  step_mfu = mfu or measured.mfu_of(settings.model, *sizes)
   return Plan(
     hardware=hardware,
     mesh=mesh,
@@ -136,15 +142,40 @@ def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: f
     parameters=parameters,
     tokens=tokens * train.steps,
     tokens_per_step=tokens,
-    mfu=mfu,
-    mfu_source=source,
-    step_seconds=model_flops(settings.model, tokens, length, settings.adapter) / (peak * mfu),
+    mfu=mfu or measured.mfu,
+    mfu_source="" if mfu else source,
+    step_mfu=step_mfu,
+    step_seconds=model_flops(settings.model, tokens, *sizes) / (peak * step_mfu),
     replay_every=train.replay_every,
     checkpoint_bytes=checkpoint,
     saving_hosts=max(1, replica // (hardware.per_host * hardware.devices_per_chip)),
     save_bandwidth=bandwidth * 1e9,
     eval_batches=train.eval_batches,
+    faster=_faster(settings, mesh, hardware),
   )
+
+
+def _faster(settings: Settings, shape: dict[str, int], hardware: Hardware) -> str:
+  """Says which lighter remat policy, or else how many more rows per pass, fit too; "" if none."""
+  row = 1, settings.data.sequence_length, settings.adapter
+  found: list[tuple[Settings, str, str]] = []
+  for policy in reversed(KEPT):  # The policy that computes least again is the first.
+    model = dataclasses.replace(settings.model, remat_policy=policy)
+    gain = 1 - hardware_flops(model, *row) / hardware_flops(settings.model, *row)
+    if gain > 0:
+      text = f"{gain:.0%} less time: --config.model.remat_policy={policy}"
+      found.append((dataclasses.replace(settings, model=model), f"`{policy}` fits", text))
+  now = memory.estimate(settings, shape, hardware.platform).rows
+  rows = settings.train.global_batch_size // math.prod(shape[axis] for axis in BATCH)
+  for n in (n for n in range(rows, now, -1) if rows % n == 0):
+    other, flags = memory.with_rows(settings, n)
+    text = f"parameters are gathered {rows // n} instead of {rows // now} times a step: "
+    found.append((other, f"{n} rows in a pass fit", text + " ".join(flags)))
+  for other, what, text in found:
+    total = memory.estimate(other, shape, hardware.platform).total / GIB
+    if total <= hardware.memory:
+      return f"{what} too ({total:.1f} of {hardware.memory:.1f} GiB), {text}"
+  return ""
 
 
 def _fitting(
@@ -220,7 +251,7 @@ def table(plan: Plan, title: str, spot: bool = False) -> str:
   """
   hw, gb = plan.hardware, plan.checkpoint_bytes / 1e9
   passes = f"in {plan.passes} passes" if plan.passes > 1 else "in one pass"
-  source = f" (as {plan.mfu_source}; --mfu=SHARE gives another)" if plan.mfu_source else ""
+  source = f" ({plan.mfu_source}; --mfu=SHARE gives another)" if plan.mfu_source else ""
   hosts = f"{gb / plan.saving_hosts:.2f} on each of {plan.saving_hosts:,} hosts"
   if plan.saving_hosts == 1:
     hosts = "all on 1 host"
@@ -235,7 +266,7 @@ def table(plan: Plan, title: str, spot: bool = False) -> str:
     "memory of a device": f"about {plan.memory} of {hw.memory:.2f}{hw.share}",
     "model": f"{plan.parameters:,} parameters",
     "a step": f"{plan.tokens_per_step:,} tokens, {plan.step_seconds:,.1f} s at "
-    f"{plan.mfu:.0%} of the peak{source}{checked}",
+    f"{plan.step_mfu:.0%} of the peak{source}{checked}",
     "tokens/s": f"{plan.tokens_per_second:,.0f}, "
     f"{plan.tokens_per_second / hw.devices:,.0f} a device",
     "the run": f"{plan.tokens:.3g} tokens in {plan.days:,.1f} days, {plan.chip_hours:,.0f} "
@@ -245,6 +276,8 @@ def table(plan: Plan, title: str, spot: bool = False) -> str:
     "time to stop": f"{plan.stop_seconds:,.0f} s from SIGTERM to the end; launchers give "
     f"{plan.grace_seconds:,} s{short}",
   }
+  if plan.faster:
+    rows["faster"] = plan.faster
   if plan.flags:
     rows["flags"] = " ".join(plan.flags)
   return "\n".join([f"{title} on {hw}", *(f"  {name:<20}{text}" for name, text in rows.items())])

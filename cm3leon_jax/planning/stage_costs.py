@@ -62,7 +62,7 @@ def estimate(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
   Published models replace the stages that train an image tokenizer and CLIP.
   """
   hw, share = plan.hardware, f"{plan.mfu:.0%} of the peak"
-  train = Cost("train", 0.0, plan.chip_hours, f"the plan above, at {share}")
+  train = Cost("train", 0.0, plan.chip_hours, f"the plan above, at {plan.step_mfu:.0%} of the peak")
   if settings.instructions.any:
     yield train
     return

@@ -68,6 +68,9 @@ _TORI = {"v5e": _TORUS_2D, "v6e": _TORUS_2D, "v5p": _TORUS_3D, "tpu7x": _TORUS_3
 SLICES = {f"{chip}-{n}": shape for chip, tori in _TORI.items() for n, shape in tori.items()}
 # Chip names in Cloud TPU's accelerator types and in JAX -> this project's chip names.
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "7x": "tpu7x"}
+# Prefix of `jax.Device.device_kind` -> chip. Longer ones precede shorter ones, as in flops.py.
+KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p"}
+KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"}
 
 
 def own_name(name: str) -> str:
@@ -83,8 +86,11 @@ def own_name(name: str) -> str:
 def suggestion(name: str, others: tuple[str, ...] = ()) -> str:
   """Returns "did you mean v5e-256? " with the most similar slice, or "" if no name is similar.
 
-  `others` are more names that can be suggested.
+  Of a known chip, it is the slice with the nearest number. `others` can also be suggested.
   """
+  chip, _, size = name.partition("-")
+  if chip in _TORI and re.fullmatch(r"\d{1,6}", size):
+    return f"did you mean {chip}-{min(_TORI[chip], key=lambda n: abs(n - int(size)))}? "
   close = difflib.get_close_matches(name, [*SLICES, *others], n=1)
   return f"did you mean {close[0]}? " if close else ""
 
@@ -104,6 +110,25 @@ class Topology:
   slices: int
   devices: tuple
   share: str = ""
+
+
+def device_memory(device: jax.Device) -> int | None:
+  """Returns the bytes that programs can use on a device; None for CPUs and unknown devices.
+
+  If the backend does not say the number, it is looked up in a table of chips.
+  """
+  if device.platform == "cpu":
+    return None
+  try:
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+  except (jax.errors.JaxRuntimeError, NotImplementedError):  # For a topology's devices.
+    limit = None
+  if limit:
+    return int(limit)
+  for kind, chip in KINDS.items():
+    if device.device_kind == kind or device.device_kind.startswith((f"{kind} ", f"{kind}-")):
+      return int(CHIPS[chip].hbm * 2**30)
+  return None
 
 
 def prepare() -> None:

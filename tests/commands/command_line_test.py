@@ -37,8 +37,14 @@ def test_help_shows_an_example_and_the_flags_that_the_command_takes(name):
   }
 
 
+def test_help_of_a_command_is_its_flag():
+  assert cm3leon("help", "train").stdout == cm3leon("train", "--help").stdout != ""
+
+
 MISTAKES = [
   (["trian"], ["trian", "train"]),
+  (["finetune"], ["`cm3leon run --config=own`", "CM3Leon.finetune"]),
+  (["help", "trian"], ["trian", "did you mean 'train'?"]),
   (["train", *RUN, "--workdri=x"], ["workdri", "workdir"]),
   (["train", *RUN, "--config.train.stepz=5"], ["stepz", "steps"]),
   (["train", *RUN, "--config.foo.bar=5"], ["foo"]),
@@ -48,6 +54,7 @@ MISTAKES = [
   (["train", "--config=nowhere.py", "--workdir=w"], ["nowhere.py", "own"]),
   (["train", "--config=onw", "--workdir=w"], ["onw", "did you mean 'own'?"]),
   (["docs", "own_image"], ["did you mean 'own_images'?"]),
+  (["docs", "config", "train.patiense"], ["train.patiense", "did you mean 'train.patience'?"]),
   (["train", f"--config={SCENES}:soon", "--workdir=w"], ["--config", "soon"]),
   (["train", "--workdir=w"], ["--config"]),
   (["train", f"--config={SCENES}"], ["--workdir"]),
@@ -103,9 +110,15 @@ def test_docs_lists_the_pages_and_prints_one(tmp_path):
   result = launch("docs", cwd=tmp_path, missing=["jax"])
   listed = [line.split("  ")[0].strip() for line in result.stdout.splitlines()]
   assert listed == sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
-  assert "glossary       Each word has one meaning" in result.stdout
+  assert "glossary           Each word has one meaning" in result.stdout
   page = launch("docs", "glossary", cwd=tmp_path, missing=["jax"]).stdout
   assert page == (ROOT / "docs" / "glossary.md").read_text()
+
+
+def test_docs_prints_a_field_of_the_config(tmp_path):
+  line = launch("docs", "config", "train.patience", cwd=tmp_path, missing=["jax"]).stdout
+  assert line.startswith("train.patience = 0 (int, >= 0): ")
+  assert line.count("\n") == 1
 
 
 def test_the_console_script_lists_the_commands(tmp_path):

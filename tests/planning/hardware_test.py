@@ -59,6 +59,7 @@ def test_names_of_cloud_tpu_are_aliases_and_the_nearest_name_is_suggested():
   ]  # fmt: skip
   assert topology.suggestion("a10-64", ("a100-64",)) == "did you mean a100-64? "
   assert hardware.load("H100-8") == hardware.load("h100-8")
+  assert topology.suggestion("v5e-100") == "did you mean v5e-128? "
   with refused(UserError, "--topology is 'h10-8'", "did you mean h100-8?"):
     hardware.load("h10-8")
   with refused(UserError, "--topology is 'v6-256'", "did you mean v6e-256?"):

@@ -6,6 +6,7 @@ import dataclasses
 
 from cm3leon_jax.config.model import AdapterConfig, ModelConfig
 from cm3leon_jax.models import adapters
+from cm3leon_jax.models.transformer import KEPT
 
 # JAX's name of a device kind -> peak of dense bfloat16 matmuls of one device, in FLOP/s.
 # A kind matches the first entry that is equal to it or to its first words, so longer names precede
@@ -69,6 +70,28 @@ def model_flops(
   if adapter is not None and adapter.rank:
     products = 4 * matmul_params(config) + 6 * adapters.count(config, adapter)
   return float(tokens * (products + attention))
+
+
+def hardware_flops(
+  config: ModelConfig, tokens: int, sequence_length: int, adapter: AdapterConfig | None = None
+) -> float:
+  """Computes the FLOPs that a step executes: `model_flops` and what it computes again.
+
+  The backward pass of a layer repeats the products whose results `remat_policy` does not keep,
+  except the last one of the feed-forward layer, whose result it does not need. The kernels of
+  attention multiply 7 times instead of 4 in the backward pass.
+  """
+  D, A = config.width, config.num_heads * config.head_dim
+  forward = {
+    "qkv": 2 * D * (A + 2 * config.key_heads * config.head_dim),
+    "attention": 2 * A * sequence_length,
+    "middle": 2 * D * A,
+    "mlp": 2 * (2 if config.traits.gated else 1) * D * config.mlp_width,
+  }
+  kept = KEPT.get(config.remat_policy, KEPT["save_attention"])  # Also those of `offload`.
+  again = sum(n for name, n in forward.items() if name not in kept)
+  layer = again * (config.remat_policy != "none") + 3 * forward["attention"] / 2
+  return model_flops(config, tokens, sequence_length, adapter) + tokens * config.num_layers * layer
 
 
 def device_peak(device_kind: str) -> float | None:

@@ -1,7 +1,10 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from cm3leon_jax.commands import config_file
 from cm3leon_jax.config.model import AdapterConfig, ModelConfig
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.configs import cm3leon_7b
@@ -55,6 +58,22 @@ def test_model_flops_of_adapters_are_those_of_the_traced_products(targets, key_h
   beyond = 12 * 3 * 4 * config.head_dim * 64 / 2 * 128
   assert found == flops.model_flops(config, 128, 64, adapter) + beyond
   assert found < flops.model_flops(config, 128, 64)
+
+
+COUNTED = [("7b", "minimal", 1.062), ("7b", "save_qkv", 1.161), ("7b", "save_attention", 1.210)]
+COUNTED += [("350m", "minimal", 1.125), ("760m", "minimal", 1.102)]
+COUNTED += [
+  (size, "full", ratio) for size, ratio in (("7b", 1.259), ("350m", 1.322), ("760m", 1.298))
+]
+
+
+@pytest.mark.parametrize(("size", "policy", "counted"), COUNTED)
+def test_executed_flops_are_those_that_the_compiler_for_tpus_counts(size, policy, counted):
+  """The numbers are those of docs/scaling.md and docs/cards/."""
+  config = settings_from_config(config_file.load(f"cm3leon_{size}")).model
+  config = dataclasses.replace(config, remat_policy=policy)
+  ratio = flops.hardware_flops(config, 1, 4_096) / flops.model_flops(config, 1, 4_096)
+  assert ratio == pytest.approx(counted, abs=6e-4)
 
 
 def test_7b_by_hand():
