@@ -17,8 +17,8 @@ LEAST, MOST = LEAST_STEPS["train"], MOST_STEPS["train"]
 # Time of everything but the steps, from the stage `train` on: seconds that do not depend on the
 # speed of a step (starts of processes, compilation), and work that takes as long as so many steps
 # (held-out losses, samples, the evaluation). Both were measured on the demo (docs/log.md).
-START_SECONDS = 75.0
-OTHER_STEPS = 330
+START_SECONDS = 90.0
+OTHER_STEPS = 380
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Pace:
 
   @classmethod
   def of(cls, minutes: float, seconds_before: float, step_seconds: float) -> "Pace":
-    """Computes the steps: Pace.of(15.0, 300.0, 0.25).steps = (900 - 300 - 75) / 0.25 - 330."""
+    """Computes the steps: Pace.of(15.0, 300.0, 0.25).steps = (900 - 300 - 90) / 0.25 - 380."""
     left = 60 * minutes - seconds_before - START_SECONDS
     steps = int(left / step_seconds) - OTHER_STEPS
     return cls(minutes, seconds_before, step_seconds, min(max(LEAST, steps), MOST))
@@ -57,7 +57,7 @@ class Pace:
       fits = f"{self.minutes:g} minutes are too few, so it takes the least, {self.steps} steps"
     return (
       f"a step takes {self.step_seconds:.2f} s on this machine; {fits}. "
-      f"The run ends at about {clock}, {total:.0f} minutes after its start."
+      f"The whole run takes about {total:.0f} minutes; it ends at about {clock}."
     )
 
 
