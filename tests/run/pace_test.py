@@ -18,7 +18,7 @@ def test_a_run_with_too_few_minutes_says_when_it_ends():
   found = Pace.of(2.0, 300.0, 0.25)
   assert found.steps == pace.LEAST
   assert "2 minutes are too few" in found.describe("14:05")
-  assert "takes about 9 minutes; it ends at about 14:05" in found.describe("14:05")
+  assert "takes about 8 minutes; it ends at about 14:05" in found.describe("14:05")
 
 
 def test_the_decision_of_a_run_is_kept(tmp_path):
