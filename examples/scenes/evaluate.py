@@ -115,7 +115,7 @@ def figures_of(result: dict) -> list[dict]:
 
   # How much a decoder learns depends on the steps that fit into the minutes, so only the image
   # tokenizer and the best training image set targets.
-  found = [
+  found: list[tuple] = [
     ("Reconstructions judged correct", tables[RECONSTRUCTED]["all"]["correct"], 0.9),
     ("New combinations of known parts, wholly correct", of(best["heldout"], "scene")),
     (
