@@ -4,12 +4,12 @@
 
 The model is the name of a bundle, its folder, or the workdir of a run. Writes results.json and
 table.md, whose numbers are in the card of the bundled model. rare.png shows images of rare objects
-that the judge called correct, next to the true icons. examples.png shows samples of the object
-whose share of correct images is the median. samples.npz has all images of the table, and
-verdicts.json what the judge says about them, so `scene_recount` can count again. All
-samples use the settings that the model stores. Takes about 10 minutes on two cores.
+that the judge called correct, next to the true icons. samples.npz has all images of the table, and
+verdicts.json what the judge says about them, so `scene_recount` can count again. All samples use
+the settings that the model stores. Takes about 8 processor minutes.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 import dataclasses
 import pathlib
@@ -18,7 +18,7 @@ from absl import app, flags
 import jax
 import numpy as np
 
-from benchmarks.evidence import experiment
+from benchmarks.evidence import experiment, scene_copies
 from benchmarks.evidence import scene_card_table as table
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.config import UserError
@@ -47,8 +47,17 @@ COUNTS = {
   "color named": 150,
   "no color named": 150,
   "rare": 1_000_000,  # All rare objects.
-  "rare moved": 1_000_000,
 }
+KINDS = {
+  "single_object": "one object",
+  "colors": "one object",
+  "counting": "a count",
+  "two_object": "two objects, no colors",
+  "color_attr": "two objects in two colors",
+  "position": "a relation",
+}
+# Where a document shows an object -> difference between the numbers of the places, by XOR.
+MOVES = {"beside": 1, "above or below": 2, "diagonal": 3}
 STRICT = 0.90  # Minimum score of a clear shape, above the judge's `MIN_SCORE`.
 SHOWN = 48  # Number of images in rare.png.
 BATCH = 32
@@ -59,7 +68,7 @@ class Asked:
   """Caption, and what an image of the caption must show.
 
   Attributes:
-    group: name of the caption's set, a key of `COUNTS`.
+    group: name of the caption's set, a key of `COUNTS`, or "rare, " and a key of `MOVES`.
     caption: the prompt.
     facts: facts that the image must show, in the format of `Document.facts`.
     concept: captions of the same concept are not independent.
@@ -134,8 +143,31 @@ class AfterDocument(TextToImage):
   neighbors: tuple[Document, ...] = ()
 
 
+def rows_of(asked: Sequence[Asked]) -> dict[str, list[int]]:
+  """Returns the name of each row of the table -> the numbers of its captions.
+
+  The rows are the sets of captions, and then parts of these sets by kind.
+  """
+  sets, parts = defaultdict(list), defaultdict(list)
+  for i, one in enumerate(asked):
+    sets[one.group].append(i)
+    kind = KINDS.get(one.facts["tag"], "")
+    if "claims" in one.group:
+      parts[f"both rows with claims, {kind}"].append(i)
+    if one.group == "new claims":
+      parts[f"new claims, {kind}"].append(i)
+    if one.group == "color named":
+      parts["color named, " + (kind if kind == "one object" else "all others")].append(i)
+  return {**sets, **dict(sorted(parts.items()))}
+
+
+def moved(place: str, move: int) -> str:
+  """Returns the place to which a value of `MOVES` leads: moved("top left", 1) = "top right"."""
+  return PLACES[PLACES.index(place) ^ move]
+
+
 def draw_moved(model: CM3Leon, asked: Sequence[Asked], seed: int) -> tuple[np.ndarray, list[str]]:
-  """Draws each rare object after the bank's document that shows it at the next place.
+  """Draws rare objects after the bank's documents that show them elsewhere, as the groups say.
 
   Returns images, [n, H, W, 3] uint8, and the documents' concepts, [n].
   """
@@ -143,7 +175,7 @@ def draw_moved(model: CM3Leon, asked: Sequence[Asked], seed: int) -> tuple[np.nd
   at = {(one.object, one.place): i for one, i in placed_in(pipeline.documents).items()}
   tasks = []
   for row, one in enumerate(asked):
-    place = PLACES[(PLACES.index(one.placed.place) + 1) % len(PLACES)]
+    place = moved(one.placed.place, MOVES[one.group.removeprefix("rare, ")])
     document = pipeline.documents[at[one.placed.object, place]]
     settings = {"sampling": pipeline.settings.sampling, "seed": seed + row, "row": row}
     tasks.append(AfterDocument(one.caption, neighbors=(document,), **settings))
@@ -159,31 +191,13 @@ def judged(asked: Sequence[Asked], images, neighbors: Sequence[str]) -> list[dic
   results = []
   for one, found, clear, neighbor in zip(asked, everything, strict, neighbors):
     include = one.facts["include"]
-    verdict = check(found, include)
-    result = {"right": verdict.correct, "clear": check(clear, include).correct}
+    result = {"right": check(found, include).correct, "clear": check(clear, include).correct}
     if one.placed is not None:
-      shown = Scene.parse(neighbor).objects[0] if neighbor else None
-      places = [thing.place for thing in found if thing.name == one.placed.object]
-      result["neighbor"] = shown is not None and shown.object == one.placed.object
-      result["object"] = bool(places)
-      result["at_neighbor"] = shown is not None and places == [shown.place]
-      result["copied"] = (
-        shown is not None
-        and check(judging.find_objects(render(Scene((shown,)))[None])[0], include).correct
-      )
-    results.append({name: bool(value) for name, value in result.items()})
+      name = one.placed.object
+      result["neighbor"] = bool(neighbor) and Scene.parse(neighbor).objects[0].object == name
+      result["object"] = any(thing.name == name for thing in found)
+    results.append(result)
   return results
-
-
-def ranking(model: CM3Leon, asked: Sequence[Asked], count: int, seed: int) -> list[dict]:
-  """Generates `count` images of each rare object; sorts objects by the share of correct images."""
-  shares = np.zeros(len(asked))
-  for i in range(count):
-    images, _ = draw(model, asked, seed + 1_000 * (i + 1))
-    verdicts = judging.judge_all(images, [one.facts for one in asked])
-    shares += [verdict.correct / count for verdict in verdicts]
-  ordered = sorted(zip(shares, asked), key=lambda entry: (entry[0], entry[1].concept))
-  return [{"object": one.concept, "caption": one.caption, "share": float(s)} for s, one in ordered]
 
 
 def placed_in(bank: Bank) -> dict[Placed, int]:
@@ -194,8 +208,8 @@ def placed_in(bank: Bank) -> dict[Placed, int]:
 def neighbor_bits(model: CM3Leon, asked: Sequence[Asked]) -> dict[str, np.ndarray]:
   """Returns condition -> [n] bits per code of images of rare objects, after different neighbors.
 
-  The neighbor shows the same or another object, at the same place or at the next place, always in
-  another color. The condition "none" has no neighbor.
+  The neighbor shows the object at one of the four places, or another object at the same place,
+  always in another color. The condition "none" has no neighbor.
   """
   layout, bank = model.pipeline.layout, model.pipeline.documents
   placed = placed_in(bank)
@@ -213,18 +227,13 @@ def neighbor_bits(model: CM3Leon, asked: Sequence[Asked]) -> dict[str, np.ndarra
     name, place = one.placed.object, one.placed.place
     others = (asked[(n + i) % len(asked)].placed.object for i in range(1, len(asked)))
     other = next(x for x in others if bank_color(x, place) not in ("", one.placed.color))
-    next_place = PLACES[(PLACES.index(place) + 1) % len(PLACES)]
     segments = (
       Segment(False, layout.encode(one.caption)),
       Segment(True, layout.vocab.image_ids(codes[n])),
     )
     document = Document(key=str(n), segments=segments, source="", license="", attribution="")
-    where = {
-      "own": (name, place),
-      "own elsewhere": (name, next_place),
-      "another's": (other, place),
-      "another's elsewhere": (other, next_place),
-    }
+    where = {"own": (name, place), "another's": (other, place)}
+    where |= {f"own, {at_place}": (name, moved(place, move)) for at_place, move in MOVES.items()}
     for condition, of in samples.items():
       before = [bank[at[where[condition]]]] if condition in where else []
       of.append(loader.join([*before, document], layout.vocab))
@@ -243,25 +252,12 @@ def neighbor_bits(model: CM3Leon, asked: Sequence[Asked]) -> dict[str, np.ndarra
   }
 
 
-def sheets(
-  model: CM3Leon,
-  workdir: pathlib.Path,
-  drawn: list[tuple[Asked, np.ndarray, bool]],
-  count: int,
-  seed: int,
-) -> dict:
-  """Writes rare.png and examples.png; returns the `ranking` with `count` images of each object."""
-  right = spaced([(one, image) for one, image, is_right in drawn if is_right], SHOWN)
-  cells = [cell for one, image in right for cell in (image, render(Scene((one.placed,))))]
+def write_sheet(path: pathlib.Path, drawn: Sequence[tuple[Asked, np.ndarray]]) -> None:
+  """Writes a sheet of images of rare objects, each next to its true icon."""
+  cells = [cell for one, image in drawn for cell in (image, render(Scene((one.placed,))))]
   rows = [cells[i : i + 8] for i in range(0, len(cells), 8)]
-  labels = ["; ".join(one.concept for one, _ in right[i : i + 4]) for i in range(0, len(right), 4)]
-  save_png(workdir / "rare.png", contact_sheet(rows, labels, ["drawn", "true icon"] * 4))
-  ranked = ranking(model, [one for one, _, _ in drawn], count, seed)
-  middle = ranked[len(ranked) // 2]
-  [samples] = model.generate([middle["caption"]], num_samples=8, seed=seed)
-  images = [np.asarray(sample.image) for sample in samples]
-  save_png(workdir / "examples.png", contact_sheet([images], [middle["caption"]]))
-  return {"ranking": ranked, "median": middle, "samples_of_each": count}
+  labels = ["; ".join(one.concept for one, _ in drawn[i : i + 4]) for i in range(0, len(drawn), 4)]
+  save_png(path, contact_sheet(rows, labels, ["drawn", "true icon"] * 4))
 
 
 def main(argv):
@@ -280,12 +276,21 @@ def main(argv):
   of_rare = spaced(list(rare(config)), counts["rare"])
   asked += of_rare
   images, neighbors = draw(model, asked, seed)
-  of_moved = spaced(of_rare, counts["rare moved"])
-  moved, documents = draw_moved(model, of_moved, seed)
-  asked += [dataclasses.replace(one, group="rare moved") for one in of_moved]
-  images, neighbors = np.concatenate([images, moved]), neighbors + documents
+  of_moved = [dataclasses.replace(one, group=f"rare, {at}") for at in MOVES for one in of_rare]
+  images_moved, documents = draw_moved(model, of_moved, seed)
+  asked += of_moved
+  images, neighbors = np.concatenate([images, images_moved]), neighbors + documents
   verdicts = judged(asked, images, neighbors)
   np.savez_compressed(workdir / "samples.npz", images=images)
+  tokenizer = model.pipeline.image_tokenizer
+  includes = [one.facts["include"] for one in asked]
+  copies = judging.judge_all(
+    scene_copies.draw(includes, scene_copies.sources(config), tokenizer),
+    [one.facts for one in asked],
+  )
+  for one, verdict, copy in zip(asked, verdicts, copies):
+    known = trained.known(one.caption, one.facts)
+    verdict |= {"lookup": known.image, "trained": known.caption, "pasted": copy.correct}
   write_json(
     workdir / "verdicts.json",
     [
@@ -293,16 +298,13 @@ def main(argv):
       for one, verdict in zip(asked, verdicts)
     ],
   )
-  known = [trained.known(one.caption, one.facts) for one in asked]
   groups = {}
-  for group in counts:
-    chosen = [i for i, one in enumerate(asked) if one.group == group]
-    results = [
-      {**verdicts[i], "lookup": known[i].image, "caption_trained": known[i].caption} for i in chosen
-    ]
-    groups[group] = table.row(results, [asked[i].concept for i in chosen])
-    print(f"{group}: {groups[group]['captions']} captions, {groups[group]['right']}", flush=True)
-  drawn = [(a, i, v["right"]) for a, i, v in zip(asked, images, verdicts) if a.group == "rare"]
+  for name, chosen in rows_of(asked).items():
+    groups[name] = table.row([verdicts[i] for i in chosen], [asked[i].concept for i in chosen])
+    print(f"{name}: {groups[name]['captions']} captions, {groups[name]['right']}", flush=True)
+  drawn = zip(asked, images, verdicts)
+  right = [(one, image) for one, image, v in drawn if one.group == "rare" and v["right"]]
+  write_sheet(workdir / "rare.png", spaced(right, SHOWN))
   scored = neighbor_bits(model, of_rare)
   result = {
     "model": given.model,
@@ -312,7 +314,6 @@ def main(argv):
     "seed": seed,
     "groups": groups,
     "bits": table.bits_rows(scored, [one.concept for one in of_rare]),
-    **sheets(model, workdir, drawn, given.samples, seed),
   }
   experiment.write_results(workdir, result, table.markdown(result))
   print(table.markdown(result))
@@ -322,6 +323,5 @@ if __name__ == "__main__":
   flags.DEFINE_string("model", "scenes", "Name or folder of a bundle, or workdir of a run.")
   flags.DEFINE_string("workdir", "workdir/scene_card", "Folder of the results.")
   flags.DEFINE_integer("seed", 1, "Seed of the samples.", 0)
-  flags.DEFINE_integer("samples", 16, "Images of each rare object, for the ranking.", 1)
   flags.DEFINE_float("scale", 1.0, "Share of the captions of each set.", 0, 1)
   app.run(main)

@@ -11,9 +11,10 @@ from cm3leon_jax.evaluation.intervals import mean_interval
 # Kind of document before the image of a rare object -> name in the table.
 NEIGHBORS = {
   "own": "its own document, at the same place",
-  "own elsewhere": "its own document, at another place",
+  "own, beside": "its own document, beside that place",
+  "own, above or below": "its own document, above or below it",
+  "own, diagonal": "its own document, diagonal to it",
   "another's": "another object's, at the same place",
-  "another's elsewhere": "another object's, at another place",
   "none": "none",
 }
 TITLES = {
@@ -23,7 +24,9 @@ TITLES = {
   "color named": "an object in a color it never had, the color named",
   "no color named": "an object in a color it never had, no color named",
   "rare": "objects never seen, after the bank's document",
-  "rare moved": "objects never seen, after the bank's document at another place",
+  "rare, beside": "the same, after the document that shows the object beside that place",
+  "rare, above or below": "the same, after the document that shows it above or below that place",
+  "rare, diagonal": "the same, after the document that shows it diagonally to that place",
 }
 
 
@@ -70,34 +73,25 @@ def markdown(result: dict) -> str:
   """Formats the results as Markdown tables."""
   groups = result["groups"]
   lines = [
-    "| captions | wholly correct | a lookup | captions that stand in training |",
-    "|---|---|---|---|",
+    "| captions | wholly correct | a lookup | codes pasted | captions that stand in training |",
+    "|---|---|---|---|---|",
   ]
   for group, found in groups.items():
-    cells = [f"{TITLES[group]} ({found['captions']})"]
-    cells += [percent(found["right"]), percent(found["lookup"]), percent(found["caption_trained"])]
+    cells = [f"{TITLES.get(group, group)} ({found['captions']})"]
+    cells += [percent(found[name]) for name in ("right", "lookup", "pasted", "trained")]
     lines.append(f"| {' | '.join(cells)} |")
   columns = {
     "neighbor": "its document is found",
     "right": "wholly correct",
     "clear": "the same, shapes that score 0.90 or more",
     "object": "the object is drawn",
-    "at_neighbor": "the object, at the neighbor's place alone",
-    "copied": "the neighbor itself would be correct",
   }
-  lines += ["", f"| rare objects | {' | '.join(columns.values())} |", "|---" * 7 + "|"]
-  for group in ("rare", "rare moved"):
+  lines += ["", f"| rare objects | {' | '.join(columns.values())} |", "|---" * 5 + "|"]
+  for group in (name for name in groups if name.startswith("rare")):
     cells = [percent(groups[group][name]) for name in columns]
     lines.append(f"| {TITLES[group]} | {' | '.join(cells)} |")
   lines += ["", "| document before a rare object | bits a code | minus none |", "|---|---|---|"]
   for condition, level in result["bits"].items():
     cells = [NEIGHBORS[condition], _bits(level), _bits(level["minus_none"], "+")]
     lines.append(f"| {' | '.join(cells)} |")
-  middle, count = result["median"], result["samples_of_each"]
-  lines += [
-    "",
-    f"Of {len(result['ranking'])} rare objects, ordered by the share of {count} images that is "
-    f'correct, the middle one is "{middle["object"]}": {middle["share"]:.0%}.',
-    "",
-  ]
-  return "\n".join(lines)
+  return "\n".join(lines) + "\n"

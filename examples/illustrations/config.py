@@ -1,4 +1,4 @@
-"""Trains a model of drawings by six artists with the paper's recipe, on one CPU core.
+"""Trains a model of drawings by six artists, on one CPU core.
 
   python examples/illustrations/make_data.py illustrations_data --packages=packages
   cm3leon run --config=examples/illustrations/config.py --workdir=workdir/illustrations

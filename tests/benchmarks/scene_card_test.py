@@ -10,7 +10,7 @@ from examples.scenes import source, world
 from examples.scenes.drawings import render
 from examples.scenes.judge.baselines import TrainingScenes, claims_of
 from examples.scenes.options import ScenesConfig
-from examples.scenes.world import Placed, Scene, split_of_scene
+from examples.scenes.world import Scene, split_of_scene
 
 CONFIG = dataclasses.replace(
   build(ScenesConfig, config_scenes.get_config().raw.options, "raw.options"),
@@ -52,24 +52,29 @@ def test_all_rare_objects_are_asked_for_in_a_color_that_the_bank_lacks(bank):
     assert {place for _, place in shown} == set(world.PLACES)
 
 
-def test_an_image_at_the_neighbors_place_is_told_from_a_right_one():
-  one = next(scene_card.rare(CONFIG))
-  placed = one.placed
-  place = next(place for place in world.PLACES if place != placed.place)
-  other = next(color for color in CONFIG.colors if color != placed.color)
-  neighbor = Placed(placed.object, other, place)
-  drawn = [placed, dataclasses.replace(placed, place=place), neighbor]
+@pytest.mark.parametrize(("at", "place"), [*zip(scene_card.MOVES, world.PLACES[1:])])
+def test_an_object_at_the_documents_place_is_found_but_not_right(at, place):
+  assert scene_card.moved("top left", scene_card.MOVES[at]) == place
+  one = next(one for one in scene_card.rare(CONFIG) if one.placed.place == "top left")
+  drawn = [one.placed, dataclasses.replace(one.placed, place=place)]
   images = np.stack([render(Scene((shown,))) for shown in drawn])
-  verdicts = scene_card.judged([one] * 3, images, [str(neighbor)] * 3)
-  names = ("right", "clear", "neighbor", "object", "at_neighbor", "copied")
-  assert [[found[name] for name in names] for found in verdicts] == [
-    [True, True, True, True, False, False],
-    [False, False, True, True, True, False],
-    [False, False, True, True, True, False],
+  verdicts = scene_card.judged([one] * 2, images, [str(drawn[1]), "red bell top left"])
+  assert verdicts == [
+    {"right": True, "clear": True, "neighbor": True, "object": True},
+    {"right": False, "clear": False, "neighbor": False, "object": True},
   ]
-  row = scene_card_table.row(verdicts, ["a", "b", "c"])
-  assert row["right"]["mean"] == pytest.approx(1 / 3)
-  assert scene_card_table.percent(row["neighbor"]) == "100.0%"
+  row = scene_card_table.row(verdicts, ["a", "b"])
+  assert row["right"]["mean"] == 0.5
+  assert scene_card_table.percent(row["object"]) == "100.0%"
+
+
+def test_each_caption_counts_in_its_set_and_in_the_parts_by_kind():
+  groups = ("new claims", "color named", "claims of training")
+  of = zip(groups, ("single_object", "counting", "colors"))
+  rows = scene_card.rows_of([scene_card.Asked(group, "", {"tag": tag}, "") for group, tag in of])
+  assert rows["both rows with claims, one object"] == [0, 2]
+  assert rows["new claims, one object"] == rows["new claims"] == [0]
+  assert rows["color named, all others"] == rows["color named"] == [1]
 
 
 def test_bits_are_compared_with_those_after_no_document():
