@@ -243,6 +243,8 @@ def completed(
 def config_arguments() -> list[str]:
   """Returns the flags --config and --config.SECTION.FIELD that were given."""
   flag = flags.FLAGS["config"]
+  if flag.value is None:
+    return []
   changed = config_flags.get_override_values(flag)
   name = config_flags.get_config_filename(flag)
   return [f"--config={name}", *(f"--config.{field}={value}" for field, value in changed.items())]
