@@ -38,7 +38,11 @@ class _Parser(flags.ArgumentParser):
   """Parses --config for `config_flags`, which adds the flags --config.SECTION.FIELD."""
 
   def parse(self, argument: str) -> ml_collections.ConfigDict:
-    return config_file.load(argument).lock()  # Locked: flags cannot add fields.
+    config = config_file.load(argument)
+    given = (re.match(r"--?config\.([\w.]+)", word) for word in sys.argv[1:])
+    for name in filter(None, given):
+      config_file.check_field(config, name[1])
+    return config.lock()  # Locked: flags cannot add fields.
 
   def flag_type(self) -> str:
     return "config"
@@ -187,6 +191,8 @@ def _parse_flags(actions: Sequence[str], argv: Sequence[str]) -> list[str]:
     program, *words = flags.FLAGS(with_homes(argv))
   # For a wrong field of the config, ml_collections raises AttributeError or KeyError.
   except (flags.Error, ValueError, AttributeError, KeyError) as error:
+    if isinstance(error.__context__, UserError):  # absl adds the flag, which may not be the cause.
+      _fail(str(error.__context__))
     _fail(f"{error.args[0]} (--help lists the flags)")
   words = words or [""] * ("" in actions)
   if actions and (not words or words[0] not in actions):

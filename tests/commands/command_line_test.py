@@ -40,7 +40,7 @@ def test_help_shows_an_example_and_the_flags_that_the_command_takes(name):
 MISTAKES = [
   (["trian"], ["trian", "train"]),
   (["train", *RUN, "--workdri=x"], ["workdri", "workdir"]),
-  (["train", *RUN, "--config.train.stepz=5"], ["stepz", "steps"]),
+  (["train", *RUN, "--config.train.stepz=5"], ["error: config.train.stepz ", "mean 'steps'?"]),
   (["train", *RUN, "--config.foo.bar=5"], ["foo"]),
   (["train", *RUN, "--config.train.steps=abc"], ["--config.train.steps", "abc"]),
   (["train", *RUN, "--config.train=abc"], ["--config.train", "abc"]),
