@@ -14,6 +14,7 @@ then has the model of that run, and measures what it forgets (docs/tuning.md).
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import sys
@@ -28,9 +29,10 @@ from cm3leon_jax.commands.stage_process import StageProcesses
 from cm3leon_jax.commands.tokenizer_check import LIMITS
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import from_data, table
+from cm3leon_jax.run import from_data, stages, table
 
 with epy.lazy_imports():
+  from cm3leon_jax.data.raw import ingest
   from cm3leon_jax.run import base_documents
 
 NONE = "none"  # Value of --init_from that starts from random parameters.
@@ -84,7 +86,7 @@ class _Lines:
 def main(
   settings: Settings, workdir: epath.Path, init_from: str, own_images: bool, more: dict[str, list]
 ) -> None:
-  """Runs all stages.
+  """Runs all stages, after a check that the source exists.
 
   `own_images` is the value of --own_image_tokenizer. `more` has the flags that only one command
   takes.
@@ -93,6 +95,9 @@ def main(
     raise UserError("--own_image_tokenizer is given without --init_from, which it belongs to.")
   base_documents.check_limit(settings)
   names = commands(settings, bool(init_from), own_images)
+  if "prepare_data" in names and not (workdir / "raw" / stages.DONE).exists():
+    with contextlib.redirect_stdout(None):  # `prepare_data` prints what it finds.
+      ingest.parts_of(settings.raw, str(workdir))
   order, given = list(names), [*common.config_arguments(), f"--workdir={workdir}"]
   more = {**more, **{name: [f"--init_from={init_from}"] for name in STARTED if init_from}}
   if own_images:

@@ -117,6 +117,18 @@ def test_the_decoder_of_a_tokenizer_for_any_image_may_be_trained_on_but_not_by_i
   assert "train_vqgan" not in tuned
 
 
+@pytest.mark.parametrize("source", ["", "missing", "empty", "images"])
+def test_a_wrong_source_is_refused_before_the_first_stage(source, started, tmp_path):
+  (tmp_path / "empty").mkdir()
+  (tmp_path / "images").mkdir()
+  (tmp_path / "images" / "a.png").touch()
+  settings = settings_of(SCENES, **{"raw.source": source and str(tmp_path / source)})
+  with refused(UserError, "config.raw.source", source):
+    run.main(settings, epath.Path(tmp_path / "w"), "scenes", False, {})
+  assert not started
+  assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize(
   ("base", "flag", "expected"),
   [("", "", ""), ("", "a", "a"), ("b", "", "b"), ("b", "a", "a"), ("b", "none", "")],
