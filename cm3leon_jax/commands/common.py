@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 import pathlib
@@ -142,12 +143,19 @@ def _reporting() -> Iterator[None]:
   except Exception as error:
     # Check this first, because a UserError may wrongly report an access error as a damaged file.
     if reason := buckets.failure(error):
-      _fail(reason, TryAgain.exit_code)
+      _fail(reason + _flags_of(reason), TryAgain.exit_code)
     if isinstance(error, UserError):
       _fail(str(error), error.exit_code)
     if isinstance(error, OSError) and (flag := _flag_of(error)):
       _fail(f"{flag} cannot be used ({error.strerror}): name another folder.")
     raise
+
+
+def _flags_of(reason: str) -> str:
+  """Returns the flags that name folders, if `reason` is a full disk without a path; else ""."""
+  values = ((name, flags.FLAGS[name].value) for name in FOLDERS if name in flags.FLAGS)
+  given = " ".join(f"--{name}={value}" for name, value in values if value)
+  return f": {given}" if given and reason.endswith(os.strerror(errno.ENOSPC)) else ""
 
 
 def _flag_of(error: OSError) -> str:
