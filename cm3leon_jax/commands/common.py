@@ -30,8 +30,10 @@ with epy.lazy_imports():  # Flags are parsed before JAX is imported, which takes
   import jax
 
   from cm3leon_jax import distributed
+  from cm3leon_jax.run import base_documents
   from cm3leon_jax.run import run as run_lib
 
+NONE = "none"  # Value of --init_from that starts from random parameters.
 FOLDERS = ("workdir", "out", "output", "bundle")  # Flags that name a folder.
 
 
@@ -215,14 +217,37 @@ def _parse_flags(actions: Sequence[str], argv: Sequence[str]) -> list[str]:
   return [program, *words]
 
 
-def _settings(optional: bool, prepares: bool) -> Settings:
+def base_of(base: str, init_from: str) -> str:
+  """Returns what a run starts from; "": random parameters.
+
+  `base` is config.train.base, and `init_from` is the value of --init_from.
+  """
+  return (init_from or base) if init_from != NONE else ""
+
+
+def of_base() -> dict[str, Any] | None:
+  """Returns the fields of the base that the flags name; None if the config follows no base."""
+  given = flags.FLAGS
+  init_from = given.init_from if "init_from" in given else ""
+  source = base_of(given.config.train.base, init_from)
+  if not source or not from_data.missing(given.config):
+    return None
+  return base_documents.fields(source, "own_image_tokenizer" in given and given.own_image_tokenizer)
+
+
+def _settings(optional: bool, prepares: bool, starts: bool = False) -> Settings:
   """Returns the settings of --config or, if --config is optional, of the model in --workdir.
+
+  For --print_config, the fields that are not known yet have the values of the base, if any.
 
   Raises:
     UserError: --config is missing, or --workdir has no trained model; see `completed`.
   """
   if flags.FLAGS.config is not None:
-    return completed(flags.FLAGS.workdir if "workdir" in flags.FLAGS else None, prepares)
+    workdir = flags.FLAGS.workdir if "workdir" in flags.FLAGS else None
+    shows = flags.FLAGS.print_config
+    begins = starts or (shows and not from_data.stored_of_base(workdir))
+    return completed(workdir, prepares or shows, of_base() if begins else None)
   if not optional:
     raise UserError("name a config: --config=own")
   stored = run_lib.Run.open(_folder()).settings
@@ -296,6 +321,7 @@ def run(
   config: bool | None = True,
   actions: Sequence[str] = (),
   prepares: bool = False,
+  starts: bool = False,
 ) -> None:
   """Runs a command as an absl app. A UserError becomes one sentence on stderr and exit code 2.
 
@@ -312,6 +338,7 @@ def run(
       optional, and its default is the stored settings of the run or bundle in --workdir.
     actions: allowed values of the first argument, which is then the first argument of `main`.
     prepares: whether the command prepares the data, which some fields of the config need.
+    starts: whether the command starts a whole run, from --init_from or config.train.base.
   """
 
   def checked(argv: list[str]) -> None:
@@ -320,7 +347,7 @@ def run(
       given: list = argv[1:]
       buckets.prepare_access()
       if config is not False:
-        given.append(_settings(config is None, prepares))
+        given.append(_settings(config is None, prepares, starts))
         if flags.FLAGS.print_config:
           print("\n".join(describe(given[-1])))
           return

@@ -44,7 +44,9 @@ def load(value: str) -> ml_collections.ConfigDict:
   config = get_config(*variant) if get_config else None
   if not isinstance(config, ml_collections.ConfigDict):
     what = "get_config returns no" if get_config else "it has no function get_config that returns a"
-    raise UserError(f"{path} is no config: {what} ml_collections.ConfigDict (docs/installation.md).")
+    raise UserError(
+      f"{path} is no config: {what} ml_collections.ConfigDict (docs/installation.md)."
+    )
   own_functions.resolve(config, path.parent)
   return config
 

@@ -29,13 +29,12 @@ from cm3leon_jax.commands.stage_process import StageProcesses
 from cm3leon_jax.commands.tokenizer_check import LIMITS
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import from_data, stages, table
+from cm3leon_jax.run import stages, table
 
 with epy.lazy_imports():
   from cm3leon_jax.data.raw import ingest
   from cm3leon_jax.run import base_documents
 
-NONE = "none"  # Value of --init_from that starts from random parameters.
 STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
 # Matches lines of a progress bar, and the counts that `prepare_data` also prints as a sentence.
 HIDDEN = re.compile(r"\d%\||^prepare_data: shards \d")
@@ -112,20 +111,13 @@ def main(
     print(f"[{number}/{len(order)}] {name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
-def base_of(settings: Settings, init_from: str) -> str:
-  """Returns what a run starts from; "": random parameters. `init_from` is the flag's value."""
-  return (init_from or settings.train.base) if init_from != NONE else ""
-
-
 def _main(settings: Settings, workdir: epath.Path) -> None:
-  init_from, own_images = base_of(settings, INIT_FROM.value), OWN_IMAGE_TOKENIZER.value
-  if init_from and from_data.missing(flags.FLAGS.config):
-    settings = common.completed(workdir, True, base_documents.fields(init_from, own_images))
+  init_from = common.base_of(settings.train.base, INIT_FROM.value)
   more: dict[str, list] = {}
   limits = [f"--{x.name}={x.value}" for x in LIMITS if not flags.FLAGS[x.name].using_default_value]
   more |= dict.fromkeys(("encode_documents", "encode_instructions"), limits)
-  main(settings, workdir, init_from, own_images, more)
+  main(settings, workdir, init_from, OWN_IMAGE_TOKENIZER.value, more)
 
 
 if __name__ == "__main__":
-  common.run(_main, prepares=True)
+  common.run(_main, prepares=True, starts=True)

@@ -280,7 +280,7 @@ def page_environment() -> jinja2.Environment:
 
 
 def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
-  """Renders the page as self-contained HTML; `config_name` is the --config of its commands, if known."""
+  """Renders the page as self-contained HTML, with the --config of its commands, or ""."""
   workdir = epath.Path(workdir)
   metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int})
   environment = page_environment()

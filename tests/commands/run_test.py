@@ -3,7 +3,7 @@ import pathlib
 from etils import epath
 import pytest
 
-from cm3leon_jax.commands import config_file, run, stage_process
+from cm3leon_jax.commands import common, config_file, run, stage_process
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
 from tests.launched import INSTRUCT, SCENES
@@ -134,7 +134,7 @@ def test_a_wrong_source_is_refused_before_the_first_stage(source, started, tmp_p
   [("", "", ""), ("", "a", "a"), ("b", "", "b"), ("b", "a", "a"), ("b", "none", "")],
 )
 def test_a_run_starts_from_the_base_of_its_config_unless_told_otherwise(base, flag, expected):
-  assert run.base_of(settings_of(SCENES, **{"train.base": base}), flag) == expected
+  assert common.base_of(base, flag) == expected
 
 
 def test_an_own_image_tokenizer_belongs_to_a_base(tmp_path):
