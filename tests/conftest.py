@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import re
+import signal
 
 from tests import compiled
 
@@ -76,6 +77,14 @@ def _group(path: pathlib.Path) -> str:
 def pytest_collection_modifyitems(items):
   for item in items:
     item.add_marker(pytest.mark.xdist_group(_group(item.path)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _foreground():
+  """Makes Ctrl-C reach the tests and their processes: shells ignore SIGINT in background jobs."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 import pathlib
@@ -29,8 +30,10 @@ with epy.lazy_imports():  # Flags are parsed before JAX is imported, which takes
   import jax
 
   from cm3leon_jax import distributed
+  from cm3leon_jax.run import base_documents
   from cm3leon_jax.run import run as run_lib
 
+NONE = "none"  # Value of --init_from that starts from random parameters.
 FOLDERS = ("workdir", "out", "output", "bundle")  # Flags that name a folder.
 
 
@@ -38,7 +41,11 @@ class _Parser(flags.ArgumentParser):
   """Parses --config for `config_flags`, which adds the flags --config.SECTION.FIELD."""
 
   def parse(self, argument: str) -> ml_collections.ConfigDict:
-    return config_file.load(argument).lock()  # Locked: flags cannot add fields.
+    config = config_file.load(argument)
+    given = (re.match(r"--?config\.([\w.]+)", word) for word in sys.argv[1:])
+    for name in filter(None, given):
+      config_file.check_field(config, name[1])
+    return config.lock()  # Locked: flags cannot add fields.
 
   def flag_type(self) -> str:
     return "config"
@@ -138,12 +145,19 @@ def _reporting() -> Iterator[None]:
   except Exception as error:
     # Check this first, because a UserError may wrongly report an access error as a damaged file.
     if reason := buckets.failure(error):
-      _fail(reason, TryAgain.exit_code)
+      _fail(reason + _flags_of(reason), TryAgain.exit_code)
     if isinstance(error, UserError):
       _fail(str(error), error.exit_code)
     if isinstance(error, OSError) and (flag := _flag_of(error)):
       _fail(f"{flag} cannot be used ({error.strerror}): name another folder.")
     raise
+
+
+def _flags_of(reason: str) -> str:
+  """Returns the flags that name folders, if `reason` is a full disk without a path; else ""."""
+  values = ((name, flags.FLAGS[name].value) for name in FOLDERS if name in flags.FLAGS)
+  given = " ".join(f"--{name}={value}" for name, value in values if value)
+  return f": {given}" if given and reason.endswith(os.strerror(errno.ENOSPC)) else ""
 
 
 def _flag_of(error: OSError) -> str:
@@ -187,6 +201,8 @@ def _parse_flags(actions: Sequence[str], argv: Sequence[str]) -> list[str]:
     program, *words = flags.FLAGS(with_homes(argv))
   # For a wrong field of the config, ml_collections raises AttributeError or KeyError.
   except (flags.Error, ValueError, AttributeError, KeyError) as error:
+    if isinstance(error.__context__, UserError):  # absl adds the flag, which may not be the cause.
+      _fail(str(error.__context__))
     _fail(f"{error.args[0]} (--help lists the flags)")
   words = words or [""] * ("" in actions)
   if actions and (not words or words[0] not in actions):
@@ -201,14 +217,37 @@ def _parse_flags(actions: Sequence[str], argv: Sequence[str]) -> list[str]:
   return [program, *words]
 
 
-def _settings(optional: bool, prepares: bool) -> Settings:
+def base_of(base: str, init_from: str) -> str:
+  """Returns what a run starts from; "": random parameters.
+
+  `base` is config.train.base, and `init_from` is the value of --init_from.
+  """
+  return (init_from or base) if init_from != NONE else ""
+
+
+def of_base() -> dict[str, Any] | None:
+  """Returns the fields of the base that the flags name; None if the config follows no base."""
+  given = flags.FLAGS
+  init_from = given.init_from if "init_from" in given else ""
+  source = base_of(given.config.train.base, init_from)
+  if not source or not from_data.missing(given.config):
+    return None
+  return base_documents.fields(source, "own_image_tokenizer" in given and given.own_image_tokenizer)
+
+
+def _settings(optional: bool, prepares: bool, starts: bool = False) -> Settings:
   """Returns the settings of --config or, if --config is optional, of the model in --workdir.
+
+  For --print_config, the fields that are not known yet have the values of the base, if any.
 
   Raises:
     UserError: --config is missing, or --workdir has no trained model; see `completed`.
   """
   if flags.FLAGS.config is not None:
-    return completed(flags.FLAGS.workdir if "workdir" in flags.FLAGS else None, prepares)
+    workdir = flags.FLAGS.workdir if "workdir" in flags.FLAGS else None
+    shows = flags.FLAGS.print_config
+    begins = starts or (shows and not from_data.stored_of_base(workdir))
+    return completed(workdir, prepares or shows, of_base() if begins else None)
   if not optional:
     raise UserError("name a config: --config=own")
   stored = run_lib.Run.open(_folder()).settings
@@ -243,6 +282,8 @@ def completed(
 def config_arguments() -> list[str]:
   """Returns the flags --config and --config.SECTION.FIELD that were given."""
   flag = flags.FLAGS["config"]
+  if flag.value is None:
+    return []
   changed = config_flags.get_override_values(flag)
   name = config_flags.get_config_filename(flag)
   return [f"--config={name}", *(f"--config.{field}={value}" for field, value in changed.items())]
@@ -280,6 +321,7 @@ def run(
   config: bool | None = True,
   actions: Sequence[str] = (),
   prepares: bool = False,
+  starts: bool = False,
 ) -> None:
   """Runs a command as an absl app. A UserError becomes one sentence on stderr and exit code 2.
 
@@ -296,6 +338,7 @@ def run(
       optional, and its default is the stored settings of the run or bundle in --workdir.
     actions: allowed values of the first argument, which is then the first argument of `main`.
     prepares: whether the command prepares the data, which some fields of the config need.
+    starts: whether the command starts a whole run, from --init_from or config.train.base.
   """
 
   def checked(argv: list[str]) -> None:
@@ -304,7 +347,7 @@ def run(
       given: list = argv[1:]
       buckets.prepare_access()
       if config is not False:
-        given.append(_settings(config is None, prepares))
+        given.append(_settings(config is None, prepares, starts))
         if flags.FLAGS.print_config:
           print("\n".join(describe(given[-1])))
           return

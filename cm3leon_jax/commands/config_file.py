@@ -26,7 +26,7 @@ def load(value: str) -> ml_collections.ConfigDict:
   Files of functions that the config names are relative to the config file.
 
   Raises:
-    UserError: there is no Python file and no shipped config of this name.
+    UserError: there is no Python file and no shipped config of this name, or it is no config.
   """
   name, *variant = value.split(":", 1)
   if name in EXAMPLES:
@@ -40,6 +40,23 @@ def load(value: str) -> ml_collections.ConfigDict:
   if not path.is_file() or path.suffix != ".py":
     hint = did_you_mean(name, SHIPPED, "give one of them.")
     raise UserError(f"{name} is neither a Python file nor one of {', '.join(SHIPPED)}: {hint}")
-  config = own_functions.load_module(path).get_config(*variant)
+  get_config = getattr(own_functions.load_module(path), "get_config", None)
+  config = get_config(*variant) if get_config else None
+  if not isinstance(config, ml_collections.ConfigDict):
+    what = "get_config returns no" if get_config else "it has no function get_config that returns a"
+    raise UserError(
+      f"{path} is no config: {what} ml_collections.ConfigDict (docs/installation.md)."
+    )
   own_functions.resolve(config, path.parent)
   return config
+
+
+def check_field(config: ml_collections.ConfigDict, name: str) -> None:
+  """Raises UserError if a config has no field of this name, such as "train.steps"."""
+  section, where = config, "config"
+  for part in name.split("."):
+    names = list(section) if isinstance(section, ml_collections.ConfigDict) else []
+    if part not in names:
+      hint = did_you_mean(part, names, f"{where} has {', '.join(names) or 'no fields'}.")
+      raise UserError(f"config.{name} is no field of the config: {hint}")
+    section, where = section[part], f"{where}.{part}"

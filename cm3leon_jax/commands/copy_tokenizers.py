@@ -9,31 +9,31 @@ these tokenizers.
 
 from __future__ import annotations
 
-from absl import flags
+from typing import Any
+
 from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.init_from_flag import INIT_FROM, OWN_IMAGE_TOKENIZER
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import from_data
 
 with epy.lazy_imports():
   from cm3leon_jax.export import copies
-  from cm3leon_jax.run import base_documents, run
+  from cm3leon_jax.run import run
 
 
-def main(settings: Settings, workdir: epath.Path, follows: bool = False) -> None:
-  """Copies the tokenizers. If `follows`, fields of --config are computed from the base."""
+def main(settings: Settings, workdir: epath.Path, of_base: dict[str, Any] | None = None) -> None:
+  """Copies the tokenizers. `of_base` has the fields that --config follows, if any."""
   if not INIT_FROM.value:
     raise UserError(
       "name the trained run whose tokenizers are copied: --init_from=workdir/scenes, or "
       "--init_from=scenes for the installed model."
     )
-  own_images, of_base = OWN_IMAGE_TOKENIZER.value, None
-  if follows:
-    of_base = base_documents.fields(INIT_FROM.value, own_images)
-    settings = common.completed(workdir, True, of_base)
+  own_images = OWN_IMAGE_TOKENIZER.value
+  if of_base and not own_images and not of_base["data.base_documents"]:
+    what = "has no documents that the run could replay, or measure what it forgets with"
+    print(f"copy_tokenizers: warning: {INIT_FROM.value} {what}.")
   made = copies.copy_tokenizers(run.Run(workdir, settings), INIT_FROM.value, of_base, own_images)
   shown = ", ".join(f"{name} {state}" for name, state in made.items())
   print(f"copy_tokenizers: {shown}, from {INIT_FROM.value}.")
@@ -41,6 +41,7 @@ def main(settings: Settings, workdir: epath.Path, follows: bool = False) -> None
 
 if __name__ == "__main__":
   common.run(
-    lambda settings, workdir: main(settings, workdir, bool(from_data.missing(flags.FLAGS.config))),
+    lambda settings, workdir: main(settings, workdir, common.of_base()),
     prepares=True,
+    starts=True,
   )

@@ -71,6 +71,11 @@ def check_enough(settings: Settings, summary: dict) -> None:
   pairs = summary.get("train_pairs", 0) - summary.get("train_crops", 0)
   heldout, concepts = summary.get("heldout_pairs", 0), summary.get("heldout_concepts", 0)
   if concepts < 2 and data.text_share + data.interleaved_share < 1:
+    if pairs + heldout < 3:
+      raise UserError(
+        f"the source has {pairs + heldout} pairs, but a run needs at least 3 images with captions, "
+        "of different concepts: add pairs."
+      )
     of = ", all of the same concept" if heldout > 1 else ""
     raise UserError(
       f"the source has {pairs + heldout} pairs, {heldout} of them held out{of}, but the evaluation "

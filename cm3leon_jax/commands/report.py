@@ -1,6 +1,6 @@
 """Writes summary.json and report.html with the numbers and figures of every finished stage.
 
-cm3leon report --config=examples/scenes/config.py --workdir=workdir/scenes
+cm3leon report --workdir=workdir/scenes
 """
 
 from __future__ import annotations
@@ -47,4 +47,4 @@ def main(settings: Settings, workdir: epath.Path) -> None:
 
 
 if __name__ == "__main__":
-  common.run(main)
+  common.run(main, config=None)

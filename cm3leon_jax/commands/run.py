@@ -15,6 +15,7 @@ then has the model of that run, and measures what it forgets (docs/tuning.md).
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import functools
 import re
 import shutil
@@ -30,12 +31,12 @@ from cm3leon_jax.commands.stage_process import StageProcesses
 from cm3leon_jax.commands.tokenizer_check import LIMITS
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import from_data, pace, table
+from cm3leon_jax.run import from_data, pace, stages, table
 
 with epy.lazy_imports():
+  from cm3leon_jax.data.raw import ingest
   from cm3leon_jax.run import base_documents
 
-NONE = "none"  # Value of --init_from that starts from random parameters.
 STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
 # Matches lines of a progress bar, and the counts that `prepare_data` also prints as a sentence.
 HIDDEN = re.compile(r"\d%\||^prepare_data: shards \d")
@@ -86,7 +87,7 @@ class _Lines:
 def main(
   settings: Settings, workdir: epath.Path, init_from: str, own_images: bool, more: dict[str, list]
 ) -> None:
-  """Runs all stages.
+  """Runs all stages, after a check that the source exists.
 
   `own_images` is the value of --own_image_tokenizer. `more` has the flags that only one command
   takes.
@@ -95,6 +96,9 @@ def main(
     raise UserError("--own_image_tokenizer is given without --init_from, which it belongs to.")
   base_documents.check_limit(settings)
   names = commands(settings, bool(init_from), own_images)
+  if "prepare_data" in names and not (workdir / "raw" / stages.DONE).exists():
+    with contextlib.redirect_stdout(None):  # `prepare_data` prints what it finds.
+      ingest.parts_of(settings.raw, str(workdir))
   order, given = list(names), [*common.config_arguments(), f"--workdir={workdir}"]
   more = {**more, **{name: [f"--init_from={init_from}"] for name in STARTED if init_from}}
   if own_images:
@@ -136,20 +140,13 @@ def _steps_that_fit(
   return [f"--config.train.{name}={value}" for name, value in values.items() if name not in fields]
 
 
-def base_of(settings: Settings, init_from: str) -> str:
-  """Returns what a run starts from; "": random parameters. `init_from` is the flag's value."""
-  return (init_from or settings.train.base) if init_from != NONE else ""
-
-
 def _main(settings: Settings, workdir: epath.Path) -> None:
-  init_from, own_images = base_of(settings, INIT_FROM.value), OWN_IMAGE_TOKENIZER.value
-  if init_from and from_data.missing(flags.FLAGS.config):
-    settings = common.completed(workdir, True, base_documents.fields(init_from, own_images))
+  init_from = common.base_of(settings.train.base, INIT_FROM.value)
   more: dict[str, list] = {}
   limits = [f"--{x.name}={x.value}" for x in LIMITS if not flags.FLAGS[x.name].using_default_value]
   more |= dict.fromkeys(("encode_documents", "encode_instructions"), limits)
-  main(settings, workdir, init_from, own_images, more)
+  main(settings, workdir, init_from, OWN_IMAGE_TOKENIZER.value, more)
 
 
 if __name__ == "__main__":
-  common.run(_main, prepares=True)
+  common.run(_main, prepares=True, starts=True)

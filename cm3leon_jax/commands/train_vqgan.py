@@ -81,7 +81,6 @@ def _features(path: str) -> tuple[dict | None, dict[str, str]]:
 
 def _open_boards(folder: epath.Path, enabled: bool, first_step: int) -> list:
   """Opens the TensorBoard log. Returns [] if it is disabled or tensorboardX is not installed."""
-  # If tensorboardX is missing, only the decoder's training prints a warning.
   if not enabled or not importlib.util.find_spec("tensorboardX"):
     return []
   make = functools.partial(

@@ -9,6 +9,7 @@ from collections.abc import Callable, MutableMapping
 import importlib.util
 import pathlib
 import sys
+import traceback
 from types import ModuleType
 from typing import Any
 
@@ -59,8 +60,20 @@ def load_module(file: str | pathlib.Path) -> ModuleType:
 
   If the file's folder has an __init__.py, the file is imported under its full name, such as
   examples.scenes.source; if needed, the folder of the outermost package is added to `sys.path`.
+
+  Raises:
+    UserError: the file, or one that it imports, has a syntax error or imports a missing module.
   """
-  path = pathlib.Path(file).absolute()
+  try:
+    return _load(pathlib.Path(file).absolute())
+  except SyntaxError as error:
+    raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}.") from error
+  except ImportError as error:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    raise UserError(f"{last.filename}, line {last.lineno}: {error.msg}.") from error
+
+
+def _load(path: pathlib.Path) -> ModuleType:
   names, folder = [path.stem], path.parent
   while (folder / "__init__.py").exists():
     names.insert(0, folder.name)

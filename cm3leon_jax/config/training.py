@@ -61,7 +61,7 @@ class TrainConfig:
   log_every: PositiveInt = 1
   """Number of steps between printed lines; metrics.jsonl records every step."""
   tensorboard: bool = True
-  """Whether TensorBoard event files are written."""
+  """Whether TensorBoard event files are written, if tensorboardX is installed."""
   metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
   """Port at which process 0 serves metrics in Prometheus's text format, on all network interfaces;
   0: metrics are not served."""

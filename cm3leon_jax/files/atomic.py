@@ -13,6 +13,7 @@ from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files import buckets
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # Values of errno which prove that a file does not exist.
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -45,16 +46,18 @@ def partial_path(path: epath.PathLike) -> Iterator[epath.Path]:
   """Yields a temporary path. The file that the body writes there then replaces `path`.
 
   The file is flushed to the disk before it replaces `path`, so that a power loss leaves no empty
-  file. If the body fails, the temporary file is deleted.
+  file. If the body fails, the temporary file is deleted. If the disk is full, the error has `path`.
   """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.parent / (path.name + ".partial")
   try:
     yield partial
-  except BaseException:
+  except BaseException as error:
     with contextlib.suppress(OSError):
       partial.unlink(missing_ok=True)
+    if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+      error.filename = os.fspath(path)
     raise
   sync(partial)
   partial.replace(path)

@@ -6,6 +6,7 @@ from typing import Any, TextIO
 from tqdm.auto import tqdm
 
 SECONDS = 30  # Seconds between two lines in a log.
+BAR = "{l_bar}{bar:20}{r_bar}"  # Of a line in a log.
 
 
 class _Lines:
@@ -33,7 +34,7 @@ def progress_bar(*args: Any, **options: Any) -> tqdm:
   """Returns a tqdm bar on stderr. Takes the arguments of tqdm.
 
   In a terminal or notebook the bar is redrawn every second. Elsewhere (a file, a pipe, the log of
-  a pod) it prints a line without a bar at the start, every `SECONDS` and at the end. With
+  a pod) it prints a line at the start, every `SECONDS` and at the end. With
   leave=False, it prints lines only if the work takes longer than `SECONDS`.
   """
   if is_interactive():
@@ -42,4 +43,4 @@ def progress_bar(*args: Any, **options: Any) -> tqdm:
     options["delay"] = SECONDS  # leave=False is for bars of short parts of the work.
   lines = {"file": _Lines(sys.stderr), "mininterval": SECONDS, "maxinterval": SECONDS}
   # The position 0 keeps tqdm from moving the cursor for nested bars.
-  return tqdm(*args, **lines, bar_format="{l_bar}{r_bar}", position=0, **options)
+  return tqdm(*args, **lines, ascii=True, bar_format=BAR, position=0, **options)

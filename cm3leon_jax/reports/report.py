@@ -280,7 +280,7 @@ def page_environment() -> jinja2.Environment:
 
 
 def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
-  """Renders the page as self-contained HTML, with `config_name` as the --config of its commands."""
+  """Renders the page as self-contained HTML, with the --config of its commands, or ""."""
   workdir = epath.Path(workdir)
   metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int})
   environment = page_environment()
@@ -295,7 +295,8 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
     commands={folder: stages.command_of(workdir / folder) for folder in stage_table.STAGES},
     ran=[stages.command_of(workdir / name) for name in stage_table.STAGES if name in summary],
     more_flags=MORE_FLAGS,
-    config_name=config_name,
+    name=config_name or workdir.absolute().name,
+    config_name=config_name or "CONFIG",
     date=datetime.date.today().isoformat(),
     loss_svg=loss_figure(metrics),
     bits_svg=bits_figure(summary.get("evaluation", {})),

@@ -16,6 +16,7 @@ from cm3leon_jax.generation import lookalikes
 from cm3leon_jax.run import initial, table
 from cm3leon_jax.run.stages import DONE
 from cm3leon_jax.training.watch.heldout import OF_PAIRS, decisive
+from cm3leon_jax.weights import reading
 
 JUDGED = "judged"  # Name of a JSON file of the workdir and of a section of the summary.
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -163,7 +164,7 @@ def training(metrics: list[dict]) -> dict:
 
   Returns:
     {} without steps; otherwise a dict with these entries:
-    - logged_steps: number of steps.
+    - logged_steps, last_step: number of steps, and the last of them.
     - every_step_logged_once: whether no step is missing or repeated.
     - restarts: result of `restarts`.
     - median_tokens_per_second.
@@ -185,6 +186,7 @@ def training(metrics: list[dict]) -> dict:
     goodput = {"goodput": line["goodput"], "wall_seconds": round(seconds, 1)}
   return {
     "logged_steps": len(logged),
+    "last_step": logged[-1],
     "every_step_logged_once": logged == list(range(1, len(logged) + 1)),
     "restarts": restarts(metrics),
     "median_tokens_per_second": float(np.median(rates)) if rates else None,
@@ -203,9 +205,9 @@ def findings(summary: dict, metrics: list[dict]) -> list[str]:
   found = [lookalikes.describe(counts)] if counts else []
   name = next((decisive(line) for line in metrics if line.get("heldout_loss")), "heldout_loss")
   losses = {x["step"]: x[name] for x in metrics if x.get(name) and x["step"]}  # 0: the base.
-  used = summary.get("train", {}).get("best")
-  best, last = used or min(losses, key=losses.__getitem__, default=0), max(losses, default=0)
-  if best < last and best in losses:
+  used = summary.get("train", {}).get("used_step")
+  best, last = min(losses, key=losses.__getitem__, default=0), max(losses, default=0)
+  if best < last:
     rise = losses[last] / losses[best] - 1
     found.append(
       f"warning: held-out {LOSSES[name]}: lowest at step {best:,}, "
@@ -244,7 +246,9 @@ def collect(workdir: epath.PathLike) -> dict:
   metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int})
   if log := training(metrics):
     train = summary.setdefault("train", {})
-    train["log"] = log
+    planned = _stored_settings(workdir).get("train", {}).get("steps")
+    train["log"] = {**log, "planned_steps": planned or log["last_step"]}
+    train["used_step"] = reading.used_step(workdir / "train")
     if "train" in seconds:  # The stage itself records only the time since its last start.
       train["seconds"] = seconds["train"] = max(
         seconds["train"], log.get("wall_seconds", log["step_seconds"])
@@ -296,8 +300,7 @@ def expected_stages(workdir: epath.Path) -> list[str]:
 
 def _stages_of_tuning(workdir: epath.Path) -> set[str]:
   """Returns the stages that a run which tunes on instructions needs; empty for other runs."""
-  path = workdir / "train" / "config.json"
-  stored = read_json(path, {}).get("settings") if path.exists() else None
+  stored = _stored_settings(workdir)
   settings = settings_from_stored(stored) if stored else None
   if settings is None or not settings.instructions.any:
     return set()
@@ -306,9 +309,13 @@ def _stages_of_tuning(workdir: epath.Path) -> set[str]:
 
 def _has_base_documents(workdir: epath.Path) -> bool:
   """Returns whether the training of a run reads documents of its base, see `base_documents`."""
+  return bool(_stored_settings(workdir).get("data", {}).get("base_documents"))
+
+
+def _stored_settings(workdir: epath.Path) -> dict:
+  """Returns the settings that `cm3leon train` stored; {} if there are none."""
   path = workdir / "train" / "config.json"
-  settings = read_json(path, {"settings": dict})["settings"] if path.exists() else {}
-  return bool(settings.get("data", {}).get("base_documents"))
+  return read_json(path, {}).get("settings", {}) if path.exists() else {}
 
 
 def cost(summary: dict) -> dict | None:

@@ -76,11 +76,9 @@ def fields(source: str, own_images: bool) -> dict[str, Any]:
   """Returns the config fields that a tuning has in common with its base (`from_data.base_fields`).
 
   If the run trains its own image tokenizer (`own_images`), the codes of the base's documents have
-  no meaning for it, so it does not use them. If the base has none, prints that.
+  no meaning for it, so it does not use them.
   """
   settings, folder = find(source)
-  if folder is None and not own_images:
-    print(f"{source} has no documents: the run cannot replay them or measure what it forgets.")
   found = from_data.base_fields(dataclasses.asdict(settings), not own_images and folder is not None)
   installed = bool(settings.vqgan.source)
   if own_images or installed:  # The batch must not be larger than the data.

@@ -48,6 +48,11 @@ NOT_FOLLOWED = {
   *("data.read_threads", "data.on_bad_record", "data.max_skipped"),
   *("model.vocab_size", "vqgan.steps", "clip.steps"),
 }
+# Fields that decide the shapes of a model's parameters.
+SHAPES = tuple(
+  f"model.{name}"
+  for name in ("family", "num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
+)
 BASE_DOCUMENTS, BASE_SHARE = 4_000, 0.1
 # Share of the base's learning rate. With the whole rate, the bundled model learned no more of 240
 # drawings and forgot three times as many images (docs/tuning.md).
@@ -199,12 +204,13 @@ def complete(
     given: fields that the user has set, such as "train.steps". They stay unchanged.
 
   Raises:
-    UserError: the data is not prepared or was prepared with another config, or a field is None that
-      is not computed from the data.
+    UserError: the data is not prepared or was prepared with another config, a field is None that is
+      not computed from the data, or the base has a model of another size than `given`.
   """
   if not (names := missing(config)):
     return config
   of_base = stored_of_base(workdir) if of_base is None else of_base
+  _check_shapes(config, of_base, given)
   # A run that only tunes on instructions has no pairs to count.
   tuned = config.instructions.tasks or config.instructions.own_tasks
   counted = not (of_base and tuned)
@@ -240,6 +246,20 @@ def complete(
     made[section][field] = config[section][field]
   _check_side(made, side)
   return made
+
+
+def _check_shapes(
+  config: ml_collections.ConfigDict, of_base: dict[str, Any], given: Collection[str]
+) -> None:
+  """Raises UserError if the user has set the size of a model to another one than the base's."""
+  for name in (name for name in SHAPES if name in given and name in of_base):
+    value = config.model[name.removeprefix("model.")]
+    if value != of_base[name]:
+      raise UserError(
+        f"config.{name} is {value}, but the run starts from a base (--init_from or "
+        f"config.train.base = '{config.train.base}'), which decides the model and has "
+        f"{of_base[name]}: leave it out, or give --init_from=none for a model of your own."
+      )
 
 
 def _check_side(config: ml_collections.ConfigDict, side: int) -> None:

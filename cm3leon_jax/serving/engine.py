@@ -18,11 +18,10 @@ from cm3leon_jax.decoding.continuous.slots import Update
 from cm3leon_jax.decoding.result import sample_seed
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.serving import jobs as jobs_lib
-from cm3leon_jax.serving.errors import ApiError, internal, stopping
+from cm3leon_jax.serving.errors import QUEUE_FULL, ApiError, internal, stopping
 from cm3leon_jax.serving.jobs import Event, Failed, Finished, Job, Neighbor, OpenJob, Progress
 from cm3leon_jax.serving.tasks import refused
 
-RETRY_SECONDS = "2"
 _LOG = logging.getLogger("cm3leon_jax.serving")
 _Part = tuple[OpenJob, int, Update]  # Job, index of a sample, its tokens so far.
 
@@ -122,7 +121,7 @@ class Engine:
       raise stopping()
     if self.waiting >= self.queue_limit:
       message = f"{self.queue_limit} requests are already waiting: try again later."
-      raise ApiError(429, message, code="queue_full", headers={"Retry-After": RETRY_SECONDS})
+      raise ApiError(429, message, code=QUEUE_FULL)
 
   def cancel(self, job: Job) -> None:
     """Cancels a job. It leaves the queue immediately, and frees its slots before the next chunk."""
@@ -182,12 +181,13 @@ class Engine:
     pipeline, tasks, events = self.pipeline, jobs_lib.usual_tasks(self.pipeline), list[Event]()
     usual = jobs_lib.usual_buckets(pipeline, tasks)
     self._generator = self._fresh(list(usual))
-    first, *others = jobs_lib.test_jobs(tasks, events.append)
-    self._prepare([first])
-    while self._open or self._running:
-      self._compute()
+    first, others = jobs_lib.test_jobs(tasks, events.append)
+    for job in first:
+      self._prepare([job])
+      while self._open or self._running:
+        self._compute()
     if any(isinstance(event, Failed) for event in events):
-      raise RuntimeError(f"the server cannot start: a test of the task {first.task.name} failed.")
+      raise RuntimeError(f"the server cannot start: a test of {first[0].task.name} failed.")
     yield True
     for job in others:
       self._prepare([job])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+QUEUE_FULL = "queue_full"  # Code of an error to which the application adds Retry-After.
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 

@@ -75,6 +75,20 @@ def identify(folder: epath.PathLike, step: int | None = None) -> tuple[int, str 
   return step, checkpoints.digest(step)
 
 
+def used_step(folder: epath.PathLike) -> int | None:
+  """Returns the step whose parameters are a run's result so far; None without a checkpoint."""
+  if not (epath.Path(folder) / FOLDER).exists():
+    return None
+  with Checkpoints(folder, keep=1_000_000) as checkpoints:
+    newest = checkpoints.newest()
+    return newest and _used(checkpoints, newest)
+
+
+def _used(checkpoints: Checkpoints, newest: int) -> int:
+  best = checkpoints.best(newest)
+  return best[0] if best else newest
+
+
 def _read(
   folder: epath.PathLike, step: int | None, read: Callable[[Checkpoints, int], T]
 ) -> tuple[T, int]:
@@ -112,8 +126,7 @@ def _open(folder: epath.PathLike, step: int | None) -> tuple[Checkpoints, int]:
       f"{folder} has no complete checkpoint yet: run `cm3leon train` until it saves one."
     )
   if step is None:
-    best = checkpoints.best(newest)
-    step = best[0] if best else newest
+    step = _used(checkpoints, newest)
   if not (checkpoints.folder / str(step)).exists():
     raise UserError(f"{folder} has no checkpoint of step {step}: the newest is {newest}.")
   return checkpoints, step

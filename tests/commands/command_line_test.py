@@ -46,7 +46,7 @@ MISTAKES = [
   (["finetune"], ["`cm3leon run --config=own`", "CM3Leon.finetune"]),
   (["help", "trian"], ["trian", "did you mean 'train'?"]),
   (["train", *RUN, "--workdri=x"], ["workdri", "workdir"]),
-  (["train", *RUN, "--config.train.stepz=5"], ["stepz", "steps"]),
+  (["train", *RUN, "--config.train.stepz=5"], ["error: config.train.stepz ", "mean 'steps'?"]),
   (["train", *RUN, "--config.foo.bar=5"], ["foo"]),
   (["train", *RUN, "--config.train.steps=abc"], ["--config.train.steps", "abc"]),
   (["train", *RUN, "--config.train=abc"], ["--config.train", "abc"]),
@@ -76,7 +76,9 @@ def test_a_wrong_command_line_is_one_sentence_before_jax_is_imported(argv, facts
   assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+SMALL = ["--config=own", "--config.raw.source=."]
 LATER = [
+  (["run", *SMALL, "--config.model.width=256"], ["config.model.width is 256", "has 192", "none"]),
   (["evaluate", f"--config={SCENES}", "--config.evaluation.num_documents=1"], ["num_documents"]),
   (["prepare_data", "--config=cm3leon_7b"], ["config.raw.source"]),
   (["prepare_data", f"--config={SCENES}", "--config.vqgan.resolution=50"], ["vqgan", "50"]),
@@ -145,6 +147,16 @@ def test_print_config_prints_every_field_of_a_config_of_ones_own(tmp_path):
   lines = result.stdout.splitlines()
   assert {"seed = 7  # default: 0", "train.steps = 5  # default: 41723"} <= set(lines)
   assert "model.family = 'opt'" in lines
+
+
+@pytest.mark.parametrize(("command", "init_from", "width"), [
+  ("train", (), 192), ("run", (), 192), ("run", ("--init_from=none",), 128),
+])  # fmt: skip
+def test_print_config_prints_the_model_of_the_base_that_a_run_has(
+  command, init_from, width, tmp_path
+):
+  result = cm3leon(command, "--config=own", *init_from, "--print_config", cwd=tmp_path)
+  assert f"model.width = {width}  # default: 4096" in result.stdout.splitlines(), result.stderr
 
 
 def test_report_lists_what_has_not_run(tmp_path):

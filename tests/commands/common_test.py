@@ -1,6 +1,7 @@
 import errno
 import os
 import pathlib
+import types
 
 import jax
 import pytest
@@ -72,6 +73,14 @@ def test_an_error_of_a_disk_is_one_sentence_and_may_be_tried_again(number, capsy
   # Errors caused by bugs keep their traceback.
   with pytest.raises(FileNotFoundError), common._reporting():
     raise FileNotFoundError(errno.ENOENT, "no such file", "x")
+
+
+def test_a_full_disk_without_a_file_is_named_by_its_flags(monkeypatch, capsys):
+  given = types.SimpleNamespace(value="w/out")
+  monkeypatch.setattr(common, "flags", types.SimpleNamespace(FLAGS={"output": given}))
+  with pytest.raises(SystemExit), common._reporting():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  assert capsys.readouterr().err.endswith("No space left on device: --output=w/out\n")
 
 
 @pytest.mark.parametrize(

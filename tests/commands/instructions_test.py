@@ -28,6 +28,7 @@ from cm3leon_jax.config.instructions import InstructionsConfig
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+from cm3leon_jax.export import copies
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.run import stages
@@ -69,11 +70,18 @@ def source(tmp_path_factory):
   return root
 
 
-def copy(settings, workdir, source):
+def copy(settings, workdir, source, of_base=None):
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   with flagsaver.flagsaver((init_from_flag.INIT_FROM, str(source))):
-    copy_tokenizers.main(settings, workdir)
+    copy_tokenizers.main(settings, workdir, of_base)
+
+
+@pytest.mark.parametrize("documents", [0, 9])
+def test_a_base_without_documents_is_warned_of(documents, monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(copies, "copy_tokenizers", lambda *_: {})
+  copy(SETTINGS, epath.Path(tmp_path), "a_base", {"data.base_documents": documents})
+  assert ("warning: a_base has no documents" in capsys.readouterr().out) == (not documents)
 
 
 def encode(settings, workdir):

@@ -52,6 +52,12 @@ def test_data_that_a_later_stage_would_refuse_is_refused(summary, data):
     check_enough(summary, **data)
 
 
+def test_pairs_that_are_too_few_for_any_fraction_are_to_be_added():
+  with refused(UserError, "has 2 pairs", "at least 3", "add pairs") as error:
+    check_enough({"train_pairs": 4, "train_crops": 3, "heldout_pairs": 1}, text_share=0.0)
+  assert "heldout_fraction" not in str(error.value)
+
+
 def test_what_follows_from_the_data_is_counted_printed_and_used_by_later_stages(tmp_path):
   source = tmp_path / "images"
   source.mkdir()

@@ -3,7 +3,7 @@ import pathlib
 from etils import epath
 import pytest
 
-from cm3leon_jax.commands import config_file, run, stage_process
+from cm3leon_jax.commands import common, config_file, run, stage_process
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.run import pace
@@ -149,12 +149,24 @@ def test_the_decoder_of_a_tokenizer_for_any_image_may_be_trained_on_but_not_by_i
   assert "train_vqgan" not in tuned
 
 
+@pytest.mark.parametrize("source", ["", "missing", "empty", "images"])
+def test_a_wrong_source_is_refused_before_the_first_stage(source, started, tmp_path):
+  (tmp_path / "empty").mkdir()
+  (tmp_path / "images").mkdir()
+  (tmp_path / "images" / "a.png").touch()
+  settings = settings_of(SCENES, **{"raw.source": source and str(tmp_path / source)})
+  with refused(UserError, "config.raw.source", source):
+    run.main(settings, epath.Path(tmp_path / "w"), "scenes", False, {})
+  assert not started
+  assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize(
   ("base", "flag", "expected"),
   [("", "", ""), ("", "a", "a"), ("b", "", "b"), ("b", "a", "a"), ("b", "none", "")],
 )
 def test_a_run_starts_from_the_base_of_its_config_unless_told_otherwise(base, flag, expected):
-  assert run.base_of(settings_of(SCENES, **{"train.base": base}), flag) == expected
+  assert common.base_of(base, flag) == expected
 
 
 def test_an_own_image_tokenizer_belongs_to_a_base(tmp_path):

@@ -31,7 +31,6 @@ time.sleep(0.5)
 @pytest.fixture(autouse=True)
 def handlers():
   old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-  signal.signal(signal.SIGINT, signal.default_int_handler)
   yield
   for number, handler in old.items():
     signal.signal(number, handler)

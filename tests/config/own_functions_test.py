@@ -50,3 +50,18 @@ def test_files_are_relative_to_the_config_that_names_them(tmp_path):
   config = config_file.load(str(tmp_path / "config.py"))
   assert config.raw.source == f"{tmp_path}/own.py:records"
   assert config.reinforce.reward == "/elsewhere/own.py:score"
+
+
+@pytest.mark.parametrize(
+  ("text", "facts"),
+  [
+    ("def get_config():\n  return {\n", ["wrong.py, line 2", "never closed"]),
+    ("import re\nimport nothing_here\n", ["wrong.py, line 2", "nothing_here"]),
+    ("x = 1\n", ["wrong.py", "has no function get_config"]),
+    ("def get_config():\n  return {}\n", ["wrong.py", "get_config returns no ml_collections"]),
+  ],
+)
+def test_a_file_that_is_no_config_is_refused_with_its_file_and_line(tmp_path, text, facts):
+  (tmp_path / "wrong.py").write_text(text)
+  with refused(UserError, *facts):
+    config_file.load(str(tmp_path / "wrong.py"))

@@ -41,3 +41,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
   with pytest.raises(TypeError), atomic.replacing(path) as file:
     file.write("text into a binary file")
   assert path.read_text(encoding="utf-8") == "ä"
+
+
+@pytest.mark.parametrize(("number", "name"), [(errno.ENOSPC, "a.json"), (errno.EIO, None)])
+def test_an_error_of_a_full_disk_has_the_file(tmp_path, number, name):
+  with pytest.raises(OSError, match="no answer") as error, atomic.replacing(tmp_path / "a.json"):
+    raise OSError(number, "no answer")
+  assert error.value.filename == (name and str(tmp_path / name))

@@ -7,7 +7,6 @@ names.
 
 import os
 import runpy
-import signal
 import time
 
 import jax
@@ -45,8 +44,6 @@ def insert(kind: str, process: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-  # Enables Ctrl-C even if the tests run in the background.
-  signal.signal(signal.SIGINT, signal.default_int_handler)
   if "FAULT" in os.environ:
     fault, number, batches = os.environ["FAULT"].split(":")
     insert(fault, int(number), int(batches))

@@ -22,21 +22,14 @@ from tests.launch.tiny_config import get_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-
-# Program that runs a command with Ctrl-C enabled, even if the tests run in the background.
-START = """
-import runpy, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-runpy.run_module(f"launch.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
-"""
 NOTHING = (
   "stopped outside of the training steps: there was nothing to save; the same command continues."
 )
 
 
-def start(command, workdir, config="tiny_config", program=START):
+def start(command, workdir, config="tiny_config"):
   return subprocess.Popen(
-    [sys.executable, "-c", program, command, f"--config=tests/launch/{config}.py",
+    [sys.executable, "-m", f"launch.{command}", f"--config=tests/launch/{config}.py",
      f"--workdir={workdir}"],
     cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     env={**os.environ, "PYTHONUNBUFFERED": "1"},

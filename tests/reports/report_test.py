@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from cm3leon_jax.config.instructions import InstructionsConfig, InstructionTask
@@ -9,8 +10,10 @@ from cm3leon_jax.reports import report, summary
 from cm3leon_jax.run import stages
 from cm3leon_jax.run.table import STAGES
 from cm3leon_jax.training.watch.metrics import MetricsLog
+from cm3leon_jax.weights.checkpoint import Checkpoints
+from tests import launched
 from tests.generation.run import SETTINGS
-from tests.reports.run_files import NUMBERS, Page, headings, make_image, make_run
+from tests.reports.run_files import NUMBERS, Page, headings, make_image, make_log, make_run
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,27 @@ def test_a_run_that_tunes_on_instructions_has_only_its_stages(tmp_path):
   assert report.file_uri(sheet) == report.reconstruction_sheet(tmp_path)
   command = "cm3leon run --config=own:1 --config.instructions.tasks=t.yaml --workdir=DIR"
   assert f"<pre><code>{command} --init_from=RUN</code></pre>" in html
+
+
+def test_a_stopped_run_is_reported_with_the_step_that_it_uses_without_its_config(tmp_path):
+  make_run(tmp_path, ("raw",))
+  config = dataclasses.replace(SETTINGS.train, steps=90)
+  settings = dataclasses.replace(SETTINGS, train=config)
+  write_json(tmp_path / "train" / "config.json", {"settings": dataclasses.asdict(settings)})
+  make_log(tmp_path / "train" / "metrics")  # 60 steps; their held-out losses fall.
+  log = MetricsLog(tmp_path / "train" / "metrics", 60)
+  names = ("loss", "image_loss", "text_loss")
+  log.write(60, {f"heldout_{name}": 4.0 for name in names})
+  with Checkpoints(tmp_path / "train", keep=2) as checkpoints:
+    for step in (40, 60):
+      checkpoints.save({"step": np.int32(step)}, step, 0, best=(40, 3.0))
+  printed = launched.cm3leon("report", f"--workdir={tmp_path}", imported=launched.SLOW)
+  assert "lowest at step 40" in printed.stdout, printed.stderr
+  assert "the run uses step 40." in printed.stdout
+  page = " ".join((tmp_path / "report.html").read_text().split())
+  assert "The trainer stopped after step 30 and continued with step 31." in page
+  assert "The trainer stopped at step 60 of 90, or is still running." in page
+  assert f"Run of <code>{tmp_path.name}</code>" in page
 
 
 def test_clip_scores_are_averaged_by_guidance_and_retrieval():

@@ -30,7 +30,7 @@ def test_a_heldout_loss_that_has_risen_is_said_first(losses, best, parts):
     {"step": step, "heldout_image_loss": loss, "heldout_loss": 9 - step / 9}
     for step, loss in losses.items()
   ]
-  found = summary.findings({"train": {"best": best} if best else {}}, lines)
+  found = summary.findings({"train": {"used_step": best} if best else {}}, lines)
   assert len(found) == bool(parts)
   assert all(part in found[0] for part in parts or ())
   (texts,) = summary.findings({}, [{"step": s, "heldout_loss": x} for s, x in ((1, 2.0), (2, 3.0))])

@@ -166,6 +166,22 @@ def test_a_program_that_fails_is_not_hidden(model, monkeypatch, caplog, broken, 
   assert engine.close(seconds=60)
 
 
+def test_images_with_and_without_documents_are_tried_before_the_server_is_ready(model, monkeypatch):
+  """The example of docs/serving.md retrieves nothing, and has two samples."""
+  engine, tried, opens = Engine(model.pipeline, model.mesh, slots=3, chunk=4), [], jobs.open_jobs
+
+  def open_jobs(pipeline, asked, *others):
+    if not engine.is_ready:
+      tried.extend((bool(one.task.retrieve), one.num_samples) for one in asked)
+    return opens(pipeline, asked, *others)
+
+  monkeypatch.setattr(jobs, "open_jobs", open_jobs)
+  engine.start()
+  assert engine.wait_until_ready()
+  assert engine.close(seconds=60)
+  assert tried == [(True, 1), (False, 1), (False, 2)]
+
+
 def test_samples_of_jobs_take_turns(engine):
   """Four jobs of four samples fill all slots; the next free slot goes to the fifth job."""
   sampling = engine.pipeline.settings.sampling

@@ -21,7 +21,7 @@ from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.serving import schemas, tasks
 from cm3leon_jax.serving.engine import Engine
-from cm3leon_jax.serving.errors import ApiError, internal, refusal
+from cm3leon_jax.serving.errors import QUEUE_FULL, ApiError, internal, refusal
 from cm3leon_jax.serving.jobs import Event, Failed, Finished, Job
 from cm3leon_jax.serving.web.answers import ChatAnswer, ImageAnswer
 from cm3leon_jax.serving.web.decoders import Decoders
@@ -64,8 +64,8 @@ class Server:
       Route("/metrics", self._metrics),
       *(Route(f"/{name}", _page) for name in PAGE),
     ]
-    handlers: Any = {ApiError: _api_error, HTTPException: _http_error, Exception: _unknown_error}
-    handlers[ClientDisconnect] = _nobody
+    handlers: Any = {ApiError: self._api_error, ClientDisconnect: _nobody}
+    handlers |= {HTTPException: _http_error, Exception: _unknown_error}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
     endpoints = [route.path for route in routes]
     return Guard(app, self.limits, self.metrics, endpoints, local)
@@ -272,6 +272,12 @@ class Server:
       "sampling": {name: getattr(sampling, name) for name in names},
     }
 
+  async def _api_error(self, _: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    if error.code == QUEUE_FULL:
+      error.headers["Retry-After"] = str(self.metrics.retry_seconds())
+    return JSONResponse(error.body(), error.status, error.headers)
+
   async def _health(self, _: Request) -> Response:
     if self.engine.failure is not None:
       return PlainTextResponse("failed\n", 500)
@@ -291,11 +297,6 @@ async def _page(request: Request) -> Response:
   folder = importlib.resources.files("cm3leon_jax.serving") / "page"
   headers = {"Cache-Control": "no-cache"}
   return Response((folder / name).read_bytes(), media_type=kind, headers=headers)
-
-
-async def _api_error(_: Request, error: Exception) -> Response:
-  assert isinstance(error, ApiError)
-  return JSONResponse(error.body(), error.status, error.headers)
 
 
 async def _http_error(_: Request, error: Exception) -> Response:

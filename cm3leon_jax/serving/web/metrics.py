@@ -1,6 +1,8 @@
 """Reports the metrics of the server in the text format of Prometheus (version 0.0.4)."""
 
+import collections
 from collections.abc import Iterator
+import math
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -10,12 +12,15 @@ from cm3leon_jax.serving.engine import Engine
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # Bounds of the histogram's buckets.
 
+UNKNOWN_SECONDS = 2  # Result of `retry_seconds` before the first answer.
+
 
 class Metrics:
   """Counts requests, and reads the engine's counters when the metrics are requested."""
 
   def __init__(self, engine: Engine):
     self._engine = engine
+    self._recent: collections.deque[float] = collections.deque(maxlen=32)
     self._requests = Counter(
       "cm3leon_serve_requests",
       "Requests by endpoint and HTTP status.",
@@ -32,8 +37,17 @@ class Metrics:
 
   def count(self, endpoint: str, status: int, seconds: float) -> None:
     """Counts a finished request. Status 499: the client disconnected before it was answered."""
+    if status == 200 and endpoint.startswith("/v1/") and endpoint != "/v1/models":
+      self._recent.append(seconds)
     self._requests.labels(endpoint, status).inc()
     self._seconds.labels(endpoint).observe(seconds)
+
+  def retry_seconds(self) -> int:
+    """Estimates in how many seconds a full queue has been answered.
+
+    This is the mean time, waiting included, of the last requests that were answered.
+    """
+    return math.ceil(sum(self._recent) / len(self._recent)) if self._recent else UNKNOWN_SECONDS
 
   def text(self) -> str:
     """Returns all metrics as text."""

@@ -1,6 +1,7 @@
 """Opens boards (TensorBoard, Weights & Biases, Prometheus). If one fails, the run continues."""
 
 from collections.abc import Callable
+import importlib.util
 import threading
 from typing import Any
 
@@ -75,7 +76,8 @@ def open_boards(
 ) -> list[Board]:
   """Opens the boards that the config enables. Prints a warning for each board that fails to open.
 
-  The boards also show the settings in the config.json of `folder`.
+  TensorBoard, which is on by default, is left out without a warning if its package is missing. The
+  boards also show the settings in the config.json of `folder`.
   """
   path = folder / "config.json"
   settings = read_json(path, {"settings": dict})["settings"] if path.exists() else {}
@@ -89,7 +91,7 @@ def open_boards(
         f"{install}, set WANDB_API_KEY, or leave out config.train.wandb = '{config.wandb}'",
       )
     )
-  if config.tensorboard:
+  if config.tensorboard and importlib.util.find_spec("tensorboardX"):
     boards.append(
       Board(
         "TensorBoard",

@@ -56,3 +56,12 @@ def test_the_text_by_hand():
     f"{seconds}_count{{{other}}}": 1,
   }
   assert CONTENT_TYPE == "text/plain; version=0.0.4; charset=utf-8"
+
+
+def test_a_full_queue_is_left_for_the_time_that_recent_answers_took():
+  metrics = Metrics(ENGINE)
+  assert metrics.retry_seconds() == 2
+  for status, seconds in ((200, 20.0), (429, 0.1), (200, 30.5), (504, 120.0)):
+    metrics.count(GENERATIONS, status, seconds)
+  metrics.count("/healthz", 200, 0.1)
+  assert metrics.retry_seconds() == 26

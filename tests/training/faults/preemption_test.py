@@ -21,15 +21,6 @@ def test_the_hook_stops_after_the_step_in_which_a_signal_came():
     assert (stop.code, stop.stops()) == (INTERRUPTED, True)
 
 
-@pytest.fixture
-def foreground():
-  """Makes SIGINT raise KeyboardInterrupt, even if the tests run in the background."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  yield
-  signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("foreground")
 def test_ctrl_c_saves_and_the_same_call_continues(whole, loader, tmp_path, capfd):
   def interrupt(_, step):
     if step == 3:
@@ -46,7 +37,6 @@ def test_ctrl_c_saves_and_the_same_call_continues(whole, loader, tmp_path, capfd
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("foreground")
 def test_a_second_ctrl_c_stops_at_once_and_loses_no_save(whole, loader, tmp_path):
   def interrupt(_, step):
     if step == 5:  # The save of step 4 may be in progress.

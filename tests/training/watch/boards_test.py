@@ -79,6 +79,14 @@ def test_a_board_whose_package_is_missing_is_one_line(tmp_path, watch, capsys, m
   assert install("monitoring") in line
 
 
+def test_tensorboard_without_its_package_is_off_without_a_word(
+  tmp_path, watch, capsys, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  assert open_boards(epath.Path(tmp_path), TrainConfig(), 1, watch) == []
+  assert capsys.readouterr().out == ""
+
+
 def test_tensorboard_has_the_settings_of_the_run(tmp_path, watch):
   write_json(tmp_path / "config.json", {"run": {}, "settings": {"train": {"steps": 7}}})
   [board] = open_boards(epath.Path(tmp_path), TrainConfig(), 1, watch)
