@@ -174,6 +174,17 @@ def _help() -> str:
   return "\n".join(part.strip("\n") for part in parts)
 
 
+def _mistake(error: Exception) -> str:
+  """Returns what is wrong with a flag, from the error of its parser."""
+  name = getattr(error, "flagname", "")
+  if name.startswith("config.") and "config" in flags.FLAGS:
+    own = name.rpartition(".")[2]
+    instead = f"; or give --{own}, which needs no config" if own in flags.FLAGS else ""
+    return f"--{name} has no config to change: give --config first{instead}"
+  text = re.sub(r"invalid literal for int\(\).*", "it must be a whole number", str(error.args[0]))
+  return re.sub(r"could not convert string to float.*", "it must be a number", text)
+
+
 def _parse_flags(actions: Sequence[str], argv: Sequence[str]) -> list[str]:
   """Parses the flags, prints --help, and reports errors in one sentence.
 
@@ -187,7 +198,7 @@ def _parse_flags(actions: Sequence[str], argv: Sequence[str]) -> list[str]:
     program, *words = flags.FLAGS(with_homes(argv))
   # For a wrong field of the config, ml_collections raises AttributeError or KeyError.
   except (flags.Error, ValueError, AttributeError, KeyError) as error:
-    _fail(f"{error.args[0]} (--help lists the flags)")
+    _fail(f"{_mistake(error)} (--help lists the flags)")
   words = words or [""] * ("" in actions)
   if actions and (not words or words[0] not in actions):
     hint = did_you_mean("".join(words[:1]), actions, "give one of them.")
@@ -280,6 +291,7 @@ def run(
   config: bool | None = True,
   actions: Sequence[str] = (),
   prepares: bool = False,
+  check: Callable[[], None] = lambda: None,
 ) -> None:
   """Runs a command as an absl app. A UserError becomes one sentence on stderr and exit code 2.
 
@@ -296,11 +308,13 @@ def run(
       optional, and its default is the stored settings of the run or bundle in --workdir.
     actions: allowed values of the first argument, which is then the first argument of `main`.
     prepares: whether the command prepares the data, which some fields of the config need.
+    check: checks flags before the slow imports.
   """
 
   def checked(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes.
     with _reporting():
+      check()
       given: list = argv[1:]
       buckets.prepare_access()
       if config is not False:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from typing import Any
 
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config import UserError, build, short
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import Task
@@ -13,6 +13,13 @@ from cm3leon_jax.generation.tasks import Task
 def expanded(image: Any) -> Any:
   """Returns an image as tasks take it: a path becomes a string, without `~`."""
   return os.path.expanduser(os.fspath(image)) if isinstance(image, str | os.PathLike) else image
+
+
+def check_whole(**numbers: Any) -> None:
+  """Raises UserError for an argument that is no whole number."""
+  for name, value in numbers.items():
+    if not hasattr(value, "__index__"):
+      raise UserError(f"{name} is {short(value)}; it must be a whole number.")
 
 
 def rows(**inputs: Any) -> tuple[bool, list[dict]]:
@@ -40,6 +47,9 @@ def rows(**inputs: Any) -> tuple[bool, list[dict]]:
     for i in range(count)
   ]
   for row in chosen:
+    for name in ("prompt", "text"):
+      if not isinstance(row.get(name, ""), str):
+        raise UserError(f"{name} is {short(row[name])}; it must be a text or a list of texts.")
     row |= {"image": expanded(row["image"])} if "image" in row else {}
     row |= {"box": tuple(row["box"])} if "box" in row else {}
   return not lengths, chosen
@@ -68,6 +78,7 @@ def tasks(
     raise UserError(f"task {name} has no setting '{foreign[0]}'; its settings are {used}.")
   config = build(SamplingConfig, {**dataclasses.asdict(defaults), **settings}, "sampling")
   shared: dict[str, Any] = {field: value for field, value in fields.items() if value is not None}
+  check_whole(seed=seed, **shared)
   single, chosen = rows(**inputs)
   made = [
     cls(**row, **shared, seed=seed + i, sampling=config, row=i) for i, row in enumerate(chosen)
