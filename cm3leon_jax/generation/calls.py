@@ -15,13 +15,6 @@ def expanded(image: Any) -> Any:
   return os.path.expanduser(os.fspath(image)) if isinstance(image, str | os.PathLike) else image
 
 
-def check_whole(**numbers: Any) -> None:
-  """Raises UserError for an argument that is no whole number."""
-  for name, value in numbers.items():
-    if not hasattr(value, "__index__"):
-      raise UserError(f"{name} is {short(value)}; it must be a whole number.")
-
-
 def rows(**inputs: Any) -> tuple[bool, list[dict]]:
   """Distributes the inputs of a call over its tasks.
 
@@ -78,7 +71,9 @@ def tasks(
     raise UserError(f"task {name} has no setting '{foreign[0]}'; its settings are {used}.")
   config = build(SamplingConfig, {**dataclasses.asdict(defaults), **settings}, "sampling")
   shared: dict[str, Any] = {field: value for field, value in fields.items() if value is not None}
-  check_whole(seed=seed, **shared)
+  for field, value in {"seed": seed, **shared}.items():
+    if not hasattr(value, "__index__"):
+      raise UserError(f"{field} is {short(value)}; it must be a whole number.")
   single, chosen = rows(**inputs)
   made = [
     cls(**row, **shared, seed=seed + i, sampling=config, row=i) for i, row in enumerate(chosen)
