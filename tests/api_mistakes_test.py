@@ -1,7 +1,6 @@
 """Breaks calls of the API: a wrong argument is refused, instead of being ignored or half used."""
 
 import numpy as np
-from PIL import Image
 import pytest
 
 from cm3leon_jax import CM3Leon, UserError
@@ -25,7 +24,7 @@ from tests.refusals import refused
 def test_wrong_options_of_load(run, options, monkeypatch):  # noqa: F811
   monkeypatch.setattr(reading, "load_params", None)  # Reading parameters would fail.
   [name] = options
-  facts = {"devices": "int", "dtype": "float8"}
+  facts = {"devices": "int", "dtype": "dtype is 'float8'; it must"}
   with pytest.raises((ValueError, TypeError), match=facts.get(name, name)):
     CM3Leon.load(run, **options)
 
@@ -57,6 +56,14 @@ MISTAKES = [
   (lambda m: m.score("a", IMAGE, retrieve=-1), "-1"),
   (lambda m: m.retrieve("a", k=0), "0 documents"),
   (lambda m: m.sample([Unconditional()], 2, rank=True), "rank"),
+  (lambda m: m.generate(None), "prompt is None"),
+  (lambda m: m.generate("a", num_samples="4"), "num_samples is '4'"),
+  (lambda m: m.generate("a", seed="a"), "seed is 'a'"),
+  (lambda m: m.generate("a", retrieve=1.5), "retrieve is 1.5"),
+  (lambda m: m.caption(np.zeros((8, 8, 3), np.float32)), "image is an array of float32"),
+  (lambda m: m.caption(None), "image is None"),
+  (lambda m: m.score(None, IMAGE), "text is None"),
+  (lambda m: m.retrieve(5), "image is 5"),
 ]
 
 
@@ -66,19 +73,6 @@ def test_a_mistake_is_one_sentence(model, call, fact):  # noqa: F811
     call(model)
 
 
-@pytest.mark.parametrize(
-  "call",
-  [
-    lambda m: m.generate(5),
-    lambda m: m.generate("a", num_samples=1.5),
-    lambda m: m.generate("a", seed=1.5),
-    lambda m: m.caption(np.zeros((8, 8, 4, 2), np.float32)),
-    lambda m: m.caption(None),
-    lambda m: m.infill(IMAGE, 3),
-    lambda m: m.retrieve(5),
-    lambda m: m.caption(Image),
-  ],
-)
-def test_a_wrong_type_is_an_error_of_python(model, call):  # noqa: F811
-  with pytest.raises((TypeError, AttributeError)):
-    call(model)
+def test_inputs_that_are_no_list_are_an_error_of_python(model):  # noqa: F811
+  with pytest.raises(TypeError):
+    model.infill(IMAGE, 3)

@@ -100,6 +100,7 @@ def test_a_notebook_shows_samples_and_the_model(model, run):
   np.testing.assert_array_equal(fifth, samples[4].image)
   shown = Image.open(io.BytesIO(samples[4]._repr_png_()))
   assert shown.size == (side, side)
+  check_sentence(repr(samples[4]), "'red apple'", f"seed {samples[4].seed}", "neighbors")
   with refused(cm3leon_jax.UserError, "no images"):
     cm3leon_jax.grid([])
   facts = (str(run), "step 7", "8 x 8", "float32", "cpu", f"{model_size(model):,} parameters")

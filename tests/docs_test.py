@@ -37,7 +37,8 @@ EXAMPLES = {"path/own.py", "my_tuning.py"}  # Example names of a user's files.
 def flags_in(*files: str) -> set[str]:
   """Returns the names of the flags that `files` define; paths are relative to the root."""
   pattern = r"(?:DEFINE_\w+|add_argument)\(\s*\"(?:--)?(\w+)\""
-  return {"help", *(flag for file in files for flag in re.findall(pattern, SOURCES[ROOT / file]))}
+  found = {flag for file in files for flag in re.findall(pattern, SOURCES[ROOT / file])}
+  return found | {"help", *(field.name for field in dataclasses.fields(SECTIONS["sampling"]))}
 
 
 def unknown_names(text: str) -> list[str]:
@@ -47,7 +48,7 @@ def unknown_names(text: str) -> list[str]:
   text = text.replace("python -m launch.pod", "").replace("python -m launch.", "cm3leon ")
   names = re.findall(r"\blaunch\.([a-z_]+)(?![a-z_]*/)|\bcm3leon[ \n]([a-z_]+)", text)
   unknown += [f"command {a or b}" for a, b in names if (a or b) not in COMMANDS]
-  shared = ("common", "init_from_flag", "prompt_flags", "protocol_flags")
+  shared = ("bank_flag", "common", "init_from_flag", "prompt_flags", "protocol_flags")
   shared += ("retrieve_flag", "sharded", "training_flags")
   common = [f"cm3leon_jax/commands/{name}.py" for name in shared]
   for module, rest in re.findall(

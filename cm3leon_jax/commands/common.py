@@ -188,6 +188,17 @@ def _help() -> str:
   return "\n".join(part.strip("\n") for part in parts)
 
 
+def _mistake(error: Exception) -> str:
+  """Returns what is wrong with a flag, from the error of its parser."""
+  name = getattr(error, "flagname", "")
+  if name.startswith("config.") and "config" in flags.FLAGS:
+    own = name.rpartition(".")[2]
+    instead = f"; or give --{own}, which needs no config" if own in flags.FLAGS else ""
+    return f"--{name} has no config to change: give --config first{instead}"
+  text = re.sub(r"invalid literal for int\(\).*", "it must be a whole number", str(error.args[0]))
+  return re.sub(r"could not convert string to float.*", "it must be a number", text)
+
+
 def _parse_flags(actions: Sequence[str], argv: Sequence[str]) -> list[str]:
   """Parses the flags, prints --help, and reports errors in one sentence.
 
@@ -203,7 +214,7 @@ def _parse_flags(actions: Sequence[str], argv: Sequence[str]) -> list[str]:
   except (flags.Error, ValueError, AttributeError, KeyError) as error:
     if isinstance(error.__context__, UserError):  # absl adds the flag, which may not be the cause.
       _fail(str(error.__context__))
-    _fail(f"{error.args[0]} (--help lists the flags)")
+    _fail(f"{_mistake(error)} (--help lists the flags)")
   words = words or [""] * ("" in actions)
   if actions and (not words or words[0] not in actions):
     hint = did_you_mean("".join(words[:1]), actions, "give one of them.")
@@ -322,6 +333,7 @@ def run(
   actions: Sequence[str] = (),
   prepares: bool = False,
   starts: bool = False,
+  check: Callable[[], None] = lambda: None,
 ) -> None:
   """Runs a command as an absl app. A UserError becomes one sentence on stderr and exit code 2.
 
@@ -339,11 +351,13 @@ def run(
     actions: allowed values of the first argument, which is then the first argument of `main`.
     prepares: whether the command prepares the data, which some fields of the config need.
     starts: whether the command starts a whole run, from --init_from or config.train.base.
+    check: checks flags before the slow imports.
   """
 
   def checked(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes.
     with _reporting():
+      check()
       given: list = argv[1:]
       buckets.prepare_access()
       if config is not False:

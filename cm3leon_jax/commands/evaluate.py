@@ -28,7 +28,7 @@ from typing import Any
 from absl import flags
 from etils import epath, epy
 
-from cm3leon_jax.commands import common, protocol_flags
+from cm3leon_jax.commands import common, protocol_flags, sampling_flags
 from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.config import UserError
@@ -74,6 +74,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   for flag in PROTOCOL_OPTIONS:
     if _is_given(flag) and protocol_flags.PROTOCOL.value is None:
       raise UserError(f"--{flag.name} is given without --protocol: add e.g. --protocol=own.yaml.")
+  settings = sampling_flags.applied(settings)
   compares, protocol = _is_given(protocol_flags.COMPARE), protocol_flags.PROTOCOL.value
   if compares or protocol is not None:
     if compares:
@@ -100,6 +101,11 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   if judge is not None:
     inputs["sampling"] = digest_of_json(dataclasses.asdict(settings.sampling))
     inputs["judge"] = digest(settings.evaluation.judge.rpartition(":")[0])
+  elif given := [*sampling_flags.given()]:
+    raise UserError(
+      f"--{given[0]} is given, but nothing is sampled: add --protocol or --export, or a --config "
+      "with a judge."
+    )
   folder = workdir / ("evaluation_last" if _LAST_PARAMS.value else "evaluation")
   config = stages.run_config(settings, workdir, "evaluation", inputs)
   with stages.once(folder, config) as summary, common.use_mesh(settings):

@@ -23,7 +23,8 @@ import itertools
 from absl import flags
 from etils import epath, epy
 
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, program_cache, sampling_flags
+from cm3leon_jax.commands.bank_flag import BANK, bank_of
 from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
@@ -35,30 +36,36 @@ from cm3leon_jax.run import stages, table
 
 with epy.lazy_imports():
   import jax
-  import numpy as np
 
   from cm3leon_jax.config import sampling as sampling_lib
-  from cm3leon_jax.generation import explanation, lookalikes, prompt_file
+  from cm3leon_jax.generation import document_effects, explanation, lookalikes, prompt_file
   from cm3leon_jax.generation import heldout as heldout_lib
   from cm3leon_jax.generation import pipeline as pipeline_lib
   from cm3leon_jax.generation import tasks as tasks_lib
   from cm3leon_jax.generation import writer as writer_lib
   from cm3leon_jax.reports import summary as summary_lib
-  from cm3leon_jax.retrieval import removed
-  from cm3leon_jax.run import bundles, run
+  from cm3leon_jax.retrieval import lexical, removed
+  from cm3leon_jax.run import run
 
 
 MOST_CAPTIONS = 16  # Default of --captions; fewer if fewer pairs are held out.
 # These are literals, because the flags are checked before JAX is imported.
 DTYPES = ("compute", "int8")
-TASKS = (
-  *("text_to_image", "infill_image", "edit", "instruct", "unconditional"),
-  *("caption", "question", "infill_text", "interleaved"),
-)
+TASKS = {  # With the inputs that they need.
+  "text_to_image": ("prompt",),
+  "infill_image": ("image",),
+  "edit": ("image", "prompt"),
+  "instruct": ("prompt",),
+  "unconditional": (),
+  "caption": ("image",),
+  "question": ("prompt", "image"),
+  "infill_text": ("prompt",),
+  "interleaved": (),
+}
 _TASK = flags.DEFINE_enum(
   "task",
   "text_to_image",
-  TASKS,
+  [*TASKS],
   "What to do with a prompt or an image, e.g. caption or edit; docs/generating.md lists all tasks.",
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt text; may be given several times.")
@@ -89,12 +96,6 @@ _GUIDANCE = flags.DEFINE_list(
 _KEEP = flags.DEFINE_bool(
   "keep_neighbors", False, "Keep the retrieved documents in the unconditional stream of guidance."
 )
-_BANK = flags.DEFINE_string(
-  "bank",
-  None,
-  "Another workdir, or a bundle, with the same tokenizers and CLIP, from which a --prompt "
-  "retrieves documents.",
-)
 _EXPLAIN = flags.DEFINE_bool(
   "explain", False, "Write images of what each retrieved document made more likely."
 )
@@ -102,7 +103,12 @@ _WITHOUT = flags.DEFINE_multi_string(
   "without", [], "Key of a document not to retrieve; the command prints which samples change."
 )
 _SEED = flags.DEFINE_integer(
-  "seed", None, "Seed of the first prompt; each further prompt adds 1.", 0, 2**31
+  "seed",
+  None,
+  "Seed of the first prompt; each further prompt adds 1.",
+  0,
+  2**31,
+  allow_override=True,
 )
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 16, "Number of samples that are generated together.", lower_bound=1
@@ -135,6 +141,28 @@ def _numbers(
   return list(dict.fromkeys(values))
 
 
+def _check_flags() -> None:
+  """Checks the flags whose values need no model, before the slow imports."""
+  _numbers(_GUIDANCE, [1.0], float, 0)
+  _numbers(RETRIEVE, [0], int, 0)
+  sampling_flags.given()
+  name = _TASK.value
+  for needed in TASKS[name] if PROMPTS.value is None and name != "text_to_image" else ():
+    if not flags.FLAGS[needed].value:
+      raise UserError(f"task {name} needs --{needed}, but it is not given.")
+
+
+def _check_settings(cls: type[tasks_lib.Task], tasks: Sequence[tasks_lib.Task]) -> None:
+  """Raises UserError if a flag sets a field of config.sampling that the tasks do not use."""
+  unread = {field for task in tasks for field in task.unread_settings()}
+  for name in [*sampling_flags.given(), *["guidance"] * (_GUIDANCE.value is not None)]:
+    if name not in cls.settings or name in unread:
+      raise UserError(
+        f"--{name} is given, but task {cls.name} does not use it here; it can use "
+        f"{', '.join(field for field in cls.settings if field not in unread)}."
+      )
+
+
 def _columns(settings: Settings, guidance: list, retrieve: list) -> list[tuple]:
   """Returns (number of retrieved documents, sampling settings) for each combination of values."""
   guidances = _numbers(_GUIDANCE, guidance, float, 0)
@@ -154,7 +182,7 @@ def _own_tasks(trained: run.Run, seed: int) -> list[tasks_lib.Task]:
   if path is None and not given and name == "text_to_image":
     return []
   cls = prompt_file.task_class(name)
-  has_bank = trained.bank or _BANK.value
+  has_bank = trained.bank or BANK.value
   neighbors = settings.data.num_neighbors if has_bank else 0
   retrieve = min(cls.retrieve, neighbors)
   columns = _columns(settings, [settings.sampling.guidance], [retrieve])
@@ -173,10 +201,6 @@ def _own_tasks(trained: run.Run, seed: int) -> list[tasks_lib.Task]:
     common_fields |= {"retrieve": retrieve} if RETRIEVE.value else {}
     allowed = ALLOW_OUTSIDE.value
     return prompt_file.read(path, name, seed, sampling, allowed, neighbors, **common_fields)
-  if _GUIDANCE.value is not None and "guidance" not in cls.settings:
-    raise UserError(
-      f"--guidance is given, but task {name} does not use it: set fields of config.sampling."
-    )
   try:
     common_fields["box"] = tuple(int(x) for x in _BOX.value or ())
   except ValueError as error:
@@ -184,42 +208,15 @@ def _own_tasks(trained: run.Run, seed: int) -> list[tasks_lib.Task]:
       f"--box is '{','.join(_BOX.value)}'; it must be four whole numbers: left,top,right,bottom."
     ) from error
   pairs = prompt_file.pair(_PROMPT.value, _IMAGE.value)
-  return [
+  tasks = [
     prompt_file.make_task(
       name, {**common_fields, **pair, "retrieve": n}, seed=seed + row, row=row, sampling=sampling
     )
     for n, sampling in columns
     for row, pair in enumerate(pairs)
   ]
-
-
-def _bank(trained: run.Run, heldout: bool) -> run.Run | None:
-  """Returns the run that has the bank, or None. Checks the tokenizers and the CLIP of --bank."""
-  settings = trained.settings
-  if _BANK.value is None:
-    return trained if trained.bank else None
-  folder = bundles.folder_of(_BANK.value)
-  read = (*table.TOKENIZERS, *table.own_clip(settings))
-  if bundles.is_bundle(folder):
-    bank = run.Run.open(folder)
-    if bank.bank is None:
-      raise UserError(f"--bank is {folder}, a bundle without documents: give one with documents.")
-    found = {"clip": bank.settings.retrieval.clip, **run.ids(bank, read)}
-    remedy = "give the bundle whose tokenizers and CLIP this run has, or a workdir"
-  else:
-    bank = run.Run(folder, settings)
-    documents, neighbors = (
-      stages.require(folder, name, config=dict)["config"] for name in ("documents", "neighbors")
-    )
-    found = {"clip": neighbors["retrieval"]["clip"], **documents["inputs"], **neighbors["inputs"]}
-    remedy = f"copy its folder from {trained.folder} to {folder}, and build the bank again"
-  expected = {"clip": settings.retrieval.clip, **run.ids(trained, read)}
-  for name, value in expected.items():
-    if found[name] != value:
-      raise UserError(
-        f"--bank {folder} was built with a different {name} than {trained.folder}: {remedy}."
-      )
-  return bank
+  _check_settings(cls, tasks)
+  return tasks
 
 
 def _needs_clip(tasks: Sequence[tasks_lib.Task]) -> bool:
@@ -302,34 +299,16 @@ def _check_documents(tasks: Sequence, columns: Sequence, bank: epath.Path | None
     removed.rows(bank / "neighbors", _WITHOUT.value)
 
 
-def _explain(writer: writer_lib.Writer, samples: Sequence) -> None:
-  """Writes documents and heat maps of each sample with documents, and prints their origins."""
-  for sample in [one for of_task in samples for one in of_task if one.neighbors]:
-    name = writer.file_names(sample)[0].replace(".png", "_explained.png")
-    rows, labels = [], []
-    for found in sample.explain():
-      rows.append([sample.segments[0], np.asarray(found.image), np.asarray(found.heat_map)])
-      origin = [getattr(found.document, field) for field in writer_lib.ORIGIN]
-      labels.append(" · ".join(filter(None, [found.caption, *origin])))
-      print(f"generate: {name}: {found.squares.sum()} squares by {printable(labels[-1])}")
-    sheet = writer_lib.contact_sheet(rows, labels, ["sample", "document", "more likely by it"])
-    writer_lib.save_png(writer.folder / name, sheet)
-
-
-def _compare(pipeline: pipeline_lib.Pipeline, tasks: Sequence, samples: Sequence) -> list[str]:
-  """Draws the same seeds with the documents of --without. Prints and returns what changes."""
-  retrieved = [{removed.image_of(x.key) for x in found} for found in pipeline.retrieve(tasks)]
-  gone = {*map(removed.image_of, _WITHOUT.value)}
-  hit = [i for i, images in enumerate(retrieved) if not gone.isdisjoint(images)]
-  changed = []
-  for i, drawn in zip(hit, pipeline.generate([tasks[i] for i in hit], SAMPLES.value)):
-    after = {sample.index: sample.tokens for sample in samples[i]}
-    changed += [x for x in drawn if not np.array_equal(x.tokens, after[x.index])]
-  names = [f"{x.task.prompt}, sample {x.index}, seed {x.seed}" for x in changed]
-  count = f"{len(names)} of {sum(map(len, samples))} samples change"
-  title = f"generate: without {', '.join(_WITHOUT.value)}, {count}{':' if names else '.'}"
-  print("\n  ".join([title, *map(printable, names)]))
-  return names
+def _warn_of_unknown_words(trained: run.Run, tasks: Sequence[tasks_lib.Task]) -> None:
+  """Prints the prompts for images without any word that a caption of the run has, if it counted."""
+  folder, config = trained.stages / "neighbors", trained.settings.retrieval
+  if not (folder / lexical.FILE).exists():
+    return
+  counted = lexical.load(folder, config.lexical_weight, config.lexical_width)
+  captions = [task.prompt for task in tasks if task.is_scored and task.prompt]
+  if unknown := [prompt for prompt in captions if not counted.knows(prompt)]:
+    shown = "; ".join(printable(prompt) for prompt in dict.fromkeys(unknown))
+    print(f"warning: no caption that the model learned has any word of: {shown}.", flush=True)
 
 
 def _digests(given: dict) -> dict[str, str]:
@@ -342,13 +321,13 @@ def _digests(given: dict) -> dict[str, str]:
 
 def main(settings: Settings, workdir: epath.Path) -> None:
   seed = settings.seed if _SEED.value is None else _SEED.value
-  trained = run.Run.open(workdir, settings)
+  trained = run.Run.open(workdir, sampling_flags.applied(settings))
   settings = trained.settings
   tasks = _own_tasks(trained, seed)
   _check_heldout(trained, tasks)
   usual = [1.0, settings.sampling.guidance], [0, settings.data.num_neighbors]
   columns = [] if tasks else _columns(settings, *usual)
-  source = _bank(trained, heldout=not tasks)
+  source = bank_of(trained)
   config = _identity(trained, source, tasks, columns, seed)
   bank = source.bank if source else None
   _check_documents(tasks, columns, bank)
@@ -360,7 +339,8 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   if settings.mesh == MeshConfig():
     chosen = decoding_mesh(settings.model, jax.devices())
     settings = dataclasses.replace(settings, mesh=chosen)
-  with stages.once(folder, config) as summary, common.use_mesh(settings):
+  _warn_of_unknown_words(trained, tasks)
+  with program_cache.kept(), stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
       clip = trained.clip if _needs_clip(tasks) else None
       params, step = trained.params()
@@ -388,11 +368,11 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       if apart := [r["divergence"] for r in records if r["divergence"] is not None]:
         summary["divergence"] = sum(apart) / len(apart)
       if _EXPLAIN.value:
-        _explain(writer, samples)
+        document_effects.explain(writer, samples)
       if _WITHOUT.value:
-        summary["changed"] = _compare(pipeline, tasks, samples)
+        summary["changed"] = document_effects.compare(pipeline, _WITHOUT.value, tasks, samples)
   print(f"generate: results in {folder}, overview in {folder / 'contact_sheet.png'}.", flush=True)
 
 
 if __name__ == "__main__":
-  common.run(main, config=None)
+  common.run(main, config=None, check=_check_flags)

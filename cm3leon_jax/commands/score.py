@@ -41,13 +41,15 @@ _DOCUMENTS = flags.DEFINE_string(
   "JSONL file of texts, pairs or interleaved documents (docs/evaluation.md), or the folder of a "
   "document store, e.g. workdir/documents/heldout_pairs.",
 )
+_SEED = flags.DEFINE_integer(
+  "seed", None, "Seed of the resamples for the intervals.", 0, 2**31, allow_override=True
+)
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
-  if not _DOCUMENTS.value:
-    raise UserError("name the documents: --documents=my.jsonl")
   trained = run.Run.open(workdir, settings)
   settings = trained.settings
+  seed = settings.seed if _SEED.value is None else _SEED.value
   retrieve = _number_of_neighbors(settings)
   if retrieve and trained.bank is None:
     raise UserError(f"--retrieve is {retrieve}, but {trained.folder} has no bank: leave it out.")
@@ -71,14 +73,14 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       "retrieve": retrieve,
       "retrieval": table.identity(settings, "neighbors")["retrieval"] if retrieve else None,
       "num_resamples": settings.evaluation.num_resamples,
-      "seed": settings.seed,
+      "seed": seed,
     }
     distributed.check_same_config(identity)
     name = f"{tasks.slug(path.stem)}-{digest_of_json(identity)[:8]}"
     folder = results_folder(trained, OUT.value) / "scores" / name
     with distributed.once(folder, identity) as summary:
       if summary is not None:
-        summary.update(_score(trained, layout, documents, folder, retrieve))
+        summary.update(_score(trained, layout, documents, folder, retrieve, seed))
         if distributed.is_first():
           write_json(folder / documents_lib.SUMMARY, summary)
   if distributed.is_first():
@@ -87,12 +89,18 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     print(f"score: each token is in {scores}, all numbers in {name} in that folder.", flush=True)
 
 
-def _number_of_neighbors(settings: Settings) -> int:
-  """Returns the value of --retrieve. Raises UserError if it is wrong."""
+def _check_flags() -> None:
+  """Checks --documents and --retrieve before the slow imports."""
+  if not _DOCUMENTS.value:
+    raise UserError("name the documents: --documents=my.jsonl")
   given = RETRIEVE.value or ["0"]
   if len(given) > 1 or not given[0].isdecimal():
     raise UserError(f"--retrieve is '{','.join(given)}'; it must be one whole number, e.g. 1.")
-  if (number := int(given[0])) > (most := settings.retrieval.max_candidates):
+
+
+def _number_of_neighbors(settings: Settings) -> int:
+  """Returns the value of --retrieve. Raises UserError if it is wrong."""
+  if (number := int((RETRIEVE.value or ["0"])[0])) > (most := settings.retrieval.max_candidates):
     raise UserError(
       f"--retrieve is {number}; at most config.retrieval.max_candidates = {most} can be retrieved."
     )
@@ -105,6 +113,7 @@ def _score(
   documents: document_files.Documents,
   folder: epath.Path,
   retrieve: int,
+  seed: int,
 ) -> dict:
   """Scores the documents, and returns the content of summary.json."""
   settings = trained.settings
@@ -114,7 +123,7 @@ def _score(
   params, step = trained.params()
   sizes = (layout.positions, config.batch_size)
   scorer = documents_lib.Scorer(params, settings.model, settings.vocab, *sizes, find)
-  resampling = {"num_resamples": config.num_resamples, "seed": settings.seed}
+  resampling = {"num_resamples": config.num_resamples, "seed": seed}
   found = documents_lib.run(scorer, documents, folder, **resampling)
   return {"step": step, "retrieve": retrieve, **found}
 
@@ -129,4 +138,4 @@ def _search(trained: run.Run, layout: tasks.PromptLayout, count: int) -> documen
 
 
 if __name__ == "__main__":
-  common.run(main, several_processes=True, config=None)
+  common.run(main, several_processes=True, config=None, check=_check_flags)

@@ -17,19 +17,16 @@ from absl import flags
 from etils import epath, epy
 
 from cm3leon_jax import extras
-from cm3leon_jax.commands import common, interrupts
+from cm3leon_jax.commands import common, interrupts, program_cache
 from cm3leon_jax.config import UserError
 
 with epy.lazy_imports():
-  import jax
-
   from cm3leon_jax import api
   from cm3leon_jax.serving import engine as engine_lib
   from cm3leon_jax.serving.web import limits as limits_lib
   from cm3leon_jax.serving.web import server
 
 TOKEN = "CM3LEON_TOKEN"
-PROGRAMS = "~/.cache/cm3leon_jax/programs"
 NEEDED = ("starlette", "uvicorn", "python_multipart")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0: all addresses.")
 _PORT = flags.DEFINE_integer("port", 8000, "Port to listen on; 0 selects a free port.", 0, 65_535)
@@ -63,12 +60,6 @@ _STOP_SECONDS = flags.DEFINE_integer(
 _UPLOAD = flags.DEFINE_integer(
   "upload_mib", 16, "Largest body of a request, in MiB.", lower_bound=1, upper_bound=1024
 )
-_CACHE_DIR = flags.DEFINE_string(
-  "cache_dir",
-  None,
-  "Folder that keeps compiled programs for the next start; an empty value disables it. Default: "
-  f"JAX_COMPILATION_CACHE_DIR or, if that is not set, {PROGRAMS}.",
-)
 _WEIGHT_DTYPE = flags.DEFINE_enum(
   "weight_dtype", "compute", ("compute", "int8"), "Dtype of the model's matrices."
 )
@@ -92,27 +83,24 @@ def _token() -> str:
   return token
 
 
-def _keep_programs() -> None:
-  """Makes JAX keep all compiled programs in a folder, also those that compile in a second."""
-  if _CACHE_DIR.value is not None or not jax.config.jax_compilation_cache_dir:
-    folder = PROGRAMS if _CACHE_DIR.value is None else _CACHE_DIR.value
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder) or None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
 def main(workdir: epath.Path) -> None:
   for package in NEEDED:
     if importlib.util.find_spec(package) is None:
       raise UserError(f"cm3leon serve needs {package}: {extras.install('serve')}.")
   token = _token()
-  name = os.path.basename(os.path.normpath(os.fspath(workdir))) or "model"
-
   if not token and not limits_lib.is_loopback(_HOST.value):
     print(
       f"warning: anyone who can reach --host={_HOST.value} may use this server: set {TOKEN}.",
       file=sys.stderr,
     )
-  _keep_programs()
+  with program_cache.kept():
+    _serve(workdir, token)
+  interrupts.end(0, "")  # Python would need seconds, and XLA's threads may crash while it exits.
+
+
+def _serve(workdir: epath.Path, token: str) -> None:
+  """Loads the model, and serves until a signal arrives."""
+  name = os.path.basename(os.path.normpath(os.fspath(workdir))) or "model"
   opened = server.listen(_HOST.value, _PORT.value)
   model = api.CM3Leon.load(
     os.fspath(workdir),
@@ -142,7 +130,6 @@ def main(workdir: epath.Path) -> None:
     flush=True,
   )
   server.serve(engine, name, limits, _HOST.value, opened, _STOP_SECONDS.value)
-  interrupts.end(0, "")  # Python would need seconds, and XLA's threads may crash while it exits.
 
 
 if __name__ == "__main__":

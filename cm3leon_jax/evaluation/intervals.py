@@ -5,9 +5,12 @@
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from etils import epy
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+
+with epy.lazy_imports():  # Takes half a second, and a single sample needs no interval.
+  from scipy import stats
 
 LEVEL = 0.95
 NUM_RESAMPLES = 10_000

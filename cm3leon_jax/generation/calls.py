@@ -4,7 +4,7 @@ import dataclasses
 import os
 from typing import Any
 
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config import UserError, build, short
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import Task
@@ -40,6 +40,9 @@ def rows(**inputs: Any) -> tuple[bool, list[dict]]:
     for i in range(count)
   ]
   for row in chosen:
+    for name in ("prompt", "text"):
+      if not isinstance(row.get(name, ""), str):
+        raise UserError(f"{name} is {short(row[name])}; it must be a text or a list of texts.")
     row |= {"image": expanded(row["image"])} if "image" in row else {}
     row |= {"box": tuple(row["box"])} if "box" in row else {}
   return not lengths, chosen
@@ -68,6 +71,9 @@ def tasks(
     raise UserError(f"task {name} has no setting '{foreign[0]}'; its settings are {used}.")
   config = build(SamplingConfig, {**dataclasses.asdict(defaults), **settings}, "sampling")
   shared: dict[str, Any] = {field: value for field, value in fields.items() if value is not None}
+  for field, value in {"seed": seed, **shared}.items():
+    if not hasattr(value, "__index__"):
+      raise UserError(f"{field} is {short(value)}; it must be a whole number.")
   single, chosen = rows(**inputs)
   made = [
     cls(**row, **shared, seed=seed + i, sampling=config, row=i) for i, row in enumerate(chosen)

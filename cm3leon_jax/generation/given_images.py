@@ -7,6 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from cm3leon_jax.config import UserError, short
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.images import upright_rgb
 from cm3leon_jax.generation.tasks import GivenImage, Task
@@ -16,8 +17,14 @@ def load_image(image: GivenImage, resolution: int | None, crop: str = "center") 
   """Applies `reader.load_image` to a path, a PIL image, or an array, uint8 [H, W, 3]."""
   if isinstance(image, str):
     return reader.load_image(image, resolution, crop)
+  if not isinstance(image, Image.Image):
+    if (array := np.asarray(image)).dtype != np.uint8:
+      found = f"an array of {array.dtype}" if isinstance(image, np.ndarray) else short(image)
+      raise UserError(
+        f"image is {found}; it must be a path, a PIL image or an array, uint8 [H, W, 3]."
+      )
+    image = Image.fromarray(array)
   buffer = io.BytesIO()
-  image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
   upright_rgb(image).save(buffer, "PNG")
   return reader.load_image(buffer.getvalue(), resolution, crop)
 

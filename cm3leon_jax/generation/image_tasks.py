@@ -84,7 +84,7 @@ class TextToImage(ImageTask):
 
   @property
   def settings_label(self) -> str:
-    return f"{self.retrieve} docs, guidance {self.sampling.guidance:g}"
+    return f"guidance {self.sampling.guidance:g}"
 
   @property
   def file_stem(self) -> str:

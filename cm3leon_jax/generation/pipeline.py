@@ -172,9 +172,9 @@ class Pipeline:
     return check_tasks(self.layout, tasks, self.documents if opened else self.bank)
 
   def _check_samples(self, tasks: Sequence[Task], num_samples: int, rank: bool) -> None:
-    if num_samples < 1 + bool(rank):
+    if not hasattr(num_samples, "__index__") or num_samples < 1 + bool(rank):
       raise UserError(
-        f"num_samples is {num_samples}; it must be at least 1, or 2 with rank, which sorts samples."
+        f"num_samples is {num_samples!r}; it must be at least 1, or 2 with rank, which sorts them."
       )
     for task in tasks if rank else ():
       if self.clip is None or not task.is_scored:

@@ -2,7 +2,7 @@
 
 # I tokens per image, G generated tokens, H height, W width.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 import dataclasses
 import io
 
@@ -58,6 +58,10 @@ class Sample:
   divergence: float | None = None
   explainer: Callable[..., list[Influence]] | None = dataclasses.field(default=None, compare=False)
 
+  def __repr__(self) -> str:
+    score = "" if self.clip_score is None else f", CLIP score {self.clip_score:.3f}"
+    return f"Sample({self.task.label!r}, seed {self.seed}, {len(self.neighbors)} neighbors{score})"
+
   def explain(self) -> list[Influence]:
     """Returns the influence of each retrieved document on the image, see `explanation.explain`.
 
@@ -93,6 +97,16 @@ class Sample:
     buffer = io.BytesIO()
     grid([self]).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def describe_found(counts: Collection[int], retrieve: int) -> str:
+  """Formats how many documents were found of the `retrieve` requested ones; one count per sample.
+
+  describe_found([1], 1) = "1 retrieved", describe_found([0, 1], 2) = "0 to 1 of 2 retrieved"
+  """
+  least, most = min(counts), max(counts)
+  found = f"{least}" if least == most else f"{least} to {most}"
+  return f"{found} retrieved" if least == retrieve else f"{found} of {retrieve} retrieved"
 
 
 def grid(samples: Sequence[Sample], columns: int = 4) -> Image.Image:

@@ -287,7 +287,7 @@ class Task:
 
   @property
   def settings_label(self) -> str:
-    """Settings of the task that differ within a row of the contact sheet, as text."""
+    """Settings, except `retrieve`, that differ within a row of the contact sheet, as text."""
     return ""
 
   @property

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.generation.image_tasks import ImageTask
-from cm3leon_jax.generation.sample import CELL, GAP, Sample
+from cm3leon_jax.generation.sample import CELL, GAP, Sample, describe_found
 from cm3leon_jax.generation.tasks import IMAGE
 from cm3leon_jax.generation.text_tasks import TextTask
 
@@ -103,6 +103,10 @@ def sample_sheet(samples: Sequence[Sequence[Sample]]) -> Image.Image:
   The true image of a held-out caption is a reconstruction from its codes.
   """
   rows, titles, labels = {}, {}, {}
+  found: dict[tuple, list[int]] = {}  # Numbers of documents in a column.
+  for first, *_ in samples:
+    column = (first.task.retrieve, first.task.settings_label)
+    found.setdefault(column, []).append(len(first.neighbors))
   for of_task in samples:
     task, given = of_task[0].task, of_task[0].given
     row = task.row
@@ -112,10 +116,12 @@ def sample_sheet(samples: Sequence[Sequence[Sample]]) -> Image.Image:
       labels[row] = task.label
       rows[row] = [] if given is None else [given]
       titles[row] = [] if given is None else ["reconstruction" if task.key else "given"]
+    column = (task.retrieve, task.settings_label)
+    title = f"{describe_found(found[column], task.retrieve)}, {column[1]}" if column[1] else ""
     for n, sample in enumerate(of_task, 1):
-      title = f"{task.settings_label} #{n}".strip() if len(of_task) > 1 else task.settings_label
       rows[row] += sample.segments
-      titles[row] += [title] * len(sample.segments)
+      numbered = f"{title} #{n}".strip() if len(of_task) > 1 else title
+      titles[row] += [numbered] * len(sample.segments)
   columns = list(titles.values())
   alike = all(column == columns[0] for column in columns)
   above = columns[0] if alike and any(columns[0]) else ()

@@ -5,15 +5,18 @@
 from collections.abc import Callable
 from typing import TypeAlias
 
+from etils import epy
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int32
 import numpy as np
 
 from cm3leon_jax.mesh import spec
+
+with epy.lazy_imports():  # Only accelerators need the kernels of Pallas.
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 BLOCK = 128  # Number of queries in one block of `causal_attention`.
 Heads: TypeAlias = Float[Array, "B L N H"]

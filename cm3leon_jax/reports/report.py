@@ -20,6 +20,7 @@ from cm3leon_jax.evaluation import judged
 from cm3leon_jax.evaluation.intervals import describe_groups, describe_share
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json_lines, write_json
+from cm3leon_jax.generation.sample import describe_found
 from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.run import stages
 from cm3leon_jax.run import table as stage_table
@@ -184,10 +185,12 @@ def _prompt(workdir: epath.Path, pairs: dict, key: str, caption: str, results: l
   rows = []
   for retrieve in sorted({result["retrieve"] for result in results}, reverse=True):
     cells: dict[float, list[tuple[str | None, float | None]]] = {}
-    for result in (r for r in results if r["retrieve"] == retrieve):
+    of_row = [result for result in results if result["retrieve"] == retrieve]
+    for result in of_row:
       uri = file_uri(workdir / "samples" / result["file"])
       cells.setdefault(result["guidance"], []).append((uri, result.get("clip_score")))
-    rows.append({"retrieve": retrieve, "cells": sorted(cells.items())})
+    found = describe_found([len(result["neighbors"]) for result in of_row], retrieve)
+    rows.append({"found": found, "cells": sorted(cells.items())})
   neighbors = [
     {"caption": pairs[name].caption if name in pairs else name, "image": images.get(name)}
     for name in keys

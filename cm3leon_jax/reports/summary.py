@@ -13,6 +13,7 @@ from cm3leon_jax.evaluation.headlines import NEIGHBORS, RETRIEVAL, Headline
 from cm3leon_jax.evaluation.intervals import describe_groups, mean_interval
 from cm3leon_jax.files.json_files import lacks, plain, read_json, read_json_lines
 from cm3leon_jax.generation import lookalikes
+from cm3leon_jax.generation.sample import describe_found
 from cm3leon_jax.run import initial, table
 from cm3leon_jax.run.stages import DONE
 from cm3leon_jax.training.watch.heldout import OF_PAIRS, decisive
@@ -98,13 +99,13 @@ def clip_scores(results: list[dict]) -> list[dict]:
   without a concept, they resample prompts.
 
   Args:
-    results: lines of results.jsonl with guidance, retrieve, clip_score and prompt. The concept and
-      key of a held-out pair are "" or absent for a prompt from the user.
+    results: lines of results.jsonl with guidance, retrieve, neighbors, clip_score and prompt. The
+      concept and key of a held-out pair are "" or absent for a prompt from the user.
 
   Returns:
     One dict per guidance weight and number of retrieved documents, sorted by both: guidance,
-    retrieve, samples (their number), standard_deviation (over the samples), and mean, low, high,
-    groups, effective_groups (see `intervals.mean_interval`).
+    retrieve, found (numbers of documents), samples (their number), standard_deviation (over
+    the samples), and mean, low, high, groups, effective_groups (see `intervals.mean_interval`).
   """
   columns: dict[tuple[float, int], list[dict]] = {}
   for result in results:
@@ -117,6 +118,7 @@ def clip_scores(results: list[dict]) -> list[dict]:
       {
         "guidance": guidance,
         "retrieve": retrieve,
+        "found": sorted({len(result["neighbors"]) for result in column}),
         "samples": len(scores),
         "standard_deviation": float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0,
         **mean_interval(scores, np.ones(len(scores)), concepts),
@@ -130,8 +132,8 @@ def describe_clip_score(row: dict, noun: str = "concept") -> str:
   samples = "1 sample" if row["samples"] == 1 else f"{row['samples']} samples"
   interval = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
   return (
-    f"guidance {row['guidance']:g}, {row['retrieve']} retrieved: CLIP score {row['mean']:.3f}"
-    f"{interval}, {samples} of {describe_groups(row, noun)}."
+    f"guidance {row['guidance']:g}, {describe_found(row['found'], row['retrieve'])}: CLIP score "
+    f"{row['mean']:.3f}{interval}, {samples} of {describe_groups(row, noun)}."
   )
 
 

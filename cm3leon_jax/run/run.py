@@ -15,7 +15,7 @@ import numpy as np
 
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, short
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.files import foreign
@@ -99,7 +99,10 @@ class Run:
       _check_workdir(os.fspath(source), folder)
       run = cls(folder, settings or settings_of_run(folder))
     if dtype is not None:
-      model = run.settings.model.computing_in(np.dtype(dtype).name)
+      try:
+        model = run.settings.model.computing_in(np.dtype(dtype).name)
+      except (TypeError, ValueError) as error:
+        raise UserError(f"dtype is {short(dtype)}; it must be float32 or bfloat16.") from error
       run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, model=model))
     if adapter is not None:
       run = dataclasses.replace(run, adapter=initial.over(os.fspath(source), adapter))

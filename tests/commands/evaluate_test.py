@@ -104,6 +104,11 @@ def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir,
   assert "skipped" not in capsys.readouterr().out
 
 
+def test_sampling_flags_are_refused_if_nothing_is_sampled(workdir):
+  with flagsaver.flagsaver(temperature=0.5), refused(UserError, "--temperature", "--protocol"):
+    evaluate.main(tiny_settings(), workdir)
+
+
 def test_the_run_of_another_model_is_refused(workdir):
   settings = tiny_settings()
   other = dataclasses.replace(settings, model=dataclasses.replace(settings.model, family="modern"))

@@ -19,7 +19,9 @@ from cm3leon_jax.decoding import cache, params
 from cm3leon_jax.export import bundle
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation import prompt_file
+from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.generation.text_tasks import Question
 from cm3leon_jax.reports import summary
 from cm3leon_jax.retrieval import removed
 from cm3leon_jax.run import stages, table
@@ -167,8 +169,11 @@ def test_explanations_and_samples_without_a_document(run, workdir, tmp_path, cap
   assert all(found[0]["key"] not in [n["key"] for n in r["neighbors"]] for r in after)
   changed = [a["seed"] for a, b in zip(after, records) if a["tokens"] != b["tokens"]]
   assert f"without {found[0]['key']}, {len(changed)} of 2 samples change:\n" in out
-  listed = re.findall(r"\n  green car, sample \d, seed (\d+)", out)
-  assert [*map(int, listed)] == changed
+  counts = [np.not_equal(a["tokens"], b["tokens"]).sum() for a, b in zip(after, records)]
+  listed = re.findall(r"\n  green car, sample \d, seed (\d+): (\d+) of 17 tokens", out)
+  assert [(int(seed), int(count)) for seed, count in listed] == [
+    *zip(changed, filter(None, counts), strict=True)
+  ]
 
 
 def test_a_removed_document_changes_the_folder_and_the_neighbors(run, workdir, tmp_path):
@@ -235,14 +240,21 @@ def test_images_of_a_file_of_prompts_are_in_its_folder(run, workdir, image_file,
   assert pathlib.Path(caption["image"]).samefile(image_file)
 
 
-class Loads(Exception):
-  """Raised in place of loading the model."""
+def test_prompts_without_a_known_word_are_named(capsys):
+  trained = Run.open("scenes")
+  asked = [TextToImage(prompt) for prompt in ("zxqv кот", "a qwfp bell", "🐱")]
+  generate._warn_of_unknown_words(trained, [*asked, Question(prompt="what?", image="a.png")])
+  printed = capsys.readouterr().out
+  assert printed.startswith("warning: ")
+  assert printed.endswith(": zxqv кот; 🐱.\n")
+  generate._warn_of_unknown_words(trained, asked[1:2])
+  assert not capsys.readouterr().out
 
 
 MISTAKES = [  # The values of the flags, and a fact of the sentence.
-  ({"prompt": ["a"], "guidance": ["much"]}, "--guidance is 'much'"),
-  ({"prompt": ["a"], "retrieve": ["-1"]}, "--retrieve is [-1]"),
-  ({"task": "caption", "image": ["a.png"], "guidance": ["3"]}, "guidance"),
+  ({"task": "caption", "image": ["a.png"], "guidance": ["3"]}, "--guidance is given"),
+  ({"task": "caption", "image": ["a.png"], "temperature": 0.5}, "text_temperature"),
+  ({"prompt": ["a"], "contrastive_k": 3}, "--contrastive_k is given"),
   ({"task": "infill_text", "prompt": ["<mask>"], "retrieve": ["0", "1"]}, "--retrieve"),
   ({"prompts": "a.jsonl", "prompt": ["b"]}, "--prompts and --prompt"),
   ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl"),
@@ -265,5 +277,5 @@ def test_a_mistake_ends_the_command_before_any_work(run, workdir, values, fact, 
 
 
 def test_flags_of_generate_name_the_dtypes_and_tasks_that_there_are():
-  assert tuple(cls.name for cls in prompt_file.TASKS) == generate.TASKS
+  assert {cls.name: cls.required for cls in prompt_file.TASKS} == generate.TASKS
   assert cache.DTYPES == params.DTYPES == generate.DTYPES

@@ -111,9 +111,7 @@ def test_a_store_is_scored_after_neighbors(run, workdir):
 @pytest.mark.parametrize(
   ("documents", "retrieve", "fact"),
   [
-    (None, None, "--documents"),
     ("no.jsonl", None, "no.jsonl"),
-    ("{file}", "1,2", "--retrieve"),
     ("{file}", "65", "--retrieve"),
     ("{wrong}", None, "wrong.jsonl, line 1"),
   ],

@@ -90,7 +90,7 @@ def ask(url: str, **body):
 
 
 def kept(folder) -> set[str]:
-  return {path.name for path in (folder / "caches").glob("*-cache")}
+  return {path.name for path in (folder / "caches").rglob("*-cache")}
 
 
 @pytest.mark.slow

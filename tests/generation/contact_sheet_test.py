@@ -26,6 +26,6 @@ def test_the_true_image_of_a_heldout_caption_is_called_a_reconstruction(monkeypa
   monkeypatch.setattr(writer, "contact_sheet", lambda rows, labels, columns: columns)
   image = np.zeros((8, 8, 3), np.uint8)
   for key, title in (("a", "reconstruction"), ("", "given")):
-    task = types.SimpleNamespace(row=0, key=key, label="a", settings_label="2 retrieved")
-    made = types.SimpleNamespace(task=task, given=image, segments=(image,))
-    assert writer.sample_sheet([[made]]) == [title, "2 retrieved"]
+    task = types.SimpleNamespace(row=0, key=key, label="a", settings_label="g", retrieve=2)
+    made = types.SimpleNamespace(task=task, given=image, segments=(image,), neighbors=((),))
+    assert writer.sample_sheet([[made]]) == [title, "1 of 2 retrieved, g"]

@@ -124,13 +124,14 @@ def test_a_stopped_run_is_reported_with_the_step_that_it_uses_without_its_config
 
 def test_clip_scores_are_averaged_by_guidance_and_retrieval():
   lines = [
-    {"guidance": g, "retrieve": r, "clip_score": s, "key": "", "prompt": p}
-    for g, r, s, p in ((3, 2, 0.2, "a"), (1, 0, 0.1, "a"), (3, 2, 0.4, "b"))
+    {"guidance": g, "retrieve": r, "neighbors": n, "clip_score": s, "key": "", "prompt": p}
+    for g, r, n, s, p in ((3, 2, [], 0.2, "a"), (1, 0, [], 0.1, "a"), (3, 2, [{}], 0.4, "b"))
   ]
   low, high = summary.clip_scores(lines)
   assert low | {"mean": 0.1, "standard_deviation": 0.0, "low": None, "high": None} == low
   described = summary.describe_clip_score(low, "prompt")
   assert described == "guidance 1, 0 retrieved: CLIP score 0.100, 1 sample of 1 prompt."
+  assert "guidance 3, 0 to 1 of 2 retrieved: " in summary.describe_clip_score(high, "prompt")
   assert (low["guidance"], low["samples"], low["groups"]) == (1, 1, 1)
   assert (high["guidance"], high["samples"], high["groups"]) == (3, 2, 2)
   assert high["standard_deviation"] == pytest.approx(0.2 / 2**0.5)
