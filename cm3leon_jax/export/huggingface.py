@@ -36,11 +36,7 @@ from cm3leon_jax.weights.stored import StoredParams, of_tree
 from cm3leon_jax.weights.tensor_files import Tensor
 
 WEIGHTS = tensor_files.WEIGHTS
-# File of this package -> its copy in an export, which does not need this package.
-SCRIPTS = {
-  "custom_generate.py": "custom_generate/generate.py",
-  "comfyui_node.py": "comfyui_node.py",
-}
+SCRIPT = "custom_generate.py"  # Copied to exports, where it does not need this package.
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
@@ -53,18 +49,12 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   if choice.quantize:
     described["quantization_config"] = int8.CONFIG
     tensors = int8.quantized(tensors)
-  write_scripts(folder)
+  script = epath.Path(folder) / "custom_generate" / "generate.py"
+  script.parent.mkdir(parents=True, exist_ok=True)
+  script.write_text(importlib.resources.files(__package__).joinpath(SCRIPT).read_text("utf-8"))
   tokenizer = run.text_tokenizer
   numbers = write_model(folder, described, tensors, settings.vocab, tokenizer, choice.dtype)
   return {**numbers, "parameters": count}
-
-
-def write_scripts(folder: epath.PathLike) -> None:
-  """Copies `SCRIPTS` to an export."""
-  for source, target in SCRIPTS.items():
-    path = epath.Path(folder) / target
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(importlib.resources.files(__package__).joinpath(source).read_text("utf-8"))
 
 
 def _text_to_image(settings: Settings) -> dict:

@@ -4,10 +4,10 @@ The functions wrap the decoding loop and the image tokenizer, so a server does n
 package. Image codes are represented as token ids. Prompts are padded with `<pad>` on the left.
 """
 
-# b samples, p and u padded prompt lengths, g tokens to generate, m parts of a plan, I tokens per
-# image, S guidance streams, L tokens per row.
+# b samples, p and u padded prompt lengths, I tokens per image, S guidance streams, L tokens of a
+# row.
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import itertools
 from typing import Any, TypeAlias
@@ -22,7 +22,6 @@ from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding import loop as loop_lib
 from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding.batch import BUCKET, Padded, Prompts
-from cm3leon_jax.decoding.cache import Size
 from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.grammar import CODES, Grammar, Part, Plan, plan_array
 from cm3leon_jax.decoding.loop import LoopState, Static
@@ -36,17 +35,13 @@ from cm3leon_jax.vocab import VocabLayout
 Named: TypeAlias = dict[str, Any]  # Maps dotted names to arrays or their types.
 Tokens: TypeAlias = Int32[Array, "b _"]
 Seeds: TypeAlias = UInt32[Array, " b"]
-# Maps fields of `LoopState` to the names that they have in exports.
-EXPORTED_AS = {"any_active": "going", "next_entries": "slots"}
 IMAGE_SETTINGS = ("temperature", "top_k", "top_p")
-TEXT_SETTINGS = ("text_temperature", "text_top_k", "text_top_p")
 
 
 def named(tree: PyTree) -> Named:
   """Maps the dotted path of each leaf of a tree to the leaf."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-  return {EXPORTED_AS.get(name, name): x for name, (_, x) in zip(names, leaves)}
+  return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
 
 
 def filled(types: PyTree, arrays: Mapping[str, Any]) -> PyTree:
@@ -96,8 +91,7 @@ class Functions:
   keyword arguments. A method with several results returns a dict.
 
   Attributes:
-    sampling: settings that the export fixes: `guidance_schedule`, and the maximum values of `top_k`
-      and `text_top_k`.
+    sampling: settings that the export fixes: `guidance_schedule`, and the maximum value of `top_k`.
     image_tokenizer: only its config and its number of codes are used, not its parameters.
     weights: tree of the types of the weights.
   """
@@ -113,10 +107,10 @@ class Functions:
     """I, the number of tokens per image."""
     return self.image_tokenizer.config.image_tokens
 
-  def _static(self, widths: tuple = (), most: Size = 0, capacities: tuple = ()) -> Static:
+  def _static(self, widths: tuple = (), capacities: tuple = ()) -> Static:
     sampler = Sampler.of(dataclasses.replace(self.sampling, method="top_p"))
     grammar = Grammar(self.vocab, self.image_tokens)
-    return Static(self.model, grammar, sampler, "compute", widths, most, capacities)
+    return Static(self.model, grammar, sampler, "compute", widths, self.image_tokens, capacities)
 
   def _decoder(self, weights: Named) -> DecodeParams:
     return filled(self.weights, weights)["decoder"]
@@ -128,19 +122,15 @@ class Functions:
     off = jnp.zeros_like(seeds, bool)
     return Control(plan, guidance, seeds, off, SamplingValues(**values))
 
-  def _prefill(
-    self, weights: Named, streams: list[Tokens], plan: Plan, max_new_tokens: Size, capacity: Size
-  ) -> LoopState:
+  def _prefill(self, weights: Named, streams: list[Tokens], plan: Plan, capacity: int) -> LoopState:
     """Computes the cache for the prompts of S streams, longest stream first. See `loop.prefill`."""
     widths = [x.shape[1] for x in streams]
     wide = [jnp.pad(x, ((0, 0), (widths[0] - x.shape[1], 0))) for x in streams]  # <pad> is 0.
     rows = jnp.reshape(jnp.stack(wide, axis=1), (-1, widths[0]))
-    # The token after a prompt is the first code of an image if the plan has an image. A text token
-    # would have another position.
-    codes = jnp.repeat((plan[:, :, 0] == CODES).any(axis=1), len(streams))
-    after = jnp.where(codes, self.vocab.text_size, self.vocab.unk).astype(jnp.int32)
+    # The token after a prompt is the first code of an image; its position does not depend on which.
+    after = jnp.full_like(rows[:, :1], self.vocab.text_size)
     positions = aligned_positions(
-      jnp.concatenate([rows, after[:, None]], axis=1), self.vocab, self.model.align_images
+      jnp.concatenate([rows, after], axis=1), self.vocab, self.model.align_images
     )
     # The last token of a prompt is the input of the first decoding step, not of the prefill.
     # Therefore the tokens are shifted by one here.
@@ -155,50 +145,8 @@ class Functions:
       last_positions=positions[:, -2],
       next_positions=positions[:, -1],
     )
-    static = self._static(tuple(widths), max_new_tokens, (capacity,))
+    static = self._static(tuple(widths), (capacity,))
     return loop_lib.prefill(self._decoder(weights).model, prompts, plan, static)
-
-  def prefill(
-    self, weights: Named, *, prompts: Tokens, plan: Plan, seeds: Seeds, ids: Tokens
-  ) -> Named:
-    """Computes the cache for the prompts of one stream, and returns the state for `decode_step`.
-
-    Args:
-      prompts: int32 [b, p], padded on the left.
-      plan: int32 [b, m, 3], the parts to generate, see `grammar.plan_array`.
-      seeds: uint32 [b].
-      ids: int32 [b, g]. Only the shape is used: at most g tokens are generated.
-    """
-    most = ids.shape[1]
-    state = self._prefill(weights, [prompts], plan, most, most)
-    return {**named(state), "plan": plan, "seeds": seeds}
-
-  def state_types(self, weights: Named, **arguments: Any) -> LoopState:
-    """Returns the types of the loop state for the arguments of `prefill`."""
-    most = arguments["ids"].shape[1]
-    return jax.eval_shape(
-      lambda weights, prompts, plan: self._prefill(weights, [prompts], plan, most, most),
-      weights,
-      arguments["prompts"],
-      arguments["plan"],
-    )
-
-  def decode_step(self, types: LoopState) -> Callable[..., Named]:
-    """Returns the function that samples one more token for each sample.
-
-    `types` is the result of `state_types`.
-    """
-
-    def decode_step(weights: Named, *, state: Named, **settings: Array) -> Named:
-      plan, seeds = state["plan"], state["seeds"]
-      loop = filled(types, state)
-      guidance = jnp.ones((seeds.shape[0], self.image_tokens + 1, 1), jnp.float32)
-      control = self._control(plan, seeds, guidance, settings)
-      keys = jax.vmap(jax.random.key)(seeds)
-      loop = loop_lib.decode_step(self._decoder(weights), control, keys, loop, self._static())
-      return {**named(loop), "plan": plan, "seeds": seeds}
-
-    return decode_step
 
   def generate_image(
     self,
@@ -231,7 +179,7 @@ class Functions:
     weights_of_streams = jnp.stack([alpha, 1 - alpha], axis=2)
     control = self._control(plan, seeds, weights_of_streams, settings)
     capacities = compile_lib.cache_capacities(BUCKET, codes)
-    loop = self._prefill(weights, [prompts, unconditional], plan, codes, capacities[0])
+    loop = self._prefill(weights, [prompts, unconditional], plan, capacities[0])
     decoder = self._decoder(weights)
     for capacity, larger in itertools.zip_longest(capacities, capacities[1:]):
       loop = loop_lib.decode_steps(decoder, control, loop, static=self._static(), steps=codes)

@@ -1,14 +1,13 @@
-"""Exports artifacts of `jax.export`: prefill, decode step, guided images, image codes.
+"""Exports artifacts of `jax.export`: guided images, and image codes in both directions.
 
 A server needs only `jax` and the folder, not this package; see serve_example.py in the folder. The
 weights are not part of the artifacts. They are in safetensors files and are an argument of each
-artifact. Batch size, prompt length and number of text tokens are symbolic, so one artifact can be
-compiled for any of these sizes. An artifact is not tied to devices. It runs on one device, or on
-several that split the batch. manifest.json contains the calling convention and the digests of all
-files, and is written last.
+artifact. Batch size and prompt length are symbolic, so one artifact can be compiled for any size.
+An artifact is not tied to devices. It runs on one device, or on several that split the batch.
+manifest.json contains the calling convention and the digests of all files, and is written last.
 """
 
-# b samples, p and u padded prompt lengths, g tokens to generate, m parts of a plan.
+# b samples, p and u padded prompt lengths.
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -26,17 +25,10 @@ import numpy as np
 
 import cm3leon_jax
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.cache import Size
 from cm3leon_jax.decoding.params import prepare, prepare_layer
 from cm3leon_jax.export.formats import TrainedRun
-from cm3leon_jax.export.serving_functions import (
-  IMAGE_SETTINGS,
-  TEXT_SETTINGS,
-  Functions,
-  Named,
-  named,
-)
+from cm3leon_jax.export.serving_functions import IMAGE_SETTINGS, Functions, Named, named
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
@@ -50,7 +42,6 @@ from cm3leon_jax.weights.tensor_files import Tensor
 MANIFEST = "manifest.json"
 SERVED = ("artifacts.py", "serve_example.py")  # Files of served/ that are copied to exports.
 PLATFORMS = ("cpu", "cuda", "tpu")
-KINDS = ("DONE", "CODES", "TEXT", "EOSS", "MASK", "END", "DOCUMENT")  # Kinds of parts of a plan.
 BLOCKS = "blocks."
 
 
@@ -181,28 +172,20 @@ def weight_tensors(
 
 def calls(functions: Functions) -> Iterator[tuple[str, Callable, dict]]:
   """Yields each artifact's name, function, and types of the arguments that follow the weights."""
-  weights, side = named(functions.weights), functions.image_tokenizer.config.resolution
 
   def ids(*shape: Size) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.int32)
 
-  def of_samples(b: Size, *names: str) -> dict[str, jax.ShapeDtypeStruct]:
-    kinds = {"seeds": np.uint32, "top_k": np.int32, "text_top_k": np.int32}
-    return {name: jax.ShapeDtypeStruct((b,), kinds.get(name, np.float32)) for name in names}
-
-  b, p, g, m = jax.export.symbolic_shape("b, p, g, m")
-  arguments = {"prompts": ids(b, p), "plan": ids(b, m, 3), "ids": ids(b, g)}
-  arguments |= of_samples(b, "seeds")
-  yield "prefill", functions.prefill, arguments
-  loop = functions.state_types(weights, **arguments)
-  state = {**named(loop), "plan": arguments["plan"], "seeds": arguments["seeds"]}
-  settings = of_samples(b, *IMAGE_SETTINGS, *TEXT_SETTINGS)
-  yield "decode_step", functions.decode_step(loop), {"state": state, **settings}
   b, p, u = jax.export.symbolic_shape("b, p, u", constraints=["u <= p"])
-  settings = of_samples(b, "seeds", "guidance", *IMAGE_SETTINGS)
+  kinds = {"seeds": np.uint32, "top_k": np.int32}
+  settings = {
+    name: jax.ShapeDtypeStruct((b,), kinds.get(name, np.float32))
+    for name in ("seeds", "guidance", *IMAGE_SETTINGS)
+  }
   prompts = {"prompts": ids(b, p), "unconditional": ids(b, u)}
   yield "generate_image", functions.generate_image, {**prompts, **settings}
   (b,) = jax.export.symbolic_shape("b")
+  side = functions.image_tokenizer.config.resolution
   images = jax.ShapeDtypeStruct((b, side, side, 3), np.uint8)
   yield "encode_image", functions.encode_image, {"images": images}
   yield "decode_image", functions.decode_image, {"tokens": ids(b, functions.image_tokens)}
@@ -242,12 +225,11 @@ def _about(settings: Settings, image_tokenizer: ImageTokenizer) -> dict:
   """Returns package versions, and what prompts need: vocabulary, sizes and sampling defaults."""
   vocab, sampling = settings.vocab, settings.sampling
   special = {name: getattr(vocab, name) for name in ("pad", "eos", "unk", "brk", "eoss")}
-  names = ("guidance", *IMAGE_SETTINGS, *TEXT_SETTINGS)
+  names = ("guidance", *IMAGE_SETTINGS)
   return {
     "cm3leon_jax": cm3leon_jax.__version__,
     "jax": jax.__version__,
     "vocab": {**dataclasses.asdict(vocab), **special, "mask_0": vocab.mask(0)},
-    "plan_kinds": {kind: getattr(grammar, kind) for kind in KINDS},
     "image_tokens": image_tokenizer.config.image_tokens,
     "resolution": image_tokenizer.config.resolution,
     "positions": settings.data.sequence_length,

@@ -18,7 +18,7 @@ def test_a_caption_of_digits_is_text_and_ids_are_asked_for(folder, monkeypatch):
     (["--ids", "100 101"], [100, 101]),
   ):
     monkeypatch.setattr(sys, "argv", ["serve_example.py", *arguments])
-    assert loader["request"]("")[0] == expected
+    assert loader["request"]("") == (expected, 0)
 
 
 @pytest.fixture

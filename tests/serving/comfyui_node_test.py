@@ -1,11 +1,11 @@
 """Tests the nodes for ComfyUI on the server, without ComfyUI."""
 
 import importlib.util
+import pathlib
 
 import numpy as np
 import pytest
 
-from cm3leon_jax.export import huggingface
 from tests.serving.live import image, pixels
 
 torch = pytest.importorskip("torch")
@@ -14,11 +14,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
 
 
 @pytest.fixture
-def nodes(live, tmp_path, monkeypatch):
-  """Loads the copy in an export."""
+def nodes(live, monkeypatch):
   monkeypatch.setenv("CM3LEON_URL", live.url)
-  huggingface.write_scripts(tmp_path)
-  spec = importlib.util.spec_from_file_location("node", tmp_path / "comfyui_node.py")
+  folder = pathlib.Path(__file__).parents[2] / "examples" / "comfyui"
+  spec = importlib.util.spec_from_file_location("node", folder / "comfyui_node.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.NODE_CLASS_MAPPINGS

@@ -114,7 +114,7 @@ def load_weights() -> dict[str, jax.Array]:
 
 
 def load_tokenizer() -> "Tokenizer":
-  """Returns the text tokenizer. Its `decode` omits special tokens, such as the end of a text.
+  """Returns the text tokenizer.
 
   Raises Refused if the package tokenizers is not installed.
   """
@@ -161,28 +161,24 @@ def settings(
   return values | ({"seeds": np.array(seeds, np.uint32)} if "seeds" in arrays else {})
 
 
-def request(description: str) -> tuple[list[int], int, Callable[[Sequence[int]], str]]:
-  """Parses the command line. Prints one sentence and exits with code 2 if it is invalid.
+def request(description: str) -> tuple[list[int], int]:
+  """Returns the caption's token ids and the seed of the command line.
 
-  Returns:
-    The token ids of the caption, the seed, and a function that converts generated ids to text.
+  Prints one sentence and exits with code 2 if the command line is invalid.
   """
   parser = argparse.ArgumentParser(description=description)
   parser.add_argument("caption", help="text; with --ids, token ids such as '100 101'")
   parser.add_argument("--seed", type=int, default=0, help="0 to 2^32 - 1; default 0")
-  parser.add_argument("--ids", action="store_true", help="read and print ids, without tokenizers")
+  parser.add_argument("--ids", action="store_true", help="read ids, without tokenizers")
   flags = parser.parse_args()
   if not 0 <= flags.seed < SEEDS:
     parser.error(f"--seed is {flags.seed}; it must be 0 to {SEEDS - 1}.")
   if not flags.ids:
-    tokenizer = load_tokenizer()
-    ids = tokenizer.encode(flags.caption, add_special_tokens=False).ids
-    return ids, flags.seed, tokenizer.decode
+    return load_tokenizer().encode(flags.caption, add_special_tokens=False).ids, flags.seed
   try:
-    ids = [int(i) for i in flags.caption.split()]
+    return [int(i) for i in flags.caption.split()], flags.seed
   except ValueError:
     parser.error(f"with --ids the caption must be ids such as '100 101', not {flags.caption!r}.")
-  return ids, flags.seed, lambda ids: " ".join(map(str, ids))
 
 
 def png(file: str, image: np.ndarray) -> None:
