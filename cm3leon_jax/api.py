@@ -94,7 +94,7 @@ class CM3Leon:
       mesh: a mesh from `mesh.create_mesh`, given instead of `devices` for another sharding.
       clip: folder of the Hugging Face CLIP model; default: the path in the run's config.
       show_progress: whether to show a progress bar; default: only in a terminal or notebook.
-      **options: `batch_size`, `weight_dtype`, `cache_dtype`, `drafts`, see `GeneratorConfig`.
+      **options: `batch_size`, `weight_dtype`, `cache_dtype`, see `GeneratorConfig`.
 
     Raises:
       UserError: nothing was trained there, a file is damaged, or an option is wrong.

@@ -58,9 +58,6 @@ _DECODE_BATCH = flags.DEFINE_integer(
 _DECODE_POSITIONS = flags.DEFINE_integer(
   "decode_positions", 1_152, "Positions per decoded sample, for prompt and image.", 1
 )
-_DECODE_DRAFTS = flags.DEFINE_integer(
-  "decode_drafts", 0, "Image codes that a decode step reads; see --drafts of generate.", 0
-)
 _JSON = flags.DEFINE_string("json", None, "JSON file to write the reports to.")
 flags.mark_flag_as_required("topology")
 
@@ -148,9 +145,7 @@ def _decode_reports(
   from cm3leon_jax.planning.report import GIB, compile_for, compile_report, report
 
   positions = _DECODE_POSITIONS.value
-  lowered, weights, cache = programs.guided_decoder(
-    settings, mesh, prompts, positions, _DECODE_DRAFTS.value
-  )
+  lowered, weights, cache = programs.guided_decoder(settings, mesh, prompts, positions)
   first, last = lowered.steps
   before, seconds = compile_for(first, topology)
   compiled = before

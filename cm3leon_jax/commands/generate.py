@@ -117,9 +117,6 @@ _WEIGHT_DTYPE = flags.DEFINE_enum(
   "weight_dtype", "compute", DTYPES, "Dtype of the model's matrices."
 )
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "compute", DTYPES, "Dtype of the cache entries.")
-_DRAFTS = flags.DEFINE_integer(
-  "drafts", 0, "Image codes that a step reads: the last and guesses; 0: no guesses.", lower_bound=0
-)
 
 MOST_TEXTS = 16  # Number of texts that are printed; results.jsonl has all texts.
 
@@ -344,7 +341,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     if summary is not None:
       clip = trained.clip if _needs_clip(tasks) else None
       params, step = trained.params()
-      names = ("batch_size", "weight_dtype", "cache_dtype", "drafts")
+      names = ("batch_size", "weight_dtype", "cache_dtype")
       options = {name: flags.FLAGS[name].value for name in names}
       pipeline = pipeline_lib.Pipeline.load(trained, params, clip, bank, **options)
       tasks = tasks or [*heldout_lib.heldout_tasks(

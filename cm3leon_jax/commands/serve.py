@@ -66,9 +66,6 @@ _WEIGHT_DTYPE = flags.DEFINE_enum(
 _CACHE_DTYPE = flags.DEFINE_enum(
   "cache_dtype", "compute", ("compute", "int8"), "Dtype of the cache entries."
 )
-_DRAFTS = flags.DEFINE_integer(
-  "drafts", 0, "Image codes that a step reads: the last and guesses; 0: no guesses.", lower_bound=0
-)
 
 
 def _token() -> str:
@@ -107,7 +104,6 @@ def _serve(workdir: epath.Path, token: str) -> None:
     batch_size=_SLOTS.value,
     weight_dtype=_WEIGHT_DTYPE.value,
     cache_dtype=_CACHE_DTYPE.value,
-    drafts=_DRAFTS.value,
   )
   limits = limits_lib.Limits(
     most_samples=_MOST_SAMPLES.value,

@@ -67,7 +67,6 @@ class Prompts(NamedTuple):
     row: index of the unique prompt of each row, in the same shard of the batch as the row. The
       streams of a sample are adjacent rows.
     last, last_positions, next_positions: as in `StreamPrompt`.
-    drafts: guesses of the codes of each sample, see `drafts.first_guesses`; None without drafts.
   """
 
   prefixes: Padded | None
@@ -77,7 +76,6 @@ class Prompts(NamedTuple):
   last: Int32[Array, " R"]
   last_positions: Int32[Array, " R"]
   next_positions: Int32[Array, " R"]
-  drafts: Int32[Array, "B I"] | None = None
 
   @property
   def entries(self) -> int:

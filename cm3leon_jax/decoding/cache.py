@@ -39,16 +39,11 @@ class LayerCache(NamedTuple):
   value_scales: Float32[Array, "R G T 1"] | None = None
 
   def write(
-    self,
-    entry: int | Int[Array, ""] | Int[Array, "R L"],
-    k: Float[Array, "R L G H"],
-    v: Float[Array, "R L G H"],
+    self, entry: int | Int[Array, ""], k: Float[Array, "R L G H"], v: Float[Array, "R L G H"]
   ) -> "LayerCache":
-    """Writes `k` and `v` to entries [entry, entry + L), or to given entries (see `put_rows`)."""
+    """Writes `k` and `v` to entries [entry, entry + L)."""
 
     def put(into: Array, x: Array) -> Array:
-      if jnp.ndim(entry):
-        return put_rows(into, x, jnp.asarray(entry), 2)
       return jax.lax.dynamic_update_slice_in_dim(into, x, entry, axis=2)
 
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -162,22 +157,6 @@ def local_rows(
   return jax.shard_map(take, in_specs=(split, spec("batch")), out_specs=split)(
     x, shard(index, "batch")
   )
-
-
-def put_rows(
-  into: Shaped[Array, "R ..."], x: Shaped[Array, "R ..."], index: Int[Array, "R L"], axis: int
-) -> Shaped[Array, "R ..."]:
-  """Writes L elements of each row to indices along `axis`. Indices after the end are ignored."""
-  split = jax.typeof(into).sharding.spec
-
-  def put(into: Array, x: Array, index: Array) -> Array:
-    def of_row(into: Array, x: Array, index: Array) -> Array:
-      return into.at[(slice(None),) * (axis - 1) + (index,)].set(x, mode="drop")
-
-    return jax.vmap(of_row)(into, x, index)
-
-  specs = (split, split, spec("batch", None))
-  return jax.shard_map(put, in_specs=specs, out_specs=split)(into, x, index)
 
 
 def grown(cache: Layers, by: Size) -> Layers:

@@ -15,7 +15,7 @@ from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.decoding import batch as batch_lib
-from cm3leon_jax.decoding import cache, drafts, grammar
+from cm3leon_jax.decoding import cache, grammar
 from cm3leon_jax.decoding import params as params_lib
 from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding.batch import Batch
@@ -39,7 +39,6 @@ class LoadOptions(TypedDict, total=False):
   batch_size: int
   weight_dtype: Literal["compute", "int8"]
   cache_dtype: Literal["compute", "int8"]
-  drafts: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +50,6 @@ class GeneratorConfig:
       after the longest training sample are untrained.
     weight_dtype: `compute`, or `int8` for the matrices of the blocks.
     cache_dtype: `compute` or `int8`.
-    drafts: number of image codes that a step reads: the last one and guesses of the next ones, see
-      `drafts.decode_step`; at most the codes of an image. Samples stay the same up to rounding. 0
-      reads one, without guesses.
     image_head: whether to compute only the logits of image codes while only image codes are legal.
   """
 
@@ -66,7 +62,6 @@ class GeneratorConfig:
   weight_dtype: str = "compute"
   cache_dtype: str = "compute"
   image_head: bool = True
-  drafts: int = 0
 
   def __post_init__(self) -> None:
     for field, allowed in (("weight_dtype", params_lib.DTYPES), ("cache_dtype", cache.DTYPES)):
@@ -74,14 +69,8 @@ class GeneratorConfig:
         raise ValueError(
           f"{field} is '{getattr(self, field)}'; it must be one of {', '.join(allowed)}."
         )
-    for field, least in (("batch_size", 1), ("drafts", 0)):
-      if (value := getattr(self, field)) < least:
-        raise ValueError(f"{field} is {value}; it must be at least {least}.")
-
-  @property
-  def window(self) -> int:
-    """Number of image codes that a step reads; 0 without drafts."""
-    return min(self.drafts, self.image_tokens)
+    if self.batch_size < 1:
+      raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1.")
 
   @classmethod
   def of(cls, settings: Settings, **fields: Any) -> "GeneratorConfig":
@@ -119,13 +108,8 @@ class GeneratorConfig:
     widths = batch_lib.stream_widths(prompts, len(requests[0].streams))
     most = max(grammar.max_new_tokens(r.plan) for r in requests)
     capacities = compile_lib.cache_capacities(max(widths), most)
-    if self.drafts:
-      guesses = drafts.first_guesses(repeated, self.vocab, self.image_tokens)
-      prompts, capacities = prompts._replace(drafts=guesses), (most,)
     compiled = self.model, Grammar(self.vocab, self.image_tokens), Sampler.of(sampling)
-    return Batch(prompts, control), Static(
-      *compiled, self.cache_dtype, widths, most, capacities, self.window
-    )
+    return Batch(prompts, control), Static(*compiled, self.cache_dtype, widths, most, capacities)
 
 
 class Generator:
@@ -193,7 +177,7 @@ class Generator:
         used = [
           is_contrastive(sampling.method, seed, streams[i]) for (i, _), seed in zip(batch, seeds_of)
         ]
-        ids, log_probs, divergence, steps = self._generate_batch(
+        ids, log_probs, divergence = self._generate_batch(
           [requests[i] for i, _ in batch], seeds_of, used, sampling, progress
         )
         yield [
@@ -205,7 +189,6 @@ class Generator:
             divergence[row],
             streams[place[0]],
             self.config.vocab,
-            int(steps[row]),
           )
           for row, place in enumerate(batch)
         ]
@@ -230,7 +213,7 @@ class Generator:
   ) -> list[np.ndarray]:
     """Generates a batch of requests with the same number of streams.
 
-    Returns [ids, log_probs, divergence, steps].
+    Returns [ids, log_probs, divergence].
     """
     batch, static = self.config.batch(requests, seeds, contrastive, sampling)
     params, control, programs = self.params, batch.control, self.programs

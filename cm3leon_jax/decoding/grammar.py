@@ -114,15 +114,6 @@ class Grammar:
       kind == CODES, _entry(plan, state.part, 1) - state.left, self.image_tokens - state.place
     )
 
-  def codes_left(self, plan: Plan, state: State) -> Int32[Array, " B"]:
-    """Returns the number of codes that the current image or hole still gets."""
-    return jnp.where(_entry(plan, state.part, 0) == CODES, state.left, state.place)
-
-  def skip(self, plan: Plan, state: State, codes: Int32[Array, " B"]) -> State:
-    """Returns the state after some codes, fewer than `codes_left`; 0 outside of images."""
-    document = _entry(plan, state.part, 0) == DOCUMENT
-    return State(state.part, state.left - codes, state.place - jnp.where(document, codes, 0))
-
   def legal(self, plan: Plan, state: State, ids: Int32[Array, " V"]) -> Bool[Array, "B V"]:
     """Returns a mask of the legal next ids. In a row that is done, no id is legal."""
     vocab, left, place = self.vocab, state.left, state.place

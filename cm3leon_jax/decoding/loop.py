@@ -33,7 +33,7 @@ from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.products import Transposed
 
-# (ids, log_probs, divergence), see `sample_ids`.
+# (ids, log_probs, divergence), see `_sample_ids`.
 Sampled: TypeAlias = tuple[Int[Array, " B"], Float[Array, " B"], Float32[Array, " B"]]
 
 
@@ -46,7 +46,6 @@ class Static(NamedTuple):
     max_new_tokens: largest number of tokens to generate, G.
     capacities: capacities of the caches for generated tokens: the initial one, then the larger ones
       to which the caches grow.
-    drafts: as in `GeneratorConfig`.
   """
 
   model: ModelConfig
@@ -56,21 +55,6 @@ class Static(NamedTuple):
   widths: tuple[Size, ...]
   max_new_tokens: Size
   capacities: tuple[Size, ...]
-  drafts: int = 0
-
-
-class Drafts(NamedTuple):
-  """State of `drafts.decode_step`, whose samples advance by different numbers of tokens.
-
-  Attributes:
-    codes: a guess of each code of the current image.
-    counts: number of tokens that each sample has so far.
-    steps: number of steps in which each sample was active.
-  """
-
-  codes: Int32[Array, "B I"]
-  counts: Int32[Array, " B"]
-  steps: Int32[Array, " B"]
 
 
 class LoopState(NamedTuple):
@@ -87,7 +71,6 @@ class LoopState(NamedTuple):
     log_probs: log-probability of each id under the guided distribution, before temperature and
       filters; 0 at padding.
     divergence: sum over the image codes of the `guidance.divergence` of the first and last stream.
-    drafts: None without drafts. With drafts, `seen` and `next_entries` are those of the prompts.
   """
 
   tokens: Int32[Array, " R"]
@@ -102,7 +85,6 @@ class LoopState(NamedTuple):
   ids: Int32[Array, "B G"]
   log_probs: Float32[Array, "B G"]
   divergence: Float32[Array, " B"]
-  drafts: Drafts | None = None
 
 
 def extend(
@@ -200,14 +182,7 @@ def prefill(model: dict, prompts: Prompts, plan: Plan, static: Static) -> LoopSt
     ids=jnp.full(shape, static.grammar.vocab.pad, jnp.int32, out_sharding=split),
     log_probs=jnp.full(shape, 0, jnp.float32, out_sharding=split),
     divergence=jnp.full(shape[:1], 0, jnp.float32, out_sharding=spec("batch")),
-    drafts=None if prompts.drafts is None else start_drafts(prompts.drafts),
   )
-
-
-def start_drafts(codes: Int32[Array, "B I"]) -> Drafts:
-  """Returns the state of samples without tokens, given the first guesses of their codes."""
-  codes = shard(codes, "batch", None)
-  return Drafts(codes, *(jnp.zeros_like(codes[:, 0]) for _ in range(2)))
 
 
 def _read_last(
@@ -245,7 +220,7 @@ def _stream_logits(
   return jnp.reshape(out, shape, out_sharding=split).swapaxes(0, 1)
 
 
-def sample_ids(
+def _sample_ids(
   params: DecodeParams, control: Control, state: State, hidden: Float[Array, "R 1 D"],
   keys: Key[Array, " B"], static: Static,
 ) -> Sampled:  # fmt: skip
@@ -318,7 +293,7 @@ def decode_step(
     now = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.count)
   else:
     now = jax.vmap(jax.random.fold_in)(keys, counts)
-  ids, log_probs, apart = sample_ids(params, control, loop.state, hidden, now, static)
+  ids, log_probs, apart = _sample_ids(params, control, loop.state, hidden, now, static)
   ids, log_probs = jnp.where(active, ids, grammar.vocab.pad), jnp.where(active, log_probs, 0)
   state = grammar.advance(control.plan, loop.state, ids)
   moves = to_rows(active, streams)
@@ -349,9 +324,8 @@ def split_control(control: Control) -> Control:
 
 
 def decode_steps(
-  params: DecodeParams, control: Control, loop: LoopState, *, static: Static, steps: int,
-  decode_step: Callable[..., LoopState] = decode_step,
-) -> LoopState:  # fmt: skip
+  params: DecodeParams, control: Control, loop: LoopState, *, static: Static, steps: int
+) -> LoopState:
   """Runs at most `steps` steps. Stops early when all samples are finished or the cache is full.
 
   Needs a current mesh. While only image codes are legal in all samples, only their logits are
@@ -376,8 +350,6 @@ def grow(loop: LoopState, *, by: int) -> LoopState:
 
 def results(
   loop: LoopState,
-) -> tuple[Int32[Array, "B G"], Float32[Array, "B G"], Float32[Array, " B"], Int32[Array, " B"]]:
-  """Returns (ids, log_probs, divergence, steps), replicated so that each process can read them."""
-  pad = loop.ids[:, 0] * 0  # Without drafts, `result.cut` gives the number of steps.
-  steps = pad if loop.drafts is None else loop.drafts.steps
-  return jax.sharding.reshard((loop.ids, loop.log_probs, loop.divergence, steps), jax.P())
+) -> tuple[Int32[Array, "B G"], Float32[Array, "B G"], Float32[Array, " B"]]:
+  """Returns (ids, log_probs, divergence), replicated so that each process can read them."""
+  return jax.sharding.reshard((loop.ids, loop.log_probs, loop.divergence), jax.P())

@@ -8,7 +8,6 @@ import jax
 from jax.experimental.layout import Format, Layout
 from jaxtyping import PyTree
 
-from cm3leon_jax.decoding import drafts
 from cm3leon_jax.decoding import loop as loop_lib
 from cm3leon_jax.decoding.batch import Batch
 from cm3leon_jax.decoding.control import Control
@@ -46,9 +45,7 @@ def lower_steps(
   mesh: jax.sharding.Mesh, params: DecodeParams, control: Control, loop: LoopState, static: Static
 ) -> jax.stages.Lowered:
   """Lowers `loop.decode_steps` for abstract arguments (see `mesh.abstract`)."""
-  steps = functools.partial(
-    loop_lib.decode_steps, static=static, steps=CHUNK, decode_step=drafts.step_of(static)
-  )
+  steps = functools.partial(loop_lib.decode_steps, static=static, steps=CHUNK)
   return lower_loop(mesh, steps, params, control, loop)
 
 
@@ -176,7 +173,7 @@ class Programs:
       types = tuple(abstract(x, self.mesh) for x in (params, control, state))
       of_params, of_control, of_state = types
       program = self.once(
-        ("steps", static.model, static.grammar, static.sampler, static.drafts),
+        ("steps", static.model, static.grammar, static.sampler),
         types,
         lambda: lower_steps(self.mesh, of_params, of_control, of_state, static).compile(),
       )

@@ -21,7 +21,6 @@ class Result:
       filters.
     divergence: mean over the image codes of KL(conditional || unconditional) in nats. None if there
       is no image code or no unconditional stream.
-    steps: number of steps of decoding; with drafts, there are fewer steps than tokens.
   """
 
   request: int
@@ -31,7 +30,6 @@ class Result:
   log_probs: Float32[np.ndarray, " G"]
   contrastive: bool
   divergence: float | None = None
-  steps: int = 0
 
   @classmethod
   def of(
@@ -44,17 +42,16 @@ class Result:
     divergence: Float[np.ndarray, ""] | np.floating | float,
     streams: int,
     vocab: VocabLayout,
-    steps: int = 0,
   ) -> "Result":
     """Makes the result of a sample from the arrays of its row.
 
     `place` is (index of the request, index of the sample). `tokens` has no padding (see `cut`).
     `divergence` is the sum over the image codes; see `loop.LoopState`. `streams` is the number of
-    guidance streams. `steps` is 0 without drafts, which take a step for each token.
+    guidance streams.
     """
     codes = int(vocab.is_image(tokens).sum()) if streams > 1 else 0
     mean = float(divergence) / codes if codes else None
-    return cls(*place, seed, tokens, log_probs, contrastive, mean, steps or len(tokens))
+    return cls(*place, seed, tokens, log_probs, contrastive, mean)
 
   def codes(self, vocab: VocabLayout) -> Int32[np.ndarray, " C"]:
     """Returns the image codes among the tokens."""

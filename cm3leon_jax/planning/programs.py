@@ -160,13 +160,13 @@ def num_sources(settings: Settings, split: str) -> int:
 
 
 def guided_decoder(
-  settings: Settings, mesh: jax.sharding.Mesh, prompts: int, positions: int, drafts: int = 0
+  settings: Settings, mesh: jax.sharding.Mesh, prompts: int, positions: int
 ) -> tuple[Lowered, int, int]:
   """Lowers the programs of `Generator` for text-to-image prompts with two guidance streams.
 
   Parameters are in the compute dtype, as on a server. `prompts` is the number of prompts.
   `positions` is the number of positions per sample, of which the prompt takes all that the image
-  leaves free. `drafts` is as in `GeneratorConfig`.
+  leaves free.
 
   Returns (programs, bytes of the parameters that a device reads per step, bytes of the largest
   cache per device). These parameters are the blocks and the image rows of the output table.
@@ -191,7 +191,7 @@ def guided_decoder(
         f"--decode_batch is {prompts}; it must be a multiple of mesh.data x mesh.fsdp x "
         f"mesh.fsdp_inner = {batch_shards()}."
       )
-    config = GeneratorConfig.of(settings, batch_size=prompts, drafts=drafts)
+    config = GeneratorConfig.of(settings, batch_size=prompts)
     batch, static = config.batch([make(c) for c in captions], range(prompts))
     params = _decode_params(settings, mesh)
     lowered = lower_batch(mesh, params, batch, static)

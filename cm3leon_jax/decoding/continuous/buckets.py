@@ -94,7 +94,7 @@ def bucket_of(request: Request, sampling: SamplingConfig, generator: Generator) 
   new_tokens = new_tokens_bucket(grammar.max_new_tokens(request.plan), config.image_tokens + 1)
   new_tokens = min(new_tokens, config.positions)
   compiled = config.model, Grammar(config.vocab, config.image_tokens), sampler
-  static = Static(*compiled, config.cache_dtype, widths, new_tokens, (new_tokens,), config.window)
+  static = Static(*compiled, config.cache_dtype, widths, new_tokens, (new_tokens,))
   return Bucket(static, max(4, 1 << len(request.plan).bit_length()))
 
 

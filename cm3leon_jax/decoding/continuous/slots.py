@@ -16,7 +16,6 @@ from cm3leon_jax.decoding.continuous import state as state_lib
 from cm3leon_jax.decoding.continuous.buckets import Bucket
 from cm3leon_jax.decoding.continuous.state import Admitted, BatchState
 from cm3leon_jax.decoding.control import Control, control_of, put_sample, without_samples
-from cm3leon_jax.decoding.drafts import first_guesses
 from cm3leon_jax.decoding.generator import Generator
 from cm3leon_jax.decoding.programs import jit_before, lower_loop
 from cm3leon_jax.decoding.request import Request
@@ -217,12 +216,7 @@ class RunningBatch:
     last, last_positions, next_positions = np.array(places, np.int32).transpose(2, 0, 1)
     plan = self.control.plan[[slot or 0 for slot in slots]]
     local = np.array([size if slot is None else slot % size for slot in slots], np.int32)
-    drafts = None
-    if self.bucket.static.drafts:
-      active = [None if slot is None else self.slots[slot] for slot in slots]
-      requests = [None if one is None else one.request for one in active]
-      drafts = first_guesses(requests, config.vocab, config.image_tokens)
-    return Admitted(prompts, last, last_positions, next_positions, plan, local, drafts)
+    return Admitted(prompts, last, last_positions, next_positions, plan, local)
 
   def _write_control(self, slot: int) -> None:
     active, codes = self.slots[slot], self.generator.config.image_tokens
@@ -245,22 +239,19 @@ class RunningBatch:
     """Reads the tokens of the last chunk and frees the slots of finished samples."""
     assert self.state is not None
     loop, vocab = self.state.loop, self.generator.config.vocab
-    ids, log_probs, apart, parts, steps, drafts = jax.device_get(
-      (loop.ids, loop.log_probs, loop.divergence, loop.state.part, loop.count, loop.drafts)
+    ids, log_probs, apart, parts, steps = jax.device_get(
+      (loop.ids, loop.log_probs, loop.divergence, loop.state.part, loop.count)
     )
     updates = []
     for slot, active in enumerate(self.slots):
       if active is None:
         continue
       tokens, of_tokens = cut(ids[slot], log_probs[slot], vocab.pad)
-      if drafts is None:
-        tokens = np.append(active.tokens, tokens)
-        of_tokens = np.append(active.log_probs, of_tokens)
-      active.tokens, active.log_probs = tokens, of_tokens
+      active.tokens = np.append(active.tokens, tokens)
+      active.log_probs = np.append(active.log_probs, of_tokens)
       finished = bool(self.control.plan[slot, parts[slot], 0] == grammar.DONE)
       known = active.seed, active.contrastive, active.tokens, active.log_probs
-      own = 0 if drafts is None else int(drafts.steps[slot])
-      result = Result.of((0, 0), *known, apart[slot], len(active.request.streams), vocab, own)
+      result = Result.of((0, 0), *known, apart[slot], len(active.request.streams), vocab)
       updates.append(Update(active.ticket, result, finished, int(steps)))
       if finished:
         self.slots[slot] = None

@@ -9,9 +9,6 @@ and the tokens after it, so a sample is finished before its entries are overwrit
   3 entries for prompts, 4 for generated tokens; b is admitted when the next entry is 5:
   a: p p p t t . .     entries 3 and 4 hold the first tokens of a
   b: . . p p p . .     the tokens of b will be written to entries 5, 6, 0 and 1
-
-With drafts, samples advance by different numbers of tokens. All prompts then end at the same entry,
-and each sample has its own next entry (see `drafts`).
 """
 
 # B slots, S guidance streams, R = B x S rows, J admitted samples, W entries for a stream's prompts,
@@ -28,16 +25,8 @@ from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.decoding.batch import Padded
 from cm3leon_jax.decoding.cache import LayerCache, Layers
 from cm3leon_jax.decoding.control import Control
-from cm3leon_jax.decoding.drafts import step_of
 from cm3leon_jax.decoding.grammar import State
-from cm3leon_jax.decoding.loop import (
-  Drafts,
-  LoopState,
-  Static,
-  read_padded,
-  split_control,
-  start_drafts,
-)
+from cm3leon_jax.decoding.loop import LoopState, Static, decode_step, read_padded, split_control
 from cm3leon_jax.decoding.params import DecodeParams
 from cm3leon_jax.mesh import shard, spec
 
@@ -46,9 +35,8 @@ class BatchState(NamedTuple):
   """State of a running batch between two chunks.
 
   Attributes:
-    loop: the decoding state. Its `ids`, `log_probs` and `count` refer to the last chunk only. With
-      drafts, `ids` and `log_probs` have all tokens of each sample.
-    counts: number of steps of the sample in each slot; without drafts, also of its tokens.
+    loop: the decoding state. Its `ids`, `log_probs` and `count` refer to the last chunk only.
+    counts: number of tokens that the sample in each slot has so far.
   """
 
   loop: LoopState
@@ -64,7 +52,6 @@ class Admitted(NamedTuple):
     plan: result of `grammar.plan_array`.
     slots: slot of each sample, counted within its shard of the batch. A number after the last slot
       means that the element is padding.
-    drafts: as in `batch.Prompts`.
   """
 
   prompts: tuple[Padded, ...]
@@ -73,7 +60,6 @@ class Admitted(NamedTuple):
   next_positions: Int32[Array, "J S"]
   plan: Int32[Array, "J M 3"]
   slots: Int32[Array, " J"]
-  drafts: Int32[Array, "J I"] | None = None
 
 
 def empty(*, static: Static, slots: int, steps: int) -> BatchState:
@@ -90,9 +76,6 @@ def empty(*, static: Static, slots: int, steps: int) -> BatchState:
   capacities = [width + static.max_new_tokens for width in static.widths]
   caches = [cache_lib.empty(static.model, slots, n, static.cache_dtype) for n in capacities]
   count, pad = slots * len(capacities), static.grammar.vocab.pad
-  drafts, image = None, static.grammar.image_tokens
-  if static.drafts:
-    drafts, steps = start_drafts(full(0, jnp.int32, slots, image)), max(capacities)
   loop = LoopState(
     tokens=full(pad, jnp.int32, count),
     positions=full(0, jnp.int32, count),
@@ -106,7 +89,6 @@ def empty(*, static: Static, slots: int, steps: int) -> BatchState:
     ids=full(pad, jnp.int32, slots, steps),
     log_probs=full(0, jnp.float32, slots, steps),
     divergence=full(0, jnp.float32, slots),
-    drafts=drafts,
   )
   return BatchState(loop, full(0, jnp.int32, slots))
 
@@ -178,13 +160,6 @@ def admit(model: dict, state: BatchState, admitted: Admitted, *, static: Static)
     state=State(*map(put, loop.state, static.grammar.start(plan))),
     divergence=put(loop.divergence, zeros),
   )
-  if loop.drafts is not None:
-    rows = jnp.zeros((len(slots), loop.ids.shape[1]), out_sharding=spec("batch", None))
-    loop = loop._replace(
-      drafts=Drafts(*map(put, loop.drafts, start_drafts(admitted.drafts))),
-      ids=put(loop.ids, rows + static.grammar.vocab.pad),
-      log_probs=put(loop.log_probs, rows),
-    )
   return BatchState(loop, put(state.counts, zeros))
 
 
@@ -237,11 +212,9 @@ def steps(
   sample, and the batch must not be sharded over devices.
   """
   grammar = static.grammar
-  if state.loop.drafts is None:
-    ids = jnp.full_like(state.loop.ids, grammar.vocab.pad)
-    log_probs = jnp.zeros_like(state.loop.log_probs)
-    state = state._replace(loop=state.loop._replace(ids=ids, log_probs=log_probs))
-  whole, decode_step = state, step_of(static)
+  ids = jnp.full_like(state.loop.ids, grammar.vocab.pad)
+  log_probs = jnp.zeros_like(state.loop.log_probs)
+  state = whole = state._replace(loop=state.loop._replace(ids=ids, log_probs=log_probs))
   control = split_control(control)
   if slots is not None:
     state = _first_slots(whole, slots)
