@@ -211,9 +211,8 @@ def complete(
     return config
   of_base = stored_of_base(workdir) if of_base is None else of_base
   _check_shapes(config, of_base, given)
-  # A run that only tunes on instructions has no pairs to count.
   tuned = config.instructions.tasks or config.instructions.own_tasks
-  counted = not (of_base and tuned)
+  counted = not (of_base and tuned)  # A run that only tunes on instructions has no pairs to count.
   counts = _counts(workdir, names, prepares) if counted else UNKNOWN
   of_raw = {} if "raw.resolution" in given else of_base
   if side := of_raw.get("raw.resolution", config.raw.resolution):
