@@ -7,6 +7,7 @@ Examples are lines `cm3leon generate ...` and Python blocks, whose images are `s
 """
 
 from collections.abc import Iterator
+import contextlib
 import json
 import pathlib
 import re
@@ -34,7 +35,9 @@ def draw(example: str, folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray, 
   """Runs an example in an empty folder; yields prompt, image, and whether it has a document."""
   if not example.startswith("cm3leon"):
     (folder / "block.py").write_text(example, encoding="utf-8")
-    for sample in runpy.run_path(str(folder / "block.py"))["samples"]:
+    with contextlib.chdir(folder):
+      samples = runpy.run_path("block.py")["samples"]
+    for sample in samples:
       yield sample.task.prompt, np.asarray(sample.image), bool(sample.neighbors)
     return
   words = [sys.executable, "-m", "cm3leon_jax", *shlex.split(example, comments=True)[1:]]

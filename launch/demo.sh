@@ -42,7 +42,7 @@ installed=$SECONDS
 cd "$root"
 config_file="examples/scenes/config.py:$minutes"
 
-command=(-m launch.run --config="$config_file" --workdir="$workdir")
+command=(-m launch.run --config="$config_file" --config.train.minutes="$minutes" --workdir="$workdir")
 
 run() {
   "$python" "${command[@]}"

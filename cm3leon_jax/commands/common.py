@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
-import errno
 import functools
 import os
 import pathlib
@@ -23,6 +22,7 @@ from cm3leon_jax.commands import config_file, interrupts
 from cm3leon_jax.config import TryAgain, UserError, did_you_mean, own_functions, printable
 from cm3leon_jax.config.settings import Settings, describe, settings_from_config
 from cm3leon_jax.files import buckets
+from cm3leon_jax.files.atomic import FULL
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.run import from_data
 
@@ -157,7 +157,7 @@ def _flags_of(reason: str) -> str:
   """Returns the flags that name folders, if `reason` is a full disk without a path; else ""."""
   values = ((name, flags.FLAGS[name].value) for name in FOLDERS if name in flags.FLAGS)
   given = " ".join(f"--{name}={value}" for name, value in values if value)
-  return f": {given}" if given and reason.endswith(os.strerror(errno.ENOSPC)) else ""
+  return f": {given}" if given and reason.endswith(tuple(map(os.strerror, FULL))) else ""
 
 
 def _flag_of(error: OSError) -> str:

@@ -85,12 +85,14 @@ class _Lines:
 
 
 def main(
-  settings: Settings, workdir: epath.Path, init_from: str, own_images: bool, more: dict[str, list]
-) -> None:
+  settings: Settings, workdir: epath.Path, init_from: str, own_images: bool, more: dict[str, list],
+  fits: bool = False,
+) -> None:  # fmt: skip
   """Runs all stages, after a check that the source exists.
 
   `own_images` is the value of --own_image_tokenizer. `more` has the flags that only one command
-  takes.
+  takes. If `fits`, or if a flag sets `train.minutes`, the decoder takes the steps that fit into
+  them, unless a flag sets `train.steps`.
   """
   if own_images and not init_from:
     raise UserError("--own_image_tokenizer is given without --init_from, which it belongs to.")
@@ -106,7 +108,8 @@ def main(
   processes, begun = StageProcesses(workdir / "logs"), time.monotonic()
   for number, name in enumerate(order, 1):
     start, lines = time.monotonic(), _Lines(f"[{number}/{len(order)}]", name)
-    if name == "train" and settings.train.minutes:
+    timed = fits or any(flag.startswith("--config.train.minutes=") for flag in given)
+    if name == "train" and timed and settings.train.minutes:
       measure = functools.partial(processes.run, name, show=lines.show)
       given += _steps_that_fit(settings, workdir, begun, [*given, *more.get(name, [])], measure)
     try:
@@ -123,7 +126,10 @@ def _steps_that_fit(
   given: list[str],
   measure: Callable[[list[str]], None],
 ) -> list[str]:
-  """Returns flags with the number of steps that fit into `train.minutes`, unless flags give it."""
+  """Returns flags with the number of steps that fit into `train.minutes`, unless flags give it.
+
+  The first call of a run measures a step and prints when the run ends.
+  """
   fields = {flag.removeprefix("--config.train.").partition("=")[0] for flag in given}
   if "steps" in fields:
     return []
@@ -134,8 +140,8 @@ def _steps_that_fit(
     measure([*given, f"--measure_after={before}"])
     known = pace.read(workdir)
     assert known is not None
-  end = time.localtime(time.time() + known.seconds_left)
-  print(f"  {known.describe(time.strftime('%H:%M', end))}", flush=True)
+    end = time.localtime(time.time() + known.seconds_left)
+    print(f"  {known.describe(time.strftime('%H:%M', end))}", flush=True)
   values = {"steps": known.steps, **from_data.intervals(known.steps)}
   return [f"--config.train.{name}={value}" for name, value in values.items() if name not in fields]
 
@@ -145,7 +151,8 @@ def _main(settings: Settings, workdir: epath.Path) -> None:
   more: dict[str, list] = {}
   limits = [f"--{x.name}={x.value}" for x in LIMITS if not flags.FLAGS[x.name].using_default_value]
   more |= dict.fromkeys(("encode_documents", "encode_instructions"), limits)
-  main(settings, workdir, init_from, OWN_IMAGE_TOKENIZER.value, more)
+  fits = flags.FLAGS.config.train.steps is None  # A number in the config stays.
+  main(settings, workdir, init_from, OWN_IMAGE_TOKENIZER.value, more, fits)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ class TrainConfig:
   """Trained model from which `cm3leon run` starts if it is given no --init_from; `--init_from=none`
   starts from random parameters. Empty: the run starts from random parameters."""
   minutes: NonNegativeFloat = 0.0
-  """Minutes that all stages may take; 0: no limit. `cm3leon run` measures a step of the decoder and
-  takes as many as fit, unless a flag sets `train.steps`. Other numbers of steps that are None in
-  the config, as in `own`, are computed for two CPU cores."""
+  """Minutes that all stages may take; 0: no limit. If `steps` is None in the config, as in `own`,
+  or a flag sets `minutes`, `cm3leon run` measures a step of the decoder and takes as many as fit,
+  unless a flag sets `steps`. Other steps that are None are computed for two CPU cores."""
   global_batch_size: PositiveInt = 8_192
   """Rows per step over all devices (paper: 8M tokens, about 2,048 rows)."""
   gradient_accumulation_steps: PositiveInt = 1

@@ -67,7 +67,7 @@ def started(monkeypatch):
 def test_each_stage_prints_one_line_and_data_and_report_say_what_they_found(
   started, tmp_path, capsys
 ):
-  run.main(settings_of(f"{SCENES}:long"), epath.Path(tmp_path), "", False, {})
+  run.main(settings_of(SCENES), epath.Path(tmp_path), "", False, {})
   assert [command for command, _ in started] == DEMO
   assert all(flags == ["--config=c", f"--workdir={tmp_path}"] for _, flags in started)
   lines = capsys.readouterr().out.splitlines()
@@ -92,7 +92,7 @@ def test_a_run_with_minutes_takes_the_steps_that_fit(started, tmp_path, capsys, 
 
   monkeypatch.setattr(stage_process.StageProcesses, "run", measure)
   for _ in range(2):  # The second time, it keeps the decision.
-    run.main(settings_of(SCENES), folder, "", False, {})
+    run.main(settings_of(SCENES, **{"train.minutes": 15.0}), folder, "", False, {}, fits=True)
   trainings = [flags[2:] for command, flags in started if command == "train"]
   steps = [
     "--config.train.steps=1200", "--config.train.checkpoint_every=100",
@@ -101,13 +101,16 @@ def test_a_run_with_minutes_takes_the_steps_that_fit(started, tmp_path, capsys, 
   assert [len(flags) for flags in trainings] == [1, 4, 4]
   assert trainings[1:] == [steps, steps]
   assert all(flags[2:] == steps for command, flags in started if command == "evaluate")
-  assert capsys.readouterr().out.count("1,200 steps fit into 15 minutes") == 2
+  assert capsys.readouterr().out.count("1,200 steps fit into 15 minutes") == 1
 
 
-def test_steps_of_the_user_are_not_measured(started, tmp_path, monkeypatch):
-  given = ["--config=c", "--config.train.steps=7"]
+@pytest.mark.parametrize("flag", ["--config.train.steps=7", "--config.train.log_every=7"])
+def test_steps_of_the_user_are_not_measured(started, tmp_path, monkeypatch, flag):
+  """The user sets steps by a flag although the config has none, or in the config."""
+  given = ["--config=c", flag]
   monkeypatch.setattr(run.common, "config_arguments", lambda: given)
-  run.main(settings_of(SCENES), epath.Path(tmp_path), "", False, {})
+  settings = settings_of(SCENES, **{"train.minutes": 15.0})
+  run.main(settings, epath.Path(tmp_path), "", False, {}, fits="steps" in flag)
   assert [flags for command, flags in started if command == "train"] == [
     [*given, f"--workdir={tmp_path}"]
   ]
