@@ -147,7 +147,7 @@ def _steps_that_fit(
 
 
 def _main(settings: Settings, workdir: epath.Path) -> None:
-  init_from = common.base_of(settings.train.base, INIT_FROM.value)
+  init_from = common.parent_of(settings.train.base, INIT_FROM.value)
   more: dict[str, list] = {}
   limits = [f"--{x.name}={x.value}" for x in LIMITS if not flags.FLAGS[x.name].using_default_value]
   more |= dict.fromkeys(("encode_documents", "encode_instructions"), limits)

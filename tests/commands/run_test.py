@@ -169,7 +169,7 @@ def test_a_wrong_source_is_refused_before_the_first_stage(source, started, tmp_p
   [("", "", ""), ("", "a", "a"), ("b", "", "b"), ("b", "a", "a"), ("b", "none", "")],
 )
 def test_a_run_starts_from_the_base_of_its_config_unless_told_otherwise(base, flag, expected):
-  assert common.base_of(base, flag) == expected
+  assert common.parent_of(base, flag) == expected
 
 
 def test_an_own_image_tokenizer_belongs_to_a_base(tmp_path):
