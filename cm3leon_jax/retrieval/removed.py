@@ -2,10 +2,7 @@
 
 # n documents, C candidates of a document.
 
-from collections.abc import Iterator, Sequence
-import contextlib
-import fcntl
-import os
+from collections.abc import Sequence
 import re
 
 from etils import epath
@@ -15,6 +12,7 @@ from cm3leon_jax.config import UserError, short
 from cm3leon_jax.config.data import MOST_CROPS
 from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.data.sources.records import crop_key
+from cm3leon_jax.files import locks
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.retrieval.arrays import ArrayStore
@@ -85,22 +83,11 @@ def _hash(key: str) -> int:
 
 def remove(folder: epath.PathLike, documents: Sequence[str]) -> list[str]:
   """Removes documents and returns the keys of all removed ones. For errors, see `rows`."""
-  with _alone(folder):
+  with locks.alone(folder):
     rows(folder, documents)
     every = [*dict.fromkeys([*keys(folder), *documents])]
     write_json(epath.Path(folder) / FILE, {"keys": every})
   return every
-
-
-@contextlib.contextmanager
-def _alone(folder: epath.PathLike) -> Iterator[None]:
-  """Lets one process at a time change a local folder. A folder in a bucket is not locked."""
-  with contextlib.ExitStack() as stack:
-    if "://" not in os.fspath(folder):
-      opened = os.open(folder, os.O_RDONLY)
-      stack.callback(os.close, opened)
-      fcntl.flock(opened, fcntl.LOCK_EX)
-    yield
 
 
 def dropped(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
