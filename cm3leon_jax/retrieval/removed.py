@@ -8,10 +8,10 @@ import re
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError, short
 from cm3leon_jax.config.data import MOST_CROPS
 from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.data.sources.records import crop_key
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files import locks
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json

@@ -4,10 +4,11 @@ from etils import epath
 import pytest
 
 from cm3leon_jax.commands import common, config_file, run, stage_process
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run import pace, stages
+from cm3leon_jax.run import pace
+from cm3leon_jax.stages import stages
 from tests.launched import INSTRUCT, SCENES
 from tests.refusals import refused
 

@@ -10,9 +10,9 @@ import yaml
 
 from cm3leon_jax.commands import config_file
 from cm3leon_jax.commands import plan as command
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.planning import hardware, launchers, plan, utilization
 from cm3leon_jax.training.watch.flops import model_flops

@@ -5,9 +5,9 @@ from etils import epath
 import jax
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.training import OptimizerConfig, TrainConfig
 from cm3leon_jax.data.rows.loader import RowLoader
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training import decoder
 from cm3leon_jax.training.objective import RowObjective
