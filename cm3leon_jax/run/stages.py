@@ -21,14 +21,15 @@ from etils import epath
 
 from cm3leon_jax.config import REMOVED_FIELDS, UserError, current_fields
 from cm3leon_jax.files.atomic import exists, sync
-from cm3leon_jax.files.digests import damage, describe, digest
+from cm3leon_jax.files.digests import describe, digest
 from cm3leon_jax.files.json_files import plain, read_json, write_json
+from cm3leon_jax.files.rewritten import DONE as DONE
+from cm3leon_jax.files.rewritten import damage, stage_of
 from cm3leon_jax.run.table import STAGES, identity, reads_of, unused
 
 if TYPE_CHECKING:
   from cm3leon_jax.config.settings import Settings
 
-DONE = "done.json"
 SEALS = "checkpoints.digests"  # Folder in train/; its file STEP.json seals a checkpoint.
 # Folders of a workdir that no stage owns.
 MORE = ("base", "evaluations", "geneval", "given", "init", "logs", "prompts", "scores")
@@ -160,10 +161,7 @@ def check_files(path: epath.PathLike) -> None:
     UserError: a file is missing or damaged.
   """
   path = epath.Path(path)
-  for folder in (path, *list(path.parents)[:3]):
-    if not str(folder).endswith("://") and exists(folder / DONE):  # `gs://` is not a folder.
-      break
-  else:
+  if (folder := stage_of(path)) is None:
     return
   about = read_json(folder / DONE, {})
   _check_id(folder, about)
