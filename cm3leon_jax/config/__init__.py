@@ -35,46 +35,7 @@ STRICT: "pydantic.ConfigDict" = {
   "allow_inf_nan": False,
   "use_attribute_docstrings": True,
 }
-# Fields and sections that earlier versions stored. They no longer have an effect.
-REMOVED_FIELDS = frozenset(
-  {
-    "adapter.tokens",
-    "draft_window",
-    "model.code_colors",
-    "published.gumbel",
-    "raw.max_texts",
-    "reinforce.credit",
-    "scenes",
-    "train.histogram_every",
-    "train.replay_tolerance",
-    "vqgan.num_colors",
-  }
-)
-REMOVED_QUANTIZERS = frozenset({"ema", "rotation", "shape_color", "simvq"})
-# Fields that earlier versions stored under another name.
-RENAMED = {
-  "evaluation.scenes": "captions",
-  "evaluation.scene_guidance": "guidance",
-  "evaluation.scene_neighbors": "neighbors",
-}
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+(?=>)")
-
-
-def current_fields(section: str, fields: dict[str, Any]) -> dict[str, Any]:
-  """Returns the stored fields of a section under their current names, without removed fields.
-
-  current_fields("evaluation", {"scenes": 7}) = {"captions": 7}
-
-  Raises:
-    UserError: the image tokenizer has a quantizer that this version cannot load.
-  """
-  if section == "vqgan" and (kind := fields.get("quantizer")) in REMOVED_QUANTIZERS:
-    raise UserError(
-      f"vqgan.quantizer is {kind}, which this version no longer has: use the version that trained "
-      "the run, or train again with another image tokenizer, such as vqgan.source=pictures."
-    )
-  kept = {name: x for name, x in fields.items() if f"{section}.{name}" not in REMOVED_FIELDS}
-  return {RENAMED.get(f"{section}.{name}", name): x for name, x in kept.items()}
 
 
 def without_addresses(text: str) -> str:

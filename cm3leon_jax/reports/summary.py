@@ -325,7 +325,7 @@ def cost(summary: dict) -> dict | None:
 
   Returns:
     {"train_seconds": time of the stage `train`, "other_seconds": time of all earlier stages,
-    "machine": machine that trained the decoder, or None if an older version did not record it}.
+    "machine": machine that trained the decoder, or None if it is unknown}.
   """
   if "seconds" not in summary.get("train", {}):
     return None

@@ -2,8 +2,7 @@
 
 Orbax stores an array in chunks, and TensorStore always reads and decodes whole chunks. Each layer
 of the stacked parameters has separate chunks (`save_args`), so one layer can be read without the
-others. In a checkpoint of an earlier version of this package, a chunk covers all layers of a
-device's shard, so each read of a layer decodes the whole chunk.
+others.
 """
 
 from collections.abc import Callable, Mapping

@@ -165,7 +165,7 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
   token_counts = np.zeros(vocab.size, np.int64)
   for name in names:
     shards.append(read_lengths(folder, name, vocab))
-    files |= describe_shard(folder, name, shards[-1].pop("records", None))
+    files |= describe_shard(folder, name, shards[-1].pop("records"))
     token_counts += shards[-1].pop("token_counts")  # Too large to keep for all shards.
   joined = {
     field: np.concatenate([shard[field] for shard in shards])

@@ -1,6 +1,5 @@
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-import json
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -270,19 +269,6 @@ def test_a_line_that_the_run_did_not_write_is_named(sources, tmp_path, planned, 
   planned.clear()
   assert plan_with_starts(sources, path).window(4) == rows
   assert path.read_text() == whole
-
-
-def test_starts_of_an_earlier_version_are_planned_again(sources, tmp_path, planned):
-  path = tmp_path / "plan.jsonl"
-  rows = plan_with_starts(sources, path).window(4)
-  whole = path.read_text()
-  lines = [json.loads(line) for line in path.read_text().splitlines()]
-  for line in lines:
-    line.pop("digest", None)
-  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  planned.clear()
-  assert plan_with_starts(sources, path).window(4) == rows
-  assert (planned[:5], path.read_text()) == ([0, 1, 2, 3, 4], whole)
 
 
 @pytest.mark.parametrize(("codes", "least"), [(256, 0.97), (1_024, 0.90)])
