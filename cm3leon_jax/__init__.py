@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 
 if TYPE_CHECKING:
   from cm3leon_jax.api import CM3Leon

@@ -12,17 +12,18 @@ from etils import epath
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.data import RetrievalConfig
 from cm3leon_jax.data.documents.store import Bank, Document, Segment, write_shard
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import RawPair
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import exists, replacing
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.rewritten import rewriting
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.neighbors import Retriever
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from cm3leon_jax.vocab import VocabLayout
 
 ERASED = "erased"  # Key and caption of an erased pair in raw/.

@@ -6,10 +6,10 @@ import dataclasses
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.digests import describe
 from cm3leon_jax.files.rewritten import damage
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.stages import stages, table
 from cm3leon_jax.vocab import VocabLayout
 
 SCHEMA_VERSION = 4
