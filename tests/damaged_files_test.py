@@ -16,10 +16,10 @@ from safetensors import numpy as safetensors
 
 import cm3leon_jax
 from cm3leon_jax.clip.model import CLIP
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.metrics import published_weights as published
 from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.files import shards
@@ -29,8 +29,9 @@ from cm3leon_jax.importing.tokenizer import read_tokenizer
 from cm3leon_jax.reports import summary
 from cm3leon_jax.retrieval import bank, lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
-from cm3leon_jax.run import bundles, initial, stages
+from cm3leon_jax.run import bundles, initial
 from cm3leon_jax.run.folders import settings_of_run
+from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
 from cm3leon_jax.weights import recovery, stored_tensors

@@ -31,11 +31,11 @@ from etils import epath, epy
 from cm3leon_jax.commands import common, protocol_flags, sampling_flags
 from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.digests import digest, digest_of_json
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.stages import stages, table
 
 with epy.lazy_imports():
   import jax

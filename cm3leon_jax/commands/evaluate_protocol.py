@@ -10,9 +10,9 @@ from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.file_flags import results_folder
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import table
+from cm3leon_jax.errors import UserError
+from cm3leon_jax.stages import table
 
 with epy.lazy_imports():
   from cm3leon_jax import distributed

@@ -21,7 +21,7 @@ from PIL import Image
 from cm3leon_jax.commands import common
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.files import atomic
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.stages import stages, table
 
 with epy.lazy_imports():
   import numpy as np

@@ -19,10 +19,10 @@ import importlib.util
 from etils import epath, epy
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files import digests
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 
 with epy.lazy_imports():
   import numpy as np

@@ -9,13 +9,14 @@ import ml_collections
 from pydantic import NonNegativeInt
 import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT, UserError, build
+from cm3leon_jax.config.build import STRICT, build
 from cm3leon_jax.config.data import DataConfig, RawConfig, RetrievalConfig
 from cm3leon_jax.config.instructions import InstructionsConfig
 from cm3leon_jax.config.model import AdapterConfig, ModelConfig
 from cm3leon_jax.config.sampling import EvaluationConfig, SamplingConfig
 from cm3leon_jax.config.tokenizers import CLIPConfig, TextTokenizerConfig, VQGANConfig, check_levels
 from cm3leon_jax.config.training import OptimizerConfig, ReinforceConfig, TrainConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.vocab import VocabLayout
 

@@ -11,10 +11,10 @@ import json
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.sources.lines import json_lines
 from cm3leon_jax.data.sources.records import Rejected
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import open_filesystem, replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation.image_tasks import TextToImage

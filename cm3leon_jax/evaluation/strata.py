@@ -7,8 +7,8 @@ import itertools
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.heldout import HeldoutCaption, tasks_of_rows
 from cm3leon_jax.generation.pipeline import Pipeline
 

@@ -7,15 +7,16 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_stored
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.headlines import NEIGHBORS, RETRIEVAL, Headline
 from cm3leon_jax.evaluation.intervals import describe_groups, mean_interval
 from cm3leon_jax.files.json_files import lacks, plain, read_json, read_json_lines
 from cm3leon_jax.generation import lookalikes
 from cm3leon_jax.generation.sample import describe_found
-from cm3leon_jax.run import initial, table
-from cm3leon_jax.run.stages import DONE
+from cm3leon_jax.run import initial
+from cm3leon_jax.stages import table
+from cm3leon_jax.stages.stages import DONE
 from cm3leon_jax.training.watch.heldout import OF_PAIRS, decisive
 from cm3leon_jax.weights import reading
 

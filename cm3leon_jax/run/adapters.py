@@ -4,7 +4,7 @@ import dataclasses
 
 from etils import epath
 
-from cm3leon_jax.config import build
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.model import AdapterConfig
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.files import foreign

@@ -8,9 +8,9 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.config.settings import Settings, settings_from_stored
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.digests import digest_of_json

@@ -2,8 +2,8 @@
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings, settings_from_stored
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_foreign_json, read_json
 
 ABOUT = "export.json"  # Marks a folder as an export and describes the exported model.

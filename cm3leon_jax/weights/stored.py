@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import absolute
 
 STACKED = "blocks"  # Key of the parameters whose leading axis is the layer.

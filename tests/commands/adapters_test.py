@@ -12,14 +12,15 @@ from safetensors import numpy as safetensors
 
 from cm3leon_jax.api import CM3Leon
 from cm3leon_jax.commands import common, export, train
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import bundle, formats
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.generation import heldout
 from cm3leon_jax.models import adapters
-from cm3leon_jax.run import initial, stages
+from cm3leon_jax.run import initial
 from cm3leon_jax.run.run import Run, load_start
+from cm3leon_jax.stages import stages
 from cm3leon_jax.weights import reading
 from tests.generation.run import SETTINGS, make_config, one_device, save_run
 from tests.refusals import refused

@@ -2,8 +2,8 @@
 
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_stored
+from cm3leon_jax.errors import UserError
 from tests.config.settings_test import settings_with
 from tests.refusals import refused
 

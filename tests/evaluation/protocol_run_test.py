@@ -7,8 +7,8 @@ from etils import epath
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw.reader import load_image
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.likelihood.pairs import score_answers
 from cm3leon_jax.evaluation.metrics import extractors
 from cm3leon_jax.evaluation.metrics.frechet_distance import frechet_distance

@@ -12,7 +12,7 @@ import pytest
 import tensorstore
 
 from cm3leon_jax.commands import export
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import bundle, formats
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import FOREIGN_VALUES, read_json, write_json

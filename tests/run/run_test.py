@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.commands import export
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import formats
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.run import bundles, stages
+from cm3leon_jax.run import bundles
 from cm3leon_jax.run.run import Run, ids
+from cm3leon_jax.stages import stages
 from examples.scenes import config as scenes
 from tests.generation.run import SETTINGS, one_device
 from tests.refusals import refused

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.tokenizers import VQGANConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.tokenizers import published, published_files
 from tests.refusals import refused

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.weights import checkpoint, reading
 from tests.models.tiny import CONFIG, mesh_of, random_params, tree_of
 from tests.refusals import refused

@@ -6,9 +6,9 @@ import dataclasses
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.digests import damage, describe
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.stages import stages, table
 from cm3leon_jax.vocab import VocabLayout
 
 SCHEMA_VERSION = 4

@@ -16,7 +16,6 @@ from etils import epath
 import msgpack
 import numpy as np
 
-from cm3leon_jax.config import UserError, short
 from cm3leon_jax.data.documents.shard_files import (
   LENGTHS,
   RECORDS,
@@ -28,10 +27,11 @@ from cm3leon_jax.data.documents.shard_files import (
   describe_shard,
   read_lengths,
 )
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files.atomic import partial_path, replacing
 from cm3leon_jax.files.digests import describe
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from cm3leon_jax.vocab import VocabLayout
 
 INDEX = "index.json"

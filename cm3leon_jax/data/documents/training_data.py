@@ -5,11 +5,11 @@ from typing import Any
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import ORIGIN_FIELDS, origin_counts
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 
 FILE = "training_data.json"  # Name of the file in an export or bundle, and in runs that import it.
 IMPORTED = "imported_from"  # Field in the summary that `cm3leon import_weights` writes.

@@ -15,7 +15,6 @@ from etils import epath
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.raw import summary as raw_statistics
 from cm3leon_jax.data.raw.reader import IMAGE_DIGESTS, kind_of
@@ -33,9 +32,10 @@ from cm3leon_jax.data.sources.records import (
   with_images,
 )
 from cm3leon_jax.data.sources.splits import split_of
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.progress import progress_bar
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 
 REJECTED = "rejected.jsonl"
 FILES = (*(f"{kind}.jsonl" for kind in KINDS), REJECTED)  # Record files of a shard.

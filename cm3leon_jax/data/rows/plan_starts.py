@@ -11,8 +11,8 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import DataConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
 
 # Number of windows per write to a GCS bucket, where each write rewrites the whole file.

@@ -13,7 +13,6 @@ from typing import Any
 
 import fsspec
 
-from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.data.sources.archives import parquet_rows, tar_samples
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from cm3leon_jax.data.sources.lines import csv_rows, decode, json_lines
@@ -40,6 +39,7 @@ from cm3leon_jax.data.sources.samples import (
   suffix_of,
 )
 from cm3leon_jax.data.sources.source_files import is_in, list_files, open_source, root_of
+from cm3leon_jax.errors import UserError, printable
 
 PAIR_FILES = ("pairs.jsonl", "captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
 TEXTS = "texts.jsonl"

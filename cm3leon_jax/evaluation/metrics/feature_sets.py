@@ -5,7 +5,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 
 
 def two_sets(first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:

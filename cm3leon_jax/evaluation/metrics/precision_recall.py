@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.metrics.feature_sets import two_sets
 
 BLOCK = 1024  # Number of rows per block.

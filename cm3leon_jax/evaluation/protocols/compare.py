@@ -5,12 +5,12 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.protocols.results import RESULTS
 from cm3leon_jax.evaluation.protocols.run import VALUES
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 
 # Both evaluations must have equal values in these fields. Other fields may differ.
 SAME = ("protocol", "data")

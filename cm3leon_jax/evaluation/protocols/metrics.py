@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.published.examples import Example
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.protocols import image_metrics, text_metrics
 from cm3leon_jax.evaluation.protocols.column import ColumnSamples
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cm3leon_jax import extras
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.metrics import answers, ptb
 from cm3leon_jax.evaluation.protocols.column import ColumnSamples, mean, present
 

@@ -16,8 +16,8 @@ from jaxtyping import Array, Key, UInt8
 import numpy as np
 import optax
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.tokenizers import VQGANConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers import discriminator as discriminator_lib
 from cm3leon_jax.tokenizers import losses, quantizers, vqgan

@@ -1,10 +1,11 @@
 from etils import epath
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import training_data
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run import bundles, stages
+from cm3leon_jax.run import bundles
+from cm3leon_jax.stages import stages
 from tests.data.raw_folder import write_raw
 from tests.refusals import refused
 from tests.reports.run_files import make_image

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from benchmarks.speed.data import LengthStore, synthetic_sources
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource, Units, pack_best_fit
 from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, space_for_neighbors
+from cm3leon_jax.errors import UserError
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.refusals import refused
 

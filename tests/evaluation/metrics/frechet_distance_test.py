@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.metrics import frechet_distance as module
 from cm3leon_jax.evaluation.metrics.frechet_distance import frechet_distance
 from tests.refusals import refused

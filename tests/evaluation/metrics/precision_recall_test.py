@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.spatial import distance
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.metrics import precision_recall as module
 from cm3leon_jax.evaluation.metrics.precision_recall import precision_recall
 from tests.refusals import refused

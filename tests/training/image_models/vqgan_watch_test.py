@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.image_models import trainer, vqgan_training, vqgan_watch
 from cm3leon_jax.training.watch.tensorboard_board import curves

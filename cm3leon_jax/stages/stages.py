@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import exists, sync
 from cm3leon_jax.files.digests import damage, describe, digest
 from cm3leon_jax.files.json_files import plain, read_json, write_json
-from cm3leon_jax.run.table import STAGES, identity, reads_of, unused
+from cm3leon_jax.stages.table import STAGES, identity, reads_of, unused
 
 if TYPE_CHECKING:
   from cm3leon_jax.config.settings import Settings
