@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import fcntl
 import os
 
@@ -10,9 +11,10 @@ from etils import epath
 
 @contextlib.contextmanager
 def alone(path: epath.PathLike, message: str = "") -> Iterator[None]:
-  """Locks a local folder or file, after waiting for other processes. A bucket is not locked.
+  """Locks a local folder or file, after waiting for other processes.
 
-  A file is created if it does not exist. Prints `message` if it has to wait.
+  A file is created if it does not exist. Prints `message` if it has to wait. Nothing is locked in a
+  bucket, nor a folder on NFS, which only locks files that are open for writing.
   """
   if "://" in os.fspath(path):
     yield
@@ -25,6 +27,9 @@ def alone(path: epath.PathLike, message: str = "") -> Iterator[None]:
       if message:
         print(message, flush=True)
       fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+      if error.errno != errno.EBADF:
+        raise
     yield
   finally:
     os.close(handle)  # This also ends the lock.

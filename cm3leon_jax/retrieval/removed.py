@@ -2,7 +2,7 @@
 
 # n documents, C candidates of a document.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import re
 
 from etils import epath
@@ -19,6 +19,8 @@ from cm3leon_jax.retrieval.arrays import ArrayStore
 
 FILE = "removed.json"  # In neighbors/, beside the index.
 SCAN = 2**22  # Number of keys that are read at a time.
+# The entry of an erased document, whose key is hashed like the keys of the bank.
+HASHED = re.compile(r"sha256:([0-9a-f]{16})")
 
 
 def keys(folder: epath.PathLike) -> list[str]:
@@ -38,13 +40,13 @@ def identity(folder: epath.PathLike) -> dict[str, str]:
   return {"removed": str(digest(path))} if path.exists() else {}
 
 
-def rows(folder: epath.PathLike, documents: Sequence[str] = ()) -> np.ndarray:
-  """Returns the rows of the removed documents, and of `documents`, in the bank.
+def rows(folder: epath.PathLike, documents: Sequence[str] = (), alone: bool = False) -> np.ndarray:
+  """Returns the rows of the removed documents, unless `alone`, and of `documents`, in the bank.
 
   Copies of a document have the same key, and all crops of its image belong to it. Raises UserError
   if one of `documents` is not in the bank, or the bank has fewer documents than were removed.
   """
-  every = dict.fromkeys((*keys(folder), *documents))
+  every = dict.fromkeys((*([] if alone else keys(folder)), *documents))
   if not every:
     return np.zeros(0, np.int64)
   stored = ArrayStore(epath.Path(folder) / "train" / "keys")
@@ -75,18 +77,35 @@ def rows(folder: epath.PathLike, documents: Sequence[str] = ()) -> np.ndarray:
 
 
 def _hash(key: str) -> int:
+  if hashed := HASHED.fullmatch(key):
+    return int(hashed[1], 16)
   try:
     return group_id(key)
   except UnicodeEncodeError as error:
     raise UserError(f"the key {short(key)} of a removed document is not valid Unicode.") from error
 
 
-def remove(folder: epath.PathLike, documents: Sequence[str]) -> list[str]:
-  """Removes documents and returns the keys of all removed ones. For errors, see `rows`."""
+def remove(
+  folder: epath.PathLike,
+  documents: Sequence[str],
+  erase: Callable[[np.ndarray], None] | None = None,
+) -> list[str]:
+  """Removes documents and returns the keys of all removed ones. For errors, see `rows`.
+
+  `erase` is then called with the rows of `documents`. The file has only hashes of their keys.
+  """
   with locks.alone(folder):
     rows(folder, documents)
-    every = [*dict.fromkeys([*keys(folder), *documents])]
+    every = [*keys(folder), *documents]
+    if erase is not None:
+      gone, images = rows(folder, documents, alone=True), {*map(image_of, documents)}
+      every = [key for key in every if image_of(key) not in images]
+      hashes = ArrayStore(epath.Path(folder) / "train" / "keys")[gone]
+      every += [f"sha256:{value:016x}" for value in hashes]
+    every = [*dict.fromkeys(every)]
     write_json(epath.Path(folder) / FILE, {"keys": every})
+    if erase is not None:
+      erase(gone)
   return every
 
 

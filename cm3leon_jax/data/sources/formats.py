@@ -60,12 +60,12 @@ class SourcePart:
   """A part of a source, which becomes a raw shard.
 
   Attributes:
-    kind: a `Format` other than `auto`, or the name of a built-in source.
+    kind: a `Format` other than `auto`.
     files: usually one file. `text` may have many .txt files. `folder` has the path of the folder.
       `sidecars` has the folder of the source, and then the images and caption files of the part.
     bytes: total size of the files.
     modified: digest of the modification times of local files, or of checksums in a GCS bucket.
-      Files are unchanged if size and digest are unchanged. Empty for built-in sources.
+      Files are unchanged if size and digest are unchanged. Empty for the sources of a function.
   """
 
   kind: str

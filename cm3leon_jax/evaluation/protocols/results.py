@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 
-import cm3leon_jax
 from cm3leon_jax import distributed
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
@@ -12,6 +11,7 @@ from cm3leon_jax.evaluation.protocols.run import ProtocolRun
 from cm3leon_jax.evaluation.protocols.samples import Evaluated
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, write_json
+from cm3leon_jax.version import VERSION
 
 RESULTS = "results.json"
 
@@ -39,7 +39,7 @@ def write(job: ProtocolRun, about: dict, measured: dict) -> dict:
     "data": fingerprint(job.evaluated),
     "extractor": job.extractor and {"name": job.extractor.name, **job.extractor.identity},
     "scorer": job.scorer_identity,
-    "version": cm3leon_jax.__version__,
+    "version": VERSION,
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
     **measured,
