@@ -1,5 +1,8 @@
+import errno
+import fcntl
 import threading
 import time
+from unittest import mock
 
 import pytest
 
@@ -24,3 +27,10 @@ def test_two_processes_in_one_folder_follow_each_other(tmp_path, capsys, name):
   thread.join(timeout=60)
   assert order == ["first", "second"]
   assert capsys.readouterr().out == "waits\n"
+
+
+def test_a_folder_that_cannot_be_locked_is_used_all_the_same(tmp_path, monkeypatch):
+  error = OSError(errno.EBADF, "what NFS says of a folder")
+  monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=error))
+  with locks.alone(tmp_path):
+    (tmp_path / "written").touch()
