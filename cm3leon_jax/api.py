@@ -374,8 +374,8 @@ class CM3Leon:
     if not queries:
       return []
     with self._in_mesh():
-      found = retrieved.search(self.pipeline, queries, k)
-    return found[0] if single else found
+      result = retrieved.search(self.pipeline, queries, k)
+    return result[0] if single else result
 
   @functools.cached_property
   def _trained(self) -> dict[str, Any]:
@@ -396,5 +396,5 @@ class CM3Leon:
   def _first(self, attribute: str, *task: Any, **fields: Any) -> Any:
     """Generates one sample per task. Returns one attribute of each sample, such as its text."""
     single, tasks = self._tasks(*task, **fields)
-    found = [getattr(sample, attribute) for [sample] in self.sample(tasks)]
-    return found[0] if single else found
+    result = [getattr(sample, attribute) for [sample] in self.sample(tasks)]
+    return result[0] if single else result

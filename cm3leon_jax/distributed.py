@@ -187,12 +187,12 @@ def gather(value: Any) -> list[Any]:
   """
   if not are_several():
     return [value]
-  found = _exchange([value, min(_asked, default=0)])
-  if codes := [code for _, code in found if code]:
+  result = _exchange([value, min(_asked, default=0)])
+  if codes := [code for _, code in result if code]:
     if is_first():
       _tell()
     sys.exit(min(codes))
-  return [value for value, _ in found]
+  return [value for value, _ in result]
 
 
 def _exchange(value: Any) -> list[Any]:

@@ -40,10 +40,10 @@ def floors() -> dict[str, int]:
   below = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
   for names in below.values():
     names.discard("cm3leon_jax")  # Imported only to read its version.
-  found: dict[str, int] = {}
+  result: dict[str, int] = {}
   for name in graphlib.TopologicalSorter(below).static_order():
-    found[name] = 1 + max((found[other] for other in below[name]), default=-1)
-  return {_file_of(name): floor for name, floor in found.items()}
+    result[name] = 1 + max((result[other] for other in below[name]), default=-1)
+  return {_file_of(name): floor for name, floor in result.items()}
 
 
 def _file_of(module: str) -> str:

@@ -160,9 +160,9 @@ class HFCLIP:
 
     The number of rows is rounded up to a multiple of the number of devices.
     """
-    found, devices = copy.copy(self), self.mesh.size
-    found.batch_size = min(-(-size // devices) * devices, self.batch_size)
-    return found
+    result, devices = copy.copy(self), self.mesh.size
+    result.batch_size = min(-(-size // devices) * devices, self.batch_size)
+    return result
 
   def encode(self, caption: str) -> Int32[np.ndarray, " L"]:
     """Encodes a caption as ids, without start and end token."""

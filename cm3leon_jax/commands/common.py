@@ -177,8 +177,8 @@ def with_homes(arguments: Sequence[str]) -> list[str]:
 
   with_homes(["--workdir=~/run", "--prompt=~"]) = ["--workdir=/home/ada/run", "--prompt=~"]
   """
-  found = [re.fullmatch(r"(--?(?!prompt=)[\w.]+=)(~.*)", one, re.DOTALL) for one in arguments]
-  return [m[1] + os.path.expanduser(m[2]) if m else one for m, one in zip(found, arguments)]
+  result = [re.fullmatch(r"(--?(?!prompt=)[\w.]+=)(~.*)", one, re.DOTALL) for one in arguments]
+  return [m[1] + os.path.expanduser(m[2]) if m else one for m, one in zip(result, arguments)]
 
 
 def _help() -> str:

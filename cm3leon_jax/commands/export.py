@@ -238,11 +238,11 @@ def _heldout_bits(
   samples = [loader.join([document], settings.vocab) for document in documents]
   scored = bits.score_samples(params, settings.model, samples, settings.vocab, config.batch_size)
   masks = [bits.own_targets(s, d, settings.vocab) for s, d in zip(samples, documents)]
-  found = {
+  result = {
     name: np.concatenate([row[mask[name]] for row, mask in zip(scored, masks)])
     for name in bits.MODALITIES
   }
-  return {name: float(values.mean()) for name, values in found.items() if len(values)}
+  return {name: float(values.mean()) for name, values in result.items() if len(values)}
 
 
 def _run(settings: Settings, workdir: epath.Path) -> None:

@@ -115,12 +115,12 @@ _TRAIN_FLAGS = flags.DEFINE_multi_string(
 
 def config_flags(arguments: list[str]) -> list[str]:
   """Returns the flags --config and --config.SECTION.FIELD of a command line as --NAME=VALUE."""
-  found, rest = [], iter(arguments)
+  result, rest = [], iter(arguments)
   for argument in rest:
     if match := re.match(r"--?(config(?:\.[\w.]+)?)(=.*)?$", argument, re.DOTALL):
       name, value = match.groups()
-      found.append(f"--{name}{value or '=' + next(rest)}")
-  return found
+      result.append(f"--{name}{value or '=' + next(rest)}")
+  return result
 
 
 def _default_name(config: str) -> str:

@@ -53,9 +53,9 @@ def commands(settings: Settings, given: bool, own_images: bool = False) -> dict[
   it trains its own image tokenizer.
   """
   names = table.order(settings, given, own_images)
-  found = {"copy_tokenizers": ""} if given else {}
-  found |= {table.STAGES[name].command: name for name in names}
-  return {**found, "report": ""}
+  result = {"copy_tokenizers": ""} if given else {}
+  result |= {table.STAGES[name].command: name for name in names}
+  return {**result, "report": ""}
 
 
 class _Lines:

@@ -124,8 +124,8 @@ def _score(
   sizes = (layout.positions, config.batch_size)
   scorer = documents_lib.Scorer(params, settings.model, settings.vocab, *sizes, find)
   resampling = {"num_resamples": config.num_resamples, "seed": seed}
-  found = documents_lib.run(scorer, documents, folder, **resampling)
-  return {"step": step, "retrieve": retrieve, **found}
+  result = documents_lib.run(scorer, documents, folder, **resampling)
+  return {"step": step, "retrieve": retrieve, **result}
 
 
 def _search(trained: run.Run, layout: tasks.PromptLayout, count: int) -> documents_lib.Search:

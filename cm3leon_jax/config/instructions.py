@@ -229,13 +229,13 @@ def check_format(task: InstructionTask) -> None:
 def _own_tasks(values: Any) -> tuple[InstructionTask, ...]:
   if not isinstance(values, Sequence) or isinstance(values, str):
     raise ValueError(f"it is {values!r}; it must be a tuple of tasks, each a dict of fields.")
-  found = []
+  result = []
   for number, value in enumerate(values, 1):
     try:
-      found.append(make_task(value))
+      result.append(make_task(value))
     except FieldError as error:
       raise ValueError(f"task {number}: {error}") from error
-  return tuple(found)
+  return tuple(result)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

@@ -177,8 +177,8 @@ def levels_of(num_codes: int) -> tuple[int, ...]:
   levels_of(1_000) = (8, 5, 5, 5)
   levels_of(1_021) = (), since 1,021 is a prime number
   """
-  found = list(_factorizations(num_codes, LEVELS[-1]))
-  return max(found, key=lambda levels: (-len(levels), levels[-1]), default=())
+  result = list(_factorizations(num_codes, LEVELS[-1]))
+  return max(result, key=lambda levels: (-len(levels), levels[-1]), default=())
 
 
 def _factorizations(number: int, largest: int) -> Iterator[tuple[int, ...]]:

@@ -208,11 +208,11 @@ def _unique_of_shards(
   Appends empty prompts until all shards have the same number of prompts (see `rounded`). Returns
   (index of each prompt in the unique prompts of all shards, unique prompts of each shard).
   """
-  found = [_unique(prompts) for prompts in shards]
-  count = rounded(max(len(unique) for _, unique in found), 1)
-  numbers = np.concatenate([i * count + numbers for i, (numbers, _) in enumerate(found)])
+  result = [_unique(prompts) for prompts in shards]
+  count = rounded(max(len(unique) for _, unique in result), 1)
+  numbers = np.concatenate([i * count + numbers for i, (numbers, _) in enumerate(result)])
   empty = np.zeros((0, 2), np.int32)
-  return numbers, [[*unique, *[empty] * (count - len(unique))] for _, unique in found]
+  return numbers, [[*unique, *[empty] * (count - len(unique))] for _, unique in result]
 
 
 def _unique(prompts: Sequence[Tokens]) -> tuple[Int32[np.ndarray, " _"], list[Tokens]]:

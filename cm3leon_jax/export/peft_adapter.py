@@ -40,13 +40,13 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), 
 
 def adapters_of(run: Run) -> adapters.Adapters:
   """Returns the adapters of a run. Raises UserError if it has none."""
-  found = adapters.of_run(run.folder) if run.kind == "workdir" else None
-  if found is None:
+  result = adapters.of_run(run.folder) if run.kind == "workdir" else None
+  if result is None:
     raise UserError(
       f"--format is peft, but {run.folder} contains no adapters: choose another --format, or the "
       "workdir of a run with config.adapter.rank > 0."
     )
-  return found
+  return result
 
 
 def open_params(run: Run, average: bool | None) -> stored.StoredParams:

@@ -68,14 +68,14 @@ def failure(error: BaseException | None) -> str:
 
   failure(HttpError("status 503")) = "HttpError: status 503"
   """
-  for found in causes(error):
-    of_library = type(found) in (OSError, ValueError, RuntimeError) and LIBRARY.search(str(found))
+  for result in causes(error):
+    of_library = type(result) in (OSError, ValueError, RuntimeError) and LIBRARY.search(str(result))
     if (
       of_library
-      or f"{type(found).__module__}.".startswith(CLIENTS)
-      or (isinstance(found, OSError) and found.errno in NOT_READ)
+      or f"{type(result).__module__}.".startswith(CLIENTS)
+      or (isinstance(result, OSError) and result.errno in NOT_READ)
     ):
-      return f"{type(found).__name__}: {found}"
+      return f"{type(result).__name__}: {result}"
   return ""
 
 

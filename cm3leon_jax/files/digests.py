@@ -66,8 +66,8 @@ def damage(path: epath.PathLike, expected: dict, content: bool = True) -> str | 
 def stamp(path: epath.Path) -> tuple[int, int]:
   """Returns the size in bytes and the modification time of a file."""
   if "://" in os.fspath(path):
-    found = path.stat()
-    return found.length, found.mtime or 0
+    result = path.stat()
+    return result.length, result.mtime or 0
   local = os.stat(path)
   return local.st_size, local.st_mtime_ns
 

@@ -70,10 +70,10 @@ def lacks(value: Any, fields: Fields | None) -> str:
   if not isinstance(value, dict):
     return f"it must be a JSON object, but is {short(value)}"
   for name, kind in fields.items():
-    found = value.get(name)
+    result = value.get(name)
     right = (int, float) if kind is float else kind
-    if not isinstance(found, right) or isinstance(found, bool):
-      return f"its field '{name}' must be of type {NAMES[kind]}, but is {short(found)}"
+    if not isinstance(result, right) or isinstance(result, bool):
+      return f"its field '{name}' must be of type {NAMES[kind]}, but is {short(result)}"
   return ""
 
 

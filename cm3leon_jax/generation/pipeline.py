@@ -246,26 +246,26 @@ class Pipeline:
       UserError: `retrieval.max_similarity` excludes all documents for a task, and
         `retrieval.min_similarity` is not set. If it is set, a task may have no neighbors.
     """
-    found = [task.neighbors or () for task in tasks]
+    result = [task.neighbors or () for task in tasks]
     queries: dict[tuple, tuple[GivenImage, list[int]]] = {}
     for i, task in enumerate(tasks):
       if task.retrieve and task.neighbors is None:
         kind, value = task.query()
         queries.setdefault((kind, image_key(value)), (value, []))[1].append(i)
     if not queries:
-      return found
+      return result
     most = max(tasks[i].retrieve for _, members in queries.values() for i in members)
     nearest = self.search([(kind, value) for (kind, _), (value, _) in queries.items()], most)
     for (_, members), (documents, _) in zip(queries.values(), nearest):
       for i in members:
-        found[i] = documents[: tasks[i].retrieve]
-        if not found[i] and self.settings.retrieval.min_similarity == -1:
+        result[i] = documents[: tasks[i].retrieve]
+        if not result[i] and self.settings.retrieval.min_similarity == -1:
           limit = self.settings.retrieval.max_similarity
           raise tasks[i].error(
             f"no document was found for '{tasks[i].label}': all documents are more similar to it "
             f"than config.retrieval.max_similarity = {limit}: set retrieve to 0."
           )
-    return found
+    return result
 
   def search(
     self, queries: Sequence[tuple[str, object]], count: int
@@ -323,8 +323,8 @@ class Pipeline:
     """
     codes = self.codes(given)
     return [
-      task.to_request(self.layout, codes.get(given_key(task)), found)
-      for task, found in zip(tasks, neighbors)
+      task.to_request(self.layout, codes.get(given_key(task)), result)
+      for task, result in zip(tasks, neighbors)
     ]
 
   def codes(self, given: dict) -> dict:

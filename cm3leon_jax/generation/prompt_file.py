@@ -31,11 +31,11 @@ FIELDS |= dict.fromkeys(("length", "seed", "retrieve"), int)
 
 def task_class(name: str, where: str = "") -> type[Task]:
   """Returns the class of a task. Raises UserError if `name` is unknown."""
-  found = next((cls for cls in TASKS if cls.name == name), None)
-  if found is None:
+  result = next((cls for cls in TASKS if cls.name == name), None)
+  if result is None:
     names = ", ".join(cls.name for cls in TASKS)
     raise UserError(f"{where}task is '{name}'; it must be one of {names}.")
-  return found
+  return result
 
 
 def make_task(name: str, fields: dict, **common: Any) -> Task:

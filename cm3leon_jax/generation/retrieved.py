@@ -35,7 +35,7 @@ def search(
   if pipeline.bank is not None and not len(pipeline.documents):
     raise UserError(f"{pipeline.documents.folder} has no documents to retrieve.")
   nearest = pipeline.search(queries, count)
-  images = iter(images_of(pipeline, [document for found, _ in nearest for document in found]))
+  images = iter(images_of(pipeline, [document for result, _ in nearest for document in result]))
   return [
     [
       Retrieved(
@@ -47,9 +47,9 @@ def search(
         document.license,
         document.attribution,
       )
-      for document, similarity in zip(found, similarities)
+      for document, similarity in zip(result, similarities)
     ]
-    for found, similarities in nearest
+    for result, similarities in nearest
   ]
 
 

@@ -105,8 +105,8 @@ def describe_found(counts: Collection[int], retrieve: int) -> str:
   describe_found([1], 1) = "1 retrieved", describe_found([0, 1], 2) = "0 to 1 of 2 retrieved"
   """
   least, most = min(counts), max(counts)
-  found = f"{least}" if least == most else f"{least} to {most}"
-  return f"{found} retrieved" if least == retrieve else f"{found} of {retrieve} retrieved"
+  result = f"{least}" if least == most else f"{least} to {most}"
+  return f"{result} retrieved" if least == retrieve else f"{result} of {retrieve} retrieved"
 
 
 def grid(samples: Sequence[Sample], columns: int = 4) -> Image.Image:

@@ -46,14 +46,14 @@ class SourceCheckpoint:
 
   def part(self, name: str, kind: type) -> Any:
     """Returns an object or list of config.json, or an empty one. Raises UserError for others."""
-    found = self.described.get(name)
-    if found is None:
+    result = self.described.get(name)
+    if result is None:
       return kind()
-    if not isinstance(found, kind):
+    if not isinstance(result, kind):
       raise UserError(
-        f"{self.folder / CONFIG}: {name} is {short(found)}; it must be of type {NAMES[kind]}."
+        f"{self.folder / CONFIG}: {name} is {short(result)}; it must be of type {NAMES[kind]}."
       )
-    return found
+    return result
 
   def check_names(self, expected: Collection[str]) -> None:
     """Raises UserError if the checkpoint has tensors that are not in `expected`."""
@@ -66,12 +66,12 @@ class SourceCheckpoint:
 
   def digests(self) -> dict[str, str]:
     """Maps each imported file to the first 16 hex digits of its SHA-256, or to "" if absent."""
-    found = {
+    result = {
       "weights": stored_tensors.digest_of(self.folder),
       "config": digest(self.folder / CONFIG),
       "tokenizer": digest(self.folder / TOKENIZER),
     }
-    return {name: (sha256 or "")[:16] for name, sha256 in found.items()}
+    return {name: (sha256 or "")[:16] for name, sha256 in result.items()}
 
 
 def open_source(source: str) -> SourceCheckpoint:

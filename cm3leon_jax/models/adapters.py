@@ -65,12 +65,12 @@ def count(model: ModelConfig, config: AdapterConfig, mesh: Mapping[str, int] | N
   parts = mesh or {}
 
   def length(axes: Sequence[str], sizes: Mapping[str, int]) -> int:
-    found: int = math.prod(sizes[axis] for axis in axes)
+    result: int = math.prod(sizes[axis] for axis in axes)
     for axis in axes:
       split: Any = RULES[axis] or ()
       names = (split,) if isinstance(split, str) else split
-      found //= math.prod(parts.get(name, 1) for name in names)
-    return found
+      result //= math.prod(parts.get(name, 1) for name in names)
+    return result
 
   lengths = (
     length(axes, _sizes(model, name)) for name in config.matrices(model) for axes in AXES[name]

@@ -41,10 +41,10 @@ def load(name: str, slices: int = 1) -> topology_lib.Topology:
   check_plugin()
   gpu = hardware_lib.GPUS[hardware.chip]
   shape = f"1x{hardware.hosts}x{hardware.per_host}"
-  found = topologies.get_topology_desc("", "cuda", target_config=target(gpu), topology=shape)
+  result = topologies.get_topology_desc("", "cuda", target_config=target(gpu), topology=shape)
   # The topology does not describe links between GPUs.
   chip = topology_lib.Chip(hardware.memory, gpu.bandwidth, 0.0, "planning/hardware.py")
-  return topology_lib.Topology(hardware.name, chip, 1, tuple(found.devices), hardware.share)
+  return topology_lib.Topology(hardware.name, chip, 1, tuple(result.devices), hardware.share)
 
 
 def target(gpu: Gpu) -> str:

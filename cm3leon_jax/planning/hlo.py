@@ -300,9 +300,9 @@ def _number(field: str, text: str) -> int:
 
 def _match(pattern: str, text: str) -> re.Match[str]:
   """Searches for a pattern. Raises ValueError if there is no match."""
-  if (found := re.search(pattern, text)) is None:
+  if (result := re.search(pattern, text)) is None:
     raise ValueError(f"no {pattern} in {text}")
-  return found
+  return result
 
 
 def _main_bytes(text: str) -> float:

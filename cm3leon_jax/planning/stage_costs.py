@@ -217,5 +217,5 @@ def table(costs: Sequence[Cost], plan: Plan, pairs: int, of_a_pass: int) -> str:
 def _hours(core_hours: float, chip_hours: float, unit: str) -> str:
   numbers = ((core_hours, "core-hours"), (chip_hours, unit))
   shown = [(f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}", name) for hours, name in numbers]
-  found = [f"{hours} {name}" for hours, name in shown if hours != "0"]
-  return f"{' and '.join(found)}: " if found else ""
+  result = [f"{hours} {name}" for hours, name in shown if hours != "0"]
+  return f"{' and '.join(result)}: " if result else ""

@@ -97,10 +97,10 @@ def read_heldout(
 def digest(prompt: Prompt) -> str:
   """Returns the SHA-256 digest of what the model receives: the text and the input image."""
   task = prompt_of(prompt.task, prompt.record)
-  found = hashlib.sha256(task.prompt.encode())
+  result = hashlib.sha256(task.prompt.encode())
   if has_image(task):
-    found.update(load_image(task.image, None).tobytes())
-  return found.hexdigest()
+    result.update(load_image(task.image, None).tobytes())
+  return result.hexdigest()
 
 
 def _records(settings: Settings, task: InstructionTask, split: str) -> Iterator[Record]:

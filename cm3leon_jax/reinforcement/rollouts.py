@@ -69,8 +69,8 @@ def diverse(
       f"config.reinforce.diversity_weight is {weight}, but the reward of a sample is "
       f"{rewards.min():.3g}: use rewards that are not negative, or the weight 0."
     )
-  found = differences(codes)
-  return rewards * (1 + weight * (found - found.mean(1, keepdims=True)))
+  result = differences(codes)
+  return rewards * (1 + weight * (result - result.mean(1, keepdims=True)))
 
 
 @dataclasses.dataclass

@@ -56,13 +56,13 @@ def rows(folder: epath.PathLike, documents: Sequence[str] = (), alone: bool = Fa
       "documents: delete the keys that are not in the bank."
     )
   hashes = {_hash(name): image_of(key) for key in every for name in (key, image_of(key))}
-  found, seen, numbers = [], set(), range(1)
+  result, seen, numbers = [], set(), range(1)
   while hashes:
     wanted, hit = np.fromiter(hashes, np.uint64), set()
     for start in range(0, len(stored), SCAN):
       block = stored[start : start + SCAN]
       places = np.flatnonzero(np.isin(block, wanted))
-      found.append(start + places)
+      result.append(start + places)
       hit |= {hashes[int(value)] for value in block[places]}
     seen |= hit
     # Crops are numbered without gaps: 1, then 2 and 3, then 4 to 7, ... while some are found.
@@ -73,7 +73,7 @@ def rows(folder: epath.PathLike, documents: Sequence[str] = (), alone: bool = Fa
       f"document '{missing[0]}' is not in the bank of {folder}: give a key from results.jsonl or "
       "CM3Leon.retrieve."
     )
-  return np.unique(np.concatenate(found))
+  return np.unique(np.concatenate(result))
 
 
 def _hash(key: str) -> int:

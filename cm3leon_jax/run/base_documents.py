@@ -37,8 +37,8 @@ def is_complete(folder: epath.Path) -> bool:
 def copied_from(workdir: epath.PathLike) -> str:
   """Returns the base of a run, as the user named it; "" if nothing was copied from another run."""
   path = epath.Path(workdir) / "text_tokenizer" / stages.DONE
-  found = read_json(path, {}).get("summary", {}).get("copied_from") if path.exists() else None
-  return str(found or "")
+  result = read_json(path, {}).get("summary", {}).get("copied_from") if path.exists() else None
+  return str(result or "")
 
 
 def source_of(workdir: epath.PathLike) -> str:
@@ -80,16 +80,18 @@ def fields(source: str, own_images: bool) -> dict[str, Any]:
   no meaning for it, so it does not use them.
   """
   settings, folder = find(source)
-  found = from_data.base_fields(dataclasses.asdict(settings), not own_images and folder is not None)
+  result = from_data.base_fields(
+    dataclasses.asdict(settings), not own_images and folder is not None
+  )
   installed = bool(settings.vqgan.source)
   if own_images or installed:  # The batch must not be larger than the data.
-    del found["vqgan.batch_size"]
+    del result["vqgan.batch_size"]
   if own_images:  # Nothing is imported; the fields of an installed tokenizer mean nothing.
-    found["vqgan.published"] = ""
+    result["vqgan.published"] = ""
   if own_images and installed:
-    found = {k: v for k, v in found.items() if not k.startswith("vqgan.")}
-    found["vqgan.source"] = ""
-  return found
+    result = {k: v for k, v in result.items() if not k.startswith("vqgan.")}
+    result["vqgan.source"] = ""
+  return result
 
 
 def open_base(settings: Settings, workdir: epath.PathLike) -> Base:

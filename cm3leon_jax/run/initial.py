@@ -55,15 +55,15 @@ def start_of_run(
     if not source:
       return None
     source = _lasting(source) if tunes else source
-    found = find(settings, source)
-    at = "" if found.step is None else f", step {found.step}"
+    result = find(settings, source)
+    at = "" if result.step is None else f", step {result.step}"
     print_once(f"train: the run starts from the parameters of {source}{at}.")
     for name in other_tokenizers(source, workdir):
       print_once(
         f"train: warning: {source} was trained with another {name} than the one in {workdir}; "
         "its parameters expect other token ids."
       )
-    return found
+    return result
   recorded = stored.get("init_from")
   began = recorded["source"] if recorded else "random parameters"
   if source and source != began and not (tunes and _lasting(source) == began):
@@ -224,17 +224,17 @@ def over(source: str, adapter: str | os.PathLike[str]) -> Adapters:
   Raises:
     UserError: `adapter` contains no adapters, or they were trained on other parameters.
   """
-  if (found := adapters.of_run(adapter)) is None:
+  if (result := adapters.of_run(adapter)) is None:
     raise UserError(
       f"{adapter} contains no adapters: name the workdir of a run with config.adapter.rank > 0."
     )
-  given = find(found.settings, source, found.base.step)
-  if (given.step, given.digest) != (found.base.step, found.base.digest):
+  given = find(result.settings, source, result.base.step)
+  if (given.step, given.digest) != (result.base.step, result.base.digest):
     raise UserError(
-      f"the adapters in {found.folder} were trained on other parameters than those of {source}: "
-      f"their base is {found.base.source}."
+      f"the adapters in {result.folder} were trained on other parameters than those of {source}: "
+      f"their base is {result.base.source}."
     )
-  return dataclasses.replace(found, base=given)
+  return dataclasses.replace(result, base=given)
 
 
 def start_of(workdir: epath.PathLike) -> Weights | None:

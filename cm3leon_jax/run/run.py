@@ -242,10 +242,10 @@ def open_params(run: Run, average: bool | None) -> StoredParams:
     UserError: `average` is not None, but the run keeps no average or is a bundle.
   """
   if run.kind == "workdir":
-    found = reading.open_params(run.folder / "train", average=average)
+    result = reading.open_params(run.folder / "train", average=average)
     if adapters.of_run(run.folder) is None:
-      return found
-    return of_tree(*run.params(found.step, average is not False), found.averaged)
+      return result
+    return of_tree(*run.params(result.step, average is not False), result.averaged)
   if average is not None:
     raise UserError(
       f"--merge_ema is given, but {run.folder} is a bundle, which has only one set of parameters: "

@@ -210,9 +210,9 @@ def usual_buckets(
 
   Only the first task may retrieve documents.
   """
-  found: dict[Bucket, tuple[Request, SamplingConfig]] = {}
+  result: dict[Bucket, tuple[Request, SamplingConfig]] = {}
   retrieved = [*pipeline.retrieve(tasks[:1]), *[()] * (len(tasks) - 1)]
   for task, neighbors in zip(tasks, retrieved, strict=True):
     case = task.to_request(pipeline.layout, neighbors=neighbors), task.sampling
-    found.setdefault(bucket_of(*case, pipeline.generator), case)
-  return found
+    result.setdefault(bucket_of(*case, pipeline.generator), case)
+  return result

@@ -186,14 +186,14 @@ def read_json(text: bytes) -> dict:
       f"body with such characters may have at most {MOST_WIDE:,} bytes.",
     )
   try:
-    found = pydantic_core.from_json(text, allow_inf_nan=False)
+    result = pydantic_core.from_json(text, allow_inf_nan=False)
   except ValueError as error:
     raise ApiError(
       400, f"the body is not valid JSON ({short(str(error))}): send a JSON object."
     ) from error
-  if not isinstance(found, dict):
-    raise ApiError(400, f"the body is a JSON {type(found).__name__}; it must be an object.")
-  return found
+  if not isinstance(result, dict):
+    raise ApiError(400, f"the body is a JSON {type(result).__name__}; it must be an object.")
+  return result
 
 
 def read(cls: type[B], values: Mapping[str, Any], strict: bool = True) -> B:

@@ -76,7 +76,7 @@ def make_params(tensors: Mapping[str, np.ndarray]) -> dict:
 def activations(params: dict, x: Pixels) -> list[Float[Array, "B _ _ _"]]:
   """Computes the outputs of the five blocks, before their pools, for pixels in [-1, 1]."""
   shift, scale = (jnp.array(v, jnp.float32).reshape(1, 1, 1, 3) for v in (SHIFT, SCALE))
-  x, found = (x - shift) / scale, []
+  x, result = (x - shift) / scale, []
   for number, block in enumerate(BLOCKS):
     if number:
       x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
@@ -86,8 +86,8 @@ def activations(params: dict, x: Pixels) -> list[Float[Array, "B _ _ _"]]:
         x, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
       )
       x = jax.nn.relu(x + layer["bias"].reshape(1, 1, 1, -1))
-    found.append(x)
-  return found
+    result.append(x)
+  return result
 
 
 def distance(params: dict, x: Pixels, y: Pixels) -> Float32[Array, " B"]:

@@ -52,29 +52,29 @@ def find_files(source: epath.PathLike) -> list[epath.Path]:
       return [folder / name]
   if (index := folder / f"{TRANSFORMERS}.index.json").exists():
     return [folder / name for name in sorted(set(files_of_index(index).values()))]
-  found = sorted(folder.glob("*.safetensors"))
-  for other in () if found else sorted(folder.iterdir()):
+  result = sorted(folder.glob("*.safetensors"))
+  for other in () if result else sorted(folder.iterdir()):
     if other.suffix in PICKLES:
       _refuse_pickle(other)
-  if len(found) != 1:
+  if len(result) != 1:
     raise UserError(
-      f"--source is {source}, a folder with {len(found)} .safetensors files: name the file with "
+      f"--source is {source}, a folder with {len(result)} .safetensors files: name the file with "
       "the weights."
     )
-  return found
+  return result
 
 
 def read_headers(files: Collection[epath.Path]) -> dict[str, tuple[epath.Path, tuple[int, ...]]]:
   """Returns tensor name -> (file, shape), from the headers of the files."""
-  found = {}
+  result = {}
   for path in files:
     check_foreign(path)
     try:
       with safetensors.safe_open(os.fspath(path), framework="np") as file:
         for name in file.keys():  # noqa: SIM118 (no mapping)
-          found[name] = path, tuple(file.get_slice(name).get_shape())
+          result[name] = path, tuple(file.get_slice(name).get_shape())
     except (safetensors.SafetensorError, OSError) as error:
       raise UserError(
         f"{path} is not a whole safetensors file ({error}): download it again."
       ) from error
-  return found
+  return result

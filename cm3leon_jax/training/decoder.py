@@ -272,5 +272,5 @@ def train(training: DecoderTraining, lease: Lease | None = None) -> dict:
       state = run_steps(range(done + 1, config.steps + 1), take_step, state, batches, hooks)
   check_end(int(state.step), config.steps, folder, stop.code, saves.saved)
   # If no step was left to train, the hook has not computed the losses.
-  found = losses.losses or evaluate(state.eval_params)
-  return _summary(state, steps.base, saves.next_row, found, losses)
+  result = losses.losses or evaluate(state.eval_params)
+  return _summary(state, steps.base, saves.next_row, result, losses)

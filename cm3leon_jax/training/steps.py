@@ -108,20 +108,20 @@ def checked_step(
   def step(
     state: TrainState, batch: dict, num_sources: int = 0, base: dict | None = None
   ) -> tuple[TrainState, dict, dict[str, jax.Array]]:
-    found = {"read": fingerprint(state)}
+    result = {"read": fingerprint(state)}
 
     def update(
       gradients: dict, opt_state: optax.OptState, params: dict
     ) -> tuple[dict, optax.OptState]:
       # Gradients before clipping, which would spread an error to all arrays.
-      found["gradients"] = fingerprint(gradients)
+      result["gradients"] = fingerprint(gradients)
       updates, opt_state = optimizer.update(gradients, opt_state, params)
-      found["updates"] = fingerprint(updates)
+      result["updates"] = fingerprint(updates)
       return updates, opt_state
 
     watched = optax.GradientTransformation(optimizer.init, update)
     state, metrics = make_step(watched)(state, batch, num_sources=num_sources, base=base)
-    return state, metrics, {**found, "left": fingerprint(state)}
+    return state, metrics, {**result, "left": fingerprint(state)}
 
   return step
 

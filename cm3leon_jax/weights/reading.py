@@ -102,7 +102,7 @@ def _read(
     try:
       checkpoints, chosen = _open(folder, step)
       checkpoints.check(chosen)
-      found = read(checkpoints, chosen)
+      result = read(checkpoints, chosen)
       checkpoints.close()
       break
     except Exception:
@@ -112,7 +112,7 @@ def _read(
     kind = "newest" if chosen == newest else "best"
     line = f"{folder}: the training is not finished; its {kind} checkpoint, step {chosen}, is used."
     print(line, file=sys.stderr, flush=True)
-  return found, chosen
+  return result, chosen
 
 
 def _open(folder: epath.PathLike, step: int | None) -> tuple[Checkpoints, int]:

@@ -160,8 +160,8 @@ def _open(path: epath.Path) -> Mapping[str, Callable]:
   check_foreign(path)
   try:
     if "://" in os.fspath(path):  # A file in a GCS bucket cannot be memory-mapped.
-      found = deserialize(path.read_bytes())
-      return {name: functools.partial(_InMemory, about) for name, about in found}
+      result = deserialize(path.read_bytes())
+      return {name: functools.partial(_InMemory, about) for name, about in result}
     file = safe_open(os.fspath(path), framework="np")
     names = file.keys()
     return {name: functools.partial(file.get_slice, name) for name in names}

@@ -166,8 +166,8 @@ class Names:
 
   def of(self, name: str) -> list[str]:
     """Returns the names of the thing in English, the best first; without any, the name itself."""
-    found = self._words.get(self._root(name)) or [name.replace("-", " ")]
-    return list(dict.fromkeys(word.lower() for word in found))
+    result = self._words.get(self._root(name)) or [name.replace("-", " ")]
+    return list(dict.fromkeys(word.lower() for word in result))
 
   def _root(self, name: str) -> str:
     short = re.sub(r"[\W_]+", "", name.lower())

@@ -254,11 +254,11 @@ def write(folder: pathlib.Path, inputs: Inputs, near: np.ndarray, counts: dict) 
   origins = {x.origin for x in (*trained, *fonts, *others)}
   lines = sorted(f"- {x.attribution}: {x.license}, {x.source}\n" for x in origins)
   (folder / "ATTRIBUTION.md").write_text("".join(lines), encoding="utf-8")
-  found = collections.Counter((line["split"], line["facts"]["kind"]) for line in writer.lines)
+  result = collections.Counter((line["split"], line["facts"]["kind"]) for line in writer.lines)
   return (
     f"{folder}: {free.sum():,} of {len(free):,} drawings are trained on, "
     f"{sum(map(bool, inputs.groups)):,} held out, {near.sum():,} left out as near copies; "
-    + ", ".join(f"{n:,} {split} {kind}" for (split, kind), n in sorted(found.items()))
+    + ", ".join(f"{n:,} {split} {kind}" for (split, kind), n in sorted(result.items()))
   )
 
 

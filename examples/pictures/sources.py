@@ -106,9 +106,9 @@ class Photograph:
 
 def find(folder: pathlib.Path, pattern: str) -> pathlib.Path:
   """Returns the newest file of a pattern. Raises `sets.SetError` if there is none."""
-  if not (found := sorted(folder.glob(pattern))):
+  if not (result := sorted(folder.glob(pattern))):
     raise sets.SetError(f"{folder} has no {pattern}; it needs the files of\n  {GET}")
-  return found[-1]
+  return result[-1]
 
 
 def icons(found: Iterable[sets.IconSet], kind: str) -> Iterator[Drawing]:
@@ -140,15 +140,15 @@ def clip_art(folder: pathlib.Path) -> Iterator[Drawing]:
 def drawings(folder: pathlib.Path) -> list[Drawing]:
   """Reads the drawings of all packages, also those that are held out."""
   kinds = {"emoji": (*EMOJI, HELD_OUT[0]), "icon": (*ICONS, HELD_OUT[1]), "one color": ONE_COLOR}
-  found = []
+  result = []
   for kind, packages in kinds.items():
-    found += icons(sets.read(folder, {package: package for package in packages}), kind)
-  return [*found, *clip_art(folder)]
+    result += icons(sets.read(folder, {package: package for package in packages}), kind)
+  return [*result, *clip_art(folder)]
 
 
 def fonts(folder: pathlib.Path) -> list[Font]:
   """Reads the fonts, regular and Latin; the held-out font is the last."""
-  found = []
+  result = []
   for name in (*FONTS, HELD_OUT_FONT):
     path = find(folder, f"fontsource-{name}-[0-9]*.tgz")
     with tarfile.open(path) as tar:
@@ -156,18 +156,18 @@ def fonts(folder: pathlib.Path) -> list[Font]:
       about = tar.extractfile("package/package.json").read().decode()
     license = re.search(r'"license": "([^"]+)"', about)[1]
     source = f"https://www.npmjs.com/package/@fontsource/{name}"
-    found.append(Font(name, content, Origin(license, f"font {name}", source)))
-  return found
+    result.append(Font(name, content, Origin(license, f"font {name}", source)))
+  return result
 
 
 def photographs(folder: pathlib.Path) -> list[Photograph]:
   """Reads the photographs that the wheels of scikit-image and scikit-learn contain."""
-  found, wheels = [], collections.defaultdict(list)
+  result, wheels = [], collections.defaultdict(list)
   for name in PHOTOGRAPHS:
     wheels["scikit_image" if name.startswith("skimage") else "scikit_learn"].append(name)
   for wheel, names in wheels.items():
     with zipfile.ZipFile(find(folder, f"{wheel}-*.whl")) as files:
       for name in names:
         image = Image.open(io.BytesIO(files.read(name))).convert("RGB")
-        found.append(Photograph(name, image, Origin(*PHOTOGRAPHS[name])))
-  return found
+        result.append(Photograph(name, image, Origin(*PHOTOGRAPHS[name])))
+  return result

@@ -158,9 +158,9 @@ def relations(place: str, other: str) -> list[str]:
   relations("top left", "top right") = ["left of"]
   """
   (row, column), (other_row, other_column) = (divmod(PLACES.index(p), 2) for p in (place, other))
-  found = []
+  result = []
   if column != other_column:
-    found.append("left of" if column < other_column else "right of")
+    result.append("left of" if column < other_column else "right of")
   if row != other_row:
-    found.append("above" if row < other_row else "below")
-  return found
+    result.append("above" if row < other_row else "below")
+  return result

@@ -66,9 +66,9 @@ def describe_shard(folder: epath.Path, name: str, stored: np.ndarray) -> dict[st
   the size changed after that.
   """
   records, lengths = f"{name}{RECORDS}", f"{name}{LENGTHS}"
-  found = {"bytes": int(stored[0]), "sha256": str(stored[1])}
-  check_shard_file(folder, records, found, content=False)
-  return {records: found, lengths: describe(folder / lengths)}
+  result = {"bytes": int(stored[0]), "sha256": str(stored[1])}
+  check_shard_file(folder, records, result, content=False)
+  return {records: result, lengths: describe(folder / lengths)}
 
 
 def check_shard_file(folder: epath.Path, file: str, expected: dict, content: bool = True) -> None:
@@ -88,5 +88,5 @@ def encode_again(path: epath.PathLike) -> str:
 def shards_with_files(folders: Iterable[epath.PathLike]) -> Callable[[str], bool]:
   """Returns a function that says whether each of `folders` has both files of a given shard."""
   folders = [epath.Path(folder) for folder in folders]
-  found = [{p.name for p in folder.iterdir()} if folder.exists() else set() for folder in folders]
-  return lambda name: all({f"{name}{RECORDS}", f"{name}{LENGTHS}"} <= files for files in found)
+  result = [{p.name for p in folder.iterdir()} if folder.exists() else set() for folder in folders]
+  return lambda name: all({f"{name}{RECORDS}", f"{name}{LENGTHS}"} <= files for files in result)

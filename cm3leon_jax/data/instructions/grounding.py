@@ -55,14 +55,14 @@ def _objects_by_image(file: epath.PathLike) -> dict[int, str]:
   try:
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
     names = {category["id"]: category["name"] for category in categories}
-    found: dict[int, list[tuple[str, Box]]] = {key: [] for key in sizes}
+    result: dict[int, list[tuple[str, Box]]] = {key: [] for key in sizes}
     for entry in boxes:
       box = square_box(entry["bbox"], *sizes[entry["image_id"]])
       if box is not None and not entry["iscrowd"]:
-        found[entry["image_id"]].append((names[entry["category_id"]], box))
+        result[entry["image_id"]].append((names[entry["category_id"]], box))
   except (LookupError, TypeError, ValueError, ArithmeticError) as error:
     raise UserError(f"{file} has the wrong format: {error!r}.") from error
-  return {key: describe_objects(objects) for key, objects in found.items()}
+  return {key: describe_objects(objects) for key, objects in result.items()}
 
 
 def square_box(bbox: Sequence[float], width: int, height: int) -> Box | None:

@@ -111,7 +111,7 @@ def _encode(
     codes = _encode_images(encoder.image_tokenizer, pixels, np.array(redrawn))
     for (i, field, _), ids in zip(images, encoder.vocab.image_ids(codes)):
       of_record.setdefault(i, {})[field] = ids
-  found = []
+  result = []
   for i, record in enumerate(records):
     if i in wrong:
       continue
@@ -133,8 +133,8 @@ def _encode(
         f"for {most}: shorten it, or raise config.data.sequence_length."
       )
       continue
-    found.append((record, one))
-  return found, [(records[i], reason) for i, reason in sorted(wrong.items())]
+    result.append((record, one))
+  return result, [(records[i], reason) for i, reason in sorted(wrong.items())]
 
 
 def is_redrawn(task: InstructionTask, key: str, share: float) -> bool:

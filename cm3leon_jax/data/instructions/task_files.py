@@ -20,15 +20,15 @@ def load_tasks(config: InstructionsConfig) -> tuple[InstructionTask, ...]:
     UserError: the file does not exist or has an invalid field, two tasks have the same name, or
       `config.only` names an unknown task.
   """
-  found = (*(read_tasks(config.tasks) if config.tasks else ()), *config.own_tasks)
-  names = [task.name for task in found]
+  result = (*(read_tasks(config.tasks) if config.tasks else ()), *config.own_tasks)
+  names = [task.name for task in result]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise UserError(f"config.instructions has two tasks with the name '{twice[0]}': rename one.")
   if unknown := sorted(set(config.only) - set(names)):
     raise UserError(
       f"config.instructions.only names '{unknown[0]}'; the tasks are {', '.join(names)}."
     )
-  return tuple(task for task in found if task.name in (config.only or names))
+  return tuple(task for task in result if task.name in (config.only or names))
 
 
 def shipped() -> list[str]:
@@ -70,7 +70,7 @@ def parse_tasks(text: str, where: str) -> tuple[InstructionTask, ...]:
   if not documents or not isinstance(documents[0][1], list) or not documents[0][1]:
     raise UserError(f"{where} must be a list of tasks, each `- name: ...` and other fields.")
   [(node, values)] = documents
-  found: list[InstructionTask] = []
+  result: list[InstructionTask] = []
   lines: dict[str, int] = {}
   for entry, value in zip(node.value, values, strict=True):
     try:
@@ -84,8 +84,8 @@ def parse_tasks(text: str, where: str) -> tuple[InstructionTask, ...]:
     except FieldError as error:
       raise UserError(f"{where}, line {_line_of(entry, error.path)}: {error}") from error
     lines[task.name] = _line_of(entry, ("name",))
-    found.append(task)
-  return tuple(found)
+    result.append(task)
+  return tuple(result)
 
 
 def _check_keys(node: yaml.Node) -> None:

@@ -97,7 +97,7 @@ def join_record(
       target image is not the last segment, or the task drops segments that cannot be dropped.
   """
   segments: list[Segment] = []
-  at, found = 1, (0, 0)
+  at, result = 1, (0, 0)
   template = choose_template(task, record.key)
   for text in split_template(template):
     tokens, is_image, inside = _segment(task, record, text, encode, codes)
@@ -105,12 +105,12 @@ def join_record(
       continue
     segments.append(Segment(is_image, tokens))
     if inside is not None:
-      found = (at + inside[0], at + inside[1])
+      result = (at + inside[0], at + inside[1])
     at += len(tokens) + 1
-  is_last = _check_place(task, segments, found, at - 1)
+  is_last = _check_place(task, segments, result, at - 1)
   if is_last and is_edit(template):  # The texts and images between EDIT and the target.
     segments[1:-1] = sorted(segments[1:-1], key=lambda part: part.is_image == instruction_first)
-  return Instruction(tuple(segments), *found)
+  return Instruction(tuple(segments), *result)
 
 
 def _check_place(

@@ -24,12 +24,12 @@ def check_split(name: str, split: str, splits: Mapping[str, tuple[str, ...]]) ->
 
 def find_file(root: epath.PathLike, name: str, split: str, *names: str) -> epath.Path:
   """Returns the first file in `names` that exists in `root`. Raises UserError if none exists."""
-  found = next((path for n in names if (path := epath.Path(root) / n).exists()), None)
-  if found is None:
+  result = next((path for n in names if (path := epath.Path(root) / n).exists()), None)
+  if result is None:
     raise UserError(
       f"{root} has no {' or '.join(names)}, which format '{name}' needs for split '{split}'."
     )
-  return found
+  return result
 
 
 def load_json(file: epath.PathLike, kind: type = dict) -> Any:
@@ -70,13 +70,13 @@ def field_of(entry: Any, name: str, kind: type, where: object) -> Any:
 
 def entries_by_id(entries: list, name: str, kind: type, where: str) -> dict:
   """Returns {value of the field `name`: entry}. Raises UserError if a value occurs twice."""
-  found = {}
+  result = {}
   for number, entry in enumerate(entries, 1):
     key = field_of(entry, name, kind, f"{where}, entry {number}")
-    if key in found:
+    if key in result:
       raise UserError(f"{where}: {name} {key} occurs twice; it must be unique.")
-    found[key] = entry
-  return found
+    result[key] = entry
+  return result
 
 
 def texts_of(entries: list, name: str, where: str) -> tuple[str, ...]:

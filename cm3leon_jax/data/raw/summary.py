@@ -38,15 +38,15 @@ def of_record(record: Record, sizes: Sequence[tuple[int, int]]) -> dict:
 
 def merged(statistics: Iterable[dict]) -> dict:
   """Merges the statistics of several records, see `of_record`."""
-  found = list(statistics)
-  words = [f["fewest_caption_words"] for f in found if f["fewest_caption_words"]]
-  smallest = [f["smallest_image"] for f in found if f["smallest_image"] != [0, 0]]
+  result = list(statistics)
+  words = [f["fewest_caption_words"] for f in result if f["fewest_caption_words"]]
+  smallest = [f["smallest_image"] for f in result if f["smallest_image"] != [0, 0]]
   return {
-    **{name: sum(f[name] for f in found) for name in SUMS},
+    **{name: sum(f[name] for f in result) for name in SUMS},
     "fewest_caption_words": min(words, default=0),
-    "most_caption_words": max((f["most_caption_words"] for f in found), default=0),
+    "most_caption_words": max((f["most_caption_words"] for f in result), default=0),
     "smallest_image": min(smallest, key=_pixels, default=[0, 0]),
-    "largest_image": max((f["largest_image"] for f in found), key=_pixels, default=[0, 0]),
+    "largest_image": max((f["largest_image"] for f in result), key=_pixels, default=[0, 0]),
   }
 
 

@@ -30,15 +30,15 @@ def parts(source: str, options: dict[str, Any]) -> list[SourcePart]:
   are not compared.
   """
   file = pathlib.Path(source.rpartition(":")[0])
-  found, start = [], 0
+  result, start = [], 0
   for _, group in itertools.groupby(_call(source, options), lambda record: record.get("split")):
     end = start + sum(1 for _ in group)
     for first in range(start, end, PART_RECORDS):
-      found.append((str(first), str(min(first + PART_RECORDS, end))))
+      result.append((str(first), str(min(first + PART_RECORDS, end))))
     start = end
   content = file.read_bytes() + json.dumps(options, sort_keys=True).encode()
   stamp = hashlib.sha256(content).hexdigest()[:16]
-  return [SourcePart(KIND, of_part, 0, stamp) for of_part in found]
+  return [SourcePart(KIND, of_part, 0, stamp) for of_part in result]
 
 
 class Reader:
@@ -60,8 +60,8 @@ class Reader:
 
   def _checked(self, number: int, record: dict) -> Record | Rejected:
     values = {**record, "image": "drawn"}  # The checks are those of records in files.
-    found = checked_record(RawPair, values, self._source, f"{self._source}, record {number}")
-    return found if isinstance(found, Rejected) else with_images(found, [record["image"]])
+    result = checked_record(RawPair, values, self._source, f"{self._source}, record {number}")
+    return result if isinstance(result, Rejected) else with_images(result, [record["image"]])
 
 
 def _call(source: str, options: dict[str, Any]) -> Iterator[dict]:

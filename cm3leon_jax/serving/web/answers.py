@@ -45,10 +45,10 @@ def neighbors(found: tuple[Neighbor, ...]) -> list[dict[str, str]]:
 
 def described(event: Finished) -> dict[str, Any]:
   """Returns the fields of a complete image, with `ratios` if the request asked to explain it."""
-  found = {"seed": event.sample.seed, "clip_score": event.sample.clip_score}
+  result = {"seed": event.sample.seed, "clip_score": event.sample.clip_score}
   if event.ratios is None:
-    return found
-  return {**found, "ratios": [x.astype(float).round(3).tolist() for x in event.ratios]}
+    return result
+  return {**result, "ratios": [x.astype(float).round(3).tolist() for x in event.ratios]}
 
 
 def server_event(data: dict | str, name: str = "") -> str:

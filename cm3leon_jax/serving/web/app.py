@@ -119,10 +119,10 @@ class Server:
     """Decodes an image. Raises ApiError if it is invalid, or ClientDisconnect."""
     side, pixels = self._layout.resolution, self.limits.most_pixels
     decoding = self._decoders.decode(image, resolution=side, most_pixels=pixels, param=param)
-    found = await self._in_time(request, unless_gone(request, decoding))
-    if found is None:
+    result = await self._in_time(request, unless_gone(request, decoding))
+    if result is None:
       raise ClientDisconnect
-    return found
+    return result
 
   async def _in_time(self, request: Request, coroutine: Awaitable[T]) -> T:
     """Awaits a coroutine. Raises ApiError when the time limit of the request is over."""
@@ -177,8 +177,8 @@ class Server:
     events = self._events(request, task, body)
     if not body.stream:
       async with contextlib.aclosing(events):
-        found = await unless_gone(request, answer.whole(events))
-      return Response(status_code=499) if found is None else JSONResponse(found)
+        result = await unless_gone(request, answer.whole(events))
+      return Response(status_code=499) if result is None else JSONResponse(result)
     # Await the first event, so that an error before it is sent with its own HTTP status.
     first = await unless_gone(request, anext(events))
     if first is None:

@@ -61,10 +61,10 @@ def is_loopback(host: str) -> bool:
 
 def _name_of(host: str) -> str:
   """Returns the host name in a Host header, without the port; "" if the header is invalid."""
-  found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::(\d{1,5}))?", host, re.ASCII)
-  if found is None or int(found[3] or 0) > 65_535:
+  result = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::(\d{1,5}))?", host, re.ASCII)
+  if result is None or int(result[3] or 0) > 65_535:
     return ""
-  return found[1] or found[2].lower()
+  return result[1] or result[2].lower()
 
 
 class Guard:

@@ -117,10 +117,10 @@ class Lease(Hook):
   def _read(self) -> dict:
     """Returns the content of lease.json, or {} if the file is missing or incomplete."""
     try:
-      found = read_json(self._path)
+      result = read_json(self._path)
     except UserError:
       return {}
-    return found if isinstance(found, dict) else {}
+    return result if isinstance(result, dict) else {}
 
   def _wait_for(self, first: dict) -> None:
     print(

@@ -200,7 +200,7 @@ def _changed(before: np.ndarray | None, now: np.ndarray) -> Places:
 
 def _first(findings: Sequence[Places]) -> Places:
   """Returns the first finding that lists an array, or an empty finding if there is none."""
-  return next((found for found in findings if found[0]), findings[0])
+  return next((result for result in findings if result[0]), findings[0])
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -53,13 +53,13 @@ def require(folder: epath.Path) -> None:
 def entries(checkpoints: Checkpoints) -> list[Entry]:
   """Lists all checkpoints that are complete on disk, sorted by step."""
   losses, sealed = _heldout_losses(checkpoints.folder.parent), set(checkpoints.sealed())
-  found = []
+  result = []
   for step in checkpoints.steps():
     path = checkpoints.folder / str(step)
     size = sum((path / name).stat().length for name in files_below(path))
     time = float(path.stat().mtime)
-    found.append(Entry(step, time, size, step in sealed, losses.get(step, {})))
-  return found
+    result.append(Entry(step, time, size, step in sealed, losses.get(step, {})))
+  return result
 
 
 def table(found: Sequence[Entry], states: dict[int, str]) -> list[str]:
@@ -170,12 +170,12 @@ def rollback(folder: epath.Path, step: int, skip_rows: range | None = None) -> l
 
 
 def _heldout_losses(run: epath.Path) -> dict[int, dict[str, float]]:
-  found: dict[int, dict[str, float]] = {}
+  result: dict[int, dict[str, float]] = {}
   for line in read_json_lines(run / "metrics" / LOG):
     if "heldout_loss" in line:
       names = {kind: f"heldout_{kind}loss" for kind in MODALITIES}
-      found[line["step"]] = {kind: line[name] for kind, name in names.items() if name in line}
-  return found
+      result[line["step"]] = {kind: line[name] for kind, name in names.items() if name in line}
+  return result
 
 
 def _checkpoints(steps: Sequence[int]) -> str:

@@ -94,13 +94,13 @@ def _over_mesh(
   tokens, rows = spec("batch", "length"), spec("vocab_stored", None)
   states = spec("batch", "length", "act")
   found_specs = Gradients(states, None if frozen else rows) if gradients else None
-  (nll, log_z), found = jax.shard_map(
+  (nll, log_z), result = jax.shard_map(
     functools.partial(_on_device, C, z_loss, gradients, frozen),
     in_specs=(states, rows, tokens, tokens),
     out_specs=((tokens, tokens), found_specs),
     check_vma=False,
   )(hidden, table, targets, weights)
-  return (jnp.sum(weights * (nll + z_loss * log_z**2)), nll), found
+  return (jnp.sum(weights * (nll + z_loss * log_z**2)), nll), result
 
 
 weighted_nll.defvjp(functools.partial(_over_mesh, True), _backward)

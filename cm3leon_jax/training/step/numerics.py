@@ -69,13 +69,13 @@ def _finite(leaves: list) -> list:
 
 def not_finite(tree: PyTree) -> list[str]:
   """Returns the names of arrays that contain a NaN or an infinity, e.g. "params.embed"."""
-  found = [
+  result = [
     (jax.tree_util.keystr(path, simple=True, separator="."), x)
     for path, x in jax.tree.leaves_with_path(tree)
     if jnp.issubdtype(x.dtype, jnp.inexact)
   ]
-  finite = jax.device_get(_finite([x for _, x in found]))
-  return [name for (name, _), is_finite in zip(found, finite) if not is_finite]
+  finite = jax.device_get(_finite([x for _, x in result]))
+  return [name for (name, _), is_finite in zip(result, finite) if not is_finite]
 
 
 def check_finite(tree: PyTree, what: str, remedy: str) -> None:

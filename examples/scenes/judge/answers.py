@@ -53,8 +53,8 @@ def mistakes(image: np.ndarray, facts: dict) -> str:
 
   `facts` are those of a document, or of a record of an image task.
   """
-  [found] = judge.find_objects(np.asarray(image)[None])
-  return judge_objects(facts, found).reason
+  [result] = judge.find_objects(np.asarray(image)[None])
+  return judge_objects(facts, result).reason
 
 
 def judge_images(records: Sequence[Record], images: np.ndarray) -> list[SceneVerdict]:
@@ -62,8 +62,8 @@ def judge_images(records: Sequence[Record], images: np.ndarray) -> list[SceneVer
 
   Sizes other than 48 x 48 are scaled.
   """
-  found = judge.find_objects(images)
-  return [judge_objects(record.facts, objects) for record, objects in zip(records, found)]
+  result = judge.find_objects(images)
+  return [judge_objects(record.facts, objects) for record, objects in zip(records, result)]
 
 
 def judge_objects(facts: Mapping, found: Sequence[Found]) -> SceneVerdict:
@@ -124,10 +124,10 @@ def any_object_answer(record: Record) -> str | None:
   if task == "count":
     return NUMBER_WORDS[len(objects)]
   if task == "color":
-    found = [thing["color"] for thing in objects]
+    result = [thing["color"] for thing in objects]
   elif task == "relation":
     question = f" {record.texts['question'].rstrip('?')} "
-    found = [thing["class"] for thing in objects if f" {thing['class']} " not in question]
+    result = [thing["class"] for thing in objects if f" {thing['class']} " not in question]
   else:
     return None
-  return min(found, key=lambda answer: fraction(f"{record.key}/{answer}"), default="")
+  return min(result, key=lambda answer: fraction(f"{record.key}/{answer}"), default="")

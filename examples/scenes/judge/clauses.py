@@ -126,7 +126,7 @@ def _object(words: Sequence[str]) -> _Part | None:
   if words[start : start + 1] and words[start] in COLORS:
     readings.append((words[start], start + 1))
   most = max(len(name.split()) for name in _names())
-  found = []
+  result = []
   for color, first in readings:
     for last in range(first + 1, min(first + most, len(words)) + 1):
       name, one, several = _names().get(" ".join(words[first:last]), ("", False, False))
@@ -134,8 +134,8 @@ def _object(words: Sequence[str]) -> _Part | None:
       count = number or 1
       if name and (several if count > 1 else one) and (not bare or name in PLURAL_WORDS):
         clause = {"class": name, "count": count, **({"color": color} if color else {})}
-        found.append(_Part("object", clause, last))
-  return max(found, key=lambda part: part.words, default=None)
+        result.append(_Part("object", clause, last))
+  return max(result, key=lambda part: part.words, default=None)
 
 
 def _claims(parts: Sequence[_Part]) -> list[dict] | None:

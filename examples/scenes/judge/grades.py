@@ -52,12 +52,12 @@ class Answer:
 
 def judge_texts(records: Sequence[Record], texts: Sequence[str]) -> list[Answer]:
   """Judges one text per record as the answer to this record."""
-  found = []
+  result = []
   for record, text in zip(records, texts, strict=True):
     right = judging.is_right(record, text)
     reason = "" if right else f"correct: {judging.answer_of(record)}"
-    found.append(Answer(record, "", None, text, right, reason))
-  return found
+    result.append(Answer(record, "", None, text, right, reason))
+  return result
 
 
 def judge_images(
@@ -65,11 +65,11 @@ def judge_images(
 ) -> list[Answer]:
   """Judges one image per record, uint8 [H, W, 3], as the answer to this record."""
   verdicts = judging.judge_images(records, np.stack([*images]))
-  found = []
+  result = []
   for record, image, v in zip(records, images, verdicts):
     true = np.asarray(record.images["after" if record.facts["task"] in EDITS else "image"])
-    found.append(Answer(record, "", None, image, v.correct, v.reason, v.holds.get("kept"), true))
-  return found
+    result.append(Answer(record, "", None, image, v.correct, v.reason, v.holds.get("kept"), true))
+  return result
 
 
 def guesses(records: Sequence[Record]) -> dict[str, list[str]]:
@@ -140,13 +140,13 @@ def answer_all(
   prompts = [one.prompt for one in asked]
   if task.target in records[0].texts:
     texts = [sample.filled[0] if sample.filled else "" for sample in samples]
-    found = judge_texts(records, texts)
+    result = judge_texts(records, texts)
   else:
     images = [sample.segments[0] for sample in samples]
-    found = judge_images(records, images)
+    result = judge_images(records, images)
   return [
     dataclasses.replace(answer, prompt=prompt, given=image, score=score)
-    for answer, prompt, image, score in zip(found, prompts, given, scores)
+    for answer, prompt, image, score in zip(result, prompts, given, scores)
   ]
 
 
@@ -189,8 +189,8 @@ def summarize(answers: Sequence[Answer], num_resamples: int, seed: int) -> dict:
 def _share(values: Sequence, answers: Sequence[Answer], num_resamples: int, seed: int) -> dict:
   """Averages one value per answer. Returns {share, low, high, groups, effective_groups}."""
   groups = [answer.record.group for answer in answers]
-  found = intervals.mean_interval(values, np.ones(len(values)), groups, num_resamples, seed)
-  return {"share": found.pop("mean"), **found}
+  result = intervals.mean_interval(values, np.ones(len(values)), groups, num_resamples, seed)
+  return {"share": result.pop("mean"), **result}
 
 
 def gain(after: Sequence[Answer], before: Sequence[Answer], num_resamples: int, seed: int) -> dict:

@@ -58,13 +58,13 @@ def find_objects(
   seen: list[_Seen | None] = []
   for start in range(0, len(distinct), CHUNK):
     seen += _find_in_cells(distinct[start : start + CHUNK], style, min_score)
-  found: list[list[Found]] = [[] for _ in images]
+  result: list[list[Found]] = [[] for _ in images]
   for cell, number in enumerate(which):
     image, place = divmod(cell, len(world.PLACES))
     if (one := seen[number]) is not None:
       box = _box(one.visible, place)
-      found[image].append(Found(one.name, one.color, world.PLACES[place], one.score, box))
-  return [tuple(objects) for objects in found]
+      result[image].append(Found(one.name, one.color, world.PLACES[place], one.score, box))
+  return [tuple(objects) for objects in result]
 
 
 def opacities(images: np.ndarray) -> np.ndarray:
@@ -87,11 +87,11 @@ def _find_in_cells(cells: np.ndarray, style: Style, min_score: float) -> list[_S
   visible = np.where(opacity > FAINT, opacity, 0)
   occupied = np.flatnonzero(visible.sum((1, 2)) >= MIN_INK)
   names, scores = _match(opacity[occupied], style)
-  found: list[_Seen | None] = [None] * len(cells)
+  result: list[_Seen | None] = [None] * len(cells)
   for cell, name, score in zip(occupied, names, scores):
     name = name if score >= min_score else UNKNOWN
-    found[cell] = _Seen(name, colors[cell], float(score), visible[cell])
-  return found
+    result[cell] = _Seen(name, colors[cell], float(score), visible[cell])
+  return result
 
 
 def judge_all(
@@ -102,8 +102,8 @@ def judge_all(
   `images` are [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled. Of the facts, only the field
   `include` is read (docs/evaluation.md).
   """
-  found = find_objects(images, style)
-  return [check(objects, fact["include"]) for objects, fact in zip(found, facts)]
+  result = find_objects(images, style)
+  return [check(objects, fact["include"]) for objects, fact in zip(result, facts)]
 
 
 def judge(image: npt.ArrayLike, facts: dict) -> SceneVerdict:
@@ -143,8 +143,8 @@ def _find_colors(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:
   solid = np.take_along_axis(opacity, nearest[..., None], 2)[..., 0] > SOLID
   agreeing, all_solid = (solid & (nearest == best[:, None])).sum(1), solid.sum(1)
   clear = (all_solid > 0) & (agreeing >= MIN_COLOR_SHARE * all_solid)
-  found = [names[color] if is_clear else UNKNOWN for color, is_clear in zip(best, clear)]
-  return own.reshape(cells.shape[:3]), found
+  result = [names[color] if is_clear else UNKNOWN for color, is_clear in zip(best, clear)]
+  return own.reshape(cells.shape[:3]), result
 
 
 def _explain(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -44,13 +44,13 @@ class Judged:
   @property
   def parts(self) -> list[str]:
     """Names of the rows in the entry "parts" of a table that count this image."""
-    kind, found = self.facts["heldout"], []
+    kind, result = self.facts["heldout"], []
     if self.known is not None and kind == "scene":
-      found.append(NEW_CLAIMS if not self.known.claims else "scene, claims of training")
+      result.append(NEW_CLAIMS if not self.known.claims else "scene, claims of training")
     if kind == "pair":
       named = any("color" in clause for clause in self.facts["include"])
-      found.append("pair, color named" if named else "pair, no color named")
-    return found
+      result.append("pair, color named" if named else "pair, no color named")
+    return result
 
 
 def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
