@@ -1,11 +1,12 @@
 """Computes metrics of captions and answers. All values are multiplied by 100, as in papers."""
 
 from collections.abc import Sequence
+import shutil
 from typing import Any
 
 from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.metrics import answers, ptb
+from cm3leon_jax.evaluation.metrics import answers
 from cm3leon_jax.evaluation.protocols.column import ColumnSamples, mean, present
 
 
@@ -22,12 +23,15 @@ def bleu4(column: ColumnSamples) -> dict:
 
 
 def _scorers() -> Any:
-  """Returns the package with which publications score captions."""
+  """Returns the package with which publications score captions. Its tokenizer is a Java program."""
   try:
     import pycocoevalcap.bleu.bleu
     import pycocoevalcap.cider.cider
+    import pycocoevalcap.tokenizer.ptbtokenizer
   except ImportError as error:
     raise UserError(f"captions need a package ({error}): {extras.install('eval')}.") from error
+  if shutil.which("java") is None:
+    raise UserError("captions need the program java, for their tokens: install it, e.g. OpenJDK.")
   return pycocoevalcap
 
 
@@ -56,8 +60,9 @@ def _texts(column: ColumnSamples) -> tuple[list[str], list[Sequence[str]]]:
 def _tokens(column: ColumnSamples) -> tuple[dict, dict]:
   """Returns ({example: its references}, {example: [its text]}), tokenized."""
   texts, references = _texts(column)
-
-  def tokenized(sets: Sequence[Sequence[str]]) -> dict[int, list[str]]:
-    return {i: [" ".join(ptb.tokenize(text)) for text in some] for i, some in enumerate(sets)}
-
-  return tokenized(references), tokenized([[text] for text in texts])
+  sets = [*references, *([text] for text in texts)]
+  # The tokenizer reads a caption per line, and other white space than "\n" can also end a line.
+  lines = {i: [{"caption": " ".join(x.split())} for x in some] for i, some in enumerate(sets)}
+  found = _scorers().tokenizer.ptbtokenizer.PTBTokenizer().tokenize(lines)
+  count = len(texts)
+  return {i: found[i] for i in range(count)}, {i: found[count + i] for i in range(count)}
