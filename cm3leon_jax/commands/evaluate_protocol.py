@@ -1,4 +1,4 @@
-"""Runs protocols for `cm3leon evaluate --protocol`, and compares two evaluations."""
+"""Runs protocols for `cm3leon evaluate --protocol`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ with epy.lazy_imports():
   from cm3leon_jax.data.published import files
   from cm3leon_jax.evaluation import judged
   from cm3leon_jax.evaluation.metrics import extractors
-  from cm3leon_jax.evaluation.protocols import compare as compare_lib
   from cm3leon_jax.evaluation.protocols import metrics, results, samples
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
   from cm3leon_jax.evaluation.protocols import run as run_lib
@@ -244,10 +243,3 @@ def _extractor(
       f"protocol requires {protocol.extractor_tensors[:12]}...: give the required weights."
     )
   return found
-
-
-def compare(folders: list[str]) -> None:
-  """Prints the differences between two evaluations, with paired confidence intervals."""
-  if len(folders) != 2:
-    raise UserError(f"--compare={','.join(folders)} must name two folders: --compare=A,B.")
-  print(compare_lib.describe(compare_lib.compare(*map(epath.Path, folders))))

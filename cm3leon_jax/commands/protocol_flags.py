@@ -31,6 +31,3 @@ BEFORE = flags.DEFINE_bool(
   "Measure the parameters before tuning, which the run started from with --init_from.",
 )
 OPTIONS = (METRICS, EXAMPLES, DATA, EXTRACTOR, CLIP, BEFORE)
-COMPARE = flags.DEFINE_list(
-  "compare", [], "Print the differences between two evaluations, given by their folders: A,B."
-)

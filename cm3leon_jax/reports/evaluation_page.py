@@ -1,4 +1,4 @@
-"""Writes the page of an evaluation: numbers, random examples and the worst examples."""
+"""Writes the page of an evaluation: numbers and random examples."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,6 @@ import numpy as np
 
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.evaluation.protocols import samples
-from cm3leon_jax.evaluation.protocols.compare import read_values
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
 from cm3leon_jax.evaluation.protocols.run import ProtocolRun
 from cm3leon_jax.files.atomic import replacing
@@ -22,9 +21,6 @@ def write(job: ProtocolRun, result: dict) -> None:
   rng = np.random.default_rng(job.protocol.seed)
   chosen = rng.permutation(count)[:NUM_EXAMPLES].tolist()
   sections = [{"title": "Examples, chosen by the seed", "rows": _rows(job, chosen)}]
-  for name, worst in _worst(job, result).items():
-    title = f"Worst by {METRICS[name].title}, column {result['protocol']['columns'][0]['name']}"
-    sections.append({"title": title, "rows": _rows(job, worst)})
   template = page_environment().get_template("evaluation.html.jinja")
   metrics = {name: METRICS[name].title for name in result["metrics"]}
   page = template.render(
@@ -32,18 +28,6 @@ def write(job: ProtocolRun, result: dict) -> None:
   )
   with replacing(job.folder / PAGE, "w") as file:
     file.write(page)
-
-
-def _worst(job: ProtocolRun, result: dict) -> dict[str, list[int]]:
-  """Returns, for each metric with values per example, the worst examples of the first column."""
-  values, worst = read_values(job.folder), {}
-  for name in job.metrics:
-    of_examples = values.get(f"{job.protocol.columns[0].name}/{name}/values")
-    if of_examples is not None and METRICS[name].higher_is_better is not None:
-      order = np.argsort(of_examples, kind="stable")
-      order = order if METRICS[name].higher_is_better else order[::-1]
-      worst[name] = [int(i) for i in order if not np.isnan(of_examples[i])][:NUM_EXAMPLES]
-  return worst
 
 
 def _rows(job: ProtocolRun, places: Sequence[int]) -> list[dict]:

@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 import json
 import shutil
@@ -7,13 +6,12 @@ from etils import epath
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw.reader import load_image
 from cm3leon_jax.evaluation.likelihood.pairs import score_answers
 from cm3leon_jax.evaluation.metrics import extractors
 from cm3leon_jax.evaluation.metrics.frechet_distance import frechet_distance
-from cm3leon_jax.evaluation.protocols import compare, results
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+from cm3leon_jax.evaluation.protocols import results
 from cm3leon_jax.evaluation.protocols import run as run_lib
 from cm3leon_jax.evaluation.protocols import samples as samples_lib
 from cm3leon_jax.files.json_files import read_json
@@ -24,7 +22,6 @@ from cm3leon_jax.run.run import Run
 from cm3leon_jax.weights import reading
 from tests.evaluation.protocol_runs import make_workdir
 from tests.generation.run import SETTINGS, one_device
-from tests.refusals import refused
 from tests.reports import hostile
 
 [PROTOCOL] = protocol_lib.parse(
@@ -147,13 +144,12 @@ def test_results_say_what_they_rest_on(done):
   assert "another, best of two (a paper): CLIP score 0.5" in text
 
 
-def test_the_page_shows_numbers_examples_and_the_worst(done):
+def test_the_page_shows_numbers_and_examples(done):
   job, _ = done
   page = (job.folder / evaluation_page.PAGE).read_text()
-  for text in ("five drawings", "Worst by CLIP score", "best of two", "red apple", "a paper"):
+  for text in ("five drawings", "best of two", "red apple", "a paper"):
     assert text in page
-  # Four sections (examples, and three of the worst samples) of five rows of three images.
-  assert page.count("data:image/png") == 4 * 5 * 3
+  assert page.count("data:image/png") == 5 * 3  # Five rows of three images.
 
 
 def test_texts_of_strangers_are_inert_on_the_page(done, tmp_path):
@@ -172,43 +168,6 @@ def test_texts_of_strangers_are_inert_on_the_page(done, tmp_path):
   hostile.check(pages[1], pages[0])
 
 
-def test_an_evaluation_equals_itself_and_differs_from_another(workdir, pipeline, done, tmp_path):
-  job, _ = done
-  rows = compare.compare(job.folder, job.folder)
-  assert {row["metric"] for row in rows} == set(PROTOCOL.metrics)
-  assert all(row["difference"] == 0 for row in rows)
-  assert all(row["low"] in (0, None) for row in rows)
-  text = compare.describe(rows)
-  assert "best of two, clip_score" in text
-
-
-def test_other_data_is_not_compared(done, tmp_path):
-  job, result = done
-  (tmp_path / results.RESULTS).write_text(json.dumps({**result, "data": "other"}))
-  with refused(UserError, "differ in data"):
-    compare.compare(job.folder, tmp_path)
-
-
-def test_evaluations_without_the_same_networks_compare_in_what_both_have(done, tmp_path):
-  job, result = done[0], copy.deepcopy(done[1])
-  for column in result["columns"].values():
-    column["metrics"] = {n: v for n, v in column["metrics"].items() if n == "clip_score"}
-  (tmp_path / results.RESULTS).write_text(json.dumps({**result, "extractor": None}))
-  (tmp_path / "values.npz").write_bytes((job.folder / "values.npz").read_bytes())
-  rows = compare.compare(job.folder, tmp_path)
-  assert {row["metric"] for row in rows} == {"clip_score"}
-
-
-def test_paired_differences_cancel_what_both_find_hard():
-  rng = np.random.default_rng(0)
-  hard = rng.normal(size=200)
-  groups = np.arange(200)
-  found = compare.paired(hard, hard + 0.1 + 0.01 * rng.normal(size=200), groups, 500)
-  assert 0.09 < found["low"] < found["difference"] < found["high"] < 0.11
-  unpaired = compare.paired(hard, rng.permutation(hard) + 0.1, groups, 500)
-  assert unpaired["low"] < 0
-
-
 @pytest.mark.parametrize("count", [2, 3, 50])
 def test_no_example_is_shuffled_onto_itself(count):
   for seed in range(20):
@@ -220,16 +179,15 @@ def test_no_example_is_shuffled_onto_itself(count):
 def test_vqa_score_is_the_probability_of_yes_against_no(workdir, pipeline, tmp_path):
   job = make_job(workdir, pipeline, tmp_path, dataclasses.replace(PROTOCOL, metrics=("vqa_score",)))
   result = run_lib.run(job)
-  with np.load(job.folder / run_lib.VALUES) as file:
-    stored = dict(file)
   for column in PROTOCOL.columns:
-    values = stored[f"{column.name}/vqa_score/values"]
-    line = samples_lib.read_part(job.samples, column.name, 0)[2]
-    text = f'Question: Does this figure show "{line["prompt"]}"? Please answer yes or no. Answer: '
-    [[yes, no]] = score_answers(
-      job.pipeline, job.params, [f"{text}<mask>."], [("yes", "no")], [line["codes"]]
-    )
-    assert values[2] == pytest.approx(np.exp(yes) / (np.exp(yes) + np.exp(no)), rel=1e-4)
+    lines = samples_lib.read_part(job.samples, column.name, 0)
+    asked = 'Question: Does this figure show "{}"? Please answer yes or no. Answer: <mask>.'
+    texts = [asked.format(line["prompt"]) for line in lines]
+    codes = [line["codes"] for line in lines]
+    scores = score_answers(job.pipeline, job.params, texts, [("yes", "no")] * len(lines), codes)
+    expected = np.mean([np.exp(yes) / (np.exp(yes) + np.exp(no)) for yes, no in scores])
+    found = result["columns"][column.name]["metrics"]["vqa_score"]
+    assert found["value"] == pytest.approx(expected, rel=1e-4)
   shuffled = result["controls"]["shuffled"]["vqa_score"]["value"]
   first = result["columns"]["one document"]["metrics"]["vqa_score"]
   assert shuffled != first["value"]

@@ -15,8 +15,8 @@ import pytest
 from cm3leon_jax.commands import evaluate, evaluate_protocol
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
-from cm3leon_jax.evaluation.protocols import compare, run
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+from cm3leon_jax.evaluation.protocols import run
 from cm3leon_jax.run.run import Run
 from tests.evaluation.protocol_runs import make_data, make_workdir
 from tests.generation.run import make_config
@@ -89,7 +89,6 @@ def test_every_protocol_runs_to_its_results(name, protocol, settings, workdir, d
   assert protocol.title in html.unescape((folder / "report.html").read_text())
   printed = capsys.readouterr().out
   assert all(row["source"] in printed for row in protocol.published)
-  assert all(row["difference"] == 0 for row in compare.compare(folder, folder))
 
 
 @pytest.mark.slow

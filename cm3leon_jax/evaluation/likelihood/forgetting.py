@@ -14,7 +14,7 @@ import numpy as np
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.rows import loader
-from cm3leon_jax.evaluation import intervals, judged, strata
+from cm3leon_jax.evaluation import intervals, judged
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.retrieval import neighbors
@@ -88,7 +88,7 @@ def _judge(
   )
   run = dataclasses.replace(run, settings=settings)
   pipeline = Pipeline.load(run, params, None, base.folder, batch_size=config.batch_size)
-  tasks = strata.heldout_captions(pipeline, base.folder, [settings.sampling.guidance])
+  tasks = judged.heldout_captions(pipeline, base.folder, [settings.sampling.guidance])
   images = [sample.segments[0] for [sample] in pipeline.generate(tasks)]
   wrong = judged.judge_all(judge, images, [task.document.facts for task in tasks])
   return [not reason for reason in wrong], [task.concept for task in tasks]

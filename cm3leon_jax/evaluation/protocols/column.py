@@ -1,8 +1,7 @@
 """Defines the input of a metric: the samples of a column, and the data to compare them with.
 
 The result of a metric has `value` and, if an interval can be computed, the bounds `low` and `high`
-of a 95% confidence interval. The result may also have `values` (one per example), which allow a
-paired comparison of two evaluations.
+of a 95% confidence interval.
 """
 
 # n examples, E embedding width, C candidate answers.
@@ -73,5 +72,4 @@ def mean(values: Sequence[float | None], column: ColumnSamples) -> dict:
     "value": interval.pop("mean"),
     **interval,
     "samples": len(some),
-    "values": [None if value is None else float(value) for value in values],
   }

@@ -20,7 +20,6 @@ class Metric:
     needs: the inputs that it uses. "features" and "embeddings" are fields of `Images`;
       "likelihoods", "agreements", "candidates" and "verdicts" are fields of `ColumnSamples`.
     least: smallest number of samples.
-    higher_is_better: whether larger values are better; None if no direction is better.
   """
 
   compute: Callable[[ColumnSamples], dict]
@@ -28,11 +27,10 @@ class Metric:
   task: str
   needs: tuple[str, ...] = ()
   least: int = 2
-  higher_is_better: bool | None = True
 
 
 def _distance(compute: Callable[[ColumnSamples], dict], title: str) -> Metric:
-  return Metric(compute, title, "image", ("features",), higher_is_better=False)
+  return Metric(compute, title, "image", ("features",))
 
 
 METRICS = {
@@ -45,7 +43,7 @@ METRICS = {
     image_metrics.likelihood, "log p(caption | image) - log p(caption)", "image", ("likelihoods",)
   ),
   "vqa_score": Metric(image_metrics.vqa_score, "VQAScore", "image", ("agreements",)),
-  "copy_rate": Metric(image_metrics.copy_rate, "codes copied (%)", "image", higher_is_better=None),
+  "copy_rate": Metric(image_metrics.copy_rate, "codes copied (%)", "image"),
   "judged": Metric(image_metrics.judged, "wholly correct (%)", "image", ("verdicts",)),
   "cider": Metric(text_metrics.cider, "CIDEr", "text"),
   "bleu4": Metric(text_metrics.bleu4, "BLEU-4", "text"),

@@ -21,14 +21,12 @@ from cm3leon_jax.evaluation.protocols.features import Images, Networks
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
 from cm3leon_jax.evaluation.protocols.protocol import Protocol, sampling_of, stem
 from cm3leon_jax.evaluation.protocols.samples import PART, Evaluated
-from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.generation.given_images import load_image
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import MASK
 
-VALUES = "values.npz"
 # Question of VQAScore (Lin et al. 2024), in the format that CM3Leon uses for questions (table 5).
 AGREES = f'Question: Does this figure show "{{}}"? Please answer yes or no. Answer: {MASK}.'
 REAL, NOISE, SHUFFLED = "real images", "noise", "shuffled"  # Names of controls.
@@ -89,7 +87,7 @@ class ProtocolRun:
 
 
 def run(job: ProtocolRun) -> dict:
-  """Generates missing samples and computes all metrics. The first process writes values.npz.
+  """Generates missing samples and computes all metrics.
 
   Returns {"columns": {name: {"retrieve", "sampling", "divergence", "metrics": {metric: {"value",
   ...}}}}, "controls": {control: {metric: {"value", ...}}}}.
@@ -104,14 +102,9 @@ def run(job: ProtocolRun) -> dict:
   if "embeddings" in job.needs:
     captions = embed_captions(job)
   result: dict = {"columns": {}, "controls": {}}
-  values: dict[str, np.ndarray] = {}
   for column in job.protocol.columns:
     data = _column(job, column.name, reference, captions)
-    measured = {}
-    for name in job.metrics:
-      measured[name] = METRICS[name].compute(data)
-      if (rows := measured[name].pop("values", None)) is not None:
-        values[f"{column.name}/{name}/values"] = np.array(rows, np.float64)
+    measured = {name: METRICS[name].compute(data) for name in job.metrics}
     apart = [line["divergence"] for line in data.lines if line["divergence"] is not None]
     result["columns"][column.name] = {
       "retrieve": column.retrieve,
@@ -121,11 +114,6 @@ def run(job: ProtocolRun) -> dict:
     }
     if not result["controls"]:
       result["controls"] = _controls(job, data)
-  if distributed.is_first():
-    with replacing(job.folder / VALUES) as file:
-      keys = [example.key for example in job.evaluated.examples]
-      arrays: dict[str, Any] = {"keys": np.array(keys), "groups": np.array(job.groups), **values}
-      np.savez(file, **arrays)
   return result
 
 
@@ -240,9 +228,7 @@ def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
   def measure(title: str, column: ColumnSamples, names: Iterable[str]) -> None:
     for name in names:
       if len(column.groups) >= METRICS[name].least:
-        found = METRICS[name].compute(column)
-        found.pop("values", None)
-        result.setdefault(title, {})[name] = found
+        result.setdefault(title, {})[name] = METRICS[name].compute(column)
 
   distances = [n for n in job.metrics if METRICS[n].needs == ("features",)]
   if distances:

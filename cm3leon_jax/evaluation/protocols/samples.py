@@ -23,7 +23,7 @@ from cm3leon_jax.data.published.examples import Example, caption_prompts, check_
 from cm3leon_jax.data.published.files import open_examples
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.image_folder import BY_FLAG, ImageFolder
-from cm3leon_jax.evaluation import strata
+from cm3leon_jax.evaluation import judged
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.protocol import Column, Protocol
 from cm3leon_jax.files.atomic import replacing
@@ -104,7 +104,7 @@ def open_evaluated(
 
 
 def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Evaluated:
-  """Chooses held-out pairs: with `strata.choose` if all have facts, otherwise evenly spaced."""
+  """Chooses held-out pairs: with `judged.choose` if all have facts, otherwise evenly spaced."""
   store = DocumentStore(workdir / "documents" / "heldout_pairs", pipeline.layout.vocab)
   images = {pair.key: str(pair.image) for pair in reader.read_pairs(workdir / "raw", "heldout")}
   facts = [store[i].facts for i in range(len(store))]
@@ -115,7 +115,7 @@ def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Eva
       f"--examples={len(store)}."
     )
   if all(facts) and facts:
-    rows = strata.choose(facts, count, protocol.seed)
+    rows = judged.choose(facts, count, protocol.seed)
   else:
     rows = np.linspace(0, len(store) - 1, count).astype(int).tolist()
   examples = []
