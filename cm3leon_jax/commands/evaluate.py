@@ -25,8 +25,8 @@ from typing import Any
 from absl import flags
 from etils import epath, epy
 
-from cm3leon_jax.commands import common, protocol_flags, sampling_flags
-from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT
+from cm3leon_jax.commands import common, sampling_flags
+from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
 from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.files.digests import digest, digest_of_json
@@ -36,11 +36,15 @@ from cm3leon_jax.run import stages
 with epy.lazy_imports():
   import jax
 
-  from cm3leon_jax.commands import evaluate_protocol
+  from cm3leon_jax import distributed
   from cm3leon_jax.data.documents import store
   from cm3leon_jax.evaluation import judged
   from cm3leon_jax.evaluation.likelihood import bits
+  from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+  from cm3leon_jax.evaluation.protocols import results
+  from cm3leon_jax.evaluation.protocols import run as protocols
   from cm3leon_jax.generation import pipeline as pipeline_lib
+  from cm3leon_jax.reports import evaluation_page
   from cm3leon_jax.retrieval import neighbors, removed
   from cm3leon_jax.run import bundles
   from cm3leon_jax.run import run as run_lib
@@ -50,20 +54,46 @@ _LAST_PARAMS = flags.DEFINE_bool(
   False,
   "Measure the last parameters, not their average (optimizer.ema_decay); writes evaluation_last/.",
 )
-# Flags that need --protocol, in the order of the fields of `evaluate_protocol.Options`.
-PROTOCOL_OPTIONS = (*protocol_flags.OPTIONS, OUT, ALLOW_OUTSIDE)
+_PROTOCOL = flags.DEFINE_string(
+  "protocol", None, "Measure with a protocol: its name, or a YAML file (docs/evaluation.md)."
+)
+_METRICS = flags.DEFINE_list("metrics", [], "Metrics that replace the protocol's metrics.")
+_EXAMPLES = flags.DEFINE_integer(
+  "examples",
+  None,
+  "Number of examples that replaces the protocol's number; 0: all. Only evaluations with the same "
+  "number of examples can be compared.",
+  lower_bound=0,
+)
+_DATA = flags.DEFINE_string(
+  "data", None, "Folder of the evaluation files and images that the protocol reads."
+)
+_EXTRACTOR = flags.DEFINE_string(
+  "extractor",
+  None,
+  "Weights of the network whose features the distances compare: a safetensors file of "
+  "Inception-v3, or a Hugging Face folder of DINOv2 or CLIP.",
+)
+_CLIP = flags.DEFINE_string(
+  "clip", None, "Folder of a Hugging Face CLIP that scores images; default: the CLIP of the run."
+)
+_BEFORE = flags.DEFINE_bool(
+  "before",
+  False,
+  "Measure the parameters before tuning, which the run started from with --init_from.",
+)
+# Flags that need --protocol; all but --out are fields of `Options`.
+_OPTIONS = (_METRICS, _EXAMPLES, _DATA, _EXTRACTOR, _CLIP, _BEFORE, ALLOW_OUTSIDE)
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
-  for flag in PROTOCOL_OPTIONS:
-    if _is_given(flag) and protocol_flags.PROTOCOL.value is None:
+  for flag in (*_OPTIONS, OUT):
+    if _PROTOCOL.value is None and not flags.FLAGS[flag.name].using_default_value:
       raise UserError(f"--{flag.name} is given without --protocol: add e.g. --protocol=own.yaml.")
   settings = sampling_flags.applied(settings)
-  if (protocol := protocol_flags.PROTOCOL.value) is not None:
-    options = evaluate_protocol.Options(*(flag.value for flag in PROTOCOL_OPTIONS))
-    evaluate_protocol.run_all(settings, workdir, protocol, options)
+  if _PROTOCOL.value is not None:
+    _measure(settings, workdir, _PROTOCOL.value)
     return
-
   if bundles.is_bundle(bundles.folder_of(workdir)):
     raise UserError(
       f"{workdir} is a bundle, which has no held-out documents: name a protocol and its examples, "
@@ -85,6 +115,25 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
       _evaluate(run_lib.Run(workdir, settings), folder, summary, judge)
+
+
+def _measure(settings: Settings, workdir: epath.Path, name: str) -> None:
+  """Checks all protocols of a file, and then measures a run or bundle with each of them."""
+  trained = run_lib.Run.open(workdir, settings)
+  judge = judged.judge_of(settings)  # Settings of the command: others may come from a bundle.
+  given = {flag.name: flag.value for flag in _OPTIONS}
+  options = protocols.Options(out=results_folder(trained, OUT.value), judge=judge, **given)
+  found = {
+    name: protocols.completed(protocol, options, trained.settings)
+    for name, protocol in protocol_lib.load(name).items()
+  }
+  with common.use_mesh(trained.settings):
+    for name, protocol in found.items():
+      job, result = protocols.run(trained, name, protocol, options)
+      if distributed.is_first():
+        evaluation_page.write(job, result)
+      distributed.print_once(results.describe(result))
+      distributed.print_once(f"evaluate: results.json and report.html are in {job.folder}")
 
 
 def _evaluate(
@@ -111,10 +160,6 @@ def _evaluate(
     print(judged.describe(summary["judged"]))
     print(f"evaluate: samples are in {folder / judged.SHEET}", flush=True)
   write_json(folder / "metrics.json", summary)
-
-
-def _is_given(flag: flags.FlagHolder) -> bool:
-  return not flags.FLAGS[flag.name].using_default_value
 
 
 if __name__ == "__main__":

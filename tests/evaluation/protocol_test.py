@@ -21,7 +21,7 @@ metrics: [clip_score]
 
 @pytest.mark.parametrize("name", protocol_lib.names())
 def test_shipped_protocols_are_valid_and_their_metrics_fit_their_task(name):
-  for protocol in protocol_lib.load(name):
+  for protocol in protocol_lib.load(name).values():
     metrics.check(protocol.metrics, protocol.task, protocol.data.count)
     for column in protocol.columns:
       protocol_lib.sampling_of(column, SamplingConfig())
@@ -55,8 +55,8 @@ def test_a_column_changes_the_sampler_of_the_run():
     ("task: image", "task: image\ntemplate: '{prompt'", "template"),
     ("format: heldout", "format: coco", "format"),
     ("count: 8", "count: 8, split: val", "split"),
-    (GOOD, "- a list", "fields"),
-    (GOOD, "", "empty"),
+    (GOOD, "- a list", "title"),
+    (GOOD, "", "a protocol"),
     ("title: drawings", "title: [", "YAML"),
   ],
 )
@@ -86,9 +86,9 @@ def test_a_file_may_have_several_protocols_each_with_a_name():
 
 
 def test_one_protocol_of_a_file_is_chosen_by_its_name():
-  [protocol] = protocol_lib.load("cm3leon_table2/vizwiz")
+  [protocol] = protocol_lib.load("cm3leon_table2/vizwiz").values()
   assert protocol.data.format == "vizwiz"
-  with refused(UserError, "cm3leon_table2/nothing", "vizwiz"):
+  with refused(UserError, "cm3leon_table2/nothing", "FILE/NAME"):
     protocol_lib.load("cm3leon_table2/nothing")
 
 

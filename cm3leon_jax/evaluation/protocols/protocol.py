@@ -5,7 +5,6 @@ one for each data set. A column is one way to generate: the number of retrieved 
 sampling settings, and the number of samples per prompt.
 """
 
-from collections.abc import Mapping
 import dataclasses
 import hashlib
 import importlib.resources
@@ -16,7 +15,7 @@ from etils import epath
 from pydantic import Field, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT, UserError, build
+from cm3leon_jax.config import STRICT, FieldError, UserError, build
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.published.examples import Example
 from cm3leon_jax.data.published.files import SPLITS
@@ -99,9 +98,6 @@ class Protocol:
   """Network that computes the features for distances; "" if no metric needs it. Inception resizes
   images as torch-fidelity (`tf1`) or as pytorch-fid (`torch`) does, which gives different
   distances."""
-  extractor_tensors: str = ""
-  """Required SHA-256 of the extractor's weights (`extractor.tensors` in a results.json). Other
-  weights are rejected. "" accepts any weights."""
   resolution: NonNegativeInt = 0
   """Side of the images in pixels, if published figures require it. 0 accepts any size."""
   published: tuple[dict[str, Any], ...] = ()
@@ -141,63 +137,52 @@ def names() -> list[str]:
   return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if _is_yaml(path.name))
 
 
-def load(name_or_path: str) -> tuple[Protocol, ...]:
+def load(name_or_path: str) -> dict[str, Protocol]:
   """Reads the protocols of a file, given by its name in the package or its path.
 
   If the file is in the package, NAME/PROTOCOL selects one protocol, e.g. `cm3leon_table2/vizwiz`.
+  Returns the protocols by the name of the file and their own name.
 
   Raises:
     UserError: the protocol does not exist, or a field is wrong.
   """
   file, _, one = name_or_path.partition("/")
+  path = epath.Path(name_or_path)
   if file in names():
     found = parse((importlib.resources.files(__package__) / f"{file}.yaml").read_text(), file)
-    chosen = [protocol for protocol in found if one in ("", protocol.name)]
-    if not chosen:
-      known = ", ".join(protocol.name for protocol in found if protocol.name)
-      raise UserError(
-        f"--protocol is '{name_or_path}'; {file} contains {known or 'one protocol without a name'}."
-      )
-    return tuple(chosen)
-  path = epath.Path(name_or_path)
-  if _is_yaml(name_or_path) and path.exists() and not path.is_dir():
-    return parse(yaml_documents.read(path), name_or_path)
-  raise UserError(
-    f"--protocol is '{name_or_path}'; it must be an existing YAML file, or one of "
-    f"{', '.join(names())}."
-  )
-
-
-def parse(text: str, where: str) -> tuple[Protocol, ...]:
-  """Parses the YAML text of a protocol file. Error messages call the file `where`."""
-  documents = [values for _, values in yaml_documents.parse(text, where)]
-  if not documents:
-    raise UserError(f"{where} is empty: write the fields of a protocol, one per line.")
-  found = tuple(_parse_one(values, where) for values in documents)
-  titles = [protocol.name for protocol in found]
-  if len(found) > 1 and (len(set(titles)) < len(titles) or "" in titles):
+    found = [protocol for protocol in found if one in ("", protocol.name)]
+  else:
+    is_file = _is_yaml(name_or_path) and path.exists() and not path.is_dir()
+    found = parse(yaml_documents.read(path), name_or_path) if is_file else []
+  if not found:
     raise UserError(
-      f"{where} has several protocols, but their names are not all different: rename some."
+      f"--protocol is '{name_or_path}'; it must be an existing YAML file, or one of "
+      f"{', '.join(names())}, whose protocols are FILE/NAME."
     )
+  file_name = path.stem if path.suffix else file
+  return {"/".join(filter(None, [file_name, protocol.name])): protocol for protocol in found}
+
+
+def parse(text: str, where: str) -> list[Protocol]:
+  """Parses the YAML text of a protocol file. Error messages call the file `where`."""
+  try:
+    found = [_built(values) for _, values in yaml_documents.parse(text, where)]
+  except FieldError as error:  # The message begins with `config.FIELD` or `config`.
+    sentence = str(error).removeprefix("config").removeprefix(".")
+    raise UserError(f"{where}{'' if sentence[0] in ' :' else ': '}{sentence}") from error
+  different = {protocol.name for protocol in found}
+  if not found or (len(found) > 1 and (len(different) < len(found) or "" in different)):
+    raise UserError(f"{where} must have a protocol, or several with different names.")
   return found
 
 
-def _parse_one(values: Any, where: str) -> Protocol:
-  if not isinstance(values, Mapping):
-    raise UserError(f"{where} must have the fields of a protocol, one per line.")
-  values = dict(values)
-  try:
-    if isinstance(values.get("data"), Mapping):
-      values["data"] = build(EvaluatedData, values["data"], "data")
-    if isinstance(values.get("columns"), list):
-      values["columns"] = tuple(
-        build(Column, column, f"columns[{i}]") for i, column in enumerate(values["columns"])
-      )
-    return build(Protocol, values)
-  except UserError as error:  # The message begins with `config.FIELD` or `config`.
-    sentence = str(error).removeprefix("config").removeprefix(".")
-    joint = "" if sentence[0] in " :" else ": "
-    raise UserError(f"{where}{joint}{sentence}") from error
+def _built(values: Any) -> Protocol:
+  fields = dict(values) if isinstance(values, dict) else {}
+  if "data" in fields:
+    fields["data"] = build(EvaluatedData, fields["data"], "data")
+  if isinstance(columns := fields.get("columns"), list):
+    fields["columns"] = [build(Column, x, f"columns[{i}]") for i, x in enumerate(columns)]
+  return build(Protocol, fields)
 
 
 def sampling_of(column: Column, base: SamplingConfig) -> SamplingConfig:
