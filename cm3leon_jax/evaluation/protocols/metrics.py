@@ -40,19 +40,21 @@ class ColumnSamples:
   num_resamples: int = intervals.NUM_RESAMPLES
 
 
+Compute = Callable[[ColumnSamples], dict]  # Computes the result of a metric.
+
+
 @dataclasses.dataclass(frozen=True)
 class Metric:
   """Metric of a protocol.
 
   Attributes:
-    compute: function that maps `ColumnSamples` to a result.
     title: name in tables, with the unit.
     task: "image" or "text".
     need: the entry of `ColumnSamples.inputs` that is computed for it.
     least: smallest number of samples.
   """
 
-  compute: Callable[[ColumnSamples], dict]
+  compute: Compute
   title: str
   task: str
   need: str = ""
@@ -77,12 +79,17 @@ def mean(values: Sequence[float | None], samples: ColumnSamples) -> dict:
   return {"value": found.pop("mean"), **found, "samples": len(some)}
 
 
-def _mean_of(name: str, factor: float = 1.0) -> Callable[[ColumnSamples], dict]:
+def _mean_of(name: str, factor: float = 1.0) -> Compute:
   return lambda samples: mean([factor * value for value in samples.inputs[name]], samples)
 
 
 def _sets(samples: ColumnSamples) -> tuple[np.ndarray, np.ndarray]:
   return samples.inputs["features"], samples.inputs["real_features"]
+
+
+def _of_texts(score: Callable[[list[str], list[Sequence[str]]], np.ndarray]) -> Compute:
+  """Makes the mean of a score that each text gets by its references, times 100."""
+  return lambda samples: mean((100 * score(*_texts(samples))).tolist(), samples)
 
 
 def frechet(samples: ColumnSamples) -> dict:
@@ -129,16 +136,6 @@ def bleu4(samples: ColumnSamples) -> dict:
   """Computes BLEU-4 times 100, with all captions as one corpus. It has no interval."""
   scores, _ = _scorers().bleu.bleu.Bleu(4).compute_score(*_tokens(samples), verbose=0)
   return {"value": 100 * scores[-1], "low": None, "high": None}
-
-
-def vqa_accuracy(samples: ColumnSamples) -> dict:
-  """Computes the VQA accuracy, times 100."""
-  return mean((100 * answers.vqa_accuracies(*_texts(samples))).tolist(), samples)
-
-
-def exact_match(samples: ColumnSamples) -> dict:
-  """Computes the percentage of texts that equal a reference; both are normalized first."""
-  return mean((100 * answers.exact_matches(*_texts(samples))).tolist(), samples)
 
 
 def ndcg(samples: ColumnSamples) -> dict:
@@ -191,10 +188,14 @@ METRICS = {
   "judged": Metric(_mean_of("verdicts", 100.0), "wholly correct (%)", "image", "verdicts"),
   "cider": Metric(cider, "CIDEr", "text"),
   "bleu4": Metric(bleu4, "BLEU-4", "text"),
-  "vqa_accuracy": Metric(vqa_accuracy, "VQA accuracy (%)", "text"),
-  "exact_match": Metric(exact_match, "exact match (%)", "text"),
+  "vqa_accuracy": Metric(_of_texts(answers.vqa_accuracies), "VQA accuracy (%)", "text"),
+  "exact_match": Metric(_of_texts(answers.exact_matches), "exact match (%)", "text"),
   "ndcg": Metric(ndcg, "NDCG (%)", "text", "candidates"),
 }
+
+
+# Least number of references of an example.
+REFERENCES = {"cider": 1, "bleu4": 1, "vqa_accuracy": 4, "exact_match": 1}
 
 
 def check(names: Sequence[str], task: str, count: int) -> None:
@@ -216,32 +217,19 @@ def check(names: Sequence[str], task: str, count: int) -> None:
       )
 
 
-def check_examples(
-  names: Sequence[str], examples: Sequence[Example], facts: Sequence[dict], judges: bool = False
-) -> None:
-  """Checks, before sampling, that each example has the references that the metrics need.
-
-  `judges` is whether the config has a judge.
+def check_examples(names: Sequence[str], examples: Sequence[Example]) -> None:
+  """Checks, before sampling, that each example has what the metrics compare samples with.
 
   Raises:
-    UserError: a reference is missing. The message names the metric and the reference.
+    UserError: a metric cannot be computed. The message names the metric and the example.
   """
-  if "judged" in names and not (judges and all(facts)):
-    raise UserError(
-      "metric 'judged' needs held-out documents with facts, and a judge: give a --config with "
-      "config.evaluation.judge = FILE.py:FUNCTION."
-    )
   for example in examples:
-    a_reference = "" if example.references else "a reference"
-    lacks = {
-      "clip_score": "" if example.image and example.prompt else "an image and a caption",
-      "ndcg": "" if example.relevance else "candidates with judgments",
-      "vqa_accuracy": "" if len(example.references) >= 4 else "at least 4 answers of people",
-      **dict.fromkeys(("cider", "bleu4", "exact_match"), a_reference),
-    }
+    has = {"clip_score": bool(example.image and example.prompt), "ndcg": bool(example.relevance)}
+    has |= {name: len(example.references) >= least for name, least in REFERENCES.items()}
     for name in names:
-      if what := lacks.get(name):
+      if not has.get(name, True):
         raise UserError(
-          f"metric '{name}' needs {what}, which example {example.key} does not have: omit the "
+          f"metric '{name}' cannot be computed, because example {example.key} lacks an image with "
+          f"its caption, judged candidates, or {REFERENCES.get(name, 1)} references: omit the "
           "metric, or choose other data."
         )

@@ -40,18 +40,9 @@ REAL, NOISE, SHUFFLED = "real images", "noise", "shuffled"  # Names of controls.
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What a user sets beside a protocol.
+  """What a user sets beside a protocol: the flags of `cm3leon evaluate`, and the config's judge.
 
-  Attributes:
-    metrics: metrics that replace those of the protocol; () keeps them.
-    examples: number of examples that replaces that of the protocol; None keeps it.
-    data: folder of the evaluation files.
-    extractor: weights of the network whose features the distances compare.
-    clip: folder of a Hugging Face CLIP; None: the CLIP of the run.
-    before: whether to measure the parameters that the training started from.
-    out: folder of the results; None: the folder of the run.
-    allow_outside: whether evaluation files may name images outside their folder.
-    judge: judge of the user's config.
+  `metrics` and `examples` replace those of the protocol, unless they are () and None.
   """
 
   metrics: Sequence[str] = ()
@@ -140,8 +131,12 @@ def _open(
     protocol, pipeline, trained.folder, options.data, options.allow_outside
   )
   metrics.check(chosen, protocol.task, len(evaluated.examples))
-  judges = options.judge is not None
-  metrics.check_examples(chosen, evaluated.examples, evaluated.facts, judges)
+  metrics.check_examples(chosen, evaluated.examples)
+  if "verdicts" in needs and not (options.judge and all(evaluated.facts)):
+    raise UserError(
+      "metric 'judged' needs held-out documents with facts, and a judge: give a --config with "
+      "config.evaluation.judge = FILE.py:FUNCTION."
+    )
   about["data"] = evaluated.fingerprint()
   fields = dataclasses.asdict(protocol)
   samplings = [sampling_of(column, settings.sampling) for column in protocol.columns]
