@@ -43,9 +43,9 @@ def test_bleu_is_that_of_a_corpus_times_100():
 
 def test_answers_count_by_what_people_said():
   given = [("two",) * 9 + ("3",), ("a cat",) * 2 + ("dog",) * 8, ("yes",) * 10]
-  found = metrics.vqa_accuracy(column(["2", "cat", "no"], given))
-  assert found["value"] == pytest.approx(160 / 3)
-  assert metrics.exact_match(column(["2", "cat", "no"], given))["value"] == pytest.approx(200 / 3)
+  answers = column(["2", "cat", "no"], given)
+  assert metrics.measure("vqa_accuracy", answers)["value"] == pytest.approx(160 / 3)
+  assert metrics.measure("exact_match", answers)["value"] == pytest.approx(200 / 3)
 
 
 def test_candidates_are_ranked_by_their_scores():
