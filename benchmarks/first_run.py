@@ -29,7 +29,7 @@ from absl import app, flags
 from etils import epath
 
 from benchmarks import first_run_page
-from cm3leon_jax.config import CTRL_C, UserError
+from cm3leon_jax.errors import CTRL_C, UserError
 from cm3leon_jax.files import buckets
 from cm3leon_jax.files.atomic import exists
 from cm3leon_jax.files.json_files import read_json, write_json

@@ -2,13 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
+from cm3leon_jax.version import VERSION
 
 if TYPE_CHECKING:
   from cm3leon_jax.api import CM3Leon
   from cm3leon_jax.generation.sample import grid
 
-__version__ = "0.3.0"
+__version__ = VERSION
 __all__ = ["CM3Leon", "UserError", "__version__", "grid"]
 
 

@@ -7,7 +7,7 @@ import sys
 
 import cm3leon_jax
 from cm3leon_jax.commands import COMMANDS, interrupts
-from cm3leon_jax.config import did_you_mean
+from cm3leon_jax.errors import did_you_mean
 
 # Names that users try -> what does the job.
 INSTEAD = {"finetune": "use `cm3leon run --config=own`, or CM3Leon.finetune in Python."}

@@ -103,8 +103,8 @@ class CM3Leon:
     buckets.prepare_access()
     import jax
 
-    from cm3leon_jax.config import UserError
     from cm3leon_jax.config.settings import decoding_mesh
+    from cm3leon_jax.errors import UserError
     from cm3leon_jax.files import progress
     from cm3leon_jax.generation.pipeline import Pipeline
     from cm3leon_jax.mesh import create_mesh

@@ -18,9 +18,9 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from cm3leon_jax.config import CTRL_C, INTERRUPTED, STOPPED_EARLY, TryAgain, UserError
+from cm3leon_jax.errors import CTRL_C, INTERRUPTED, STOPPED_EARLY, TryAgain, UserError
 from cm3leon_jax.files.json_files import plain
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 
 # If a process is killed, suspended or disconnected, the other processes exit after this many
 # seconds.

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from cm3leon_jax.config import UserError, did_you_mean
+from cm3leon_jax.errors import UserError, did_you_mean
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.generation import calls, given_images
 

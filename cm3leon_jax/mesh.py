@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT
+from cm3leon_jax.config.build import STRICT
 
 with epy.lazy_imports():  # The settings import this module, and are read before JAX is imported.
   import jax

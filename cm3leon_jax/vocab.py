@@ -7,7 +7,7 @@ import numpy.typing as npt
 from pydantic import Field, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT
+from cm3leon_jax.config.build import STRICT
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

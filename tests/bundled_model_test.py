@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax import CM3Leon
-from cm3leon_jax.config import build
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.run import bundles, initial
 from cm3leon_jax.run.run import load_start

@@ -16,10 +16,10 @@ from safetensors import numpy as safetensors
 
 import cm3leon_jax
 from cm3leon_jax.clip.model import CLIP
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.metrics import published_weights as published
 from cm3leon_jax.files import shards
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
@@ -28,8 +28,9 @@ from cm3leon_jax.importing.tokenizer import read_tokenizer
 from cm3leon_jax.reports import summary
 from cm3leon_jax.retrieval import bank, lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
-from cm3leon_jax.run import bundles, initial, stages
+from cm3leon_jax.run import bundles, initial
 from cm3leon_jax.run.folders import settings_of_run
+from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
 from cm3leon_jax.weights import recovery, stored_tensors
@@ -137,19 +138,13 @@ def test_a_bad_line_within_the_log_is_named(line, sentence, tmp_path):
 
 
 @pytest.mark.parametrize("junk", [*JUNK.values(), b'{"window": 2, "first_row": -1}'])
-def test_a_bad_line_of_planned_windows_is_named_and_a_file_without_digests_is_planned_again(
-  junk, tmp_path
-):
+def test_a_bad_line_of_planned_windows_is_named(junk, tmp_path):
   path, start = tmp_path / "plan.jsonl", Start(9, (4, 0), (70, 0))
   starts = WindowStarts(2, path, "x", writes=True)
   starts.add(1, start)
   path.write_bytes(path.read_bytes() + junk.replace(b"\n", b"") + b"\n")
   with refused(UserError, "plan.jsonl", "3"):
     WindowStarts(2, path, "x")
-  good = b'{"fingerprint": "x"}\n{"window": 1, "first_row": 9, "taken": [4, 0], "used": [70, 0]}\n'
-  for text in (good, good + junk, junk):
-    path.write_bytes(text)
-    assert len(WindowStarts(2, path, "x")) == 1
 
 
 def test_stray_files_beside_digests_are_left_alone(tmp_path):

@@ -8,14 +8,14 @@ import time
 import pytest
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import INTERRUPTED, STOPPED_EARLY, TryAgain
+from cm3leon_jax.errors import INTERRUPTED, STOPPED_EARLY, TryAgain
 from tests.launched import python
 
 PROCESS = """
 import sys
 import jax
 from cm3leon_jax import distributed
-from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.errors import TryAgain, UserError
 
 # Libraries write to the process's standard output at any time, in the middle of a line, too.
 sys.stdout = open(sys.argv[1], "w", encoding="utf-8")

@@ -6,7 +6,7 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax import finetune
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from tests.refusals import refused
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.shards import Runner
 from tests.files.shards_test import NAMES, Copy, log, run
 from tests.refusals import refused

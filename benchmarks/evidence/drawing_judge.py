@@ -18,8 +18,8 @@ from jaxtyping import Float, Int, UInt8
 import numpy as np
 from skimage import color, feature
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
+from cm3leon_jax.errors import UserError
 
 Images: TypeAlias = UInt8[np.ndarray, "n H W 3"]
 Features: TypeAlias = Float[np.ndarray, "n F"]

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from cm3leon_jax.commands.malloc import HUGE_PAGES
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks.evidence import experiment
 from cm3leon_jax import CM3Leon
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.generation import explanation
 from cm3leon_jax.generation.explanation import Influence

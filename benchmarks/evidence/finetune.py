@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from benchmarks.evidence.own_images import nearest_caption, polygon
 from cm3leon_jax import finetune
 from cm3leon_jax.api import CM3Leon
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.intervals import mean_interval
 from cm3leon_jax.files.json_files import read_json
 from examples.scenes.options import COLORS

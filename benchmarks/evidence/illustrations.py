@@ -20,10 +20,10 @@ from benchmarks.evidence import drawing_judge as judging
 from benchmarks.evidence import experiment
 from benchmarks.evidence.drawing_judge import Drawings, Images, Judge
 from cm3leon_jax import CM3Leon
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.sources.splits import fraction
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.likelihood import bits, pairs
 from cm3leon_jax.generation import lookalikes

@@ -24,9 +24,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.evidence import drawing_judge as judging
 from cm3leon_jax import CM3Leon
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.splits import fraction
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation import lookalikes
 from cm3leon_jax.generation.retrieved import images_of
 from cm3leon_jax.generation.writer import contact_sheet, save_png

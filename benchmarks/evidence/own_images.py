@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from cm3leon_jax.api import CM3Leon
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.reports import report
 

@@ -30,8 +30,8 @@ from ml_collections import config_flags
 import numpy as np
 
 from benchmarks.evidence import scene_recount
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings, settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.intervals import mean_interval
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.mesh import create_mesh

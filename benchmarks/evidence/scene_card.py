@@ -21,9 +21,9 @@ import numpy as np
 from benchmarks.evidence import experiment, scene_copies
 from benchmarks.evidence import scene_card_table as table
 from cm3leon_jax import CM3Leon
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Bank, Document, Segment
 from cm3leon_jax.data.rows import loader
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation.image_tasks import TextToImage

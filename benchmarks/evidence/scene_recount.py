@@ -26,9 +26,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import is_edit
 from cm3leon_jax.data.instructions.task_files import load_tasks
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.mesh import create_mesh

@@ -18,7 +18,7 @@ import shutil
 import numpy as np
 
 from benchmarks.faults import processes
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 
 STEPS = (10, 20, 30)  # Steps of the checkpoints.

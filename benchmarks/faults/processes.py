@@ -15,7 +15,7 @@ import time
 
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
-from cm3leon_jax.run.stages import DONE
+from cm3leon_jax.stages.stages import DONE
 
 CONFIG = "benchmarks/faults/config.py"
 IMPORTED = (

@@ -14,7 +14,7 @@ from jaxtyping import Float32, UInt8
 import numpy as np
 import numpy.typing as npt
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_foreign_json
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 

@@ -29,7 +29,7 @@ from cm3leon_jax.clip.checkpoint import (
   stack_layers,
 )
 from cm3leon_jax.clip.model import normalize
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
 ROWS_PER_DEVICE = 64

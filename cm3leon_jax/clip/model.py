@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, UInt8
 import numpy as np
 
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.tokenizers import HEAD_DIM, CLIPConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.models import nnx_params
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers.vqgan import in_batches, to_float
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import stored_tensors

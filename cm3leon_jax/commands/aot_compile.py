@@ -21,7 +21,7 @@ from absl import flags
 from etils import epath
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
 
 if TYPE_CHECKING:

@@ -12,11 +12,12 @@ from absl import flags
 from etils import epath, epy
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError, printable
+from cm3leon_jax.errors import UserError, printable
 
 with epy.lazy_imports():
   from cm3leon_jax.retrieval import removed
-  from cm3leon_jax.run import bundles, stages
+  from cm3leon_jax.run import bundles
+  from cm3leon_jax.stages import stages
 
 _DOCUMENT = flags.DEFINE_multi_string(
   "document", [], "Key of a document, e.g. from results.jsonl; may be given several times."

@@ -5,8 +5,8 @@ from __future__ import annotations
 from absl import flags
 from etils import epy
 
-from cm3leon_jax.config import UserError
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.errors import UserError
+from cm3leon_jax.stages import stages, table
 
 with epy.lazy_imports():
   from cm3leon_jax.run import bundles, run

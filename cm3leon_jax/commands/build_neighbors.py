@@ -13,7 +13,7 @@ from etils import epath, epy
 
 from cm3leon_jax.commands import common, sharded
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.stages import stages, table
 
 with epy.lazy_imports():
   from cm3leon_jax.retrieval import bank, neighbors

@@ -17,7 +17,7 @@ from absl import flags
 from etils import epath, epy
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 
 with epy.lazy_imports():
   from cm3leon_jax.training.faults import skipped_rows

@@ -19,12 +19,13 @@ from ml_collections import config_flags
 
 from cm3leon_jax import accelerators
 from cm3leon_jax.commands import config_file, interrupts
-from cm3leon_jax.config import TryAgain, UserError, did_you_mean, own_functions, printable
+from cm3leon_jax.config import own_functions
 from cm3leon_jax.config.settings import Settings, describe, settings_from_config
+from cm3leon_jax.errors import TryAgain, UserError, did_you_mean, printable
 from cm3leon_jax.files import buckets
 from cm3leon_jax.files.atomic import FULL
 from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.run import from_data
+from cm3leon_jax.stages import from_data
 
 with epy.lazy_imports():  # Flags are parsed before JAX is imported, which takes seconds.
   import jax

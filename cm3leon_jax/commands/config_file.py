@@ -5,7 +5,8 @@ import pathlib
 import ml_collections
 
 from cm3leon_jax import configs
-from cm3leon_jax.config import UserError, did_you_mean, own_functions
+from cm3leon_jax.config import own_functions
+from cm3leon_jax.errors import UserError, did_you_mean
 
 FOLDER = pathlib.Path(configs.__file__).parent
 # Names of the shipped configs. `base` has the values that the configs share, and is not a config.

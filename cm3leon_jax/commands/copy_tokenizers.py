@@ -15,8 +15,8 @@ from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.init_from_flag import INIT_FROM, OWN_IMAGE_TOKENIZER
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.errors import UserError
 
 with epy.lazy_imports():
   from cm3leon_jax.export import copies

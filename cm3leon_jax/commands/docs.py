@@ -12,7 +12,7 @@ import textwrap
 
 import cm3leon_jax
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError, did_you_mean
+from cm3leon_jax.errors import UserError, did_you_mean
 
 FOLDER = pathlib.Path(cm3leon_jax.__file__).parent / "docs"
 PAGES = sorted(path.stem for path in FOLDER.glob("*.md"))

@@ -11,7 +11,7 @@ from etils import epath, epy
 
 from cm3leon_jax.commands import common, sharded, tokenizer_check
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.stages import stages, table
 
 with epy.lazy_imports():
   from cm3leon_jax.data.documents import encode

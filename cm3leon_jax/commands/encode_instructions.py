@@ -12,9 +12,9 @@ from __future__ import annotations
 from etils import epath, epy
 
 from cm3leon_jax.commands import common, sharded, tokenizer_check
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.errors import UserError
+from cm3leon_jax.stages import stages, table
 
 with epy.lazy_imports():
   from cm3leon_jax.data.instructions import sources, task_files

@@ -27,11 +27,11 @@ from etils import epath, epy
 
 from cm3leon_jax.commands import common, sampling_flags
 from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.digests import digest, digest_of_json
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 
 with epy.lazy_imports():
   import jax

@@ -27,11 +27,11 @@ from absl import flags
 from etils import epath, epy
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import formats
 from cm3leon_jax.files.atomic import absolute
-from cm3leon_jax.run import from_data, stages, table
+from cm3leon_jax.stages import from_data, stages, table
 
 with epy.lazy_imports():
   import jax

@@ -28,11 +28,11 @@ from cm3leon_jax.commands.bank_flag import BANK, bank_of
 from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
-from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.config.settings import Settings, decoding_mesh
+from cm3leon_jax.errors import UserError, printable
 from cm3leon_jax.files.digests import digest_of_json
 from cm3leon_jax.mesh import MeshConfig
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.stages import stages, table
 
 with epy.lazy_imports():
   import jax

@@ -16,9 +16,9 @@ from absl import flags
 from etils import epath, epy
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.errors import UserError
+from cm3leon_jax.stages import stages, table
 
 with epy.lazy_imports():
   from cm3leon_jax.config import tokenizers as tokenizers_config

@@ -19,8 +19,8 @@ from etils import epath, epy
 from ml_collections import config_flags
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.errors import UserError
 
 with epy.lazy_imports():
   from cm3leon_jax.importing import importer

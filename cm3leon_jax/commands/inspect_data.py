@@ -21,7 +21,7 @@ from PIL import Image
 from cm3leon_jax.commands import common
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.files import atomic
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.stages import stages, table
 
 with epy.lazy_imports():
   import numpy as np
@@ -87,10 +87,9 @@ def validate(settings: Settings, workdir: epath.Path) -> None:
   documents = DOCUMENTS if rows.replay_share(settings, "train") else ()
   instructions = ("instructions",) if settings.instructions.any else ()
   for name in (*table.TOKENIZERS, *instructions, *documents):
-    described = len(stages.require(workdir, name).get("files", {}))
+    described = len(stages.require(workdir, name, files=dict)["files"])
     stages.check_files(workdir / name)
-    state = f"{described} files as written" if described else "no digests, from an older version"
-    print(f"{workdir / name}: {state}.")
+    print(f"{workdir / name}: {described} files as written.")
   for name in (*documents[:1], *instructions):
     validate_lib.validate_stores(workdir / name, settings.vocab)
   for index in (workdir / "neighbors").glob("*/*/index.json") if documents else ():

@@ -13,7 +13,7 @@ import time
 from types import FrameType
 from typing import Any, NoReturn
 
-from cm3leon_jax.config import CTRL_C, INTERRUPTED, STOPPED_EARLY
+from cm3leon_jax.errors import CTRL_C, INTERRUPTED, STOPPED_EARLY
 
 INTERRUPTION = "error: interrupted by Ctrl-C; finished stages and checkpoints are kept.\n"
 _called: dict[int, Any] = {}  # Signal -> our handler that Python has called for it.

@@ -14,9 +14,9 @@ from __future__ import annotations
 from etils import epath, epy
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import stages
+from cm3leon_jax.errors import UserError
+from cm3leon_jax.stages import stages
 
 with epy.lazy_imports():
   from cm3leon_jax.evaluation import judged

@@ -27,8 +27,8 @@ from absl import flags
 from etils import epath, epy
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError, did_you_mean
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.errors import UserError, did_you_mean
 
 with epy.lazy_imports():
   from cm3leon_jax.planning import hardware, launchers, plan_folder, stage_costs

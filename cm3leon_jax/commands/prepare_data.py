@@ -16,9 +16,10 @@ from absl import flags
 from etils import epath, epy
 
 from cm3leon_jax.commands import common, sharded
-from cm3leon_jax.config import UserError, own_functions, printable
+from cm3leon_jax.config import own_functions
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import from_data, stages
+from cm3leon_jax.errors import UserError, printable
+from cm3leon_jax.stages import from_data, stages
 
 with epy.lazy_imports():
   from cm3leon_jax.data.checks import duplicates, leaks

@@ -10,7 +10,7 @@ import sys
 from absl import flags
 from etils import epath, epy
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.digests import digest, digest_of_json
 from cm3leon_jax.files.json_files import read_json, write_json
 

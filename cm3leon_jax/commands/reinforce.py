@@ -23,8 +23,8 @@ from etils import epath, epy
 from cm3leon_jax.commands import common, malloc
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.commands.training_flags import ALLOW_CHANGED, SKIP_MEMORY_CHECK
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.run import start as run_start
 
 with epy.lazy_imports():

@@ -29,9 +29,10 @@ from cm3leon_jax.commands import common
 from cm3leon_jax.commands.init_from_flag import INIT_FROM, OWN_IMAGE_TOKENIZER
 from cm3leon_jax.commands.stage_process import StageProcesses
 from cm3leon_jax.commands.tokenizer_check import LIMITS
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import from_data, pace, stages, table
+from cm3leon_jax.errors import UserError
+from cm3leon_jax.run import pace
+from cm3leon_jax.stages import from_data, stages, table
 
 with epy.lazy_imports():
   from cm3leon_jax.data.raw import ingest

@@ -6,9 +6,10 @@ from typing import Any
 from absl import flags
 import pydantic
 
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.errors import UserError
 
 
 def _define(name: str, schema: dict[str, Any]) -> flags.FlagHolder:

@@ -20,11 +20,11 @@ from etils import epath, epy
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.digests import digest_of_json
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.run import table
+from cm3leon_jax.stages import table
 
 with epy.lazy_imports():
   from cm3leon_jax import distributed

@@ -18,7 +18,7 @@ from etils import epath, epy
 
 from cm3leon_jax import extras
 from cm3leon_jax.commands import common, interrupts, program_cache
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 
 with epy.lazy_imports():
   from cm3leon_jax import api

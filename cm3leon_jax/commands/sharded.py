@@ -10,7 +10,7 @@ from etils import epath, epy
 
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.files import shards
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 
 with epy.lazy_imports():
   from cm3leon_jax.training.faults import lease as lease_lib

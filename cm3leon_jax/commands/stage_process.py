@@ -10,7 +10,7 @@ import sys
 from etils import epath
 
 from cm3leon_jax.commands.malloc import HUGE_PAGES
-from cm3leon_jax.config import CTRL_C, INTERRUPTED, UserError
+from cm3leon_jax.errors import CTRL_C, INTERRUPTED, UserError
 
 TAIL = 15  # Number of lines to print from a stage that fails without an error message.
 

@@ -13,9 +13,10 @@ from typing import Any
 from absl import flags
 from etils import epath, epy
 
-from cm3leon_jax.config import UserError, own_functions
+from cm3leon_jax.config import own_functions
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import stages
+from cm3leon_jax.errors import UserError
+from cm3leon_jax.stages import stages
 
 with epy.lazy_imports():
   import numpy as np

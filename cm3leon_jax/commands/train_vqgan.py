@@ -13,16 +13,13 @@ run that starts from another run, the tokenizer of that run.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 from etils import epath, epy
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files import digests
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 
 with epy.lazy_imports():
   import numpy as np
@@ -33,7 +30,7 @@ with epy.lazy_imports():
   from cm3leon_jax.run import base_documents, initial, run
   from cm3leon_jax.tokenizers import perceptual, published_files, vqgan
   from cm3leon_jax.training.image_models import trainer, vqgan_training
-  from cm3leon_jax.training.watch import boards, tensorboard_board
+  from cm3leon_jax.training.watch import boards
 
 
 def _judge(settings: Settings, workdir: epath.Path, tokenizer: vqgan.ImageTokenizer) -> dict:
@@ -79,16 +76,6 @@ def _features(path: str) -> tuple[dict | None, dict[str, str]]:
   return perceptual.make_params(tensors), {"perceptual": published_weights.digest(tensors)}
 
 
-def _open_boards(folder: epath.Path, enabled: bool, first_step: int) -> list:
-  """Opens the TensorBoard log. Returns [] if it is disabled or tensorboardX is not installed."""
-  if not enabled or not importlib.util.find_spec("tensorboardX"):
-    return []
-  make = functools.partial(
-    tensorboard_board.TensorBoard, folder / tensorboard_board.FOLDER, first_step
-  )
-  return [boards.Board("TensorBoard", make, "set --config.train.tensorboard=False", "train_vqgan")]
-
-
 def _installed(
   settings: Settings, workdir: epath.Path
 ) -> tuple[vqgan.ImageTokenizer | None, dict[str, str]]:
@@ -129,7 +116,11 @@ def main(settings: Settings, workdir: epath.Path) -> None:
           workdir / "vqgan",
           {**stages.inputs(settings, workdir, "vqgan"), **inputs},
           features,
-          functools.partial(_open_boards, workdir / "vqgan", settings.train.tensorboard),
+          lambda step: (
+            boards.open_tensorboard(workdir / "vqgan", step, None, "train_vqgan")
+            if settings.train.tensorboard
+            else []
+          ),
           installed,
         )
       )

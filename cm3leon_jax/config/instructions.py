@@ -16,7 +16,8 @@ from pydantic import (
 )
 import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT, FieldError, build
+from cm3leon_jax.config.build import STRICT, build
+from cm3leon_jax.errors import FieldError
 
 BREAK = "<break>"  # Separates the segments of a template.
 EDIT = "Edit first image following the instruction"  # First segment of an edit (CM3Leon, table 5).

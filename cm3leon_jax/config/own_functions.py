@@ -13,7 +13,7 @@ import traceback
 from types import ModuleType
 from typing import Any
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 
 # Fields of the config that may name a function: (section, field).
 FIELDS = (("raw", "source"), ("evaluation", "judge"), ("reinforce", "reward"))

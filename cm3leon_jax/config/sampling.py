@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypedDict, get_args
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT
+from cm3leon_jax.config.build import STRICT
 
 Method = Literal["top_p", "contrastive", "mixture"]
 METHODS = get_args(Method)

@@ -9,13 +9,14 @@ import ml_collections
 from pydantic import NonNegativeInt
 import pydantic.dataclasses
 
-from cm3leon_jax.config import REMOVED_FIELDS, STRICT, UserError, build, current_fields
+from cm3leon_jax.config.build import STRICT, build
 from cm3leon_jax.config.data import DataConfig, RawConfig, RetrievalConfig
 from cm3leon_jax.config.instructions import InstructionsConfig
 from cm3leon_jax.config.model import AdapterConfig, ModelConfig
 from cm3leon_jax.config.sampling import EvaluationConfig, SamplingConfig
 from cm3leon_jax.config.tokenizers import CLIPConfig, TextTokenizerConfig, VQGANConfig, check_levels
 from cm3leon_jax.config.training import OptimizerConfig, ReinforceConfig, TrainConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.vocab import VocabLayout
 
@@ -153,17 +154,17 @@ def settings_from_config(config: Mapping[str, Any] | ml_collections.ConfigDict) 
 def settings_from_stored(values: dict) -> Settings:
   """Builds the settings that a run or bundle stored. Sections that are missing get their defaults.
 
-  `REMOVED_FIELDS` are ignored, and fields have their current names.
-
   Raises:
-    UserError: see `settings_from_config`.
+    UserError: another version of this package stored them, or see `settings_from_config`.
   """
-  kept = {
-    name: current_fields(name, section) if isinstance(section, dict) else section
-    for name, section in values.items()
-    if name not in REMOVED_FIELDS
-  }
-  return settings_from_config({**default_config().to_dict(), **kept})
+  known = {name: {field.name for field in dataclasses.fields(x)} for name, x in SECTIONS.items()}
+  for name, section in values.items():
+    if unknown := set(section if isinstance(section, dict) else ()) - known.get(name, set()):
+      raise UserError(
+        f"the settings have a field {name}.{min(unknown)}, which another version of cm3leon_jax "
+        "stored: use that version."
+      )
+  return settings_from_config({**default_config().to_dict(), **values})
 
 
 def describe(settings: Settings) -> list[str]:

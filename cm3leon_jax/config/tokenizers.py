@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT
+from cm3leon_jax.config.build import STRICT
 
 SMALLEST_PERCEPTUAL = 16  # Pixels. The network of `perceptual` halves the side four times.
 LEVELS = range(3, 9)  # Allowed numbers of levels of an FSQ channel.

@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT, UserError, own_functions
+from cm3leon_jax.config import own_functions
+from cm3leon_jax.config.build import STRICT
+from cm3leon_jax.errors import UserError
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

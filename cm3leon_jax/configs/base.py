@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import ml_collections
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import default_config
+from cm3leon_jax.errors import UserError
 
 
 def get_config(

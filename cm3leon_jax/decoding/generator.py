@@ -10,7 +10,6 @@ from typing import Any, Literal, TypedDict
 import jax
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.config.settings import Settings
@@ -26,6 +25,7 @@ from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.result import Result, cut, sample_seed
 from cm3leon_jax.decoding.sampling.methods import is_contrastive
 from cm3leon_jax.decoding.sampling.rows import Sampler
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import batch_shards
 from cm3leon_jax.vocab import VocabLayout
 

@@ -10,11 +10,11 @@ from typing import TypeAlias
 from jaxtyping import Float32, Int32
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.grammar import Part
 from cm3leon_jax.decoding.sampling.guidance import editing_weights, text_to_image_weights
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.vocab import VocabLayout
 
 

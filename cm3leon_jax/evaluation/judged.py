@@ -15,9 +15,10 @@ from etils import epath
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import UserError, own_functions
+from cm3leon_jax.config import own_functions
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.generation.heldout import HeldoutCaption, tasks_of_rows

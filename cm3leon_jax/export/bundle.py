@@ -8,16 +8,18 @@ import numpy as np
 
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.clip.model import PARAMS as CLIP_PARAMS
-from cm3leon_jax.config import UserError, own_functions
+from cm3leon_jax.config import own_functions
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.data.documents.store import Bank, write_documents
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import huggingface, replay
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, write_json
 from cm3leon_jax.retrieval.bank import copy_bank
-from cm3leon_jax.run import base_documents, bundles, from_data, stages
+from cm3leon_jax.run import base_documents, bundles
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.stages import from_data, stages
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer

@@ -2,13 +2,14 @@
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.digests import describe
 from cm3leon_jax.files.json_files import plain, write_json
-from cm3leon_jax.run import bundles, from_data, stages, table
+from cm3leon_jax.run import bundles
 from cm3leon_jax.run.folders import settings_of_run
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.stages import from_data, stages, table
 from cm3leon_jax.tokenizers import vqgan
 
 

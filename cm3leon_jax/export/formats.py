@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import plain, write_json
 from cm3leon_jax.run.folders import ABOUT, DIGESTS

@@ -20,8 +20,8 @@ from flax import traverse_util
 import jax
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.tokenizers import VQGANConfig, levels_of
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.run.folders import IMAGES

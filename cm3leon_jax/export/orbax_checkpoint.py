@@ -15,7 +15,8 @@ import tensorstore
 from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run import exported, folders, table
+from cm3leon_jax.run import exported, folders
+from cm3leon_jax.stages import table
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.weights import stored
 from cm3leon_jax.weights.tensor_files import DTYPES, convert

@@ -11,8 +11,8 @@ import dataclasses
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json

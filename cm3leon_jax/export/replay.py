@@ -7,8 +7,8 @@ from cm3leon_jax.data.documents.store import Bank, DocumentStore, write_document
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.retrieval import removed
 from cm3leon_jax.retrieval.arrays import ArrayStore
-from cm3leon_jax.run import stages, table
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.stages import stages, table
 
 HELDOUT = 400  # Maximum number of held-out pairs.
 GROUP = "group_size:256,zstd:19"  # A third of the size of records that are compressed one by one.

@@ -23,7 +23,6 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-import cm3leon_jax
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.decoding.cache import Size
 from cm3leon_jax.decoding.params import prepare, prepare_layer
@@ -35,6 +34,7 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.mesh import unsplit
 from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.version import VERSION
 from cm3leon_jax.weights import tensor_files
 from cm3leon_jax.weights.stored import StoredParams
 from cm3leon_jax.weights.tensor_files import Tensor
@@ -227,7 +227,7 @@ def _about(settings: Settings, image_tokenizer: ImageTokenizer) -> dict:
   special = {name: getattr(vocab, name) for name in ("pad", "eos", "unk", "brk", "eoss")}
   names = ("guidance", *IMAGE_SETTINGS)
   return {
-    "cm3leon_jax": cm3leon_jax.__version__,
+    "cm3leon_jax": VERSION,
     "jax": jax.__version__,
     "vocab": {**dataclasses.asdict(vocab), **special, "mask_0": vocab.mask(0)},
     "image_tokens": image_tokenizer.config.image_tokens,

@@ -10,7 +10,7 @@ from etils import epath
 import fsspec
 
 from cm3leon_jax import extras
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files import buckets
 
 FULL = (errno.ENOSPC, errno.EDQUOT)

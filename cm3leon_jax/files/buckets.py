@@ -9,7 +9,7 @@ import logging
 import os
 import re
 
-from cm3leon_jax.config import UserError, causes
+from cm3leon_jax.errors import UserError, causes
 
 CONNECT_SECONDS = 30
 # A request fails, and is retried, after this many seconds without data from the server.

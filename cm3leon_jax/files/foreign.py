@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from cm3leon_jax.config import FieldError, UserError, short
+from cm3leon_jax.errors import FieldError, UserError, short
 from cm3leon_jax.files import buckets
 from cm3leon_jax.files.atomic import exists
 from cm3leon_jax.files.json_files import check_foreign, check_foreign_json

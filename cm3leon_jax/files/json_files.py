@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from cm3leon_jax.config import UserError, short
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files import buckets, digests
 from cm3leon_jax.files.atomic import exists, replacing
 

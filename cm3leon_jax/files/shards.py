@@ -9,7 +9,7 @@ from typing import Protocol
 from etils import epath
 
 from cm3leon_jax import extras
-from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.errors import TryAgain, UserError
 from cm3leon_jax.files import buckets
 from cm3leon_jax.files.atomic import exists
 from cm3leon_jax.files.json_files import plain, read_json, write_json

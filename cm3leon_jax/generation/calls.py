@@ -4,8 +4,9 @@ import dataclasses
 import os
 from typing import Any
 
-from cm3leon_jax.config import UserError, build, short
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.sampling import SamplingConfig
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import Task
 

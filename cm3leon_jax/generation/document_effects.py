@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cm3leon_jax.config import printable
+from cm3leon_jax.errors import printable
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import Task

@@ -7,8 +7,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import UserError, short
 from cm3leon_jax.data.raw import reader
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files.images import upright_rgb
 from cm3leon_jax.generation.tasks import GivenImage, Task
 

@@ -7,10 +7,10 @@ import dataclasses
 
 import numpy as np
 
-from cm3leon_jax.config import UserError, short
 from cm3leon_jax.config.instructions import EDIT
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.request import Hole, Request
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.generation.tasks import (
   ALONE_SETTINGS,
   EDITING,

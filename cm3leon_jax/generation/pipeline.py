@@ -15,12 +15,12 @@ import numpy as np
 
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, clip_score
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.documents.store import Bank, Document, first_documents
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.result import Result
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.generation.explanation import explain
 from cm3leon_jax.generation.given_images import given_key, image_key, load_image

@@ -7,11 +7,12 @@ from typing import Any
 
 from etils import epath
 
-from cm3leon_jax.config import UserError, build, short
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.sources.image_folder import BY_FLAG, ImageFolder
 from cm3leon_jax.data.sources.lines import json_lines
 from cm3leon_jax.data.sources.records import Rejected
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files.atomic import open_filesystem
 from cm3leon_jax.generation import image_tasks, text_tasks
 from cm3leon_jax.generation.tasks import Task

@@ -6,8 +6,8 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.pipeline import Pipeline
 
 

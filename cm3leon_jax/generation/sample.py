@@ -9,8 +9,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.explanation import Influence
 from cm3leon_jax.generation.tasks import Task
 

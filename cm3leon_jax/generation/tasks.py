@@ -16,7 +16,6 @@ from typing import Any, ClassVar, TypeAlias, cast
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import UserError, short
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.rows.cm3 import undo_cm3_mask
@@ -28,6 +27,7 @@ from cm3leon_jax.decoding.sampling.methods import (
   settings_of_codes,
   unread_settings,
 )
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.vocab import VocabLayout
 

@@ -7,17 +7,18 @@ from typing import Any
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.model import FAMILIES, ModelConfig
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.documents import training_data
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.importing import qwen3, tokenizer
 from cm3leon_jax.importing.qwen3 import Tables
 from cm3leon_jax.importing.source import CONFIG, SourceCheckpoint, open_source
-from cm3leon_jax.run import initial, stages, table
+from cm3leon_jax.run import initial
+from cm3leon_jax.stages import stages, table
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.weights import layouts, tensor_files
 from cm3leon_jax.weights.tensor_files import Tensor

@@ -13,8 +13,8 @@ import functools
 from jaxtyping import Float
 import numpy as np
 
-from cm3leon_jax.config import UserError, short
 from cm3leon_jax.config.model import ROPE_BASE
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.importing.source import CONFIG, SourceCheckpoint
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights.tensor_files import Tensor

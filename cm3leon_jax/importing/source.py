@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from cm3leon_jax.config import UserError, short
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import FOREIGN_BYTES, NAMES, check_foreign, read_foreign_json
 from cm3leon_jax.run import exported

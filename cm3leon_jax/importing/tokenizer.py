@@ -8,7 +8,7 @@ from etils import epath
 import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
-from cm3leon_jax.config import UserError, short
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files.json_files import read_foreign_json
 from cm3leon_jax.tokenizers.text import TOKENIZER, types_of, unlike_ours
 from cm3leon_jax.vocab import VocabLayout

@@ -5,7 +5,7 @@ import importlib.metadata
 import jax
 from jax.experimental import topologies
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.planning import hardware as hardware_lib
 from cm3leon_jax.planning import topology as topology_lib
 from cm3leon_jax.planning.hardware import Gpu

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import re
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.planning.topology import CHIPS, SLICES, own_name, suggestion
 from cm3leon_jax.training.watch.flops import device_peak
 

@@ -15,10 +15,10 @@ import math
 import jax
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.model import ModelConfig, RematPolicy
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.config.training import OptimizerConfig, on_mesh
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import BATCH, FSDP
 from cm3leon_jax.models import adapters
 from cm3leon_jax.models.transformer import KEPT

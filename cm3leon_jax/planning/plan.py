@@ -6,9 +6,9 @@ import math
 
 import jax
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.config.training import on_mesh
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import BATCH, MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.transformer import KEPT

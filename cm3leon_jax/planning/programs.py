@@ -11,7 +11,6 @@ from jaxtyping import PyTree
 import numpy as np
 import numpy.typing as npt
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.model import AdapterConfig
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.config.training import on_mesh
@@ -21,6 +20,7 @@ from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import GeneratorConfig
 from cm3leon_jax.decoding.params import DecodeParams, prepare
 from cm3leon_jax.decoding.programs import Lowered, lower_batch
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import abstract, batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.training.step import grpo

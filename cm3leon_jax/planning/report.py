@@ -5,7 +5,7 @@ import time
 
 import jax
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.planning.hardware import peak_of
 from cm3leon_jax.planning.hlo import Program
 from cm3leon_jax.planning.topology import Topology

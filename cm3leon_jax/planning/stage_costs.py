@@ -15,7 +15,7 @@ from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.models import nnx_params
 from cm3leon_jax.planning.hardware import Hardware, peak_of
 from cm3leon_jax.planning.plan import Plan
-from cm3leon_jax.run.table import STAGES
+from cm3leon_jax.stages.table import STAGES
 from cm3leon_jax.tokenizers import published, vqgan
 
 # Rates measured in docs/benchmarks.md (two cores of an AMD EPYC machine) and docs/pods.md.

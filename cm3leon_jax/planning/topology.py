@@ -9,7 +9,7 @@ import jax
 from jax.experimental import topologies
 
 from cm3leon_jax import extras
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Any
 from jaxtyping import Float32, UInt8
 import numpy as np
 
-from cm3leon_jax.config import UserError, own_functions
+from cm3leon_jax.config import own_functions
 from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.sample import Sample
 
 

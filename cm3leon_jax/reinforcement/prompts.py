@@ -7,12 +7,12 @@ import itertools
 import sys
 from typing import NamedTuple
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import InstructionTask
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.instructions import sources
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.task_files import load_tasks
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.given_images import load_image
 from cm3leon_jax.generation.record_prompts import prompt_of
 from cm3leon_jax.generation.tasks import PromptLayout, has_image

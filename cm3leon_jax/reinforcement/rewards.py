@@ -8,9 +8,9 @@ import functools
 from jaxtyping import Float32
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation import judged as judged_lib
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.reinforcement.own_rewards import OwnReward

@@ -11,10 +11,10 @@ from etils import epath
 from jaxtyping import Float, Float32, Int32
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.record_prompts import prompt_of
 from cm3leon_jax.generation.tasks import PromptLayout

@@ -9,8 +9,8 @@ from cm3leon_jax.evaluation.protocols.metrics import METRICS
 from cm3leon_jax.evaluation.protocols.results import RESULTS, number, with_interval
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.reports import summary as summary_lib
-from cm3leon_jax.run import stages
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.stages import stages
 
 EVALUATIONS = "evaluations"
 LOSSES = {

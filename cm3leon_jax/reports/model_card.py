@@ -5,7 +5,6 @@ import re
 from etils import epath
 import jinja2
 
-import cm3leon_jax
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json
@@ -15,6 +14,7 @@ from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.reports.report import clock, inert
 from cm3leon_jax.run.folders import settings_of_run
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.version import VERSION
 
 
 def write(folder: epath.PathLike, run: Run, step: int, exported: dict) -> None:
@@ -31,7 +31,7 @@ def write(folder: epath.PathLike, run: Run, step: int, exported: dict) -> None:
   environment.trim_blocks = environment.lstrip_blocks = True
   environment.filters |= {"cell": cell, "clock": clock, "count": lambda x: f"{x:,}"}
   text = environment.get_template("model_card.md.jinja").render(
-    version=cm3leon_jax.__version__,
+    version=VERSION,
     exported=exported,
     about=read_json(epath.Path(folder) / "export.json"),
     settings=run.settings,

@@ -22,8 +22,8 @@ from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json_lines, write_json
 from cm3leon_jax.generation.sample import describe_found
 from cm3leon_jax.reports import summary as summary_lib
-from cm3leon_jax.run import stages
-from cm3leon_jax.run import table as stage_table
+from cm3leon_jax.stages import stages
+from cm3leon_jax.stages import table as stage_table
 
 MAX_PROMPTS = 16
 MAX_RECONSTRUCTIONS = 16

@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_stored
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.intervals import describe_groups, mean_interval
 from cm3leon_jax.files.json_files import lacks, plain, read_json, read_json_lines
 from cm3leon_jax.generation import lookalikes
 from cm3leon_jax.generation.sample import describe_found
-from cm3leon_jax.run import initial, table
-from cm3leon_jax.run.stages import DONE
+from cm3leon_jax.run import initial
+from cm3leon_jax.stages import table
+from cm3leon_jax.stages.stages import DONE
 from cm3leon_jax.training.watch.heldout import OF_PAIRS, decisive
 from cm3leon_jax.weights import reading
 
@@ -341,7 +342,7 @@ def cost(summary: dict) -> dict | None:
 
   Returns:
     {"train_seconds": time of the stage `train`, "other_seconds": time of all earlier stages,
-    "machine": machine that trained the decoder, or None if an older version did not record it}.
+    "machine": machine that trained the decoder, or None if it is unknown}.
   """
   if "seconds" not in summary.get("train", {}):
     return None

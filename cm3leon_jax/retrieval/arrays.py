@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.stages import stages, table
 
 SCHEMA_VERSION = 1
 INDEX, METADATA = "index.json", "zarr.json"

@@ -14,7 +14,7 @@ import numpy as np
 from cm3leon_jax.clip import checkpoint
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, CONFIG, normalize
-from cm3leon_jax.config import build
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.tokenizers import CLIPConfig
 from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.data.raw import reader
@@ -26,7 +26,7 @@ from cm3leon_jax.retrieval import removed
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.lexical import FILE as WORDS
 from cm3leon_jax.retrieval.lexical import Lexical
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.vocab import VocabLayout
 

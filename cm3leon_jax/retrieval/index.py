@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 import numpy as np
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.retrieval.arrays import ArrayStore
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 
 EXACT_BELOW = 1_000  # Number of vectors below which an index costs more than it saves.
 QUERY_BATCH = 256

@@ -15,14 +15,14 @@ import re
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import RawPair
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.files.shards import Runner, run_shards
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 
 SCHEMA_VERSION = 1
 FILE = "words.json"

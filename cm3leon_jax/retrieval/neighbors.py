@@ -14,9 +14,9 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import RetrievalConfig
 from cm3leon_jax.data.raw import reader
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.files.shards import Runner, forget, run_shards
 from cm3leon_jax.retrieval import index as index_lib

@@ -11,10 +11,10 @@ import re
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError, short
 from cm3leon_jax.config.data import MOST_CROPS
 from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.data.sources.records import crop_key
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.retrieval.arrays import ArrayStore

@@ -4,7 +4,7 @@ import dataclasses
 
 from etils import epath
 
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.model import AdapterConfig
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.files import foreign
@@ -59,21 +59,11 @@ class Adapters:
 
 @foreign.reads("a run with adapters")
 def of_run(workdir: epath.PathLike) -> Adapters | None:
-  """Returns the adapters that a run trains; None if it trains all parameters.
-
-  Raises:
-    UserError: an earlier version also trained rows of the token tables, which are not read here.
-  """
+  """Returns the adapters that a run trains; None if it trains all parameters."""
   folder = epath.Path(workdir)
   path = folder / "train" / "config.json"
   run = read_json(path, {"run": dict})["run"] if path.exists() else {}
   if "adapter" not in run:
     return None
-  fields = dict(run["adapter"])
-  if fields.pop("tokens", None):
-    raise UserError(
-      f"{path}: the run trained rows of token tables (adapter.tokens), which this version cannot "
-      "read: export it with the version that trained it."
-    )
-  config = build(AdapterConfig, fields, "adapter")
+  config = build(AdapterConfig, run["adapter"], "adapter")
   return Adapters(folder, config, Weights(**run["init_from"]))

@@ -10,11 +10,12 @@ from typing import Any
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.run import bundles, from_data, stages
+from cm3leon_jax.run import bundles
 from cm3leon_jax.run.folders import settings_of_run
+from cm3leon_jax.stages import from_data, stages
 
 NAME = "base"  # Name of the source of these documents in rows and logs.
 READ = ("documents", "neighbors")

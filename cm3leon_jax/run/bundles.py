@@ -20,9 +20,9 @@ import os
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError, did_you_mean, short
 from cm3leon_jax.config.settings import Settings, settings_from_stored
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
+from cm3leon_jax.errors import UserError, did_you_mean, short
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.digests import damage, digest
 from cm3leon_jax.files.json_files import check_foreign, read_foreign_json

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import plain
-from cm3leon_jax.run.stages import check_same_config, differences
+from cm3leon_jax.stages.stages import check_same_config, differences
 
 # The checkpoint has another structure with an average than without one.
 AVERAGE = "optimizer.ema_decay"

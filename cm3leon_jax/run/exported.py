@@ -1,7 +1,5 @@
 """Reads exports in the formats hf and orbax, which contain no CLIP model and no bank."""
 
-import hashlib
-import json
 import os
 
 from etils import epath
@@ -10,11 +8,12 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.config.settings import Settings, settings_from_stored
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.atomic import absolute
+from cm3leon_jax.files.digests import digest_of_json
 from cm3leon_jax.files.json_files import read_foreign_json, read_json
 from cm3leon_jax.run import bundles
 from cm3leon_jax.run.folders import ABOUT, DIGESTS, IMAGES, KINDS, TREE, kind_of
@@ -41,8 +40,6 @@ def is_orbax(folder: epath.PathLike) -> bool:
 def _digests(folder: epath.Path) -> tuple[dict[str, str], dict[str, str]]:
   """Returns the digests of the files in params/, by their paths there, and of all other files."""
   listed = read_foreign_json(folder / DIGESTS, {})
-  if "_METADATA" in listed:  # An earlier version, which listed only the files in params/.
-    return listed, {}
   others = {name: x for name, x in listed.items() if not name.startswith(f"{ORBAX}/")}
   of_params = {name: x for name, x in listed.items() if name not in others}
   return {name.removeprefix(f"{ORBAX}/"): x for name, x in of_params.items()}, others
@@ -52,28 +49,24 @@ def check(folder: epath.Path, part: str = "") -> list[str]:
   """Checks the files of an export, which may come from an untrusted source, before it is read.
 
   Only files whose path begins with `part` are compared with their digests, and `load_params`
-  compares those of params/. Most exports of earlier versions, and folders that other programs
-  wrote, have no digests. Returns the names of the files.
+  compares those of params/. Folders that other programs wrote have no digests. Returns the names of
+  the files.
 
   Raises:
     UserError: a file is absent or has changed, see also `foreign.check_folder`.
   """
   files = foreign.check_folder(folder, PLACES)
-  if (folder / ABOUT).exists() and (folder / TREE).exists() and not is_orbax(folder):
-    raise UserError(f"{folder} is an export in the format orbax without its {DIGESTS}: {AGAIN}.")
-  if (folder / ABOUT).exists() and (folder / DIGESTS).exists():
+  if (folder / ABOUT).exists():
+    if not (folder / DIGESTS).exists():
+      raise UserError(f"{folder} is an export without its {DIGESTS}: {AGAIN}.")
     listed = {name: x for name, x in _digests(folder)[1].items() if name.startswith(part)}
     bundles.check_digests(folder, listed, files, AGAIN)
   return files
 
 
 def digest_of_params(folder: epath.Path) -> str:
-  """Returns the SHA-256 of the digests of the parameters in an orbax export.
-
-  It is that of digests.json as earlier versions wrote this file.
-  """
-  text = json.dumps(_digests(folder)[0], indent=1) + "\n"
-  return hashlib.sha256(text.encode()).hexdigest()
+  """Returns the SHA-256 of the digests of the parameters in an orbax export."""
+  return digest_of_json(_digests(folder)[0])
 
 
 @foreign.reads("an export")

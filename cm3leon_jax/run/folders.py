@@ -2,14 +2,13 @@
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings, settings_from_stored
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_foreign_json, read_json
 
 ABOUT = "export.json"  # Marks a folder as an export and describes the exported model.
 IMAGES = "image_tokenizer"  # Folder of the image tokenizer in an export.
-# SHA-256 of the files of an export, which are already written. Exports of earlier versions do not
-# have it, except in the format orbax.
+# SHA-256 of the files of an export that are loaded.
 DIGESTS = "digests.json"
 TREE = "params/_METADATA"  # Lists the arrays of an export in the format orbax.
 ADAPTER = "adapter_config.json"  # Describes the adapters of an export in the format peft.
@@ -38,18 +37,12 @@ def settings_of_run(workdir: epath.PathLike) -> Settings:
   """Reads the settings that `cm3leon train` wrote to train/config.json.
 
   Raises:
-    UserError: nothing was trained in `workdir`, or by an old version, which stored no settings.
+    UserError: nothing was trained in `workdir`, or the file is damaged.
   """
   path = epath.Path(workdir) / "train" / "config.json"
   if not path.exists():
     raise UserError(
       f"{path} does not exist: name the workdir of a run in which `cm3leon train` has started, "
       "or, where a bundle is accepted, the folder or name of a bundle."
-    )
-  stored = read_json(path, {})
-  if "settings" not in stored:
-    raise UserError(
-      f"{path} was written by an older version and has no settings: run `cm3leon train` "
-      "with the same --config and --workdir again; a finished training is not repeated."
     )
   return settings_from_stored(read_json(path, {"settings": dict})["settings"])

@@ -9,15 +9,16 @@ from typing import Any
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.distributed import print_once
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
-from cm3leon_jax.run import adapters, bundles, exported, folders, stages, table
+from cm3leon_jax.run import adapters, bundles, exported, folders
 from cm3leon_jax.run.adapters import Adapters, Weights
+from cm3leon_jax.stages import stages, table
 from cm3leon_jax.weights import layouts, reading, stored_tensors, tensor_files
 
 IMAGE_TOKENIZER = f"{folders.IMAGES}/params.safetensors"  # Path in an exported model.

@@ -8,9 +8,9 @@ import dataclasses
 
 from etils import epath
 
-from cm3leon_jax.config import build
+from cm3leon_jax.config.build import build
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.run.from_data import LEAST_STEPS, MOST_STEPS
+from cm3leon_jax.stages.from_data import LEAST_STEPS, MOST_STEPS
 
 FILE = "pace.json"
 LEAST, MOST = LEAST_STEPS["train"], MOST_STEPS["train"]

@@ -6,7 +6,6 @@ from typing import Any
 from etils import epath
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.instructions.rows import instruction_sources
@@ -19,6 +18,7 @@ from cm3leon_jax.data.rows.plan_statistics import (
   plan_statistics,
   space_for_neighbors,
 )
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.run import base_documents
 

@@ -15,18 +15,19 @@ import numpy as np
 
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP
-from cm3leon_jax.config import UserError, short
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.rows.loader import RowLoader
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.models.adapters import merge
 from cm3leon_jax.retrieval import removed
 from cm3leon_jax.retrieval.bank import load_clip
-from cm3leon_jax.run import adapters, bundles, exported, folders, initial, stages, table
+from cm3leon_jax.run import adapters, bundles, exported, folders, initial
 from cm3leon_jax.run.adapters import Adapters, Weights
 from cm3leon_jax.run.folders import settings_of_run
 from cm3leon_jax.run.rows import open_rows
+from cm3leon_jax.stages import stages, table
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.weights import reading

@@ -8,11 +8,11 @@ import os
 
 from etils import epath, epy
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import exists
 from cm3leon_jax.files.json_files import plain, read_json, write_json
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 
 with epy.lazy_imports():
   import jax

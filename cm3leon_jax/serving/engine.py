@@ -11,11 +11,11 @@ import threading
 import jax
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.continuous.buckets import Bucket, largest
 from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator, StepFailed
 from cm3leon_jax.decoding.continuous.slots import Update
 from cm3leon_jax.decoding.result import sample_seed
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.serving import jobs as jobs_lib
 from cm3leon_jax.serving.errors import QUEUE_FULL, ApiError, internal, stopping

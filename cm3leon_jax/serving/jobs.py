@@ -8,11 +8,11 @@ import functools
 
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.decoding.continuous.buckets import Bucket, bucket_of
 from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.given_images import given_key
 from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline

@@ -9,8 +9,8 @@ from pydantic import BeforeValidator, Field
 import pydantic_core
 from pydantic_core import PydanticCustomError
 
-from cm3leon_jax.config import short
 from cm3leon_jax.config.sampling import Schedule
+from cm3leon_jax.errors import short
 from cm3leon_jax.serving.errors import ApiError
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]

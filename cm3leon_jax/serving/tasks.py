@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import grammar
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation import calls
 from cm3leon_jax.generation.explanation import REFUSED
 from cm3leon_jax.generation.image_tasks import ImageTask

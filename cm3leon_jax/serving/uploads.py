@@ -20,9 +20,9 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.raw.image_parts import ImageFile
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.serving.errors import ApiError, refusal
 
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import Field, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT
+from cm3leon_jax.config.build import STRICT
 from cm3leon_jax.config.tokenizers import Family
 from cm3leon_jax.models import nnx_params
 

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import safetensors
 
-from cm3leon_jax.config import UserError, build, short
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.tokenizers import Family, VQGANConfig
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files.json_files import read_foreign_json
 from cm3leon_jax.models import nnx_params
 from cm3leon_jax.tokenizers import published, published_source

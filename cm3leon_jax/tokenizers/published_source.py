@@ -9,7 +9,7 @@ import os
 from etils import epath
 import safetensors
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import check_foreign
 from cm3leon_jax.weights.stored_tensors import files_of_index
 

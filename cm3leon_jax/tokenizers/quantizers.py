@@ -108,16 +108,6 @@ def make(kind: Quantizer, num_codes: int, code_dim: int, rngs: nnx.Rngs) -> Code
   return Codebook(num_codes, code_dim, rngs)
 
 
-def restarted(
-  tables: dict, usage: Int[Array, " K"], new: Float[Array, "K E"]
-) -> dict[str, Float[Array, "_ _"]]:
-  """Replaces codes that were not used by those of `new`.
-
-  `tables` are the parameters of a quantizer with a codebook.
-  """
-  return {"table": jnp.where((usage == 0)[:, None], new, tables["table"])}
-
-
 def loss(
   kind: Quantizer, codebook_weight: float, commitment_weight: float, z: Vectors, q: Vectors
 ) -> Float32[Array, ""] | float:

@@ -12,11 +12,11 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from cm3leon_jax.config import UserError, short
 from cm3leon_jax.config.tokenizers import TextTokenizerConfig
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files.atomic import exists
 from cm3leon_jax.files.json_files import GET_AGAIN, read_foreign_json, write_json
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from cm3leon_jax.vocab import VocabLayout
 
 # T tokens of one text.

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, Key, UInt8
 import numpy as np
 
-from cm3leon_jax.config import UserError, build, current_fields
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.tokenizers import VQGANConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.models import nnx_params
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers import published, quantizers
 from cm3leon_jax.weights import stored_tensors
 
@@ -261,13 +262,12 @@ class ImageTokenizer:
     if published.SECTION in stored:
       section = published.SECTION
       stored = read_json(folder / CONFIG, {section: dict, "num_codes": int})
-      fields = current_fields(section, stored[section])
-      other = build(published.PublishedConfig, fields, section)
+      other = build(published.PublishedConfig, stored[section], section)
       expected = nnx_params.to_dict(published.structure(other, stored["num_codes"])[1])
       params = stored_tensors.load(folder / PARAMS, expected, "import_vqgan")
       return cls(other, stored["num_codes"], params, other.batch_size)
     stored = read_json(folder / CONFIG, {"vqgan": dict, "num_codes": int})
-    config = build(VQGANConfig, current_fields("vqgan", stored["vqgan"]), "vqgan")
+    config = build(VQGANConfig, stored["vqgan"], "vqgan")
     expected = jax.eval_shape(lambda: init_params(config, stored["num_codes"], jax.random.key(0)))
     params = stored_tensors.load(folder / PARAMS, expected, "train_vqgan")
     return cls(config, stored["num_codes"], params)

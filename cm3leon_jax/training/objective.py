@@ -10,8 +10,8 @@ from typing import Protocol, runtime_checkable
 
 from jax.sharding import NamedSharding
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import RowLoader, batches
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.training.faults.skipped_rows import Remaining
 from cm3leon_jax.training.step.numerics import TooManySkippedError
 from cm3leon_jax.training.steps import Steps

@@ -14,13 +14,13 @@ from jaxtyping import PyTree
 import orbax.checkpoint as ocp
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.errors import TryAgain, UserError
 from cm3leon_jax.files import buckets
 from cm3leon_jax.files.atomic import absolute, exists
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import abstract
-from cm3leon_jax.run.stages import SEALS
+from cm3leon_jax.stages.stages import SEALS
 from cm3leon_jax.weights import sealing, stored
 from cm3leon_jax.weights.retention import METRIC, policy, score
 

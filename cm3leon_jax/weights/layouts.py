@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.model import ROPE_BASE, ModelConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.models import transformer
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights.stored import StoredParams

@@ -8,10 +8,10 @@ from etils import epath
 import jax
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.model import AdapterConfig, ModelConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.models import adapters, transformer
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from cm3leon_jax.weights import sealing, stored
 from cm3leon_jax.weights.checkpoint import FOLDER, Checkpoints
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.weights.checkpoint import Checkpoints
 
 

@@ -10,7 +10,7 @@ import threading
 from etils import epath
 import jax
 
-from cm3leon_jax.config import TryAgain
+from cm3leon_jax.errors import TryAgain
 from cm3leon_jax.files.digests import digest
 
 

@@ -2,8 +2,7 @@
 
 Orbax stores an array in chunks, and TensorStore always reads and decodes whole chunks. Each layer
 of the stacked parameters has separate chunks (`save_args`), so one layer can be read without the
-others. In a checkpoint of an earlier version of this package, a chunk covers all layers of a
-device's shard, so each read of a layer decodes the whole chunk.
+others.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import absolute
 
 STACKED = "blocks"  # Key of the parameters whose leading axis is the layer.

@@ -17,11 +17,11 @@ import numpy as np
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors import numpy as safetensors
 
-from cm3leon_jax.config import UserError, short
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import check_foreign, read_foreign_json
-from cm3leon_jax.run.stages import differences, id_of
+from cm3leon_jax.stages.stages import differences, id_of
 from cm3leon_jax.weights.tensor_files import DTYPES, INDEX, WEIGHTS
 
 FLOATS = {name: dtype for name, dtype in DTYPES.values() if not name.startswith("I")}

@@ -15,7 +15,7 @@ from etils import epath
 import ml_dtypes
 import numpy as np
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 

@@ -13,7 +13,7 @@ parameters; below, 32 pixels, 64 codes and 1.5 million. For another folder of re
 import ml_collections
 
 from cm3leon_jax.configs import base
-from cm3leon_jax.run import from_data
+from cm3leon_jax.stages import from_data
 
 LARGE = 60
 CLIP_STEPS = 400  # At most; it then has seen each drawing nine times.

@@ -15,10 +15,10 @@ import pathlib
 
 import ml_collections
 
-from cm3leon_jax.config import build
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.configs import base
-from cm3leon_jax.run import from_data
+from cm3leon_jax.stages import from_data
 from examples.scenes.options import ScenesConfig
 
 HERE = pathlib.Path(__file__).parent  # Absolute, so that other configs can start from this one.

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from cm3leon_jax import extras
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from examples.scenes.options import COLORS, Style
 from examples.scenes.world import ICONS, PLACES, Placed, Scene
 

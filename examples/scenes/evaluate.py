@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation import intervals, judged
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json_lines, write_json

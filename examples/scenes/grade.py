@@ -19,8 +19,8 @@ from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import stages
 from cm3leon_jax.run.run import load_start
+from cm3leon_jax.stages import stages
 
 with epy.lazy_imports():
   from cm3leon_jax.data.instructions import records as records_lib

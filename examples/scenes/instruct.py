@@ -15,7 +15,7 @@ input image, so that it looks like a generated image.
 import ml_collections
 
 from cm3leon_jax.configs import base
-from cm3leon_jax.run import from_data
+from cm3leon_jax.stages import from_data
 from examples.scenes import config as scenes
 
 STEPS, LONG_STEPS = 1_600, 10_000

@@ -11,9 +11,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.edges import canny_edges
 from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.errors import UserError
 from examples.scenes import edits, questions, source, world
 from examples.scenes.captions import Description
 from examples.scenes.drawings import CELL, SIDE, box, render

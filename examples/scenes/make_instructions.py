@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 import yaml
 
-from cm3leon_jax.config import build
+from cm3leon_jax.config.build import build
 from cm3leon_jax.data.instructions.records import Record
 from examples.scenes import instruct
 from examples.scenes.instructions import TASKS, record

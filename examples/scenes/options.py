@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT
+from cm3leon_jax.config.build import STRICT
 
 # Colors in RGB. Any two colors have a distance of at least 100. The distance of a color from any
 # mixture of another color with white is at least 89. Such mixtures occur at antialiased edges.

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config.build import build
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
+from cm3leon_jax.errors import UserError
 from examples.scenes import world
 from examples.scenes.captions import Description, describe, describe_plainly, relations
 from examples.scenes.drawings import alpha, box, render

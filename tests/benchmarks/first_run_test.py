@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import first_run, first_run_machine
 from benchmarks.first_run import Part
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from tests import bucket_server
 
 ROOT = pathlib.Path(__file__).parents[2]

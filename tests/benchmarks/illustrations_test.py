@@ -7,8 +7,8 @@ from PIL import Image, ImageDraw
 import pytest
 
 from benchmarks.evidence import drawing_judge, illustrations
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources.splits import fraction
+from cm3leon_jax.errors import UserError
 
 SIDE = 32
 STYLES = ("ink", "wash", "chalk", "flat")

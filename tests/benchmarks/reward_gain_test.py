@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.evidence import reward_gain
 from benchmarks.evidence.reward_gain import Drawn
-from cm3leon_jax.config import build
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.settings import settings_from_config
 from examples.scenes import config as scenes
 from examples.scenes import source

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.evidence import scene_card, scene_card_table
-from cm3leon_jax.config import build
+from cm3leon_jax.config.build import build
 from examples.scenes import config as config_scenes
 from examples.scenes import source, world
 from examples.scenes.drawings import render

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from benchmarks.evidence import scene_recount
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
 from examples.scenes import instruct, make_instructions, source, world
 from examples.scenes.drawings import render

@@ -9,7 +9,7 @@ import transformers
 
 from cm3leon_jax.clip import checkpoint as clip_checkpoint
 from cm3leon_jax.clip import huggingface as hf_clip
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from tests.clip.huggingface_files import CAPTIONS, END, load, some_images, write_checkpoint
 from tests.refusals import refused
 

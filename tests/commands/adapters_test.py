@@ -12,14 +12,15 @@ from safetensors import numpy as safetensors
 
 from cm3leon_jax.api import CM3Leon
 from cm3leon_jax.commands import common, export, train
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import bundle, formats
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.generation import heldout
 from cm3leon_jax.models import adapters
-from cm3leon_jax.run import initial, stages
+from cm3leon_jax.run import initial
 from cm3leon_jax.run.run import Run, load_start
+from cm3leon_jax.stages import stages
 from cm3leon_jax.weights import reading
 from tests.generation.run import SETTINGS, make_config, one_device, save_run
 from tests.refusals import refused
@@ -108,8 +109,7 @@ def test_step_0_has_the_losses_of_the_base_and_only_adapters_are_saved(base, ada
 
 
 def test_several_adapters_share_a_base_that_never_changes(base, adapted, make):
-  """One of the runs, of an earlier version, continues. A run can also start from the sum of a base
-  and its adapters."""
+  """One of the runs continues. A run can also start from the sum of a base and its adapters."""
   before = files(base)
   other = make(rank=2, targets=("v", "down"))
   with one_device():
@@ -120,31 +120,9 @@ def test_several_adapters_share_a_base_that_never_changes(base, adapted, make):
   np.testing.assert_array_equal(b["blocks"]["qkv"][:, :2], plain["blocks"]["qkv"][:, :2])
   for changed in (a["blocks"]["down"], plain["blocks"]["down"]):
     assert np.abs(b["blocks"]["down"] - changed).max() > 1e-4
-  of_an_earlier_version(other, tokens=[])
   train.main(settings_with(rank=2, targets=("v", "down"), steps=4), other)
   assert read_json(other / "train" / stages.DONE)["summary"]["steps"] == 4
   assert files(base) == before
-
-
-def of_an_earlier_version(folder, tokens):
-  """Changes the config of a run to that of an earlier version, with the field `adapter.tokens`."""
-  path = folder / "train" / "config.json"
-  stored = read_json(path)
-  for section in ("run", "settings"):
-    stored[section]["adapter"]["tokens"] = tokens
-  write_json(path, stored)
-  return path
-
-
-def test_only_adapters_of_an_earlier_version_without_rows_of_tables_are_read(adapted, tmp_path):
-  """Without the trained rows of `adapter.tokens`, the sum would be wrong."""
-  folder = epath.Path(shutil.copytree(adapted, tmp_path / "copy"))
-  path = of_an_earlier_version(folder, tokens=["5:7"])
-  with refused(UserError, str(path), "adapter.tokens"):
-    Run.open(folder).params()
-  of_an_earlier_version(folder, tokens=[])
-  with one_device():
-    assert Run.open(folder).params()[1] == 3
 
 
 @pytest.mark.parametrize("name", ["orbax", pytest.param("hf", marks=pytest.mark.slow)])

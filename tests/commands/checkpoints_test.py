@@ -7,7 +7,7 @@ from etils import epath
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.faults import lease
 from cm3leon_jax.training.saves import upkeep

@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from cm3leon_jax.commands import common, config_file
-from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import TryAgain, UserError
 from tests.launched import python
 from tests.refusals import refused
 

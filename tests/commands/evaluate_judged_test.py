@@ -11,13 +11,14 @@ import pytest
 
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.commands import common, evaluate
-from cm3leon_jax.config import UserError, own_functions
+from cm3leon_jax.config import own_functions
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation import judged
 from cm3leon_jax.export import bundle
 from cm3leon_jax.files.json_files import read_json, read_json_lines
-from cm3leon_jax.run import from_data
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.stages import from_data
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.weights import reading
 from examples.scenes import evaluate as scenes

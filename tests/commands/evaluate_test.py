@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.commands import common, evaluate
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.configs import base
 from cm3leon_jax.data.documents import store
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.stages import stages, table
 from cm3leon_jax.training.step import optimizer, state
 from cm3leon_jax.weights import checkpoint
 from tests.refusals import refused

@@ -12,12 +12,13 @@ import pytest
 from safetensors import numpy as safetensors
 
 from cm3leon_jax.commands import export
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_stored
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import bundle, formats, huggingface
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.run import bundles, folders, stages
+from cm3leon_jax.run import bundles, folders
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.stages import stages
 from cm3leon_jax.weights import layouts
 from cm3leon_jax.weights.stored import of_tree
 from tests.generation.run import SETTINGS, one_device, save_run

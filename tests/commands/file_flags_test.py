@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from cm3leon_jax.commands import common, evaluate, export, generate, score
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import bundle, formats
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.run import bundles

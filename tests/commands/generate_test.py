@@ -13,9 +13,9 @@ import pytest
 
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.commands import common, generate
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore, write_documents
 from cm3leon_jax.decoding import cache, params
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import bundle
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation import prompt_file
@@ -24,8 +24,8 @@ from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.text_tasks import Question
 from cm3leon_jax.reports import summary
 from cm3leon_jax.retrieval import removed
-from cm3leon_jax.run import stages, table
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.stages import stages, table
 from cm3leon_jax.weights import reading
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, clip_params, make_run, one_device

@@ -9,14 +9,14 @@ import pytest
 
 from cm3leon_jax.clip.model import normalize
 from cm3leon_jax.commands import inspect_data
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.config.tokenizers import TextTokenizerConfig
 from cm3leon_jax.data.raw import ingest
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.files.shards import Runner
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.stages import stages, table
 from cm3leon_jax.tokenizers import text, vqgan
 from tests.data.stores import VOCAB
 from tests.launch import tiny_instruct_config

@@ -4,7 +4,7 @@ import signal
 import pytest
 
 from cm3leon_jax.commands.interrupts import INTERRUPTION
-from cm3leon_jax.config import CTRL_C, INTERRUPTED, STOPPED_EARLY
+from cm3leon_jax.errors import CTRL_C, INTERRUPTED, STOPPED_EARLY
 from tests.launched import python
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -4,9 +4,9 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.commands import prepare_data
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import default_config, settings_from_config
-from cm3leon_jax.run import from_data
+from cm3leon_jax.errors import UserError
+from cm3leon_jax.stages import from_data
 from examples.scenes.judge.leaks import leaks
 from tests.data.checks.leaks_test import photos, write_source
 from tests.launched import ROOT, SCENES, launch

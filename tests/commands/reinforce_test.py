@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.commands import reinforce
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import InstructionsConfig
 from cm3leon_jax.config.training import ReinforceConfig, TrainConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.reinforcement import rollouts
-from cm3leon_jax.run import initial, stages
+from cm3leon_jax.run import initial
+from cm3leon_jax.stages import stages
 from examples.scenes import grade
 from examples.scenes.judge import answers
 from tests.commands.instructions_test import copy, encode, one_mesh, settings_of, tasks_of

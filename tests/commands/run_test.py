@@ -4,8 +4,8 @@ from etils import epath
 import pytest
 
 from cm3leon_jax.commands import common, config_file, run, stage_process
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.run import pace
 from tests.launched import INSTRUCT, SCENES
 from tests.refusals import refused

@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.commands import common, score
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
 from tests.data.stores import IMAGE_TOKENS
 from tests.generation.run import SETTINGS, one_device, save_run

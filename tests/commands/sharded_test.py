@@ -5,10 +5,10 @@ from etils import epath
 import pytest
 
 from cm3leon_jax.commands import config_file, sharded
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from cm3leon_jax.training.faults import lease
 from tests.launched import SCENES, launch
 from tests.refusals import refused

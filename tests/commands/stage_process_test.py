@@ -7,7 +7,7 @@ from etils import epath
 import pytest
 
 from cm3leon_jax.commands import stage_process
-from cm3leon_jax.config import CTRL_C, INTERRUPTED, UserError
+from cm3leon_jax.errors import CTRL_C, INTERRUPTED, UserError
 from tests.refusals import refused
 
 WAITS = """

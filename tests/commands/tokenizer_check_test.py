@@ -8,11 +8,11 @@ from PIL import Image, ImageFilter
 import pytest
 
 from cm3leon_jax.commands import tokenizer_check
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import InstructionsConfig, InstructionTask
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.metrics.reconstructions import compare
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from examples.scenes import drawings
 from examples.scenes.options import COLORS as PALETTE
 from examples.scenes.options import COMMON

@@ -6,7 +6,7 @@ import pytest
 
 from cm3leon_jax.commands import train_clip
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.training.image_models import trainer
 from tests.commands.train_vqgan_test import Killed, write_images

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.commands import common, train
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.generation import heldout
 from cm3leon_jax.models import transformer
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.saves import upkeep

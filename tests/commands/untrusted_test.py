@@ -6,8 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.task_files import parse_tasks
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.protocols import protocol
 from tests.launched import SCENES, launch
 from tests.reports.hostile import CONTROLS, HOSTILE

@@ -8,7 +8,8 @@ from pydantic import Field
 import pydantic.dataclasses
 import pytest
 
-from cm3leon_jax.config import STRICT, FieldError, UserError, build, without_addresses
+from cm3leon_jax.config.build import STRICT, build
+from cm3leon_jax.errors import FieldError, UserError, without_addresses
 from tests.refusals import refused
 
 

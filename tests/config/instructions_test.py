@@ -3,9 +3,9 @@ import json
 
 import pytest
 
-from cm3leon_jax.config import FieldError
 from cm3leon_jax.config.settings import default_config, settings_from_config, settings_from_stored
 from cm3leon_jax.data.instructions.task_files import load_tasks
+from cm3leon_jax.errors import FieldError
 from tests.refusals import refused
 
 DRAW = {

@@ -3,7 +3,8 @@ import sys
 import pytest
 
 from cm3leon_jax.commands import config_file
-from cm3leon_jax.config import UserError, own_functions
+from cm3leon_jax.config import own_functions
+from cm3leon_jax.errors import UserError
 from tests.refusals import refused
 
 

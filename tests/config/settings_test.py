@@ -10,7 +10,6 @@ import jax
 import pydantic
 import pytest
 
-from cm3leon_jax.config import FieldError, UserError
 from cm3leon_jax.config.settings import (
   SECTIONS,
   Settings,
@@ -18,6 +17,7 @@ from cm3leon_jax.config.settings import (
   describe,
   settings_from_config,
 )
+from cm3leon_jax.errors import FieldError, UserError
 from tools import config_page
 
 

@@ -1,7 +1,7 @@
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.training import TrainConfig, on_mesh
+from cm3leon_jax.errors import UserError
 from tests.refusals import refused
 
 

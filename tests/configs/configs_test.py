@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 
 from cm3leon_jax.commands import config_file
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.settings import SECTIONS, default_config, settings_from_config
 from cm3leon_jax.configs import (
   cm3leon_7b,
@@ -17,10 +17,12 @@ from cm3leon_jax.configs import (
   sft_760m,
 )
 from cm3leon_jax.data.instructions.task_files import load_tasks
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.planning.programs import count_params
-from cm3leon_jax.run import bundles, from_data
+from cm3leon_jax.run import bundles
+from cm3leon_jax.stages import from_data
 from examples.illustrations import config as illustrations
 from examples.scenes import config as scenes
 from examples.scenes import instruct as scenes_instruct

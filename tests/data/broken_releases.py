@@ -5,7 +5,7 @@ import copy
 import random
 from typing import Any
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from tests.data import releases
 
 CHANGES = 15  # Number of changes of each file.

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import batch
 from cm3leon_jax.decoding import generator as generator_lib
 from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.grammar import Grammar, plan_array
 from cm3leon_jax.decoding.result import sample_seed
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models.products import Transposed
 from tests.decoding.small import (

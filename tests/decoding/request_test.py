@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.rows.cm3 import apply_cm3_mask
 from cm3leon_jax.decoding import grammar
@@ -23,6 +22,7 @@ from cm3leon_jax.decoding.grammar import (
   Part,
 )
 from cm3leon_jax.decoding.request import Hole
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.tasks import document_segments
 from cm3leon_jax.vocab import VocabLayout
 from tests.refusals import refused

@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.published.examples import Example
 from cm3leon_jax.data.published.files import SPLITS
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.protocols import metrics
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from tests.refusals import refused

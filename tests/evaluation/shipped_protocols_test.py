@@ -13,8 +13,8 @@ from etils import epath
 import pytest
 
 from cm3leon_jax.commands import common, evaluate
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols import results, run
 from cm3leon_jax.reports import evaluation_page

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import image_tokenizer
 from cm3leon_jax.export.serving_functions import Functions, named
 from cm3leon_jax.files.json_files import read_json

@@ -11,8 +11,8 @@ from cm3leon_jax.config.model import AdapterConfig
 from cm3leon_jax.export import formats, huggingface
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.models import adapters
-from cm3leon_jax.run import table
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.stages import table
 from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.adapters_test import random_factors

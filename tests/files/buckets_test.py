@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.errors import TryAgain, UserError
 from cm3leon_jax.files import atomic, buckets
 from tests import bucket_server
 from tests.launched import SCENES

@@ -3,7 +3,7 @@ import os
 
 import numpy as np
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files import json_files
 from cm3leon_jax.files.json_files import read_json, write_json
 from tests.refusals import refused

@@ -3,7 +3,7 @@ import os
 import pathlib
 import signal
 
-from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.errors import TryAgain, UserError
 from cm3leon_jax.files.shards import Runner, forget, run_shards
 from tests.refusals import refused
 

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.decoding import log_probs
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.text_tasks import Caption

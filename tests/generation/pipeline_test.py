@@ -5,11 +5,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import RetrievalConfig
 from cm3leon_jax.data.documents.store import group_id, write_documents
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.decoding.result import Result, sample_seed
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline, check_tasks

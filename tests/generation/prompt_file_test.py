@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.sampling import SamplingConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.prompt_file import TASKS, pair, read, task_class
 from tests.refusals import refused

@@ -17,7 +17,7 @@ from cm3leon_jax.config.tokenizers import TextTokenizerConfig
 from cm3leon_jax.data.documents.store import Segment, write_documents
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.stages import stages, table
 from cm3leon_jax.tokenizers import text, vqgan
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState

@@ -3,10 +3,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import EDIT
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.rows.cm3 import undo_cm3_mask
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.image_tasks import (
   Edit,
   InfillImage,

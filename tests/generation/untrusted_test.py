@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding.grammar import DONE, Grammar, Part, max_new_tokens, plan_array
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import Task, has_image
 from cm3leon_jax.mesh import shard

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.importing import importer
 from cm3leon_jax.importing.source import open_source
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from tests.importing.importer_test import QWEN3, imported, settings_for
 from tests.refusals import refused
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.tokenizers import TextTokenizerConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.importing.tokenizer import read_tokenizer, rewrite
 from cm3leon_jax.tokenizers.text import TextTokenizer, save_tokenizer
 from cm3leon_jax.vocab import VocabLayout

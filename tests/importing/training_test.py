@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.commands import import_weights, train
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation import heldout
-from cm3leon_jax.run import initial, stages
+from cm3leon_jax.run import initial
 from cm3leon_jax.run.run import load_start
+from cm3leon_jax.stages import stages
 from cm3leon_jax.weights import reading
 from tests.importing.importer_test import QWEN3
 from tests.launch import tiny_config

@@ -15,8 +15,8 @@ import time
 
 import pytest
 
-from cm3leon_jax.config import TryAgain
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import TryAgain
 from cm3leon_jax.files.json_files import read_json_lines
 from tests import bucket_server
 from tests.data.checks.leaks_test import photos, write_source

@@ -11,8 +11,8 @@ import time
 import pytest
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import CTRL_C, INTERRUPTED, STOPPED_EARLY
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import CTRL_C, INTERRUPTED, STOPPED_EARLY
 from cm3leon_jax.training.faults.hang_watch import HUNG
 from tests.distributed_test import free_port
 from tests.launch.several_processes_test import losses, wait_for_steps

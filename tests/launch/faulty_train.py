@@ -12,7 +12,7 @@ import time
 import jax
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.training import objective
 
 BOUNDS = ("HEARTBEAT_SECONDS", "SHUTDOWN_SECONDS")

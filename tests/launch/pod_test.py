@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from cm3leon_jax.config import INTERRUPTED
+from cm3leon_jax.errors import INTERRUPTED
 from tests.recorders import FLAGS, MISTAKE, POD, PROGRAMS, ROOT, Recorders, run_script
 
 PATTERNS = (".ci/*", "launch/**/*.sh", "tools/*.sh")

@@ -12,10 +12,10 @@ from etils import epath
 import pytest
 
 from cm3leon_jax.commands import train
-from cm3leon_jax.config import INTERRUPTED, UserError
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import INTERRUPTED, UserError
 from cm3leon_jax.files.json_files import read_json, read_json_lines
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from tests.launch.stages_before import make_workdir
 from tests.launch.tiny_config import get_config
 from tests.refusals import check_refused

@@ -11,10 +11,10 @@ from etils import epath
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import CTRL_C, INTERRUPTED
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import CTRL_C, INTERRUPTED
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from tests.data.raw_folder import write_raw
 from tests.launch import small_config
 from tests.launch.stages_before import make_workdir

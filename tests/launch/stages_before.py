@@ -5,7 +5,7 @@ import pathlib
 
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.config.tokenizers import TextTokenizerConfig
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.text import train_text_tokenizer
 from tests.data.stores import make_instructions, make_sources

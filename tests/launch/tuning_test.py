@@ -6,10 +6,10 @@ from etils import epath
 import pytest
 
 from cm3leon_jax.commands import train
-from cm3leon_jax.config import INTERRUPTED
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import INTERRUPTED
 from cm3leon_jax.files.json_files import read_json, read_json_lines
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from tests.launch import tiny_instruct_config
 from tests.launch.several_processes_test import (
   TOLERANCE,

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.planning import hardware, launchers, plan_folder
 from tests.recorders import FLAGS
 from tests.refusals import refused

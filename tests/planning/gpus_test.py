@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import decoding_mesh
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.planning import gpus, report
 from cm3leon_jax.planning.hardware import GPUS

@@ -1,6 +1,6 @@
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.planning import hardware, topology
 from tests.refusals import refused
 

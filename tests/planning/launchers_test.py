@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from cm3leon_jax.config import INTERRUPTED
+from cm3leon_jax.errors import INTERRUPTED
 from tests.recorders import (
   CLUSTER,
   FLAGS,

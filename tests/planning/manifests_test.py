@@ -6,7 +6,7 @@ import pydantic
 import pytest
 import yaml
 
-from cm3leon_jax.config import INTERRUPTED
+from cm3leon_jax.errors import INTERRUPTED
 from cm3leon_jax.planning import hardware, launchers
 from tests.planning.manifest_types import validate
 from tests.recorders import FLAGS, MISTAKE

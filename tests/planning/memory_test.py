@@ -14,10 +14,10 @@ from benchmarks.speed import cards
 from cm3leon_jax.commands import config_file
 from cm3leon_jax.commands import reinforce as reinforce_command
 from cm3leon_jax.commands import train as train_command
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import InstructionsConfig
 from cm3leon_jax.config.model import AdapterConfig
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import MeshConfig, abstract
 from cm3leon_jax.planning import memory
 from cm3leon_jax.planning.topology import CHIPS

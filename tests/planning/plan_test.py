@@ -10,8 +10,8 @@ import yaml
 
 from cm3leon_jax.commands import config_file
 from cm3leon_jax.commands import plan as command
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.planning import hardware, launchers, plan
 from tests.launched import launch

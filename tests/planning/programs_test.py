@@ -7,13 +7,13 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings, settings_from_config
 from cm3leon_jax.data.rows.loader import batches
 from cm3leon_jax.decoding import batch as batch_lib
 from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import abstract, spec
 from cm3leon_jax.planning import programs
 from cm3leon_jax.run.rows import open_rows

@@ -3,8 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import FieldError, UserError, build
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.training import ReinforceConfig
+from cm3leon_jax.errors import FieldError, UserError
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.reinforcement import rewards
 from cm3leon_jax.reinforcement.own_rewards import OwnReward

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.reinforcement.prompts import Prompt, digest, read_heldout, read_prompts
 from tests.refusals import refused
 from tests.reinforcement.conftest import settings_of

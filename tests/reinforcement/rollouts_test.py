@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.clip.model import CLIP
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.stores import square_pixels
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.reinforcement import rewards, rollouts
 from cm3leon_jax.reinforcement.prompts import read_heldout, read_prompts

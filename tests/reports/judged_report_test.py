@@ -1,7 +1,7 @@
 import re
 
 from cm3leon_jax.reports import report
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from tests.reports.run_files import NUMBERS, Page, headings, make_image, make_run
 
 

@@ -17,8 +17,8 @@ from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.export import formats, image_tokenizer
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.reports import model_card
-from cm3leon_jax.run import stages
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.weights import reading

@@ -7,8 +7,8 @@ import pytest
 from cm3leon_jax.config.instructions import InstructionsConfig, InstructionTask
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.reports import report, summary
-from cm3leon_jax.run import stages
-from cm3leon_jax.run.table import STAGES
+from cm3leon_jax.stages import stages
+from cm3leon_jax.stages.table import STAGES
 from cm3leon_jax.training.watch.metrics import MetricsLog
 from cm3leon_jax.weights.checkpoint import Checkpoints
 from tests import launched

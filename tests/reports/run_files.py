@@ -7,7 +7,7 @@ import re
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from cm3leon_jax.training.watch.metrics import MetricsLog
 from tests.data.raw_folder import write_raw
 

@@ -1,7 +1,7 @@
 from etils import epath
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.reports import summary
 from tests.refusals import refused

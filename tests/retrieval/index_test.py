@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.retrieval import index
 from tests.refusals import refused
 

@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import RetrievalConfig
 from cm3leon_jax.data.raw import reader
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.retrieval import bank as bank_lib

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.clip import model as clip_lib
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import RetrievalConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.neighbors import Retriever, select_neighbors
 from tests.refusals import refused

@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import RetrievalConfig
 from cm3leon_jax.data.documents.store import group_id
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.retrieval import neighbors, removed
 from cm3leon_jax.retrieval.bank import Embeddings, copy_bank

@@ -8,8 +8,9 @@ import pytest
 from cm3leon_jax.commands import config_file
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.run import base_documents, bundles, stages
+from cm3leon_jax.run import base_documents, bundles
 from cm3leon_jax.run.rows import document_sources
+from cm3leon_jax.stages import stages
 from examples.illustrations import config as illustrations
 from tests.launched import SCENES
 

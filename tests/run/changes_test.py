@@ -3,10 +3,10 @@ import copy
 from etils import epath
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import default_config, settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.run.changes import MAY_CHANGE, check_changes
-from cm3leon_jax.run.table import identity
+from cm3leon_jax.stages.table import identity
 from tests.refusals import refused
 
 RUN = {**identity(settings_from_config(default_config()), "train"), "inputs": {"documents": "1"}}

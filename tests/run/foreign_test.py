@@ -12,7 +12,7 @@ import pytest
 import tensorstore
 
 from cm3leon_jax.commands import export
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import bundle, formats
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import FOREIGN_VALUES, read_json, write_json
@@ -162,10 +162,10 @@ def test_a_wrong_model_is_refused_in_one_sentence(models, tmp_path, attack):
     read(folder)
 
 
-def test_an_orbax_export_without_digests_is_named_as_that(models, tmp_path):
+def test_an_export_without_digests_is_named_as_that(models, tmp_path):
   folder = shutil.copytree(models / "orbax", tmp_path / "model")
   (folder / "digests.json").unlink()
-  with refused(UserError, str(folder), "format orbax", "digests.json"):
+  with refused(UserError, str(folder), "export without its digests.json"):
     read(folder)
 
 

@@ -5,11 +5,12 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run import initial, table
+from cm3leon_jax.run import initial
 from cm3leon_jax.run.run import load_start
+from cm3leon_jax.stages import table
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
 from tests.refusals import refused

@@ -6,11 +6,11 @@ from etils import epath
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import default_config, settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run import stages
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.stages import stages
 from tests.data.stores import VOCAB, make_sources
 from tests.refusals import refused
 from tests.retrieval.stores import write_neighbors

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.commands import export
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import formats
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.run import bundles, stages
+from cm3leon_jax.run import bundles
 from cm3leon_jax.run.run import Run, ids
+from cm3leon_jax.stages import stages
 from examples.scenes import config as scenes
 from tests.generation.run import SETTINGS, one_device
 from tests.refusals import refused
@@ -26,22 +27,6 @@ def test_a_run_has_its_own_folders_and_the_ids_of_its_stages(run):
   assert (trained.settings, trained.kind, trained.step) == (SETTINGS, "workdir", None)
   assert trained.stages == trained.bank == trained.folder == run
   assert ids(trained, READ) == stages.ids(SETTINGS, run, READ)
-
-
-def store_raw(run, folder, **fields):
-  """Writes the stored settings of `run` with changed fields of the section `raw`."""
-  about = read_json(run / "train" / "config.json")
-  about["settings"]["raw"].update(fields)
-  (folder / "train").mkdir(parents=True)
-  write_json(folder / "train" / "config.json", about)
-
-
-def test_a_field_that_earlier_versions_stored_changes_nothing(run, tmp_path):
-  store_raw(run, tmp_path / "old", max_texts=4_000)
-  assert Run.open(tmp_path / "old").settings == SETTINGS
-  raw = {"source": "a", "max_texts": 4_000}
-  assert stages.differences({"raw": raw}, {"raw": {"source": "a"}}) == []
-  assert stages.differences({"raw": raw}, {"raw": {"source": "b"}}) == ["raw.source: a -> b"]
 
 
 def test_a_bundle_on_a_base_reads_what_the_base_has(tmp_path):

@@ -1,8 +1,8 @@
 from etils import epath
 
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run import stages
 from cm3leon_jax.run.start import goes_on, print_more
+from cm3leon_jax.stages import stages
 
 
 def test_a_training_with_too_few_steps_continues_unless_it_ended_early(tmp_path, capsys):

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 import torch
 
 from cm3leon_jax.commands import train_vqgan as command
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.tokenizers import perceptual, vqgan
 from cm3leon_jax.training.image_models import trainer, vqgan_training

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import transformers
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.tokenizers import TextTokenizerConfig
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.errors import UserError
+from cm3leon_jax.stages import stages, table
 from cm3leon_jax.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 from tests.refusals import refused

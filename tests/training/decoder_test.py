@@ -3,7 +3,7 @@ from unittest import mock
 import jax
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.watch import heldout
 from cm3leon_jax.weights import reading

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.training.objective import Objective, explaining
 from cm3leon_jax.training.step.numerics import TooManySkippedError
 from tests.refusals import refused

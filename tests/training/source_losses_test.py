@@ -22,8 +22,8 @@ from cm3leon_jax.training.step import loss
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import eval_step
 from cm3leon_jax.training.watch import heldout
+from cm3leon_jax.training.watch.boards import curves
 from cm3leon_jax.training.watch.monitor import change_line
-from cm3leon_jax.training.watch.tensorboard_board import curves
 from tests.data.stores import VOCAB, make_instructions, make_plan, make_sources
 from tests.models.tiny import CONFIG, mesh_of, model_logits, place
 from tests.training import events

@@ -9,7 +9,7 @@ import pathlib
 
 import pytest
 
-from cm3leon_jax.config import TryAgain
+from cm3leon_jax.errors import TryAgain
 from cm3leon_jax.weights import checkpoint, recovery
 from tests.refusals import refused
 from tests.weights.saved import largest_file, on_disk

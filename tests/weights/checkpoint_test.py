@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.run import stages
+from cm3leon_jax.errors import TryAgain, UserError
+from cm3leon_jax.stages import stages
 from cm3leon_jax.training.step.state import init_state
 from cm3leon_jax.weights import checkpoint, reading, recovery
 from tests.launched import python

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.models import nnx_params
 from cm3leon_jax.tokenizers.published_source import find_files

@@ -10,7 +10,7 @@ from etils import epath
 import jax
 import pytest
 
-from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.errors import TryAgain, UserError
 from cm3leon_jax.weights import checkpoint, recovery, sealing
 from tests.distributed_test import free_port
 from tests.models.tiny import mesh_of

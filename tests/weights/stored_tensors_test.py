@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.weights import placed, tensor_files
 from cm3leon_jax.weights.stored_tensors import StoredTensors, are_in, digest_of

@@ -6,18 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
-from cm3leon_jax.weights import checkpoint, reading, stored
+from cm3leon_jax.errors import UserError
+from cm3leon_jax.weights import checkpoint, reading
 from tests.models.tiny import CONFIG, mesh_of, random_params, tree_of
 from tests.refusals import refused
 
 
-def save(folder, params, ema=None, split_layers=True):
+def save(folder, params, ema=None):
   state = {"step": np.int32(3), "params": params, "opt_state": {"mu": params}}
   state |= {"ema": ema} if ema else {}
-  with pytest.MonkeyPatch.context() as patch, checkpoint.Checkpoints(folder, keep=2) as opened:
-    if not split_layers:
-      patch.setattr(stored, "save_args", lambda state: None)
+  with checkpoint.Checkpoints(folder, keep=2) as opened:
     opened.save(state, 3, next_row=0)
 
 
@@ -52,15 +50,10 @@ def test_each_layer_has_chunks_of_its_own(saved):
   assert chunks["params.embed"][0] > 1
 
 
-def test_a_checkpoint_of_an_earlier_version_is_read_too(tmp_path):
-  """In earlier versions, a chunk covers all layers, or half of them if two replicas write."""
+def test_a_run_without_an_average_has_only_its_last_parameters(tmp_path):
   with jax.set_mesh(mesh_of(2, 2, 2)):
     params = random_params(dataclasses.replace(CONFIG, num_layers=3))
-    save(tmp_path, params, split_layers=False)
-  state = tmp_path / "checkpoints" / "3" / "state"
-  text = (state / "array_metadatas" / "process_0").read_text()
-  shapes = [e["array_metadata"]["chunk_shape"] for e in json.loads(text)["array_metadatas"]]
-  assert 3 in {shape[0] for shape in shapes if shape}
+    save(tmp_path, params)
   found = reading.open_params(tmp_path)
   jax.tree.map(np.testing.assert_array_equal, tree_of(found), jax.device_get(params))
   for average in (True, False):

@@ -6,7 +6,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 from safetensors import safe_open
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.weights import tensor_files
 from cm3leon_jax.weights.tensor_files import Tensor
 from tests.refusals import refused

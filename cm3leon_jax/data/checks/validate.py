@@ -4,9 +4,9 @@ from concurrent import futures
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import INDEX, DocumentStore
 from cm3leon_jax.data.raw import reader as raw_pairs
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.vocab import VocabLayout
 

@@ -8,11 +8,11 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.shard_files import shards_with_files
 from cm3leon_jax.data.documents.store import Document, Segment, finish_store, write_shard
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import KINDS, SPLITS, RawPair, Record, images_of
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.files.shards import Runner, run_shards
 from cm3leon_jax.tokenizers.text import TextTokenizer

@@ -6,9 +6,9 @@ import dataclasses
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.digests import damage, describe
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.stages import stages, table
 from cm3leon_jax.vocab import VocabLayout
 
 SCHEMA_VERSION = 4
@@ -58,19 +58,15 @@ def check_vocab(path: epath.Path, stored: VocabLayout, expected: VocabLayout) ->
     )
 
 
-def describe_shard(folder: epath.Path, name: str, stored: np.ndarray | None) -> dict[str, dict]:
+def describe_shard(folder: epath.Path, name: str, stored: np.ndarray) -> dict[str, dict]:
   """Returns the size and the SHA-256 digest of both files of a shard.
 
-  `stored` has the size and the digest of the record file when it was written. None means that an
-  earlier version of the code wrote the file. Raises UserError if the size of the record file
-  changed after it was written.
+  `stored` has the size and the digest of the record file when it was written. Raises UserError if
+  the size changed after that.
   """
   records, lengths = f"{name}{RECORDS}", f"{name}{LENGTHS}"
-  if stored is None:
-    found = describe(folder / records)
-  else:
-    found = {"bytes": int(stored[0]), "sha256": str(stored[1])}
-    check_shard_file(folder, records, found, content=False)
+  found = {"bytes": int(stored[0]), "sha256": str(stored[1])}
+  check_shard_file(folder, records, found, content=False)
   return {records: found, lengths: describe(folder / lengths)}
 
 

@@ -16,7 +16,6 @@ from etils import epath
 import msgpack
 import numpy as np
 
-from cm3leon_jax.config import UserError, short
 from cm3leon_jax.data.documents.shard_files import (
   LENGTHS,
   RECORDS,
@@ -28,10 +27,11 @@ from cm3leon_jax.data.documents.shard_files import (
   describe_shard,
   read_lengths,
 )
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files.atomic import partial_path, replacing
 from cm3leon_jax.files.digests import describe
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from cm3leon_jax.vocab import VocabLayout
 
 INDEX = "index.json"
@@ -165,7 +165,7 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
   token_counts = np.zeros(vocab.size, np.int64)
   for name in names:
     shards.append(read_lengths(folder, name, vocab))
-    files |= describe_shard(folder, name, shards[-1].pop("records", None))
+    files |= describe_shard(folder, name, shards[-1].pop("records"))
     token_counts += shards[-1].pop("token_counts")  # Too large to keep for all shards.
   joined = {
     field: np.concatenate([shard[field] for shard in shards])

@@ -5,11 +5,11 @@ from typing import Any
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import ORIGIN_FIELDS, origin_counts
-from cm3leon_jax.files.json_files import lacks, read_json
-from cm3leon_jax.run import stages
+from cm3leon_jax.errors import UserError
+from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.stages import stages
 
 FILE = "training_data.json"  # Name of the file in an export or bundle, and in runs that import it.
 IMPORTED = "imported_from"  # Field in the summary that `cm3leon import_weights` writes.
@@ -80,13 +80,7 @@ def _name(folder: epath.Path) -> str:
 def read(folder: epath.PathLike) -> dict[str, list[dict]]:
   """Reads `FILE`, the result of `collect`. Raises UserError if the file is missing or damaged."""
   path = epath.Path(folder) / FILE
-  stored = read_json(path)
-  if isinstance(stored, list):  # An earlier version of the code wrote the file.
-    name = epath.Path(folder).name
-    origins = [{"run": name, **origin} for origin in stored if isinstance(origin, dict)]
-    stored = {"runs": [{"name": name, "known": bool(stored)}], "origins": origins}
-  if lack := lacks(stored, {"runs": list, "origins": list}):
-    raise UserError(f"{path} is damaged: {lack}.")
+  stored = read_json(path, {"runs": list, "origins": list})
   needed = {"runs": {"name", "known"}, "origins": {"run", "records", *ORIGIN_FIELDS}}
   for name, fields in needed.items():
     for entry in stored[name]:

@@ -8,7 +8,7 @@ import types
 import numpy as np
 
 from cm3leon_jax import extras
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 
 LOW, HIGH = 100, 200  # Hysteresis thresholds, as in most examples of ControlNet.
 

@@ -18,7 +18,6 @@ import posixpath
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import FORMATS, NARRATIVES
 from cm3leon_jax.data.instructions.grounding import read_coco_objects
 from cm3leon_jax.data.instructions.lines import read_lines
@@ -35,6 +34,7 @@ from cm3leon_jax.data.published.releases import (
   text_list,
 )
 from cm3leon_jax.data.sources.image_folder import ImageFolder
+from cm3leon_jax.errors import UserError
 
 # Split of InstructPix2Pix -> its part of seeds.json, as a range in twentieths (released code).
 PIX2PIX = {"train": (0, 18), "val": (18, 19), "test": (19, 20)}

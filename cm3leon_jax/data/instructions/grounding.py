@@ -5,11 +5,11 @@ import dataclasses
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.records import Record, caption_records
 from cm3leon_jax.data.published import files
 from cm3leon_jax.data.published.releases import field_of, load_json
 from cm3leon_jax.data.sources.image_folder import ImageFolder
+from cm3leon_jax.errors import UserError
 
 SIDE = 256  # Image side for locations, in pixels. It is the same for every resolution of a run.
 MOST_OBJECTS = 8  # Maximum number of objects in a text. A location takes about 20 tokens.

@@ -5,10 +5,10 @@ import re
 
 from etils import epath
 
-from cm3leon_jax.config import UserError, did_you_mean
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.published.releases import read_json_lines
 from cm3leon_jax.data.sources.image_folder import ImageFolder
+from cm3leon_jax.errors import UserError, did_you_mean
 
 FIELDS = ("key", "group", "texts", "images", "facts")
 

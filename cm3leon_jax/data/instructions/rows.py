@@ -2,7 +2,6 @@
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import InstructionsConfig, InstructionTask
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.instructions.samples import Drops, Instructions, read_targets
@@ -10,6 +9,7 @@ from cm3leon_jax.data.instructions.sources import store_name
 from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.data.instructions.tasks import mixture
 from cm3leon_jax.data.rows.plan import RowSource
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.vocab import VocabLayout
 
 

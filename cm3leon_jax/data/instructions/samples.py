@@ -14,12 +14,12 @@ from etils import epath
 import numpy as np
 import numpy.typing as npt
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import LossOn
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.rows import cm3
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from cm3leon_jax.vocab import VocabLayout
 
 TARGETS = "targets.npy"

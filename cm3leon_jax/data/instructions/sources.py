@@ -9,7 +9,6 @@ import posixpath
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import InstructionsConfig, InstructionTask, is_edit
 from cm3leon_jax.data.documents.encode import load_tokenizers
 from cm3leon_jax.data.documents.shard_files import shards_with_files
@@ -19,6 +18,7 @@ from cm3leon_jax.data.instructions.edges import MAPS, ImageMap, load_opencv
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.stores import RecordEncoder, write_store
 from cm3leon_jax.data.sources.image_folder import ImageFolder
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import check_foreign, plain, read_json
 from cm3leon_jax.files.shards import Runner, run_shards
 from cm3leon_jax.vocab import VocabLayout

@@ -13,7 +13,6 @@ from etils import epath
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import InstructionTask, fields_of
 from cm3leon_jax.data.documents.store import Document, finish_store, write_shard
 from cm3leon_jax.data.instructions.edges import MAPS, ImageMap
@@ -22,6 +21,7 @@ from cm3leon_jax.data.instructions.samples import Drops, plan_instruction, write
 from cm3leon_jax.data.instructions.tasks import Instruction, join_record
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import RecordError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout

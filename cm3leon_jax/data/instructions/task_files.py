@@ -6,9 +6,9 @@ import importlib.resources
 from etils import epath
 import yaml
 
-from cm3leon_jax.config import FieldError, UserError
 from cm3leon_jax.config.instructions import InstructionsConfig, InstructionTask, make_task
 from cm3leon_jax.data.sources import yaml_documents
+from cm3leon_jax.errors import FieldError, UserError
 
 TASKS = importlib.resources.files("cm3leon_jax") / "data" / "tasks"
 

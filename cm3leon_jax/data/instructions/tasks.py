@@ -13,7 +13,6 @@ import hashlib
 
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import (
   BREAK,
   FIELD,
@@ -25,6 +24,7 @@ from cm3leon_jax.config.instructions import (
 from cm3leon_jax.data.documents.store import Segment
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.sources.records import RecordError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.tokenizers.text import encode_pieces
 
 

@@ -7,7 +7,7 @@ import hashlib
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

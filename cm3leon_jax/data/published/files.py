@@ -19,7 +19,6 @@ from typing import Any
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.published.examples import Example
 from cm3leon_jax.data.published.releases import (
   check_split,
@@ -30,6 +29,7 @@ from cm3leon_jax.data.published.releases import (
   texts_of,
 )
 from cm3leon_jax.data.sources.image_folder import ImageFolder
+from cm3leon_jax.errors import UserError
 
 # Format name -> splits with published references.
 SPLITS = {

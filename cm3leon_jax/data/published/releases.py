@@ -6,8 +6,8 @@ from typing import Any
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources.lines import file_lines
+from cm3leon_jax.errors import UserError
 
 KINDS = {str: "a text", int: "an integer", list: "a list", dict: "an object"}
 

@@ -8,12 +8,12 @@ import warnings
 from etils import epath
 from PIL import Image
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.tokenizers import TextTokenizerConfig
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.records import RawPair
-from cm3leon_jax.run.from_data import MOST_TEXT_TOKENS, Counts
+from cm3leon_jax.errors import UserError
+from cm3leon_jax.stages.from_data import MOST_TEXT_TOKENS, Counts
 from cm3leon_jax.tokenizers.text import supported_tokens
 from cm3leon_jax.vocab import VocabLayout
 

@@ -10,7 +10,7 @@ import io
 import re
 from typing import Literal
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 
 # A progressive JPEG file usually has about 10 scans, an AVIF file of 512 tiles 20 KB of tables.
 MOST = {

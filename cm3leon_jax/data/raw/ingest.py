@@ -11,13 +11,14 @@ from etils import epath
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import UserError, own_functions
+from cm3leon_jax.config import own_functions
 from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.raw import summary as raw_statistics
 from cm3leon_jax.data.raw.reader import INDEX, SCHEMA_VERSION, load_with_size, square
 from cm3leon_jax.data.raw.writer import FILES, REJECTED, write_shard
 from cm3leon_jax.data.sources import formats, function
 from cm3leon_jax.data.sources.records import KINDS, SPLITS, origin_counts
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.files.shards import Runner, run_shards

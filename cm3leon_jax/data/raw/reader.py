@@ -14,7 +14,6 @@ from etils import epath
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cm3leon_jax.config import UserError, causes
 from cm3leon_jax.data.raw.image_parts import ImageFile
 from cm3leon_jax.data.sources.records import (
   KINDS,
@@ -28,11 +27,12 @@ from cm3leon_jax.data.sources.records import (
   required_fields,
   with_images,
 )
+from cm3leon_jax.errors import UserError, causes
 from cm3leon_jax.files.atomic import exists, open_filesystem
 from cm3leon_jax.files.digests import damage
 from cm3leon_jax.files.images import upright_rgb
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 
 # B images, H height, W width.
 

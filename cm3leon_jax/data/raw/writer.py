@@ -15,7 +15,6 @@ from etils import epath
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.raw import summary as raw_statistics
 from cm3leon_jax.data.raw.reader import IMAGE_DIGESTS, kind_of
@@ -33,9 +32,10 @@ from cm3leon_jax.data.sources.records import (
   with_images,
 )
 from cm3leon_jax.data.sources.splits import split_of
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.progress import progress_bar
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 
 REJECTED = "rejected.jsonl"
 FILES = (*(f"{kind}.jsonl" for kind in KINDS), REJECTED)  # Record files of a shard.
@@ -188,16 +188,15 @@ class _Writer:
     self._files[f"{kind}.jsonl"].write(line)
     self._digest.update(line.encode() + digest)
 
-  def summary(self, more: dict[str, int]) -> dict:
-    """Returns `more`, the digest of the records, and counts by split, kind, reason and origin."""
+  def summary(self) -> dict:
+    """Returns the digest of the records, and counts by split, kind, reason and origin."""
     counts = {
       f"{split}_{kind}": self._counts[f"{split}_{kind}"] for kind in KINDS for split in SPLITS
     }
     counts |= {f"{split}_concepts": len(names) for split, names in self._concepts.items()}
+    more = {raw_statistics.REJECTED + reason: n for reason, n in self._reasons.items()}
     if self.config.licenses:
-      more = {**more, "other_licenses": self._other_licenses}
-    for reason, n in self._reasons.items():
-      more = more | {raw_statistics.REJECTED + reason: n}
+      more = {"other_licenses": self._other_licenses, **more}
     listed = origin_counts(
       {**dict(zip(ORIGIN_FIELDS, origin)), "records": n} for origin, n in self._origins.items()
     )
@@ -207,34 +206,25 @@ class _Writer:
     return {**summary, "digest": self._digest.hexdigest()}
 
 
-def write_shard(
-  config: RawConfig,
-  folder: epath.Path,
-  items: Iterable,
-  load: Load,
-  more: dict | None = None,
-  total: int | None = None,
-) -> dict:
+def write_shard(config: RawConfig, folder: epath.Path, items: Iterable, load: Load) -> dict:
   """Writes the record files and the images of one shard.
 
   Args:
     load: function of an image and a resolution that returns pixels and the original size, see
       `load_with_size`.
-    more: additional counts of the source, which are copied into the result.
-    total: number of items for the progress bar. None if unknown.
 
   Returns:
-    The summary of the shard: counts, digests and `more`.
+    The summary of the shard: counts and digests.
   """
   with contextlib.ExitStack() as stack:
     writer = _Writer(config, folder, load, stack)
     bar = stack.enter_context(
-      progress_bar(desc=f"records {folder.name}", total=total, unit="record", leave=False)
+      progress_bar(desc=f"records {folder.name}", unit="record", leave=False)
     )
     for batch in batches(items, BATCH, BATCH_BYTES):
       writer.add(batch)
       bar.update(len(batch))
   return {
-    **writer.summary(more or {}),
+    **writer.summary(),
     "files": stages.describe_files(folder, (*FILES, IMAGE_DIGESTS)),
   }

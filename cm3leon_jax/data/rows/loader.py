@@ -10,13 +10,13 @@ import grain
 import jax
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.shard_files import BadRecord
 from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.instructions.samples import InstructionPlan, build_instruction
 from cm3leon_jax.data.rows import cm3
 from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.data.rows.sample_plan import SamplePlan, document_weights
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 

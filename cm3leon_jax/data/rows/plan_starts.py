@@ -11,8 +11,8 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import DataConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
 
 # Number of windows per write to a GCS bucket, where each write rewrites the whole file.
@@ -56,8 +56,7 @@ class WindowStarts:
   The file has a line `{"fingerprint": ...}` and one line for each window except window 0:
   `{"window": 1, "first_row": 9012, "taken": [..], "used": [..], "digest": "9f86d081884c7d65"}`.
   The digest covers all lines up to this line, so it detects changed, missing, swapped and repeated
-  lines. An incomplete last line is ignored, because a killed run may leave such a line. The lines
-  of a file without digests, from an earlier version, are ignored: their windows are planned again.
+  lines. An incomplete last line is ignored, because a killed run may leave such a line.
   """
 
   def __init__(
@@ -119,8 +118,6 @@ class WindowStarts:
       )
     lines = text[len(self._header) :].split("\n")
     incomplete = lines.pop()  # "" if the last line is complete.
-    if not any('"digest"' in line for line in lines):
-      return
     for number, line in enumerate(lines, 2):
       found = _start_of(line, len(self), len(self._starts[0].taken))
       if found is not None:

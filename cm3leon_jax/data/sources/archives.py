@@ -10,7 +10,6 @@ from typing import Any
 import fsspec
 
 from cm3leon_jax import extras
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources.records import (
   ALIASES,
   RawPair,
@@ -22,6 +21,7 @@ from cm3leon_jax.data.sources.records import (
   renamed,
 )
 from cm3leon_jax.data.sources.samples import SAMPLE_SUFFIXES, sample_record
+from cm3leon_jax.errors import UserError
 
 MAX_MEMBER = 2**26  # Maximum size of a file in a tar, in bytes. A sparse file may claim any size.
 # Maximum size in bytes of the columns that are read in a Parquet row group, and of their values.

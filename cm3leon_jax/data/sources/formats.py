@@ -13,7 +13,6 @@ from typing import Any
 
 import fsspec
 
-from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.data.sources.archives import parquet_rows, tar_samples
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from cm3leon_jax.data.sources.lines import csv_rows, decode, json_lines
@@ -40,6 +39,7 @@ from cm3leon_jax.data.sources.samples import (
   suffix_of,
 )
 from cm3leon_jax.data.sources.source_files import is_in, list_files, open_source, root_of
+from cm3leon_jax.errors import UserError, printable
 
 PAIR_FILES = ("pairs.jsonl", "captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
 TEXTS = "texts.jsonl"
@@ -60,12 +60,12 @@ class SourcePart:
   """A part of a source, which becomes a raw shard.
 
   Attributes:
-    kind: a `Format` other than `auto`, or the name of a built-in source.
+    kind: a `Format` other than `auto`.
     files: usually one file. `text` may have many .txt files. `folder` has the path of the folder.
       `sidecars` has the folder of the source, and then the images and caption files of the part.
     bytes: total size of the files.
     modified: digest of the modification times of local files, or of checksums in a GCS bucket.
-      Files are unchanged if size and digest are unchanged. Empty for built-in sources.
+      Files are unchanged if size and digest are unchanged. Empty for the sources of a function.
   """
 
   kind: str

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from cm3leon_jax.config import UserError, own_functions, short
+from cm3leon_jax.config import own_functions
 from cm3leon_jax.data.sources.formats import SourcePart
 from cm3leon_jax.data.sources.records import RawPair, Record, Rejected, checked_record, with_images
+from cm3leon_jax.errors import UserError, short
 
 KIND = "function"  # Kind of the parts of such a source.
 PART_RECORDS = 2_000  # Maximum number of records per part. Each part becomes a raw shard.

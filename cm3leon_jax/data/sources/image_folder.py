@@ -5,7 +5,7 @@ import functools
 import os
 import posixpath
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 
 URL = "://"
 BY_FLAG = "put it there, or allow images from everywhere with --allow_outside."

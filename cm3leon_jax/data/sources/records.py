@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any, TypeVar
 
-from cm3leon_jax.config import short, without_addresses
+from cm3leon_jax.errors import short, without_addresses
 
 # Field -> names of the field in other tools. The first name that a record has is used.
 ALIASES = {

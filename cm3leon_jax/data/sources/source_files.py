@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from etils import epath
 import fsspec
 
-from cm3leon_jax.config import UserError, printable
+from cm3leon_jax.errors import UserError, printable
 from cm3leon_jax.files.atomic import open_filesystem
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 
 # Attributes that change with the content of a file: a checksum (GCS bucket) or a time (local).
 STAMPS = ("md5Hash", "ETag", "etag", "mtime")

@@ -5,7 +5,7 @@ from typing import Any
 from etils import epath
 import yaml
 
-from cm3leon_jax.config import UserError, short
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files.json_files import check_foreign
 
 MOST_BYTES = 2**20  # Maximum file size in bytes. PyYAML takes about 10 seconds for 1 MiB.

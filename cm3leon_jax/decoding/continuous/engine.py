@@ -5,12 +5,12 @@ import itertools
 
 import jax
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding.continuous.buckets import Bucket, bucket_of, largest
 from cm3leon_jax.decoding.continuous.slots import ActiveRequest, RunningBatch, Update
 from cm3leon_jax.decoding.generator import Generator
 from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import batch_shards
 
 

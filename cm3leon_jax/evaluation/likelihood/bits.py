@@ -11,12 +11,12 @@ from jaxtyping import Array, Float
 import numpy as np
 import numpy.typing as npt
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.config.sampling import EvaluationConfig
 from cm3leon_jax.data.documents.store import Bank, Document, DocumentStore
 from cm3leon_jax.data.rows import loader
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.mesh import batch_shards, shard

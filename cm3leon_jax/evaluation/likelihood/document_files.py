@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.encode import documents_of, texts_of
 from cm3leon_jax.data.documents.store import Document, DocumentStore
 from cm3leon_jax.data.raw import reader
@@ -27,10 +26,11 @@ from cm3leon_jax.data.sources.records import (
   images_of,
   make_record,
 )
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import open_filesystem
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation.tasks import PromptLayout
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 BLOCK = 256  # Number of documents whose images are in memory at a time.

@@ -11,11 +11,11 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.rows import loader as rows
 from cm3leon_jax.data.rows.cm3 import OVERHEAD, apply_cm3_mask
 from cm3leon_jax.decoding.batch import rounded
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.generation.given_images import load_image
 from cm3leon_jax.generation.pipeline import Pipeline

@@ -11,7 +11,7 @@ import re
 import numpy as np
 import numpy.typing as npt
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 
 NUMBERS = {
   "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",

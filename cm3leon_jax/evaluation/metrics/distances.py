@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import linalg
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 
 BLOCK = 1024  # Number of rows per block.
 SIGMA = 10.0  # Width of the Gaussian kernel of CMMD.

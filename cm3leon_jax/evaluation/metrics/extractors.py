@@ -21,7 +21,7 @@ from cm3leon_jax import extras
 from cm3leon_jax.clip.checkpoint import WEIGHTS, preprocess
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.metrics import published_weights
 from cm3leon_jax.files.json_files import plain
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from cm3leon_jax import extras
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.published.examples import Example
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.metrics import answers, distances
 

@@ -15,11 +15,12 @@ from etils import epath
 from pydantic import Field, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT, FieldError, UserError, build
+from cm3leon_jax.config.build import STRICT, build
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.published.examples import Example
 from cm3leon_jax.data.published.files import SPLITS
 from cm3leon_jax.data.sources import yaml_documents
+from cm3leon_jax.errors import FieldError, UserError
 from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.generation.tasks import MASK, slug
 

@@ -11,12 +11,11 @@ from etils import epath
 import jax
 import numpy as np
 
-import cm3leon_jax
 from cm3leon_jax import distributed
 from cm3leon_jax.clip import huggingface
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.published import files
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation import judged
 from cm3leon_jax.evaluation.metrics import extractors
 from cm3leon_jax.evaluation.protocols import inputs, metrics
@@ -28,9 +27,11 @@ from cm3leon_jax.evaluation.protocols.results import RESULTS
 from cm3leon_jax.files.json_files import plain, write_json
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import slug
-from cm3leon_jax.run import initial, table
+from cm3leon_jax.run import initial
 from cm3leon_jax.run import run as run_lib
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.stages import table
+from cm3leon_jax.version import VERSION
 
 FOLDER = "evaluations"
 # Fields of a protocol that do not affect its samples, so other values reuse the samples.
@@ -94,7 +95,7 @@ def run(trained: Run, name: str, protocol: Protocol, options: Options) -> tuple[
     "seed": protocol.seed,
     "extractor": extractor and {"name": extractor.name, **extractor.identity},
     "scorer": scorer and scorer.identity,
-    "version": cm3leon_jax.__version__,
+    "version": VERSION,
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
     **_measured(job, trained.folder),

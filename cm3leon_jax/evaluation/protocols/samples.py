@@ -15,13 +15,13 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.published.examples import Example, caption_prompts, check_images, choose
 from cm3leon_jax.data.published.files import open_examples
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.image_folder import BY_FLAG, ImageFolder
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation import judged
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.protocol import Column, Protocol

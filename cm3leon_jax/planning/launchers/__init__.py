@@ -16,7 +16,7 @@ import shlex
 
 import jinja2
 
-from cm3leon_jax.config import INTERRUPTED, UserError
+from cm3leon_jax.errors import INTERRUPTED, UserError
 from cm3leon_jax.planning.hardware import GPU_FRACTION, Hardware
 
 MISTAKE = UserError.exit_code

@@ -13,7 +13,7 @@ import h11
 from starlette.types import ASGIApp
 import uvicorn
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.web.app import Server
 from cm3leon_jax.serving.web.limits import Limits, is_loopback

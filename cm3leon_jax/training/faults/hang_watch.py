@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import TryAgain
+from cm3leon_jax.errors import TryAgain
 from cm3leon_jax.training.loop import Hook
 from cm3leon_jax.training.watch.goodput import PHASES, Stopwatch
 

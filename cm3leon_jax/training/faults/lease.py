@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.errors import TryAgain, UserError
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.training.loop import Hook
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import CTRL_C, INTERRUPTED
+from cm3leon_jax.errors import CTRL_C, INTERRUPTED
 from cm3leon_jax.training.loop import Hook
 
 # Signals and their exit codes. All processes agree on the largest index, so that SIGTERM overrides

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 import numpy as np
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.config.training import TrainConfig
+from cm3leon_jax.errors import TryAgain, UserError
 from cm3leon_jax.training.faults.assignment import moved, rolled
 from cm3leon_jax.training.faults.fingerprint import (
   different_replicas,

@@ -6,8 +6,8 @@ import re
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import RowLoader
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import exists
 from cm3leon_jax.files.json_files import read_json, write_json
 

@@ -17,11 +17,11 @@ import optax
 
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.model import CLIP
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.tokenizers import CLIPConfig
 from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import RawPair
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.tokenizers.vqgan import to_float
 from cm3leon_jax.training.image_models import trainer
 from cm3leon_jax.vocab import VocabLayout

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import dataclasses
 from typing import Any
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.training.faults.preemption import StopSignal
 from cm3leon_jax.training.loop import Hook
 from cm3leon_jax.training.step.numerics import check_finite, finite_values

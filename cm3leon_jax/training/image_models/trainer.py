@@ -21,12 +21,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 import numpy as np
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import exists
 from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.mesh import RULES, batch_shards, spec
-from cm3leon_jax.run.stages import DONE, check_same_config, differences
+from cm3leon_jax.stages.stages import DONE, check_same_config, differences
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.faults.preemption import StopSignal, check_end
 from cm3leon_jax.training.image_models.hooks import Lines, SmallSaves

@@ -16,11 +16,11 @@ from jaxtyping import Array, Key, UInt8
 import numpy as np
 import optax
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.tokenizers import VQGANConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers import discriminator as discriminator_lib
-from cm3leon_jax.tokenizers import losses, quantizers, vqgan
+from cm3leon_jax.tokenizers import losses, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.image_models import trainer, vqgan_watch
 from cm3leon_jax.training.step.optimizer import update_average
@@ -161,15 +161,18 @@ def restart_dead_codes(
   The new codes are drawn at random from the encodings of `images`, uint8 [B, H, W, 3]. `state` is
   described in `init_state`, and is donated.
   """
-  tables, usage = state["params"]["codebook"], state["usage"]
+  usage = state["usage"]
   model = vqgan.bind(config, len(usage), state["params"])
   z = model.codebook.prepare(model.encoder(vqgan.to_float(images))).reshape(-1, config.code_dim)
   chosen = z[jax.random.randint(key, (len(usage),), 0, len(z))]
-  params = {**state["params"], "codebook": quantizers.restarted(tables, usage, chosen)}
-  state = {**state, "params": params, "usage": jnp.zeros_like(usage)}
+
+  def restarted(params: dict) -> dict:
+    table = jnp.where((usage == 0)[:, None], chosen, params["codebook"]["table"])
+    return {**params, "codebook": {"table": table}}
+
+  state = {**state, "params": restarted(state["params"]), "usage": jnp.zeros_like(usage)}
   if "ema" in state:  # The average would otherwise retain the dead codes for many steps.
-    tables = quantizers.restarted(state["ema"]["codebook"], usage, chosen)
-    state["ema"] = {**state["ema"], "codebook": tables}
+    state["ema"] = restarted(state["ema"])
   return trainer.keep_layout(state)
 
 

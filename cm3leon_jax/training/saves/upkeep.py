@@ -6,9 +6,9 @@ import datetime
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.run.stages import DONE
+from cm3leon_jax.stages.stages import DONE
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.watch.metrics import LOG, cut_log

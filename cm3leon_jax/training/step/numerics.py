@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float32, Int32, PyTree
 import numpy as np
 import optax
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 
 SETTLED = 20  # The mean of fewer norms is not reliable, so earlier steps never count as spikes.
 SMALLEST_RATE = 0.01  # Weight of a new norm, once the mean covers about 100 norms.

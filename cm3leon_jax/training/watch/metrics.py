@@ -7,7 +7,7 @@ import time
 from etils import epath
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json_lines
 

@@ -9,7 +9,7 @@ import tempfile
 from etils import epath
 import jax
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 
 FOLDER = "profile"
 

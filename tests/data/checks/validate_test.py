@@ -5,13 +5,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.checks.validate import validate_raw, validate_stores
 from cm3leon_jax.data.documents.store import (
   write_shard,
 )
 from cm3leon_jax.data.raw import ingest, reader
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.shards import Runner
 from tests.data.documents.store_test import VOCAB, document, flip, image, text, write_stage
 from tests.refusals import refused

@@ -4,7 +4,6 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.config.tokenizers import TextTokenizerConfig
 from cm3leon_jax.data.documents.encode import (
@@ -15,8 +14,9 @@ from cm3leon_jax.data.documents.encode import (
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.sources.records import SPLITS
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.shards import Runner
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.stages import stages, table
 from cm3leon_jax.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 from tests.refusals import refused

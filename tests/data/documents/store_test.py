@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import store as documents_lib
 from cm3leon_jax.data.documents.shard_files import BadRecord
 from cm3leon_jax.data.documents.store import (
@@ -19,7 +18,8 @@ from cm3leon_jax.data.documents.store import (
   write_documents,
   write_shard,
 )
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.errors import UserError
+from cm3leon_jax.stages import stages, table
 from cm3leon_jax.vocab import VocabLayout
 from tests.data.stores import damage_record
 from tests.refusals import refused

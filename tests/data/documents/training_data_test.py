@@ -1,11 +1,11 @@
 from etils import epath
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import training_data
-from cm3leon_jax.data.sources import records
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run import bundles, stages
+from cm3leon_jax.run import bundles
+from cm3leon_jax.stages import stages
 from tests.data.raw_folder import write_raw
 from tests.refusals import refused
 from tests.reports.run_files import make_image
@@ -53,15 +53,6 @@ def test_imported_weights_have_the_name_of_their_source(tmp_path):
   write_json(init / stages.DONE, {"summary": {"imported_from": "/data/Qwen3-0.6B"}})
   run = make_run(epath.Path(tmp_path / "run"), "MIT", str(init))
   assert training_data.collect(run)["runs"][1] == {"name": "Qwen3-0.6B", "known": False}
-
-
-def test_a_list_of_an_earlier_version_is_read(tmp_path):
-  origin = dict.fromkeys((*records.ORIGIN_FIELDS, "records"), "a")
-  write_json(epath.Path(tmp_path) / "old" / training_data.FILE, [origin])
-  assert training_data.read(tmp_path / "old") == {
-    "runs": [{"name": "old", "known": True}],
-    "origins": [{"run": "old", **origin}],
-  }
 
 
 def test_files_of_instructions_are_named_without_a_license(tmp_path):

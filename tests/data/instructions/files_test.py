@@ -3,10 +3,10 @@ import json
 
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import FORMATS
 from cm3leon_jax.data.instructions.files import CAPTIONS, QUESTIONS, open_records
 from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.errors import UserError
 from tests.data.broken_releases import check_reader
 from tests.data.instruction_releases import RELEASES, json_lines, narrative, prompt, split_of, write
 from tests.refusals import refused

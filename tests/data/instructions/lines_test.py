@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.files import open_records
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.sources.image_folder import ImageFolder
+from cm3leon_jax.errors import UserError
 from tests.refusals import refused
 
 RIGHT = {"texts": {"question": "how many?", "answer": "two"}, "images": {"image": "a/7.jpg"}}

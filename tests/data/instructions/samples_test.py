@@ -3,13 +3,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.config.instructions import InstructionTask
 from cm3leon_jax.data.instructions import samples
 from cm3leon_jax.data.instructions.tasks import mixture
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan
+from cm3leon_jax.errors import UserError
 from tests.data.stores import VOCAB, make_instructions
 from tests.refusals import refused
 

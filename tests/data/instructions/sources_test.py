@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import make_task
 from cm3leon_jax.config.settings import default_config, settings_from_config
 from cm3leon_jax.data.documents.store import DocumentStore
@@ -15,6 +14,7 @@ from cm3leon_jax.data.instructions import sources, stores
 from cm3leon_jax.data.instructions.edges import ImageMap, canny_edges
 from cm3leon_jax.data.instructions.samples import read_targets
 from cm3leon_jax.data.instructions.task_files import load_tasks
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.instruction_releases import RELEASES, write

@@ -1,8 +1,8 @@
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import InstructionsConfig, fields_of
 from cm3leon_jax.data.instructions.task_files import load_tasks, parse_tasks
+from cm3leon_jax.errors import UserError
 from examples.scenes.make_instructions import TEMPLATES
 from tests.config.instructions_test import DRAW, settings_with
 from tests.refusals import refused

@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config.build import build
 from cm3leon_jax.config.instructions import EDIT, InstructionTask
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.instructions import samples
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.tasks import choose_template, join_record
 from cm3leon_jax.data.sources.records import RecordError
+from cm3leon_jax.errors import UserError
 from tests.data.stores import VOCAB
 from tests.refusals import refused
 

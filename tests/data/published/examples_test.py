@@ -2,8 +2,8 @@ import collections
 
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.published.examples import Example, caption_prompts, choose
+from cm3leon_jax.errors import UserError
 from tests.refusals import refused
 
 # There are 30 images; image i has 1 + i % 5 examples.

@@ -1,9 +1,9 @@
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.published.examples import Example, caption_prompts, check_images, choose
 from cm3leon_jax.data.published.files import SPLITS, open_examples
 from cm3leon_jax.data.sources.image_folder import ImageFolder
+from cm3leon_jax.errors import UserError
 from tests.data.broken_releases import check_reader
 from tests.data.releases import DENSE, RELEASES, write
 from tests.refusals import refused

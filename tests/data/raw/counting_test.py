@@ -9,7 +9,7 @@ from cm3leon_jax.config.tokenizers import TextTokenizerConfig
 from cm3leon_jax.data.raw import counting, ingest, reader
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.files.shards import Runner
-from cm3leon_jax.run.from_data import Counts
+from cm3leon_jax.stages.from_data import Counts
 
 
 def folder_of(path, sides, texts=0):

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import counting, reader
 from cm3leon_jax.data.sources.records import RawPair
+from cm3leon_jax.errors import UserError
 from tests.data.raw.untrusted_test import FORMATS, encoded
 
 SCAN = b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00"  # Of one component, without data.

@@ -6,13 +6,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources import records as records_lib
 from cm3leon_jax.data.sources.records import SPLITS, RawInterleaved
 from cm3leon_jax.data.sources.splits import split_of
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.shards import Runner
 from tests.refusals import refused
 

@@ -3,8 +3,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
+from cm3leon_jax.errors import UserError
 from tests.data.raw.ingest_test import BLUE, RED, png
 from tests.refusals import refused
 

@@ -1,5 +1,5 @@
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw.ingest import CHECK_FROM, Rejections
+from cm3leon_jax.errors import UserError
 from tests.refusals import refused
 
 

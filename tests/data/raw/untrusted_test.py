@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.sources.records import (
@@ -23,6 +22,7 @@ from cm3leon_jax.data.sources.records import (
   images_of,
   make_record,
 )
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.shards import Runner
 from tests.data.sources.formats_test import read
 from tests.refusals import refused

@@ -5,7 +5,6 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.rows.loader import (
   RowLoader,
@@ -18,6 +17,7 @@ from cm3leon_jax.data.rows.loader import (
 )
 from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.data.rows.sample_plan import SamplePlan
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import MeshConfig, create_mesh, spec
 from tests.data.stores import VOCAB, damage_record, make_plan, make_sources
 from tests.refusals import refused

@@ -1,6 +1,5 @@
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-import json
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,11 +7,11 @@ import numpy as np
 import pytest
 
 from benchmarks.speed.data import LengthStore, synthetic_sources
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource, Units, pack_best_fit
 from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, space_for_neighbors
+from cm3leon_jax.errors import UserError
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.refusals import refused
 
@@ -270,19 +269,6 @@ def test_a_line_that_the_run_did_not_write_is_named(sources, tmp_path, planned, 
   planned.clear()
   assert plan_with_starts(sources, path).window(4) == rows
   assert path.read_text() == whole
-
-
-def test_starts_of_an_earlier_version_are_planned_again(sources, tmp_path, planned):
-  path = tmp_path / "plan.jsonl"
-  rows = plan_with_starts(sources, path).window(4)
-  whole = path.read_text()
-  lines = [json.loads(line) for line in path.read_text().splitlines()]
-  for line in lines:
-    line.pop("digest", None)
-  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  planned.clear()
-  assert plan_with_starts(sources, path).window(4) == rows
-  assert (planned[:5], path.read_text()) == ([0, 1, 2, 3, 4], whole)
 
 
 @pytest.mark.parametrize(("codes", "least"), [(256, 0.97), (1_024, 0.90)])

@@ -9,10 +9,10 @@ import pyarrow as pa
 from pyarrow import parquet
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.records import RawPair, RawText, Record, Rejected, batches
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import open_filesystem
 from tests.data.raw.untrusted_test import encoded, reasons
 from tests.data.sources.formats_test import jpeg, read, sample, write_tar

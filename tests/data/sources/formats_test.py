@@ -11,11 +11,11 @@ import pyarrow as pa
 from pyarrow import parquet
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.records import RawPair, RawText
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.shards import Runner
 from tests.refusals import refused
 

@@ -13,7 +13,6 @@ import pyarrow as pa
 from pyarrow import parquet
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import FORMATS, InstructionsConfig
 from cm3leon_jax.data.instructions import sources as instruction_sources
 from cm3leon_jax.data.instructions.files import open_records
@@ -22,6 +21,7 @@ from cm3leon_jax.data.raw import reader as raw_pairs
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from cm3leon_jax.data.sources.records import Rejected, images_of
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.likelihood.document_files import read_documents
 from cm3leon_jax.files.atomic import open_filesystem
 from cm3leon_jax.generation import prompt_file

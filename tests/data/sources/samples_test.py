@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources import formats, samples
 from cm3leon_jax.data.sources.records import RawPair, RawText
+from cm3leon_jax.errors import UserError
 from tests.data.raw.untrusted_test import encoded, reasons
 from tests.data.sources.formats_test import jpeg, prepare, read, write_tar
 from tests.refusals import refused

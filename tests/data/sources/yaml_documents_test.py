@@ -2,9 +2,9 @@ import os
 
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.task_files import read_tasks
 from cm3leon_jax.data.sources import yaml_documents
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.protocols import protocol
 from tests.refusals import refused
 

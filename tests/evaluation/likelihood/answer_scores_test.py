@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.likelihood.pairs import score_answers
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.run.run import Run

@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.sampling import EvaluationConfig
 from cm3leon_jax.data.documents.store import Bank, Document, DocumentStore, Segment
 from cm3leon_jax.data.rows import loader
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.likelihood import bits, documents, pairs
 from cm3leon_jax.evaluation.likelihood.document_files import open_documents
 from cm3leon_jax.evaluation.likelihood.documents import Scorer, Search
@@ -20,8 +20,8 @@ from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.retrieval.neighbors import Retriever
-from cm3leon_jax.run import stages
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.stores import IMAGE_TOKENS, VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run

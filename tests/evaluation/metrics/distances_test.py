@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 from scipy.spatial import distance
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.metrics import distances
 from cm3leon_jax.evaluation.metrics.distances import (
   cmmd,

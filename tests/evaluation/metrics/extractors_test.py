@@ -16,8 +16,8 @@ import transformers
 
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, init_params
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.tokenizers import CLIPConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.metrics import extractors, published_weights
 from cm3leon_jax.evaluation.metrics.extractors import load_clip, load_dinov2, load_inception
 from tests.clip import huggingface_test

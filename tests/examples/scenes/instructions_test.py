@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from examples.scenes import questions, source
 from examples.scenes.captions import PLURALS, with_article
 from examples.scenes.drawings import render

@@ -3,7 +3,8 @@ import itertools
 
 import pytest
 
-from cm3leon_jax.config import FieldError, UserError, build
+from cm3leon_jax.config.build import build
+from cm3leon_jax.errors import FieldError, UserError
 from examples.scenes.options import CATEGORIES, COLORS, COMMON, ScenesConfig
 from examples.scenes.world import number_of_scenes_of
 from tests.refusals import refused

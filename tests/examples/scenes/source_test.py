@@ -7,13 +7,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.documents.encode import EncodeJob, encode_documents
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.sources import function
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.vocab import VocabLayout
 from examples.scenes import drawings

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.training import OptimizerConfig, TrainConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import AXES, spec
 from cm3leon_jax.training.faults.fingerprint import names_of
 from cm3leon_jax.training.faults.replay import Replay

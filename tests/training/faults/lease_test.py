@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.errors import TryAgain, UserError
 from cm3leon_jax.training.faults import lease
 from cm3leon_jax.training.faults.lease import Lease
 from tests.refusals import refused

@@ -4,7 +4,7 @@ import signal
 import jax
 import pytest
 
-from cm3leon_jax.config import CTRL_C, INTERRUPTED
+from cm3leon_jax.errors import CTRL_C, INTERRUPTED
 from cm3leon_jax.training.faults.preemption import StopSignal
 from cm3leon_jax.weights import checkpoint
 from tests.training.runs import losses, run

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.config.training import TrainConfig
+from cm3leon_jax.errors import TryAgain, UserError
 from cm3leon_jax.training.faults import replay
 from cm3leon_jax.training.faults.assignment import moved, rolled
 from cm3leon_jax.training.faults.fingerprint import (

@@ -6,8 +6,8 @@ import pytest
 
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.model import CLIP
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.tokenizers import CLIPConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.tokenizers.vqgan import to_float
 from cm3leon_jax.training.image_models import clip_training as train_clip
 from tests.data.raw_folder import write_raw

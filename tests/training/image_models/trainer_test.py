@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import INTERRUPTED, UserError
+from cm3leon_jax.errors import INTERRUPTED, UserError
 from cm3leon_jax.files.json_files import read_json_lines, write_json
 from cm3leon_jax.mesh import FSDP
 from cm3leon_jax.training.faults import lease

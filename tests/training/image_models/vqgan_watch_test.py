@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.image_models import trainer, vqgan_training, vqgan_watch
-from cm3leon_jax.training.watch.tensorboard_board import curves
+from cm3leon_jax.training.watch.boards import curves
 from tests.models.tiny import mesh_of
 from tests.refusals import refused
 from tests.tokenizers.tiny import tiny_config

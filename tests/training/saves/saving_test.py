@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import pytest
 
-from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.config.training import TrainConfig
+from cm3leon_jax.errors import TryAgain, UserError
 from cm3leon_jax.training.saves.saving import Saves
 from cm3leon_jax.training.watch.heldout import HeldoutLosses
 from tests.refusals import refused

@@ -3,8 +3,8 @@ import numpy as np
 import optax
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.training import OptimizerConfig
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.training.step import numerics
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state, train_step

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from cm3leon_jax.config import REMOVED_FIELDS, UserError, current_fields
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import exists, sync
 from cm3leon_jax.files.digests import damage, describe, digest
 from cm3leon_jax.files.json_files import plain, read_json, write_json
-from cm3leon_jax.run.table import STAGES, identity, reads_of, unused
+from cm3leon_jax.stages.table import STAGES, identity, reads_of, unused
 
 if TYPE_CHECKING:
   from cm3leon_jax.config.settings import Settings
@@ -37,16 +37,15 @@ MORE = ("base", "evaluations", "given", "init", "logs", "prompts", "scores")
 def differences(old: dict, new: dict, where: str = "") -> list[str]:
   """Returns `name: old -> new` for every leaf that differs between two nested dicts.
 
-  A field that did not exist when `old` was written is not a difference if it is off in `new`: 0,
-  False or empty. Fields in `REMOVED_FIELDS`, and those `unused` in both, are never a difference.
+  A field that is not in `old` is not a difference if it is off in `new`: 0, False or empty. Fields
+  that are `unused` in both are never a difference.
   """
-  section = where.rstrip(".")
-  changed, old = [], current_fields(section, old)
+  section, changed = where.rstrip("."), []
   for key in sorted({*old, *new} - (unused(section, old) & unused(section, new))):
     a, b = old.get(key), new.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
       changed += differences(a, b, f"{where}{key}.")
-    elif a != b and (b or key in old) and f"{where}{key}" not in REMOVED_FIELDS:
+    elif a != b and (b or key in old):
       changed.append(f"{where}{key}: {a} -> {b}")
   return changed
 
@@ -129,7 +128,7 @@ def _check_id(folder: epath.Path, about: dict) -> None:
   """Raises UserError if the id in a stage's done.json does not match the files it describes.
 
   The id is not checked if done.json describes no files, because no other stage opens files of this
-  stage, or because an earlier version wrote done.json.
+  stage.
   """
   files, stage = about.get("files"), STAGES.get(folder.name)
   if files and not _are_descriptions(files):
@@ -153,8 +152,7 @@ def _damaged(folder: epath.Path, why: str = "") -> str:
 def check_files(path: epath.PathLike) -> None:
   """Compares a file, or all files in a folder, with their digests in the stage's done.json.
 
-  Ignores files that done.json does not describe. done.json is absent while the stage runs, and has
-  no digests if an earlier version wrote it.
+  Ignores files that done.json does not describe. done.json is absent while the stage runs.
 
   Raises:
     UserError: a file is missing or damaged.

@@ -15,9 +15,11 @@ from typing import Any
 from etils import epath
 import ml_collections
 
-from cm3leon_jax.config import UserError, build, own_functions
+from cm3leon_jax.config import own_functions
+from cm3leon_jax.config.build import build
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.run import stages
+from cm3leon_jax.stages import stages
 
 COUNTS = "counts"  # Key in the summary of raw/done.json.
 OF_BASE = "base_fields"  # Key in the summary of text_tokenizer/done.json.

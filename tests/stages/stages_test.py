@@ -6,10 +6,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.settings import default_config, settings_from_config
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.run import stages, table
+from cm3leon_jax.stages import stages, table
 from tests.refusals import refused
 
 SETTINGS = settings_from_config(default_config())

@@ -4,13 +4,13 @@ from ml_collections import config_dict
 import pytest
 
 from cm3leon_jax.commands import config_file
-from cm3leon_jax.config import UserError
 from cm3leon_jax.config.instructions import InstructionsConfig
 from cm3leon_jax.config.settings import default_config, settings_from_config
 from cm3leon_jax.configs import own
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run import from_data, table
-from cm3leon_jax.run.from_data import Counts
+from cm3leon_jax.stages import from_data, table
+from cm3leon_jax.stages.from_data import Counts
 from examples.illustrations import config as illustrations
 from tests.launched import SCENES
 from tests.refusals import refused
