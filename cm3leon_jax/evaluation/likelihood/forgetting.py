@@ -13,7 +13,6 @@ import numpy as np
 
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
-from cm3leon_jax.data.rows import loader
 from cm3leon_jax.evaluation import intervals, judged
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.generation.pipeline import Pipeline
@@ -57,22 +56,17 @@ def measure(run: Run, params: dict, base: Base, judge: judged.Judge | None = Non
   bank = Bank(documents, vocab)
   store = DocumentStore(documents / "heldout_pairs", vocab)
   ids = neighbors.load_neighbors(base.folder / "neighbors", "heldout_pairs", True, bank=len(bank))
-  rng = np.random.default_rng([settings.seed, len(store)])
-  chosen = [int(i) for i in np.sort(rng.permutation(len(store))[: config.num_documents])]
-  pairs = [store[i] for i in chosen]
-  samples = []
-  for i, pair in zip(chosen, pairs):
-    found = [bank[int(k)] for k in ids[i] if k >= 0][: settings.data.num_neighbors]
-    kept = bits.fit_neighbors(pair, found, settings.data.sequence_length)
-    samples.append(loader.join([*kept, pair], vocab))
-  scored = bits.score_samples(params, settings.model, samples, vocab, config.batch_size)
-  masks = [bits.own_targets(sample, pair, vocab) for sample, pair in zip(samples, pairs)]
+  pairs, concepts, samples, _ = bits.heldout_samples(
+    store, bank, ids, config.num_documents, settings.data, vocab, settings.seed
+  )
+  true = samples["true"]
+  scored = bits.score_samples(params, settings.model, true, vocab, config.batch_size)
+  masks = [bits.own_targets(sample, pair, vocab) for sample, pair in zip(true, pairs)]
   sums, tokens = {}, {}
   for modality in bits.MODALITIES:
     own = [mask[modality] for mask in masks]
     sums[modality] = np.array([row[mask].sum() for row, mask in zip(scored, own)])
     tokens[modality] = np.array([mask.sum() for mask in own])
-  concepts = [pair.concept or f"document {i}" for i, pair in zip(chosen, pairs)]
   known = sum(bool(store[i].facts) for i in range(len(store))) if judge else 0
   verdicts = _judge(judge, run, params, base, min(CAPTIONS, known)) if judge and known else ((), ())
   return Measured(sums, tokens, concepts, *verdicts)
