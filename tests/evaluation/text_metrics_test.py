@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.data.published.examples import Example
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.protocols import metrics
 from cm3leon_jax.evaluation.protocols.metrics import ColumnSamples
+from tests.refusals import refused
 
 REFERENCES = [
   ("a red cat on a mat", "the cat is red"),
@@ -39,6 +41,15 @@ def test_bleu_is_that_of_a_corpus_times_100():
   precisions = [14 / 15, 10 / 11, 6 / 7, 4 / 5]
   expected = 100 * np.exp(1 - 21 / 15) * np.prod(precisions) ** (1 / 4)
   assert metrics.bleu4(column(texts))["value"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_line_separator_in_a_text_moves_no_text_to_another_example(monkeypatch):
+  texts = ["a red cat on a mat", "two dogs", "green soup in a bowl", "a house"]
+  separated = [text.replace(" ", "\u2028") for text in texts]
+  assert metrics.bleu4(column(separated)) == metrics.bleu4(column(texts))
+  monkeypatch.setattr(metrics.shutil, "which", lambda name: None)
+  with refused(UserError, "java"):
+    metrics.bleu4(column(texts))
 
 
 def test_answers_count_by_what_people_said():
