@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax import config
 from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.config.sampling import EvaluationConfig
 from cm3leon_jax.data.documents import store as documents
 from cm3leon_jax.data.rows import loader
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
@@ -106,7 +106,7 @@ def test_neighbors_that_do_not_fit_a_row_are_left_out():
   assert bits.fit_neighbors(document, neighbors, num_positions(neighbors)) == neighbors
   assert bits.fit_neighbors(document, neighbors, num_positions(neighbors) - 1) == neighbors[:2]
   assert bits.fit_neighbors(document, neighbors, num_positions([])) == []
-  with refused(config.UserError, "'0'"):
+  with refused(UserError, "'0'"):
     bits.fit_neighbors(document, neighbors, num_positions([]) - 1)
 
 
@@ -159,5 +159,5 @@ def test_documents_of_one_concept_are_refused(tmp_path, stores, params):
   documents.write_documents(tmp_path / "foxes", written, VOCAB)
   foxes = documents.DocumentStore(tmp_path / "foxes", VOCAB)
   ids = np.zeros((3, 2), np.int32)
-  with refused(config.UserError, "two concepts"):
+  with refused(UserError, "two concepts"):
     bits.evaluate(params, MODEL, stores[0], foxes, ids, VOCAB, DATA, CONFIG, seed=0)
