@@ -229,19 +229,19 @@ def _parse_flags(actions: Sequence[str], argv: Sequence[str]) -> list[str]:
   return [program, *words]
 
 
-def base_of(base: str, init_from: str) -> str:
-  """Returns what a run starts from; "": random parameters.
+def parent_of(base: str, init_from: str) -> str:
+  """Returns the run that a run is tuned from; "": none, it starts from random parameters.
 
   `base` is config.train.base, and `init_from` is the value of --init_from.
   """
   return (init_from or base) if init_from != NONE else ""
 
 
-def of_base() -> dict[str, Any] | None:
-  """Returns the fields of the base that the flags name; None if the config follows no base."""
+def parent_fields() -> dict[str, Any] | None:
+  """Returns the fields of the parent that the flags name; None if the config follows no parent."""
   given = flags.FLAGS
   init_from = given.init_from if "init_from" in given else ""
-  source = base_of(given.config.train.base, init_from)
+  source = parent_of(given.config.train.base, init_from)
   if not source or not from_data.missing(given.config):
     return None
   return base_documents.fields(source, "own_image_tokenizer" in given and given.own_image_tokenizer)
@@ -250,7 +250,7 @@ def of_base() -> dict[str, Any] | None:
 def _settings(optional: bool, prepares: bool, starts: bool = False) -> Settings:
   """Returns the settings of --config or, if --config is optional, of the model in --workdir.
 
-  For --print_config, the fields that are not known yet have the values of the base, if any.
+  For --print_config, the fields that are not known yet have the values of the parent, if any.
 
   Raises:
     UserError: --config is missing, or --workdir has no trained model; see `completed`.
@@ -259,7 +259,7 @@ def _settings(optional: bool, prepares: bool, starts: bool = False) -> Settings:
     workdir = flags.FLAGS.workdir if "workdir" in flags.FLAGS else None
     shows = flags.FLAGS.print_config
     begins = starts or (shows and not from_data.stored_of_base(workdir))
-    return completed(workdir, prepares or shows, of_base() if begins else None)
+    return completed(workdir, prepares or shows, parent_fields() if begins else None)
   if not optional:
     raise UserError("name a config: --config=own")
   stored = run_lib.Run.open(_folder()).settings

@@ -41,7 +41,7 @@ def main(settings: Settings, workdir: epath.Path, of_base: dict[str, Any] | None
 
 if __name__ == "__main__":
   common.run(
-    lambda settings, workdir: main(settings, workdir, common.of_base()),
+    lambda settings, workdir: main(settings, workdir, common.parent_fields()),
     prepares=True,
     starts=True,
   )

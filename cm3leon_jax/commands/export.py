@@ -18,9 +18,7 @@ which `cm3leon copy_tokenizers` copied them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import contextlib
-import fcntl
 import os
 
 from absl import flags
@@ -30,6 +28,7 @@ from cm3leon_jax.commands import common
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import formats
+from cm3leon_jax.files import locks
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.stages import from_data, stages, table
 
@@ -116,23 +115,11 @@ def main(
     print(f"export: bundle of step {step}, {size}, in {bundle_folder}.", flush=True)
 
 
-@contextlib.contextmanager
-def _alone(folder: epath.Path) -> Iterator[None]:
+def _alone(folder: epath.Path) -> contextlib.AbstractContextManager[None]:
   """Waits until no other export writes into a local folder."""
-  if "://" in os.fspath(folder):
-    yield
-    return
-  folder.mkdir(parents=True, exist_ok=True)
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      print(f"export: waits until another export into {folder} has ended.", flush=True)
-      fcntl.flock(handle, fcntl.LOCK_EX)
-    yield
-  finally:
-    os.close(handle)  # This also ends the lock.
+  if "://" not in os.fspath(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+  return locks.alone(folder, f"export: waits until another export into {folder} has ended.")
 
 
 def _export(trained: run_lib.Run, choice: formats.Choice, output: str) -> None:

@@ -14,9 +14,10 @@ then has the model of that run, and measures what it forgets (docs/tuning.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import contextlib
 import functools
+import itertools
 import re
 import shutil
 import sys
@@ -31,6 +32,7 @@ from cm3leon_jax.commands.stage_process import StageProcesses
 from cm3leon_jax.commands.tokenizer_check import LIMITS
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.errors import UserError
+from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.run import pace
 from cm3leon_jax.stages import from_data, stages, table
 
@@ -106,7 +108,8 @@ def main(
   more = {**more, **{name: [f"--init_from={init_from}"] for name in STARTED if init_from}}
   if own_images:
     more["copy_tokenizers"].append("--own_image_tokenizer")
-  processes, begun = StageProcesses(workdir / "logs"), time.monotonic()
+  processes = StageProcesses(workdir / "logs")
+  begun = time.monotonic() - _spent(workdir, names)
   for number, name in enumerate(order, 1):
     start, lines = time.monotonic(), _Lines(f"[{number}/{len(order)}]", name)
     timed = fits or any(flag.startswith("--config.train.minutes=") for flag in given)
@@ -118,6 +121,13 @@ def main(
     finally:
       lines.clear()
     print(f"[{number}/{len(order)}] {name}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def _spent(workdir: epath.Path, names: Mapping[str, str]) -> float:
+  """Returns the seconds of the finished stages before `train`, which are skipped now."""
+  before = itertools.takewhile(lambda name: name != "train", names)
+  done = [workdir / names[name] / stages.DONE for name in before]
+  return sum(read_json(path, {"seconds": float})["seconds"] for path in done if path.exists())
 
 
 def _steps_that_fit(
@@ -136,9 +146,7 @@ def _steps_that_fit(
     return []
   known = pace.read(workdir)
   if known is None or known.minutes != settings.train.minutes:
-    # Finished stages are skipped, but their time counts.
-    before = max(time.monotonic() - begun, known.seconds_before if known else 0.0)
-    measure([*given, f"--measure_after={before}"])
+    measure([*given, f"--measure_after={time.monotonic() - begun}"])
     known = pace.read(workdir)
     assert known is not None
     end = time.localtime(time.time() + known.seconds_left)
@@ -148,7 +156,7 @@ def _steps_that_fit(
 
 
 def _main(settings: Settings, workdir: epath.Path) -> None:
-  init_from = common.base_of(settings.train.base, INIT_FROM.value)
+  init_from = common.parent_of(settings.train.base, INIT_FROM.value)
   more: dict[str, list] = {}
   limits = [f"--{x.name}={x.value}" for x in LIMITS if not flags.FLAGS[x.name].using_default_value]
   more |= dict.fromkeys(("encode_documents", "encode_instructions"), limits)

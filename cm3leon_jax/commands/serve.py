@@ -9,6 +9,7 @@ command needs no config. It prints its address when it is ready, and a line for 
 keeps compiled programs for the next start (--cache_dir). docs/serving.md describes the requests.
 """
 
+from collections.abc import Callable
 import importlib.util
 import os
 import sys
@@ -90,12 +91,12 @@ def main(workdir: epath.Path) -> None:
       f"warning: anyone who can reach --host={_HOST.value} may use this server: set {TOKEN}.",
       file=sys.stderr,
     )
-  with program_cache.kept():
-    _serve(workdir, token)
+  with program_cache.kept() as store:
+    _serve(workdir, token, store)
   interrupts.end(0, "")  # Python would need seconds, and XLA's threads may crash while it exits.
 
 
-def _serve(workdir: epath.Path, token: str) -> None:
+def _serve(workdir: epath.Path, token: str, store: Callable[[], object]) -> None:
   """Loads the model, and serves until a signal arrives."""
   name = os.path.basename(os.path.normpath(os.fspath(workdir))) or "model"
   opened = server.listen(_HOST.value, _PORT.value)
@@ -119,6 +120,7 @@ def _serve(workdir: epath.Path, token: str) -> None:
     chunk=_CHUNK.value,
     buckets=_BUCKETS.value,
     queue_limit=_MOST_WAITING.value,
+    store=store,
   )
   print(
     "compiling or loading the first programs; on a CPU this takes up to a minute.",

@@ -9,7 +9,7 @@ import pydantic.dataclasses
 
 from cm3leon_jax.config.build import STRICT
 
-MOST_CROPS = 999  # Of an image.
+MOST_CROPS = 999  # Of an image, in a config.
 PAPER_NEIGHBORS, PAPER_CANDIDATES = 3, 4  # The paper uses 3 of 4 candidates.
 
 
@@ -148,8 +148,8 @@ class RawConfig:
   borders."""
   crops: Annotated[int, Field(ge=-1, le=MOST_CROPS)] = 0
   """Number of random crops per training image, for sources of a few hundred images. Each crop
-  becomes an additional pair with the caption and concept of its image. -1 chooses a number that
-  yields about 3,200 pairs."""
+  becomes an additional pair with the caption and concept of its image. -1 chooses a number up to
+  99 that yields about 3,200 pairs."""
   jpeg_quality: Annotated[int, Field(ge=0, le=95)] = 0
   """JPEG quality of the stored images. At 95, photographs take a quarter of the bytes of PNG. 0
   means lossless PNG."""

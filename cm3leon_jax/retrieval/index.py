@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int32
 import numpy as np
 
 from cm3leon_jax.errors import UserError
+from cm3leon_jax.files.rewritten import rewriting
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.stages import stages
 
@@ -149,7 +150,8 @@ class ScannIndex:
     with tempfile.TemporaryDirectory() as local:  # ScaNN writes only to local disks.
       self._searcher.serialize(local, relative_path=True)
       for path in epath.Path(local).iterdir():
-        path.copy(folder / path.name, overwrite=True)
+        with rewriting(folder / path.name) as partial:
+          path.copy(partial, overwrite=True)
 
   @classmethod
   def load(cls, folder: epath.PathLike, count: int) -> "ScannIndex":

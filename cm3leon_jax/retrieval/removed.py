@@ -2,10 +2,7 @@
 
 # n documents, C candidates of a document.
 
-from collections.abc import Iterator, Sequence
-import contextlib
-import fcntl
-import os
+from collections.abc import Callable, Sequence
 import re
 
 from etils import epath
@@ -15,12 +12,15 @@ from cm3leon_jax.config.data import MOST_CROPS
 from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.data.sources.records import crop_key
 from cm3leon_jax.errors import UserError, short
+from cm3leon_jax.files import locks
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.retrieval.arrays import ArrayStore
 
 FILE = "removed.json"  # In neighbors/, beside the index.
 SCAN = 2**22  # Number of keys that are read at a time.
+# The entry of an erased document, whose key is hashed like the keys of the bank.
+HASHED = re.compile(r"sha256:([0-9a-f]{16})")
 
 
 def keys(folder: epath.PathLike) -> list[str]:
@@ -40,13 +40,13 @@ def identity(folder: epath.PathLike) -> dict[str, str]:
   return {"removed": str(digest(path))} if path.exists() else {}
 
 
-def rows(folder: epath.PathLike, documents: Sequence[str] = ()) -> np.ndarray:
-  """Returns the rows of the removed documents, and of `documents`, in the bank.
+def rows(folder: epath.PathLike, documents: Sequence[str] = (), alone: bool = False) -> np.ndarray:
+  """Returns the rows of the removed documents, unless `alone`, and of `documents`, in the bank.
 
   Copies of a document have the same key, and all crops of its image belong to it. Raises UserError
   if one of `documents` is not in the bank, or the bank has fewer documents than were removed.
   """
-  every = dict.fromkeys((*keys(folder), *documents))
+  every = dict.fromkeys((*([] if alone else keys(folder)), *documents))
   if not every:
     return np.zeros(0, np.int64)
   stored = ArrayStore(epath.Path(folder) / "train" / "keys")
@@ -77,30 +77,36 @@ def rows(folder: epath.PathLike, documents: Sequence[str] = ()) -> np.ndarray:
 
 
 def _hash(key: str) -> int:
+  if hashed := HASHED.fullmatch(key):
+    return int(hashed[1], 16)
   try:
     return group_id(key)
   except UnicodeEncodeError as error:
     raise UserError(f"the key {short(key)} of a removed document is not valid Unicode.") from error
 
 
-def remove(folder: epath.PathLike, documents: Sequence[str]) -> list[str]:
-  """Removes documents and returns the keys of all removed ones. For errors, see `rows`."""
-  with _alone(folder):
+def remove(
+  folder: epath.PathLike,
+  documents: Sequence[str],
+  erase: Callable[[np.ndarray], None] | None = None,
+) -> list[str]:
+  """Removes documents and returns the keys of all removed ones. For errors, see `rows`.
+
+  `erase` is then called with the rows of `documents`. The file has only hashes of their keys.
+  """
+  with locks.alone(folder):
     rows(folder, documents)
-    every = [*dict.fromkeys([*keys(folder), *documents])]
+    every = [*keys(folder), *documents]
+    if erase is not None:
+      gone, images = rows(folder, documents, alone=True), {*map(image_of, documents)}
+      every = [key for key in every if image_of(key) not in images]
+      hashes = ArrayStore(epath.Path(folder) / "train" / "keys")[gone]
+      every += [f"sha256:{value:016x}" for value in hashes]
+    every = [*dict.fromkeys(every)]
     write_json(epath.Path(folder) / FILE, {"keys": every})
+    if erase is not None:
+      erase(gone)
   return every
-
-
-@contextlib.contextmanager
-def _alone(folder: epath.PathLike) -> Iterator[None]:
-  """Lets one process at a time change a local folder. A folder in a bucket is not locked."""
-  with contextlib.ExitStack() as stack:
-    if "://" not in os.fspath(folder):
-      opened = os.open(folder, os.O_RDONLY)
-      stack.callback(os.close, opened)
-      fcntl.flock(opened, fcntl.LOCK_EX)
-    yield
 
 
 def dropped(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -51,13 +51,13 @@ class Pace:
 
   def describe(self, clock: str) -> str:
     """Formats the decision. `clock` is the time of day at which the run is expected to end."""
-    total = (self.seconds_before + self.seconds_left) / 60
+    total = self.seconds_before + self.seconds_left
     fits = f"{self.steps:,} steps fit into {self.minutes:g} minutes"
-    if self.steps == LEAST:
+    if int(total) > 60 * self.minutes:
       fits = f"{self.minutes:g} minutes are too few, so it takes the least, {self.steps} steps"
     return (
-      f"a step takes {self.step_seconds:.2f} s on this machine; {fits}. "
-      f"The whole run takes about {total:.0f} minutes; it ends at about {clock}."
+      f"a step takes {self.step_seconds:.3g} s on this machine; {fits}. "
+      f"The whole run takes about {total / 60:.0f} minutes; it ends at about {clock}."
     )
 
 

@@ -16,12 +16,14 @@ from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator, StepFail
 from cm3leon_jax.decoding.continuous.slots import Update
 from cm3leon_jax.decoding.result import sample_seed
 from cm3leon_jax.errors import UserError
+from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.serving import jobs as jobs_lib
 from cm3leon_jax.serving.errors import QUEUE_FULL, ApiError, internal, stopping
 from cm3leon_jax.serving.jobs import Event, Failed, Finished, Job, Neighbor, OpenJob, Progress
 from cm3leon_jax.serving.tasks import refused
 
+PAUSE = 1.0  # Seconds without a job after which the next program is compiled.
 _LOG = logging.getLogger("cm3leon_jax.serving")
 _Part = tuple[OpenJob, int, Update]  # Job, index of a sample, its tokens so far.
 
@@ -38,6 +40,7 @@ class Engine:
     chunk: int = 16,
     buckets: int = 8,
     queue_limit: int = 64,
+    store: Callable[[], object] = lambda: None,
   ):
     """Creates an engine. `start` starts its thread.
 
@@ -47,12 +50,13 @@ class Engine:
       chunk: number of steps between two deliveries of events.
       buckets: number of buckets between which decoding alternates; see `ContinuousGenerator`.
       queue_limit: largest number of jobs with samples that wait for a slot.
+      store: stores compiled programs; it is called after each that no request waits for.
 
     Raises:
       UserError: `slots` is not divisible by the number of devices that share a batch.
     """
     self.pipeline, self.slots, self.queue_limit = pipeline, slots, queue_limit
-    self._mesh, self._chunk, self._buckets = mesh, chunk, buckets
+    self._mesh, self._chunk, self._buckets, self._store = mesh, chunk, buckets, store
     # Decode a single image as a batch of one, and several images as a batch padded to `slots`.
     self._tokenizers = {n: pipeline.image_tokenizer.in_batches(n) for n in (1, slots)}
     self._changed = threading.Condition()
@@ -63,7 +67,8 @@ class Engine:
     # Ticket -> a job and the index of one of its samples.
     self._running: dict[int, tuple[OpenJob, int]] = {}
     self._generator = self._fresh()
-    self._closing, self._warming, self._warms = False, self._warm_up(), True
+    self._closing, self._warming = False, self._warm_up()
+    self._pause: float | None = PAUSE  # Seconds until `_turn` compiles; None: all is compiled.
     self.is_warm = False  # Whether all programs of usual requests are compiled.
     self._ready = threading.Event()
     self.failure: BaseException | None = None
@@ -177,21 +182,18 @@ class Engine:
     return ContinuousGenerator(pipeline.generator, *sizes, usual)
 
   def _warm_up(self) -> Iterator[bool]:
-    """Compiles what a first request usually needs, then one of the other programs at a time."""
+    """Tries all usual tasks, then compiles one of the other programs at a time."""
     pipeline, tasks, events = self.pipeline, jobs_lib.usual_tasks(self.pipeline), list[Event]()
     usual = jobs_lib.usual_buckets(pipeline, tasks)
     self._generator = self._fresh(list(usual))
-    first, others = jobs_lib.test_jobs(tasks, events.append)
-    for job in first:
+    for job in jobs_lib.test_jobs(tasks, events.append):
       self._prepare([job])
       while self._open or self._running:
         self._compute()
-    if any(isinstance(event, Failed) for event in events):
-      raise RuntimeError(f"the server cannot start: a test of {first[0].task.name} failed.")
+      if isinstance(events[-1], Failed) and isinstance(job.task, TextToImage):
+        raise RuntimeError(f"the server cannot start: a test of {job.task.name} failed.")
+      self._store()
     yield True
-    for job in others:
-      self._prepare([job])
-      yield True
     large = {largest(bucket, pipeline.generator.config): usual[bucket] for bucket in usual}
     sizes = sorted({self._generator.shards, self.slots})
     for cases, together in itertools.product((usual, large), sizes):
@@ -203,16 +205,17 @@ class Engine:
         except StepFailed:
           _LOG.exception("a program could not be compiled or run")
           events.append(Failed(internal()))
+        self._store()
         yield True
     self.is_warm = not any(isinstance(event, Failed) for event in events)
 
   def _turn(self) -> bool:
     """Waits for jobs and computes one chunk. Returns False if the engine is closing.
 
-    Without a job, it compiles the next program of `_warm_up`.
+    If no job comes for a moment, it compiles the next program of `_warm_up`.
     """
     with self._changed:
-      self._changed.wait_for(lambda: self._closing or self._busy or self._warms)
+      self._changed.wait_for(lambda: self._closing or self._busy, self._pause)
       if self._closing:
         return False
       # Prepare jobs together, because retrieval costs the same for one job and for a batch.
@@ -222,8 +225,9 @@ class Engine:
     try:
       if self._busy:
         self._compute()
+        self._pause = None if self._pause is None else PAUSE
       else:
-        self._warms = next(self._warming, False)
+        self._pause = 0.0 if next(self._warming, False) else None
     except Exception:
       _LOG.exception("decoding has failed")
       self._fail_running()
@@ -279,9 +283,7 @@ class Engine:
       if opened.job.cancelled or opened.failed:
         self._generator.remove(ticket)
         del self._running[ticket]
-    for opened in list(self._open):
-      if opened.job.cancelled or opened.failed:
-        self._open.remove(opened)
+    self._open = deque(o for o in self._open if not (o.job.cancelled or o.failed))
 
   def _fill(self) -> None:
     """Starts samples while slots are free. A slot goes to the job with the fewest running samples.
@@ -367,9 +369,7 @@ class Engine:
   def _finish(self, finished: Sequence[_Part]) -> None:
     opened = [found for found, _, _ in finished]
     results = [dataclasses.replace(update.result, sample=index) for _, index, update in finished]
-    given: dict = {}
-    for found in opened:
-      given |= found.given
+    given = {key: image for found in opened for key, image in found.given.items()}
     samples = self.pipeline.samples(
       range(len(finished)),
       results,

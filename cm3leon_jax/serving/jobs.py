@@ -161,9 +161,8 @@ def _described(
 def usual_tasks(pipeline: Pipeline) -> list[Task]:
   """Returns example tasks with the usual kinds and lengths of prompts.
 
-  The programs of images for a prompt are compiled before requests are answered, the others when the
-  engine is idle. Longer prompts use a larger bucket. Tasks that do not fit into the model's
-  positions are left out.
+  Their programs are compiled before requests are answered. Longer prompts use a larger bucket.
+  Tasks that do not fit into the model's positions are left out.
   """
   layout, sampling = pipeline.layout, pipeline.settings.sampling
   blank = np.full((layout.resolution, layout.resolution, 3), 128, np.uint8)
@@ -192,17 +191,16 @@ def _fits(layout: PromptLayout, task: Task) -> bool:
   return True
 
 
-def test_jobs(
-  tasks: Sequence[Task], deliver: Callable[[Event], None]
-) -> tuple[list[Job], list[Job]]:
-  """Returns jobs that use the programs of tasks: first those of images for a prompt.
+def test_jobs(tasks: Sequence[Task], deliver: Callable[[Event], None]) -> list[Job]:
+  """Returns jobs that use the programs of tasks: a sample for each, and two of the last image.
 
-  The first jobs are one sample for each such task, with and without retrieved documents, and two
-  samples of the last.
+  The box of an image is also filled in without a prompt, which needs a bucket of one stream.
   """
+  boxes = [dataclasses.replace(t, prompt="") for t in tasks if isinstance(t, InfillImage)]
+  tasks = [*tasks, *boxes]
   jobs = [Job(task, 1, deliver, shows_progress=True, explains=True, is_test=True) for task in tasks]
   count = sum(isinstance(task, TextToImage) for task in tasks) or 1
-  return [*jobs[:count], dataclasses.replace(jobs[count - 1], num_samples=2)], jobs[count:]
+  return [*jobs[:count], dataclasses.replace(jobs[count - 1], num_samples=2), *jobs[count:]]
 
 
 def usual_buckets(

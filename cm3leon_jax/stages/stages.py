@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from cm3leon_jax.errors import UserError
+from cm3leon_jax.files import rewritten
 from cm3leon_jax.files.atomic import exists, sync
-from cm3leon_jax.files.digests import damage, describe, digest
+from cm3leon_jax.files.digests import describe, digest
 from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.stages.table import STAGES, identity, reads_of, unused
 
 if TYPE_CHECKING:
   from cm3leon_jax.config.settings import Settings
 
-DONE = "done.json"
+DONE = rewritten.DONE
 SEALS = "checkpoints.digests"  # Folder in train/; its file STEP.json seals a checkpoint.
 # Folders of a workdir that no stage owns.
 MORE = ("base", "evaluations", "given", "init", "logs", "prompts", "scores")
@@ -158,10 +159,7 @@ def check_files(path: epath.PathLike) -> None:
     UserError: a file is missing or damaged.
   """
   path = epath.Path(path)
-  for folder in (path, *list(path.parents)[:3]):
-    if not str(folder).endswith("://") and exists(folder / DONE):  # `gs://` is not a folder.
-      break
-  else:
+  if (folder := rewritten.stage_of(path)) is None:
     return
   about = read_json(folder / DONE, {})
   _check_id(folder, about)
@@ -169,7 +167,7 @@ def check_files(path: epath.PathLike) -> None:
   name = path.relative_to(folder).as_posix()
   for file, expected in described.items():
     inside = name == "." or file == name or file.startswith(f"{name}/")
-    if inside and (wrong := damage(folder / file, expected)):
+    if inside and (wrong := rewritten.damage(folder / file, expected)):
       raise UserError(f"{folder / file} {wrong}: {again(folder, folder / file)}.")
 
 

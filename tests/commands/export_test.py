@@ -2,8 +2,6 @@ import dataclasses
 import re
 import resource
 import shutil
-import threading
-import time
 from unittest import mock
 
 from etils import epath
@@ -217,22 +215,3 @@ def test_an_export_on_a_full_disk_counts_as_none(exported_before, monkeypatch):
   assert bundles.read(epath.Path(target))[1] == 3  # The export did not change the bundle.
   export.main(SETTINGS, exported_before, target)
   assert bundles.read(epath.Path(target))[1] == 7
-
-
-def test_two_exports_into_one_folder_follow_each_other(tmp_path, capsys):
-  running, order = threading.Event(), []
-
-  def other():
-    running.set()
-    with export._alone(epath.Path(tmp_path)):
-      order.append("second")
-
-  thread = threading.Thread(target=other)
-  with export._alone(epath.Path(tmp_path)):
-    thread.start()
-    running.wait()
-    time.sleep(0.2)
-    order.append("first")
-  thread.join(timeout=60)
-  assert order == ["first", "second"]
-  assert f"waits until another export into {tmp_path}" in capsys.readouterr().out

@@ -1,3 +1,5 @@
+import contextlib
+import os
 import pathlib
 
 from absl import flags
@@ -7,63 +9,108 @@ import pytest
 
 from cm3leon_jax.commands import program_cache
 
+CHANGED = (
+  "jax_compilation_cache_dir",
+  "jax_persistent_cache_enable_xla_caches",
+  "jax_persistent_cache_min_compile_time_secs",
+)
+
 
 @pytest.fixture
-def keep(tmp_path, monkeypatch):
-  """Returns a function that keeps programs, given by name, and returns the names of older ones."""
+def process(tmp_path, monkeypatch):
+  """Returns a context manager that yields the names of kept programs, and a function that adds one.
+
+  The function then stores all programs, if told.
+  """
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
-  names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-  before = {name: getattr(jax.config, name) for name in names}
+  before = {name: getattr(jax.config, name) for name in CHANGED}
   jax.config.update("jax_compilation_cache_dir", None)
 
-  def call(*programs, cache_dir=None):
-    with flagsaver.flagsaver(cache_dir=cache_dir), program_cache.kept():
-      found, folder = set(), jax.config.jax_compilation_cache_dir
+  @contextlib.contextmanager
+  def process(cache_dir=None):
+    with flagsaver.flagsaver(cache_dir=cache_dir), program_cache.kept() as store:
+      copy = jax.config.jax_compilation_cache_dir
       jax.config.update("jax_compilation_cache_dir", None)
-      if folder:
-        found = {path.name for path in pathlib.Path(folder).glob("*-cache")}
-        for name in programs:
-          (pathlib.Path(folder) / f"{name}-cache").write_bytes(b"program of " + name.encode())
-      return folder and pathlib.Path(folder), found
 
-  yield call
+      def add(name, stored=False):
+        (pathlib.Path(copy) / f"{name}-cache").write_bytes(b"program of " + name.encode())
+        if stored:
+          store()
+
+      yield {path.name[:-6] for path in pathlib.Path(copy or "none").glob("*-cache")}, add
+
+  yield process
   for name, value in before.items():
     jax.config.update(name, value)
 
 
-def test_only_programs_that_were_not_changed_since_are_used(keep, tmp_path):
-  folder, found = keep("a", "b", "c")
-  assert (folder.parent, found) == (tmp_path / "cm3leon_jax" / "programs", set())
+@pytest.fixture
+def keep(process):
+  """Returns a function that keeps programs, given by name, and returns the names of older ones."""
+
+  def call(*programs, **options):
+    with process(**options) as (found, add):
+      for name in programs:
+        add(name)
+    return found
+
+  return call
+
+
+@pytest.fixture
+def folder(tmp_path):
+  return tmp_path / "cm3leon_jax" / "programs" / program_cache.machine()
+
+
+def test_only_programs_that_were_not_changed_since_are_used(keep, folder):
+  assert keep("a", "b", "c") == set()
   (folder / "a-cache").write_bytes(b"pro")
   (folder / "b-cache").write_bytes(b"Program of b")
   (folder / "killed-cache").write_bytes(b"program of")
-  assert keep("d") == (folder, {"c-cache"})
-  assert keep() == (folder, {"c-cache", "d-cache"})
+  assert keep("d", "a") == {"c"}
+  assert keep() == {"a", "c", "d"}
   (folder / program_cache.DIGESTS).write_text('{"c-cache": ')
-  assert keep() == (folder, set())
+  assert keep() == set()
+
+
+def test_processes_at_the_same_time_keep_their_programs(keep, process):
+  with process() as (_, add):
+    add("a")
+    assert keep("b") == set()  # Another process must not see or delete "a" before it is complete.
+    add("c", stored=True)
+    assert keep() == {"a", "b", "c"}  # The first process could be killed now.
+  assert keep() == {"a", "b", "c"}
+
+
+def test_the_oldest_programs_go_beyond_the_limit(keep, process, folder, monkeypatch):
+  monkeypatch.setattr(program_cache, "MOST_BYTES", 3 * len("program of a"))
+  keep("a", "b", "c")
+  for age, name in enumerate("bca"):
+    os.utime(folder / f"{name}-cache", (age, age))
+  with process() as (found, add):
+    assert found == {"a", "b", "c"}
+    add("d", stored=True)
+  assert keep() == {"a", "c", "d"}
 
 
 def test_each_instruction_set_has_its_programs(keep, tmp_path, monkeypatch):
-  folders = []
   for flag in ("avx2", "avx2 avx512f"):
     (tmp_path / "cpuinfo").write_text(
       f"model name\t: A\nflags\t\t: {flag}\ncpu MHz\t\t: {id(flag)}\n"
     )
     monkeypatch.setattr(program_cache, "CPU", tmp_path / "cpuinfo")
-    folder, found = keep("a")
-    assert not found
-    folders.append(folder)
-  assert folders[0] != folders[1]
+    assert not keep("a")
+    assert keep() == {"a"}
 
 
 def test_a_folder_that_cannot_be_used_is_a_warning_and_none_may_be_used(keep, tmp_path, capsys):
   (tmp_path / "file").touch()
-  assert keep(cache_dir=str(tmp_path / "file")) == (None, set())
+  assert keep(cache_dir=str(tmp_path / "file")) == set()
   assert "warning: " in (printed := capsys.readouterr().err)
   assert "--cache_dir" in printed
-  assert keep(cache_dir="") == (None, set())
+  assert keep(cache_dir="") == set()
   jax.config.update("jax_compilation_cache_dir", "of_the_variable")
   with program_cache.kept():
     assert jax.config.jax_compilation_cache_dir == "of_the_variable"

@@ -6,7 +6,9 @@ import pytest
 from cm3leon_jax.commands import common, config_file, run, stage_process
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.errors import UserError
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.run import pace
+from cm3leon_jax.stages import stages
 from tests.launched import INSTRUCT, SCENES
 from tests.refusals import refused
 
@@ -104,6 +106,23 @@ def test_a_run_with_minutes_takes_the_steps_that_fit(started, tmp_path, capsys, 
   assert capsys.readouterr().out.count("1,200 steps fit into 15 minutes") == 1
 
 
+def test_the_time_of_finished_stages_counts_after_a_new_start(started, tmp_path, monkeypatch):
+  """The run was stopped in `train_clip`, before it measured a step."""
+  folder, after = epath.Path(tmp_path), []
+  for stage in ("raw", "vqgan", "documents"):
+    write_json(folder / stage / stages.DONE, {"seconds": 100.0})
+
+  def measure(self, command, flags, show):
+    for flag in flags:
+      if flag.startswith("--measure_after="):
+        after.append(float(flag.partition("=")[2]))
+        pace.write(folder, pace.Pace(15.0, 300.0, 0.25, 1_200))
+
+  monkeypatch.setattr(stage_process.StageProcesses, "run", measure)
+  run.main(settings_of(SCENES, **{"train.minutes": 15.0}), folder, "", False, {}, fits=True)
+  assert after == [pytest.approx(300, abs=30)]
+
+
 @pytest.mark.parametrize("flag", ["--config.train.steps=7", "--config.train.log_every=7"])
 def test_steps_of_the_user_are_not_measured(started, tmp_path, monkeypatch, flag):
   """The user sets steps by a flag although the config has none, or in the config."""
@@ -169,7 +188,7 @@ def test_a_wrong_source_is_refused_before_the_first_stage(source, started, tmp_p
   [("", "", ""), ("", "a", "a"), ("b", "", "b"), ("b", "a", "a"), ("b", "none", "")],
 )
 def test_a_run_starts_from_the_base_of_its_config_unless_told_otherwise(base, flag, expected):
-  assert common.base_of(base, flag) == expected
+  assert common.parent_of(base, flag) == expected
 
 
 def test_an_own_image_tokenizer_belongs_to_a_base(tmp_path):

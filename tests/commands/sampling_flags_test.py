@@ -1,19 +1,53 @@
 import dataclasses
+from unittest import mock
 
 from absl import flags
 from absl.testing import flagsaver
+from etils import epath
+import pytest
 
-from cm3leon_jax.commands import sampling_flags
+from cm3leon_jax.commands import evaluate, generate, sampling_flags
+from cm3leon_jax.config.sampling import SamplingConfig
 from tests.generation.run import SETTINGS
 
+NAMES = [field.name for field in dataclasses.fields(SamplingConfig) if field.name != "guidance"]
+OTHERS = {"method": "mixture", "guidance_schedule": "cosine"}
 
-def test_flags_set_every_field_but_guidance():
+
+@pytest.fixture(autouse=True)
+def _parsed():
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
-  given = {"method": "mixture", "temperature": 0.5, "top_k": 3, "text_top_p": 0.25}
+
+
+def changed(**fields):
+  return dataclasses.replace(SETTINGS, sampling=dataclasses.replace(SETTINGS.sampling, **fields))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_flag_sets_its_field(name):
+  default = getattr(SETTINGS.sampling, name)
+  given = {name: OTHERS.get(name, 7 if isinstance(default, int) else 0.625)}
   with flagsaver.flagsaver(**given):
-    found = sampling_flags.applied(SETTINGS)
-  changed = dataclasses.replace(SETTINGS.sampling, **given)
-  assert found == dataclasses.replace(SETTINGS, sampling=changed)
-  fields = {field.name for field in dataclasses.fields(changed)}
-  assert fields - set(flags.FLAGS) <= {"guidance"}
+    assert sampling_flags.applied(SETTINGS) == changed(**given) != SETTINGS
+
+
+class Sampled(Exception):
+  """Ends a command before it reads a model."""
+
+
+@pytest.mark.parametrize(
+  ("command", "call", "others"),
+  [
+    (generate, "cm3leon_jax.run.run.Run.open", {}),
+    (evaluate, "cm3leon_jax.commands.evaluate_protocol.run_all", {"protocol": "own.yaml"}),
+  ],
+)
+def test_a_command_samples_with_the_flags(command, call, others, tmp_path):
+  with (
+    mock.patch(call, side_effect=Sampled) as reached,
+    flagsaver.flagsaver(temperature=0.5, **others),
+    pytest.raises(Sampled),
+  ):
+    command.main(SETTINGS, epath.Path(tmp_path))
+  assert changed(temperature=0.5) in reached.call_args.args

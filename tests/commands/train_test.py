@@ -12,6 +12,7 @@ from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.generation import heldout
 from cm3leon_jax.models import transformer
+from cm3leon_jax.run import pace
 from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.faults import skipped_rows
@@ -109,6 +110,16 @@ def short_config(**train_fields):
   config.train.update({"global_batch_size": 1, "steps": 4, "tensorboard": False, **train_fields})
   config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 1})
   return config
+
+
+def test_measuring_a_step_decides_the_steps_and_keeps_nothing_else(root, monkeypatch):
+  monkeypatch.setattr(train.decoder, "step_seconds", lambda training, count: 0.5)
+  before = set(pathlib.Path(root).rglob("*"))
+  train._measure(settings_from_config(short_config(minutes=15.0)), root, "", 300.0)
+  assert set(pathlib.Path(root).rglob("*")) - before == {pathlib.Path(root / pace.FILE)}
+  found = pace.read(root)
+  assert 300 < found.seconds_before < 360
+  assert found == pace.Pace.of(15.0, found.seconds_before, 0.5)
 
 
 @pytest.mark.slow

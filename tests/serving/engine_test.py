@@ -158,7 +158,7 @@ def test_a_program_that_fails_is_not_hidden(model, monkeypatch, caplog, broken, 
   monkeypatch.setattr(broken, method, mock.Mock(side_effect=error))
   engine.start()
   assert engine.wait_until_ready() == (method == "warm")
-  while engine._warms and engine.failure is None:
+  while engine._pause is not None and engine.failure is None:
     time.sleep(0.02)
   assert not engine.is_warm
   text = "could not be compiled" if method == "warm" else "the server cannot start"
@@ -166,20 +166,33 @@ def test_a_program_that_fails_is_not_hidden(model, monkeypatch, caplog, broken, 
   assert engine.close(seconds=60)
 
 
-def test_images_with_and_without_documents_are_tried_before_the_server_is_ready(model, monkeypatch):
-  """The example of docs/serving.md retrieves nothing, and has two samples."""
-  engine, tried, opens = Engine(model.pipeline, model.mesh, slots=3, chunk=4), [], jobs.open_jobs
+def test_all_kinds_of_requests_are_tried_and_stored_before_the_server_is_ready(model, monkeypatch):
+  """A request that follows at once does not wait for the compilation of other programs.
+
+  The example of docs/serving.md for images retrieves nothing, and has two samples.
+  """
+  tried, opens, store, warm = [], jobs.open_jobs, mock.Mock(), mock.Mock()
+  monkeypatch.setattr(ContinuousGenerator, "warm", warm)
+  monkeypatch.setattr("cm3leon_jax.serving.engine.PAUSE", 60.0)
+  engine = Engine(model.pipeline, model.mesh, slots=3, chunk=4, store=store)
 
   def open_jobs(pipeline, asked, *others):
     if not engine.is_ready:
-      tried.extend((bool(one.task.retrieve), one.num_samples) for one in asked)
+      tried.extend((one.task.name, bool(one.task.retrieve), one.num_samples) for one in asked)
     return opens(pipeline, asked, *others)
 
   monkeypatch.setattr(jobs, "open_jobs", open_jobs)
   engine.start()
   assert engine.wait_until_ready()
+  assert store.called
+  request, _, ended = job(TextToImage("a red apple", retrieve=0))
+  engine.submit(request)
+  assert ended.wait(60)
+  assert not warm.called
   assert engine.close(seconds=60)
-  assert tried == [(True, 1), (False, 1), (False, 2)]
+  image = "text_to_image"
+  assert tried[:3] == [(image, True, 1), (image, False, 1), (image, False, 2)]
+  assert {name for name, *_ in tried[3:]} == {"caption", "question", "edit", "infill_image"}
 
 
 def test_samples_of_jobs_take_turns(engine):

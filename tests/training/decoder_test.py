@@ -1,12 +1,21 @@
+import itertools
 from unittest import mock
 
+from etils import epath
 import jax
 import pytest
 
+from cm3leon_jax.config.training import OptimizerConfig, TrainConfig
+from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json_lines
+from cm3leon_jax.training import decoder
+from cm3leon_jax.training.objective import RowObjective
+from cm3leon_jax.training.step.state import TrainState
+from cm3leon_jax.training.steps import Steps
 from cm3leon_jax.training.watch import heldout
 from cm3leon_jax.weights import reading
+from tests.data.stores import VOCAB
 from tests.models.tiny import mesh_of
 from tests.training.runs import (
   MODEL,
@@ -26,6 +35,25 @@ def test_the_loss_falls_and_every_step_is_logged(whole):
   assert sorted(found) == list(range(1, STEPS + 1))
   assert found[STEPS] < found[1] - 0.3
   assert summary["next_row"] == 8 * STEPS
+
+
+def test_the_time_of_a_step_is_a_mean_without_the_first_which_compiles(tmp_path, monkeypatch):
+  seconds, now = iter([60.0, 1.0, 2.0, 6.0]), [0.0]
+
+  def take_step(state, _):
+    now[0] += next(seconds)
+    return state, {}
+
+  steps = mock.Mock(spec=Steps, init=lambda: mock.Mock(spec=TrainState))
+  monkeypatch.setattr(decoder, "compile_steps", lambda *_: steps)
+  monkeypatch.setattr(decoder.time, "monotonic", lambda: now[0])
+  objective = mock.Mock(spec=RowObjective, begin=lambda *_: (take_step, itertools.repeat(None)))
+  training = decoder.DecoderTraining(
+    folder=epath.Path(tmp_path), model=MODEL, optimizer=OptimizerConfig(), config=TrainConfig(),
+    vocab=VOCAB, objective=objective, heldout=mock.Mock(spec=RowLoader), seed=0,
+  )  # fmt: skip
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    assert decoder.step_seconds(training, 3) == 3.0
 
 
 def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):

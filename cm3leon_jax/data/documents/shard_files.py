@@ -7,7 +7,8 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.files.digests import damage, describe
+from cm3leon_jax.files.digests import describe
+from cm3leon_jax.files.rewritten import damage
 from cm3leon_jax.stages import stages, table
 from cm3leon_jax.vocab import VocabLayout
 

@@ -28,15 +28,15 @@ from cm3leon_jax.data.documents.shard_files import (
   read_lengths,
 )
 from cm3leon_jax.errors import UserError, short
-from cm3leon_jax.files.atomic import partial_path, replacing
+from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.digests import describe
 from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.files.rewritten import rewriting
 from cm3leon_jax.stages import stages
 from cm3leon_jax.vocab import VocabLayout
 
 INDEX = "index.json"
-# Fields of the index.
-FIELDS = {"schema_version": int, "vocab": dict, "shards": dict, "documents": int}
+FIELDS = {"schema_version": int, "vocab": dict, "shards": dict, "documents": int}  # Of `INDEX`.
 MAX_OPEN = 256  # Maximum number of shards that a store keeps open.
 ARRAYS = ("offsets", "lengths", "is_image", "groups", "concepts", "token_counts")
 
@@ -114,7 +114,7 @@ def write_shard(
   folder = epath.Path(folder)
   lengths, is_image, counts, groups, concepts = [], [], [], [], []
   token_counts = np.zeros(vocab.size, np.int64)
-  with partial_path(folder / f"{name}{RECORDS}") as partial:
+  with rewriting(folder / f"{name}{RECORDS}") as partial:
     writer = array_record_module.ArrayRecordWriter(str(partial), options)
     try:
       for document in documents:
@@ -140,7 +140,7 @@ def write_shard(
     "token_counts": token_counts,
     "records": np.array([str(records["bytes"]), records["sha256"]]),
   }
-  with replacing(folder / f"{name}{LENGTHS}") as f:
+  with rewriting(folder / f"{name}{LENGTHS}") as partial, partial.open("wb") as f:
     np.savez_compressed(f, **arrays)  # Compressed, because most token counts are 0.
   return len(counts)
 

@@ -20,7 +20,7 @@ from cm3leon_jax.vocab import VocabLayout
 SIDES = (24, 48)  # Side lengths of images in pixels with which a model trains in minutes.
 IMAGES = 200  # Number of images that are opened to choose between `SIDES`.
 PAIRS = 3_200  # Desired number of pairs, including crops.
-MOST_CROPS = 99  # Maximum number of crops per image.
+CHOSEN_CROPS = 99  # Largest number of crops per image that is chosen; a user may set more.
 CHARACTERS = 2**24  # Number of characters of captions and texts in which tokens are counted.
 
 
@@ -41,12 +41,12 @@ def resolution_of(parts: list[formats.SourcePart], allow_outside: bool = False) 
 def crops_of(parts: list[formats.SourcePart], allow_outside: bool = False) -> int:
   """Returns the number of crops per image that gives a small source about `PAIRS` pairs.
 
-  The result is at most `MOST_CROPS`. It is 0 for a source without pairs, which is rejected later.
+  The result is at most `CHOSEN_CROPS`. It is 0 for a source without pairs, which is rejected later.
   """
   records = itertools.chain.from_iterable(formats.read(part, allow_outside) for part in parts)
   pairs = (record for record in records if isinstance(record, RawPair))
   count = sum(1 for _ in itertools.islice(pairs, PAIRS))
-  return min(MOST_CROPS, PAIRS // count - 1) if count else 0
+  return min(CHOSEN_CROPS, PAIRS // count - 1) if count else 0
 
 
 def _side(pair: RawPair) -> Iterator[int]:

@@ -29,9 +29,9 @@ from cm3leon_jax.data.sources.records import (
 )
 from cm3leon_jax.errors import UserError, causes
 from cm3leon_jax.files.atomic import exists, open_filesystem
-from cm3leon_jax.files.digests import damage
 from cm3leon_jax.files.images import upright_rgb
 from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.files.rewritten import damage
 from cm3leon_jax.stages import stages
 
 # B images, H height, W width.

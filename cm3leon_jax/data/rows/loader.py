@@ -242,9 +242,10 @@ class RowLoader:
     if plan.neighbors:
       assert spec.bank is not None
       neighbors = [spec.bank[int(candidates[j])] for j in plan.neighbors]
-    return build_sample(
-      document, neighbors, plan, self.vocab, self.plan.config.neighbor_loss_weight
-    )
+    weight = self.plan.config.neighbor_loss_weight
+    sample = build_sample(document, neighbors, plan, self.vocab, weight)
+    # An erased document, which has no key, keeps its place in the row, but has no loss.
+    return sample if document.key else sample._replace(weights=np.zeros_like(sample.weights))
 
 
 def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int]:

@@ -57,7 +57,7 @@ def test_records_characters_and_tokens_are_counted(tmp_path):
 @pytest.mark.parametrize(("images", "crops"), [(0, 0), (2, 9), (12, 7), (40, 1), (51, 0), (200, 0)])
 def test_few_images_get_many_crops(tmp_path, monkeypatch, images, crops):
   monkeypatch.setattr(counting, "PAIRS", 100)
-  monkeypatch.setattr(counting, "MOST_CROPS", 9)
+  monkeypatch.setattr(counting, "CHOSEN_CROPS", 9)
   source = folder_of(tmp_path / "source", [(8, 8)] * images, texts=3)
   assert counting.crops_of(formats.parts(str(source))) == crops
 
