@@ -21,7 +21,6 @@ from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.metrics import published_weights as published
-from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.files import shards
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.importing.source import open_source
@@ -91,7 +90,6 @@ READERS = {
   "source/config.json": lambda root: open_source(str(root / "source")),
   "several/model.safetensors.index.json": lambda root: StoredTensors(root / "several"),
   "text/tokenizer.json": lambda root: read_tokenizer(root / "text", 9),
-  "one/results.json": lambda root: compare.compare(root / "one", root / "one"),
   "done/a.json": lambda root: run_shards(root / "done"),
 }
 

@@ -48,7 +48,7 @@ def unknown_names(text: str) -> list[str]:
   text = text.replace("python -m launch.pod", "").replace("python -m launch.", "cm3leon ")
   names = re.findall(r"\blaunch\.([a-z_]+)(?![a-z_]*/)|\bcm3leon[ \n]([a-z_]+)", text)
   unknown += [f"command {a or b}" for a, b in names if (a or b) not in COMMANDS]
-  shared = ("bank_flag", "common", "init_from_flag", "prompt_flags", "protocol_flags")
+  shared = ("bank_flag", "common", "init_from_flag", "prompt_flags")
   shared += ("retrieve_flag", "sharded", "training_flags")
   common = [f"cm3leon_jax/commands/{name}.py" for name in shared]
   for module, rest in re.findall(

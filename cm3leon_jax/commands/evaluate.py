@@ -1,14 +1,11 @@
-"""Measures held-out pairs in bits per token, and judges or exports generated images.
+"""Measures held-out pairs in bits per token, and judges generated images.
 
   cm3leon evaluate --workdir=workdir/scenes
-  cm3leon evaluate --workdir=workdir/scenes \\
-    --export=geneval --prompts=evaluation_metadata.jsonl
 
 The command writes the bits per image code and per text token, with and without neighbors, to
 evaluation/metrics.json. Only the caption retrieves neighbors, as at inference. If the config has a
 judge, it also judges images for held-out captions and writes evaluation/judged.*. --last_params
-measures the last parameters instead of their average, and writes evaluation_last/. --export writes
-images to geneval/NAME-HASH/, for the scripts of GenEval and GenEval 2.
+measures the last parameters instead of their average, and writes evaluation_last/.
 
   cm3leon evaluate --workdir=workdir/scenes --protocol=own.yaml
   cm3leon evaluate --workdir=scenes --protocol=own.yaml --data=FOLDER
@@ -28,62 +25,75 @@ from typing import Any
 from absl import flags
 from etils import epath, epy
 
-from cm3leon_jax.commands import common, protocol_flags, sampling_flags
-from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT
-from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
+from cm3leon_jax.commands import common, sampling_flags
+from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.digests import digest, digest_of_json
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.stages import stages, table
+from cm3leon_jax.stages import stages
 
 with epy.lazy_imports():
   import jax
 
-  from cm3leon_jax.commands import evaluate_protocol
+  from cm3leon_jax import distributed
   from cm3leon_jax.data.documents import store
-  from cm3leon_jax.evaluation import geneval, judged, strata
+  from cm3leon_jax.evaluation import judged
   from cm3leon_jax.evaluation.likelihood import bits
+  from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+  from cm3leon_jax.evaluation.protocols import results
+  from cm3leon_jax.evaluation.protocols import run as protocols
   from cm3leon_jax.generation import pipeline as pipeline_lib
-  from cm3leon_jax.generation import tasks as tasks_lib
+  from cm3leon_jax.reports import evaluation_page
   from cm3leon_jax.retrieval import neighbors, removed
   from cm3leon_jax.run import bundles
   from cm3leon_jax.run import run as run_lib
 
-_EXPORT = flags.DEFINE_enum(
-  "export",
-  None,
-  ["geneval"],
-  "Measure nothing; generate images for --prompts (default: held-out captions) in the folder "
-  "layout that GenEval reads.",
-)
 _LAST_PARAMS = flags.DEFINE_bool(
   "last_params",
   False,
   "Measure the last parameters, not their average (optimizer.ema_decay); writes evaluation_last/.",
 )
-EXPORT_SAMPLES = 4  # The number of samples per prompt that GenEval uses.
-# Flags that need --protocol, in the order of the fields of `evaluate_protocol.Options`.
-PROTOCOL_OPTIONS = (*protocol_flags.OPTIONS, OUT, ALLOW_OUTSIDE)
+_PROTOCOL = flags.DEFINE_string(
+  "protocol", None, "Measure with a protocol: its name, or a YAML file (docs/evaluation.md)."
+)
+_METRICS = flags.DEFINE_list("metrics", [], "Metrics that replace the protocol's metrics.")
+_EXAMPLES = flags.DEFINE_integer(
+  "examples",
+  None,
+  "Number of examples that replaces the protocol's number; 0: all. Only evaluations with the same "
+  "number of examples can be compared.",
+  lower_bound=0,
+)
+_DATA = flags.DEFINE_string(
+  "data", None, "Folder of the evaluation files and images that the protocol reads."
+)
+_EXTRACTOR = flags.DEFINE_string(
+  "extractor",
+  None,
+  "Weights of the network whose features the distances compare: a safetensors file of "
+  "Inception-v3, or a Hugging Face folder of DINOv2 or CLIP.",
+)
+_CLIP = flags.DEFINE_string(
+  "clip", None, "Folder of a Hugging Face CLIP that scores images; default: the CLIP of the run."
+)
+_BEFORE = flags.DEFINE_bool(
+  "before",
+  False,
+  "Measure the parameters before tuning, which the run started from with --init_from.",
+)
+# Flags that need --protocol; all but --out are fields of `Options`.
+_OPTIONS = (_METRICS, _EXAMPLES, _DATA, _EXTRACTOR, _CLIP, _BEFORE, ALLOW_OUTSIDE)
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
-  for flag in (PROMPTS, SAMPLES):
-    if _is_given(flag) and _EXPORT.value is None:
-      raise UserError(f"--{flag.name} is given without --export: add --export=geneval.")
-  for flag in PROTOCOL_OPTIONS:
-    if _is_given(flag) and protocol_flags.PROTOCOL.value is None:
+  for flag in (*_OPTIONS, OUT):
+    if _PROTOCOL.value is None and not flags.FLAGS[flag.name].using_default_value:
       raise UserError(f"--{flag.name} is given without --protocol: add e.g. --protocol=own.yaml.")
   settings = sampling_flags.applied(settings)
-  compares, protocol = _is_given(protocol_flags.COMPARE), protocol_flags.PROTOCOL.value
-  if compares or protocol is not None:
-    if compares:
-      evaluate_protocol.compare(protocol_flags.COMPARE.value)
-      return
-    options = evaluate_protocol.Options(*(flag.value for flag in PROTOCOL_OPTIONS))
-    evaluate_protocol.run_all(settings, workdir, protocol, options)
+  if _PROTOCOL.value is not None:
+    _measure(settings, workdir, _PROTOCOL.value)
     return
-
   if bundles.is_bundle(bundles.folder_of(workdir)):
     raise UserError(
       f"{workdir} is a bundle, which has no held-out documents: name a protocol and its examples, "
@@ -91,11 +101,6 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     )
   if jax.distributed.is_initialized():
     raise UserError("cm3leon evaluate runs in several processes only with --protocol: add it.")
-  if _EXPORT.value is not None:
-    if _LAST_PARAMS.value:
-      raise UserError("--export uses the average of the parameters: leave --last_params out.")
-    _export(settings, workdir)
-    return
   inputs: dict[str, Any] = removed.identity(workdir / "neighbors")
   judge = judged.judge_of(settings) if settings.evaluation.captions else None
   if judge is not None:
@@ -103,14 +108,32 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     inputs["judge"] = digest(settings.evaluation.judge.rpartition(":")[0])
   elif given := [*sampling_flags.given()]:
     raise UserError(
-      f"--{given[0]} is given, but nothing is sampled: add --protocol or --export, or a --config "
-      "with a judge."
+      f"--{given[0]} is given, but nothing is sampled: add --protocol, or a --config with a judge."
     )
   folder = workdir / ("evaluation_last" if _LAST_PARAMS.value else "evaluation")
   config = stages.run_config(settings, workdir, "evaluation", inputs)
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
       _evaluate(run_lib.Run(workdir, settings), folder, summary, judge)
+
+
+def _measure(settings: Settings, workdir: epath.Path, name: str) -> None:
+  """Checks all protocols of a file, and then measures a run or bundle with each of them."""
+  trained = run_lib.Run.open(workdir, settings)
+  judge = judged.judge_of(settings)  # Settings of the command: others may come from a bundle.
+  given = {flag.name: flag.value for flag in _OPTIONS}
+  options = protocols.Options(out=results_folder(trained, OUT.value), judge=judge, **given)
+  found = {
+    name: protocols.completed(protocol, options, trained.settings)
+    for name, protocol in protocol_lib.load(name).items()
+  }
+  with common.use_mesh(trained.settings):
+    for name, protocol in found.items():
+      job, result = protocols.run(trained, name, protocol, options)
+      if distributed.is_first():
+        evaluation_page.write(job, result)
+      distributed.print_once(results.describe(result))
+      distributed.print_once(f"evaluate: results.json and report.html are in {job.folder}")
 
 
 def _evaluate(
@@ -123,7 +146,7 @@ def _evaluate(
   params, step = run.params(average=not _LAST_PARAMS.value)
   if judge is not None:  # Prepare the samples first, so that an error ends the command early.
     pipeline = pipeline_lib.Pipeline.load(run, params, None, batch_size=config.batch_size)
-    tasks = strata.heldout_captions(pipeline, workdir, config.guidance)
+    tasks = judged.heldout_captions(pipeline, workdir, config.guidance)
   documents = workdir / "documents"
   bank = store.Bank(documents, settings.vocab)
   heldout = store.DocumentStore(documents / "heldout_pairs", settings.vocab)
@@ -137,60 +160,6 @@ def _evaluate(
     print(judged.describe(summary["judged"]))
     print(f"evaluate: samples are in {folder / judged.SHEET}", flush=True)
   write_json(folder / "metrics.json", summary)
-
-
-def _is_given(flag: flags.FlagHolder) -> bool:
-  return not flags.FLAGS[flag.name].using_default_value
-
-
-def _export(settings: Settings, workdir: epath.Path) -> None:
-  """Generates images for prompts or held-out captions, in the folder layout that GenEval reads."""
-  run = run_lib.Run(workdir, settings)
-  config, path = settings.evaluation, PROMPTS.value
-  samples = SAMPLES.value if _is_given(SAMPLES) else EXPORT_SAMPLES
-  prompts = geneval.read_prompts(path) if path else []
-  identity = _export_identity(settings, workdir, prompts, samples)
-  stem = tasks_lib.slug(epath.Path(path).stem) if path else "heldout"
-  folder = workdir / "geneval" / f"{stem}-{digest_of_json(identity)[:8]}"
-  with stages.once(folder, identity) as summary, common.use_mesh(settings):
-    if summary is not None:
-      params, step = run.params()
-      retrieves = prompts and config.neighbors
-      clip = run.clip if retrieves else None
-      pipeline = pipeline_lib.Pipeline.load(run, params, clip, batch_size=config.batch_size)
-      if prompts:
-        tasks = geneval.prompt_tasks(prompts, settings, path)
-      else:
-        tasks, prompts = _heldout_prompts(settings, workdir, pipeline)
-      geneval.export(pipeline, folder, tasks, prompts, samples)
-      summary.update(step=step, prompts=len(tasks), samples=samples)
-  print(f"evaluate: images for GenEval in {folder}", flush=True)
-
-
-def _heldout_prompts(
-  settings: Settings, workdir: epath.Path, pipeline: pipeline_lib.Pipeline
-) -> tuple[list, list[dict]]:
-  """Returns the tasks for held-out captions, and the GenEval metadata of each task."""
-  tasks = strata.heldout_captions(pipeline, workdir, [settings.sampling.guidance])
-  return tasks, [geneval.metadata_of(task.prompt, task.document.facts) for task in tasks]
-
-
-def _export_identity(
-  settings: Settings, workdir: epath.Path, prompts: list[dict], samples: int
-) -> dict:
-  """Returns all values on which the images of an export depend."""
-  config, read = settings.evaluation, [*table.TOKENIZERS, "train"]
-  if not prompts or config.neighbors:
-    read += ["documents", "neighbors", *table.own_clip(settings)]
-  return {
-    "inputs": run_lib.ids(run_lib.Run(workdir, settings), read),
-    "sampling": dataclasses.asdict(settings.sampling),
-    "prompts": digest_of_json(prompts),
-    "samples": samples,
-    "captions": config.captions,
-    "neighbors": config.neighbors,
-    "seed": settings.seed,
-  }
 
 
 if __name__ == "__main__":

@@ -5,6 +5,4 @@ from absl import flags
 PROMPTS = flags.DEFINE_string(
   "prompts", None, "JSONL file with one prompt per line, see docs/generating.md."
 )
-SAMPLES = flags.DEFINE_integer(
-  "samples", 1, "Samples per prompt; an export for GenEval has 4 by default.", lower_bound=1
-)
+SAMPLES = flags.DEFINE_integer("samples", 1, "Samples per prompt.", lower_bound=1)

@@ -5,25 +5,28 @@ The judge is a function of the user, which `config.evaluation.judge` names as FI
 
 # n images, H height, W width.
 
-from collections import Counter
 from collections.abc import Callable, Sequence
+import dataclasses
+import itertools
 import json
 from typing import Any
 
 from etils import epath
 import numpy as np
+from PIL import Image
 
 from cm3leon_jax.config import own_functions
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation import intervals
-from cm3leon_jax.evaluation.judged_sheet import SheetImages, render
 from cm3leon_jax.files.atomic import replacing
-from cm3leon_jax.generation.heldout import HeldoutCaption
+from cm3leon_jax.generation.heldout import HeldoutCaption, tasks_of_rows
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.retrieved import images_of
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import slug
-from cm3leon_jax.generation.writer import save_png
+from cm3leon_jax.generation.writer import contact_sheet, save_png
 
 # (image, uint8 [H, W, 3]; facts of its caption) -> "" if the image shows them, else what is wrong.
 Judge = Callable[[np.ndarray, dict], str]
@@ -32,12 +35,65 @@ LINES, FOLDER, SHEET = "judged.jsonl", "judged", "judged.png"
 RECONSTRUCTED = "reconstructions"
 STRATA = ("tag", "heldout")  # Fields of the facts whose values split a table into rows.
 ON_SHEET = 12  # Number of captions on the sheet.
+# Frames of images on the sheet that the judge has not seen, finds correct, or finds wrong.
+PLAIN, RIGHT, WRONG = (205, 205, 205), (0, 135, 75), (213, 60, 40)
 
 
 def judge_of(settings: Settings) -> Judge | None:
   """Imports the judge of the settings, which must come from the user's own --config."""
   name = settings.evaluation.judge
   return own_functions.load(name, "evaluation.judge") if name else None
+
+
+def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
+  """Chooses documents from the strata in turn.
+
+  A stratum contains the documents with the same fields `tag` and `heldout` of their facts. `facts`
+  contains the field `facts` of every held-out document: {} if they are unknown. Returns `count`
+  indices into `facts`. The first indices, however many, are spread evenly over the strata.
+
+  Raises:
+    UserError: fewer than `count` documents have facts.
+  """
+  rng = np.random.default_rng([seed, len(facts)])
+  groups: dict[tuple[str, str], list[int]] = {}
+  for i in rng.permutation(len(facts)):
+    if facts[i]:
+      stratum = (str(facts[i].get("tag", "")), str(facts[i].get("heldout", "")))
+      groups.setdefault(stratum, []).append(int(i))
+  available = sum(map(len, groups.values()))
+  if available < count:
+    raise UserError(
+      f"cannot choose {count} held-out captions, because only {available} held-out documents have "
+      "facts: lower config.evaluation.captions, or prepare data whose records have `facts`."
+    )
+  ordered = [groups[key] for key in sorted(groups)]
+  rounds = itertools.chain.from_iterable(itertools.zip_longest(*ordered))
+  return [i for i in rounds if i is not None][:count]
+
+
+def heldout_captions(
+  pipeline: Pipeline, workdir: epath.PathLike, weights: Sequence[float]
+) -> list[HeldoutCaption]:
+  """Makes a task for each pair of a guidance weight and a chosen held-out caption.
+
+  The tasks are sorted by weight, in the order of `weights`; duplicate weights are ignored. The seed
+  chooses `evaluation.captions` captions with facts (see `choose`), or all if it is 0. The document
+  stores and neighbors of `workdir` are read.
+
+  Raises:
+    UserError: too few held-out documents have facts.
+  """
+  store = DocumentStore(epath.Path(workdir) / "documents" / "heldout_pairs", pipeline.layout.vocab)
+  facts = [store[i].facts for i in range(len(store))]
+  settings, tokenizer = pipeline.settings, pipeline.image_tokenizer
+  config, seed = settings.evaluation, settings.seed
+  rows = choose(facts, config.captions or max(1, sum(map(bool, facts))), seed)
+  columns = [
+    (config.neighbors, dataclasses.replace(settings.sampling, guidance=weight))
+    for weight in dict.fromkeys(weights)
+  ]
+  return tasks_of_rows(pipeline.layout, workdir, rows, seed, columns, image_tokenizer=tokenizer)
 
 
 def judge_all(judge: Judge, images: Sequence[np.ndarray] | np.ndarray, facts: Any) -> list[str]:
@@ -51,7 +107,7 @@ def evaluate(
   """Generates and judges an image per task.
 
   Writes each image to judged/, judged.jsonl with a line per image, and judged.png, the images of a
-  few captions. `tasks` is the result of `strata.heldout_captions`; the mesh must be set.
+  few captions. `tasks` is the result of `heldout_captions`; the mesh must be set.
 
   Returns {"tables": {title: table}, "best": title of the guidance weight with the most correct
   images}. Titles are RECONSTRUCTED and a title per weight, e.g. "guidance 1.5". A table maps "all",
@@ -71,8 +127,7 @@ def evaluate(
   }
   wrong = {title: judge_all(judge, some, facts) for title, some in images.items()}
   _write_lines(folder, first, images, wrong)
-  sheet = _sheet(pipeline, by_weight, images, wrong)
-  save_png(folder / SHEET, render(sheet))
+  save_png(folder / SHEET, _sheet(pipeline, first, images, wrong))
   concepts = [task.concept or task.key for task in first]
   options = (settings.evaluation.num_resamples, settings.seed)
   tables = {title: _table(facts, concepts, some, *options) for title, some in wrong.items()}
@@ -124,37 +179,39 @@ def _table(
 
 def _sheet(
   pipeline: Pipeline,
-  by_weight: dict[str, list[Sample]],
+  tasks: Sequence[HeldoutCaption],
   images: dict[str, list[np.ndarray]],
   wrong: dict[str, list[str]],
-) -> list[SheetImages]:
-  """Returns the images of a few captions, chosen at random and evenly from the tags."""
-  every = next(iter(by_weight.values()))
-  tags = [str(_task_of(sample).document.facts.get("tag", "")) for sample in every]
-  chosen = spread(tags, ON_SHEET, pipeline.settings.seed)
-  shown = iter(images_of(pipeline, [d for i in chosen for d in every[i].neighbors]))
-  return [
-    SheetImages(
-      caption=every[i].task.prompt,
-      original=images[RECONSTRUCTED][i],
-      neighbors=tuple(next(shown) for _ in every[i].neighbors),
-      samples={title: (images[title][i], not wrong[title][i]) for title in by_weight},
-    )
-    for i in chosen
-  ]
+) -> Image.Image:
+  """Draws a row for each of a few captions, which the seed chooses.
 
-
-def spread(tags: Sequence[str], count: int, seed: int) -> list[int]:
-  """Chooses up to `count` random indices: one index of each tag, then another of each tag, etc.
-
-  spread(["a", "a", "a", "b"], 3, seed) has index 3, and two of the indices 0, 1 and 2.
+  A row has the original image, the neighbors, and a framed sample per guidance weight. The label
+  says which samples the judge finds correct.
   """
-  seen: Counter[str] = Counter()
-  turns: dict[int, int] = {}
-  for i in map(int, np.random.default_rng(seed).permutation(len(tags))):
-    turns[i] = seen[tags[i]]
-    seen[tags[i]] += 1
-  return sorted(turns, key=lambda i: turns[i])[:count]
+  weights = [title for title in images if title != RECONSTRUCTED]
+  rng = np.random.default_rng(pipeline.settings.seed)
+  chosen = np.sort(rng.permutation(len(tasks))[:ON_SHEET]).tolist()
+  neighbors = iter(images_of(pipeline, [d for i in chosen for d in tasks[i].neighbors]))
+  most = max(len(tasks[i].neighbors) for i in chosen)
+  rows, labels = [], []
+  for i in chosen:
+    task = tasks[i]
+    given = [_framed(images[RECONSTRUCTED][i], PLAIN)]
+    given += [_framed(next(neighbors), PLAIN) for _ in task.neighbors]
+    right = [not wrong[title][i] for title in weights]
+    colors = [RIGHT if value else WRONG for value in right]
+    samples = [_framed(images[title][i], color) for title, color in zip(weights, colors)]
+    rows.append([*given, *[""] * (most - len(task.neighbors)), *samples])
+    labels.append(f"{task.prompt}: {', '.join('correct' if value else 'wrong' for value in right)}")
+  return contact_sheet(rows, labels, ["original", *["neighbor"] * most, *weights])
+
+
+def _framed(image: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+  """Draws a frame of a color around an image, a sixteenth of its side wide."""
+  width = max(1, len(image) // 16)
+  padded = np.pad(image, ((width, width), (width, width), (0, 0)))
+  inside = np.pad(np.ones(image.shape[:2], bool), width)[..., None]
+  return np.where(inside, padded, np.array(color, np.uint8))
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Writes the page of an evaluation: numbers, random examples and the worst examples."""
+"""Writes the page of an evaluation: numbers and random examples."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,8 @@ import numpy as np
 
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.evaluation.protocols import samples
-from cm3leon_jax.evaluation.protocols.compare import read_values
+from cm3leon_jax.evaluation.protocols.inputs import Job
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
-from cm3leon_jax.evaluation.protocols.run import ProtocolRun
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.reports.report import page_environment, png_uri
 
@@ -16,60 +15,33 @@ PAGE = "report.html"
 NUM_EXAMPLES = 12
 
 
-def write(job: ProtocolRun, result: dict) -> None:
+def write(job: Job, result: dict) -> None:
   """Writes report.html."""
-  count = len(job.evaluated.examples)
   rng = np.random.default_rng(job.protocol.seed)
-  chosen = rng.permutation(count)[:NUM_EXAMPLES].tolist()
-  sections = [{"title": "Examples, chosen by the seed", "rows": _rows(job, chosen)}]
-  for name, worst in _worst(job, result).items():
-    title = f"Worst by {METRICS[name].title}, column {result['protocol']['columns'][0]['name']}"
-    sections.append({"title": title, "rows": _rows(job, worst)})
+  chosen = rng.permutation(len(job.groups))[:NUM_EXAMPLES].tolist()
   template = page_environment().get_template("evaluation.html.jinja")
   metrics = {name: METRICS[name].title for name in result["metrics"]}
   page = template.render(
-    result=result, metrics=metrics, sections=sections, page_title=result["name"]
+    result=result, metrics=metrics, rows=_rows(job, chosen), page_title=result["name"]
   )
   with replacing(job.folder / PAGE, "w") as file:
     file.write(page)
 
 
-def _worst(job: ProtocolRun, result: dict) -> dict[str, list[int]]:
-  """Returns, for each metric with values per example, the worst examples of the first column."""
-  values, worst = read_values(job.folder), {}
-  for name in job.metrics:
-    of_examples = values.get(f"{job.protocol.columns[0].name}/{name}/values")
-    if of_examples is not None and METRICS[name].higher_is_better is not None:
-      order = np.argsort(of_examples, kind="stable")
-      order = order if METRICS[name].higher_is_better else order[::-1]
-      worst[name] = [int(i) for i in order if not np.isnan(of_examples[i])][:NUM_EXAMPLES]
-  return worst
-
-
-def _rows(job: ProtocolRun, places: Sequence[int]) -> list[dict]:
+def _rows(job: Job, places: Sequence[int]) -> list[dict]:
   """Returns one row of the page per example: prompt, expected answer, and a sample per column."""
-  cells: dict[int, dict] = {i: {} for i in places}
-  for column in job.protocol.columns:
-    starts = sorted({i - i % samples.PART for i in cells})
-    parts = [samples.read_part(job.samples, column.name, start) for start in starts]
-    lines = [line for part in parts for line in part if line["row"] in cells]
-    for line, cell in zip(lines, _cells(job, lines)):
-      cells[line["row"]][column.name] = cell
   size = job.pipeline.layout.resolution
-  rows = []
+  rows: dict[int, dict] = {}
   for i in places:
     example = job.evaluated.examples[i]
     real = None if example.image is None else png_uri(reader.load_image(example.image, size))
     shown = {"key": example.key, "prompt": job.protocol.text_of(example), "real": real}
-    rows.append({**shown, "references": example.references[:3], "cells": cells[i]})
-  return rows
-
-
-def _cells(job: ProtocolRun, lines: list[dict]) -> list[dict]:
-  if job.protocol.task == "text":
-    return [{"text": line["text"], "image": None, "score": None} for line in lines]
-  images = job.pipeline.image_tokenizer.decode(np.array([line["codes"] for line in lines]))
-  return [
-    {"text": "", "image": png_uri(image), "score": line["clip_score"]}
-    for image, line in zip(images, lines)
-  ]
+    rows[i] = {**shown, "references": example.references[:3], "cells": {}}
+  for column in job.protocol.columns:
+    for start in sorted({i - i % samples.PART for i in places}):
+      for line in samples.read_part(job.samples, column.name, start):
+        if line["row"] in rows:
+          image = png_uri(job.decode([line])[0]) if "codes" in line else None
+          cell = {"text": line.get("text", ""), "image": image, "score": line["clip_score"]}
+          rows[line["row"]]["cells"][column.name] = cell
+  return list(rows.values())

@@ -2,14 +2,13 @@
 
 import itertools
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 import numpy as np
 
 from cm3leon_jax.config.settings import settings_from_stored
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.evaluation.headlines import NEIGHBORS, RETRIEVAL, Headline
 from cm3leon_jax.evaluation.intervals import describe_groups, mean_interval
 from cm3leon_jax.files.json_files import lacks, plain, read_json, read_json_lines
 from cm3leon_jax.generation import lookalikes
@@ -23,18 +22,40 @@ from cm3leon_jax.weights import reading
 JUDGED = "judged"  # Name of a JSON file of the workdir and of a section of the summary.
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
+
+class Headline(NamedTuple):
+  """One of the main figures of a run, and its target.
+
+  Attributes:
+    title: what is measured, with its unit.
+    path: dotted path of the figure in the summary.
+    better: how a good figure compares with the target: ">=", "<=", ">" or "<".
+    target: a number, the dotted path of a number in the summary, or None.
+    note: what the target is, e.g. "chance".
+  """
+
+  title: str
+  path: str
+  better: str
+  target: float | str | None
+  note: str = ""
+
+
+CLIP_RECALL = "CLIP text-to-image recall@{}, held-out concepts"
+# fmt: off
 HEADLINES = (
   Headline("PSNR of reconstructions, held-out images (dB)", "vqgan.psnr_db", ">=", 20.0),
-  *RETRIEVAL,
   Headline(
-    "Bits per text token, true neighbors",
-    "evaluation.text.true.bits",
-    "<",
-    "evaluation.text.unigram",
-    "unigram model",
-  ),
-  *NEIGHBORS,
+    "Recall@2 of the neighbor search against exact search", "neighbors.recall@2", ">=", 0.95),
+  *(Headline(CLIP_RECALL.format(k), f"clip.recall@{k}", ">", f"clip.chance@{k}", "chance")
+    for k in (1, 5)),
+  *(Headline(f"Bits per {what}, true neighbors", f"evaluation.{name}.true.bits", "<",
+             f"evaluation.{name}.unigram", "unigram model")
+    for what, name in (("image code", "image"), ("text token", "text"))),
+  *(Headline(f"True minus {other} neighbors (bits/code)", f"evaluation.image.{name}.bits", "<", 0.0)
+    for other, name in (("shuffled", "true_minus_shuffled"), ("no", "true_minus_none"))),
 )
+# fmt: on
 
 
 def lookup(summary: Any, path: str) -> Any:
@@ -78,19 +99,14 @@ def compare(summary: dict, headline: Headline) -> dict:
 
 
 def headlines(summary: dict) -> list[Headline]:
-  """Returns the headline figures of a run: first those of judged.json, then those of its stages."""
-  figures = summary.get(JUDGED, {}).items()
-  own = [Headline(f["title"], f"{JUDGED}.{i}.value", ">=", f.get("target")) for i, f in figures]
-  return own + _of_stages(summary)
-
-
-def _of_stages(summary: dict) -> list[Headline]:
-  """Returns the headline figures that the stages of a run measure.
+  """Returns the headline figures of a run: first those of judged.json, then those of its stages.
 
   A copied stage trains nothing, so it has no figures.
   """
+  figures = summary.get(JUDGED, {}).items()
+  own = [Headline(f["title"], f"{JUDGED}.{i}.value", ">=", f.get("target")) for i, f in figures]
   copied = [name for name in summary if lookup(summary, f"{name}.copied_from")]
-  return [line for line in HEADLINES if line.path.partition(".")[0] not in copied]
+  return own + [line for line in HEADLINES if line.path.partition(".")[0] not in copied]
 
 
 def clip_scores(results: list[dict]) -> list[dict]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 DONE = rewritten.DONE
 SEALS = "checkpoints.digests"  # Folder in train/; its file STEP.json seals a checkpoint.
 # Folders of a workdir that no stage owns.
-MORE = ("base", "evaluations", "geneval", "given", "init", "logs", "prompts", "scores")
+MORE = ("base", "evaluations", "given", "init", "logs", "prompts", "scores")
 
 
 def differences(old: dict, new: dict, where: str = "") -> list[str]:

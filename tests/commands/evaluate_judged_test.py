@@ -14,7 +14,7 @@ from cm3leon_jax.commands import common, evaluate
 from cm3leon_jax.config import own_functions
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.evaluation import strata
+from cm3leon_jax.evaluation import judged
 from cm3leon_jax.export import bundle
 from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.run.run import Run
@@ -110,7 +110,10 @@ def test_images_are_generated_judged_and_written(made, run, judge, capsys):
     assert pixels_of(folder / line["file"]).shape == (8, 8, 3)
   known = [json.dumps(fact) for fact in facts_of(made)]
   assert all(json.dumps(line["facts"]) in known for line in lines)
-  assert pixels_of(folder / "judged.png").shape[1] > 400
+  sheet = pixels_of(folder / "judged.png").reshape(-1, 3)
+  framed = [(sheet == color).all(1).sum() for color in (judged.RIGHT, judged.WRONG)]
+  right = sum(line["correct"] for line in lines[10:])  # All captions are on the sheet.
+  assert framed[0] * (20 - right) == framed[1] * right > 0
   summary = read_json(folder / "metrics.json")
   result = summary["judged"]
   assert summary["documents"] == 4
@@ -136,24 +139,24 @@ def test_images_are_generated_judged_and_written(made, run, judge, capsys):
   assert list(tables) == ["real images", *titles]
   assert tables["real images"]["all"]["correct"]["share"] == 1
   assert tables["guidance 1"]["all"]["correct"]["share"] == 0
-  judged = read_json_lines(folder / "scenes_results.jsonl")
-  assert [one["filename"] for one in judged] == [line["file"] for line in lines]
+  results = read_json_lines(folder / "scenes_results.jsonl")
+  assert [one["filename"] for one in results] == [line["file"] for line in lines]
 
 
 def test_scenes_are_spread_over_categories_and_kinds_by_the_seed(made):
   facts = facts_of(made)
-  chosen = strata.choose(facts, 12, seed=0)
+  chosen = judged.choose(facts, 12, seed=0)
   assert len(set(chosen)) == 12
   groups = {(facts[i]["tag"], facts[i]["heldout"]) for i in chosen}
   assert len(groups) == 12
-  assert strata.choose(facts, 12, seed=0) == chosen
-  assert strata.choose(facts, 12, seed=1) != chosen
-  assert strata.choose(facts, 14, seed=0)[:12] == chosen
-  assert sorted(strata.choose(facts, NUM_SCENES, 0)) == list(range(NUM_SCENES))
+  assert judged.choose(facts, 12, seed=0) == chosen
+  assert judged.choose(facts, 12, seed=1) != chosen
+  assert judged.choose(facts, 14, seed=0)[:12] == chosen
+  assert sorted(judged.choose(facts, NUM_SCENES, 0)) == list(range(NUM_SCENES))
   with refused(UserError, "config.evaluation.captions", "facts"):
-    strata.choose(facts, 25, seed=0)
+    judged.choose(facts, 25, seed=0)
   with refused(UserError, "config.evaluation.captions", "facts"):
-    strata.choose([{}, {}], 1, seed=0)
+    judged.choose([{}, {}], 1, seed=0)
 
 
 def test_too_many_captions_end_the_command_before_anything_is_measured(made, run, judge, capsys):
@@ -207,63 +210,3 @@ def test_only_the_config_of_the_command_names_a_judge(made, tmp_path, monkeypatc
   assert not (tmp_path / "imported").exists()
   own_functions.load(evil, "evaluation.judge")  # Negative control.
   assert (tmp_path / "imported").exists()
-
-
-PROMPTS = [
-  {"tag": "colors", "include": [{"class": "bird", "count": 1, "color": "red"}], "prompt": "a bird"},
-  {"prompt": "two cars", "atom_count": 2, "vqa_list": [["How many?", "two"]], "skills": ["count"]},
-]
-
-
-def test_an_export_has_the_folders_of_geneval_and_the_paths_of_geneval_2(made, run, tmp_path):
-  path = tmp_path / "My prompts.jsonl"
-  path.write_text("".join(json.dumps(line) + "\n" for line in PROMPTS))
-  run(settings_of(), export="geneval", prompts=str(path))
-  (folder,) = (made / "geneval").glob("my-prompts-*")
-  found = []
-  # Reads the folder in the same way as GenEval's evaluate_images.py.
-  for sub in sorted(x for x in folder.iterdir() if x.is_dir() and x.name.isdigit()):
-    metadata = json.loads((sub / "metadata.jsonl").read_text())
-    images = sorted(x.name for x in (sub / "samples").iterdir())
-    assert images == ["0000.png", "0001.png", "0002.png", "0003.png"]
-    pixels = [pixels_of(sub / "samples" / name) for name in images]
-    assert pixels[0].shape == (8, 8, 3)
-    assert any((pixels[0] != other).any() for other in pixels[1:])
-    found.append(metadata)
-  assert found == PROMPTS
-  paths = read_json(folder / "image_paths.json")  # GenEval 2 reads a map from prompts to images.
-  assert list(paths) == ["a bird", "two cars"]
-  assert paths["two cars"] == str(folder / "00001" / "samples" / "0000.png")
-
-
-def test_an_export_without_prompts_has_the_heldout_scenes(made, run, capsys):
-  run(settings_of(captions=10), export="geneval", samples=1)
-  (folder,) = (made / "geneval").glob("heldout-*")
-  found = [json.loads((folder / f"{i:05d}" / "metadata.jsonl").read_text()) for i in range(10)]
-  chosen = strata.choose(facts_of(made), 10, seed=0)
-  assert [x["include"] for x in found] == [facts_of(made)[i]["include"] for i in chosen]
-  assert all(list(x) == ["tag", "include", "exclude", "prompt"] for x in found)
-  assert [x.name for x in (folder / "00009" / "samples").iterdir()] == ["0000.png"]
-  capsys.readouterr()
-  run(settings_of(captions=10), export="geneval", samples=1)
-  assert "finished already, skipped" in capsys.readouterr().out
-
-
-def test_mistakes_in_prompts_are_named(run, tmp_path):
-  with refused(UserError, "--prompts", "--export"):
-    run(settings_of(), prompts="p.jsonl")
-  with refused(UserError, "--samples", "--export"):
-    run(settings_of(), samples=2)
-  path = tmp_path / "p.jsonl"
-  for text, fact in (
-    (None, "not exist"),
-    ("\n", "empty"),
-    ('{"prompt": "a"}\n{', "line 2"),
-    ('{"tag": "colors"}', "line 1"),
-    ('["a"]', "line 1"),
-    (json.dumps({"prompt": "word " * 300}), "prompt 1"),
-  ):
-    if text is not None:
-      path.write_text(text)
-    with refused(UserError, "p.jsonl", fact):
-      run(settings_of(), export="geneval", prompts=str(path))

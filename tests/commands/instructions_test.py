@@ -18,7 +18,6 @@ from cm3leon_jax.commands import (
   common,
   copy_tokenizers,
   encode_instructions,
-  evaluate_protocol,
   init_from_flag,
   tokenizer_check,
   train,
@@ -26,8 +25,8 @@ from cm3leon_jax.commands import (
 from cm3leon_jax.config.instructions import InstructionsConfig
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+from cm3leon_jax.evaluation.protocols import run as protocols
 from cm3leon_jax.export import copies
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
@@ -141,23 +140,23 @@ def test_its_answers_are_graded(tuned, capsys):
 def test_a_protocol_measures_the_run_before_and_after_tuning(tuned, source, tmp_path):
   workdir, settings, _ = tuned
   data = str(make_data(tmp_path))
-  [protocol] = protocol_lib.load("cm3leon_table2/vizwiz")
+  [protocol] = protocol_lib.load("cm3leon_table2/vizwiz").values()
   protocol = dataclasses.replace(
     protocol, data=dataclasses.replace(protocol.data, count=0), extractor=""
   )
-  folders = {}
+  columns = {}
   with one_mesh():
     for before in (True, False):
-      options = evaluate_protocol.Options(data=data, before=before)
-      trained = Run.open(workdir, settings)
-      folders[before], result = evaluate_protocol.run(trained, "x", protocol, options)
+      options = protocols.Options(data=data, before=before)
+      with common.use_mesh(settings):
+        _, result = protocols.run(Run.open(workdir, settings), "x", protocol, options)
       assert result["step"] == (0 if before else 2)
-    rows = compare.compare(folders[True], folders[False])
-    assert [row["metric"] for row in rows] == ["vqa_accuracy", "exact_match"]
+      columns[before] = result["columns"]["greedy"]
+    assert list(columns[True]["metrics"]) == ["vqa_accuracy", "exact_match"]
+    assert columns[True] != columns[False]
     with refused(UserError, "--before", "parameters"):
-      evaluate_protocol.run(
-        Run.open(source, settings), "x", protocol, dataclasses.replace(options, before=True)
-      )
+      options = dataclasses.replace(options, before=True)
+      protocols.run(Run.open(source, settings), "x", protocol, options)
 
 
 def test_one_more_task_leaves_the_stores_of_the_others(source, tmp_path):

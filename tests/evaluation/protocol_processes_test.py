@@ -41,7 +41,7 @@ def start(workdir, data, protocol, processes):
   command += ["--", *flags, f"--data={data}", f"--protocol={protocol}"]
   env = {**os.environ, "PYTHON": sys.executable, "COMMAND": "launch.evaluate"}
   output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-  return subprocess.Popen(command, cwd=ROOT, env=env, **output)
+  return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **output)
 
 
 def results_of(workdir) -> dict:
@@ -63,9 +63,8 @@ def test_two_processes_find_what_one_finds_also_after_a_kill(protocol, tmp_path)
       while not list((workdir / "evaluations").glob("samples/*/samples/*/part_00000.jsonl")):
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.05)
-      job.send_signal(signal.SIGKILL)
+      os.killpg(job.pid, signal.SIGKILL)  # The processes of the job have its group.
       job.communicate()
-      subprocess.run(["pkill", "-9", "-f", str(workdir)], check=False)
       job = start(workdir, data, file, processes)
     output = job.communicate(timeout=400)[0]
     assert job.returncode == 0, output

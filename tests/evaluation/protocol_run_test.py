@@ -1,6 +1,4 @@
-import copy
 import dataclasses
-import json
 import shutil
 
 from etils import epath
@@ -8,23 +6,18 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.data.raw.reader import load_image
-from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.likelihood.pairs import score_answers
 from cm3leon_jax.evaluation.metrics import extractors
-from cm3leon_jax.evaluation.metrics.frechet_distance import frechet_distance
-from cm3leon_jax.evaluation.protocols import compare, results
+from cm3leon_jax.evaluation.metrics.distances import frechet_distance
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+from cm3leon_jax.evaluation.protocols import results
 from cm3leon_jax.evaluation.protocols import run as run_lib
 from cm3leon_jax.evaluation.protocols import samples as samples_lib
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.reports import evaluation_page
-from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.run.run import Run
-from cm3leon_jax.weights import reading
 from tests.evaluation.protocol_runs import make_workdir
 from tests.generation.run import SETTINGS, one_device
-from tests.refusals import refused
 from tests.reports import hostile
 
 [PROTOCOL] = protocol_lib.parse(
@@ -52,69 +45,46 @@ def mesh():
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-  return make_workdir(epath.Path(tmp_path_factory.mktemp("run")), SETTINGS)
+def trained(tmp_path_factory):
+  config = dataclasses.replace(SETTINGS.evaluation, num_resamples=100, batch_size=4)
+  workdir = make_workdir(epath.Path(tmp_path_factory.mktemp("run")), SETTINGS)
+  return Run(workdir, dataclasses.replace(SETTINGS, evaluation=config))
+
+
+def measure(trained, folder, protocol=PROTOCOL):
+  return run_lib.run(trained, "test", protocol, run_lib.Options(out=folder))
 
 
 @pytest.fixture(scope="module")
-def pipeline(workdir):
+def done(trained, tmp_path_factory):
   with one_device():
-    params, _ = reading.load_params(workdir / "train", SETTINGS.model)
-    clip = load_clip("", workdir, SETTINGS.vocab)
-    return params, Pipeline.load(Run(workdir, SETTINGS), params, clip, batch_size=4)
-
-
-def make_job(workdir, pipeline, folder, protocol=PROTOCOL):
-  params, pipe = pipeline
-  return run_lib.ProtocolRun(
-    protocol=protocol,
-    metrics=protocol.metrics,
-    pipeline=pipe,
-    workdir=workdir,
-    folder=epath.Path(folder),
-    samples=epath.Path(folder),
-    evaluated=samples_lib.open_evaluated(protocol, pipe, workdir, None),
-    extractor=extractors.load_clip("", workdir),
-    scorer=pipe.clip,
-    scorer_identity=extractors.clip_identity(pipe.clip),
-    params=params,
-    num_resamples=100,
-  )
-
-
-@pytest.fixture(scope="module")
-def done(workdir, pipeline, tmp_path_factory):
-  with one_device():
-    job = make_job(workdir, pipeline, tmp_path_factory.mktemp("done"))
-    about = {"name": "test", "step": 7, "inputs": {"train": "t"}}
-    result = results.write(job, about, run_lib.run(job))
+    job, result = measure(trained, tmp_path_factory.mktemp("done"))
     evaluation_page.write(job, result)
   return job, result
 
 
-def test_every_number_is_the_same_when_it_is_run_again(workdir, pipeline, done, tmp_path):
-  again = run_lib.run(make_job(workdir, pipeline, tmp_path))
-  for field in ("columns", "controls"):
-    assert json.dumps(again[field], sort_keys=True) == json.dumps(done[1][field], sort_keys=True)
-  other = dataclasses.replace(PROTOCOL, seed=1)
-  changed = run_lib.run(make_job(workdir, pipeline, tmp_path / "other", other))
-  assert changed["columns"] != again["columns"]
+def test_numbers_are_the_same_again_and_after_a_kill_and_change_with_the_seed(
+  trained, done, tmp_path
+):
+  folder = tmp_path / run_lib.FOLDER
+  shutil.copytree(done[0].samples.parent, folder / "samples")
+  [samples] = (folder / "samples").iterdir()
+  samples_lib.part_path(samples, "best of two", 0).unlink()
+  for path in samples.glob("features-*"):
+    shutil.rmtree(path)
+  job, again = measure(trained, tmp_path)
+  assert again == done[1]
+  assert job.samples == epath.Path(samples)
+  other = dataclasses.replace(PROTOCOL, seed=1, metrics=("clip_score",))
+  for column, found in measure(trained, tmp_path, other)[1]["columns"].items():
+    assert found["metrics"]["clip_score"] != again["columns"][column]["metrics"]["clip_score"]
 
 
-def test_what_a_kill_left_out_is_generated_again(workdir, pipeline, done, tmp_path):
-  job = make_job(workdir, pipeline, tmp_path)
-  first = run_lib.run(job)
-  samples_lib.part_path(tmp_path, "best of two", 0).unlink()
-  (tmp_path / "features").rename(tmp_path / "old")
-  assert run_lib.run(job) == first
-
-
-def test_distances_are_those_of_the_decoded_images(done):
+def test_distances_are_those_of_the_decoded_images(trained, done):
   job, result = done
-  lines = samples_lib.read_part(job.folder, "one document", 0)
-  codes = np.array([line["codes"] for line in lines])
-  features = job.extractor.embed(job.pipeline.image_tokenizer.decode(codes))
-  real = job.extractor.embed(np.stack([load_image(e.image, 8) for e in job.evaluated.examples]))
+  embed = extractors.load_clip("", trained.folder).embed
+  features = embed(job.decode(samples_lib.read_part(job.samples, "one document", 0)))
+  real = embed(np.stack([load_image(e.image, 8) for e in job.evaluated.examples]))
   found = result["columns"]["one document"]["metrics"]["frechet_distance"]["value"]
   assert found == pytest.approx(frechet_distance(features, real), rel=1e-6)
   assert found != pytest.approx(frechet_distance(features, features), abs=1e-3)
@@ -122,8 +92,8 @@ def test_distances_are_those_of_the_decoded_images(done):
 
 def test_the_best_of_several_samples_counts(done):
   job, _ = done
-  every = samples_lib.read_json_lines(samples_lib.part_path(job.folder, "best of two", 0))
-  best = list(samples_lib.read_lines(job.folder, "best of two", 5))
+  every = samples_lib.read_json_lines(samples_lib.part_path(job.samples, "best of two", 0))
+  best = samples_lib.read_lines(job.samples, "best of two", 5)
   assert len(every) == 10
   assert [line["row"] for line in best] == list(range(5))
   for line in best:
@@ -134,6 +104,7 @@ def test_the_best_of_several_samples_counts(done):
 def test_results_say_what_they_rest_on(done):
   job, result = done
   assert read_json(job.folder / results.RESULTS) == result
+  assert (result["step"], result["examples"]) == (7, 5)
   assert result["extractor"]["network"] == "clip"
   assert len(result["data"]) == 64
   column = result["columns"]["one document"]
@@ -141,24 +112,29 @@ def test_results_say_what_they_rest_on(done):
   assert column["divergence"] > 0
   score = column["metrics"]["clip_score"]
   assert score["low"] < score["value"] < score["high"]
-  assert set(result["controls"]) == {run_lib.REAL, run_lib.NOISE, run_lib.SHUFFLED}
-  assert "cmmd" in result["controls"][run_lib.NOISE]
+  controls = result["controls"]
+  assert set(controls[run_lib.REAL]) == {
+    "clip_score",
+    "frechet_distance",
+    "kernel_distance",
+    "cmmd",
+  }
+  assert "precision_recall" in controls[run_lib.NOISE]
+  assert set(controls[run_lib.SHUFFLED]) == {"clip_score", "vqa_score"}
   text = results.describe(result)
   assert "another, best of two (a paper): CLIP score 0.5" in text
 
 
-def test_the_page_shows_numbers_examples_and_the_worst(done):
+def test_the_page_shows_numbers_and_examples(done):
   job, _ = done
   page = (job.folder / evaluation_page.PAGE).read_text()
-  for text in ("five drawings", "Worst by CLIP score", "best of two", "red apple", "a paper"):
+  for text in ("five drawings", "best of two", "red apple", "a paper"):
     assert text in page
-  # Four sections (examples, and three of the worst samples) of five rows of three images.
-  assert page.count("data:image/png") == 4 * 5 * 3
+  assert page.count("data:image/png") == 5 * 3  # Five rows of three images.
 
 
 def test_texts_of_strangers_are_inert_on_the_page(done, tmp_path):
   job, result = done
-  folder = epath.Path(shutil.copytree(job.folder, tmp_path / "copy"))
   pages = []
   for text in ("a red cat", hostile.HOSTILE):
     examples = [
@@ -166,47 +142,10 @@ def test_texts_of_strangers_are_inert_on_the_page(done, tmp_path):
       for e in job.evaluated.examples
     ]
     evaluated = dataclasses.replace(job.evaluated, examples=examples)
-    changed = dataclasses.replace(job, folder=folder, evaluated=evaluated)
+    changed = dataclasses.replace(job, folder=epath.Path(tmp_path), evaluated=evaluated)
     evaluation_page.write(changed, {**result, "name": text})
-    pages.append((folder / evaluation_page.PAGE).read_text())
+    pages.append((tmp_path / evaluation_page.PAGE).read_text())
   hostile.check(pages[1], pages[0])
-
-
-def test_an_evaluation_equals_itself_and_differs_from_another(workdir, pipeline, done, tmp_path):
-  job, _ = done
-  rows = compare.compare(job.folder, job.folder)
-  assert {row["metric"] for row in rows} == set(PROTOCOL.metrics)
-  assert all(row["difference"] == 0 for row in rows)
-  assert all(row["low"] in (0, None) for row in rows)
-  text = compare.describe(rows)
-  assert "best of two, clip_score" in text
-
-
-def test_other_data_is_not_compared(done, tmp_path):
-  job, result = done
-  (tmp_path / results.RESULTS).write_text(json.dumps({**result, "data": "other"}))
-  with refused(UserError, "differ in data"):
-    compare.compare(job.folder, tmp_path)
-
-
-def test_evaluations_without_the_same_networks_compare_in_what_both_have(done, tmp_path):
-  job, result = done[0], copy.deepcopy(done[1])
-  for column in result["columns"].values():
-    column["metrics"] = {n: v for n, v in column["metrics"].items() if n == "clip_score"}
-  (tmp_path / results.RESULTS).write_text(json.dumps({**result, "extractor": None}))
-  (tmp_path / "values.npz").write_bytes((job.folder / "values.npz").read_bytes())
-  rows = compare.compare(job.folder, tmp_path)
-  assert {row["metric"] for row in rows} == {"clip_score"}
-
-
-def test_paired_differences_cancel_what_both_find_hard():
-  rng = np.random.default_rng(0)
-  hard = rng.normal(size=200)
-  groups = np.arange(200)
-  found = compare.paired(hard, hard + 0.1 + 0.01 * rng.normal(size=200), groups, 500)
-  assert 0.09 < found["low"] < found["difference"] < found["high"] < 0.11
-  unpaired = compare.paired(hard, rng.permutation(hard) + 0.1, groups, 500)
-  assert unpaired["low"] < 0
 
 
 @pytest.mark.parametrize("count", [2, 3, 50])
@@ -217,20 +156,16 @@ def test_no_example_is_shuffled_onto_itself(count):
     assert (found != np.arange(count)).all()
 
 
-def test_vqa_score_is_the_probability_of_yes_against_no(workdir, pipeline, tmp_path):
-  job = make_job(workdir, pipeline, tmp_path, dataclasses.replace(PROTOCOL, metrics=("vqa_score",)))
-  result = run_lib.run(job)
-  with np.load(job.folder / run_lib.VALUES) as file:
-    stored = dict(file)
+def test_vqa_score_is_the_probability_of_yes_against_no(done):
+  job, result = done
+  asked = 'Question: Does this figure show "{}"? Please answer yes or no. Answer: <mask>.'
+  values = []
   for column in PROTOCOL.columns:
-    values = stored[f"{column.name}/vqa_score/values"]
-    line = samples_lib.read_part(job.samples, column.name, 0)[2]
-    text = f'Question: Does this figure show "{line["prompt"]}"? Please answer yes or no. Answer: '
-    [[yes, no]] = score_answers(
-      job.pipeline, job.params, [f"{text}<mask>."], [("yes", "no")], [line["codes"]]
-    )
-    assert values[2] == pytest.approx(np.exp(yes) / (np.exp(yes) + np.exp(no)), rel=1e-4)
-  shuffled = result["controls"]["shuffled"]["vqa_score"]["value"]
-  first = result["columns"]["one document"]["metrics"]["vqa_score"]
-  assert shuffled != first["value"]
-  assert 0 < shuffled < 1
+    lines = samples_lib.read_part(job.samples, column.name, 0)
+    texts = [asked.format(line["prompt"]) for line in lines]
+    codes = [line["codes"] for line in lines]
+    scores = score_answers(job.pipeline, job.params, texts, [("yes", "no")] * len(lines), codes)
+    expected = np.mean([np.exp(yes) / (np.exp(yes) + np.exp(no)) for yes, no in scores])
+    values.append(result["columns"][column.name]["metrics"]["vqa_score"]["value"])
+    assert values[-1] == pytest.approx(expected, rel=1e-4)
+  assert result["controls"][run_lib.SHUFFLED]["vqa_score"]["value"] != values[0]

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from cm3leon_jax.config.sampling import SamplingConfig
@@ -21,7 +23,7 @@ metrics: [clip_score]
 
 @pytest.mark.parametrize("name", protocol_lib.names())
 def test_shipped_protocols_are_valid_and_their_metrics_fit_their_task(name):
-  for protocol in protocol_lib.load(name):
+  for protocol in protocol_lib.load(name).values():
     metrics.check(protocol.metrics, protocol.task, protocol.data.count)
     for column in protocol.columns:
       protocol_lib.sampling_of(column, SamplingConfig())
@@ -55,8 +57,8 @@ def test_a_column_changes_the_sampler_of_the_run():
     ("task: image", "task: image\ntemplate: '{prompt'", "template"),
     ("format: heldout", "format: coco", "format"),
     ("count: 8", "count: 8, split: val", "split"),
-    (GOOD, "- a list", "fields"),
-    (GOOD, "", "empty"),
+    (GOOD, "- a list", "title"),
+    (GOOD, "", "a protocol"),
     ("title: drawings", "title: [", "YAML"),
   ],
 )
@@ -86,9 +88,9 @@ def test_a_file_may_have_several_protocols_each_with_a_name():
 
 
 def test_one_protocol_of_a_file_is_chosen_by_its_name():
-  [protocol] = protocol_lib.load("cm3leon_table2/vizwiz")
+  [protocol] = protocol_lib.load("cm3leon_table2/vizwiz").values()
   assert protocol.data.format == "vizwiz"
-  with refused(UserError, "cm3leon_table2/nothing", "vizwiz"):
+  with refused(UserError, "cm3leon_table2/nothing", "FILE/NAME"):
     protocol_lib.load("cm3leon_table2/nothing")
 
 
@@ -107,20 +109,19 @@ def test_a_template_has_question_and_dialog_and_an_example_adds_no_mask():
 
 
 @pytest.mark.parametrize(
-  ("name", "example"),
+  ("name", "lacks"),
   [
-    ("ndcg", {"references": ("yes",) * 9}),
+    ("ndcg", {"relevance": ()}),
     ("vqa_accuracy", {"references": ("yes",) * 3}),
-    ("cider", {}),
-    ("exact_match", {}),
-    ("clip_score", {"prompt": "a cat"}),
+    ("cider", {"references": ()}),
+    ("clip_score", {"image": None}),
   ],
 )
-def test_examples_must_have_what_a_metric_compares_with(name, example):
+def test_examples_must_have_what_a_metric_compares_with(name, lacks):
   good = Example("a", "a", "a.jpg", "x", ("yes",) * 4, candidates=("yes",), relevance=(1.0,))
-  metrics.check_examples([name], [good, good], [{}, {}])
+  metrics.check_examples([name], [good])
   with refused(UserError, f"'{name}'", "example b"):
-    metrics.check_examples([name], [good, Example("b", "b", **example)], [{}, {}])
+    metrics.check_examples([name], [good, dataclasses.replace(good, key="b", **lacks)])
 
 
 def test_files_of_columns_differ_as_their_names():

@@ -22,7 +22,7 @@ def test_judged_images_come_first_with_their_sheet_and_table(tmp_path):
   html = (tmp_path / "report.html").read_text()
   page = Page(html)
   assert page.open == []
-  assert "a check if correct" in page.images[0]["alt"]
+  assert "a green frame if correct" in page.images[0]["alt"]
   assert headings(html)[:2] == ["Do images show what their captions say?", "Results"]
   text = " ".join(re.sub("<.*?>", "", html).split())
   assert (

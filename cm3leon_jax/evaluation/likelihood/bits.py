@@ -172,7 +172,7 @@ def score_samples(
   return bits
 
 
-def _samples(
+def heldout_samples(
   store: DocumentStore,
   bank: Bank | DocumentStore,
   neighbor_ids: np.ndarray,
@@ -190,11 +190,6 @@ def _samples(
   chosen = np.sort(rng.permutation(len(store))[:num_documents])
   # A document without a concept gets a concept that no other document has.
   concepts = [str(store.concepts[j] or f"document {j}") for j in chosen]
-  if len(set(concepts)) < 2:
-    raise UserError(
-      f"the documents chosen from {store.folder} ({len(chosen)}) show fewer than two concepts, but "
-      "a confidence interval needs at least two: hold out more concepts."
-    )
   candidates = [[int(i) for i in neighbor_ids[j] if i >= 0][: data.num_neighbors] for j in chosen]
   partner = partners(concepts, rng)
   ids: dict[str, list[list[int]]] = {
@@ -234,14 +229,13 @@ def evaluate(
     number of the neighbors are similar, but their content differs.
   - `none`: the document has no neighbors.
 
-  For comparison, the bits under a unigram model of the training pairs are computed. The decoder
-  spreads its probability over the whole vocabulary. The unigram model spreads it over one modality.
+  For comparison, the bits under a unigram model of the training pairs are computed, which spreads
+  its probability over one modality; the decoder spreads it over the whole vocabulary.
 
   Args:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
-    bank: the bank, or the store of the training pairs if the bank has only training pairs.
+    bank: the bank, or the store of the training pairs.
     neighbor_ids: [len(heldout_store), C] int32 indices into `bank`, best first. -1 means none.
-    data: config of rows. The first `num_neighbors` neighbors that fit are put before a document.
 
   Returns:
     A dict with `documents`, `mean_neighbors` (per condition), and a dict per modality. The dict of
@@ -253,9 +247,13 @@ def evaluate(
   Raises:
     UserError: there are fewer than two concepts, or a document is longer than a row.
   """
-  documents, concepts, samples, counts = _samples(
-    heldout_store, bank, neighbor_ids, config.num_documents, data, vocab, seed
-  )
+  chosen = (heldout_store, bank, neighbor_ids, config.num_documents, data, vocab, seed)
+  documents, concepts, samples, counts = heldout_samples(*chosen)
+  if len(set(concepts)) < 2:
+    raise UserError(
+      f"the documents chosen from {heldout_store.folder} ({len(documents)}) show fewer than two "
+      "concepts, but a confidence interval needs at least two: hold out more concepts."
+    )
   masks = {c: [own_targets(s, d, vocab) for s, d in zip(samples[c], documents)] for c in CONDITIONS}
   scored = _score_conditions(params, model_config, samples, vocab, config.batch_size)
   table = unigram_table(bank, vocab)

@@ -13,8 +13,7 @@ import numpy as np
 
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
-from cm3leon_jax.data.rows import loader
-from cm3leon_jax.evaluation import intervals, judged, strata
+from cm3leon_jax.evaluation import intervals, judged
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.retrieval import neighbors
@@ -57,22 +56,17 @@ def measure(run: Run, params: dict, base: Base, judge: judged.Judge | None = Non
   bank = Bank(documents, vocab)
   store = DocumentStore(documents / "heldout_pairs", vocab)
   ids = neighbors.load_neighbors(base.folder / "neighbors", "heldout_pairs", True, bank=len(bank))
-  rng = np.random.default_rng([settings.seed, len(store)])
-  chosen = [int(i) for i in np.sort(rng.permutation(len(store))[: config.num_documents])]
-  pairs = [store[i] for i in chosen]
-  samples = []
-  for i, pair in zip(chosen, pairs):
-    found = [bank[int(k)] for k in ids[i] if k >= 0][: settings.data.num_neighbors]
-    kept = bits.fit_neighbors(pair, found, settings.data.sequence_length)
-    samples.append(loader.join([*kept, pair], vocab))
-  scored = bits.score_samples(params, settings.model, samples, vocab, config.batch_size)
-  masks = [bits.own_targets(sample, pair, vocab) for sample, pair in zip(samples, pairs)]
+  pairs, concepts, samples, _ = bits.heldout_samples(
+    store, bank, ids, config.num_documents, settings.data, vocab, settings.seed
+  )
+  true = samples["true"]
+  scored = bits.score_samples(params, settings.model, true, vocab, config.batch_size)
+  masks = [bits.own_targets(sample, pair, vocab) for sample, pair in zip(true, pairs)]
   sums, tokens = {}, {}
   for modality in bits.MODALITIES:
     own = [mask[modality] for mask in masks]
     sums[modality] = np.array([row[mask].sum() for row, mask in zip(scored, own)])
     tokens[modality] = np.array([mask.sum() for mask in own])
-  concepts = [pair.concept or f"document {i}" for i, pair in zip(chosen, pairs)]
   known = sum(bool(store[i].facts) for i in range(len(store))) if judge else 0
   verdicts = _judge(judge, run, params, base, min(CAPTIONS, known)) if judge and known else ((), ())
   return Measured(sums, tokens, concepts, *verdicts)
@@ -88,7 +82,7 @@ def _judge(
   )
   run = dataclasses.replace(run, settings=settings)
   pipeline = Pipeline.load(run, params, None, base.folder, batch_size=config.batch_size)
-  tasks = strata.heldout_captions(pipeline, base.folder, [settings.sampling.guidance])
+  tasks = judged.heldout_captions(pipeline, base.folder, [settings.sampling.guidance])
   images = [sample.segments[0] for [sample] in pipeline.generate(tasks)]
   wrong = judged.judge_all(judge, images, [task.document.facts for task in tasks])
   return [not reason for reason in wrong], [task.concept for task in tasks]

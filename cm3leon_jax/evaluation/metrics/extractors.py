@@ -54,6 +54,30 @@ class Extractor:
   embed: Callable[[np.ndarray], np.ndarray]
 
 
+def load(name: str, weights: str | None, clip: str, workdir: epath.PathLike) -> Extractor:
+  """Loads the network that a protocol names.
+
+  Args:
+    name: `clip`, `inception_tf1`, `inception_torch` or `dinov2`.
+    weights: file or folder with the weights. None: the CLIP of the run, from the Hugging Face
+      folder `clip` or, if that is "", from `workdir`.
+
+  Raises:
+    UserError: the name is "", or the weights are wrong or not given.
+  """
+  network, _, resize = name.partition("_")
+  if network == "clip":
+    return load_clip(weights or clip, workdir)
+  if not network or weights is None:
+    raise UserError(
+      f"distances compare features of the protocol's extractor, '{name}': set it to clip, or to "
+      "inception_tf1, inception_torch or dinov2 and name the weights in --extractor."
+    )
+  if network == "dinov2":
+    return load_dinov2(weights)
+  return load_inception(weights, resize)  # type: ignore[arg-type]
+
+
 def load_inception(path: epath.PathLike, resize: Resize = "tf1") -> Extractor:
   """Loads the Inception-v3 of the FID from a safetensors file.
 
@@ -108,18 +132,19 @@ def load_clip(folder: str, workdir: epath.PathLike) -> Extractor:
       UserError if images have another size than the images that the CLIP was trained on.
   """
   clip = HFCLIP.load(folder, "float32") if folder else CLIP.load(epath.Path(workdir) / "clip")
-  return Extractor("clip", clip_identity(clip), clip.embed_images)
+  return of_clip(clip)
 
 
-def clip_identity(clip: CLIP | HFCLIP) -> dict:
-  """Returns JSON values that identify the image embeddings of a CLIP model, see `Extractor`."""
+def of_clip(clip: CLIP | HFCLIP) -> Extractor:
+  """Makes an extractor of the image embeddings of a CLIP model."""
   if isinstance(clip, HFCLIP):
     image = dataclasses.asdict(clip.config.image)
     rest = {"image": image, "preprocessing": _preprocessing(clip.processor)}
   else:
     rest = {"image": {"encoder": clip.config.image_encoder, "resolution": clip.config.resolution}}
   tensors = traverse_util.flatten_dict(jax.device_get(clip.params), sep="/")
-  return {"network": "clip", "tensors": published_weights.digest(tensors), **rest}
+  identity = {"network": "clip", "tensors": published_weights.digest(tensors), **rest}
+  return Extractor("clip", identity, clip.embed_images)
 
 
 def load_dinov2(folder: epath.PathLike) -> Extractor:

@@ -5,7 +5,6 @@ one for each data set. A column is one way to generate: the number of retrieved 
 sampling settings, and the number of samples per prompt.
 """
 
-from collections.abc import Mapping
 import dataclasses
 import hashlib
 import importlib.resources
@@ -21,7 +20,7 @@ from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.published.examples import Example
 from cm3leon_jax.data.published.files import SPLITS
 from cm3leon_jax.data.sources import yaml_documents
-from cm3leon_jax.errors import UserError
+from cm3leon_jax.errors import FieldError, UserError
 from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.generation.tasks import MASK, slug
 
@@ -37,22 +36,16 @@ class EvaluatedData:
   """Data on which a protocol evaluates."""
 
   format: str
-  """`heldout` (the held-out pairs of the run), or a format of `data/published/files.py`."""
   split: str = ""
-  """Split of the files, e.g. `val`. Must be "" for held-out pairs."""
-  count: NonNegativeInt = 200
-  """Number of examples, which the seed chooses. 0 means all."""
+  count: NonNegativeInt = 200  # 0 means all.
 
   def __post_init__(self) -> None:
-    formats = (HELDOUT, *SPLITS)
-    if self.format not in formats:
-      raise ValueError(f"format is '{self.format}'; it must be one of {', '.join(formats)}.")
-    splits = SPLITS.get(self.format, ("",))
-    if self.split not in splits:
-      should = f"one of {', '.join(splits)}" if self.format != HELDOUT else "left out"
-      raise ValueError(
-        f"split is '{self.split}'; for the format '{self.format}', it must be {should}."
-      )
+    splits = {HELDOUT: ("",), **SPLITS}
+    if self.format not in splits:
+      raise ValueError(f"format is '{self.format}'; it must be one of {', '.join(splits)}.")
+    if self.split not in splits[self.format]:
+      should = f"one of {', '.join(splits[self.format])}" if self.format in SPLITS else "left out"
+      raise ValueError(f"split is '{self.split}'; for '{self.format}', it must be {should}.")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -60,54 +53,34 @@ class Column:
   """One way to generate, which is one column of the result tables."""
 
   name: Annotated[str, Field(min_length=1)]
-  """Title of the column."""
   retrieve: NonNegativeInt = 0
-  """Number of documents that are retrieved for each prompt."""
   samples: PositiveInt = 1
-  """Number of samples per prompt. Only the sample with the best CLIP score counts."""
-  length: NonNegativeInt = 0
-  """Maximum number of tokens of a generated text. 0 means 64."""
+  length: NonNegativeInt = 0  # Tokens of a text; 0 means 64.
   sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
-  """Fields of `config.sampling` that differ from the settings of the run."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Protocol:
-  """Definition of an evaluation."""
+  """Definition of an evaluation; docs/evaluation.md describes the fields."""
 
   title: str
-  """Title in tables and pages, in one line."""
   task: Literal["image", "text"]
-  """`image` generates an image for each prompt. `text` generates a text that replaces the mask in
-  the template."""
   data: EvaluatedData
-  """Data to evaluate on."""
   columns: Annotated[tuple[Column, ...], Field(min_length=1)]
-  """Ways to generate, each with its own results."""
   metrics: Annotated[tuple[str, ...], Field(min_length=1)]
   """Names of metrics in `metrics.METRICS`."""
   name: str = ""
-  """Short name. It is required if the file has several protocols."""
   template: str = ""
-  """Text of the prompt. Its fields are `{prompt}` (the question, or the caption to draw),
-  `{caption}` and `{history}` (the rounds of a dialog). A template for task `text` has one `<mask>`,
-  which the generated text replaces; the image follows the template. "" means `{prompt}` for images
-  and `<mask>` (a caption) for texts."""
+  """Text of the prompt. For a text, it has one `<mask>`, which the text replaces, and the image
+  follows. "" means `{prompt}` for images and `<mask>` (a caption) for texts."""
   seed: NonNegativeInt = 0
-  """Seed that chooses the examples and the resamples for intervals. Example i is sampled with seed
-  + i."""
+  """Chooses the examples and the resamples of intervals; example i is sampled with seed + i."""
   extractor: Literal["", "clip", "inception_tf1", "inception_torch", "dinov2"] = ""
-  """Network that computes the features for distances; "" if no metric needs it. Inception resizes
-  images as torch-fidelity (`tf1`) or as pytorch-fid (`torch`) does, which gives different
-  distances."""
-  extractor_tensors: str = ""
-  """Required SHA-256 of the extractor's weights (`extractor.tensors` in a results.json). Other
-  weights are rejected. "" accepts any weights."""
+  """Network of the distances; "" if no metric needs it. Inception resizes images as torch-fidelity
+  (`tf1`) or as pytorch-fid (`torch`) does, which gives different distances."""
   resolution: NonNegativeInt = 0
   """Side of the images in pixels, if published figures require it. 0 accepts any size."""
   published: tuple[dict[str, Any], ...] = ()
-  """Published figures of other models. Each entry has `model`, `source`, optionally `column`, and a
-  number under the name of each metric."""
 
   def __post_init__(self) -> None:
     names = [column.name for column in self.columns]
@@ -138,67 +111,56 @@ class Protocol:
 
 def names() -> list[str]:
   """Returns the names of the protocol files in the package."""
-  folder = importlib.resources.files(__package__)
-  return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if _is_yaml(path.name))
+  files = (path.name for path in importlib.resources.files(__package__).iterdir())
+  return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
 
 
-def load(name_or_path: str) -> tuple[Protocol, ...]:
+def load(name_or_path: str) -> dict[str, Protocol]:
   """Reads the protocols of a file, given by its name in the package or its path.
 
   If the file is in the package, NAME/PROTOCOL selects one protocol, e.g. `cm3leon_table2/vizwiz`.
+  Returns the protocols by the name of the file and their own name.
 
   Raises:
     UserError: the protocol does not exist, or a field is wrong.
   """
   file, _, one = name_or_path.partition("/")
+  path = epath.Path(name_or_path)
   if file in names():
     found = parse((importlib.resources.files(__package__) / f"{file}.yaml").read_text(), file)
-    chosen = [protocol for protocol in found if one in ("", protocol.name)]
-    if not chosen:
-      known = ", ".join(protocol.name for protocol in found if protocol.name)
-      raise UserError(
-        f"--protocol is '{name_or_path}'; {file} contains {known or 'one protocol without a name'}."
-      )
-    return tuple(chosen)
-  path = epath.Path(name_or_path)
-  if _is_yaml(name_or_path) and path.exists() and not path.is_dir():
-    return parse(yaml_documents.read(path), name_or_path)
-  raise UserError(
-    f"--protocol is '{name_or_path}'; it must be an existing YAML file, or one of "
-    f"{', '.join(names())}."
-  )
-
-
-def parse(text: str, where: str) -> tuple[Protocol, ...]:
-  """Parses the YAML text of a protocol file. Error messages call the file `where`."""
-  documents = [values for _, values in yaml_documents.parse(text, where)]
-  if not documents:
-    raise UserError(f"{where} is empty: write the fields of a protocol, one per line.")
-  found = tuple(_parse_one(values, where) for values in documents)
-  titles = [protocol.name for protocol in found]
-  if len(found) > 1 and (len(set(titles)) < len(titles) or "" in titles):
+    found = [protocol for protocol in found if one in ("", protocol.name)]
+  else:
+    is_file = name_or_path.endswith((".yaml", ".yml")) and path.exists() and not path.is_dir()
+    found = parse(yaml_documents.read(path), name_or_path) if is_file else []
+  if not found:
     raise UserError(
-      f"{where} has several protocols, but their names are not all different: rename some."
+      f"--protocol is '{name_or_path}'; it must be an existing YAML file, or one of "
+      f"{', '.join(names())}, whose protocols are FILE/NAME."
     )
+  file_name = path.stem if path.suffix else file
+  return {"/".join(filter(None, [file_name, protocol.name])): protocol for protocol in found}
+
+
+def parse(text: str, where: str) -> list[Protocol]:
+  """Parses the YAML text of a protocol file. Error messages call the file `where`."""
+  try:
+    found = [_built(values) for _, values in yaml_documents.parse(text, where)]
+  except FieldError as error:  # The message begins with `config.FIELD` or `config`.
+    sentence = str(error).removeprefix("config").removeprefix(".")
+    raise UserError(f"{where}{'' if sentence[0] in ' :' else ': '}{sentence}") from error
+  different = {protocol.name for protocol in found}
+  if not found or (len(found) > 1 and (len(different) < len(found) or "" in different)):
+    raise UserError(f"{where} must have a protocol, or several with different names.")
   return found
 
 
-def _parse_one(values: Any, where: str) -> Protocol:
-  if not isinstance(values, Mapping):
-    raise UserError(f"{where} must have the fields of a protocol, one per line.")
-  values = dict(values)
-  try:
-    if isinstance(values.get("data"), Mapping):
-      values["data"] = build(EvaluatedData, values["data"], "data")
-    if isinstance(values.get("columns"), list):
-      values["columns"] = tuple(
-        build(Column, column, f"columns[{i}]") for i, column in enumerate(values["columns"])
-      )
-    return build(Protocol, values)
-  except UserError as error:  # The message begins with `config.FIELD` or `config`.
-    sentence = str(error).removeprefix("config").removeprefix(".")
-    joint = "" if sentence[0] in " :" else ": "
-    raise UserError(f"{where}{joint}{sentence}") from error
+def _built(values: Any) -> Protocol:
+  fields = dict(values) if isinstance(values, dict) else {}
+  if "data" in fields:
+    fields["data"] = build(EvaluatedData, fields["data"], "data")
+  if isinstance(columns := fields.get("columns"), list):
+    fields["columns"] = [build(Column, x, f"columns[{i}]") for i, x in enumerate(columns)]
+  return build(Protocol, fields)
 
 
 def sampling_of(column: Column, base: SamplingConfig) -> SamplingConfig:
@@ -221,10 +183,4 @@ def stem(column: str) -> str:
 
 def digest(value: Any) -> str:
   """Returns the SHA-256 of JSON values. The order of fields does not matter."""
-  if dataclasses.is_dataclass(value) and not isinstance(value, type):
-    value = dataclasses.asdict(value)
   return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
-
-
-def _is_yaml(name: str) -> bool:
-  return name.endswith((".yaml", ".yml"))

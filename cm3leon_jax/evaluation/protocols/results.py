@@ -1,52 +1,8 @@
-"""Writes the results of a protocol as JSON, and formats them as text."""
+"""Formats the results of protocols as text."""
 
-import dataclasses
-
-import jax
-
-from cm3leon_jax import distributed
-from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
-from cm3leon_jax.evaluation.protocols.run import ProtocolRun
-from cm3leon_jax.evaluation.protocols.samples import Evaluated
-from cm3leon_jax.files.digests import digest
-from cm3leon_jax.files.json_files import plain, write_json
-from cm3leon_jax.version import VERSION
 
 RESULTS = "results.json"
-
-
-def fingerprint(evaluated: Evaluated) -> str:
-  """Returns the SHA-256 of the evaluated data: the examples, and the bytes of their images."""
-  images = {path: digest(path) for path in sorted(evaluated.images)}
-  return protocol_lib.digest(
-    [
-      {**dataclasses.asdict(e), "image": images.get(e.image) if e.image else None}
-      for e in evaluated.examples
-    ]
-  )
-
-
-def write(job: ProtocolRun, about: dict, measured: dict) -> dict:
-  """Writes results.json with the figures and data, and returns its content."""
-  result = {
-    **about,
-    "title": job.protocol.title,
-    "protocol": dataclasses.asdict(job.protocol),
-    "metrics": list(job.metrics),
-    "examples": len(job.evaluated.examples),
-    "seed": job.protocol.seed,
-    "data": fingerprint(job.evaluated),
-    "extractor": job.extractor and {"name": job.extractor.name, **job.extractor.identity},
-    "scorer": job.scorer_identity,
-    "version": VERSION,
-    "jax": jax.__version__,
-    "device": jax.devices()[0].device_kind,
-    **measured,
-  }
-  if distributed.is_first():
-    write_json(job.folder / RESULTS, result)
-  return plain(result)
 
 
 def describe(result: dict) -> str:

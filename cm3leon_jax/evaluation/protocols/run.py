@@ -1,230 +1,231 @@
-"""Runs a protocol: generates samples, and computes metrics and controls."""
+"""Measures a run with a protocol: generates samples, computes metrics and controls."""
 
 # n examples.
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
 
 from etils import epath
+import jax
 import numpy as np
 
 from cm3leon_jax import distributed
+from cm3leon_jax.clip import huggingface
+from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.data.published import files
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation import judged
-from cm3leon_jax.evaluation.likelihood import pairs
-from cm3leon_jax.evaluation.metrics.extractors import Extractor
-from cm3leon_jax.evaluation.protocols import features
+from cm3leon_jax.evaluation.metrics import extractors
+from cm3leon_jax.evaluation.protocols import inputs, metrics
 from cm3leon_jax.evaluation.protocols import samples as samples_lib
-from cm3leon_jax.evaluation.protocols.column import ColumnSamples, present
-from cm3leon_jax.evaluation.protocols.features import Images, Networks
-from cm3leon_jax.evaluation.protocols.metrics import METRICS
-from cm3leon_jax.evaluation.protocols.protocol import Protocol, sampling_of, stem
-from cm3leon_jax.evaluation.protocols.samples import PART, Evaluated
-from cm3leon_jax.files.atomic import replacing
-from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.files.progress import progress_bar
-from cm3leon_jax.generation.given_images import load_image
+from cm3leon_jax.evaluation.protocols.inputs import Job
+from cm3leon_jax.evaluation.protocols.metrics import METRICS, ColumnSamples, measure
+from cm3leon_jax.evaluation.protocols.protocol import HELDOUT, Protocol, digest, sampling_of
+from cm3leon_jax.evaluation.protocols.results import RESULTS
+from cm3leon_jax.files.json_files import plain, write_json
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.generation.tasks import MASK
+from cm3leon_jax.generation.tasks import slug
+from cm3leon_jax.run import initial
+from cm3leon_jax.run import run as run_lib
+from cm3leon_jax.run.run import Run
+from cm3leon_jax.stages import table
+from cm3leon_jax.version import VERSION
 
-VALUES = "values.npz"
-# Question of VQAScore (Lin et al. 2024), in the format that CM3Leon uses for questions (table 5).
-AGREES = f'Question: Does this figure show "{{}}"? Please answer yes or no. Answer: {MASK}.'
+FOLDER = "evaluations"
+# Fields of a protocol that do not affect its samples, so other values reuse the samples.
+NOT_OF_SAMPLES = ("title", "name", "metrics", "extractor", "resolution", "published")
 REAL, NOISE, SHUFFLED = "real images", "noise", "shuffled"  # Names of controls.
 
 
 @dataclasses.dataclass(frozen=True)
-class ProtocolRun:
-  """One run of a protocol, with the model, data and networks that it uses.
+class Options:
+  """What a user sets beside a protocol: the flags of `cm3leon evaluate`, and the config's judge.
 
-  Attributes:
-    metrics: names in `METRICS`, already checked.
-    samples: folder for the samples and for the values that are computed from them.
-    scorer_identity: JSON values that identify the CLIP model, or None.
-    params: parameters of the decoder as it was trained, which give the log-probabilities of texts.
-    judge: judge of the user's config, or None.
+  `metrics` and `examples` replace those of the protocol, unless they are () and None.
   """
 
-  protocol: Protocol
-  metrics: tuple[str, ...]
-  pipeline: Pipeline
-  workdir: epath.Path
-  folder: epath.Path
-  samples: epath.Path
-  evaluated: Evaluated
-  extractor: Extractor | None
-  scorer: Any
-  scorer_identity: dict | None
-  params: dict
-  num_resamples: int
+  metrics: Sequence[str] = ()
+  examples: int | None = None
+  data: str | None = None
+  extractor: str | None = None
+  clip: str | None = None
+  before: bool = False
+  out: epath.PathLike | None = None
+  allow_outside: bool = False
   judge: judged.Judge | None = None
 
-  @functools.cached_property
-  def needs(self) -> frozenset[str]:
-    """Inputs that the metrics need."""
-    return frozenset(need for name in self.metrics for need in METRICS[name].needs)
 
-  @functools.cached_property
-  def groups(self) -> list[str]:
-    """Group of each example."""
-    return [example.group for example in self.evaluated.examples]
+def completed(protocol: Protocol, options: Options, settings: Settings) -> Protocol:
+  """Checks a protocol. Returns it with the metrics and the number of examples of the options.
 
-  @functools.cached_property
-  def networks(self) -> Networks:
-    """Networks that compute the inputs of image metrics."""
-    extractor = self.extractor and self.extractor.identity
-    return Networks(
-      folder=self.samples / "features",
-      needs=self.needs & frozenset(features.KINDS),
-      extractor=self.extractor,
-      scorer=self.scorer,
-      identity={"extractor": extractor, "scorer": self.scorer_identity},
+  Raises:
+    UserError: a metric is unknown, does not fit the task or needs more examples; a field of a
+      sampler is wrong; or a file is absent.
+  """
+  count = protocol.data.count if options.examples is None else options.examples
+  data = dataclasses.replace(protocol.data, count=count)
+  chosen = tuple(options.metrics or protocol.metrics)
+  metrics.check(chosen, protocol.task, count)
+  for column in protocol.columns:
+    sampling_of(column, settings.sampling)
+  if data.format != HELDOUT and options.data is not None:  # Report absent files before sampling.
+    files.open_examples(data.format, options.data, data.split)
+  return dataclasses.replace(protocol, data=data, metrics=chosen)
+
+
+def run(trained: Run, name: str, protocol: Protocol, options: Options) -> tuple[Job, dict]:
+  """Measures a run or bundle with a `completed` protocol, and writes its results.json.
+
+  All processes call this function, with the mesh set. `name` is the name of the protocol. Returns
+  (what was measured with, content of results.json).
+
+  Raises:
+    UserError: the data or the weights are wrong or absent.
+  """
+  job, about = _open(trained, name, protocol, options)
+  extractor, scorer = (job.networks.get(need) for need in inputs.OF_IMAGES)
+  result = {
+    **about,
+    "title": protocol.title,
+    "protocol": dataclasses.asdict(protocol),
+    "metrics": protocol.metrics,
+    "examples": len(job.groups),
+    "seed": protocol.seed,
+    "extractor": extractor and {"name": extractor.name, **extractor.identity},
+    "scorer": scorer and scorer.identity,
+    "version": VERSION,
+    "jax": jax.__version__,
+    "device": jax.devices()[0].device_kind,
+    **_measured(job, trained.folder),
+  }
+  if distributed.is_first():
+    write_json(job.folder / RESULTS, result)
+  return job, plain(result)
+
+
+def _open(
+  trained: Run, name: str, protocol: Protocol, options: Options
+) -> tuple[Job, dict[str, Any]]:
+  """Loads the model, the data and the networks. Returns also fields of the result."""
+  settings, chosen = trained.settings, protocol.metrics
+  needs = {METRICS[metric].need for metric in chosen}
+  networks, scorer = {}, None
+  if "features" in needs:
+    folders = settings.retrieval.clip, trained.stages
+    networks["features"] = extractors.load(protocol.extractor, options.extractor, *folders)
+  about: dict[str, Any] = {
+    "name": name,
+    "inputs": run_lib.ids(trained, _stages(settings, protocol, needs, options)),
+  }
+  if options.before:
+    about["parameters"] = "before"
+  params, step = _params(trained, options.before)
+  own_clip = trained.clip if settings.retrieval.clip or "clip" in about["inputs"] else None
+  if "embeddings" in needs:
+    scorer = huggingface.HFCLIP.load(options.clip) if options.clip else trained.clip
+    networks["embeddings"] = extractors.of_clip(scorer)
+  batch_size = settings.evaluation.batch_size
+  pipeline = Pipeline.load(trained, params, own_clip, batch_size=batch_size)
+  evaluated = samples_lib.open_evaluated(
+    protocol, pipeline, trained.folder, options.data, options.allow_outside
+  )
+  metrics.check(chosen, protocol.task, len(evaluated.examples))
+  metrics.check_examples(chosen, evaluated.examples)
+  if "verdicts" in needs and not (options.judge and all(evaluated.facts)):
+    raise UserError(
+      "metric 'judged' needs held-out documents with facts, and a judge: give a --config with "
+      "config.evaluation.judge = FILE.py:FUNCTION."
     )
+  about["data"] = evaluated.fingerprint()
+  fields = dataclasses.asdict(protocol)
+  samplings = [sampling_of(column, settings.sampling) for column in protocol.columns]
+  of_samples = {
+    **about,
+    **{field: value for field, value in fields.items() if field not in NOT_OF_SAMPLES},
+    "sampling": [dataclasses.asdict(one) for one in samplings],
+  }
+  root = epath.Path(trained.folder if options.out is None else options.out) / FOLDER
+  of_results = digest([of_samples, fields, [network.identity for network in networks.values()]])
+  job = Job(
+    protocol=protocol,
+    pipeline=pipeline,
+    params=params,
+    evaluated=evaluated,
+    folder=root / f"{slug(name)}-{of_results[:8]}",
+    samples=root / "samples" / f"{slug(name)}-{digest(of_samples)[:8]}",
+    networks=networks,
+    scorer=scorer,
+    judge=options.judge,
+  )
+  return job, {**about, "step": step}
 
-  def column(self, name: str, **fields: Any) -> ColumnSamples:
-    """Makes the input of a metric. `lines` and `examples` are empty by default."""
-    fields = {"lines": [], "examples": [], "groups": self.groups, **fields}
-    return ColumnSamples(name, seed=self.protocol.seed, num_resamples=self.num_resamples, **fields)
+
+def _stages(settings: Settings, protocol: Protocol, needs: set[str], options: Options) -> list[str]:
+  """Returns the stages whose files the evaluation reads."""
+  read, retrieves = [*table.TOKENIZERS, "train"], any(c.retrieve for c in protocol.columns)
+  if retrieves:
+    read += ["documents", "neighbors"]
+  # The neighbors of held-out pairs are stored. For other examples, CLIP must search.
+  needs_clip = retrieves and protocol.data.format != HELDOUT
+  needs_clip |= any(column.samples > 1 for column in protocol.columns)
+  needs_clip |= "embeddings" in needs and options.clip is None
+  needs_clip |= "features" in needs and protocol.extractor == "clip" and options.extractor is None
+  return [*read, *(table.own_clip(settings) if needs_clip else [])]
 
 
-def run(job: ProtocolRun) -> dict:
-  """Generates missing samples and computes all metrics. The first process writes values.npz.
+def _params(trained: Run, before: bool) -> tuple[dict, int]:
+  """Loads the newest or, if `before`, the first parameters of a run. Returns (parameters, step)."""
+  if not before:
+    return trained.params()
+  start = initial.start_of(trained.folder)
+  if start is None:
+    raise UserError(
+      f"--before is given, but the run in {trained.folder} began from random parameters."
+    )
+  return run_lib.load_start(start, trained.settings), 0
+
+
+def _measured(job: Job, workdir: epath.Path) -> dict:
+  """Generates missing samples and computes all metrics.
 
   Returns {"columns": {name: {"retrieve", "sampling", "divergence", "metrics": {metric: {"value",
   ...}}}}, "controls": {control: {metric: {"value", ...}}}}.
   """
-  tasks = samples_lib.tasks_of(job.protocol, job.evaluated, job.pipeline, job.workdir)
+  tasks = samples_lib.tasks_of(job.protocol, job.evaluated, job.pipeline, workdir)
   samples_lib.generate(job.protocol, job.evaluated, tasks, job.pipeline, job.samples)
-  reference, captions = None, None
-  if job.networks.needs:
-    reference = features.real_images(
-      job.networks, job.evaluated.images, job.pipeline.layout.resolution
-    )
+  shared: dict[str, Any] = {
+    f"real_{need}": inputs.of_real_images(job, need)
+    for need in job.needs
+    if need in inputs.OF_IMAGES
+  }
   if "embeddings" in job.needs:
-    captions = embed_captions(job)
+    shared["captions"] = inputs.of_captions(job)
   result: dict = {"columns": {}, "controls": {}}
-  values: dict[str, np.ndarray] = {}
   for column in job.protocol.columns:
-    data = _column(job, column.name, reference, captions)
-    measured = {}
-    for name in job.metrics:
-      measured[name] = METRICS[name].compute(data)
-      if (rows := measured[name].pop("values", None)) is not None:
-        values[f"{column.name}/{name}/values"] = np.array(rows, np.float64)
-    apart = [line["divergence"] for line in data.lines if line["divergence"] is not None]
+    found = {need: inputs.of_column(job, need, column.name) for need in job.needs}
+    lines = samples_lib.read_lines(job.samples, column.name, len(job.groups))
+    samples = _samples(job, lines=lines, examples=job.evaluated.examples, inputs=shared | found)
+    apart = [line["divergence"] for line in lines if line["divergence"] is not None]
     result["columns"][column.name] = {
       "retrieve": column.retrieve,
       "sampling": dataclasses.asdict(sampling_of(column, job.pipeline.settings.sampling)),
       "divergence": float(np.mean(apart)) if apart else None,
-      "metrics": measured,
+      "metrics": {name: measure(name, samples) for name in job.protocol.metrics},
     }
     if not result["controls"]:
-      result["controls"] = _controls(job, data)
-  if distributed.is_first():
-    with replacing(job.folder / VALUES) as file:
-      keys = [example.key for example in job.evaluated.examples]
-      arrays: dict[str, Any] = {"keys": np.array(keys), "groups": np.array(job.groups), **values}
-      np.savez(file, **arrays)
+      result["controls"] = _controls(job, samples, column.name)
   return result
 
 
-def _column(
-  job: ProtocolRun, name: str, reference: Images | None, captions: np.ndarray | None
-) -> ColumnSamples:
-  """Reads the samples of a column and computes the inputs of metrics."""
-  distributed.gather(None)  # Wait until the first process has written the samples.
-  lines = list(samples_lib.read_lines(job.samples, name, len(job.groups)))
-  images = None
-  if job.networks.needs:
-
-    def load(start: int, stop: int) -> np.ndarray:
-      part = samples_lib.read_part(job.samples, name, start)
-      return job.pipeline.image_tokenizer.decode(np.array([line["codes"] for line in part]))
-
-    images = job.networks.images(f"column {name}", job.groups, load)
-  of_parts = {
-    "verdicts": _judge,
-    "likelihoods": _likelihoods,
-    "agreements": _agreements,
-    "candidates": _candidates,
-  }
-  needs = job.needs & set(of_parts)
-  computed: dict[str, Any] = {n: _in_parts(job, name, n, of_parts[n]) for n in sorted(needs)}
-  return job.column(
-    name,
-    lines=lines,
-    examples=job.evaluated.examples,
-    images=images,
-    reference=reference,
-    captions=captions,
-    **computed,
-  )
+def _samples(job: Job, **fields: Any) -> ColumnSamples:
+  num_resamples = job.pipeline.settings.evaluation.num_resamples
+  rest = {"groups": job.groups, "seed": job.protocol.seed, "num_resamples": num_resamples}
+  return ColumnSamples(**{**rest, **fields})
 
 
-def _in_parts(job: ProtocolRun, name: str, need: str, compute: Callable) -> list:
-  """Computes one JSON value per sample, in parts. A part whose file exists is not recomputed."""
-  folder = job.samples / need / stem(name)
-  starts = range(0, len(job.groups), PART)
-  paths = {start: folder / f"part_{start // PART:05d}.json" for start in starts}
-  todo = [start for start, path in paths.items() if not path.exists()]
-  for start in progress_bar(todo, desc=need, unit="part", disable=not distributed.is_first()):
-    values = compute(job, samples_lib.read_part(job.samples, name, start))
-    if distributed.is_first():
-      write_json(paths[start], values)
-  distributed.gather(None)
-  return [value for path in paths.values() for value in read_json(path)]
-
-
-def _judge(job: ProtocolRun, part: list[dict]) -> list[bool]:
-  assert job.judge is not None
-  images = job.pipeline.image_tokenizer.decode(np.array([line["codes"] for line in part]))
-  facts = [job.evaluated.facts[line["row"]] for line in part]
-  return [not reason for reason in judged.judge_all(job.judge, images, facts)]
-
-
-def _likelihoods(job: ProtocolRun, part: list[dict]) -> list[float]:
-  """Computes log p(caption | image) - log p(caption) in nats, for each sample in `part`."""
-  texts, codes = zip(*((line["prompt"], line["codes"]) for line in part))
-  scores = pairs.score_codes(job.pipeline, job.params, texts, np.array(codes))
-  return [score.text_given_image - score.text for score in scores]
-
-
-def _agreements(
-  job: ProtocolRun, part: list[dict], prompts: Sequence[str] | None = None
-) -> list[float]:
-  """Computes, for each image, p(yes) / (p(yes) + p(no)) when asked if it shows its caption.
-
-  If `prompts` are given, they replace the captions; `prompts[i]` replaces that of example i.
-  """
-  codes = np.array([line["codes"] for line in part])
-  shown = [line["prompt"] if prompts is None else prompts[line["row"]] for line in part]
-  asked = [AGREES.format(text.replace(MASK, " ")) for text in shown]
-  scores = pairs.score_answers(job.pipeline, job.params, asked, [("yes", "no")] * len(part), codes)
-  return [float(1 / (1 + np.exp(no - yes))) for yes, no in scores]
-
-
-def _candidates(job: ProtocolRun, part: list[dict]) -> list[list[float]]:
-  """Computes, for each example, the log-probabilities of its candidate answers, in nats."""
-  size = job.pipeline.layout.resolution
-  examples = [job.evaluated.examples[line["row"]] for line in part]
-  images = np.stack([load_image(example.image, size) for example in examples])
-  codes = job.pipeline.image_tokenizer.encode(images)
-  texts = [job.protocol.text_of(example) for example in examples]
-  answers = [example.candidates for example in examples]
-  scores = pairs.score_answers(job.pipeline, job.params, texts, answers, codes)
-  return [row.tolist() for row in scores]
-
-
-def embed_captions(job: ProtocolRun) -> np.ndarray:
-  """Embeds the captions of all examples with CLIP. Returns [n, E] with norm 1."""
-  prompts = [example.prompt or "" for example in job.evaluated.examples]
-  tokens = [job.scorer.encode(text) for text in prompts]
-  rows = [job.scorer.embed_texts(tokens[i : i + PART]) for i in range(0, len(tokens), PART)]
-  return np.concatenate(rows).astype(np.float32)
-
-
-def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
+def _controls(job: Job, first: ColumnSamples, column: str) -> dict[str, dict]:
   """Measures controls: data for which a metric must be good, and data for which it must be bad.
 
   - Distances: between two halves of the real images, split by groups, which differ only by chance
@@ -232,46 +233,46 @@ def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
   - CLIP scores: real images (good), and samples with the captions of other examples (bad).
   - VQAScore: samples with the captions of other examples (bad).
   - Texts: the texts of other examples (bad), and candidates in random order (bad).
+
+  `first` has the samples of the first column, named `column`.
   """
   rng = np.random.default_rng(job.protocol.seed)
   shuffled = others(len(job.groups), rng)
+  chosen, given = job.protocol.metrics, first.inputs
   result: dict[str, dict] = {}
 
-  def measure(title: str, column: ColumnSamples, names: Iterable[str]) -> None:
+  def control(title: str, names: Sequence[str], samples: ColumnSamples) -> None:
     for name in names:
-      if len(column.groups) >= METRICS[name].least:
-        found = METRICS[name].compute(column)
-        found.pop("values", None)
-        result.setdefault(title, {})[name] = found
+      if name in chosen and len(samples.groups) >= METRICS[name].least:
+        result.setdefault(title, {})[name] = measure(name, samples)
 
-  distances = [n for n in job.metrics if METRICS[n].needs == ("features",)]
-  if distances:
-    real = present(first.reference)
-    unique = sorted(set(real.groups))
-    chosen = set(rng.permutation(unique)[: len(unique) // 2])
-    mask = np.array([group in chosen for group in real.groups])
-    side = job.pipeline.layout.resolution
-    noise = features.noise(job.networks, len(real.groups), side, job.protocol.seed)
-    for title, made, other in ((REAL, real[mask], real[~mask]), (NOISE, noise, real)):
-      column = job.column(title, groups=made.groups, images=made, reference=other)
-      measure(title, column, distances)
-  if "clip_score" in job.metrics:
+  if "features" in job.needs:
+    distances = [name for name in chosen if METRICS[name].need == "features"]
+    groups, real = list(job.evaluated.images.values()), given["real_features"]
+    unique = sorted(set(groups))
+    half = set(rng.permutation(unique)[: len(unique) // 2])
+    mask = np.array([group in half for group in groups])
+    halves = {"features": real[mask], "real_features": real[~mask]}
+    chosen_groups = [group for group, inside in zip(groups, mask) if inside]
+    control(REAL, distances, _samples(job, groups=chosen_groups, inputs=halves))
+    noise = {"features": inputs.of_noise(job, len(real)), "real_features": real}
+    control(NOISE, distances, _samples(job, groups=groups, inputs=noise))
+  if "embeddings" in job.needs:
     places = {path: i for i, path in enumerate(job.evaluated.images)}
-    rows = [places[present(example.image)] for example in job.evaluated.examples]
-    real = Images(None, present(present(first.reference).embeddings)[rows], job.groups)
-    measure(REAL, job.column(REAL, images=real, captions=first.captions), ["clip_score"])
-    column = dataclasses.replace(first, captions=present(first.captions)[shuffled])
-    measure(SHUFFLED, column, ["clip_score"])
-  if "vqa_score" in job.metrics:
+    rows = [places[str(example.image)] for example in job.evaluated.examples]
+    real = {"embeddings": given["real_embeddings"][rows], "captions": given["captions"]}
+    control(REAL, ["clip_score"], _samples(job, inputs=real))
+    other = {**given, "captions": given["captions"][shuffled]}
+    control(SHUFFLED, ["clip_score"], _samples(job, inputs=other))
+  if "agreements" in job.needs:
     prompts = [first.lines[i]["prompt"] for i in shuffled]
-    compute = functools.partial(_agreements, prompts=prompts)
-    found = _in_parts(job, first.name, "agreements_shuffled", compute)
-    measure(SHUFFLED, dataclasses.replace(first, agreements=found), ["vqa_score"])
+    compute = functools.partial(inputs.agreements, prompts=prompts)
+    agreements = inputs.of_lines(job, "agreements_shuffled", column, compute)
+    control(SHUFFLED, ["vqa_score"], _samples(job, inputs={"agreements": agreements}))
   if job.protocol.task == "text":
-    fields: dict[str, Any] = {"lines": [first.lines[i] for i in shuffled]}
-    if first.candidates is not None:
-      fields["candidates"] = [rng.permutation(row) for row in first.candidates]
-    measure(SHUFFLED, dataclasses.replace(first, **fields), job.metrics)
+    orders = {"candidates": [rng.permutation(row) for row in given.get("candidates", ())]}
+    lines = [first.lines[i] for i in shuffled]
+    control(SHUFFLED, chosen, dataclasses.replace(first, lines=lines, inputs=orders))
   return result
 
 

@@ -3,20 +3,18 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax import config
 from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.config.sampling import EvaluationConfig
 from cm3leon_jax.data.documents import store as documents
 from cm3leon_jax.data.rows import loader
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
-from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 from tests.refusals import refused
 
@@ -108,35 +106,8 @@ def test_neighbors_that_do_not_fit_a_row_are_left_out():
   assert bits.fit_neighbors(document, neighbors, num_positions(neighbors)) == neighbors
   assert bits.fit_neighbors(document, neighbors, num_positions(neighbors) - 1) == neighbors[:2]
   assert bits.fit_neighbors(document, neighbors, num_positions([])) == []
-  with refused(config.UserError, "'0'"):
+  with refused(UserError, "'0'"):
     bits.fit_neighbors(document, neighbors, num_positions([]) - 1)
-
-
-@pytest.mark.parametrize("align_images", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_scores_are_the_log_likelihoods_of_each_sample_alone(params, align_images):
-  model_config = MODEL
-  if align_images:
-    model_config = dataclasses.replace(MODEL, family="modern", align_images=True)
-    params = noisy_params(model_config)
-  rng = np.random.default_rng(1)
-  samples = [loader.join([pair(i, rng) for i in range(1 + n)], VOCAB) for n in (0, 1, 2) * 3]
-  scored = bits.score_samples(params, model_config, samples, VOCAB, batch_size=8)
-  # These three documents are in the second batch.
-  for sample, row in list(zip(samples, scored))[-3:]:
-    tokens = jnp.asarray(np.tile(sample[:-1], (8, 1)))
-    positions = positions_of(sample, VOCAB, align_images)[:-1]
-    assert (positions[VOCAB.is_image(sample[:-1])] < 4).all() == align_images
-    positions = jnp.asarray(np.tile(positions, (8, 1)))
-
-    def logits(params, tokens=tokens, positions=positions):
-      model = transformer.bind(model_config, params)
-      hidden = model(tokens, positions, jnp.ones_like(tokens))
-      return transformer.logits(hidden, model.output_table())
-
-    log_probs = np.asarray(jax.nn.log_softmax(jax.jit(logits)(params)))[0]
-    expected = -log_probs[np.arange(len(row)), sample[1:]] / np.log(2)
-    np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-4)
-    assert np.std(row) > 0.1
 
 
 def test_evaluate_differs_between_neighbors_and_repeats_exactly(stores, params):
@@ -188,5 +159,5 @@ def test_documents_of_one_concept_are_refused(tmp_path, stores, params):
   documents.write_documents(tmp_path / "foxes", written, VOCAB)
   foxes = documents.DocumentStore(tmp_path / "foxes", VOCAB)
   ids = np.zeros((3, 2), np.int32)
-  with refused(config.UserError, "two concepts"):
+  with refused(UserError, "two concepts"):
     bits.evaluate(params, MODEL, stores[0], foxes, ids, VOCAB, DATA, CONFIG, seed=0)
