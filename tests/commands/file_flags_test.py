@@ -27,7 +27,7 @@ task: text
 template: "<mask>"
 data: {format: coco_karpathy, split: test, count: 0}
 columns: [{name: greedy, length: 3, sampling: {text_top_k: 1}}]
-metrics: [bleu4]
+metrics: [exact_match]
 """
 
 

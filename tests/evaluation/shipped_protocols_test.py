@@ -105,6 +105,7 @@ def test_images_are_in_the_folder_of_the_files_unless_they_are_trusted(
   assert result["columns"]
 
 
+@pytest.mark.skipif(not shutil.which("java"), reason="needs Java")
 def test_the_command_measures_all_protocols_of_a_file_and_reuses_samples_for_other_metrics(
   settings, workdir, data, tmp_path, capsys
 ):

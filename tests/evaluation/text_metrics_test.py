@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ def column(texts, references=REFERENCES, groups=None, **fields) -> ColumnSamples
   return ColumnSamples(groups, lines, examples, num_resamples=200)
 
 
+@pytest.mark.skipif(not shutil.which("java"), reason="needs Java")
 def test_captions_of_people_score_higher_than_those_of_other_images():
   right = column([given[0] for given in REFERENCES], [given[1:] for given in REFERENCES])
   texts = [given[0] for given in REFERENCES]
@@ -35,6 +37,7 @@ def test_captions_of_people_score_higher_than_those_of_other_images():
     assert metric(right)["value"] > 3 * metric(wrong)["value"]
 
 
+@pytest.mark.skipif(not shutil.which("java"), reason="needs Java")
 def test_bleu_is_that_of_a_corpus_times_100():
   texts = ["a red cat on a mat", "two dogs", "green soup in a bowl", "a house"]
   # Clipped matches of 1-grams to 4-grams, and the penalty for 15 words instead of 21.
@@ -43,6 +46,7 @@ def test_bleu_is_that_of_a_corpus_times_100():
   assert metrics.bleu4(column(texts))["value"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.skipif(not shutil.which("java"), reason="needs Java")
 def test_a_line_separator_in_a_text_moves_no_text_to_another_example(monkeypatch):
   texts = ["a red cat on a mat", "two dogs", "green soup in a bowl", "a house"]
   separated = [text.replace(" ", "\u2028") for text in texts]

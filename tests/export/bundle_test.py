@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax import CM3Leon, config
+from cm3leon_jax import CM3Leon, UserError
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.export import bundle
 from cm3leon_jax.run import bundles, initial
@@ -67,10 +67,10 @@ def test_a_refused_bundle_leaves_what_is_there(run, bundled, tmp_path):
   before = {path: path.read_bytes() for path in [*files(workdir), *files(folder)]}
   with one_device():
     params, step = reading.load_params(run / "train", SETTINGS.model)
-    with refused(config.UserError, str(workdir)):
+    with refused(UserError, str(workdir)):
       bundle.write(workdir, Run(workdir, SETTINGS), params, step)
     model = dataclasses.replace(SETTINGS.model, query_key_norm=True)
-    with refused(config.UserError, "query_key_norm"):
+    with refused(UserError, "query_key_norm"):
       bundle.write(folder, Run(workdir, dataclasses.replace(SETTINGS, model=model)), params, step)
   assert {path: path.read_bytes() for path in [*files(workdir), *files(folder)]} == before
 
@@ -82,7 +82,7 @@ def test_a_folder_with_files_of_others_is_refused_and_keeps_them(run, tmp_path):
   with one_device():
     params, step = reading.load_params(run / "train", SETTINGS.model)
     for folder, fact in ((tmp_path, "'documents'"), (kept, "is a file")):
-      with refused(config.UserError, fact):
+      with refused(UserError, fact):
         bundle.write(epath.Path(folder), Run(run, SETTINGS), params, step)
   assert kept.read_text() == "mine"
 
@@ -113,7 +113,7 @@ def test_it_has_no_bank_if_the_run_retrieves_too_many_documents(run, tmp_path, m
     bundle.write(tmp_path / "bundle", Run(run, SETTINGS), params, step)
     model = CM3Leon.load(tmp_path / "bundle", mesh=mesh)
   assert model.generate("a red bell", seed=1)[0].neighbors == ()
-  with pytest.raises(config.UserError, match="retrieve is 1, but there is no bank"):
+  with pytest.raises(UserError, match="retrieve is 1, but there is no bank"):
     model.generate("a red bell", retrieve=1)
 
 
@@ -173,7 +173,7 @@ def test_a_bundle_on_a_base_generates_what_a_whole_one_does(tuned, bundled, tmp_
   assert found.keys() == params.keys()
   assert step == 7
   assert initial.other_tokenizers(str(based), tuned) == []
-  with refused(config.UserError, "--base"):
+  with refused(UserError, "--base"):
     bundle.write(tmp_path / "third", Run(tuned, SETTINGS), {}, 7, base=str(based))
 
 
@@ -184,10 +184,10 @@ def test_another_base_than_the_one_named_is_refused(tuned, bundled, tmp_path):
     params, step = reading.load_params(tuned / "train", SETTINGS.model)
     bundle.write(based, Run(tuned, SETTINGS), params, step, base=str(base))
     bundle.write(base, Run(tuned, SETTINGS), params, step + 1)
-  with refused(config.UserError, str(based)):
+  with refused(UserError, str(based)):
     CM3Leon.load(based)
   shutil.rmtree(base)
-  with refused(config.UserError, str(based)):
+  with refused(UserError, str(based)):
     CM3Leon.load(based)
 
 
@@ -198,12 +198,12 @@ def test_a_file_of_another_content_is_refused_by_name(bundled, tmp_path, name):
   data = bytearray((changed / name).read_bytes())
   data[-1] ^= 1
   (changed / name).write_bytes(bytes(data))
-  with refused(config.UserError, name):
+  with refused(UserError, name):
     CM3Leon.load(changed)
-  with refused(config.UserError, name):
+  with refused(UserError, name):
     initial.find(SETTINGS, str(changed))
   (changed / name).unlink()
-  with refused(config.UserError, name):
+  with refused(UserError, name):
     bundles.read(changed)
 
 
