@@ -1,6 +1,5 @@
 import dataclasses
 import shutil
-import sys
 from unittest import mock
 
 import numpy as np
@@ -109,12 +108,3 @@ def test_a_training_that_ended_on_other_images_does_not_count(tmp_path, monkeypa
     f"config.vqgan.steps is now 90. To train it anew, delete {other} and "
     f"{other.parent / 'train'}.\n"
   )
-
-
-def test_no_board_is_opened_and_nothing_printed_without_tensorboard(tmp_path, monkeypatch, capsys):
-  (board,) = command._open_boards(tmp_path, True, 0)
-  # The writer thread of the board must finish before the module is removed.
-  board.close()
-  monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  assert command._open_boards(tmp_path, True, 0) == []
-  assert capsys.readouterr().out == ""
