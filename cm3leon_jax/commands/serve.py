@@ -123,7 +123,7 @@ def _serve(workdir: epath.Path, token: str, store: Callable[[], object]) -> None
     store=store,
   )
   print(
-    "compiling or loading the first programs; on a CPU this takes up to a minute.",
+    "compiling or loading the first programs; on a CPU this takes minutes at the first start.",
     file=sys.stderr,
     flush=True,
   )

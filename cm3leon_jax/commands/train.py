@@ -150,7 +150,7 @@ def _measure(settings: Settings, workdir: epath.Path, init_from: str, passed: fl
     )  # fmt: skip
     seconds = decoder.step_seconds(training, MEASURED_STEPS)
   passed += time.monotonic() - begun
-  pace.write(workdir, pace.Pace.of(settings.train.minutes, passed, seconds))
+  pace.write(workdir, pace.Pace.of(settings.train.minutes, passed, seconds, pace.after(settings)))
 
 
 def _print_losses(result: dict) -> None:

@@ -119,7 +119,7 @@ def test_measuring_a_step_decides_the_steps_and_keeps_nothing_else(root, monkeyp
   assert set(pathlib.Path(root).rglob("*")) - before == {pathlib.Path(root / pace.FILE)}
   found = pace.read(root)
   assert 300 < found.seconds_before < 360
-  assert found == pace.Pace.of(15.0, found.seconds_before, 0.5)
+  assert found == pace.Pace.of(15.0, found.seconds_before, 0.5, found.steps_after)
 
 
 @pytest.mark.slow

@@ -112,9 +112,9 @@ class WindowStarts:
       return  # The run was killed while it wrote the first line.
     if not text.startswith(self._header):
       raise UserError(
-        f"{self._path} was written for other rows: documents, neighbors or the code that plans "
-        "rows changed after that. Restore them to continue with the same rows, or delete the file "
-        "to continue with new rows, in which documents of this pass may be missing or repeated."
+        f"{self._path} was written for other rows: documents, neighbors (also by `cm3leon bank "
+        "remove`) or the code that plans rows changed after that. Delete the file to continue with "
+        "new rows, in which documents of this pass may be missing or repeated, or restore them."
       )
     lines = text[len(self._header) :].split("\n")
     incomplete = lines.pop()  # "" if the last line is complete.
