@@ -38,8 +38,6 @@ with epy.lazy_imports():
   import jax
 
   from cm3leon_jax.config import sampling as sampling_lib
-  from cm3leon_jax.data.documents import store
-  from cm3leon_jax.export import bundle
   from cm3leon_jax.generation import document_effects, explanation, lookalikes, prompt_file
   from cm3leon_jax.generation import heldout as heldout_lib
   from cm3leon_jax.generation import pipeline as pipeline_lib
@@ -299,15 +297,13 @@ def _check_documents(tasks: Sequence, columns: Sequence, bank: epath.Path | None
 
 
 def _warn_of_unknown_words(trained: run.Run, tasks: Sequence[tasks_lib.Task]) -> None:
-  """Prints the prompts for images without any word that a caption of a small bank has."""
-  bank = store.Bank(trained.bank / "documents", trained.settings.vocab) if trained.bank else ()
-  captions = [task.prompt for task in tasks if task.is_scored and task.prompt]
-  if not captions or not 0 < len(bank) <= bundle.MOST_DOCUMENTS:
+  """Prints the prompts for images without any word that a caption of the run has, if it counted."""
+  folder, config = trained.stages / "neighbors", trained.settings.retrieval
+  if not (folder / lexical.FILE).exists():
     return
-  segments = (segment for i in range(len(bank)) for segment in bank[i].segments)
-  texts = (trained.text.decode(one.tokens) for one in segments if not one.is_image)
-  known = {word for text in texts for word in lexical.words(text)}
-  if unknown := [prompt for prompt in captions if known.isdisjoint(lexical.words(prompt))]:
+  counted = lexical.load(folder, config.lexical_weight, config.lexical_width)
+  captions = [task.prompt for task in tasks if task.is_scored and task.prompt]
+  if unknown := [prompt for prompt in captions if not counted.knows(prompt)]:
     shown = "; ".join(printable(prompt) for prompt in dict.fromkeys(unknown))
     print(f"warning: no caption that the model learned has any word of: {shown}.", flush=True)
 

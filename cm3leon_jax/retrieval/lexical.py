@@ -98,6 +98,11 @@ class Lexical:
       row[:] = vector / np.linalg.norm(vector)
     return rows
 
+  def knows(self, text: str) -> bool:
+    """Returns whether a counted caption has a word of the text; True if none were counted."""
+    least_frequent = self.idf.max(initial=0.0)  # Of words that no caption has.
+    return not self.weight or any(self.idf[bucket(w)] < least_frequent for w in words(text))
+
   def join(self, embeddings: np.ndarray, texts: Sequence[str] | None = None) -> np.ndarray:
     """Appends lexical parts to CLIP embeddings. The results have norm 1.
 

@@ -242,11 +242,11 @@ def test_images_of_a_file_of_prompts_are_in_its_folder(run, workdir, image_file,
 
 def test_prompts_without_a_known_word_are_named(capsys):
   trained = Run.open("scenes")
-  asked = [TextToImage(prompt) for prompt in ("zxqv кот", "a qwfp bell", "🐱", "zorgle blix")]
+  asked = [TextToImage(prompt) for prompt in ("zxqv кот", "a qwfp bell", "🐱")]
   generate._warn_of_unknown_words(trained, [*asked, Question(prompt="what?", image="a.png")])
   printed = capsys.readouterr().out
   assert printed.startswith("warning: ")
-  assert printed.endswith(": zxqv кот; 🐱; zorgle blix.\n")
+  assert printed.endswith(": zxqv кот; 🐱.\n")
   generate._warn_of_unknown_words(trained, asked[1:2])
   assert not capsys.readouterr().out
 
