@@ -37,15 +37,11 @@ class Sampled(Exception):
 
 
 @pytest.mark.parametrize(
-  ("command", "call", "others"),
-  [
-    (generate, "cm3leon_jax.run.run.Run.open", {}),
-    (evaluate, "cm3leon_jax.commands.evaluate_protocol.run_all", {"protocol": "own.yaml"}),
-  ],
+  ("command", "others"), [(generate, {}), (evaluate, {"protocol": "own.yaml"})]
 )
-def test_a_command_samples_with_the_flags(command, call, others, tmp_path):
+def test_a_command_samples_with_the_flags(command, others, tmp_path):
   with (
-    mock.patch(call, side_effect=Sampled) as reached,
+    mock.patch("cm3leon_jax.run.run.Run.open", side_effect=Sampled) as reached,
     flagsaver.flagsaver(temperature=0.5, **others),
     pytest.raises(Sampled),
   ):
