@@ -89,7 +89,7 @@ def test_a_run_with_minutes_takes_the_steps_that_fit(started, tmp_path, capsys, 
 
   def measure(self, command, flags, show):
     if any(flag.startswith("--measure_after=") for flag in flags):
-      pace.write(folder, pace.Pace(15.0, 200.0, 0.25, 1_200))
+      pace.write(folder, pace.Pace(15.0, 200.0, 0.25, 380, 1_200))
     plain(self, command, flags, show)
 
   monkeypatch.setattr(stage_process.StageProcesses, "run", measure)
@@ -116,7 +116,7 @@ def test_the_time_of_finished_stages_counts_after_a_new_start(started, tmp_path,
     for flag in flags:
       if flag.startswith("--measure_after="):
         after.append(float(flag.partition("=")[2]))
-        pace.write(folder, pace.Pace(15.0, 300.0, 0.25, 1_200))
+        pace.write(folder, pace.Pace(15.0, 300.0, 0.25, 380, 1_200))
 
   monkeypatch.setattr(stage_process.StageProcesses, "run", measure)
   run.main(settings_of(SCENES, **{"train.minutes": 15.0}), folder, "", False, {}, fits=True)
