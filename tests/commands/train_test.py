@@ -15,6 +15,7 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.run import pace
 from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.training import decoder
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.saves import upkeep
 from cm3leon_jax.weights import reading
@@ -113,7 +114,7 @@ def short_config(**train_fields):
 
 
 def test_measuring_a_step_decides_the_steps_and_keeps_nothing_else(root, monkeypatch):
-  monkeypatch.setattr(train.decoder, "step_seconds", lambda training, count: 0.5)
+  monkeypatch.setattr(decoder, "step_seconds", lambda training, count: 0.5)
   before = set(pathlib.Path(root).rglob("*"))
   train._measure(settings_from_config(short_config(minutes=15.0)), root, "", 300.0)
   assert set(pathlib.Path(root).rglob("*")) - before == {pathlib.Path(root / pace.FILE)}
