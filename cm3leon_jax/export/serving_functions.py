@@ -23,9 +23,8 @@ from cm3leon_jax.decoding import loop as loop_lib
 from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding.batch import BUCKET, Padded, Prompts
 from cm3leon_jax.decoding.control import Control
-from cm3leon_jax.decoding.grammar import CODES, Grammar, Part, Plan, plan_array
-from cm3leon_jax.decoding.loop import LoopState, Static
-from cm3leon_jax.decoding.params import DecodeParams
+from cm3leon_jax.decoding.grammar import CODES, Grammar, Part, plan_array
+from cm3leon_jax.decoding.loop import Static
 from cm3leon_jax.decoding.sampling.guidance import scheduled
 from cm3leon_jax.decoding.sampling.rows import Sampler, SamplingValues
 from cm3leon_jax.tokenizers import vqgan
@@ -102,28 +101,14 @@ class Functions:
   image_tokenizer: ImageTokenizer
   weights: dict
 
-  @property
-  def image_tokens(self) -> int:
-    """I, the number of tokens per image."""
-    return self.image_tokenizer.config.image_tokens
-
   def _static(self, widths: tuple = (), capacities: tuple = ()) -> Static:
     sampler = Sampler.of(dataclasses.replace(self.sampling, method="top_p"))
-    grammar = Grammar(self.vocab, self.image_tokens)
-    return Static(self.model, grammar, sampler, "compute", widths, self.image_tokens, capacities)
+    codes = self.image_tokenizer.config.image_tokens
+    grammar = Grammar(self.vocab, codes)
+    return Static(self.model, grammar, sampler, "compute", widths, codes, capacities)
 
-  def _decoder(self, weights: Named) -> DecodeParams:
-    return filled(self.weights, weights)["decoder"]
-
-  def _control(
-    self, plan: Plan, seeds: Seeds, guidance: Float32[Array, "b I+1 S"], settings: Named
-  ) -> Control:
-    values = {**SamplingValues.of(self.sampling)._asdict(), **settings}
-    off = jnp.zeros_like(seeds, bool)
-    return Control(plan, guidance, seeds, off, SamplingValues(**values))
-
-  def _prefill(self, weights: Named, streams: list[Tokens], plan: Plan, capacity: int) -> LoopState:
-    """Computes the cache for the prompts of S streams, longest stream first. See `loop.prefill`."""
+  def _prompts(self, streams: list[Tokens]) -> Prompts:
+    """Collects the prompts of S streams, longest stream first."""
     widths = [x.shape[1] for x in streams]
     wide = [jnp.pad(x, ((0, 0), (widths[0] - x.shape[1], 0))) for x in streams]  # <pad> is 0.
     rows = jnp.reshape(jnp.stack(wide, axis=1), (-1, widths[0]))
@@ -136,7 +121,7 @@ class Functions:
     # Therefore the tokens are shifted by one here.
     before = ((0, 0), (1, 0))
     read = jnp.pad(rows[:, :-1], before)
-    prompts = Prompts(
+    return Prompts(
       prefixes=None,
       rests=Padded(read, read != self.vocab.pad, jnp.pad(positions[:, :-2], before)),
       prefix_of=jnp.zeros_like(rows[:, 0]),
@@ -145,8 +130,6 @@ class Functions:
       last_positions=positions[:, -2],
       next_positions=positions[:, -1],
     )
-    static = self._static(tuple(widths), (capacity,))
-    return loop_lib.prefill(self._decoder(weights).model, prompts, plan, static)
 
   def generate_image(
     self,
@@ -171,16 +154,19 @@ class Functions:
       images, uint8 [b, H, W, 3]; tokens, int32 [b, I]; and log_probs, fp32 [b, I], of the tokens in
       the guided distribution before temperature and filters.
     """
-    codes, count = self.image_tokens, prompts.shape[0]
+    codes, count = self.image_tokenizer.config.image_tokens, prompts.shape[0]
     plan = jnp.broadcast_to(plan_array([[Part(CODES, codes)]]), (count, 2, 3))
     share = scheduled(2.0, self.sampling.guidance_schedule, codes) - 1
     share = jnp.asarray(np.append(share, share[-1:])[None], jnp.float32)
     alpha = guidance[:, None] * share + (1 - share)
-    weights_of_streams = jnp.stack([alpha, 1 - alpha], axis=2)
-    control = self._control(plan, seeds, weights_of_streams, settings)
+    values = SamplingValues(**SamplingValues.of(self.sampling)._asdict() | settings)
+    off = jnp.zeros_like(seeds, bool)
+    control = Control(plan, jnp.stack([alpha, 1 - alpha], axis=2), seeds, off, values)
     capacities = compile_lib.cache_capacities(BUCKET, codes)
-    loop = self._prefill(weights, [prompts, unconditional], plan, capacities[0])
-    decoder = self._decoder(weights)
+    static = self._static((prompts.shape[1], unconditional.shape[1]), capacities[:1])
+    read = self._prompts([prompts, unconditional])
+    decoder = filled(self.weights, weights)["decoder"]
+    loop = loop_lib.prefill(decoder.model, read, plan, static)
     for capacity, larger in itertools.zip_longest(capacities, capacities[1:]):
       loop = loop_lib.decode_steps(decoder, control, loop, static=self._static(), steps=codes)
       if larger:

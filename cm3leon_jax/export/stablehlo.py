@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.decoding.cache import Size
 from cm3leon_jax.decoding.params import prepare, prepare_layer
 from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.export.serving_functions import IMAGE_SETTINGS, Functions, Named, named
@@ -46,54 +45,42 @@ BLOCKS = "blocks."
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
-  """Writes a run for `jax.export`. Artifacts compute in the dtype of the weights. See `export`."""
-  settings = dataclasses.replace(
-    run.settings, model=run.settings.model.computing_in(run.choice.dtype)
-  )
-  texts = run.text_tokenizer
-  weight_dtype = run.choice.quantize or "compute"
-  return export(folder, run.params, settings, run.trained.images, texts, weight_dtype)
+  """Writes a run for `jax.export`: artifacts, weights, text tokenizer, a loader and an example.
 
-
-def export(
-  folder: epath.PathLike,
-  params: StoredParams,
-  settings: Settings,
-  image_tokenizer: ImageTokenizer,
-  text_tokenizer_folder: epath.PathLike,
-  weight_dtype: str = "compute",
-) -> dict:
-  """Writes the artifacts, their weights, the text tokenizer, a loader and an example.
-
-  Args:
-    folder: folder of the export. An earlier export is replaced, and its manifest is deleted first.
-    params: parameters of the decoder, of which only one layer at a time is in memory.
-    settings: settings of the run: `model` (its dtype is also the dtype of the weights), `vocab`,
-      `sampling`.
-    weight_dtype: `compute`, or `int8` for the matrices of the decoder's blocks.
+  Artifacts compute in the dtype of the weights, and one layer of the decoder at a time is in
+  memory. An earlier export in the folder is replaced, and its manifest is deleted first.
 
   Returns:
     {"parameters", "bytes", "artifacts": name -> bytes}.
   """
-  folder = epath.Path(folder)
+  folder, params, images = epath.Path(folder), run.params, run.trained.images
+  model = run.settings.model.computing_in(run.choice.dtype)
+  settings = dataclasses.replace(run.settings, model=model)
+  weight_dtype = run.choice.quantize or "compute"
   folder.mkdir(parents=True, exist_ok=True)
   (folder / MANIFEST).unlink(missing_ok=True)  # An export without manifest is unfinished.
   tensor_files.remove(folder)
   with unsplit():
-    types = weight_types(params, settings, image_tokenizer, weight_dtype)
-    functions = Functions(settings.model, settings.vocab, settings.sampling, image_tokenizer, types)
+    types = weight_types(params, settings, images, weight_dtype)
+    functions = Functions(settings.model, settings.vocab, settings.sampling, images, types)
     artifacts = _write_artifacts(folder, functions)
-    tensors = weight_tensors(params, settings, image_tokenizer, weight_dtype)
+    tensors = weight_tensors(types, params, settings, images, weight_dtype)
     weights = tensor_files.write(folder, tensors)
-  here = epath.Path(str(importlib.resources.files(__package__)))
-  for source in (
-    epath.Path(text_tokenizer_folder) / TOKENIZER,
-    *(here / "served" / x for x in SERVED),
-  ):
+  served = epath.Path(str(importlib.resources.files(__package__))) / "served"
+  for source in (epath.Path(run.text_tokenizer) / TOKENIZER, *(served / name for name in SERVED)):
     (folder / source.name).write_text(source.read_text())
   files = [*weights, TOKENIZER, *SERVED, *(f"{name}.stablehlo" for name in artifacts)]
+  vocab, sampling = settings.vocab, settings.sampling
+  special = {name: getattr(vocab, name) for name in ("pad", "eos", "unk", "brk", "eoss")}
   manifest = {
-    **_about(settings, image_tokenizer),
+    "cm3leon_jax": VERSION,
+    "jax": jax.__version__,
+    "vocab": {**dataclasses.asdict(vocab), **special, "mask_0": vocab.mask(0)},
+    "image_tokens": images.config.image_tokens,
+    "resolution": images.config.resolution,
+    "positions": settings.data.sequence_length,
+    "sampling": {name: getattr(sampling, name) for name in ("guidance", *IMAGE_SETTINGS)},
+    "guidance_schedule": sampling.guidance_schedule,
     "artifacts": artifacts,
     "weights": {name: _array(x) for name, x in named(types).items()},
     "digests": {name: digest(folder / name) for name in files},
@@ -116,7 +103,15 @@ def _write_artifacts(folder: epath.Path, functions: Functions) -> dict[str, dict
       path = folder / f"{name}.stablehlo"
       with replacing(path) as file:
         file.write(artifact.serialize())
-      artifacts[name] = {"bytes": path.stat().length, **_described(artifact)}
+      _, types = jax.tree.unflatten(artifact.in_tree, artifact.in_avals)
+      results = jax.tree.unflatten(artifact.out_tree, artifact.out_avals)
+      artifacts[name] = {
+        "bytes": path.stat().length,
+        "calling_convention": artifact.calling_convention_version,
+        "platforms": list(artifact.platforms),
+        "arguments": jax.tree.map(_array, types),
+        "results": jax.tree.map(_array, results),
+      }
   return artifacts
 
 
@@ -136,15 +131,14 @@ def weight_types(
 
 
 def weight_tensors(
-  params: StoredParams, settings: Settings, image_tokenizer: ImageTokenizer, weight_dtype: str
+  types: dict,
+  params: StoredParams,
+  settings: Settings,
+  image_tokenizer: ImageTokenizer,
+  weight_dtype: str,
 ) -> list[Tensor]:
   """Lists the weights of `weight_types`. `prepare` is applied to each only when it is written."""
-  config, vocab = settings.model, settings.vocab
-  types = weight_types(params, settings, image_tokenizer, weight_dtype)
-  table = "embed" if config.traits.tied else "head"
-
-  def head() -> np.ndarray:
-    return np.roll(params.read(table), vocab.image_size, axis=0).T
+  config, images = settings.model, named(image_tokenizer.params)
 
   @functools.lru_cache(maxsize=1)
   def layer(i: int) -> Named:
@@ -154,41 +148,40 @@ def weight_tensors(
     arrays = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(flat, sep="."))
     return named(prepare_layer(arrays, weight_dtype))
 
-  def of_layer(i: int, name: str) -> np.ndarray:
-    return np.asarray(layer(i)[name])
+  def array(name: str) -> np.ndarray:
+    part, _, rest = name.partition(".")
+    if part == "image_tokenizer":
+      return np.asarray(images[rest])
+    if rest in ("head", "image_head"):
+      table = params.read("embed" if config.traits.tied else "head")
+      head = np.roll(table, settings.vocab.image_size, axis=0).T
+      return head if rest == "head" else head[:, : settings.vocab.image_size]
+    rest = rest.removeprefix("model.")
+    if not rest.startswith(BLOCKS):
+      return params.read(rest)
+    number, _, rest = rest.removeprefix(BLOCKS).partition(".")
+    return np.asarray(layer(int(number))[rest])
 
-  decoder = {"head": head, "image_head": lambda: head()[:, : vocab.image_size]}
-  for name in named(types["decoder"].model):
-    make = functools.partial(params.read, name)
-    if name.startswith(BLOCKS):
-      number, _, rest = name.removeprefix(BLOCKS).partition(".")
-      make = functools.partial(of_layer, int(number), rest)
-    decoder[f"model.{name}"] = make
-  makers = {f"decoder.{name}": make for name, make in decoder.items()}
-  for name, x in named(image_tokenizer.params).items():
-    makers[f"image_tokenizer.{name}"] = functools.partial(np.asarray, x)
-  return [Tensor(name, x.shape, str(x.dtype), makers[name]) for name, x in named(types).items()]
+  return [
+    Tensor(name, x.shape, str(x.dtype), functools.partial(array, name))
+    for name, x in named(types).items()
+  ]
 
 
 def calls(functions: Functions) -> Iterator[tuple[str, Callable, dict]]:
   """Yields each artifact's name, function, and types of the arguments that follow the weights."""
-
-  def ids(*shape: Size) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, np.int32)
-
+  array, config = jax.ShapeDtypeStruct, functions.image_tokenizer.config
   b, p, u = jax.export.symbolic_shape("b, p, u", constraints=["u <= p"])
-  kinds = {"seeds": np.uint32, "top_k": np.int32}
-  settings = {
-    name: jax.ShapeDtypeStruct((b,), kinds.get(name, np.float32))
-    for name in ("seeds", "guidance", *IMAGE_SETTINGS)
-  }
-  prompts = {"prompts": ids(b, p), "unconditional": ids(b, u)}
-  yield "generate_image", functions.generate_image, {**prompts, **settings}
+  kinds = dict.fromkeys(("guidance", *IMAGE_SETTINGS), np.float32)
+  kinds |= {"seeds": np.uint32, "top_k": np.int32}
+  prompts = {"prompts": array((b, p), np.int32), "unconditional": array((b, u), np.int32)}
+  settings = {name: array((b,), kind) for name, kind in kinds.items()}
+  yield "generate_image", functions.generate_image, prompts | settings
   (b,) = jax.export.symbolic_shape("b")
-  side = functions.image_tokenizer.config.resolution
-  images = jax.ShapeDtypeStruct((b, side, side, 3), np.uint8)
+  images = array((b, config.resolution, config.resolution, 3), np.uint8)
   yield "encode_image", functions.encode_image, {"images": images}
-  yield "decode_image", functions.decode_image, {"tokens": ids(b, functions.image_tokens)}
+  tokens = array((b, config.image_tokens), np.int32)
+  yield "decode_image", functions.decode_image, {"tokens": tokens}
 
 
 @contextlib.contextmanager
@@ -207,32 +200,3 @@ def _array(x: Any) -> dict:
   """Describes an array or its type. A symbolic size becomes a string, as in ["b", "p + g"]."""
   sizes = [n if isinstance(n, int) else str(n) for n in x.shape]
   return {"dtype": str(x.dtype), "shape": sizes}
-
-
-def _described(artifact: jax.export.Exported) -> dict:
-  """Describes an artifact's calling convention, arguments after the weights, and results."""
-  _, arguments = jax.tree.unflatten(artifact.in_tree, artifact.in_avals)
-  results = jax.tree.unflatten(artifact.out_tree, artifact.out_avals)
-  return {
-    "calling_convention": artifact.calling_convention_version,
-    "platforms": list(artifact.platforms),
-    "arguments": jax.tree.map(_array, arguments),
-    "results": jax.tree.map(_array, results),
-  }
-
-
-def _about(settings: Settings, image_tokenizer: ImageTokenizer) -> dict:
-  """Returns package versions, and what prompts need: vocabulary, sizes and sampling defaults."""
-  vocab, sampling = settings.vocab, settings.sampling
-  special = {name: getattr(vocab, name) for name in ("pad", "eos", "unk", "brk", "eoss")}
-  names = ("guidance", *IMAGE_SETTINGS)
-  return {
-    "cm3leon_jax": VERSION,
-    "jax": jax.__version__,
-    "vocab": {**dataclasses.asdict(vocab), **special, "mask_0": vocab.mask(0)},
-    "image_tokens": image_tokenizer.config.image_tokens,
-    "resolution": image_tokenizer.config.resolution,
-    "positions": settings.data.sequence_length,
-    "sampling": {name: getattr(sampling, name) for name in names},
-    "guidance_schedule": sampling.guidance_schedule,
-  }

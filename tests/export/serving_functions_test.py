@@ -48,7 +48,8 @@ def test_weights_are_those_that_the_generator_prepares(run, fields, weight_dtype
   prepared.model.pop("head", None)
   expected = named({"decoder": prepared, "image_tokenizer": tokenizer.params})
   with unsplit():
-    tensors = stablehlo.weight_tensors(stored.of_tree(tree), changed, tokenizer, weight_dtype)
+    arguments = (stored.of_tree(tree), changed, tokenizer, weight_dtype)
+    tensors = stablehlo.weight_tensors(stablehlo.weight_types(*arguments), *arguments)
   assert [x.name for x in tensors] == list(expected)
   for tensor in tensors:
     found, wanted = tensor.make(), np.asarray(expected[tensor.name])
@@ -72,7 +73,8 @@ def test_aligned_int8_decoders_with_neighbors_draw_as_the_generator(run):
     arguments = (stored.of_tree(tree), changed, tokenizer, "int8")
     types = stablehlo.weight_types(*arguments)
     functions = Functions(model, VOCAB, sampling, tokenizer, types)
-    weights = {x.name: jnp.asarray(x.make(), x.dtype) for x in stablehlo.weight_tensors(*arguments)}
+    tensors = stablehlo.weight_tensors(types, *arguments)
+    weights = {x.name: jnp.asarray(x.make(), x.dtype) for x in tensors}
     prompts, unconditional = (
       np.pad(stream, (32 - len(stream), 0)).astype(np.int32)[None] for stream in requests[0].streams
     )

@@ -1,72 +1,37 @@
 """Checks and loads the artifacts, weights and text tokenizer in this folder.
 
-This module needs jax and flatbuffers, and tokenizers for text. Functions raise `Refused` for
-invalid files and arguments.
+Needs jax and flatbuffers, and tokenizers for text. Functions raise `Refused` for damaged files and
+invalid arguments.
 """
 
-import argparse
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
+from collections.abc import Callable, Sequence
 import functools
 import hashlib
-import importlib
 import json
 import pathlib
 import struct
-import sys
 from typing import TYPE_CHECKING, Any
 import zlib
+
+import jax
+from jax import export
+import numpy as np
 
 if TYPE_CHECKING:
   from tokenizers import Tokenizer
 
 HERE = pathlib.Path(__file__).resolve().parent
-SEEDS = 2**32
+ABOUT: dict[str, Any] = json.loads((HERE / "manifest.json").read_bytes())
+VOCAB = ABOUT["vocab"]
 
 
 class Refused(Exception):
   """Error for an invalid file or argument. The message says in one sentence what is valid."""
 
 
-@contextlib.contextmanager
-def reporting() -> Iterator[None]:
-  """If the body raises Refused, prints its sentence and ends the process with exit code 2."""
-  try:
-    yield
-  except (Refused, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _bytes(name: str) -> bytes:
-  if not (HERE / name).is_file():
-    raise Refused(f"{HERE} has no {name}: copy the whole folder of the export again.")
-  return (HERE / name).read_bytes()
-
-
-def _manifest() -> dict[str, Any]:
-  try:
-    return json.loads(_bytes("manifest.json"))
-  except ValueError as error:
-    raise Refused(f"{HERE / 'manifest.json'} is damaged ({error}): copy it again.") from error
-
-
-with reporting():
-  ABOUT = _manifest()
-  try:
-    import jax
-    from jax import export
-    import numpy as np
-
-    importlib.import_module("flatbuffers")  # jax.export requires it to read artifacts.
-  except ImportError as _error:
-    raise Refused(f"{_error}: `pip install jax flatbuffers tokenizers`.") from _error
-VOCAB = ABOUT["vocab"]
-
-
 def read(name: str) -> bytes:
   """Reads a file; raises Refused if the file has changed since the export."""
-  data = _bytes(name)
+  data = (HERE / name).read_bytes()
   if hashlib.sha256(data).hexdigest() != ABOUT["digests"][name]:
     raise Refused(f"{HERE / name} is not the file that was exported: copy the folder again.")
   return data
@@ -79,49 +44,36 @@ def load(name: str) -> Callable[..., Any]:
   Raises Refused if the file has changed, or if the installed jax does not support its version.
   """
   data = read(f"{name}.stablehlo")
-  oldest = export.minimum_supported_calling_convention_version
-  newest = export.maximum_supported_calling_convention_version
-  version = ABOUT["artifacts"][name]["calling_convention"]
-  other = f"install jax {ABOUT['jax']}, or export again."
-  if not oldest <= version <= newest:
-    raise Refused(
-      f"{name} has calling convention {version}, but jax {jax.__version__} runs {oldest} to "
-      f"{newest}: {other}"
-    )
   try:
     artifact = export.deserialize(bytearray(data))
     artifact.mlir_module()  # Parses the program, whose format has its own version.
   except Exception as error:  # The digest matches, so the version is not supported.
-    reason = " ".join(str(error).split())
-    raise Refused(f"jax {jax.__version__} cannot read {name} ({reason}): {other}") from error
+    raise Refused(
+      f"jax {jax.__version__} cannot read {name} ({' '.join(str(error).split())}): install jax "
+      f"{ABOUT['jax']}, or export again."
+    ) from error
   return jax.jit(artifact.call)
 
 
 def load_weights() -> dict[str, jax.Array]:
   """Maps the names of the weights to arrays on the default device."""
   weights = {}
-  for file in ABOUT["digests"]:
-    if file.endswith(".safetensors"):  # The file: header size, JSON header, arrays.
-      data = read(file)
-      start = 8 + int.from_bytes(data[:8], "little")
-      for name, place in json.loads(data[8:start]).items():
-        if name in ABOUT["weights"]:
-          dtype = jax.numpy.dtype(ABOUT["weights"][name]["dtype"])
-          begin, end = (start + n for n in place["data_offsets"])
-          array = np.frombuffer(memoryview(data)[begin:end], dtype).reshape(place["shape"])
-          weights[name] = jax.device_put(array)
+  for file in (name for name in ABOUT["digests"] if name.endswith(".safetensors")):
+    data = read(file)  # Consists of the header size, the JSON header and the arrays.
+    start = 8 + int.from_bytes(data[:8], "little")
+    places = json.loads(data[8:start])
+    for name in places.keys() & ABOUT["weights"].keys():
+      dtype = jax.numpy.dtype(ABOUT["weights"][name]["dtype"])
+      begin, end = (start + n for n in places[name]["data_offsets"])
+      array = np.frombuffer(memoryview(data)[begin:end], dtype).reshape(places[name]["shape"])
+      weights[name] = jax.device_put(array)
   return weights
 
 
 def load_tokenizer() -> "Tokenizer":
-  """Returns the text tokenizer.
+  """Returns the text tokenizer."""
+  from tokenizers import Tokenizer
 
-  Raises Refused if the package tokenizers is not installed.
-  """
-  try:
-    from tokenizers import Tokenizer
-  except ImportError as error:
-    raise Refused("text needs tokenizers: `pip install tokenizers`, or use --ids.") from error
   tokenizer = Tokenizer.from_str(read("tokenizer.json").decode())
   tokenizer.encode_special_tokens = True  # "</s>" in a caption is ordinary text.
   return tokenizer
@@ -146,39 +98,14 @@ def padded(prompts: Sequence[Sequence[int]], following: int) -> np.ndarray:
   return np.array([[VOCAB["pad"]] * (width - len(p)) + list(p) for p in prompts], np.int32)
 
 
-def settings(
-  artifact: str, seeds: Sequence[int], **given: float | np.ndarray
-) -> dict[str, np.ndarray]:
+def settings(artifact: str, seeds: Sequence[int], **given: Any) -> dict[str, np.ndarray]:
   """Returns the seeds and sampling settings of an artifact, each with one value per sample.
 
-  Settings that are not in `given` get the model's defaults. Raises Refused for an unknown name.
+  Settings that are not in `given` get the model's defaults.
   """
   arrays = ABOUT["artifacts"][artifact]["arguments"]
-  values = {name: x for name, x in ABOUT["sampling"].items() if name in arrays}
-  for name in set(given) - set(values):
-    raise Refused(f"{artifact} has no setting {name!r}; its settings are {', '.join(values)}.")
-  values = {k: np.full(len(seeds), x, arrays[k]["dtype"]) for k, x in (values | given).items()}
-  return values | ({"seeds": np.array(seeds, np.uint32)} if "seeds" in arrays else {})
-
-
-def request(description: str) -> tuple[list[int], int]:
-  """Returns the caption's token ids and the seed of the command line.
-
-  Prints one sentence and exits with code 2 if the command line is invalid.
-  """
-  parser = argparse.ArgumentParser(description=description)
-  parser.add_argument("caption", help="text; with --ids, token ids such as '100 101'")
-  parser.add_argument("--seed", type=int, default=0, help="0 to 2^32 - 1; default 0")
-  parser.add_argument("--ids", action="store_true", help="read ids, without tokenizers")
-  flags = parser.parse_args()
-  if not 0 <= flags.seed < SEEDS:
-    parser.error(f"--seed is {flags.seed}; it must be 0 to {SEEDS - 1}.")
-  if not flags.ids:
-    return load_tokenizer().encode(flags.caption, add_special_tokens=False).ids, flags.seed
-  try:
-    return [int(i) for i in flags.caption.split()], flags.seed
-  except ValueError:
-    parser.error(f"with --ids the caption must be ids such as '100 101', not {flags.caption!r}.")
+  values = {**ABOUT["sampling"], **given, "seeds": seeds}
+  return {name: np.full(len(seeds), x, arrays[name]["dtype"]) for name, x in values.items()}
 
 
 def png(file: str, image: np.ndarray) -> None:

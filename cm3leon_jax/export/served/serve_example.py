@@ -4,7 +4,10 @@ pip install jax flatbuffers tokenizers
 python serve_example.py "a green bell left of a blue key" --seed=5
 """
 
-from artifacts import ABOUT, VOCAB, load, load_weights, padded, png, reporting, request, settings
+import argparse
+
+from artifacts import ABOUT, VOCAB, Refused, load, load_tokenizer, load_weights, padded, png
+from artifacts import settings
 import numpy as np
 
 EOS, BREAK, MASK, CODES = VOCAB["eos"], VOCAB["brk"], VOCAB["mask_0"], ABOUT["image_tokens"]
@@ -20,8 +23,18 @@ def draw(weights: dict, captions: list, seeds: list, **own: float) -> tuple:
 
 
 if __name__ == "__main__":
-  with reporting():  # An invalid request prints one sentence and exits with code 2.
-    caption, seed = request((__doc__ or "").partition("\n")[0])
-    images, _ = draw(load_weights(), [caption], [seed])
-    png("image.png", images[0])
-    print("image.png")
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("caption", help="text; with --ids, token ids such as '100 101'")
+  parser.add_argument("--seed", type=int, default=0, help="0 to 2^32 - 1; default 0")
+  parser.add_argument("--ids", action="store_true", help="read ids, without tokenizers")
+  flags = parser.parse_args()
+  try:
+    if flags.ids:
+      ids = [int(i) for i in flags.caption.split()]
+    else:
+      ids = load_tokenizer().encode(flags.caption, add_special_tokens=False).ids
+    images, _ = draw(load_weights(), [ids], [flags.seed])
+  except (Refused, ImportError, OSError, OverflowError, ValueError) as error:
+    parser.error(str(error))
+  png("image.png", images[0])
+  print("image.png")
