@@ -153,6 +153,7 @@ def main(
       settings,
       folder=folder,
       objective=objective,
+      take_step=objective.take_step,
       heldout=heldout,
       initial_params=functools.partial(run_lib.load_start, start, settings),
       evaluate_start=True,

@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -120,11 +121,10 @@ class Rollouts:
       top_p=1.0,
     )
 
-  def begin(self, steps: Any, next_row: int, rows: int, sharding: Any) -> tuple[Callable, Iterator]:
-    """Returns the function `take_step(state, numbers)` and an iterator over its `numbers`."""
-    del steps, sharding  # Only the cross-entropy objective uses them.
+  @functools.cached_property
+  def _update(self) -> Callable:
     settings = self.settings
-    update = grpo.compile_step(
+    return grpo.compile_step(
       settings.model,
       settings.optimizer,
       settings.reinforce,
@@ -132,14 +132,17 @@ class Rollouts:
       settings.vocab.text_size,
     )
 
-    def take_step(state: TrainState, numbers: range) -> tuple[TrainState, dict[str, Any]]:
-      rollout, scores = self.draw(state.params, numbers)
-      state, metrics = update(state, self.reference, grpo.place(rollout))
-      return state, {**metrics, **scores}
+  def take_step(self, state: TrainState, numbers: range) -> tuple[TrainState, dict[str, Any]]:
+    """Trains on samples for the prompts with these numbers."""
+    rollout, scores = self.draw(state.params, numbers)
+    state, metrics = self._update(state, self.reference, grpo.place(rollout))
+    return state, {**metrics, **scores}
 
-    rounds, group = settings.reinforce.rounds, settings.reinforce.samples
+  def batches(self, next_row: int, rows: int) -> Iterator[range]:
+    """Yields the numbers of the prompts of each step; see `training.objective.Objective`."""
+    rounds, group = self.settings.reinforce.rounds, self.settings.reinforce.samples
     first, each = next_row // group * rounds, rows // group * rounds
-    return take_step, (range(n, n + each) for n in itertools.count(first, each))
+    return (range(n, n + each) for n in itertools.count(first, each))
 
   def explain(self, rows: range) -> str:
     """Names the prompts of the skipped steps; see `training.objective.Objective`."""

@@ -28,32 +28,15 @@ from cm3leon_jax.stages import table as stage_table
 MAX_PROMPTS = 16
 MAX_RECONSTRUCTIONS = 16
 MAX_GRIDS = 8
-# Command -> required flags other than --config and --workdir.
-MORE_FLAGS = {
-  "import_vqgan": " --source=WEIGHTS",
-  "import_weights": " --source=WEIGHTS",
-}
-
-# Placeholder colors, which `to_svg` replaces by the light or dark colors of the page.
-INK, IMAGE, TEXT, FAINT = "#010203", "#040506", "#070809", "#0a0b0c"
-CSS_COLORS = {
-  INK: "currentColor",
-  IMAGE: "var(--image)",
-  TEXT: "var(--text-series)",
-  FAINT: "var(--rule)",
-}
+INK, IMAGE, TEXT = "#80868c", "#3d8fae", "#c8743f"  # Readable on light and on dark pages.
 STYLE: dict[Any, Any] = {
   "svg.fonttype": "none",
   "svg.hashsalt": "cm3leon_jax",
-  "font.family": "sans-serif",
   "font.size": 10,
   **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-  "axes.edgecolor": FAINT,
-  "axes.spines.top": False,
-  "axes.spines.right": False,
+  "axes.edgecolor": INK,
   "axes.grid": True,
-  "grid.color": FAINT,
-  "grid.linewidth": 0.6,
+  "grid.alpha": 0.3,
 }
 
 
@@ -75,17 +58,11 @@ def _data_uri(png: bytes) -> str:
 
 
 def to_svg(figure: Figure) -> str:
-  """Renders a figure as inline SVG in the font and colors of the page."""
+  """Renders a figure as inline SVG as wide as the page."""
   buffer = io.StringIO()
-  figure.savefig(
-    buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
-  )
-  _, tag, content = re.split(r"(<svg[^>]*>)", buffer.getvalue(), maxsplit=1)
-  svg = re.sub(r" (width|height)=\"[^\"]*\"", "", tag) + content
-  svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-  for color, css in CSS_COLORS.items():
-    svg = svg.replace(color, css)
-  return svg
+  figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+  svg = buffer.getvalue()
+  return re.sub(r" (width|height)=\"[^\"]*\"", "", svg[svg.index("<svg") :], count=2)
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -116,34 +93,10 @@ def loss_figure(metrics: list[dict]) -> str | None:
       held = np.array([line[f"heldout_{name}_loss"] for line in heldout]) / np.log(2)
       at = [line["step"] for line in heldout]
       axis.plot(at, held, "o", color=INK, markersize=4, label="held out")
-      for i, restart in enumerate(summary_lib.restarts(metrics)):
-        dashes = {"linestyle": (0, (4, 3)), "label": "restart" if i == 0 else None}
-        axis.axvline(restart["after_step"] + 0.5, color=INK, linewidth=0.9, **dashes)
       first = held[:1] if at[:1] == [0] else []  # Held-out loss before tuning, the highest of all.
       top = 1.05 * max(float(np.percentile(y, 99.5)), *first, 0.0)
       axis.set(title=title, xlabel="step", ylabel="bits per target", ylim=(0, top))
       axis.legend(frameon=False, fontsize=9)
-    return to_svg(figure)
-
-
-def bits_figure(evaluation: dict) -> str | None:
-  """Plots bits per image code and text token with true, shuffled and no neighbors."""
-  rows = ("true", "shuffled", "none")
-  if not all(name in evaluation for name in ("image", "text")):
-    return None
-  with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
-    figure = Figure(figsize=(9, 1.7), layout="constrained")
-    panels = (("image", "Bits per image code", IMAGE), ("text", "Bits per text token", TEXT))
-    for axis, (name, title, color) in zip(figure.subplots(1, 2), panels):
-      for place, row in enumerate(rows):
-        bits = evaluation[name][row]
-        line = {"color": color, "linewidth": 2.2, "solid_capstyle": "round"}
-        axis.plot([bits["low"], bits["high"]], [place, place], **line)
-        axis.plot(bits["bits"], place, "o", color=color, markersize=6)
-      labels = [f"{row} neighbors".replace("none", "no") for row in rows]
-      axis.set(title=title, yticks=range(len(rows)), yticklabels=labels)
-      axis.set_ylim(len(rows) - 0.5, -0.5)
-      axis.tick_params(length=0)
     return to_svg(figure)
 
 
@@ -205,15 +158,6 @@ def grids(workdir: epath.Path) -> list[tuple[str, str | None]]:
   paths = sorted((int(re.sub(r"\D", "", path.stem) or 0), path) for path in files)
   chosen = np.unique(np.linspace(0, len(paths) - 1, min(MAX_GRIDS, len(paths))).astype(int))
   return [(f"step {paths[i][0]}", file_uri(paths[i][1])) for i in chosen]
-
-
-def judged_samples(workdir: epath.Path, summary: dict) -> dict[str, Any] | None:
-  """Returns the section on judged images: the result of `judged.evaluate`, and "sheet", a data URI.
-
-  None if no images were judged.
-  """
-  found = summary.get("evaluation", {}).get("judged")
-  return found and {**found, "sheet": file_uri(workdir / "evaluation" / judged.SHEET)}
 
 
 def licenses(workdir: epath.Path) -> list[dict]:
@@ -287,8 +231,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
   workdir = epath.Path(workdir)
   metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int})
   environment = page_environment()
-  environment.filters |= {"clock": clock, "flatten": summary_lib.flatten, "groups": describe_groups}
-  environment.filters["share"] = describe_share
+  environment.filters |= {"clock": clock, "groups": describe_groups, "share": describe_share}
   return environment.get_template("report.html.jinja").render(
     summary=summary,
     cost=summary_lib.cost(summary),
@@ -296,14 +239,11 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
     shown=summary_lib.expected_stages(workdir),
     is_tuned=stages.command_of(workdir / "text_tokenizer") == "copy_tokenizers",
     commands={folder: stages.command_of(workdir / folder) for folder in stage_table.STAGES},
-    ran=[stages.command_of(workdir / name) for name in stage_table.STAGES if name in summary],
-    more_flags=MORE_FLAGS,
     name=config_name or workdir.absolute().name,
     config_name=config_name or "CONFIG",
     date=datetime.date.today().isoformat(),
     loss_svg=loss_figure(metrics),
-    bits_svg=bits_figure(summary.get("evaluation", {})),
-    judged=judged_samples(workdir, summary),
+    judged_sheet=file_uri(workdir / "evaluation" / judged.SHEET),
     reconstructions=reconstructions(workdir),
     reconstruction_sheet=reconstruction_sheet(workdir),
     prompts=prompts(workdir),

@@ -307,28 +307,18 @@ def judged(workdir: epath.Path) -> dict[str, dict]:
 def expected_stages(workdir: epath.Path) -> list[str]:
   """Returns the stages of a run that it must finish, and the stages that it has finished.
 
-  Some stages only belong to runs that tune a base. A run that tunes on instructions has the stages
-  that its config needs.
+  Some stages only belong to runs that tune another run. A run that tunes on instructions has the
+  stages that its config needs.
   """
-  if not (needed := _stages_of_tuning(workdir)):
-    tunes = {"instructions"} if (workdir / "instructions").exists() else set()
-    tunes |= {"forgetting"} if _has_base_documents(workdir) else set()
-    needed = table.STAGES.keys() - {"instructions", "forgetting"} | tunes
-  return [name for name in table.STAGES if name in needed or (workdir / name / DONE).exists()]
-
-
-def _stages_of_tuning(workdir: epath.Path) -> set[str]:
-  """Returns the stages that a run which tunes on instructions needs; empty for other runs."""
   stored = _stored_settings(workdir)
   settings = settings_from_stored(stored) if stored else None
-  if settings is None or not settings.instructions.any:
-    return set()
-  return set(table.order(settings, given=True))
-
-
-def _has_base_documents(workdir: epath.Path) -> bool:
-  """Returns whether the training of a run reads documents of its base, see `base_documents`."""
-  return bool(_stored_settings(workdir).get("data", {}).get("base_documents"))
+  if settings and settings.instructions.any:
+    needed = set(table.order(settings, given=True))
+  else:
+    tunes = {"instructions"} if (workdir / "instructions").exists() else set()
+    tunes |= {"forgetting"} if settings and settings.data.base_documents else set()
+    needed = table.STAGES.keys() - {"instructions", "forgetting"} | tunes
+  return [name for name in table.STAGES if name in needed or (workdir / name / DONE).exists()]
 
 
 def _stored_settings(workdir: epath.Path) -> dict:
@@ -346,10 +336,8 @@ def cost(summary: dict) -> dict | None:
   """
   if "seconds" not in summary.get("train", {}):
     return None
-  folders = list(table.STAGES)
-  before = [
-    summary[name]["seconds"] for name in folders[: folders.index("train")] if name in summary
-  ]
+  earlier = itertools.takewhile(lambda name: name != "train", table.STAGES)
+  before = [summary[name]["seconds"] for name in earlier if name in summary]
   train = summary["train"]
   machine, seconds = train.get("machine"), round(sum(before), 1)
   return {"train_seconds": train["seconds"], "other_seconds": seconds, "machine": machine}
@@ -360,18 +348,3 @@ def total_cost(workdir: epath.PathLike) -> dict | None:
   if (found := cost(collect(workdir))) is not None:
     found["train_seconds"] += initial.seconds_before(workdir)
   return found
-
-
-def flatten(value: Any, where: str = "") -> list[tuple[str, object]]:
-  """Returns the leaves of nested dicts and lists with their dotted names, in order.
-
-  {"a": {"b": 1, "c": [2, 3]}} -> [("a.b", 1), ("a.c.0", 2), ("a.c.1", 3)]
-  """
-  if isinstance(value, dict | list):
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return [
-      leaf
-      for name, item in items
-      for leaf in flatten(item, f"{where}.{name}" if where else str(name))
-    ]
-  return [(where, value)]

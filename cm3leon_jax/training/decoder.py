@@ -56,6 +56,7 @@ class DecoderTraining:
     evaluate_start: whether to compute the held-out loss also before the first step, as step 0.
     adapter: the adapters to train; None, or rank 0: all parameters are trained.
     base_params: returns the frozen parameters to which the adapters are added.
+    take_step: (state, batch) -> (state, metrics); None: the cross-entropy of the batch's rows.
   """
 
   folder: epath.Path
@@ -72,6 +73,7 @@ class DecoderTraining:
   evaluate_start: bool = False
   adapter: AdapterConfig | None = None
   base_params: Callable[[], dict] | None = None
+  take_step: Callable | None = None
 
   @classmethod
   def of(cls, settings: Settings, **fields: Any) -> "DecoderTraining":
@@ -202,15 +204,20 @@ def _summary(
   }
 
 
+def _step_function(training: DecoderTraining, steps: Steps, state: TrainState) -> Callable:
+  if training.take_step is not None:
+    return training.take_step
+  steps = replaying(steps, training.config, state)
+  return functools.partial(steps.train, num_sources=len(training.objective.names))
+
+
 def step_seconds(training: DecoderTraining, count: int) -> float:
   """Returns the mean time of `count` steps from random parameters, in seconds. Saves nothing."""
   config = on_mesh(training.config, batch_shards())
-  sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch", "length"))
-  _, steps = _compile(dataclasses.replace(training, config=config))
+  training, steps = _compile(dataclasses.replace(training, config=config))
   state = steps.init()
-  take_step, batches = training.objective.begin(
-    replaying(steps, config, state), 0, config.global_batch_size, sharding
-  )
+  take_step = _step_function(training, steps, state)
+  batches = training.objective.batches(0, config.global_batch_size)
   ends = []
   for _ in range(count + 1):  # The first step compiles.
     state, metrics = take_step(state, next(batches))
@@ -245,9 +252,8 @@ def train(training: DecoderTraining, lease: Lease | None = None) -> dict:
     )
     rows = heldout.heldout_batches(training.heldout, config, sharding)
     evaluate = functools.partial(heldout.evaluate, steps, rows, training.heldout.source_names)
-    take_step, batches = objective.begin(
-      replaying(steps, config, state), next_row, config.global_batch_size, sharding
-    )
+    take_step = _step_function(training, steps, state)
+    batches = objective.batches(next_row, config.global_batch_size)
     done = int(state.step)
     hang.continue_after(done)
     with distributed.together():

@@ -1,25 +1,25 @@
-"""Defines training objectives: the step function of a run, and the batches that its steps read."""
+"""Defines training objectives: the batches that the steps of a run read."""
 
 # B rows of a step.
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
-import functools
 from typing import Protocol, runtime_checkable
 
+import jax
 from jax.sharding import NamedSharding
 
 from cm3leon_jax.data.rows.loader import RowLoader, batches
 from cm3leon_jax.errors import UserError
+from cm3leon_jax.mesh import spec
 from cm3leon_jax.training.faults.skipped_rows import Remaining
 from cm3leon_jax.training.step.numerics import TooManySkippedError
-from cm3leon_jax.training.steps import Steps
 
 
 @runtime_checkable
 class Objective(Protocol):
-  """Training objective: provides the step function and the batches of a run."""
+  """Training objective: provides the batches of a run."""
 
   @property
   def names(self) -> Sequence[str]:
@@ -29,19 +29,13 @@ class Objective(Protocol):
   def length(self) -> int:
     """Number of tokens in a row of the batch."""
 
-  def begin(
-    self, steps: Steps, next_row: int, rows: int, sharding: NamedSharding
-  ) -> tuple[Callable, Iterator]:
-    """Begins to read rows at `next_row`, with `rows` rows per step.
-
-    Returns `take_step`, a function (state, batch) -> (new state, metrics), and an iterator over the
-    batches.
-    """
+  def batches(self, next_row: int, rows: int) -> Iterator:
+    """Yields the batches of the steps from `next_row` on, with `rows` rows per step."""
 
   def explain(self, rows: range) -> str:
     """Returns a clause for a message: what the skipped steps read, and what the user can do.
 
-    `rows` are the rows of these steps, as `begin` counts them.
+    `rows` are the rows of these steps, as `batches` counts them.
     """
 
 
@@ -67,12 +61,10 @@ class RowObjective:
     """Number of tokens in a row."""
     return self.loader.plan.config.sequence_length
 
-  def begin(
-    self, steps: Steps, next_row: int, rows: int, sharding: NamedSharding
-  ) -> tuple[Callable, Iterator]:
+  def batches(self, next_row: int, rows: int) -> Iterator:
     """See `Objective`."""
-    take_step = functools.partial(steps.train, num_sources=len(self.names))
-    return take_step, batches(Remaining(self.loader, self.skipped), next_row, rows, sharding)
+    sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch", "length"))
+    return batches(Remaining(self.loader, self.skipped), next_row, rows, sharding)
 
   def explain(self, rows: range) -> str:
     """See `Objective`."""

@@ -136,9 +136,9 @@ def rewarded(objective, scores):
 
 def test_a_step_depends_on_its_number_alone_and_groups_share_their_prompt(objective):
   with one_device():
-    _, data = objective.begin(None, 0, BATCH, None)
+    data = objective.batches(0, BATCH)
     first, second = itertools.islice(data, 2)
-    _, later = objective.begin(None, BATCH, BATCH, None)
+    later = objective.batches(BATCH, BATCH)
     assert (first, second, next(later)) == (range(8), range(8, 16), range(8, 16))
     one, numbers = objective.draw(objective.reference, second)
     again, _ = objective.draw(objective.reference, second)
@@ -213,7 +213,7 @@ def learn(objective):
   optimizer = create_optimizer(settings.optimizer, settings.train.steps)
   params = jax.tree.map(jnp.copy, objective.reference)
   state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-  take_step, data = objective.begin(None, 0, BATCH, None)
+  take_step, data = objective.take_step, objective.batches(0, BATCH)
   found = []
   for _ in range(settings.train.steps):
     state, metrics = take_step(state, next(data))

@@ -1,4 +1,5 @@
 import dataclasses
+from html import unescape
 import json
 
 import numpy as np
@@ -8,7 +9,6 @@ from cm3leon_jax.config.instructions import InstructionsConfig, InstructionTask
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.reports import report, summary
 from cm3leon_jax.stages import stages
-from cm3leon_jax.stages.table import STAGES
 from cm3leon_jax.training.watch.metrics import MetricsLog
 from cm3leon_jax.weights.checkpoint import Checkpoints
 from tests import launched
@@ -38,9 +38,9 @@ def test_page_is_one_file_with_its_images_inside(run):
 def test_page_shows_every_number_of_the_summary(run):
   workdir, found, html = run
   assert found == json.loads((workdir / "summary.json").read_text())
+  text = unescape(html)
   for folder in NUMBERS:
-    for name, value in summary.flatten(found[folder]):
-      assert f'<code>{name}</code></th><td class="num">{report.show(value)}</td>' in html
+    assert json.dumps(found[folder], indent=2, sort_keys=True) in text
 
 
 def test_the_first_line_names_the_targets_that_are_not_met(run):
@@ -65,10 +65,7 @@ def test_page_lists_stages_that_have_not_run(tmp_path, only):
   assert "<code>cm3leon evaluate</code> has not finished in this workdir" in html
   assert ("cm3leon train_vqgan</code> has not finished" in html) == ("vqgan" not in only)
   assert "not run" in html
-  commands = html.partition("<h3>Commands</h3>")[2].partition("</pre>")[0]
-  listed = [line.split()[1] for line in commands.splitlines() if "cm3leon " in line]
-  ran = [stage.command for name, stage in STAGES.items() if name in only]
-  assert listed == [*ran, "report"]
+  assert "<pre><code>cm3leon run --config=examples/scenes/config.py --workdir=DIR</code>" in html
 
 
 def test_a_run_that_tunes_on_instructions_has_only_its_stages(tmp_path):

@@ -40,14 +40,14 @@ def test_the_loss_falls_and_every_step_is_logged(whole):
 def test_the_time_of_a_step_is_a_mean_without_the_first_which_compiles(tmp_path, monkeypatch):
   seconds, now = iter([60.0, 1.0, 2.0, 6.0]), [0.0]
 
-  def take_step(state, _):
+  def take_step(state, batch, num_sources):
     now[0] += next(seconds)
     return state, {}
 
-  steps = mock.Mock(spec=Steps, init=lambda: mock.Mock(spec=TrainState))
+  steps = mock.Mock(spec=Steps, init=lambda: mock.Mock(spec=TrainState), train=take_step)
   monkeypatch.setattr(decoder, "compile_steps", lambda *_: steps)
   monkeypatch.setattr(decoder.time, "monotonic", lambda: now[0])
-  objective = mock.Mock(spec=RowObjective, begin=lambda *_: (take_step, itertools.repeat(None)))
+  objective = mock.Mock(spec=RowObjective, names=(), batches=lambda *_: itertools.repeat(None))
   training = decoder.DecoderTraining(
     folder=epath.Path(tmp_path), model=MODEL, optimizer=OptimizerConfig(), config=TrainConfig(),
     vocab=VOCAB, objective=objective, heldout=mock.Mock(spec=RowLoader), seed=0,

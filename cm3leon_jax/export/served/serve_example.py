@@ -6,8 +6,8 @@ python serve_example.py "a green bell left of a blue key" --seed=5
 
 import argparse
 
-from artifacts import ABOUT, VOCAB, Refused, load, load_tokenizer, load_weights, padded, png
-from artifacts import settings
+import artifacts
+from artifacts import ABOUT, VOCAB, load, padded
 import numpy as np
 
 EOS, BREAK, MASK, CODES = VOCAB["eos"], VOCAB["brk"], VOCAB["mask_0"], ABOUT["image_tokens"]
@@ -17,7 +17,7 @@ def draw(weights: dict, captions: list, seeds: list, **own: float) -> tuple:
   """Returns uint8 images [b, H, W, 3] and their tokens [b, I]. A caption is a list of token ids."""
   prompts = padded([[EOS, *caption, BREAK] for caption in captions], CODES)
   others = padded([[EOS, MASK, BREAK]] * len(captions), CODES)  # Unconditional prompts.
-  arrays = settings("generate_image", seeds, **own)
+  arrays = artifacts.settings("generate_image", seeds, **own)
   result = load("generate_image")(weights, prompts=prompts, unconditional=others, **arrays)
   return np.asarray(result["images"]), np.asarray(result["tokens"])
 
@@ -32,9 +32,9 @@ if __name__ == "__main__":
     if flags.ids:
       ids = [int(i) for i in flags.caption.split()]
     else:
-      ids = load_tokenizer().encode(flags.caption, add_special_tokens=False).ids
-    images, _ = draw(load_weights(), [ids], [flags.seed])
-  except (Refused, ImportError, OSError, OverflowError, ValueError) as error:
+      ids = artifacts.load_tokenizer().encode(flags.caption, add_special_tokens=False).ids
+    images, _ = draw(artifacts.load_weights(), [ids], [flags.seed])
+  except (artifacts.Refused, ImportError, OSError, OverflowError, ValueError) as error:
     parser.error(str(error))
-  png("image.png", images[0])
+  artifacts.png("image.png", images[0])
   print("image.png")
