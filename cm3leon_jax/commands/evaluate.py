@@ -72,7 +72,7 @@ _EXTRACTOR = flags.DEFINE_string(
   "extractor",
   None,
   "Weights of the network whose features the distances compare: a safetensors file of "
-  "Inception-v3, or a Hugging Face folder of DINOv2 or CLIP.",
+  "Inception-v3, or a Hugging Face folder of CLIP.",
 )
 _CLIP = flags.DEFINE_string(
   "clip", None, "Folder of a Hugging Face CLIP that scores images; default: the CLIP of the run."

@@ -172,7 +172,7 @@ def calls(functions: Functions) -> Iterator[tuple[str, Callable, dict]]:
   """Yields each artifact's name, function, and types of the arguments that follow the weights."""
   array, config = jax.ShapeDtypeStruct, functions.image_tokenizer.config
   b, p, u = jax.export.symbolic_shape("b, p, u", constraints=["u <= p"])
-  kinds = dict.fromkeys(("guidance", *IMAGE_SETTINGS), np.float32)
+  kinds: dict[str, type] = dict.fromkeys(("guidance", *IMAGE_SETTINGS), np.float32)
   kinds |= {"seeds": np.uint32, "top_k": np.int32}
   prompts = {"prompts": array((b, p), np.int32), "unconditional": array((b, u), np.int32)}
   settings = {name: array((b,), kind) for name, kind in kinds.items()}

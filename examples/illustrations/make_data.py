@@ -34,6 +34,7 @@ import texts as texts_lib
 from cm3leon_jax.data.checks import duplicates
 
 SIDE = 64  # Pixels.
+BLOCK = 1_024  # Images that are compared with each other at a time.
 CONCEPTS = 150  # Held-out concepts.
 PAIRS = 600  # Held-out pairs of a concept and a style.
 # Near copies of each other make one group, such as a hundred faces. Larger groups are not held out.
@@ -189,9 +190,17 @@ def near_copies(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the positions of different drawings that `prepare_data --check_leaks` calls near."""
   prints = duplicates.fingerprints([drawing.svg for drawing in drawings], load, threads)
-  rows, columns = duplicates.near_pairs(prints)
-  different = rows != columns
-  return rows[different], columns[different]
+  rows, columns = [], []
+  for i in range(0, len(prints), BLOCK):
+    for j in range(0, len(prints), BLOCK):
+      a, b = prints[i : i + BLOCK], prints[j : j + BLOCK]
+      near = duplicates.is_near(duplicates.psnr(a, b), duplicates.hash_distance(a, b))
+      first, second = np.nonzero(near)
+      rows.append(first + i)
+      columns.append(second + j)
+  row, column = np.concatenate(rows), np.concatenate(columns)
+  different = row != column
+  return row[different], column[different]
 
 
 def main() -> None:

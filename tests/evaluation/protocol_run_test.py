@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.data.raw.reader import load_image
-from cm3leon_jax.evaluation.likelihood.pairs import score_answers
 from cm3leon_jax.evaluation.metrics import extractors
 from cm3leon_jax.evaluation.metrics.distances import frechet_distance
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
@@ -29,7 +28,7 @@ columns:
   - {name: one document, retrieve: 1, sampling: {guidance: 2.0}}
   - {name: best of two, samples: 2, sampling: {guidance: 1.0}}
 metrics: [frechet_distance, kernel_distance, precision_recall, cmmd, clip_score,
-  likelihood, vqa_score]
+  likelihood]
 extractor: clip
 published:
   - {model: another, source: a paper, column: best of two, clip_score: 0.5}
@@ -120,7 +119,7 @@ def test_results_say_what_they_rest_on(done):
     "cmmd",
   }
   assert "precision_recall" in controls[run_lib.NOISE]
-  assert set(controls[run_lib.SHUFFLED]) == {"clip_score", "vqa_score"}
+  assert set(controls[run_lib.SHUFFLED]) == {"clip_score"}
   text = results.describe(result)
   assert "another, best of two (a paper): CLIP score 0.5" in text
 
@@ -154,18 +153,3 @@ def test_no_example_is_shuffled_onto_itself(count):
     found = run_lib.others(count, np.random.default_rng(seed))
     assert sorted(found) == list(range(count))
     assert (found != np.arange(count)).all()
-
-
-def test_vqa_score_is_the_probability_of_yes_against_no(done):
-  job, result = done
-  asked = 'Question: Does this figure show "{}"? Please answer yes or no. Answer: <mask>.'
-  values = []
-  for column in PROTOCOL.columns:
-    lines = samples_lib.read_part(job.samples, column.name, 0)
-    texts = [asked.format(line["prompt"]) for line in lines]
-    codes = [line["codes"] for line in lines]
-    scores = score_answers(job.pipeline, job.params, texts, [("yes", "no")] * len(lines), codes)
-    expected = np.mean([np.exp(yes) / (np.exp(yes) + np.exp(no)) for yes, no in scores])
-    values.append(result["columns"][column.name]["metrics"]["vqa_score"]["value"])
-    assert values[-1] == pytest.approx(expected, rel=1e-4)
-  assert result["controls"][run_lib.SHUFFLED]["vqa_score"]["value"] != values[0]

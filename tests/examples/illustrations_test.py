@@ -5,9 +5,11 @@ import hashlib
 import io
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 import tarfile
+from unittest import mock
 
 import pytest
 
@@ -15,6 +17,7 @@ from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.checks import leaks
 from cm3leon_jax.data.raw import ingest
 from cm3leon_jax.files.shards import Runner
+from tests.data.checks.duplicates_test import photo
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "illustrations" / "make_data.py"
@@ -105,6 +108,15 @@ def test_two_names_or_near_copies_of_one_thing_are_in_one_split(data):
   assert not [line for line in data[1] if line["split"] == "heldout" and "axb" in line["key"]]
   groups = {line["key"]: line["group"] for line in data[1]}
   assert groups["axb/Noto"] == groups["wood/Noto"] != groups["axb/Twemoji"]
+
+
+def test_near_copies_are_found_across_blocks(monkeypatch):
+  monkeypatch.syspath_prepend(SCRIPT.parent)
+  near_copies = runpy.run_path(str(SCRIPT))["near_copies"]
+  monkeypatch.setitem(near_copies.__globals__, "BLOCK", 2)
+  drawings = [mock.Mock(svg=seed) for seed in (0, 1, 2, 0, 1)]
+  rows, columns = near_copies(drawings, photo, 2)
+  assert {*zip(rows.tolist(), columns.tolist())} == {(0, 3), (3, 0), (1, 4), (4, 1)}
 
 
 def test_the_check_for_leaks_finds_none_and_would_find_one(data, tmp_path):

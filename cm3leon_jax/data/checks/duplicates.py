@@ -26,7 +26,6 @@ MAX_BITS = 0.1  # Images with at most this `hash_distance` are near.
 
 _FREQUENCIES = 8  # Number of frequencies per axis. The hash omits frequency 0, the mean color.
 _NOISE = 1.0  # Larger coefficients set their bit. The signs of small ones depend on rounding.
-_BLOCK = 1_024  # Number of images that are compared with all images at a time.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +90,3 @@ def hash_distance(a: Fingerprints, b: Fingerprints) -> np.ndarray:
 def is_near(noise: np.ndarray, distance: np.ndarray, min_psnr: float = MIN_PSNR) -> np.ndarray:
   """Returns, for each pair of images, whether it is near, [N, M] bool."""
   return (noise >= min_psnr) | (distance <= MAX_BITS)
-
-
-def near_pairs(prints: Fingerprints) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the row indices (i, j) of near images in one set, including i == j and both orders."""
-  rows, columns = [], []
-  for i in range(0, len(prints), _BLOCK):
-    for j in range(0, len(prints), _BLOCK):
-      a, b = prints[i : i + _BLOCK], prints[j : j + _BLOCK]
-      first, second = np.nonzero(is_near(psnr(a, b), hash_distance(a, b)))
-      rows.append(first + i)
-      columns.append(second + j)
-  return np.concatenate(rows), np.concatenate(columns)

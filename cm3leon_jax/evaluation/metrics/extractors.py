@@ -1,8 +1,7 @@
 """Loads the networks whose image features are compared by distances such as the FID.
 
-`load_inception`, `load_clip` and `load_dinov2` return an `Extractor`. Inception-v3 of the FID
-(Heusel et al. 2017, arXiv 1706.08500) is the network of torch-fidelity, and DINOv2 (Oquab et al.
-2023, arXiv 2304.07193) that of transformers. Both compute on the CPU, in float32 on torch.
+`load_inception` and `load_clip` return an `Extractor`. Inception-v3 of the FID (Heusel et al. 2017,
+arXiv 1706.08500) is the network of torch-fidelity. It computes on the CPU, in float32 on torch.
 """
 
 # B batch, H height, W width, D width of the features.
@@ -18,7 +17,6 @@ import jax
 import numpy as np
 
 from cm3leon_jax import extras
-from cm3leon_jax.clip.checkpoint import WEIGHTS, preprocess
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.errors import UserError
@@ -58,7 +56,7 @@ def load(name: str, weights: str | None, clip: str, workdir: epath.PathLike) -> 
   """Loads the network that a protocol names.
 
   Args:
-    name: `clip`, `inception_tf1`, `inception_torch` or `dinov2`.
+    name: `clip`, `inception_tf1` or `inception_torch`.
     weights: file or folder with the weights. None: the CLIP of the run, from the Hugging Face
       folder `clip` or, if that is "", from `workdir`.
 
@@ -71,10 +69,8 @@ def load(name: str, weights: str | None, clip: str, workdir: epath.PathLike) -> 
   if not network or weights is None:
     raise UserError(
       f"distances compare features of the protocol's extractor, '{name}': set it to clip, or to "
-      "inception_tf1, inception_torch or dinov2 and name the weights in --extractor."
+      "inception_tf1 or inception_torch and name the weights in --extractor."
     )
-  if network == "dinov2":
-    return load_dinov2(weights)
   return load_inception(weights, resize)  # type: ignore[arg-type]
 
 
@@ -145,44 +141,6 @@ def of_clip(clip: CLIP | HFCLIP) -> Extractor:
   tensors = traverse_util.flatten_dict(jax.device_get(clip.params), sep="/")
   identity = {"network": "clip", "tensors": published_weights.digest(tensors), **rest}
   return Extractor("clip", identity, clip.embed_images)
-
-
-def load_dinov2(folder: epath.PathLike) -> Extractor:
-  """Loads a DINOv2 from a Hugging Face folder. Features are the normalized outputs at CLS.
-
-  Raises:
-    UserError: torch is not installed, the weights are absent or damaged, or tensors are missing.
-  """
-  torch = _torch()
-  import transformers
-
-  path = epath.Path(folder) / WEIGHTS
-  digest = published_weights.digest(published_weights.read_tensors(path))
-  model, info = transformers.Dinov2Model.from_pretrained(
-    str(folder),
-    local_files_only=True,
-    use_safetensors=True,
-    dtype=torch.float32,
-    output_loading_info=True,
-  )
-  if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers.
-    raise UserError(f"{path} has no tensor '{missing[0]}', which DINOv2 needs.")
-  model = model.eval()
-  processor = transformers.BitImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
-
-  def features(images: np.ndarray) -> Any:
-    pixels = torch.from_numpy(preprocess(processor, images))
-    return model(pixel_values=pixels).last_hidden_state[:, 0]
-
-  # Settings that cannot be read from the weights.
-  names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
-  identity = {
-    "network": "dinov2",
-    "tensors": digest,
-    "config": {name: getattr(model.config, name) for name in names},
-    "preprocessing": _preprocessing(processor),
-  }
-  return Extractor("dinov2", identity, _batched(features))
 
 
 def _torch() -> Any:

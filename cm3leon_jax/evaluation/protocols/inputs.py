@@ -28,11 +28,8 @@ from cm3leon_jax.evaluation.protocols.samples import PART, Evaluated, absent, re
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.generation.given_images import load_image
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.generation.tasks import MASK
 
 OF_IMAGES = ("features", "embeddings")  # Inputs of which real images and noise have values, too.
-# Question of VQAScore (Lin et al. 2024), in the format that CM3Leon uses for questions (table 5).
-AGREES = f'Question: Does this figure show "{{}}"? Please answer yes or no. Answer: {MASK}.'
 
 # Returns the pixels of the images from a start to a stop, uint8 [stop - start, H, W, 3].
 Load = Callable[[int, int], np.ndarray]
@@ -173,18 +170,6 @@ def likelihoods(job: Job, lines: list[dict]) -> list[float]:
   return [score.text_given_image - score.text for score in scores]
 
 
-def agreements(job: Job, lines: list[dict], prompts: Sequence[str] = ()) -> list[float]:
-  """Computes, for each image, p(yes) / (p(yes) + p(no)) when asked if it shows its caption.
-
-  If `prompts` are given, they replace the captions; `prompts[i]` replaces that of example i.
-  """
-  shown = [prompts[line["row"]] if prompts else line["prompt"] for line in lines]
-  asked = [AGREES.format(text.replace(MASK, " ")) for text in shown]
-  codes, answers = np.array([line["codes"] for line in lines]), [("yes", "no")] * len(lines)
-  scores = pairs.score_answers(job.pipeline, job.params, asked, answers, codes)
-  return [float(1 / (1 + np.exp(no - yes))) for yes, no in scores]
-
-
 def candidates(job: Job, lines: list[dict]) -> list[np.ndarray]:
   """Computes, for each example, the log-probabilities of its candidate answers [C], in nats."""
   examples = [job.evaluated.examples[line["row"]] for line in lines]
@@ -200,6 +185,5 @@ def candidates(job: Job, lines: list[dict]) -> list[np.ndarray]:
 OF_LINES: dict[str, Callable[[Job, list[dict]], Iterable]] = {
   "verdicts": verdicts,
   "likelihoods": likelihoods,
-  "agreements": agreements,
   "candidates": candidates,
 }

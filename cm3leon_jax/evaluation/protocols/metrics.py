@@ -29,7 +29,7 @@ class ColumnSamples:
     lines: line of the samples file for the best sample of each example, without its codes.
     inputs: values by name: `features` [n, D] and `embeddings` [n, E] of the images, `captions`
       [n, E], `real_features` of the real images, and one value per sample of `verdicts`,
-      `likelihoods`, `agreements` and `candidates` [C] (`inputs.py`).
+      `likelihoods` and `candidates` [C] (`inputs.py`).
   """
 
   groups: Sequence[str]
@@ -183,7 +183,6 @@ METRICS = {
   "likelihood": Metric(
     _mean_of("likelihoods"), "log p(caption | image) - log p(caption)", "image", "likelihoods"
   ),
-  "vqa_score": Metric(_mean_of("agreements"), "VQAScore", "image", "agreements"),
   "copy_rate": Metric(copy_rate, "codes copied (%)", "image"),
   "judged": Metric(_mean_of("verdicts", 100.0), "wholly correct (%)", "image", "verdicts"),
   "cider": Metric(cider, "CIDEr", "text"),

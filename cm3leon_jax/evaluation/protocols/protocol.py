@@ -75,7 +75,7 @@ class Protocol:
   follows. "" means `{prompt}` for images and `<mask>` (a caption) for texts."""
   seed: NonNegativeInt = 0
   """Chooses the examples and the resamples of intervals; example i is sampled with seed + i."""
-  extractor: Literal["", "clip", "inception_tf1", "inception_torch", "dinov2"] = ""
+  extractor: Literal["", "clip", "inception_tf1", "inception_torch"] = ""
   """Network of the distances; "" if no metric needs it. Inception resizes images as torch-fidelity
   (`tf1`) or as pytorch-fid (`torch`) does, which gives different distances."""
   resolution: NonNegativeInt = 0

@@ -4,7 +4,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 from typing import Any
 
 from etils import epath
@@ -231,7 +230,6 @@ def _controls(job: Job, first: ColumnSamples, column: str) -> dict[str, dict]:
   - Distances: between two halves of the real images, split by groups, which differ only by chance
     (good), and between noise and real images (bad).
   - CLIP scores: real images (good), and samples with the captions of other examples (bad).
-  - VQAScore: samples with the captions of other examples (bad).
   - Texts: the texts of other examples (bad), and candidates in random order (bad).
 
   `first` has the samples of the first column, named `column`.
@@ -264,11 +262,6 @@ def _controls(job: Job, first: ColumnSamples, column: str) -> dict[str, dict]:
     control(REAL, ["clip_score"], _samples(job, inputs=real))
     other = {**given, "captions": given["captions"][shuffled]}
     control(SHUFFLED, ["clip_score"], _samples(job, inputs=other))
-  if "agreements" in job.needs:
-    prompts = [first.lines[i]["prompt"] for i in shuffled]
-    compute = functools.partial(inputs.agreements, prompts=prompts)
-    agreements = inputs.of_lines(job, "agreements_shuffled", column, compute)
-    control(SHUFFLED, ["vqa_score"], _samples(job, inputs={"agreements": agreements}))
   if job.protocol.task == "text":
     orders = {"candidates": [rng.permutation(row) for row in given.get("candidates", ())]}
     lines = [first.lines[i] for i in shuffled]

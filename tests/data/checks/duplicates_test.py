@@ -76,10 +76,3 @@ def test_two_patterns_of_one_brightness_differ_by_color():
   red = (step * [200, 0, 0]).astype(np.uint8)
   blue = (step * [0, 0, 200]).astype(np.uint8)
   assert distances(red, blue)[1] == 1
-
-
-def test_near_pairs_are_found_across_blocks(monkeypatch):
-  images = [photo(seed) for seed in (0, 1, 2, 0, 1)]
-  monkeypatch.setattr(duplicates, "_BLOCK", 2)
-  rows, columns = duplicates.near_pairs(prints(*images))
-  assert {(i, j) for i, j in zip(rows.tolist(), columns.tolist()) if i < j} == {(0, 3), (1, 4)}

@@ -1,4 +1,4 @@
-"""Tests the features of Inception-v3, CLIP and DINOv2, and what identifies them.
+"""Tests the features of Inception-v3 and CLIP, and what identifies them.
 
 Tests cannot download the published weights, so weights and statistics are random, such that
 features are not tiny and differ between images.
@@ -9,17 +9,15 @@ import sys
 
 import jax
 import numpy as np
-from PIL import Image
 import pytest
 import safetensors.numpy
-import transformers
 
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, init_params
 from cm3leon_jax.config.tokenizers import CLIPConfig
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.metrics import extractors, published_weights
-from cm3leon_jax.evaluation.metrics.extractors import load_clip, load_dinov2, load_inception
+from cm3leon_jax.evaluation.metrics.extractors import load_clip, load_inception
 from tests.clip import huggingface_test
 from tests.models.tiny import random_arrays
 from tests.refusals import refused
@@ -144,65 +142,8 @@ def test_a_published_clip(tmp_path):
   assert changed["tensors"] == extractor.identity["tensors"]
 
 
-SHORTEST, CROP = 20, 14
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@pytest.fixture
-def dinov2(tmp_path):
-  """Saves and returns a Dinov2Model with random tensors that are not tiny."""
-  config = transformers.Dinov2Config(
-    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7
-  )
-  model = transformers.Dinov2Model(config).eval()
-  generator = torch.Generator().manual_seed(0)
-  with torch.no_grad():
-    for value in model.parameters():
-      value.normal_(0, 0.5, generator=generator)
-  model.save_pretrained(tmp_path)
-  transformers.BitImageProcessorPil(
-    size={"shortest_edge": SHORTEST},
-    crop_size={"height": CROP, "width": CROP},
-    image_mean=MEAN,
-    image_std=DEVIATION,
-  ).save_pretrained(tmp_path)
-  return model
-
-
-def test_features_of_dinov2_are_the_normalized_first_token(dinov2, tmp_path):
-  images = some_images(35, 25, 40)
-  extractor = load_dinov2(tmp_path)
-  pixels = []
-  for image in images:  # Resizes the shorter side from 25 to 20, then crops 14 x 14.
-    small = Image.fromarray(image).resize((32, SHORTEST), Image.Resampling.BICUBIC)
-    levels = np.asarray(small.crop((9, 3, 9 + CROP, 3 + CROP)), np.float32) / 255
-    pixels.append(((levels - MEAN) / DEVIATION).transpose(2, 0, 1).astype(np.float32))
-  with torch.no_grad():
-    outputs = dinov2(torch.from_numpy(np.stack(pixels)), output_hidden_states=True)
-    expected = dinov2.layernorm(outputs.hidden_states[-1])[:, 0].numpy()
-  features = extractor.embed(images)
-  np.testing.assert_allclose(features, expected, atol=1e-5, rtol=0)
-  # Negative controls: without the final norm; the token of a patch instead of the class token.
-  for wrong in (outputs.hidden_states[-1][:, 0], outputs.last_hidden_state[:, 1]):
-    assert np.abs(features - wrong.numpy()).max() > 1e-2
-  identity = extractor.identity
-  tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-  assert identity["tensors"] == published_weights.digest(tensors)
-  assert identity["config"]["num_attention_heads"] == 2
-  assert identity["preprocessing"]["crop_size"] == {"height": CROP, "width": CROP}
-
-
-def test_dinov2_is_not_filled_with_random_numbers(dinov2, tmp_path):
-  path = tmp_path / "model.safetensors"
-  tensors = safetensors.numpy.load_file(path)
-  del tensors["layernorm.bias"]
-  safetensors.numpy.save_file(tensors, path, {"format": "pt"})
-  with refused(UserError, str(path), "layernorm.bias"):
-    load_dinov2(tmp_path)
-
-
 def test_without_torch_the_extra_is_named(monkeypatch):
   monkeypatch.setattr(extractors.extras, "install", lambda extra: f"install {extra}")
   monkeypatch.setitem(sys.modules, "torch_fidelity", None)
   with refused(UserError, "install eval"):
-    load_dinov2("absent")
+    load_inception("absent")
