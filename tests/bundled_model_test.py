@@ -9,6 +9,7 @@ from cm3leon_jax.config.build import build
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.run import bundles, initial
 from cm3leon_jax.run.run import load_start
+from cm3leon_jax.run.source import folder_of
 from examples.scenes import config as config_lib
 from examples.scenes import instruct, instructions, source, world
 from examples.scenes.judge import answers as scene_answers
@@ -40,7 +41,7 @@ def right(samples, facts):
 
 
 def test_it_is_small_and_every_file_is_the_one_that_was_trained():
-  folder = bundles.folder_of("scenes")
+  folder = folder_of("scenes")
   bundles.read(folder)
   paths = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
   sizes = {path: path.stat().st_size for path in paths}
@@ -116,9 +117,9 @@ def records_of(tasks):
 
 
 def test_the_tuned_one_is_a_decoder_on_the_files_of_the_other():
-  folder = pathlib.Path(bundles.folder_of(TUNED))
+  folder = pathlib.Path(folder_of(TUNED))
   bundles.read(folder)
-  assert pathlib.Path(bundles.stages_folder(folder)) == pathlib.Path(bundles.folder_of("scenes"))
+  assert pathlib.Path(bundles.stages_folder(folder)) == pathlib.Path(folder_of("scenes"))
   sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
   assert max(sizes.values()) < MOST_OF_A_FILE
   assert sum(sizes.values()) < 6_000_000

@@ -29,7 +29,7 @@ from cm3leon_jax.reports import summary
 from cm3leon_jax.retrieval import bank, lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.run import bundles, initial
-from cm3leon_jax.run.folders import settings_of_run
+from cm3leon_jax.run.source import settings_of_run
 from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.watch.metrics import MetricsLog, check_log

@@ -14,6 +14,7 @@ from etils import epath
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.run import bundles
+from cm3leon_jax.run.source import folder_of
 
 REMOVED = {"adapter.tokens", "model.code_colors", "published.gumbel", "vqgan.num_colors"}
 FILES = ("config.json", "vqgan/config.json")
@@ -31,11 +32,11 @@ def convert(folder: epath.Path) -> None:
   for path in (folder / name for name in FILES if (folder / name).exists()):
     if (new := current(old := read_json(path))) != old:
       write_json(path, new)
-  if bundles.is_bundle(folder):
+  if (folder / bundles.FILE).exists():
     stored = current(read_json(folder / bundles.FILE))
     stored["digests"] = {name: digest(folder / name) for name in stored["digests"]}
     if base := stored.get("base"):
-      base["digest"] = digest(bundles.folder_of(base["name"]) / bundles.FILE)
+      base["digest"] = digest(folder_of(base["name"]) / bundles.FILE)
     write_json(folder / bundles.FILE, stored)
 
 

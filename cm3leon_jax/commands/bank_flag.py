@@ -9,7 +9,8 @@ from cm3leon_jax.errors import UserError
 from cm3leon_jax.stages import stages, table
 
 with epy.lazy_imports():
-  from cm3leon_jax.run import bundles, run
+  from cm3leon_jax.run import run
+  from cm3leon_jax.run.source import Source
 
 BANK = flags.DEFINE_string(
   "bank",
@@ -24,9 +25,10 @@ def bank_of(trained: run.Run) -> run.Run | None:
   settings = trained.settings
   if BANK.value is None:
     return trained if trained.bank else None
-  folder = bundles.folder_of(BANK.value)
+  source = Source.of(BANK.value)
+  folder = source.folder
   read = (*table.TOKENIZERS, *table.own_clip(settings))
-  if bundles.is_bundle(folder):
+  if source.kind == "bundle":
     bank = run.Run.open(folder)
     if bank.bank is None:
       raise UserError(f"--bank is {folder}, a bundle without documents: give one with documents.")

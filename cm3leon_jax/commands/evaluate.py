@@ -46,8 +46,8 @@ with epy.lazy_imports():
   from cm3leon_jax.generation import pipeline as pipeline_lib
   from cm3leon_jax.reports import evaluation_page
   from cm3leon_jax.retrieval import neighbors, removed
-  from cm3leon_jax.run import bundles
   from cm3leon_jax.run import run as run_lib
+  from cm3leon_jax.run.source import Source
 
 _LAST_PARAMS = flags.DEFINE_bool(
   "last_params",
@@ -94,7 +94,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   if _PROTOCOL.value is not None:
     _measure(settings, workdir, _PROTOCOL.value)
     return
-  if bundles.is_bundle(bundles.folder_of(workdir)):
+  if Source.of(workdir).kind == "bundle":
     raise UserError(
       f"{workdir} is a bundle, which has no held-out documents: name a protocol and its examples, "
       "--protocol=FILE --data=FOLDER, or give the workdir of a run in --workdir."

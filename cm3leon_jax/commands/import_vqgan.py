@@ -23,7 +23,8 @@ from cm3leon_jax.stages import stages, table
 with epy.lazy_imports():
   from cm3leon_jax.config import tokenizers as tokenizers_config
   from cm3leon_jax.files import digests as digests_lib
-  from cm3leon_jax.run import exported, folders
+  from cm3leon_jax.run import exported
+  from cm3leon_jax.run.source import IMAGES, Source
   from cm3leon_jax.tokenizers import published_files, vqgan
   from cm3leon_jax.training.image_models import trainer
 
@@ -57,8 +58,9 @@ def main(
       f"--family is {family}, but config.vqgan.published is {named}: leave out --family, or give "
       f"--config.vqgan.published={family}."
     )
-  for parent in filter(exported.is_export, epath.Path(source).parents[:2]):
-    exported.check(parent, f"{folders.IMAGES}/")
+  for parent in epath.Path(source).parents[:2]:
+    if Source.of(parent).kind == "export":
+      exported.check(parent, f"{IMAGES}/")
   folder = workdir / "vqgan"
   _check_folder(folder)
   if published_files.is_own(source):

@@ -90,7 +90,7 @@ def _installed(
     opened = run.Run.open(base)
     tokenizer = published_files.fit(opened.images, codes, settings.vqgan)
     folder = opened.stages / "vqgan"
-  return tokenizer, {initial.IMAGES: str(digests.digest(folder / vqgan.PARAMS))}
+  return tokenizer, {initial.IMAGES_DIGEST: str(digests.digest(folder / vqgan.PARAMS))}
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:

@@ -19,6 +19,7 @@ from cm3leon_jax.files.json_files import plain, write_json
 from cm3leon_jax.retrieval.bank import copy_bank
 from cm3leon_jax.run import base_documents, bundles
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.run.source import INSTALLED, Source, folder_of
 from cm3leon_jax.stages import from_data, stages
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
@@ -42,7 +43,7 @@ def write(
 
   Args:
     cost: cost of the run, see `reports.summary.cost`; None if it is unknown.
-    base: another bundle, see `folder_of`, with the same tokenizers and CLIP as the run. The new
+    base: another bundle, see `Source`, with the same tokenizers and CLIP as the run. The new
       bundle then refers to `base` for tokenizers, CLIP, bank and replay documents. If "", it
       contains them itself.
     replayed: maximum number of training pairs that the bundle contains for replay.
@@ -67,7 +68,7 @@ def write(
   described_base, of_base = _base(base, workdir) if base else (None, settings)
   _begin(folder)
   _write_weights(folder, run, params)
-  write_json(folder / training_data.FILE, training_data.collect(workdir, bundles.folder_of))
+  write_json(folder / training_data.FILE, training_data.collect(workdir, folder_of))
   if base:
     settings = dataclasses.replace(settings, retrieval=of_base.retrieval)
   else:
@@ -120,7 +121,7 @@ def _check_target(folder: epath.Path) -> None:
       f"{folder} is the folder of a run, whose tokenizers would be overwritten: choose another "
       "folder."
     )
-  written = bundles.is_bundle(folder) or stored_tensors.are_in(folder)
+  written = (folder / bundles.FILE).exists() or stored_tensors.are_in(folder)
   if folder.exists() and not written and (found := sorted(path.name for path in folder.iterdir())):
     raise UserError(
       f"{folder} contains '{found[0]}' and is not a bundle: choose a new or empty folder."
@@ -141,11 +142,12 @@ def _begin(folder: epath.Path) -> None:
 
 def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
   """Returns the name and digest of the bundle `base`, and its settings."""
-  folder = bundles.folder_of(base)
-  if "://" in base or not bundles.is_bundle(folder) or bundles.stages_folder(folder) != folder:
+  source = Source.of(base)
+  folder = source.folder
+  if "://" in base or source.kind != "bundle" or bundles.stages_folder(folder) != folder:
     raise UserError(
       f"--base is {base}; it must be a bundle with its own tokenizers and CLIP: a local folder "
-      f"that `cm3leon export --bundle` wrote without --base, or {bundles.INSTALLED[0]}."
+      f"that `cm3leon export --bundle` wrote without --base, or {INSTALLED[0]}."
     )
   settings, _ = bundles.read(folder)
   for stage, files in bundles.FILES.items():

@@ -7,7 +7,6 @@ from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.digests import describe
 from cm3leon_jax.files.json_files import plain, write_json
 from cm3leon_jax.run import bundles
-from cm3leon_jax.run.folders import settings_of_run
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.stages import from_data, stages, table
 from cm3leon_jax.tokenizers import vqgan
@@ -19,7 +18,7 @@ def copy_tokenizers(
   """Copies the folders of the tokenizers and CLIP, and marks their stages as finished.
 
   The folders are copied to the workdir of `run`. Folders that already contain the same files are
-  not changed. `source` is the workdir of a run, or a bundle, see `bundles.folder_of`. `of_base`,
+  not changed. `source` is the workdir of a run, or a bundle, see `Source`. `of_base`,
   the result of `from_data.base_fields`, is stored for the later stages. For `own_images`, see
   `table.copies_images`.
 
@@ -31,7 +30,7 @@ def copy_tokenizers(
       Nothing is copied in these cases.
   """
   settings, workdir = run.settings, run.folder
-  trained, folder = _open(source)
+  trained, folder = bundles.read_parent(source)
   copied = table.copies_images(settings, own_images)
   if not copied and not own_images and trained.vqgan.source != settings.vqgan.source:
     raise UserError(
@@ -73,15 +72,6 @@ def copy_tokenizers(
     about = {"config": config, "summary": summary, "seconds": 0.0}
     write_json(done, {**about, "id": digests[name], "files": files[name]})
   return result
-
-
-def _open(source: str) -> tuple[Settings, epath.Path]:
-  """Returns the settings of a workdir or bundle, and the folder with its tokenizers."""
-  folder = bundles.folder_of(source)
-  is_bundle = bundles.is_bundle(folder)
-  bundles.check_is_base(source)
-  trained = bundles.read(folder)[0] if is_bundle else settings_of_run(folder)
-  return trained, bundles.stages_folder(folder)
 
 
 def _config(settings: Settings, source: epath.Path, name: str) -> dict:

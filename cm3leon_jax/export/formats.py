@@ -3,7 +3,7 @@
 A format is a module of this package. Its function `write(folder, run) -> numbers` writes the
 weights last, so that an unfinished export has no weights. `write` of this module calls it after it
 has written the files that all formats share, and then writes the digests of all files.
-`run.folders.kind_of` recognizes each format but hf by its files.
+`run.source.format_of` recognizes each format but hf by its files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from etils import epath
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import plain, write_json
-from cm3leon_jax.run.folders import ABOUT, DIGESTS
+from cm3leon_jax.run.source import ABOUT, DIGESTS
 
 if TYPE_CHECKING:
   from cm3leon_jax.config.settings import Settings
@@ -112,12 +112,12 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   """
   from cm3leon_jax.data.documents import training_data
   from cm3leon_jax.export import image_tokenizer
-  from cm3leon_jax.run import bundles
+  from cm3leon_jax.run.source import folder_of
   from cm3leon_jax.weights import sealing
 
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  learned = training_data.collect(run.trained.folder, bundles.folder_of)
+  learned = training_data.collect(run.trained.folder, folder_of)
   write_json(folder / training_data.FILE, learned)
   write_json(folder / ABOUT, run.about)
   numbers = {} if run.choice.format == "peft" else image_tokenizer.write(folder, run.trained)

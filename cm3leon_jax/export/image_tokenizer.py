@@ -24,8 +24,8 @@ from cm3leon_jax.config.tokenizers import VQGANConfig, levels_of
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.run.folders import IMAGES
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.run.source import IMAGES
 from cm3leon_jax.tokenizers.published import PublishedConfig
 from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
 

@@ -15,7 +15,7 @@ import tensorstore
 from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run import exported, folders
+from cm3leon_jax.run import exported, source
 from cm3leon_jax.stages import table
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.weights import stored
@@ -31,7 +31,7 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   write_json(folder / "config.json", {part: identity[part] for part in ("model", "vocab")})
   for name in params.shapes:
     _write_array(folder / exported.ORBAX, params, name, run.choice.dtype)
-  write_json(folder / folders.TREE, _metadata(params))
+  write_json(folder / source.TREE, _metadata(params))
   size = params.count * DTYPES[run.choice.dtype][1].itemsize
   return {"parameters": params.count, "bytes": size}
 

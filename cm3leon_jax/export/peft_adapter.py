@@ -17,7 +17,7 @@ from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.models.adapters import count
-from cm3leon_jax.run import adapters, folders
+from cm3leon_jax.run import adapters, source
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.weights import reading, stored, tensor_files
 from cm3leon_jax.weights.layouts import QKV, layout_of, transposed
@@ -97,9 +97,9 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
     "fan_in_fan_out": False,
     "inference_mode": True,
   }
-  write_json(folder / folders.ADAPTER, described)
+  write_json(folder / source.ADAPTER, described)
   about = {"base": dataclasses.asdict(found.base)}
-  write_json(folder / folders.ABOUT, {**run.about, **about})
+  write_json(folder / source.ABOUT, {**run.about, **about})
   card = _CARD.format(rank=config.rank, step=run.params.step, base=found.base.source)
   with replacing(folder / "README.md", "w") as file:
     file.write(card)

@@ -144,7 +144,7 @@ def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[st
       tensor_files.write(folder, found.tensors)
       parameters = sum(tensor.size for tensor in found.tensors)
       summary.update({training_data.IMPORTED: str(found.source.folder), "parameters": parameters})
-      summary[initial.IMAGES] = digest(found.source.folder / initial.IMAGE_TOKENIZER)
+      summary[initial.IMAGES_DIGEST] = digest(found.source.folder / initial.IMAGE_TOKENIZER)
       lines.append(f"{folder}: {parameters:,} parameters in float32.")
   return lines
 

@@ -12,8 +12,8 @@ from cm3leon_jax.generation.text_tasks import QUESTION
 from cm3leon_jax.reports import card_figures
 from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.reports.report import clock, inert
-from cm3leon_jax.run.folders import settings_of_run
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.run.source import settings_of_run
 from cm3leon_jax.version import VERSION
 
 

@@ -9,7 +9,7 @@ from cm3leon_jax.config.model import AdapterConfig
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.run.folders import settings_of_run
+from cm3leon_jax.run.source import settings_of_run
 from cm3leon_jax.weights import reading
 
 
@@ -18,7 +18,7 @@ class Weights:
   """Reference to trained parameters on disk, as train/config.json records it under "init_from".
 
   Attributes:
-    source: a path or name as the user gave it, see `bundles.folder_of`. For the base of adapters,
+    source: a path or name as the user gave it, see `Source`. For the base of adapters,
       the path is absolute.
     step: step of the checkpoint; None for an exported model.
     digest: SHA-256 of the exported file. For several files or a checkpoint, the SHA-256 of the

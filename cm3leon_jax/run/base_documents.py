@@ -14,7 +14,7 @@ from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.run import bundles
-from cm3leon_jax.run.folders import settings_of_run
+from cm3leon_jax.run.source import Source
 from cm3leon_jax.stages import from_data, stages
 
 NAME = "base"  # Name of the source of these documents in rows and logs.
@@ -61,15 +61,10 @@ def find(source: str) -> tuple[Settings, epath.Path | None]:
   Raises:
     UserError: `source` is neither of them.
   """
-  bundles.check_is_base(source)
-  folder = bundles.folder_of(source)
-  if bundles.is_bundle(folder):
-    settings = bundles.read(folder)[0]
+  settings, folder = bundles.read_parent(source)
+  if Source.of(source).kind == "bundle":
     data = dataclasses.replace(settings.data, text_share=0.0, interleaved_share=0.0)
-    settings = dataclasses.replace(settings, data=data)
-    folder = bundles.stages_folder(folder) / bundles.REPLAY
-  else:
-    settings = settings_of_run(folder)
+    settings, folder = dataclasses.replace(settings, data=data), folder / bundles.REPLAY
   return settings, folder if is_complete(folder) else None
 
 

@@ -13,27 +13,25 @@ tokenizers, CLIP model, bank and replay documents of the base.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-import importlib.resources
 import math
-import os
 
 from etils import epath
 import numpy as np
 
 from cm3leon_jax.config.settings import Settings, settings_from_stored
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
-from cm3leon_jax.errors import UserError, did_you_mean, short
+from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.digests import damage, digest
 from cm3leon_jax.files.json_files import check_foreign, read_foreign_json
 from cm3leon_jax.retrieval import lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.bank import Embeddings
+from cm3leon_jax.run.source import BUNDLE as FILE
+from cm3leon_jax.run.source import Source, folder_of, settings_of_run
 from cm3leon_jax.tokenizers import text
 
-FILE = "bundle.json"
 FIELDS = {"settings": dict, "step": int, "digests": dict}
-INSTALLED = ("scenes", "scenes-instruct", "illustrations")  # Bundles that the package contains.
 MODEL = ("params.safetensors", "config.json")
 # Stage -> the files that a bundle copies from it.
 FILES = {"text_tokenizer": text.FILES, "vqgan": MODEL, "clip": MODEL}
@@ -43,35 +41,6 @@ PARTS = (*FILES, *STORES)  # Folders in a bundle.
 AGAIN = "install cm3leon_jax again, or write the bundle again with `cm3leon export --bundle`"
 
 
-def folder_of(source: str | os.PathLike[str]) -> epath.Path:
-  """Returns the folder of `source`, a path or the name of an installed bundle."""
-  path, name = epath.Path(source), os.fspath(source)
-  if name in INSTALLED and not (is_bundle(path) or (path / "train").exists()):
-    return epath.Path(str(importlib.resources.files("cm3leon_jax"))) / "assets" / "models" / name
-  return path
-
-
-def is_bundle(folder: epath.PathLike) -> bool:
-  """Returns whether a folder contains a complete bundle."""
-  return (epath.Path(folder) / FILE).exists()
-
-
-def check_is_base(source: str) -> None:
-  """Checks that the base of a run, `source`, is a bundle or a run whose training has begun.
-
-  Raises:
-    UserError: it is neither.
-  """
-  folder = folder_of(source)
-  if not is_bundle(folder) and not (folder / "train" / "config.json").exists():
-    raise UserError(
-      f"the base (--init_from) is {source}; it must be the workdir of a run, with "
-      "train/config.json, a bundle that `cm3leon export --bundle` wrote, or the name of an "
-      f"installed model, {', '.join(INSTALLED)}: "
-      f"{did_you_mean(source, INSTALLED, 'check the path.')}"
-    )
-
-
 @foreign.reads("a bundle")
 def stages_folder(folder: epath.PathLike) -> epath.Path:
   """Returns the folder that contains the tokenizers, CLIP model and bank of a run or bundle.
@@ -79,7 +48,7 @@ def stages_folder(folder: epath.PathLike) -> epath.Path:
   For a bundle with a base, this is the folder of the base, otherwise `folder`.
   """
   folder = epath.Path(folder)
-  base = _stored_base(folder, _stored(folder)) if is_bundle(folder) else None
+  base = _stored_base(folder, _stored(folder)) if (folder / FILE).exists() else None
   return folder_of(base["name"]) if base else folder
 
 
@@ -145,6 +114,21 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
   if (folder / REPLAY).exists():
     _check_replay(folder / REPLAY, settings, size)
   return settings, stored["step"]
+
+
+def read_parent(name: str) -> tuple[Settings, epath.Path]:
+  """Reads the settings of a run or bundle from which a run is tuned.
+
+  Returns them with the folder of its tokenizers and CLIP model.
+
+  Raises:
+    UserError: see `Source.check_parent` and `read`.
+  """
+  source = Source.of(name)
+  source.check_parent()
+  if source.kind != "bundle":
+    return settings_of_run(source.folder), source.folder
+  return read(source.folder)[0], stages_folder(source.folder)
 
 
 def check_digests(

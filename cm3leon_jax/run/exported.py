@@ -16,7 +16,7 @@ from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.digests import digest_of_json
 from cm3leon_jax.files.json_files import read_foreign_json, read_json
 from cm3leon_jax.run import bundles
-from cm3leon_jax.run.folders import ABOUT, DIGESTS, IMAGES, KINDS, TREE, kind_of
+from cm3leon_jax.run.source import ABOUT, DIGESTS, FORMATS, IMAGES, TREE, format_of
 from cm3leon_jax.weights import placed, sealing
 from cm3leon_jax.weights.stored import array_spec
 from cm3leon_jax.weights.stored_tensors import StoredTensors
@@ -24,12 +24,6 @@ from cm3leon_jax.weights.stored_tensors import StoredTensors
 ORBAX = "params"  # Folder of the parameters in an orbax export.
 PLACES = (IMAGES, ORBAX, "custom_generate")
 AGAIN = "run `cm3leon export` again"
-
-
-def is_export(source: str | os.PathLike[str]) -> bool:
-  """Returns whether `source` is a folder that `cm3leon export` wrote, other than a bundle."""
-  folder = bundles.folder_of(source)
-  return (folder / ABOUT).exists() and not bundles.is_bundle(folder)
 
 
 def is_orbax(folder: epath.PathLike) -> bool:
@@ -78,10 +72,10 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
       is wrong.
   """
   check(folder)
-  if (kind := kind_of(folder)) not in ("", "orbax"):
+  if (kind := format_of(folder)) not in ("", "orbax"):
     raise UserError(
-      f"{folder} is an export {KINDS[kind]}, which is for other programs: load the workdir of its "
-      "run, or an export in the format hf or orbax."
+      f"{folder} is an export {FORMATS[kind]}, which is for other programs: load the workdir of "
+      "its run, or an export in the format hf or orbax."
     )
   stored = read_json(folder / ABOUT, {"step": int, "settings": dict})
   return settings_from_stored(stored["settings"]), stored["step"]

@@ -16,15 +16,16 @@ from cm3leon_jax.files import foreign
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
-from cm3leon_jax.run import adapters, bundles, exported, folders
+from cm3leon_jax.run import adapters, bundles, exported
 from cm3leon_jax.run.adapters import Adapters, Weights
+from cm3leon_jax.run.source import FORMATS, IMAGES, INSTALLED, Source, folder_of, format_of
 from cm3leon_jax.stages import stages, table
 from cm3leon_jax.weights import layouts, reading, stored_tensors, tensor_files
 
-IMAGE_TOKENIZER = f"{folders.IMAGES}/params.safetensors"  # Path in an exported model.
+IMAGE_TOKENIZER = f"{IMAGES}/params.safetensors"  # Path in an exported model.
 # Key in the summary of the stage INIT, and of a stage `vqgan` that trained only the decoder of an
 # image tokenizer. Its value is the SHA-256 of that tokenizer, which has the same codes.
-IMAGES = "image_tokenizer_sha256"
+IMAGES_DIGEST = "image_tokenizer_sha256"
 INIT = "init"  # Folder of a workdir with the parameters that `cm3leon import_weights` wrote.
 
 
@@ -82,7 +83,7 @@ def _lasting(source: str) -> str:
 
   A run needs the base of its adapters also when a command starts in another folder.
   """
-  is_name = source in bundles.INSTALLED and bundles.folder_of(source) != epath.Path(source)
+  is_name = folder_of(source) != epath.Path(source)
   return source if is_name else os.fspath(absolute(source))
 
 
@@ -108,26 +109,26 @@ def _imported(workdir: epath.Path) -> str:
 def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   """Finds trained parameters and compares their config with `settings`.
 
-  For `source`, see `bundles.folder_of`. `step` selects a checkpoint of a run; None: the newest.
+  For `source`, see `Source`. `step` selects a checkpoint of a run; None: the newest.
 
   Raises:
     UserError: `source` has no parameters, or their config differs in the section model or vocab.
   """
-  folder = bundles.folder_of(source)
-  if bundles.is_bundle(folder):
+  given = Source.of(source)
+  folder = given.folder
+  if given.kind == "bundle":
     bundles.read(folder)  # Checks the bundle's files.
-  run = folder / "train" / "config.json"
-  if not run.exists():
+  elif given.kind != "run":
     exported.check(folder)
-  if (kind := folders.kind_of(folder)) not in ("", "orbax"):
+  if (kind := format_of(folder)) not in ("", "orbax"):
     raise UserError(
-      f"--init_from is {source}, an export {folders.KINDS[kind]}, which differs from the trained "
+      f"--init_from is {source}, an export {FORMATS[kind]}, which differs from the trained "
       "parameters: name the workdir that it was exported from, or an export in the format "
       "hf or orbax."
     )
   expected = plain(table.identity(settings, "train"))
-  if run.exists():
-    described = read_json(run, {"run": dict})["run"]
+  if given.kind == "run":
+    described = read_json(folder / "train" / "config.json", {"run": dict})["run"]
     expected = {part: expected[part] for part in ("model", "vocab")}
   elif exported.is_orbax(folder):
     described = read_json(folder / "config.json", {"model": dict})
@@ -139,7 +140,7 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
     raise UserError(
       f"--init_from is {source}; it must be the workdir of a run, with train/config.json, a "
       f"folder of `cm3leon export`, with config.json and {tensor_files.WEIGHTS}, or the "
-      f"name of an installed model: {', '.join(bundles.INSTALLED)}."
+      f"name of an installed model: {', '.join(INSTALLED)}."
     )
   if settings.model.traits.rotary:  # Any number of positions fits the parameters.
     for fields in (described, expected):
@@ -150,7 +151,7 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
       f"--init_from is {source}, whose config differs from this one ({'; '.join(changed[:4])}): "
       "model and vocab must be the same."
     )
-  if run.exists():
+  if given.kind == "run":
     return Weights(source, *reading.identify(folder / "train", step))
   if exported.is_orbax(folder):
     return Weights(source, None, exported.digest_of_params(folder))
@@ -159,7 +160,7 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
 
 def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
   """Returns the names of the tokenizers whose tokens differ between `source` and a workdir."""
-  folder, workdir = bundles.stages_folder(bundles.folder_of(source)), epath.Path(workdir)
+  folder, workdir = bundles.stages_folder(folder_of(source)), epath.Path(workdir)
   text, image = "text_tokenizer/tokenizer.json", "vqgan/params.safetensors"
   pairs = [
     ("text tokenizer", folder / text, workdir / text),
@@ -176,8 +177,8 @@ def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
 
 
 def _recorded(done: epath.Path) -> str | None:
-  """Returns the digest that a stage's done.json has as `IMAGES`, if any."""
-  return read_json(done, {}).get("summary", {}).get(IMAGES)
+  """Returns the digest that a stage's done.json has as `IMAGES_DIGEST`, if any."""
+  return read_json(done, {}).get("summary", {}).get(IMAGES_DIGEST)
 
 
 def seconds_before(workdir: epath.PathLike) -> float:
@@ -187,8 +188,9 @@ def seconds_before(workdir: epath.PathLike) -> float:
   """
   if (start := start_of(workdir)) is None:
     return 0.0
-  folder = bundles.folder_of(start.source)
-  if bundles.is_bundle(folder):
+  source = Source.of(start.source)
+  folder = source.folder
+  if source.kind == "bundle":
     return (bundles.about(folder)["cost"] or {}).get("train_seconds", 0.0)
   if not (done := folder / "train" / stages.DONE).exists():
     return 0.0
@@ -204,7 +206,7 @@ def check_base(found: Adapters, settings: Settings) -> None:
     UserError: the base is absent, has another model or vocab, or has changed.
   """
   source, what = found.base.source, f"the adapters in {found.folder} need their base"
-  if not bundles.folder_of(source).exists():
+  if not folder_of(source).exists():
     raise UserError(
       f"{what}, {source}, which does not exist: put it back, or, if it has moved, enter its "
       f"path as run.init_from.source in {found.folder / 'train' / 'config.json'}."
@@ -217,7 +219,7 @@ def check_base(found: Adapters, settings: Settings) -> None:
 
 
 def over(source: str, adapter: str | os.PathLike[str]) -> Adapters:
-  """Opens adapters to add them to the parameters of `source`, see `bundles.folder_of`.
+  """Opens adapters to add them to the parameters of `source`, see `Source`.
 
   `adapter` is the workdir of the run that trained them.
 

@@ -23,10 +23,10 @@ from cm3leon_jax.files.digests import digest
 from cm3leon_jax.models.adapters import merge
 from cm3leon_jax.retrieval import removed
 from cm3leon_jax.retrieval.bank import load_clip
-from cm3leon_jax.run import adapters, bundles, exported, folders, initial
+from cm3leon_jax.run import adapters, bundles, exported, initial
 from cm3leon_jax.run.adapters import Adapters, Weights
-from cm3leon_jax.run.folders import settings_of_run
 from cm3leon_jax.run.rows import open_rows
+from cm3leon_jax.run.source import IMAGES, Source, folder_of, settings_of_run
 from cm3leon_jax.stages import stages, table
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -88,16 +88,17 @@ class Run:
         describe a different model than the bundle, `source` is an export and `exports` is False, or
         the adapters were trained on other parameters.
     """
-    folder = bundles.folder_of(source)
-    if exports and exported.is_export(source):
+    given = Source.of(source)
+    folder = given.folder
+    if exports and given.kind == "export":
       stored, step = exported.read(folder)
       run = cls(folder, settings or stored, "export", step)
-    elif bundles.is_bundle(folder):
+    elif given.kind == "bundle":
       stored, step = bundles.read(folder)
       settings = _of_config(folder, stored, settings) if settings else stored
       run = cls(folder, settings, "bundle", step)
     else:
-      _check_workdir(os.fspath(source), folder)
+      given.check_workdir()
       run = cls(folder, settings or settings_of_run(folder))
     if dtype is not None:
       try:
@@ -127,7 +128,7 @@ class Run:
   def images(self) -> ImageTokenizer:
     """The image tokenizer."""
     is_export = self.kind == "export"
-    return ImageTokenizer.load(self.folder / folders.IMAGES if is_export else self.stages / "vqgan")
+    return ImageTokenizer.load(self.folder / IMAGES if is_export else self.stages / "vqgan")
 
   @functools.cached_property
   @foreign.reads("a trained model")
@@ -198,7 +199,7 @@ def load_base(found: Adapters) -> dict:
 
 
 def _load(weights: Weights, settings: Settings) -> dict:
-  folder = bundles.folder_of(weights.source)
+  folder = folder_of(weights.source)
   if weights.step is None:
     return exported.load_params(folder, settings.model)
   return Run(folder, settings).params(weights.step)[0]
@@ -253,20 +254,6 @@ def open_params(run: Run, average: bool | None) -> StoredParams:
     )
   params, step = run.params()
   return of_tree(params, step, bool(run.settings.optimizer.ema_decay))
-
-
-def _check_workdir(name: str, folder: epath.Path) -> None:
-  """Raises UserError if `folder`, which the user gave as `name`, cannot contain a run."""
-  if not folder.is_dir():
-    raise UserError(
-      f"there is no folder {name}: give the workdir of a run, the folder of a bundle, or the name "
-      f"of an installed one: {', '.join(bundles.INSTALLED)}."
-    )
-  if (folder / folders.ABOUT).exists():
-    raise UserError(
-      f"{name} is an export, which only `cm3leon serve` and CM3Leon.load accept: give the workdir "
-      "of its run, or a bundle."
-    )
 
 
 def _of_config(folder: epath.Path, stored: Settings, settings: Settings) -> Settings:

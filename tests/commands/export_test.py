@@ -14,7 +14,7 @@ from cm3leon_jax.config.settings import settings_from_stored
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import bundle, formats, huggingface
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.run import bundles, folders
+from cm3leon_jax.run import bundles, source
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.stages import stages
 from cm3leon_jax.weights import layouts
@@ -193,7 +193,7 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
   export.main(settings, root, choice=formats.Choice("orbax", "float16"), output=str(output))
   assert contents(output) != before
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
-  (output / folders.ABOUT).unlink()
+  (output / source.ABOUT).unlink()
   with refused(UserError, "--output", "another"):
     export.main(settings, root, choice=orbax, output=str(output))
   with refused(UserError, "--output", "workdir"):

@@ -14,8 +14,8 @@ from cm3leon_jax.commands import common, evaluate, export, generate, score
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import bundle, formats
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.run import bundles
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.run.source import folder_of
 from cm3leon_jax.weights import reading
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.launched import cm3leon, python
@@ -92,7 +92,7 @@ def call(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_bundled_model_draws_without_a_config_into_the_current_folder(tmp_path):
-  installed = bundles.folder_of("scenes")
+  installed = folder_of("scenes")
   before = names(installed)
   done = cm3leon("generate", "--workdir=scenes", "--prompt=a red bell", cwd=tmp_path)
   assert done.returncode == 0, done.stderr

@@ -22,6 +22,7 @@ from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.planning.programs import count_params
 from cm3leon_jax.run import bundles
+from cm3leon_jax.run.source import Source, folder_of
 from cm3leon_jax.stages import from_data
 from examples.illustrations import config as illustrations
 from examples.scenes import config as scenes
@@ -120,7 +121,7 @@ def test_the_bundled_tuned_model_saw_more_records_half_of_them_redrawn():
   assert fifteen.instructions.max_records < long.instructions.max_records
   assert (fifteen.instructions.redrawn, long.instructions.redrawn) == (0, 0.5)
   assert fifteen.train.steps < long.train.steps
-  stored, step = bundles.read(bundles.folder_of("scenes-instruct"))
+  stored, step = bundles.read(folder_of("scenes-instruct"))
   settings = settings_from_config(long)
   ours = dataclasses.replace(settings.instructions, tasks=stored.instructions.tasks)
   assert (stored.instructions, stored.optimizer) == (ours, settings.optimizer)
@@ -171,7 +172,7 @@ def test_the_config_for_own_images_leaves_to_the_data_what_follows_from_it():
   assert set(from_data.missing(config)) == {name for names in own.FOLLOW.values() for name in names}
   assert config.model.vocab_size is None
   assert (own.get_config("30").train.minutes, config.train.minutes) == (30.0, 15.0)
-  assert bundles.is_bundle(bundles.folder_of(config.train.base))
+  assert Source.of(config.train.base).kind == "bundle"
 
 
 def test_published_models_leave_the_decoder_of_350m_and_the_variant_counts_images():

@@ -12,8 +12,8 @@ import pytest
 
 from cm3leon_jax.config.tokenizers import Quantizer, VQGANConfig
 from cm3leon_jax.export import image_tokenizer
-from cm3leon_jax.run.folders import IMAGES
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.run.source import IMAGES
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.generation.run import SETTINGS

@@ -17,7 +17,7 @@ from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.retrieval.bank import Embeddings
-from cm3leon_jax.run.folders import settings_of_run
+from cm3leon_jax.run.source import settings_of_run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.clip.huggingface_files import END, write_checkpoint
 from tests.launched import ROOT

@@ -10,6 +10,7 @@ from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.run import base_documents, bundles
 from cm3leon_jax.run.rows import document_sources
+from cm3leon_jax.run.source import folder_of
 from cm3leon_jax.stages import stages
 from examples.illustrations import config as illustrations
 from tests.launched import SCENES
@@ -49,7 +50,7 @@ def test_the_bundled_models_have_documents_with_neighbors_and_none_is_held_out_a
 
 
 def test_a_bundle_without_documents_is_neither_replayed_nor_measured(tmp_path):
-  stored = read_json(bundles.folder_of("scenes") / bundles.FILE)
+  stored = read_json(folder_of("scenes") / bundles.FILE)
   write_json(epath.Path(tmp_path) / bundles.FILE, {**stored, "digests": {}})
   fields = base_documents.fields(str(tmp_path), False)
   assert (fields["data.base_documents"], fields["data.base_share"]) == (0, 0)

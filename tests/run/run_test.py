@@ -14,6 +14,7 @@ from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.run import bundles
 from cm3leon_jax.run.run import Run, ids
+from cm3leon_jax.run.source import folder_of
 from cm3leon_jax.stages import stages
 from examples.scenes import config as scenes
 from tests.generation.run import SETTINGS, one_device
@@ -40,7 +41,7 @@ def test_a_bundle_on_a_base_reads_what_the_base_has(tmp_path):
   write_json(tmp_path / bundles.FILE, {**stored, "digests": own, "base": named})
   tuned = Run.open(tmp_path)
   assert tuned.kind == base.kind == "bundle"
-  assert tuned.stages == base.stages == base.bank == tuned.bank == bundles.folder_of("scenes")
+  assert tuned.stages == base.stages == base.bank == tuned.bank == folder_of("scenes")
   first, second = (ids(one, [*READ, "neighbors"]) for one in (base, tuned))
   assert first.pop("train") != second.pop("train")
   assert first == second

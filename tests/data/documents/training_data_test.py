@@ -4,7 +4,7 @@ import pytest
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run import bundles
+from cm3leon_jax.run.source import folder_of
 from cm3leon_jax.stages import stages
 from tests.data.raw_folder import write_raw
 from tests.refusals import refused
@@ -68,7 +68,7 @@ def test_files_of_instructions_are_named_without_a_license(tmp_path):
 @pytest.mark.parametrize("name", ["scenes", "scenes-instruct"])
 def test_a_run_that_began_from_an_installed_model_knows_its_data(tmp_path, name):
   run = make_run(epath.Path(tmp_path / "run"), "MIT", name)
-  found = training_data.collect(run, bundles.folder_of)
+  found = training_data.collect(run, folder_of)
   assert [x["name"] for x in found["runs"]] == ["run", *{name: 0, "scenes": 0}]
   assert all(x["known"] for x in found["runs"])
   assert {x["license"] for x in found["origins"]} == {"MIT", "Apache-2.0"}
