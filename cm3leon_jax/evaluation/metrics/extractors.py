@@ -16,11 +16,10 @@ from flax import traverse_util
 import jax
 import numpy as np
 
-from cm3leon_jax import extras
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.evaluation.metrics import published_weights
+from cm3leon_jax.evaluation.metrics import distances, published_weights
 from cm3leon_jax.files.json_files import plain
 
 BATCH = 32
@@ -63,6 +62,7 @@ def load(name: str, weights: str | None, clip: str, workdir: epath.PathLike) -> 
   Raises:
     UserError: the name is "", or the weights are wrong or not given.
   """
+  distances.fidelity()  # Says that it is missing before anything is sampled.
   network, _, resize = name.partition("_")
   if network == "clip":
     return load_clip(weights or clip, workdir)
@@ -85,7 +85,8 @@ def load_inception(path: epath.PathLike, resize: Resize = "tf1") -> Extractor:
   Raises:
     UserError: a package is not installed, or the file is absent or damaged.
   """
-  torch = _torch()
+  distances.fidelity()
+  import torch
   from torch_fidelity import feature_extractor_inceptionv3, interpolate_compat_tensorflow
 
   tensors = published_weights.read_tensors(path)
@@ -141,15 +142,6 @@ def of_clip(clip: CLIP | HFCLIP) -> Extractor:
   tensors = traverse_util.flatten_dict(jax.device_get(clip.params), sep="/")
   identity = {"network": "clip", "tensors": published_weights.digest(tensors), **rest}
   return Extractor("clip", identity, clip.embed_images)
-
-
-def _torch() -> Any:
-  try:
-    import torch
-    import torch_fidelity  # noqa: F401
-  except ImportError as error:
-    raise UserError(f"features need a package ({error}): {extras.install('eval')}.") from error
-  return torch
 
 
 def _batched(features: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], np.ndarray]:

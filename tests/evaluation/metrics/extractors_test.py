@@ -16,7 +16,7 @@ from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, init_params
 from cm3leon_jax.config.tokenizers import CLIPConfig
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.evaluation.metrics import extractors, published_weights
+from cm3leon_jax.evaluation.metrics import distances, published_weights
 from cm3leon_jax.evaluation.metrics.extractors import load_clip, load_inception
 from tests.clip import huggingface_test
 from tests.models.tiny import random_arrays
@@ -143,7 +143,7 @@ def test_a_published_clip(tmp_path):
 
 
 def test_without_torch_the_extra_is_named(monkeypatch):
-  monkeypatch.setattr(extractors.extras, "install", lambda extra: f"install {extra}")
+  monkeypatch.setattr(distances.extras, "install", lambda extra: f"install {extra}")
   monkeypatch.setitem(sys.modules, "torch_fidelity", None)
   with refused(UserError, "install eval"):
     load_inception("absent")
