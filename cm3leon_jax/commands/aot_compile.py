@@ -15,12 +15,12 @@ as in `cm3leon generate`, because `fsdp` would gather the parameters at each ste
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from absl import flags
 from etils import epath
+from pydantic import PositiveInt
 
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, flag
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
 
@@ -30,36 +30,24 @@ if TYPE_CHECKING:
   from cm3leon_jax.config.settings import Settings
   from cm3leon_jax.planning.topology import Topology
 
-_TOPOLOGY = flags.DEFINE_string(
-  "topology",
-  None,
-  "TPU slice, e.g. v5e-256 or v5p:4x4x8, or type and number of GPUs, e.g. h100-64.",
-)
-_SLICES = flags.DEFINE_integer("slices", 1, "Number of slices.", lower_bound=1)
-_PROGRAM = flags.DEFINE_enum(
-  "program",
-  "train",
-  ["train", "evaluate", "decode", "all", "reinforce"],
-  "Program to compile; `all` compiles train, evaluate and decode.",
-)
-_BATCH = flags.DEFINE_integer(
-  "batch_per_device",
-  None,
-  "Rows per device in a step without gradient accumulation (default: the config's).",
-  1,
-)
-_DECODE_BATCH = flags.DEFINE_integer(
-  "decode_batch",
-  None,
-  "Prompts per decoder batch, with two guidance streams each (default: 64, or one per batch shard "
-  "if there are more than 64 shards).",
-  lower_bound=1,
-)
-_DECODE_POSITIONS = flags.DEFINE_integer(
-  "decode_positions", 1_152, "Positions per decoded sample, for prompt and image.", 1
-)
-_JSON = flags.DEFINE_string("json", None, "JSON file to write the reports to.")
-flags.mark_flag_as_required("topology")
+
+@dataclasses.dataclass(frozen=True)
+class Flags(flag.Fields):
+  topology: str
+  """TPU slice, e.g. v5e-256 or v5p:4x4x8, or type and number of GPUs, e.g. h100-64."""
+  slices: PositiveInt = 1
+  """Number of slices."""
+  program: Literal["train", "evaluate", "decode", "all", "reinforce"] = "train"
+  """Program to compile; `all` compiles train, evaluate and decode."""
+  batch_per_device: PositiveInt | None = None
+  """Rows per device in a step without gradient accumulation (default: the config's)."""
+  decode_batch: PositiveInt | None = None
+  """Prompts per decoder batch, with two guidance streams each (default: 64, or one per batch shard
+  if there are more than 64 shards)."""
+  decode_positions: PositiveInt = 1_152
+  """Positions per decoded sample, for prompt and image."""
+  json: str | None = None
+  """JSON file to write the reports to."""
 
 
 def _mesh(settings: Settings, topology: Topology) -> jax.sharding.Mesh:
@@ -138,13 +126,12 @@ def _model_numbers(settings: Settings, mesh: jax.sharding.Mesh, rows: int, lengt
 
 
 def _decode_reports(
-  topology: Topology, settings: Settings, mesh: jax.sharding.Mesh, prompts: int
+  topology: Topology, settings: Settings, mesh: jax.sharding.Mesh, prompts: int, positions: int
 ) -> dict[str, dict]:
   """Reports the costs of the prefill, and of one decode step with a full cache."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import GIB, compile_for, compile_report, report
 
-  positions = _DECODE_POSITIONS.value
   lowered, weights, cache = programs.guided_decoder(settings, mesh, prompts, positions)
   first, last = lowered.steps
   before, seconds = compile_for(first, topology)
@@ -165,7 +152,7 @@ def _decode_reports(
   return {"decode": step, "prefill": compile_report(lowered.prefill(before), topology)}
 
 
-def main(settings: Settings) -> None:
+def main(settings: Settings, flags: Flags) -> None:
   from cm3leon_jax.config.settings import decoding_mesh
   from cm3leon_jax.config.training import on_mesh
   from cm3leon_jax.mesh import MeshConfig, batch_shards
@@ -174,14 +161,14 @@ def main(settings: Settings) -> None:
   from cm3leon_jax.planning.report import table
 
   topology_lib.prepare()
-  topology = gpus.load(_TOPOLOGY.value, _SLICES.value)
+  topology = gpus.load(flags.topology, flags.slices)
   reports: dict[str, Any] = {}
-  if _PROGRAM.value == "decode" and settings.mesh == MeshConfig():
+  if flags.program == "decode" and settings.mesh == MeshConfig():
     chosen = decoding_mesh(settings.model, topology.devices)
     settings = dataclasses.replace(settings, mesh=chosen)
   mesh = _mesh(settings, topology)
-  if _BATCH.value:
-    rows = _BATCH.value * len(topology.devices) // settings.mesh.tensor
+  if flags.batch_per_device:
+    rows = flags.batch_per_device * len(topology.devices) // settings.mesh.tensor
     train = dataclasses.replace(
       settings.train, global_batch_size=rows, gradient_accumulation_steps=1, rows_per_device=0
     )
@@ -190,34 +177,34 @@ def main(settings: Settings) -> None:
   slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
   devices = f"{len(topology.devices)} x {topology.devices[0].device_kind}"
   where = f"{slices}{topology.name}, {devices}; {shape}"
-  if _PROGRAM.value in ("train", "evaluate", "all"):
+  if flags.program in ("train", "evaluate", "all"):
     train = on_mesh(settings.train, batch_shards(mesh))
     settings = dataclasses.replace(settings, train=train)
   train, length = settings.train, settings.data.sequence_length
-  if _PROGRAM.value in ("train", "all"):
+  positions = flags.decode_positions
+  if flags.program in ("train", "all"):
     passes = f"{train.global_batch_size} rows of {length} in {train.gradient_accumulation_steps}"
     title = f"train step on {where}; {passes} passes, remat {settings.model.remat_policy}"
     reports["train"] = _train_report(topology, settings, mesh)
     print(table(title, reports["train"]), flush=True)
-  if _PROGRAM.value in ("evaluate", "all"):
+  if flags.program in ("evaluate", "all"):
     title = f"held-out loss on {where}; {train.micro_batch_size} rows of {length}"
     reports["evaluate"] = _evaluate_report(topology, settings, mesh)
     print(table(title, reports["evaluate"]), flush=True)
-  if _PROGRAM.value == "reinforce":  # `reinforce` does not accumulate gradients.
+  if flags.program == "reinforce":  # `reinforce` does not accumulate gradients.
     settings = dataclasses.replace(settings, train=dataclasses.replace(train, rows_per_device=0))
-    positions = _DECODE_POSITIONS.value
     title = f"reinforce step on {where}; {train.global_batch_size} images of two streams"
     reports["reinforce"] = _reinforce_report(topology, settings, mesh, positions)
     print(table(title, reports["reinforce"]), flush=True)
-  if _PROGRAM.value in ("decode", "all"):
-    prompts = _DECODE_BATCH.value or max(64, batch_shards(mesh))
-    reports |= _decode_reports(topology, settings, mesh, prompts)
-    batch = f"{prompts} prompts of two streams, {_DECODE_POSITIONS.value} positions"
+  if flags.program in ("decode", "all"):
+    prompts = flags.decode_batch or max(64, batch_shards(mesh))
+    reports |= _decode_reports(topology, settings, mesh, prompts, positions)
+    batch = f"{prompts} prompts of two streams, {positions} positions"
     print(table(f"decode step on {where}; {batch}", reports["decode"]))
     print(table(f"prefill on {where}; {batch}", reports["prefill"]), flush=True)
-  if _JSON.value:
-    write_json(epath.Path(_JSON.value), {"topology": topology.name, **reports})
+  if flags.json:
+    write_json(epath.Path(flags.json), {"topology": topology.name, **reports})
 
 
 if __name__ == "__main__":
-  common.run(main, workdir=False)
+  common.run(main, Flags, workdir=False)
