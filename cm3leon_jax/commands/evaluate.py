@@ -46,7 +46,7 @@ with epy.lazy_imports():
   from cm3leon_jax.reports import evaluation_page
   from cm3leon_jax.retrieval import neighbors, removed
   from cm3leon_jax.run import run as run_lib
-  from cm3leon_jax.run.source import Source
+  from cm3leon_jax.run import source as source_lib
 
 # Flags that need --protocol; all but --out are fields of `Options`.
 OPTIONS = ("metrics", "examples", "data", "extractor", "clip", "before", "allow_outside")
@@ -83,7 +83,7 @@ def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
   if flags.protocol is not None:
     _measure(settings, workdir, flags.protocol, flags)
     return
-  if Source.of(workdir).kind == "bundle":
+  if source_lib.Source.of(workdir).kind == "bundle":
     raise UserError(
       f"{workdir} is a bundle, which has no held-out documents: name a protocol and its examples, "
       "--protocol=FILE --data=FOLDER, or give the workdir of a run in --workdir."

@@ -25,7 +25,7 @@ from cm3leon_jax.stages import stages, table
 with epy.lazy_imports():
   from cm3leon_jax.files import digests as digests_lib
   from cm3leon_jax.run import exported
-  from cm3leon_jax.run.source import IMAGES, Source
+  from cm3leon_jax.run import source as source_lib
   from cm3leon_jax.tokenizers import published_files, vqgan
   from cm3leon_jax.training.image_models import trainer
 
@@ -58,8 +58,8 @@ def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
       f"--config.vqgan.published={family}."
     )
   for parent in epath.Path(source).parents[:2]:
-    if Source.of(parent).kind == "export":
-      exported.check(parent, f"{IMAGES}/")
+    if source_lib.Source.of(parent).kind == "export":
+      exported.check(parent, f"{source_lib.IMAGES}/")
   folder = workdir / "vqgan"
   _check_folder(folder)
   if published_files.is_own(source):
