@@ -160,11 +160,12 @@ def draw(
     after: called as `after(pipeline, tasks, writer, samples)`; returns more for the summary.
   """
   settings, bank = trained.settings, source.bank if source else None
-  layout = tasks_lib.PromptLayout.of(trained)
-  given = pipeline_lib.check_tasks(layout, tasks, bank)
   names = ("samples", "keep_neighbors", "weight_dtype", "cache_dtype")
   values = {name: getattr(flags, name) for name in names} | {"rank": False, **identity}
-  values = writer_lib.identity(trained, source, tasks, given, values)
+  values = writer_lib.identity(trained, source, tasks, values)
+  layout = tasks_lib.PromptLayout.of(trained)
+  if given := pipeline_lib.check_tasks(layout, tasks, bank):
+    values["images"] = writer_lib.digests(given)
   folder = writer_lib.folder_of(flags.results_folder(trained), tasks, values, flags.prompts)
   if settings.mesh == MeshConfig():
     chosen = decoding_mesh(settings.model, jax.devices())

@@ -190,7 +190,6 @@ def identity(
   trained: Run,
   bank: Run | None,
   tasks: Sequence[Task],
-  images: Mapping[Any, np.ndarray],
   more: Mapping[str, Any],
 ) -> dict[str, Any]:
   """Returns all values on which samples depend. Checks that the required stages are finished.
@@ -198,7 +197,6 @@ def identity(
   Args:
     bank: the run whose documents are retrieved; None: `trained`.
     tasks: empty for held-out captions.
-    images: maps "path, crop" of each input image to its pixels.
     more: other values, such as the number of samples.
   """
   settings = trained.settings
@@ -211,12 +209,15 @@ def identity(
     result["tasks"] = [task.identity() for task in tasks]
   else:
     result["sampling"] = dataclasses.asdict(settings.sampling)
-  if images:
-    result["images"] = {
-      f"{image}, crop {crop}": hashlib.sha256(pixels.tobytes()).hexdigest()
-      for (image, crop), pixels in images.items()
-    }
   return result
+
+
+def digests(images: Mapping[Any, np.ndarray]) -> dict[str, str]:
+  """Maps "path, crop" of each input image to the SHA-256 of its pixels."""
+  return {
+    f"{image}, crop {crop}": hashlib.sha256(pixels.tobytes()).hexdigest()
+    for (image, crop), pixels in images.items()
+  }
 
 
 def folder_of(
