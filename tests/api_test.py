@@ -4,8 +4,6 @@ import json
 import pathlib
 import tempfile
 
-from absl import flags
-from absl.testing import flagsaver
 from etils import epath
 import jax
 import numpy as np
@@ -115,11 +113,9 @@ def model_size(model: CM3Leon) -> int:
 
 def test_samples_are_those_of_the_command(model, run, monkeypatch):
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
   prompts = ["red apple", "blue car"]
-  with flagsaver.flagsaver(prompt=prompts, guidance=["3"], retrieve=["2"], seed=5, samples=2):
-    generate.main(SETTINGS, run)
+  asked = generate.Flags(prompt=prompts, guidance=("3",), retrieve=("2",), seed=5, samples=2)
+  generate.main(SETTINGS, run, asked)
   (results,) = (run / "prompts").glob("red-apple-*/results.jsonl")
   records = [json.loads(line) for line in results.read_text().splitlines()]
 

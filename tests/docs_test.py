@@ -38,6 +38,8 @@ def flags_in(*files: str) -> set[str]:
   """Returns the names of the flags that `files` define; paths are relative to the root."""
   pattern = r"(?:DEFINE_\w+|add_argument)\(\s*\"(?:--)?(\w+)\""
   found = {flag for file in files for flag in re.findall(pattern, SOURCES[ROOT / file])}
+  of_commands = [SOURCES[ROOT / file] for file in files if "/commands/" in file]
+  found |= {flag for text in of_commands for flag in re.findall(r'\n  (\w+): .*\n  """', text)}
   return found | {"help", *(field.name for field in dataclasses.fields(SECTIONS["sampling"]))}
 
 
@@ -48,9 +50,7 @@ def unknown_names(text: str) -> list[str]:
   text = text.replace("python -m launch.pod", "").replace("python -m launch.", "cm3leon ")
   names = re.findall(r"\blaunch\.([a-z_]+)(?![a-z_]*/)|\bcm3leon[ \n]([a-z_]+)", text)
   unknown += [f"command {a or b}" for a, b in names if (a or b) not in COMMANDS]
-  shared = ("bank_flag", "common", "init_from_flag", "prompt_flags")
-  shared += ("retrieve_flag", "sharded", "training_flags")
-  common = [f"cm3leon_jax/commands/{name}.py" for name in shared]
+  common = [f"cm3leon_jax/commands/{name}.py" for name in ("command_line", "shared_flags")]
   for module, rest in re.findall(
     r"\b(cm3leon [a-z_]+|(?<=python -m )(?:benchmarks|tools)\.[\w.]+)([^`\n]*)", text
   ):
@@ -63,7 +63,8 @@ def unknown_names(text: str) -> list[str]:
     if ROOT / file not in SOURCES:
       unknown += [module] if not module.startswith("cm3leon ") else []
       continue
-    taken = flags_in(file, *common)
+    drawing = ["cm3leon_jax/commands/drawing.py"] * ("drawing.Flags" in SOURCES[ROOT / file])
+    taken = flags_in(file, *common, *drawing)
     unknown += [f"{module} --{f}" for f in re.findall(r" --(\w+)", rest) if f not in taken]
   scripts = "".join(SOURCES[p] for p in SOURCES if p.is_relative_to(ROOT / "launch"))
   python = flags_in(*(str(p.relative_to(ROOT)) for p in SOURCES if p.suffix == ".py"))

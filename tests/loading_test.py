@@ -7,7 +7,6 @@ import pytest
 
 from cm3leon_jax import CM3Leon, UserError
 from cm3leon_jax.commands import export, import_vqgan
-from cm3leon_jax.export import formats
 from cm3leon_jax.files import progress
 from cm3leon_jax.importing import importer
 from cm3leon_jax.mesh import MeshConfig, create_mesh
@@ -17,7 +16,7 @@ from tests.generation.run import SETTINGS
 from tests.refusals import refused
 
 PROMPT = "red apple"
-WRITTEN = {"hf": formats.Choice(), "orbax": formats.Choice("orbax")}
+WRITTEN = ("hf", "orbax")
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +27,8 @@ def model(run):  # noqa: F811
 @pytest.fixture(scope="module")
 def exports(run, tmp_path_factory):  # noqa: F811
   root = tmp_path_factory.mktemp("exports")
-  for name, choice in WRITTEN.items():
-    export.main(SETTINGS, run, choice=choice, output=str(root / name))
+  for name in WRITTEN:
+    export.main(SETTINGS, run, export.Flags(format=name, output=str(root / name)))
   return root
 
 
@@ -100,7 +99,7 @@ def test_an_export_generates_what_its_run_does(model, exports, name):
 
 def test_an_export_for_other_programs_is_refused(run, tmp_path):  # noqa: F811
   other = tmp_path / "int8"
-  export.main(SETTINGS, run, choice=formats.Choice(quantize="int8"), output=str(other))
+  export.main(SETTINGS, run, export.Flags(quantize="int8", output=str(other)))
   with refused(UserError, str(other)):
     CM3Leon.load(other)
 
@@ -122,7 +121,8 @@ def test_a_changed_file_of_an_export_is_named(exports, tmp_path, name, file):
     reads.append(lambda: importer.plan(SETTINGS, str(folder)))
   if file == IMAGES:
     source = str((folder / file).parent)
-    reads.append(lambda: import_vqgan.main(SETTINGS, tmp_path / "run", source, None))
+    given = import_vqgan.Flags(source=source)
+    reads.append(lambda: import_vqgan.main(SETTINGS, tmp_path / "run", given))
   for read in reads:
     with pytest.raises(UserError, match=f"/{file} has changed since it was written"):
       read()

@@ -18,6 +18,7 @@ COMMANDS = (
   "train",
   "checkpoints",
   "generate",
+  "explain",
   "evaluate",
   "measure_forgetting",
   "score",

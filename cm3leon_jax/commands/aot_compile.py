@@ -15,173 +15,154 @@ as in `cm3leon generate`, because `fsdp` would gather the parameters at each ste
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from absl import flags
-from etils import epath
+from etils import epath, epy
+from pydantic import PositiveInt
 
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, flag
+from cm3leon_jax.config.settings import Settings, decoding_mesh
+from cm3leon_jax.config.training import on_mesh
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.mesh import MeshConfig, batch_shards, create_mesh
 
-if TYPE_CHECKING:
+with epy.lazy_imports():
   import jax
 
-  from cm3leon_jax.config.settings import Settings
-  from cm3leon_jax.planning.topology import Topology
-
-_TOPOLOGY = flags.DEFINE_string(
-  "topology",
-  None,
-  "TPU slice, e.g. v5e-256 or v5p:4x4x8, or type and number of GPUs, e.g. h100-64.",
-)
-_SLICES = flags.DEFINE_integer("slices", 1, "Number of slices.", lower_bound=1)
-_PROGRAM = flags.DEFINE_enum(
-  "program",
-  "train",
-  ["train", "evaluate", "decode", "all", "reinforce"],
-  "Program to compile; `all` compiles train, evaluate and decode.",
-)
-_BATCH = flags.DEFINE_integer(
-  "batch_per_device",
-  None,
-  "Rows per device in a step without gradient accumulation (default: the config's).",
-  1,
-)
-_DECODE_BATCH = flags.DEFINE_integer(
-  "decode_batch",
-  None,
-  "Prompts per decoder batch, with two guidance streams each (default: 64, or one per batch shard "
-  "if there are more than 64 shards).",
-  lower_bound=1,
-)
-_DECODE_POSITIONS = flags.DEFINE_integer(
-  "decode_positions", 1_152, "Positions per decoded sample, for prompt and image.", 1
-)
-_JSON = flags.DEFINE_string("json", None, "JSON file to write the reports to.")
-flags.mark_flag_as_required("topology")
+  from cm3leon_jax.decoding import request
+  from cm3leon_jax.planning import gpus, memory, programs, report
+  from cm3leon_jax.planning import topology as topologies
+  from cm3leon_jax.training.step import grpo
+  from cm3leon_jax.training.watch import flops
 
 
-def _mesh(settings: Settings, topology: Topology) -> jax.sharding.Mesh:
-  from cm3leon_jax.mesh import create_mesh
+@dataclasses.dataclass(frozen=True)
+class Flags(flag.Fields):
+  topology: str
+  """TPU slice, e.g. v5e-256 or v5p:4x4x8, or type and number of GPUs, e.g. h100-64."""
+  slices: PositiveInt = 1
+  """Number of slices."""
+  program: Literal["train", "evaluate", "decode", "all", "reinforce"] = "train"
+  """Program to compile; `all` compiles train, evaluate and decode."""
+  batch_per_device: PositiveInt | None = None
+  """Rows per device in a step without gradient accumulation (default: the config's)."""
+  decode_batch: PositiveInt | None = None
+  """Prompts per decoder batch, with two guidance streams each (default: 64, or one per batch shard
+  if there are more than 64 shards)."""
+  decode_positions: PositiveInt = 1_152
+  """Positions per decoded sample, for prompt and image."""
+  json: str | None = None
+  """JSON file to write the reports to."""
 
+
+def _mesh(settings: Settings, topology: topologies.Topology) -> jax.sharding.Mesh:
   try:
     return create_mesh(settings.mesh, topology.devices)
   except ValueError as error:
     raise UserError(f"config.mesh: {error}") from error
 
 
-def _train_report(topology: Topology, settings: Settings, mesh: jax.sharding.Mesh) -> dict:
-  from cm3leon_jax.planning import memory, programs
-  from cm3leon_jax.planning.report import GIB, compile_report
-
+def _train_report(
+  topology: topologies.Topology, settings: Settings, mesh: jax.sharding.Mesh
+) -> dict:
   numbers = _model_numbers(settings, mesh, settings.train.global_batch_size)
-  report = {**numbers, **compile_report(programs.train_step(settings, mesh), topology)}
+  result = {**numbers, **report.compile_report(programs.train_step(settings, mesh), topology)}
   estimate = memory.estimate(settings, mesh.shape, topology.devices[0].platform)
-  report["estimate_gib"] = estimate.total / GIB
-  report["floor"] = {"estimated memory": str(estimate)}
-  return report
+  result["estimate_gib"] = estimate.total / report.GIB
+  result["floor"] = {"estimated memory": str(estimate)}
+  return result
 
 
-def _evaluate_report(topology: Topology, settings: Settings, mesh: jax.sharding.Mesh) -> dict:
+def _evaluate_report(
+  topology: topologies.Topology, settings: Settings, mesh: jax.sharding.Mesh
+) -> dict:
   """Reports the costs of the program that computes the held-out loss of a micro-batch.
 
   The memory total includes the rest of the training state, which stays in memory while the program
   runs.
   """
-  from cm3leon_jax.planning import programs
-  from cm3leon_jax.planning.report import GIB, compile_report
-
   numbers = _model_numbers(settings, mesh, settings.train.micro_batch_size)
   # A train step takes 6 FLOPs per parameter and token. The forward pass takes 2 of them.
   numbers["model_flops"] /= 3
   step, rest_bytes = programs.evaluation(settings, mesh)
-  report = {**numbers, **compile_report(step, topology)}
-  rest = rest_bytes / GIB
-  report["rest_gib"] = rest
-  total = f"{report['sum_gib'] + rest:.2f} GiB in total"
-  report["floor"] = {"rest of the state": f"{rest:.2f} GiB; {total}"}
-  return report
+  result = {**numbers, **report.compile_report(step, topology)}
+  rest = rest_bytes / report.GIB
+  result["rest_gib"] = rest
+  total = f"{result['sum_gib'] + rest:.2f} GiB in total"
+  result["floor"] = {"rest of the state": f"{rest:.2f} GiB; {total}"}
+  return result
 
 
 def _reinforce_report(
-  topology: Topology, settings: Settings, mesh: jax.sharding.Mesh, positions: int
+  topology: topologies.Topology, settings: Settings, mesh: jax.sharding.Mesh, positions: int
 ) -> dict:
   """Reports the costs of one update of `cm3leon reinforce`, without the costs of sampling.
 
   `positions` is the number of positions of the stream with the prompt. The other has no prompt.
   """
-  from cm3leon_jax.decoding.request import unconditional_prompt
-  from cm3leon_jax.planning import programs
-  from cm3leon_jax.planning.report import compile_report
-  from cm3leon_jax.training.step.grpo import row_length
-
   codes = settings.vqgan.image_tokens
-  prompts = positions - codes + len(unconditional_prompt(settings.vocab))
-  rows, length = settings.train.global_batch_size, row_length(prompts, 2, codes)
+  prompts = positions - codes + len(request.unconditional_prompt(settings.vocab))
+  rows, length = settings.train.global_batch_size, grpo.row_length(prompts, 2, codes)
   numbers = _model_numbers(settings, mesh, rows, length)
   numbers["model_flops"] *= 4 / 3  # Includes the forward pass of the reference parameters.
-  return {**numbers, **compile_report(programs.policy_step(settings, mesh, prompts), topology)}
+  return {
+    **numbers,
+    **report.compile_report(programs.policy_step(settings, mesh, prompts), topology),
+  }
 
 
 def _model_numbers(settings: Settings, mesh: jax.sharding.Mesh, rows: int, length: int = 0) -> dict:
   """Returns the number of parameters, and the tokens and model FLOPs of a step with `rows` rows."""
-  from cm3leon_jax.planning import programs
-  from cm3leon_jax.training.watch.flops import model_flops
-
   length = length or settings.data.sequence_length
   return {
     "parameters": programs.count_params(settings, mesh),
     "tokens": rows * length,
-    "model_flops": model_flops(settings.model, rows * length, length, settings.adapter),
+    "model_flops": flops.model_flops(settings.model, rows * length, length, settings.adapter),
   }
 
 
 def _decode_reports(
-  topology: Topology, settings: Settings, mesh: jax.sharding.Mesh, prompts: int
+  topology: topologies.Topology,
+  settings: Settings,
+  mesh: jax.sharding.Mesh,
+  prompts: int,
+  positions: int,
 ) -> dict[str, dict]:
   """Reports the costs of the prefill, and of one decode step with a full cache."""
-  from cm3leon_jax.planning import programs
-  from cm3leon_jax.planning.report import GIB, compile_for, compile_report, report
-
-  positions = _DECODE_POSITIONS.value
   lowered, weights, cache = programs.guided_decoder(settings, mesh, prompts, positions)
   first, last = lowered.steps
-  before, seconds = compile_for(first, topology)
+  before, seconds = report.compile_for(first, topology)
   compiled = before
   if last is not first:
-    compiled, seconds = compile_for(last, topology)
-  step = report(compiled, seconds, topology)
+    compiled, seconds = report.compile_for(last, topology)
+  step = report.report(compiled, seconds, topology)
   step["slots"] = [seen.shape[1] for seen in lowered.state.seen]
   floor, bandwidth = weights + cache, topology.chip.hbm_bandwidth
   step["floor_bytes"] = floor
-  step |= {"weights_gib": weights / GIB, "cache_gib": cache / GIB}
+  step |= {"weights_gib": weights / report.GIB, "cache_gib": cache / report.GIB}
   rate = prompts * bandwidth / floor
+  moved, least, of_weights, of_cache = (
+    f"{x / report.GIB:.3f}" for x in (step["traffic"], floor, weights, cache)
+  )
   step["floor"] = {
-    "bytes of a step": f"{step['traffic'] / GIB:.3f} GiB moved; at least {floor / GIB:.3f}: "
-    f"{weights / GIB:.3f} weights, {cache / GIB:.3f} cache",
+    "bytes of a step": f"{moved} GiB moved; at least {least}: {of_weights} weights, "
+    f"{of_cache} cache",
     "least time of a step": f"{floor / bandwidth * 1e3:.2f} ms, {rate:,.0f} tokens/s",
   }
-  return {"decode": step, "prefill": compile_report(lowered.prefill(before), topology)}
+  return {"decode": step, "prefill": report.compile_report(lowered.prefill(before), topology)}
 
 
-def main(settings: Settings) -> None:
-  from cm3leon_jax.config.settings import decoding_mesh
-  from cm3leon_jax.config.training import on_mesh
-  from cm3leon_jax.mesh import MeshConfig, batch_shards
-  from cm3leon_jax.planning import gpus
-  from cm3leon_jax.planning import topology as topology_lib
-  from cm3leon_jax.planning.report import table
-
-  topology_lib.prepare()
-  topology = gpus.load(_TOPOLOGY.value, _SLICES.value)
+def main(settings: Settings, flags: Flags) -> None:
+  topologies.prepare()
+  topology = gpus.load(flags.topology, flags.slices)
   reports: dict[str, Any] = {}
-  if _PROGRAM.value == "decode" and settings.mesh == MeshConfig():
+  if flags.program == "decode" and settings.mesh == MeshConfig():
     chosen = decoding_mesh(settings.model, topology.devices)
     settings = dataclasses.replace(settings, mesh=chosen)
   mesh = _mesh(settings, topology)
-  if _BATCH.value:
-    rows = _BATCH.value * len(topology.devices) // settings.mesh.tensor
+  if flags.batch_per_device:
+    rows = flags.batch_per_device * len(topology.devices) // settings.mesh.tensor
     train = dataclasses.replace(
       settings.train, global_batch_size=rows, gradient_accumulation_steps=1, rows_per_device=0
     )
@@ -190,34 +171,34 @@ def main(settings: Settings) -> None:
   slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
   devices = f"{len(topology.devices)} x {topology.devices[0].device_kind}"
   where = f"{slices}{topology.name}, {devices}; {shape}"
-  if _PROGRAM.value in ("train", "evaluate", "all"):
+  if flags.program in ("train", "evaluate", "all"):
     train = on_mesh(settings.train, batch_shards(mesh))
     settings = dataclasses.replace(settings, train=train)
   train, length = settings.train, settings.data.sequence_length
-  if _PROGRAM.value in ("train", "all"):
+  positions = flags.decode_positions
+  if flags.program in ("train", "all"):
     passes = f"{train.global_batch_size} rows of {length} in {train.gradient_accumulation_steps}"
     title = f"train step on {where}; {passes} passes, remat {settings.model.remat_policy}"
     reports["train"] = _train_report(topology, settings, mesh)
-    print(table(title, reports["train"]), flush=True)
-  if _PROGRAM.value in ("evaluate", "all"):
+    print(report.table(title, reports["train"]), flush=True)
+  if flags.program in ("evaluate", "all"):
     title = f"held-out loss on {where}; {train.micro_batch_size} rows of {length}"
     reports["evaluate"] = _evaluate_report(topology, settings, mesh)
-    print(table(title, reports["evaluate"]), flush=True)
-  if _PROGRAM.value == "reinforce":  # `reinforce` does not accumulate gradients.
+    print(report.table(title, reports["evaluate"]), flush=True)
+  if flags.program == "reinforce":  # `reinforce` does not accumulate gradients.
     settings = dataclasses.replace(settings, train=dataclasses.replace(train, rows_per_device=0))
-    positions = _DECODE_POSITIONS.value
     title = f"reinforce step on {where}; {train.global_batch_size} images of two streams"
     reports["reinforce"] = _reinforce_report(topology, settings, mesh, positions)
-    print(table(title, reports["reinforce"]), flush=True)
-  if _PROGRAM.value in ("decode", "all"):
-    prompts = _DECODE_BATCH.value or max(64, batch_shards(mesh))
-    reports |= _decode_reports(topology, settings, mesh, prompts)
-    batch = f"{prompts} prompts of two streams, {_DECODE_POSITIONS.value} positions"
-    print(table(f"decode step on {where}; {batch}", reports["decode"]))
-    print(table(f"prefill on {where}; {batch}", reports["prefill"]), flush=True)
-  if _JSON.value:
-    write_json(epath.Path(_JSON.value), {"topology": topology.name, **reports})
+    print(report.table(title, reports["reinforce"]), flush=True)
+  if flags.program in ("decode", "all"):
+    prompts = flags.decode_batch or max(64, batch_shards(mesh))
+    reports |= _decode_reports(topology, settings, mesh, prompts, positions)
+    batch = f"{prompts} prompts of two streams, {positions} positions"
+    print(report.table(f"decode step on {where}; {batch}", reports["decode"]))
+    print(report.table(f"prefill on {where}; {batch}", reports["prefill"]), flush=True)
+  if flags.json:
+    write_json(epath.Path(flags.json), {"topology": topology.name, **reports})
 
 
 if __name__ == "__main__":
-  common.run(main, workdir=False)
+  common.run(main, Flags, workdir=False)

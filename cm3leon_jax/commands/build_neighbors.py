@@ -11,7 +11,7 @@ import functools
 
 from etils import epath, epy
 
-from cm3leon_jax.commands import common, sharded
+from cm3leon_jax.commands import common, sharded, shared_flags
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.stages import stages, table
 
@@ -19,8 +19,8 @@ with epy.lazy_imports():
   from cm3leon_jax.retrieval import bank, neighbors
 
 
-def main(settings: Settings, workdir: epath.Path) -> None:
-  with sharded.stage(workdir, "neighbors", settings) as (summary, runner):
+def main(settings: Settings, workdir: epath.Path, flags: shared_flags.Runner) -> None:
+  with sharded.stage(workdir, "neighbors", settings) as summary:
     if summary is not None:
       load_clip = functools.partial(
         bank.load_clip, settings.retrieval.clip, str(workdir), settings.vocab
@@ -36,8 +36,10 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       width = bank.embedding_width(settings.retrieval.clip, workdir)
       own = stages.ids(settings, workdir, table.own_clip(settings))
       clip = {"clip": settings.retrieval.clip, **own}
-      summary.update(neighbors.build_neighbors(settings.retrieval, job, width, clip, runner))
+      summary.update(
+        neighbors.build_neighbors(settings.retrieval, job, width, clip, flags.of_shards())
+      )
 
 
 if __name__ == "__main__":
-  common.run(main)
+  common.run(main, shared_flags.Runner)

@@ -13,10 +13,14 @@ It does not ask for confirmation, fails while another job trains in the workdir,
 90 s if a job was killed on another host.
 """
 
-from absl import flags
-from etils import epath, epy
+from __future__ import annotations
 
-from cm3leon_jax.commands import common
+import dataclasses
+
+from etils import epath, epy
+from pydantic import PositiveInt
+
+from cm3leon_jax.commands import common, flag
 from cm3leon_jax.errors import UserError
 
 with epy.lazy_imports():
@@ -24,17 +28,20 @@ with epy.lazy_imports():
   from cm3leon_jax.training.saves import upkeep
 
 ACTIONS = ("list", "verify", "rollback")
-_STEP = flags.DEFINE_integer("step", None, "rollback: step to return to.", lower_bound=1)
-_SKIP_ROWS = flags.DEFINE_string(
-  "skip_rows", "", "rollback: first and last row that the run then leaves out, e.g. 4000:4799."
-)
 
 
-def _check_flags(action: str) -> None:
-  """Raises UserError if a flag of `rollback` is given to another action."""
-  for name in ("step", "skip_rows"):
-    if flags.FLAGS[name].present and action != "rollback":
-      raise UserError(f"--{name} is given, but {action} does not take it: only rollback does.")
+@dataclasses.dataclass(frozen=True)
+class Flags(flag.Fields):
+  step: PositiveInt | None = None
+  """rollback: step to return to."""
+  skip_rows: str = ""
+  """rollback: first and last row that the run then leaves out, e.g. 4000:4799."""
+
+  def check_action(self, action: str) -> None:
+    """Raises UserError if a flag of `rollback` is given to another action."""
+    given = [name for name, value in vars(self).items() if value]
+    if given and action != "rollback":
+      raise UserError(f"--{given[0]} is given, but {action} does not take it: only rollback does.")
 
 
 def _show(folder: epath.Path, check: bool) -> None:
@@ -49,18 +56,18 @@ def _show(folder: epath.Path, check: bool) -> None:
     upkeep.check_verified(folder, found, damages)
 
 
-def main(action: str, workdir: epath.Path) -> None:
-  _check_flags(action)
-  skip_rows = skipped_rows.parse(_SKIP_ROWS.value)
+def main(action: str, workdir: epath.Path, flags: Flags) -> None:
+  flags.check_action(action)
+  skip_rows = skipped_rows.parse(flags.skip_rows)
   folder = workdir / "train"
   upkeep.require(folder)
   if action != "rollback":
     _show(folder, check=action == "verify")
-  elif _STEP.value is None:
+  elif flags.step is None:
     raise UserError("rollback needs the step to return to: give --step=STEP; `list` shows them.")
   else:
-    print("\n".join(upkeep.rollback(folder, _STEP.value, skip_rows)))
+    print("\n".join(upkeep.rollback(folder, flags.step, skip_rows)))
 
 
 if __name__ == "__main__":
-  common.run(main, config=False, actions=ACTIONS)
+  common.run(main, Flags, config=False, actions=ACTIONS)

@@ -1,4 +1,4 @@
-"""Runs a command: defines common flags, parses all flags, and reports errors in one sentence."""
+"""Runs a command: reads its settings, and reports errors in one sentence."""
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
@@ -6,11 +6,9 @@ import dataclasses
 import functools
 import os
 import pathlib
-import re
 import signal
-import sys
 import threading
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import app, flags, logging
 from etils import epath, epy
@@ -18,10 +16,11 @@ import ml_collections
 from ml_collections import config_flags
 
 from cm3leon_jax import accelerators
-from cm3leon_jax.commands import config_file, interrupts
+from cm3leon_jax.commands import command_line, flag, interrupts, shared_flags
+from cm3leon_jax.commands.command_line import FOLDERS, fail
 from cm3leon_jax.config import own_functions
 from cm3leon_jax.config.settings import Settings, describe, settings_from_config
-from cm3leon_jax.errors import TryAgain, UserError, did_you_mean, printable
+from cm3leon_jax.errors import TryAgain, UserError
 from cm3leon_jax.files import buckets
 from cm3leon_jax.files.atomic import FULL
 from cm3leon_jax.mesh import MeshConfig, create_mesh
@@ -35,59 +34,13 @@ with epy.lazy_imports():  # Flags are parsed before JAX is imported, which takes
   from cm3leon_jax.run import run as run_lib
 
 NONE = "none"  # Value of --init_from that starts from random parameters.
-FOLDERS = ("workdir", "out", "output", "bundle")  # Flags that name a folder.
 
 
-class _Parser(flags.ArgumentParser):
-  """Parses --config for `config_flags`, which adds the flags --config.SECTION.FIELD."""
-
-  def parse(self, argument: str) -> ml_collections.ConfigDict:
-    config = config_file.load(argument)
-    given = (re.match(r"--?config\.([\w.]+)", word) for word in sys.argv[1:])
-    for name in filter(None, given):
-      config_file.check_field(config, name[1])
-    return config.lock()  # Locked: flags cannot add fields.
-
-  def flag_type(self) -> str:
-    return "config"
-
-
-def _define_flags(workdir: bool | None, config: bool | None, several_processes: bool) -> None:
-  """Defines the flags that several commands take; see `run` for the arguments."""
-  if workdir is not False:
-    flags.DEFINE_string("workdir", None, "Folder of the run; each stage writes to a subfolder.")
-  if config is not False:
-    config_flags.DEFINE_config_file(
-      "config",
-      None,
-      f"Config: a Python file, e.g. path/own.py, or one of {', '.join(config_file.SHIPPED)}. A "
-      "variant follows a colon: own:15. --config.SECTION.FIELD=VALUE, given after --config, "
-      "sets a field, e.g. --config.train.steps=100.",
-    )
-    flags.FLAGS["config"].parser = _Parser()
-    flags.DEFINE_bool(
-      "print_config", False, "Print every field of the checked config, one per line, and exit."
-    )
-  if several_processes:
-    flags.DEFINE_bool(
-      "distributed", False, "Join the processes that the cluster (TPU pod, SLURM, ...) started."
-    )
-    flags.DEFINE_string(
-      "coordinator_address", None, "host:port of process 0; for jobs without --distributed."
-    )
-    flags.DEFINE_integer("num_processes", None, "Number of processes of the job.")
-    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
-    flags.DEFINE_integer(
-      "coordinator_timeout", 300, "Seconds that the processes wait for each other.", lower_bound=1
-    )
-
-
-def _join_processes(saves: bool) -> None:
+def _join_processes(given: shared_flags.Processes, saves: bool) -> None:
   """Joins the other processes of the job if flags request it.
 
   If `saves`, a SIGTERM or Ctrl-C must stop all processes at the same step.
   """
-  given = flags.FLAGS
   job = (given.coordinator_address, given.num_processes, given.process_id)
   if not given.distributed and job == (None, None, None):
     return
@@ -130,27 +83,21 @@ def keep_compiled(workdir: epath.Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
 
 
-def _fail(message: str, code: int = UserError.exit_code) -> NoReturn:
-  """Prints one line on stderr and exits."""
-  print(f"error: {' '.join(printable(message).split())}", file=sys.stderr)
-  sys.exit(code)
-
-
 @contextlib.contextmanager
 def _reporting() -> Iterator[None]:
   """Reports an expected error of the body in one sentence, and exits with its exit code."""
   try:
     yield
   except TryAgain as error:
-    _fail(str(error), error.exit_code)
+    fail(str(error), error.exit_code)
   except Exception as error:
     # Check this first, because a UserError may wrongly report an access error as a damaged file.
     if reason := buckets.failure(error):
-      _fail(reason + _flags_of(reason), TryAgain.exit_code)
+      fail(reason + _flags_of(reason), TryAgain.exit_code)
     if isinstance(error, UserError):
-      _fail(str(error), error.exit_code)
+      fail(str(error), error.exit_code)
     if isinstance(error, OSError) and (flag := _flag_of(error)):
-      _fail(f"{flag} cannot be used ({error.strerror}): name another folder.")
+      fail(f"{flag} cannot be used ({error.strerror}): name another folder.")
     raise
 
 
@@ -172,63 +119,6 @@ def _flag_of(error: OSError) -> str:
   return ""
 
 
-def with_homes(arguments: Sequence[str]) -> list[str]:
-  """Replaces `~` at the start of paths, because shells leave `--workdir=~/run` as it is.
-
-  with_homes(["--workdir=~/run", "--prompt=~"]) = ["--workdir=/home/ada/run", "--prompt=~"]
-  """
-  result = [re.fullmatch(r"(--?(?!prompt=)[\w.]+=)(~.*)", one, re.DOTALL) for one in arguments]
-  return [m[1] + os.path.expanduser(m[2]) if m else one for m, one in zip(result, arguments)]
-
-
-def _help() -> str:
-  """Returns the docstring of the command, with examples, and its flags."""
-  modules = flags.FLAGS.flags_by_module_dict()
-  own = [name for name in modules if name == sys.argv[0] or name.startswith("cm3leon_jax.")]
-  parts = [sys.modules["__main__"].__doc__ or "", *map(flags.FLAGS.module_help, own)]
-  return "\n".join(part.strip("\n") for part in parts)
-
-
-def _mistake(error: Exception) -> str:
-  """Returns what is wrong with a flag, from the error of its parser."""
-  name = getattr(error, "flagname", "")
-  if name.startswith("config.") and "config" in flags.FLAGS:
-    own = name.rpartition(".")[2]
-    instead = f"; or give --{own}, which needs no config" if own in flags.FLAGS else ""
-    return f"--{name} has no config to change: give --config first{instead}"
-  text = re.sub(r"invalid literal for int\(\).*", "it must be a whole number", str(error.args[0]))
-  return re.sub(r"could not convert string to float.*", "it must be a number", text)
-
-
-def _parse_flags(actions: Sequence[str], argv: Sequence[str]) -> list[str]:
-  """Parses the flags, prints --help, and reports errors in one sentence.
-
-  `actions` has the allowed values of the first argument; without them, no argument is allowed. If
-  "" is one of them, the argument is optional.
-  """
-  if {"--help", "-h"}.intersection(argv):
-    print(_help())
-    sys.exit(0)
-  try:
-    program, *words = flags.FLAGS(with_homes(argv))
-  # For a wrong field of the config, ml_collections raises AttributeError or KeyError.
-  except (flags.Error, ValueError, AttributeError, KeyError) as error:
-    if isinstance(error.__context__, UserError):  # absl adds the flag, which may not be the cause.
-      _fail(str(error.__context__))
-    _fail(f"{_mistake(error)} (--help lists the flags)")
-  words = words or [""] * ("" in actions)
-  if actions and (not words or words[0] not in actions):
-    hint = did_you_mean("".join(words[:1]), actions, "give one of them.")
-    _fail(f"the first argument must be one of {', '.join(filter(None, actions))}: {hint}")
-  if surplus := words[1:] if actions else words:
-    _fail(f"unexpected argument '{surplus[0]}': give --name=value, and quotes around spaces.")
-  for name in FOLDERS:
-    value = flags.FLAGS[name].value if name in flags.FLAGS else None
-    if value and "://" not in value and os.path.isfile(value):
-      _fail(f"--{name} is {value}, which is a file: name a folder.")
-  return [program, *words]
-
-
 def parent_of(base: str, init_from: str) -> str:
   """Returns the run that a run is tuned from; "": none, it starts from random parameters.
 
@@ -237,17 +127,32 @@ def parent_of(base: str, init_from: str) -> str:
   return (init_from or base) if init_from != NONE else ""
 
 
-def parent_fields() -> dict[str, Any] | None:
+def given_config() -> ml_collections.ConfigDict | None:
+  """Returns the value of --config; None: it is not given, or the command does not take it."""
+  return flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+
+
+def changed_fields() -> dict[str, Any]:
+  """Returns the fields of the config that the flags --config.SECTION.FIELD set."""
+  return {} if given_config() is None else config_flags.get_override_values(flags.FLAGS["config"])
+
+
+def open_fields() -> list[str]:
+  """Returns the fields that --config leaves open; they are computed from the data."""
+  config = given_config()
+  return [] if config is None else from_data.missing(config)
+
+
+def parent_fields(
+  init_from: str = "", own_image_tokenizer: bool = False, **_: Any
+) -> dict[str, Any] | None:
   """Returns the fields of the parent that the flags name; None if the config follows no parent."""
-  given = flags.FLAGS
-  init_from = given.init_from if "init_from" in given else ""
-  source = parent_of(given.config.train.base, init_from)
-  if not source or not from_data.missing(given.config):
-    return None
-  return base_documents.fields(source, "own_image_tokenizer" in given and given.own_image_tokenizer)
+  config = given_config()
+  source = "" if config is None else parent_of(config.train.base, init_from)
+  return base_documents.fields(source, own_image_tokenizer) if source and open_fields() else None
 
 
-def _settings(optional: bool, prepares: bool, starts: bool = False) -> Settings:
+def _settings(given: Any, optional: bool, prepares: bool, starts: bool) -> Settings:
   """Returns the settings of --config or, if --config is optional, of the model in --workdir.
 
   For --print_config, the fields that are not known yet have the values of the parent, if any.
@@ -255,11 +160,12 @@ def _settings(optional: bool, prepares: bool, starts: bool = False) -> Settings:
   Raises:
     UserError: --config is missing, or --workdir has no trained model; see `completed`.
   """
-  if flags.FLAGS.config is not None:
+  if given_config() is not None:
     workdir = flags.FLAGS.workdir if "workdir" in flags.FLAGS else None
     shows = flags.FLAGS.print_config
     begins = starts or (shows and not from_data.stored_of_base(workdir))
-    return completed(workdir, prepares or shows, parent_fields() if begins else None)
+    of_base = parent_fields(**vars(given)) if begins and given is not None else None
+    return completed(workdir, prepares or shows, of_base)
   if not optional:
     raise UserError("name a config: --config=own")
   stored = run_lib.Run.open(_folder()).settings
@@ -285,20 +191,19 @@ def completed(
   Raises:
     UserError: the config is wrong, or some fields are computed from data that is not prepared.
   """
-  given = list(config_flags.get_override_values(flags.FLAGS["config"]))
-  config = from_data.complete(flags.FLAGS.config, workdir, prepares, of_base, given)
+  config = from_data.complete(
+    flags.FLAGS.config, workdir, prepares, of_base, list(changed_fields())
+  )
   own_functions.resolve(config)  # Flags name files relative to the current folder.
   return settings_from_config(config)
 
 
 def config_arguments() -> list[str]:
   """Returns the flags --config and --config.SECTION.FIELD that were given."""
-  flag = flags.FLAGS["config"]
-  if flag.value is None:
+  if given_config() is None:
     return []
-  changed = config_flags.get_override_values(flag)
-  name = config_flags.get_config_filename(flag)
-  return [f"--config={name}", *(f"--config.{field}={value}" for field, value in changed.items())]
+  changed = [f"--config.{field}={value}" for field, value in changed_fields().items()]
+  return [f"--config={config_flags.get_config_filename(flags.FLAGS['config'])}", *changed]
 
 
 def _folder() -> epath.Path:
@@ -327,14 +232,14 @@ def run_app(main: Callable[[list[str]], None], parse: Callable[[list[str]], list
 
 def run(
   main: Callable[..., None],
-  workdir: bool | None = True,
-  several_processes: bool = False,
+  cls: type | None = None,
+  *,
+  workdir: bool = True,
   saves: bool = False,
   config: bool | None = True,
   actions: Sequence[str] = (),
   prepares: bool = False,
   starts: bool = False,
-  check: Callable[[], None] = lambda: None,
 ) -> None:
   """Runs a command as an absl app. A UserError becomes one sentence on stderr and exit code 2.
 
@@ -342,9 +247,10 @@ def run(
   launchers start the command again.
 
   Args:
-    main: called as `main(settings, workdir)`, or as `main(settings)` without a workdir.
-    workdir: whether the command takes --workdir. None: the flag is optional, and the command does
-      not open the folder.
+    main: called as `main(settings, workdir, flags)`, without arguments that the command lacks.
+    cls: dataclass of the command's flags, see `flag`. Its method `check`, if it has one, checks
+      them before the slow imports.
+    workdir: whether the command takes --workdir.
     saves: whether the command has a loop that saves at SIGTERM and Ctrl-C. Before the loop, these
       signals end the command immediately.
     config: whether the command takes a config. If not, `main` gets no settings. None: --config is
@@ -352,24 +258,27 @@ def run(
     actions: allowed values of the first argument, which is then the first argument of `main`.
     prepares: whether the command prepares the data, which some fields of the config need.
     starts: whether the command starts a whole run, from --init_from or config.train.base.
-    check: checks flags before the slow imports.
   """
 
   def checked(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes.
     with _reporting():
-      check()
+      values: Any = None if cls is None else flag.values(cls)
+      if hasattr(values, "check"):
+        values.check()
       given: list = argv[1:]
       buckets.prepare_access()
       if config is not False:
-        given.append(_settings(config is None, prepares, starts))
+        given.append(_settings(values, config is None, prepares, starts))
         if flags.FLAGS.print_config:
           print("\n".join(describe(given[-1])))
           return
       if workdir:
         given.append(_folder())
-      if several_processes:
-        _join_processes(saves)
+      if cls is not None:
+        given.append(values)
+      if isinstance(values, shared_flags.Processes):
+        _join_processes(values, saves)
       main(*given)
 
   for number in (signal.SIGTERM, signal.SIGINT) if saves else ():
@@ -377,5 +286,5 @@ def run(
     if signal.getsignal(number) is not signal.SIG_IGN:
       signal.signal(number, interrupts.stop_early)
   accelerators.use_cpu_if_alone()
-  _define_flags(workdir, config, several_processes)
-  run_app(checked, functools.partial(_parse_flags, actions))
+  command_line.define(cls, workdir, config is not False)
+  run_app(checked, functools.partial(command_line.parse, actions))

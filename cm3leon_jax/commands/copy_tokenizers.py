@@ -9,12 +9,9 @@ these tokenizers.
 
 from __future__ import annotations
 
-from typing import Any
-
 from etils import epath, epy
 
-from cm3leon_jax.commands import common
-from cm3leon_jax.commands.init_from_flag import INIT_FROM, OWN_IMAGE_TOKENIZER
+from cm3leon_jax.commands import common, shared_flags
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.errors import UserError
 
@@ -23,25 +20,20 @@ with epy.lazy_imports():
   from cm3leon_jax.run import run
 
 
-def main(settings: Settings, workdir: epath.Path, of_base: dict[str, Any] | None = None) -> None:
-  """Copies the tokenizers. `of_base` has the fields that --config follows, if any."""
-  if not INIT_FROM.value:
+def main(settings: Settings, workdir: epath.Path, flags: shared_flags.InitFrom) -> None:
+  if not flags.init_from:
     raise UserError(
       "name the trained run whose tokenizers are copied: --init_from=workdir/scenes, or "
       "--init_from=scenes for the installed model."
     )
-  own_images = OWN_IMAGE_TOKENIZER.value
+  own_images, of_base = flags.own_image_tokenizer, common.parent_fields(**vars(flags))
   if of_base and not own_images and not of_base["data.base_documents"]:
     what = "has no documents that the run could replay, or measure what it forgets with"
-    print(f"copy_tokenizers: warning: {INIT_FROM.value} {what}.")
-  made = copies.copy_tokenizers(run.Run(workdir, settings), INIT_FROM.value, of_base, own_images)
+    print(f"copy_tokenizers: warning: {flags.init_from} {what}.")
+  made = copies.copy_tokenizers(run.Run(workdir, settings), flags.init_from, of_base, own_images)
   shown = ", ".join(f"{name} {state}" for name, state in made.items())
-  print(f"copy_tokenizers: {shown}, from {INIT_FROM.value}.")
+  print(f"copy_tokenizers: {shown}, from {flags.init_from}.")
 
 
 if __name__ == "__main__":
-  common.run(
-    lambda settings, workdir: main(settings, workdir, common.parent_fields()),
-    prepares=True,
-    starts=True,
-  )
+  common.run(main, shared_flags.InitFrom, prepares=True, starts=True)

@@ -9,18 +9,19 @@ import functools
 
 from etils import epath, epy
 
-from cm3leon_jax.commands import common, sharded, tokenizer_check
+from cm3leon_jax.commands import common, sharded, shared_flags
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.stages import stages, table
 
 with epy.lazy_imports():
   from cm3leon_jax.data.documents import encode
+  from cm3leon_jax.evaluation import copied_tokenizer
 
 
-def main(settings: Settings, workdir: epath.Path) -> None:
-  with sharded.stage(workdir, "documents", settings) as (summary, runner):
+def main(settings: Settings, workdir: epath.Path, flags: shared_flags.Encoding) -> None:
+  with sharded.stage(workdir, "documents", settings) as summary:
     if summary is not None:
-      tokenizer_check.of_pairs(settings, workdir)
+      copied_tokenizer.check_pairs(settings, workdir, flags.limits)
       job = encode.EncodeJob(
         str(workdir / "raw"),
         str(workdir / "documents"),
@@ -32,11 +33,11 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       )
       # The id of `raw` is not passed, because shards identify their records by digest.
       tokenizers = stages.ids(settings, workdir, table.TOKENIZERS)
-      summary.update(encode.encode_documents(job, tokenizers, runner))
+      summary.update(encode.encode_documents(job, tokenizers, flags.of_shards()))
       for split, numbers in summary.items():
         shown = ", ".join(f"{name} {value:.6g}" for name, value in numbers.items())
         print(f"encode_documents {split}: {shown}")
 
 
 if __name__ == "__main__":
-  common.run(main)
+  common.run(main, shared_flags.Encoding)

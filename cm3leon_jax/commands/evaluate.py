@@ -22,11 +22,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from absl import flags
 from etils import epath, epy
+from pydantic import NonNegativeInt
 
-from cm3leon_jax.commands import common, sampling_flags
-from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
+from cm3leon_jax.commands import common, flag, shared_flags
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.digests import digest, digest_of_json
@@ -47,54 +46,44 @@ with epy.lazy_imports():
   from cm3leon_jax.reports import evaluation_page
   from cm3leon_jax.retrieval import neighbors, removed
   from cm3leon_jax.run import run as run_lib
-  from cm3leon_jax.run.source import Source
+  from cm3leon_jax.run import source as source_lib
 
-_LAST_PARAMS = flags.DEFINE_bool(
-  "last_params",
-  False,
-  "Measure the last parameters, not their average (optimizer.ema_decay); writes evaluation_last/.",
-)
-_PROTOCOL = flags.DEFINE_string(
-  "protocol", None, "Measure with a protocol: its name, or a YAML file (docs/evaluation.md)."
-)
-_METRICS = flags.DEFINE_list("metrics", [], "Metrics that replace the protocol's metrics.")
-_EXAMPLES = flags.DEFINE_integer(
-  "examples",
-  None,
-  "Number of examples that replaces the protocol's number; 0: all. Only evaluations with the same "
-  "number of examples can be compared.",
-  lower_bound=0,
-)
-_DATA = flags.DEFINE_string(
-  "data", None, "Folder of the evaluation files and images that the protocol reads."
-)
-_EXTRACTOR = flags.DEFINE_string(
-  "extractor",
-  None,
-  "Weights of the network whose features the distances compare: a safetensors file of "
-  "Inception-v3, or a Hugging Face folder of CLIP.",
-)
-_CLIP = flags.DEFINE_string(
-  "clip", None, "Folder of a Hugging Face CLIP that scores images; default: the CLIP of the run."
-)
-_BEFORE = flags.DEFINE_bool(
-  "before",
-  False,
-  "Measure the parameters before tuning, which the run started from with --init_from.",
-)
 # Flags that need --protocol; all but --out are fields of `Options`.
-_OPTIONS = (_METRICS, _EXAMPLES, _DATA, _EXTRACTOR, _CLIP, _BEFORE, ALLOW_OUTSIDE)
+OPTIONS = ("metrics", "examples", "data", "extractor", "clip", "before", "allow_outside")
 
 
-def main(settings: Settings, workdir: epath.Path) -> None:
-  for flag in (*_OPTIONS, OUT):
-    if _PROTOCOL.value is None and not flags.FLAGS[flag.name].using_default_value:
-      raise UserError(f"--{flag.name} is given without --protocol: add e.g. --protocol=own.yaml.")
-  settings = sampling_flags.applied(settings)
-  if _PROTOCOL.value is not None:
-    _measure(settings, workdir, _PROTOCOL.value)
+@dataclasses.dataclass(frozen=True)
+class Flags(shared_flags.Files, shared_flags.Sampling, shared_flags.Processes):
+  last_params: bool = False
+  """Measure the last parameters, not their average (optimizer.ema_decay); writes
+  evaluation_last/."""
+  protocol: str | None = None
+  """Measure with a protocol: its name, or a YAML file (docs/evaluation.md)."""
+  metrics: flag.Listed = ()
+  """Metrics that replace the protocol's metrics."""
+  examples: NonNegativeInt | None = None
+  """Number of examples that replaces the protocol's number; 0: all. Only evaluations with the same
+  number of examples can be compared."""
+  data: str | None = None
+  """Folder of the evaluation files and images that the protocol reads."""
+  extractor: str | None = None
+  """Weights of the network whose features the distances compare: a safetensors file of
+  Inception-v3, or a Hugging Face folder of CLIP."""
+  clip: str | None = None
+  """Folder of a Hugging Face CLIP that scores images; default: the CLIP of the run."""
+  before: bool = False
+  """Measure the parameters before tuning, which the run started from with --init_from."""
+
+
+def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
+  for name in (*OPTIONS, "out"):
+    if flags.protocol is None and getattr(flags, name) != getattr(Flags, name):
+      raise UserError(f"--{name} is given without --protocol: add e.g. --protocol=own.yaml.")
+  settings = flags.applied(settings)
+  if flags.protocol is not None:
+    _measure(settings, workdir, flags.protocol, flags)
     return
-  if Source.of(workdir).kind == "bundle":
+  if source_lib.Source.of(workdir).kind == "bundle":
     raise UserError(
       f"{workdir} is a bundle, which has no held-out documents: name a protocol and its examples, "
       "--protocol=FILE --data=FOLDER, or give the workdir of a run in --workdir."
@@ -106,23 +95,24 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   if judge is not None:
     inputs["sampling"] = digest_of_json(dataclasses.asdict(settings.sampling))
     inputs["judge"] = digest(settings.evaluation.judge.rpartition(":")[0])
-  elif given := [*sampling_flags.given()]:
+  elif given := [*flags.sampling]:
     raise UserError(
       f"--{given[0]} is given, but nothing is sampled: add --protocol, or a --config with a judge."
     )
-  folder = workdir / ("evaluation_last" if _LAST_PARAMS.value else "evaluation")
+  folder = workdir / ("evaluation_last" if flags.last_params else "evaluation")
   config = stages.run_config(settings, workdir, "evaluation", inputs)
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
-      _evaluate(run_lib.Run(workdir, settings), folder, summary, judge)
+      run = run_lib.Run(workdir, settings)
+      _evaluate(run, folder, summary, judge, not flags.last_params)
 
 
-def _measure(settings: Settings, workdir: epath.Path, name: str) -> None:
+def _measure(settings: Settings, workdir: epath.Path, name: str, flags: Flags) -> None:
   """Checks all protocols of a file, and then measures a run or bundle with each of them."""
   trained = run_lib.Run.open(workdir, settings)
   judge = judged.judge_of(settings)  # Settings of the command: others may come from a bundle.
-  given = {flag.name: flag.value for flag in _OPTIONS}
-  options = protocols.Options(out=results_folder(trained, OUT.value), judge=judge, **given)
+  given = {name: getattr(flags, name) for name in OPTIONS}
+  options = protocols.Options(out=flags.results_folder(trained), judge=judge, **given)
   found = {
     name: protocols.completed(protocol, options, trained.settings)
     for name, protocol in protocol_lib.load(name).items()
@@ -137,13 +127,13 @@ def _measure(settings: Settings, workdir: epath.Path, name: str) -> None:
 
 
 def _evaluate(
-  run: run_lib.Run, folder: epath.Path, summary: dict, judge: judged.Judge | None
+  run: run_lib.Run, folder: epath.Path, summary: dict, judge: judged.Judge | None, average: bool
 ) -> None:
   """Measures bits per token and, with a judge, judges samples; fills `summary`."""
   settings, workdir = run.settings, run.folder
   config = settings.evaluation
   bits.check_batch(config)
-  params, step = run.params(average=not _LAST_PARAMS.value)
+  params, step = run.params(average=average)
   if judge is not None:  # Prepare the samples first, so that an error ends the command early.
     pipeline = pipeline_lib.Pipeline.load(run, params, None, batch_size=config.batch_size)
     tasks = judged.heldout_captions(pipeline, workdir, config.guidance)
@@ -163,4 +153,4 @@ def _evaluate(
 
 
 if __name__ == "__main__":
-  common.run(main, several_processes=True, config=None)
+  common.run(main, Flags, config=None)

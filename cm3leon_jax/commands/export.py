@@ -19,12 +19,14 @@ which `cm3leon copy_tokenizers` copied them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+from typing import Annotated, Literal
 
-from absl import flags
 from etils import epath, epy
+from pydantic import NonNegativeInt
 
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, flag
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import formats
@@ -50,60 +52,47 @@ SAMPLES = 4  # Number of held-out documents on which logits are compared.
 COMPARED = 500_000_000
 UNITS = {"image": "image code", "text": "text token"}
 DEFAULT = formats.Choice()
-_FORMAT = flags.DEFINE_enum(
-  "format", DEFAULT.format, list(formats.FORMATS), "Layout of the export."
-)
-_OUTPUT = flags.DEFINE_string(
-  "output",
-  "",
-  "Folder of the export. Default: export/ in the workdir of a run, as a stage of the run, or "
-  "export/ in the current folder for a bundle.",
-)
-_DTYPE = flags.DEFINE_enum("dtype", DEFAULT.dtype, list(formats.DTYPES), "Dtype of the weights.")
-_QUANTIZE = flags.DEFINE_enum(
-  "quantize", None, ["int8"], "Store the matrices of the layers as int8, one scale per channel."
-)
-_MERGE_EMA = flags.DEFINE_bool(
-  "merge_ema",
-  None,
-  "Write the moving average of the parameters, or with --merge_ema=False the last parameters. "
-  "Default: the average, if the run keeps one (optimizer.ema_decay).",
-)
-_BUNDLE = flags.DEFINE_string(
-  "bundle", "", "Folder of a bundle to write, with everything that sampling needs."
-)
-_BASE = flags.DEFINE_string(
-  "base",
-  "",
-  "Bundle that has the tokenizers and CLIP of this run, so that --bundle leaves them out.",
-)
-_REPLAY = flags.DEFINE_integer(
-  "replay_documents",
-  from_data.BASE_DOCUMENTS,
-  "Maximum number of training pairs that --bundle contains, so that a tuning can replay them.",
-  lower_bound=0,
-)
 
 
-def main(
-  settings: Settings,
-  workdir: epath.Path,
-  bundle_folder: str = "",
-  base: str = "",
-  choice: formats.Choice = DEFAULT,
-  output: str = "",
-  replayed: int = from_data.BASE_DOCUMENTS,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Flags(flag.Fields):
+  format: Annotated[str, flag.one_of(formats.FORMATS)] = DEFAULT.format
+  """Layout of the export."""
+  output: str = ""
+  """Folder of the export. Default: export/ in the workdir of a run, as a stage of the run, or
+  export/ in the current folder for a bundle."""
+  dtype: Annotated[str, flag.one_of(formats.DTYPES)] = DEFAULT.dtype
+  """Dtype of the weights."""
+  quantize: Literal["int8"] | None = None
+  """Store the matrices of the layers as int8, one scale per channel."""
+  merge_ema: bool | None = None
+  """Write the moving average of the parameters, or with --merge_ema=False the last parameters.
+  Default: the average, if the run keeps one (optimizer.ema_decay)."""
+  bundle: str = ""
+  """Folder of a bundle to write, with everything that sampling needs."""
+  base: str = ""
+  """Bundle that has the tokenizers and CLIP of this run, so that --bundle leaves them out."""
+  replay_documents: NonNegativeInt = from_data.BASE_DOCUMENTS
+  """Maximum number of training pairs that --bundle contains, so that a tuning can replay them."""
+
+  @property
+  def choice(self) -> formats.Choice:
+    return formats.Choice(self.format, self.dtype, self.quantize or "", self.merge_ema)
+
+
+def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
+  bundle_folder, base, replayed = flags.bundle, flags.base, flags.replay_documents
   if base and not bundle_folder:
     raise UserError(f"--base is {base}, but --bundle is not given: --base applies only to bundles.")
 
   trained = run_lib.Run.open(workdir, settings)
   if trained.kind == "bundle" and bundle_folder:
     raise UserError(f"--bundle is given, but {workdir} is already a bundle: copy {trained.folder}.")
+  choice = flags.choice
   formats.check(choice, trained.settings)
   if choice.format == "peft":
     peft_adapter.adapters_of(trained)
-  output = output or "export" * (trained.kind == "bundle")
+  output = flags.output or "export" * (trained.kind == "bundle")
   with _alone(absolute(output).parent if output else workdir):
     _export(trained, choice, output)
   if bundle_folder:
@@ -245,10 +234,5 @@ def _heldout_bits(
   return {name: float(values.mean()) for name, values in result.items() if len(values)}
 
 
-def _run(settings: Settings, workdir: epath.Path) -> None:
-  choice = formats.Choice(_FORMAT.value, _DTYPE.value, _QUANTIZE.value or "", _MERGE_EMA.value)
-  main(settings, workdir, _BUNDLE.value, _BASE.value, choice, _OUTPUT.value, _REPLAY.value)
-
-
 if __name__ == "__main__":
-  common.run(_run, config=None)
+  common.run(main, Flags, config=None)

@@ -12,30 +12,30 @@ for 512x512 pixels.
 
 from __future__ import annotations
 
-from absl import flags
+import dataclasses
+
 from etils import epath, epy
 
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, flag
 from cm3leon_jax.config.settings import Settings
+from cm3leon_jax.config.tokenizers import Family
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.stages import stages, table
 
 with epy.lazy_imports():
-  from cm3leon_jax.config import tokenizers as tokenizers_config
   from cm3leon_jax.files import digests as digests_lib
   from cm3leon_jax.run import exported
-  from cm3leon_jax.run.source import IMAGES, Source
+  from cm3leon_jax.run import source as source_lib
   from cm3leon_jax.tokenizers import published_files, vqgan
   from cm3leon_jax.training.image_models import trainer
 
-FAMILIES = ("amused", "chameleon", "llamagen", "janus")
-_SOURCE = flags.DEFINE_string("source", "", "File or folder with the weights, as safetensors.")
-_FAMILY = flags.DEFINE_enum(
-  "family",
-  None,
-  FAMILIES,
-  "Network that the weights belong to (default: config.vqgan.published, or found by the names).",
-)
+
+@dataclasses.dataclass(frozen=True)
+class Flags(flag.Fields):
+  source: str = ""
+  """File or folder with the weights, as safetensors."""
+  family: Family | None = None
+  """Network that the weights belong to (default: config.vqgan.published, or found by the names)."""
 
 
 def _check_folder(folder: epath.Path) -> None:
@@ -47,9 +47,8 @@ def _check_folder(folder: epath.Path) -> None:
     )
 
 
-def main(
-  settings: Settings, workdir: epath.Path, source: str, family: tokenizers_config.Family | None
-) -> None:
+def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
+  source, family = flags.source, flags.family
   if not source:
     raise UserError("name the file or folder with the weights: --source=amused-256")
   named = settings.vqgan.published
@@ -59,8 +58,8 @@ def main(
       f"--config.vqgan.published={family}."
     )
   for parent in epath.Path(source).parents[:2]:
-    if Source.of(parent).kind == "export":
-      exported.check(parent, f"{IMAGES}/")
+    if source_lib.Source.of(parent).kind == "export":
+      exported.check(parent, f"{source_lib.IMAGES}/")
   folder = workdir / "vqgan"
   _check_folder(folder)
   if published_files.is_own(source):
@@ -101,4 +100,4 @@ def main(
 
 
 if __name__ == "__main__":
-  common.run(lambda settings, workdir: main(settings, workdir, _SOURCE.value, _FAMILY.value))
+  common.run(main, Flags)

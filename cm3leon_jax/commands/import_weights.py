@@ -12,39 +12,31 @@ any mesh. It prints the flags that set config fields to the values that the mode
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
 
-from absl import flags
 from etils import epath, epy
-from ml_collections import config_flags
 
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, flag
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.errors import UserError
 
 with epy.lazy_imports():
   from cm3leon_jax.importing import importer
 
-_SOURCE = flags.DEFINE_string(
-  "source",
-  "",
-  "Folder of the checkpoint.",
-  allow_override=True,  # import_vqgan also defines this flag, and tests import both modules.
-)
+
+@dataclasses.dataclass(frozen=True)
+class Flags(flag.Fields):
+  source: str = ""
+  """Folder of the checkpoint."""
 
 
-def main(settings: Settings, workdir: epath.Path, source: str, given: Collection[str] = ()) -> None:
-  """Imports the weights and prints a summary.
-
-  `given` has the names of the config fields that were set by flags, e.g. "model.width". The next
-  commands need the same flags.
-  """
-  if not source:
+def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
+  if not flags.source:
     raise UserError("name the folder of the checkpoint: --source=DIR.")
-  found = importer.plan(settings, source)
+  found = importer.plan(settings, flags.source)
   for line in importer.write(settings, workdir, found):
     print(f"import_weights: {line}", flush=True)
-  needed = importer.flags(found.fields, given)
+  needed = importer.flags(found.fields, common.changed_fields())
   print(
     "import_weights: the next stages, and `cm3leon train` with this --workdir, start from it"
     + (f" and need {needed}" if needed else "."),
@@ -53,8 +45,4 @@ def main(settings: Settings, workdir: epath.Path, source: str, given: Collection
 
 
 if __name__ == "__main__":
-  common.run(
-    lambda settings, workdir: main(
-      settings, workdir, _SOURCE.value, config_flags.get_override_values(flags.FLAGS["config"])
-    )
-  )
+  common.run(main, Flags)

@@ -13,12 +13,14 @@ its digest, and names the first error.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
+from typing import Literal
 
-from absl import flags
 from etils import epath, epy
 from PIL import Image
+from pydantic import NonNegativeInt, PositiveInt
 
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, flag
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.files import atomic
 from cm3leon_jax.stages import stages, table
@@ -33,21 +35,23 @@ with epy.lazy_imports():
   from cm3leon_jax.run import run as run_lib
 
 
-# No default, because other commands also define --out without a default, and tests import all
-# commands in one process.
-_OUT = flags.DEFINE_string("out", None, "PNG file with the images of the rows (default: rows.png).")
-_ROWS = flags.DEFINE_integer("rows", 6, "Number of rows.", lower_bound=1)
-_FIRST_ROW = flags.DEFINE_integer("first_row", 0, "Number of the first row.", lower_bound=0)
-_SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout"], "Split of the rows.")
-_VALIDATE = flags.DEFINE_bool(
-  "validate",
-  False,
-  "Print no rows; compare all files that training reads with their digests.",
-)
-
 DOCUMENTS = ("documents", "neighbors")
 READ = (*table.TOKENIZERS, *DOCUMENTS)
 ROWS_READ = 2**16  # Number of rows of an array that --validate reads at a time.
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(flag.Fields):
+  out: str | None = None
+  """PNG file with the images of the rows (default: rows.png)."""
+  rows: PositiveInt = 6
+  """Number of rows."""
+  first_row: NonNegativeInt = 0
+  """Number of the first row."""
+  split: Literal["train", "heldout"] = "train"
+  """Split of the rows."""
+  validate: bool = False
+  """Print no rows; compare all files that training reads with their digests."""
 
 
 def show_rows(
@@ -102,13 +106,13 @@ def validate(settings: Settings, workdir: epath.Path) -> None:
     print(f"{workdir / 'raw'}: is missing or not finished, so its images were not checked.")
 
 
-def main(settings: Settings, workdir: epath.Path) -> None:
-  if _VALIDATE.value:
+def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
+  if flags.validate:
     validate(settings, workdir)
     return
-  numbers = range(_FIRST_ROW.value, _FIRST_ROW.value + _ROWS.value)
-  show_rows(settings, workdir, epath.Path(_OUT.value or "rows.png"), _SPLIT.value, numbers)
+  numbers = range(flags.first_row, flags.first_row + flags.rows)
+  show_rows(settings, workdir, epath.Path(flags.out or "rows.png"), flags.split, numbers)
 
 
 if __name__ == "__main__":
-  common.run(main)
+  common.run(main, Flags)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from typing import Annotated
 
-from absl import flags
 from etils import epath, epy
+from pydantic import Field
 
-from cm3leon_jax.commands import common, sharded
+from cm3leon_jax.commands import common, sharded, shared_flags
 from cm3leon_jax.config import own_functions
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.errors import UserError, printable
@@ -28,24 +29,20 @@ with epy.lazy_imports():
   from cm3leon_jax.data.sources import formats
   from cm3leon_jax.files import shards
 
-_CHECK_LEAKS = flags.DEFINE_bool(
-  "check_leaks",
-  False,
-  "Prepare nothing; look for held-out images that are near duplicates of training images.",
-)
-_LEAK_PSNR = flags.DEFINE_float(
-  "leak_psnr",
-  None,
-  "For --check_leaks: images are near duplicates if the PSNR of their 16 x 16 thumbnails is at "
-  "least this many dB.",
-  lower_bound=0.0,
-)
+
+@dataclasses.dataclass(frozen=True)
+class Flags(shared_flags.Runner):
+  check_leaks: bool = False
+  """Prepare nothing; look for held-out images that are near duplicates of training images."""
+  leak_psnr: Annotated[float, Field(ge=0)] | None = None
+  """For --check_leaks: images are near duplicates if the PSNR of their 16 x 16 thumbnails is at
+  least this many dB."""
 
 
-def check_leaks(settings: Settings, workdir: epath.Path) -> None:
+def check_leaks(settings: Settings, workdir: epath.Path, psnr: float | None) -> None:
   """Prints the most similar held-out and training images. Raises UserError for near duplicates."""
   stages.require(workdir, "raw")
-  psnr = duplicates.MIN_PSNR if _LEAK_PSNR.value is None else _LEAK_PSNR.value
+  psnr = duplicates.MIN_PSNR if psnr is None else psnr
   report = leaks.check(workdir / "raw", settings.raw.num_threads, psnr)
   print(
     f"check_leaks: heldout_images {report.heldout}, train_images {report.train}, "
@@ -123,21 +120,21 @@ def _print_computed(settings: Settings, workdir: epath.Path) -> None:
   copied = {name.partition(".")[0] for name in of_base if name.endswith(".batch_size")}
   names = [
     name
-    for name in from_data.missing(flags.FLAGS.config)
+    for name in common.open_fields()
     if name not in of_base and name.partition(".")[0] not in copied - {"train"}
   ]
   values = {name: operator.attrgetter(name)(settings) for name in names}
   print("prepare_data: computed from the data:", ", ".join(f"{k} {v}" for k, v in values.items()))
 
 
-def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
-  if _CHECK_LEAKS.value:
+def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
+  if flags.check_leaks:
     if own_functions.is_function(settings.raw.source):
       raise UserError(
         "--check_leaks compares pixels, but drawn images of both splits may be similar: compare "
         f"the facts of the records of {settings.raw.source} instead."
       )
-    check_leaks(settings, workdir)
+    check_leaks(settings, workdir, flags.leak_psnr)
     return
   raw = settings.raw
   if own_functions.is_function(raw.source) and (not raw.resolution or raw.crops < 0):
@@ -147,10 +144,10 @@ def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
     )
   parts = ingest.parts_of(settings.raw, str(workdir))
   # If files are new or changed, the stage runs again, but only for the shards of these files.
-  files = formats.digest_of(parts)
-  with sharded.stage(workdir, "raw", settings, {"files": files}) as (summary, runner):
+  files, counts = formats.digest_of(parts), bool(common.open_fields())
+  with sharded.stage(workdir, "raw", settings, {"files": files}) as summary:
     if summary is not None:
-      summary.update(_prepare(settings, parts, workdir / "raw", runner, counts))
+      summary.update(_prepare(settings, parts, workdir / "raw", flags.of_shards(), counts))
   if counts:  # Now `completed` can compute fields from the data.
     settings = common.completed(workdir)
     _print_computed(settings, workdir)
@@ -159,7 +156,4 @@ def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
 
 
 if __name__ == "__main__":
-  common.run(
-    lambda settings, workdir: main(settings, workdir, bool(from_data.missing(flags.FLAGS.config))),
-    prepares=True,
-  )
+  common.run(main, Flags, prepares=True)

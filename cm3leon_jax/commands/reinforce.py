@@ -20,9 +20,7 @@ import os
 
 from etils import epath, epy
 
-from cm3leon_jax.commands import common, malloc
-from cm3leon_jax.commands.init_from_flag import INIT_FROM
-from cm3leon_jax.commands.training_flags import ALLOW_CHANGED, SKIP_MEMORY_CHECK
+from cm3leon_jax.commands import common, malloc, shared_flags
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.run import start as run_start
@@ -38,7 +36,7 @@ with epy.lazy_imports():
   from cm3leon_jax.reinforcement import rollouts
   from cm3leon_jax.run import adapters, bundles
   from cm3leon_jax.run import run as run_lib
-  from cm3leon_jax.run.source import folder_of
+  from cm3leon_jax.run import source as source_lib
   from cm3leon_jax.training import decoder
   from cm3leon_jax.training.faults import lease as lease_lib
   from cm3leon_jax.training.watch import monitor
@@ -49,7 +47,7 @@ def _objective(
 ) -> tuple[rollouts.Rollouts, list]:
   """Returns the objective and the held-out prompts."""
   # The run can have its own bank; otherwise it uses that of its start.
-  folders = (run.folder, bundles.stages_folder(folder_of(start.source)))
+  folders = (run.folder, bundles.stages_folder(source_lib.folder_of(start.source)))
   banks = (folder for folder in folders if (folder / "neighbors").exists())
   return rollouts.open_rollouts(run, reference, next(banks, None))
 
@@ -114,29 +112,23 @@ def _begin(
   return config, start
 
 
-def main(
-  settings: Settings,
-  workdir: epath.Path,
-  init_from: str = "",
-  allow_changed: Sequence[str] = (),
-  skip_memory_check: bool = False,
-) -> None:
+def main(settings: Settings, workdir: epath.Path, flags: shared_flags.Training) -> None:
   if os.environ.get("JAX_PLATFORMS") == "cpu":
     malloc.keep_freed()  # Before JAX starts its threads.
 
-  options = {"init_from": init_from, "allow_changed": list(allow_changed)}
+  options = {"init_from": flags.init_from, "allow_changed": flags.allow_changed}
   distributed.check_same_config({**dataclasses.asdict(settings), **options})
   # `reinforce` computes each step in one pass, even if the config accumulates gradients. Its result
   # is the last step, because rewards raise the held-out loss.
   one_pass = dataclasses.replace(settings.train, rows_per_device=0, patience=0)
   settings = dataclasses.replace(settings, train=one_pass)
-  _check(settings, workdir, init_from)
+  _check(settings, workdir, flags.init_from)
   mesh = common.make_mesh(settings)  # Detects a wrong mesh before any stage is read.
-  if not skip_memory_check:
+  if not flags.skip_memory_check:
     memory.check_devices(settings, mesh, memory.check_update)
-  config, start = _begin(settings, workdir, init_from, allow_changed)
+  config, start = _begin(settings, workdir, flags.init_from, flags.allow_changed)
   folder = workdir / "train"
-  redo = run_start.goes_on(folder, config, settings.train.steps, allow_changed)
+  redo = run_start.goes_on(folder, config, settings.train.steps, flags.allow_changed)
   stage = distributed.once(folder, config, redo)
   with jax.set_mesh(mesh), lease_lib.Lease(folder) as lease, stage as summary:
     if summary is None:
@@ -167,9 +159,4 @@ def main(
 
 
 if __name__ == "__main__":
-  common.run(
-    lambda settings, workdir: main(
-      settings, workdir, INIT_FROM.value, ALLOW_CHANGED.value, SKIP_MEMORY_CHECK.value
-    ),
-    saves=True,
-  )
+  common.run(main, shared_flags.Training, saves=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import contextlib
+import dataclasses
 import functools
 import itertools
 import re
@@ -23,13 +24,10 @@ import shutil
 import sys
 import time
 
-from absl import flags
 from etils import epath, epy
 
-from cm3leon_jax.commands import common
-from cm3leon_jax.commands.init_from_flag import INIT_FROM, OWN_IMAGE_TOKENIZER
+from cm3leon_jax.commands import common, shared_flags
 from cm3leon_jax.commands.stage_process import StageProcesses
-from cm3leon_jax.commands.tokenizer_check import LIMITS
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json
@@ -40,10 +38,16 @@ with epy.lazy_imports():
   from cm3leon_jax.data.raw import ingest
   from cm3leon_jax.run import base_documents
 
+LIMITS = ("min_psnr", "max_color_difference")
 STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
 # Matches lines of a progress bar, and the counts that `prepare_data` also prints as a sentence.
 HIDDEN = re.compile(r"\d%\||^prepare_data: shards \d")
 SHOWN = re.compile(r"(\w+: )?warning|reconstructions:", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(shared_flags.InitFrom, shared_flags.Limits):
+  """Flags of the run; it passes the limits to the commands that encode images."""
 
 
 def commands(settings: Settings, given: bool, own_images: bool = False) -> dict[str, str]:
@@ -87,16 +91,14 @@ class _Lines:
       sys.stdout.write("\r\x1b[2K")
 
 
-def main(
-  settings: Settings, workdir: epath.Path, init_from: str, own_images: bool, more: dict[str, list],
-  fits: bool = False,
-) -> None:  # fmt: skip
+def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
   """Runs all stages, after a check that the source exists.
 
-  `own_images` is the value of --own_image_tokenizer. `more` has the flags that only one command
-  takes. If `fits`, or if a flag sets `train.minutes`, the decoder takes the steps that fit into
-  them, unless a flag sets `train.steps`.
+  If the config or a flag sets `train.minutes`, and neither sets `train.steps`, the decoder takes
+  the steps that fit into them.
   """
+  init_from = common.parent_of(settings.train.base, flags.init_from)
+  own_images = flags.own_image_tokenizer
   if own_images and not init_from:
     raise UserError("--own_image_tokenizer is given without --init_from, which it belongs to.")
   base_documents.check_limit(settings)
@@ -105,14 +107,16 @@ def main(
     with contextlib.redirect_stdout(None):  # `prepare_data` prints what it finds.
       ingest.parts_of(settings.raw, str(workdir))
   order, given = list(names), [*common.config_arguments(), f"--workdir={workdir}"]
-  more = {**more, **{name: [f"--init_from={init_from}"] for name in STARTED if init_from}}
+  limits = [f"--{x}={getattr(flags, x)}" for x in LIMITS if getattr(flags, x) != getattr(Flags, x)]
+  more: dict[str, list] = dict.fromkeys(("encode_documents", "encode_instructions"), limits)
+  more |= {name: [f"--init_from={init_from}"] for name in STARTED if init_from}
   if own_images:
     more["copy_tokenizers"].append("--own_image_tokenizer")
+  timed = "train.steps" in common.open_fields() or "train.minutes" in common.changed_fields()
   processes = StageProcesses(workdir / "logs")
   begun = time.monotonic() - _spent(workdir, names)
   for number, name in enumerate(order, 1):
     start, lines = time.monotonic(), _Lines(f"[{number}/{len(order)}]", name)
-    timed = fits or any(flag.startswith("--config.train.minutes=") for flag in given)
     if name == "train" and timed and settings.train.minutes:
       measure = functools.partial(processes.run, name, show=lines.show)
       given += _steps_that_fit(settings, workdir, begun, [*given, *more.get(name, [])], measure)
@@ -155,14 +159,5 @@ def _steps_that_fit(
   return [f"--config.train.{name}={value}" for name, value in values.items() if name not in fields]
 
 
-def _main(settings: Settings, workdir: epath.Path) -> None:
-  init_from = common.parent_of(settings.train.base, INIT_FROM.value)
-  more: dict[str, list] = {}
-  limits = [f"--{x.name}={x.value}" for x in LIMITS if not flags.FLAGS[x.name].using_default_value]
-  more |= dict.fromkeys(("encode_documents", "encode_instructions"), limits)
-  fits = flags.FLAGS.config.train.steps is None  # A number in the config stays.
-  main(settings, workdir, init_from, OWN_IMAGE_TOKENIZER.value, more, fits)
-
-
 if __name__ == "__main__":
-  common.run(_main, prepares=True, starts=True)
+  common.run(main, Flags, prepares=True, starts=True)

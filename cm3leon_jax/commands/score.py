@@ -14,12 +14,13 @@ folder for a bundle, or in --out. docs/evaluation.md explains both files.
 
 from __future__ import annotations
 
-from absl import flags
-from etils import epath, epy
+import dataclasses
+from typing import Annotated
 
-from cm3leon_jax.commands import common
-from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
-from cm3leon_jax.commands.retrieve_flag import RETRIEVE
+from etils import epath, epy
+from pydantic import Field
+
+from cm3leon_jax.commands import common, shared_flags
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.digests import digest_of_json
@@ -35,27 +36,42 @@ with epy.lazy_imports():
   from cm3leon_jax.run import run
 
 
-_DOCUMENTS = flags.DEFINE_string(
-  "documents",
-  None,
-  "JSONL file of texts, pairs or interleaved documents (docs/evaluation.md), or the folder of a "
-  "document store, e.g. workdir/documents/heldout_pairs.",
-)
-_SEED = flags.DEFINE_integer(
-  "seed", None, "Seed of the resamples for the intervals.", 0, 2**31, allow_override=True
-)
+@dataclasses.dataclass(frozen=True)
+class Flags(shared_flags.Files, shared_flags.Retrieve, shared_flags.Processes):
+  documents: str | None = None
+  """JSONL file of texts, pairs or interleaved documents (docs/evaluation.md), or the folder of a
+  document store, e.g. workdir/documents/heldout_pairs."""
+  seed: Annotated[int, Field(ge=0, le=2**31)] | None = None
+  """Seed of the resamples for the intervals."""
+
+  def check(self) -> None:
+    if not self.documents:
+      raise UserError("name the documents: --documents=my.jsonl")
+    given = self.retrieve or ["0"]
+    if len(given) > 1 or not given[0].isdecimal():
+      raise UserError(f"--retrieve is '{','.join(given)}'; it must be one whole number, e.g. 1.")
+
+  def number_of_neighbors(self, settings: Settings) -> int:
+    """Returns the value of --retrieve. Raises UserError if it is too large."""
+    number, most = int((self.retrieve or ["0"])[0]), settings.retrieval.max_candidates
+    if number > most:
+      raise UserError(
+        f"--retrieve is {number}; at most config.retrieval.max_candidates = {most} can be "
+        "retrieved."
+      )
+    return number
 
 
-def main(settings: Settings, workdir: epath.Path) -> None:
+def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
   trained = run.Run.open(workdir, settings)
   settings = trained.settings
-  seed = settings.seed if _SEED.value is None else _SEED.value
-  retrieve = _number_of_neighbors(settings)
+  seed = settings.seed if flags.seed is None else flags.seed
+  retrieve = flags.number_of_neighbors(settings)
   if retrieve and trained.bank is None:
     raise UserError(f"--retrieve is {retrieve}, but {trained.folder} has no bank: leave it out.")
   retrieval = ["documents", "neighbors", *table.own_clip(settings)] if retrieve else []
   inputs = run.ids(trained, dict.fromkeys([*table.TOKENIZERS, "train", *retrieval]))
-  layout, path = tasks.PromptLayout.of(trained), epath.Path(_DOCUMENTS.value)
+  layout, path = tasks.PromptLayout.of(trained), epath.Path(flags.documents or "")
   with common.use_mesh(settings):
     with distributed.together():
       documents, digest = document_files.open_documents(
@@ -65,7 +81,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
         trained.images,
         crop=settings.raw.crop,
         num_threads=settings.raw.num_threads,
-        allow_outside=ALLOW_OUTSIDE.value,
+        allow_outside=flags.allow_outside,
       )
     identity = {
       "inputs": inputs,
@@ -77,7 +93,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     }
     distributed.check_same_config(identity)
     name = f"{tasks.slug(path.stem)}-{digest_of_json(identity)[:8]}"
-    folder = results_folder(trained, OUT.value) / "scores" / name
+    folder = flags.results_folder(trained) / "scores" / name
     with distributed.once(folder, identity) as summary:
       if summary is not None:
         summary.update(_score(trained, layout, documents, folder, retrieve, seed))
@@ -87,24 +103,6 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     scores, name = folder / documents_lib.SCORES, documents_lib.SUMMARY
     print(f"score: {documents_lib.describe(read_json(folder / name))}.")
     print(f"score: each token is in {scores}, all numbers in {name} in that folder.", flush=True)
-
-
-def _check_flags() -> None:
-  """Checks --documents and --retrieve before the slow imports."""
-  if not _DOCUMENTS.value:
-    raise UserError("name the documents: --documents=my.jsonl")
-  given = RETRIEVE.value or ["0"]
-  if len(given) > 1 or not given[0].isdecimal():
-    raise UserError(f"--retrieve is '{','.join(given)}'; it must be one whole number, e.g. 1.")
-
-
-def _number_of_neighbors(settings: Settings) -> int:
-  """Returns the value of --retrieve. Raises UserError if it is wrong."""
-  if (number := int((RETRIEVE.value or ["0"])[0])) > (most := settings.retrieval.max_candidates):
-    raise UserError(
-      f"--retrieve is {number}; at most config.retrieval.max_candidates = {most} can be retrieved."
-    )
-  return number
 
 
 def _score(
@@ -138,4 +136,4 @@ def _search(trained: run.Run, layout: tasks.PromptLayout, count: int) -> documen
 
 
 if __name__ == "__main__":
-  common.run(main, several_processes=True, config=None, check=_check_flags)
+  common.run(main, Flags, config=None)

@@ -10,63 +10,53 @@ keeps compiled programs for the next start (--cache_dir). docs/serving.md descri
 """
 
 from collections.abc import Callable
+import dataclasses
 import importlib.util
 import os
 import sys
+from typing import Annotated
 
-from absl import flags
 from etils import epath, epy
+from pydantic import Field, PositiveInt
 
 from cm3leon_jax import extras
-from cm3leon_jax.commands import common, interrupts, program_cache
+from cm3leon_jax.commands import common, interrupts, shared_flags
 from cm3leon_jax.errors import UserError
 
 with epy.lazy_imports():
   from cm3leon_jax import api
+  from cm3leon_jax.files import programs
   from cm3leon_jax.serving import engine as engine_lib
   from cm3leon_jax.serving.web import limits as limits_lib
   from cm3leon_jax.serving.web import server
 
 TOKEN = "CM3LEON_TOKEN"
 NEEDED = ("starlette", "uvicorn", "python_multipart")
-_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0: all addresses.")
-_PORT = flags.DEFINE_integer("port", 8000, "Port to listen on; 0 selects a free port.", 0, 65_535)
-_SLOTS = flags.DEFINE_integer(
-  "slots", 8, "Number of samples per bucket that are generated together.", lower_bound=1
-)
-_CHUNK = flags.DEFINE_integer(
-  "chunk",
-  16,
-  "Decoding steps per chunk. After each chunk, partial results are sent and requests are admitted.",
-  lower_bound=1,
-)
-_BUCKETS = flags.DEFINE_integer(
-  "buckets",
-  16,
-  "Largest number of decoding shapes that run in turn; each has memory for --slots samples.",
-  lower_bound=1,
-)
-_MOST_WAITING = flags.DEFINE_integer(
-  "most_waiting", 64, "Requests that may wait; further requests get status 429.", lower_bound=1
-)
-_MOST_SAMPLES = flags.DEFINE_integer(
-  "most_samples", 8, "Largest number of samples per request.", lower_bound=1
-)
-_SECONDS = flags.DEFINE_float(
-  "request_seconds", 120.0, "Seconds after which a request gets status 504.", lower_bound=1.0
-)
-_STOP_SECONDS = flags.DEFINE_integer(
-  "stop_seconds", 30, "Seconds after SIGTERM until running requests are aborted.", lower_bound=1
-)
-_UPLOAD = flags.DEFINE_integer(
-  "upload_mib", 16, "Largest body of a request, in MiB.", lower_bound=1, upper_bound=1024
-)
-_WEIGHT_DTYPE = flags.DEFINE_enum(
-  "weight_dtype", "compute", ("compute", "int8"), "Dtype of the model's matrices."
-)
-_CACHE_DTYPE = flags.DEFINE_enum(
-  "cache_dtype", "compute", ("compute", "int8"), "Dtype of the cache entries."
-)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(shared_flags.Programs):
+  host: str = "127.0.0.1"
+  """Address to listen on; 0.0.0.0: all addresses."""
+  port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+  """Port to listen on; 0 selects a free port."""
+  slots: PositiveInt = 8
+  """Number of samples per bucket that are generated together."""
+  chunk: PositiveInt = 16
+  """Decoding steps per chunk. After each chunk, partial results are sent and requests are
+  admitted."""
+  buckets: PositiveInt = 16
+  """Largest number of decoding shapes that run in turn; each has memory for --slots samples."""
+  most_waiting: PositiveInt = 64
+  """Requests that may wait; further requests get status 429."""
+  most_samples: PositiveInt = 8
+  """Largest number of samples per request."""
+  request_seconds: Annotated[float, Field(ge=1.0)] = 120.0
+  """Seconds after which a request gets status 504."""
+  stop_seconds: PositiveInt = 30
+  """Seconds after SIGTERM until running requests are aborted."""
+  upload_mib: Annotated[int, Field(ge=1, le=1024)] = 16
+  """Largest body of a request, in MiB."""
 
 
 def _token() -> str:
@@ -81,45 +71,45 @@ def _token() -> str:
   return token
 
 
-def main(workdir: epath.Path) -> None:
+def main(workdir: epath.Path, flags: Flags) -> None:
   for package in NEEDED:
     if importlib.util.find_spec(package) is None:
       raise UserError(f"cm3leon serve needs {package}: {extras.install('serve')}.")
   token = _token()
-  if not token and not limits_lib.is_loopback(_HOST.value):
+  if not token and not limits_lib.is_loopback(flags.host):
     print(
-      f"warning: anyone who can reach --host={_HOST.value} may use this server: set {TOKEN}.",
+      f"warning: anyone who can reach --host={flags.host} may use this server: set {TOKEN}.",
       file=sys.stderr,
     )
-  with program_cache.kept() as store:
-    _serve(workdir, token, store)
+  with programs.kept(flags.cache_dir) as store:
+    _serve(workdir, flags, token, store)
   interrupts.end(0, "")  # Python would need seconds, and XLA's threads may crash while it exits.
 
 
-def _serve(workdir: epath.Path, token: str, store: Callable[[], object]) -> None:
+def _serve(workdir: epath.Path, flags: Flags, token: str, store: Callable[[], object]) -> None:
   """Loads the model, and serves until a signal arrives."""
   name = os.path.basename(os.path.normpath(os.fspath(workdir))) or "model"
-  opened = server.listen(_HOST.value, _PORT.value)
+  opened = server.listen(flags.host, flags.port)
   model = api.CM3Leon.load(
     os.fspath(workdir),
-    batch_size=_SLOTS.value,
-    weight_dtype=_WEIGHT_DTYPE.value,
-    cache_dtype=_CACHE_DTYPE.value,
+    batch_size=flags.slots,
+    weight_dtype=flags.weight_dtype,
+    cache_dtype=flags.cache_dtype,
   )
   limits = limits_lib.Limits(
-    most_samples=_MOST_SAMPLES.value,
-    most_bytes=_UPLOAD.value * 2**20,
-    all_bytes=16 * _UPLOAD.value * 2**20,
-    seconds=_SECONDS.value,
+    most_samples=flags.most_samples,
+    most_bytes=flags.upload_mib * 2**20,
+    all_bytes=16 * flags.upload_mib * 2**20,
+    seconds=flags.request_seconds,
     token=token,
   )
   engine = engine_lib.Engine(
     model.pipeline,
     model.mesh,
-    slots=_SLOTS.value,
-    chunk=_CHUNK.value,
-    buckets=_BUCKETS.value,
-    queue_limit=_MOST_WAITING.value,
+    slots=flags.slots,
+    chunk=flags.chunk,
+    buckets=flags.buckets,
+    queue_limit=flags.most_waiting,
     store=store,
   )
   print(
@@ -127,8 +117,8 @@ def _serve(workdir: epath.Path, token: str, store: Callable[[], object]) -> None
     file=sys.stderr,
     flush=True,
   )
-  server.serve(engine, name, limits, _HOST.value, opened, _STOP_SECONDS.value)
+  server.serve(engine, name, limits, flags.host, opened, flags.stop_seconds)
 
 
 if __name__ == "__main__":
-  common.run(main, config=False)
+  common.run(main, Flags, config=False)

@@ -14,17 +14,16 @@ With --config.adapter.rank=16, the run trains only low-rank adapters of the para
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import functools
 import time
+from typing import Annotated
 
-from absl import flags
 from etils import epath, epy
+from pydantic import Field
 
-from cm3leon_jax.commands import common
-from cm3leon_jax.commands.init_from_flag import INIT_FROM
-from cm3leon_jax.commands.training_flags import ALLOW_CHANGED, SKIP_MEMORY_CHECK
+from cm3leon_jax.commands import common, shared_flags
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.run import start as run_start
 
@@ -43,21 +42,18 @@ with epy.lazy_imports():
   from cm3leon_jax.training.faults import skipped_rows
   from cm3leon_jax.training.watch import monitor, traces
 
-_PROFILE_STEPS = flags.DEFINE_string(
-  "profile_steps", "", "First and last step to trace into train/profile, e.g. 10:13."
-)
-_DEBUG_NANS = flags.DEFINE_bool(
-  "debug_nans", False, "Stop at the operation that computes the first NaN. Slow."
-)
-
-_MEASURE_AFTER = flags.DEFINE_float(
-  "measure_after",
-  None,
-  "Train nothing; measure a step, and write the steps that fit into config.train.minutes, of which "
-  "this many seconds have passed, to pace.json. `cm3leon run` does this.",
-  lower_bound=0.0,
-)
 MEASURED_STEPS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(shared_flags.Training, shared_flags.Processes):
+  profile_steps: str = ""
+  """First and last step to trace into train/profile, e.g. 10:13."""
+  debug_nans: bool = False
+  """Stop at the operation that computes the first NaN. Slow."""
+  measure_after: Annotated[float, Field(ge=0)] | None = None
+  """Train nothing; measure a step, and write the steps that fit into config.train.minutes, of which
+  this many seconds have passed, to pace.json. `cm3leon run` does this."""
 
 
 def _initial_params(
@@ -89,28 +85,23 @@ def _base_params(run: run_lib.Run, start: adapters_lib.Weights | None) -> Callab
   return functools.partial(run_lib.load_base, adapters)
 
 
-def main(
-  settings: Settings,
-  workdir: epath.Path,
-  profile_steps: str = "",
-  debug_nans: bool = False,
-  init_from: str = "",
-  allow_changed: Sequence[str] = (),
-  skip_memory_check: bool = False,
-) -> None:
+def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
+  if flags.measure_after is not None:
+    _measure(settings, workdir, flags.init_from, flags.measure_after)
+    return
   run = run_lib.Run(workdir, settings)
-  traced = traces.parse_steps(profile_steps, settings.train.steps)
-  flags_given = {"profile_steps": profile_steps, "debug_nans": debug_nans, "init_from": init_from}
-  flags_given |= {"allow_changed": list(allow_changed)}
-  distributed.check_same_config({**dataclasses.asdict(settings), **flags_given})
+  traced = traces.parse_steps(flags.profile_steps, settings.train.steps)
+  names = ("profile_steps", "debug_nans", "init_from", "allow_changed")
+  given = {name: getattr(flags, name) for name in names}
+  distributed.check_same_config({**dataclasses.asdict(settings), **given})
   mesh = common.make_mesh(settings)  # Detects a wrong mesh before any stage is read.
-  if not skip_memory_check:
+  if not flags.skip_memory_check:
     memory.check_devices(settings, mesh)
-  config, start = run_start.begin(settings, workdir, init_from, allowed=allow_changed)
+  config, start = run_start.begin(settings, workdir, flags.init_from, allowed=flags.allow_changed)
   folder = workdir / "train"
-  redo = run_start.goes_on(folder, config, settings.train.steps, allow_changed)
+  redo = run_start.goes_on(folder, config, settings.train.steps, flags.allow_changed)
   # `jax.config.update` would lose the setting when logsumexp is traced (jax 0.10.2).
-  nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
+  nans = jax.debug_nans(flags.debug_nans or jax.config.jax_debug_nans)
   stage = distributed.once(folder, config, redo)
   # Take the lease first, because the stage deletes and writes files in the folder.
   with common.use_mesh(settings), nans, lease_lib.Lease(folder) as lease, stage as summary:
@@ -174,15 +165,5 @@ def _print_losses(result: dict) -> None:
     )
 
 
-def _main(settings: Settings, workdir: epath.Path) -> None:
-  if _MEASURE_AFTER.value is not None:
-    _measure(settings, workdir, INIT_FROM.value, _MEASURE_AFTER.value)
-    return
-  main(
-    settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value, INIT_FROM.value,
-    ALLOW_CHANGED.value, SKIP_MEMORY_CHECK.value,
-  )  # fmt: skip
-
-
 if __name__ == "__main__":
-  common.run(_main, several_processes=True, saves=True)
+  common.run(main, Flags, saves=True)

@@ -1,4 +1,4 @@
-"""Shows what retrieved documents change in samples, for the flags --explain and --without."""
+"""Shows what retrieved documents change in samples, for `cm3leon explain`."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def explain(writer: Writer, samples: Sequence[Sequence[Sample]]) -> None:
       rows.append([sample.segments[0], np.asarray(found.image), np.asarray(found.heat_map)])
       origin = [getattr(found.document, field) for field in ORIGIN]
       labels.append(" · ".join(filter(None, [found.caption, *origin])))
-      print(f"generate: {name}: {found.squares.sum()} squares by {printable(labels[-1])}")
+      print(f"explain: {name}: {found.squares.sum()} squares by {printable(labels[-1])}")
     sheet = contact_sheet(rows, labels, ["sample", "document", "more likely by it"])
     save_png(writer.folder / name, sheet)
 
@@ -48,7 +48,7 @@ def compare(
         name = f"{x.task.prompt}, sample {x.index}, seed {x.seed}"
         changed.append(f"{name}: {count} of {of} tokens")
   total = f"{len(changed)} of {sum(map(len, samples))} samples change"
-  title = f"generate: without {', '.join(without)}, {total}{':' if changed else '.'}"
+  title = f"explain: without {', '.join(without)}, {total}{':' if changed else '.'}"
   print("\n  ".join([title, *map(printable, changed)]))
   return changed
 

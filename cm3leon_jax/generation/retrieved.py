@@ -1,4 +1,4 @@
-"""Retrieves documents for a user, with their captions, images, similarities and origins."""
+"""Retrieves documents for a user, with their origins, and opens the bank that has them."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -9,6 +9,9 @@ from PIL import Image
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.run.run import Run, ids
+from cm3leon_jax.run.source import Source
+from cm3leon_jax.stages import stages, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,3 +63,40 @@ def images_of(pipeline: Pipeline, documents: Sequence[Document]) -> list[np.ndar
   vocab = pipeline.layout.vocab
   codes = [vocab.image_codes(document.segments[1].tokens) for document in documents]
   return list(pipeline.image_tokenizer.decode(np.stack(codes)))
+
+
+def bank_of(trained: Run, given: str | None = None) -> Run | None:
+  """Returns the run or bundle that has the documents to retrieve; None if there are none.
+
+  Args:
+    trained: the run that generates.
+    given: value of --bank; None: the bank of `trained`.
+
+  Raises:
+    UserError: `given` has no bank, or was built with other tokenizers or another CLIP.
+  """
+  settings = trained.settings
+  if given is None:
+    return trained if trained.bank else None
+  source, read = Source.of(given), (*table.TOKENIZERS, *table.own_clip(settings))
+  folder = source.folder
+  if source.kind == "bundle":
+    bank = Run.open(folder)
+    if bank.bank is None:
+      raise UserError(f"--bank is {folder}, a bundle without documents: give one with documents.")
+    found = {"clip": bank.settings.retrieval.clip, **ids(bank, read)}
+    remedy = "give the bundle whose tokenizers and CLIP this run has, or a workdir"
+  else:
+    bank = Run(folder, settings)
+    documents, neighbors = (
+      stages.require(folder, name, config=dict)["config"] for name in ("documents", "neighbors")
+    )
+    found = {"clip": neighbors["retrieval"]["clip"], **documents["inputs"], **neighbors["inputs"]}
+    remedy = f"copy its folder from {trained.folder} to {folder}, and build the bank again"
+  expected = {"clip": settings.retrieval.clip, **ids(trained, read)}
+  for name, value in expected.items():
+    if found[name] != value:
+      raise UserError(
+        f"--bank {folder} was built with a different {name} than {trained.folder}: {remedy}."
+      )
+  return bank

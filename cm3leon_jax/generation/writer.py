@@ -1,22 +1,27 @@
-"""Writes samples to files: images, results.jsonl and a contact sheet."""
+"""Writes samples to files: images, results.jsonl and a contact sheet; names their folder."""
 
 # H height, W width of an image.
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
+import hashlib
 import io
 import json
 import textwrap
+from typing import Any
 
 from etils import epath
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.digests import digest_of_json
 from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.sample import CELL, GAP, Sample, describe_found
-from cm3leon_jax.generation.tasks import IMAGE
+from cm3leon_jax.generation.tasks import IMAGE, Task, slug
 from cm3leon_jax.generation.text_tasks import TextTask
+from cm3leon_jax.run.run import Run, ids
+from cm3leon_jax.stages import table
 
 SHEET_ROWS = 64  # Few programs can open a sheet with more rows.
 ORIGIN = ("key", "source", "license", "attribution")  # Fields for a neighbor in results.jsonl.
@@ -174,3 +179,58 @@ def wrapped(text: str, width: int, height: int) -> str:
   return "\n".join(
     lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][:-1] + "…"]
   )
+
+
+def needs_clip(tasks: Sequence[Task]) -> bool:
+  """Returns whether CLIP retrieves or scores; without tasks, it scores held-out captions."""
+  return not tasks or any(task.retrieve or task.is_scored for task in tasks)
+
+
+def identity(
+  trained: Run,
+  bank: Run | None,
+  tasks: Sequence[Task],
+  more: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Returns all values on which samples depend. Checks that the required stages are finished.
+
+  Args:
+    bank: the run whose documents are retrieved; None: `trained`.
+    tasks: empty for held-out captions.
+    more: other values, such as the number of samples.
+  """
+  settings = trained.settings
+  read = [*table.TOKENIZERS, "train", *(table.own_clip(settings) if needs_clip(tasks) else ())]
+  inputs = ids(trained, read)
+  if not tasks or any(task.retrieve for task in tasks):
+    inputs |= ids(bank or trained, ["documents", "neighbors"])
+  result = {"inputs": inputs, **table.identity(settings, "samples"), **more}
+  if tasks:
+    result["tasks"] = [task.identity() for task in tasks]
+  else:
+    result["sampling"] = dataclasses.asdict(settings.sampling)
+  return result
+
+
+def digests(images: Mapping[Any, np.ndarray]) -> dict[str, str]:
+  """Maps "path, crop" of each input image to the SHA-256 of its pixels."""
+  return {
+    f"{image}, crop {crop}": hashlib.sha256(pixels.tobytes()).hexdigest()
+    for (image, crop), pixels in images.items()
+  }
+
+
+def folder_of(
+  root: epath.Path, tasks: Sequence[Task], values: dict[str, Any], file: str | None = None
+) -> epath.Path:
+  """Returns the folder of the samples. Each set of tasks and settings has a separate folder.
+
+  `values` is their `identity`; `file` is the prompt file, if any.
+  """
+  if not tasks:
+    return root / "samples"
+  digest = digest_of_json(values)[:8]
+  for folder in sorted((root / "prompts").glob(f"*-{digest}")):
+    return folder  # The folder keeps its name if the prompt file is renamed.
+  name = epath.Path(file).stem if file else tasks[0].prompt or tasks[0].name
+  return root / "prompts" / f"{slug(name)}-{digest}"

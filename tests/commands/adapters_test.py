@@ -14,7 +14,7 @@ from cm3leon_jax.api import CM3Leon
 from cm3leon_jax.commands import common, export, train
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.export import bundle, formats
+from cm3leon_jax.export import bundle
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.generation import heldout
 from cm3leon_jax.models import adapters
@@ -61,7 +61,7 @@ def make(base, tmp_path_factory):
   def trained(**fields):
     folder = epath.Path(tmp_path_factory.mktemp("adapted")) / "run"
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns("train"))
-    train.main(settings_with(**fields), folder, init_from=str(base))
+    train.main(settings_with(**fields), folder, train.Flags(init_from=str(base)))
     return folder
 
   return trained
@@ -120,7 +120,7 @@ def test_several_adapters_share_a_base_that_never_changes(base, adapted, make):
   np.testing.assert_array_equal(b["blocks"]["qkv"][:, :2], plain["blocks"]["qkv"][:, :2])
   for changed in (a["blocks"]["down"], plain["blocks"]["down"]):
     assert np.abs(b["blocks"]["down"] - changed).max() > 1e-4
-  train.main(settings_with(rank=2, targets=("v", "down"), steps=4), other)
+  train.main(settings_with(rank=2, targets=("v", "down"), steps=4), other, train.Flags())
   assert read_json(other / "train" / stages.DONE)["summary"]["steps"] == 4
   assert files(base) == before
 
@@ -128,7 +128,7 @@ def test_several_adapters_share_a_base_that_never_changes(base, adapted, make):
 @pytest.mark.parametrize("name", ["orbax", pytest.param("hf", marks=pytest.mark.slow)])
 def test_the_loaded_sum_is_that_of_the_merged_export_to_the_bit(base, adapted, tmp_path, name):
   folder = tmp_path / name
-  export.main(settings_with(), adapted, choice=formats.Choice(format=name), output=str(folder))
+  export.main(settings_with(), adapted, export.Flags(format=name, output=str(folder)))
   with one_device():
     merged, step = Run.open(adapted).params()
     exported, at = Run.open(folder, exports=True).params()
@@ -145,7 +145,7 @@ def test_the_loaded_sum_is_that_of_the_merged_export_to_the_bit(base, adapted, t
 
 def test_adapters_are_added_to_their_base_and_to_no_other(base, adapted, tmp_path):
   folder = tmp_path / "peft"
-  export.main(settings_with(), adapted, choice=formats.Choice(format="peft"), output=str(folder))
+  export.main(settings_with(), adapted, export.Flags(format="peft", output=str(folder)))
   tensors = safetensors.load_file(str(folder / "adapter_model.safetensors"))
   name = "base_model.model.model.decoder.layers.0.self_attn.q_proj.lora"
   assert [tensors[f"{name}_{x}.weight"].shape for x in "AB"] == [(4, 32), (32, 4)]
@@ -184,7 +184,7 @@ def test_a_base_that_is_absent_or_has_changed_is_refused(base, adapted, tmp_path
     with refused(UserError, str(moved)), one_device():
       Run.open(folder).params()
     with refused(UserError, str(moved)):
-      train.main(settings_with(steps=9), folder)
+      train.main(settings_with(steps=9), folder, train.Flags())
     if change == "another":
       save_run(epath.Path(moved), OTHER)  # The digest of its checkpoint differs.
     elif change == "gone":

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from cm3leon_jax.commands import COMMANDS, common
+from cm3leon_jax.commands import COMMANDS, command_line, common
 from tests.launched import SCENES, SLOW, cm3leon, launch
 from tests.refusals import check_refused
 
@@ -114,7 +114,7 @@ def test_home_folders_are_replaced_in_paths_and_not_in_prompts(monkeypatch):
   given = ["--workdir=~/run", "-config.raw.source=~/in", "--prompts=~/p", "--config", "~/c.py"]
   kept = ["--prompt=~/x", "--out=gs://b/~/x", "--out=./~", "~/y"]
   replaced = ["--workdir=/home/ada/run", "-config.raw.source=/home/ada/in", "--prompts=/home/ada/p"]
-  assert common.with_homes([*given, *kept]) == [*replaced, *given[3:], *kept]
+  assert command_line.with_homes([*given, *kept]) == [*replaced, *given[3:], *kept]
 
 
 def test_docs_lists_the_pages_and_prints_one(tmp_path):

@@ -1,9 +1,6 @@
 import dataclasses
 import json
-import types
 
-from absl import flags
-from absl.testing import flagsaver
 from etils import epath
 import numpy as np
 from PIL import Image
@@ -72,12 +69,9 @@ def made(tmp_path_factory):
 @pytest.fixture
 def run(made, monkeypatch):
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
 
   def call(settings, **values):
-    with flagsaver.flagsaver(**values):
-      evaluate.main(settings, made)
+    evaluate.main(settings, made, evaluate.Flags(**values))
 
   return call
 
@@ -186,9 +180,8 @@ def test_only_the_config_of_the_command_names_a_judge(made, tmp_path, monkeypatc
   stored.write_text(json.dumps(config))
   try:
     with monkeypatch.context() as patch:
-      given = types.SimpleNamespace(config=None, workdir=str(made))
-      patch.setattr(flags, "FLAGS", given)
-      settings = common._settings(optional=True, prepares=False)
+      patch.setattr(common, "_folder", lambda: made)
+      settings = common._settings(None, optional=True, prepares=False, starts=False)
     with one_device():
       CM3Leon.load(made).generate("a bell", seed=0, retrieve=0)
       params, step = reading.load_params(made / "train", SETTINGS.model)

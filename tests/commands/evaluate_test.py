@@ -1,8 +1,6 @@
 import dataclasses
 import shutil
 
-from absl import flags
-from absl.testing import flagsaver
 import jax
 import ml_collections
 import numpy as np
@@ -47,8 +45,6 @@ def write_store(folder, n, vocab, seed):
 @pytest.fixture
 def workdir(tmp_path):
   """Writes the files that an evaluation reads. Last parameters are NaN; their average is random."""
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
   settings = tiny_settings()
   write_store(tmp_path / "documents" / "train_pairs", 9, settings.vocab, 0)
   write_store(tmp_path / "documents" / "heldout_pairs", 5, settings.vocab, 1)
@@ -74,15 +70,15 @@ def workdir(tmp_path):
 @pytest.mark.slow
 def test_the_last_parameters_are_measured_apart_from_their_average(workdir):
   """The last parameters are NaN, so their evaluation fails and is not marked as finished."""
-  evaluate.main(tiny_settings(), workdir)
-  with flagsaver.flagsaver(last_params=True), refused(UserError, "NaNs", "step 7"):
-    evaluate.main(tiny_settings(), workdir)
+  evaluate.main(tiny_settings(), workdir, evaluate.Flags())
+  with refused(UserError, "NaNs", "step 7"):
+    evaluate.main(tiny_settings(), workdir, evaluate.Flags(last_params=True))
   assert read_json(workdir / "evaluation" / "metrics.json")["image"]["true"]["bits"] > 0
   assert not (workdir / "evaluation_last" / stages.DONE).exists()
 
 
 def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir, capsys):
-  evaluate.main(tiny_settings(), workdir)
+  evaluate.main(tiny_settings(), workdir, evaluate.Flags())
   found = read_json(workdir / "evaluation" / "metrics.json")
   assert found["step"] == 7
   assert found["documents"] == 4
@@ -92,25 +88,25 @@ def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir,
   # An untrained decoder predicts a nearly uniform distribution over the whole vocabulary.
   assert found["image"]["true"]["bits"] == pytest.approx(np.log2(288), abs=0.05)
   assert "bits per image code" in capsys.readouterr().out
-  evaluate.main(tiny_settings(), workdir)
+  evaluate.main(tiny_settings(), workdir, evaluate.Flags())
   assert "finished already, skipped" in capsys.readouterr().out
   with stages.once(workdir / "train", {}, redo=True):
     pass
-  evaluate.main(tiny_settings(), workdir)
+  evaluate.main(tiny_settings(), workdir, evaluate.Flags())
   assert stages.require(workdir, "evaluation")["summary"] == found
   assert "skipped" not in capsys.readouterr().out
 
 
 def test_sampling_flags_are_refused_if_nothing_is_sampled(workdir):
-  with flagsaver.flagsaver(temperature=0.5), refused(UserError, "--temperature", "--protocol"):
-    evaluate.main(tiny_settings(), workdir)
+  with refused(UserError, "--temperature", "--protocol"):
+    evaluate.main(tiny_settings(), workdir, evaluate.Flags(sampling={"temperature": 0.5}))
 
 
 def test_the_run_of_another_model_is_refused(workdir):
   settings = tiny_settings()
   other = dataclasses.replace(settings, model=dataclasses.replace(settings.model, family="modern"))
   with refused(UserError, "--config", "--workdir"):
-    evaluate.main(other, workdir)
+    evaluate.main(other, workdir, evaluate.Flags())
 
 
 def test_a_batch_that_the_mesh_does_not_split_is_refused_before_params_are_read(workdir):
@@ -119,7 +115,7 @@ def test_a_batch_that_the_mesh_does_not_split_is_refused_before_params_are_read(
   settings = dataclasses.replace(settings, evaluation=evaluation)
   shutil.rmtree(workdir / "train" / "checkpoints")
   with refused(UserError, "config.evaluation.batch_size", "batch_size"):
-    evaluate.main(settings, workdir)
+    evaluate.main(settings, workdir, evaluate.Flags())
 
 
 def test_a_mesh_that_splits_parameters_unevenly_is_refused():

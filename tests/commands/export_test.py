@@ -52,7 +52,7 @@ def exported_before(tmp_path):
 def test_the_average_is_exported_and_a_bundle_knows_its_cost(tmp_path):
   """Exports the average, because the last parameters are NaN (see `save_run`)."""
   save_run(tmp_path)
-  export.main(SETTINGS, tmp_path, str(tmp_path / "bundle"))
+  export.main(SETTINGS, tmp_path, export.Flags(bundle=str(tmp_path / "bundle")))
   with one_device():
     average = random_params(SETTINGS.model)
   found = safetensors.load_file(tmp_path / "export" / huggingface.WEIGHTS)
@@ -86,15 +86,15 @@ def test_an_export_in_any_dtype_has_the_logits_of_its_rounded_parameters(
   pytest.importorskip("torch")
   settings, root = gelu
   output = tmp_path / "out"
-  choice = formats.Choice(dtype=dtype)
-  export.main(settings, root, choice=choice, output=str(output))
+  flags = export.Flags(dtype=dtype, output=str(output))
+  export.main(settings, root, flags)
   message = capsys.readouterr().out
   assert "export: OPTForCausalLM, " in message
   assert float(re.search(r"differ by at most (\S+)", message)[1]) < 1e-4
   assert ("bits per image code" in message) == (dtype != "float32")
   described = read_json(output / "export.json")
   assert settings_from_stored(described.pop("settings")) == settings
-  assert described == {**vars(choice), "average": True, "step": 7}
+  assert described == {**vars(flags.choice), "average": True, "step": 7}
   assert read_json(output / "config.json")["dtype"] == dtype
   assert not (root / "export").exists()
 
@@ -102,8 +102,7 @@ def test_an_export_in_any_dtype_has_the_logits_of_its_rounded_parameters(
 def test_int8_prints_its_effect_on_heldout_bits(gelu, tmp_path, capsys):
   pytest.importorskip("compressed_tensors")
   settings, root = gelu
-  choice = formats.Choice(quantize="int8")
-  export.main(settings, root, choice=choice, output=str(tmp_path / "out"))
+  export.main(settings, root, export.Flags(quantize="int8", output=str(tmp_path / "out")))
   message = capsys.readouterr().out
   before, after = map(
     float, re.search(r"int8: (\S+) -> (\S+) bits per image code", message).groups()
@@ -118,7 +117,7 @@ def test_a_run_without_documents_is_exported_without_a_comparison(gelu, tmp_path
   run = epath.Path(tmp_path / "run")
   shutil.copytree(root, run, ignore=shutil.ignore_patterns("documents"))
   sampling = dataclasses.replace(settings.sampling, method="contrastive")
-  export.main(dataclasses.replace(settings, sampling=sampling), run)
+  export.main(dataclasses.replace(settings, sampling=sampling), run, export.Flags())
   message = capsys.readouterr().out
   assert "not compared: a run without documents has no held-out" in message
   assert "sampling.method is contrastive, but the export samples by top-k and top-p" in message
@@ -127,9 +126,8 @@ def test_a_run_without_documents_is_exported_without_a_comparison(gelu, tmp_path
 
 def test_the_stage_is_made_again_in_another_format_and_skipped_in_the_same(gelu, capsys):
   settings, root = gelu
-  orbax = formats.Choice("orbax")
-  for choice, expected in ((orbax, "orbax, "), (orbax, "skipped"), (formats.Choice(), "OPTFor")):
-    export.main(settings, root, choice=choice)
+  for name, expected in (("orbax", "orbax, "), ("orbax", "skipped"), ("hf", "OPTFor")):
+    export.main(settings, root, export.Flags(format=name))
     assert expected in capsys.readouterr().out
   assert (root / "export" / huggingface.WEIGHTS).exists()
   assert not (root / "export" / "params").exists()
@@ -139,20 +137,20 @@ def test_the_stage_is_made_again_in_another_format_and_skipped_in_the_same(gelu,
 def test_the_last_parameters_are_written_if_they_are_asked_for(gelu, tmp_path):
   """Tries to export the last parameters, which are NaN (see `save_run`) and therefore rejected."""
   settings, root = gelu
-  choice, output = formats.Choice(average=False), str(tmp_path / "out")
+  output = str(tmp_path / "out")
   with refused(UserError, "--dtype", "embed_tokens.weight"):
-    export.main(settings, root, choice=choice, output=output)
+    export.main(settings, root, export.Flags(merge_ema=False, output=output))
   assert not (tmp_path / "out").exists()
 
 
 def test_what_a_format_lacks_is_refused_by_name_and_an_earlier_export_stays(exported_before):
   before = contents(exported_before / "export")
-  for settings, choice in (
-    (with_model(SETTINGS, query_key_norm=True), formats.Choice()),
-    (SETTINGS, formats.Choice("orbax", quantize="int8")),
+  for settings, flags in (
+    (with_model(SETTINGS, query_key_norm=True), export.Flags()),
+    (SETTINGS, export.Flags(format="orbax", quantize="int8")),
   ):
     with refused(UserError, "format"):
-      export.main(settings, exported_before, choice=choice)
+      export.main(settings, exported_before, flags)
   assert contents(exported_before / "export") == before
 
 
@@ -162,10 +160,10 @@ def test_another_config_or_no_workdir_is_refused_without_advice_to_delete(gelu, 
   output = output and str(tmp_path / output)
   before = contents(root / "train")
   with refused(UserError, "--config", "--workdir"):
-    export.main(with_model(settings, width=64), root, output=output)
+    export.main(with_model(settings, width=64), root, export.Flags(output=output))
   absent = epath.Path(tmp_path / "absent")
   with refused(UserError, "workdir", "installed"):
-    export.main(settings, absent, output=output)
+    export.main(settings, absent, export.Flags(output=output))
   assert list(tmp_path.iterdir()) == []
   assert contents(root / "train") == before
   assert not (root / "export").exists()
@@ -173,14 +171,15 @@ def test_another_config_or_no_workdir_is_refused_without_advice_to_delete(gelu, 
 
 def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypatch):
   settings, root = gelu
-  orbax, output = formats.Choice("orbax"), tmp_path / "out"
+  output = tmp_path / "out"
+  orbax = export.Flags(format="orbax", output=str(output))
   output.mkdir()
-  export.main(settings, root, choice=orbax, output=str(output))
+  export.main(settings, root, orbax)
   before = contents(output)
   with monkeypatch.context() as patch:
     patch.setattr(formats, "write", mock.Mock(side_effect=Killed))
     with pytest.raises(Killed):
-      export.main(settings, root, choice=orbax, output=str(output))
+      export.main(settings, root, orbax)
   assert contents(output) == before
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
   # As after a kill between the two renames of an export.
@@ -188,16 +187,16 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
   with monkeypatch.context() as patch:
     patch.setattr(formats, "write", mock.Mock(side_effect=Killed))
     with pytest.raises(Killed):
-      export.main(settings, root, choice=orbax, output=str(output))
+      export.main(settings, root, orbax)
   assert contents(output) == before
-  export.main(settings, root, choice=formats.Choice("orbax", "float16"), output=str(output))
+  export.main(settings, root, export.Flags(format="orbax", dtype="float16", output=str(output)))
   assert contents(output) != before
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
   (output / source.ABOUT).unlink()
   with refused(UserError, "--output", "another"):
-    export.main(settings, root, choice=orbax, output=str(output))
+    export.main(settings, root, orbax)
   with refused(UserError, "--output", "workdir"):
-    export.main(settings, root, choice=orbax, output="gs://bucket/out")
+    export.main(settings, root, export.Flags(format="orbax", output="gs://bucket/out"))
 
 
 def test_an_export_on_a_full_disk_counts_as_none(exported_before, monkeypatch):
@@ -207,11 +206,11 @@ def test_an_export_on_a_full_disk_counts_as_none(exported_before, monkeypatch):
   resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
   try:
     with pytest.raises(OSError, match="File too large"):
-      export.main(SETTINGS, exported_before, target)
+      export.main(SETTINGS, exported_before, export.Flags(bundle=target))
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert not (exported_before / "export" / stages.DONE).exists()
   assert not (exported_before / "export" / huggingface.WEIGHTS).exists()
   assert bundles.read(epath.Path(target))[1] == 3  # The export did not change the bundle.
-  export.main(SETTINGS, exported_before, target)
+  export.main(SETTINGS, exported_before, export.Flags(bundle=target))
   assert bundles.read(epath.Path(target))[1] == 7

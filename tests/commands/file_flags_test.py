@@ -2,8 +2,6 @@ import dataclasses
 import json
 import pathlib
 
-from absl import flags
-from absl.testing import flagsaver
 from etils import epath
 import numpy as np
 from PIL import Image
@@ -12,13 +10,13 @@ from safetensors.numpy import load_file
 
 from cm3leon_jax.commands import common, evaluate, export, generate, score
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.export import bundle, formats
+from cm3leon_jax.export import bundle
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.run.source import folder_of
 from cm3leon_jax.weights import reading
 from tests.generation.run import SETTINGS, one_device, save_run
-from tests.launched import cm3leon, python
+from tests.launched import cm3leon
 from tests.refusals import refused
 
 PROTOCOL = """
@@ -79,12 +77,9 @@ def call(monkeypatch, tmp_path):
   here.mkdir()
   monkeypatch.chdir(here)
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
 
-  def run_command(command, folder, *arguments, **values):
-    with flagsaver.flagsaver(**values):
-      command.main(Run.open(folder).settings, folder, *arguments)
+  def run_command(command, folder, **values):
+    command.main(Run.open(folder).settings, folder, command.Flags(**values))
     return here
 
   return run_command
@@ -150,17 +145,6 @@ def test_what_a_bundle_lacks_is_one_sentence(call, bundled, documents, command, 
 
 def test_a_bundle_is_neither_bundled_again_nor_exported_without_its_average(call, bundled):
   with refused(UserError, "--bundle", "bundled"):
-    call(export, bundled, "b")
+    call(export, bundled, bundle="b")
   with refused(UserError, "--merge_ema", "merge_ema"):
-    call(export, bundled, "", "", formats.Choice(average=True))
-
-
-def test_the_flag_has_no_default_that_would_reach_other_commands():
-  """In one process, the command that is imported last would define the shared flag."""
-  code = (
-    "from absl import flags\n"
-    "from cm3leon_jax.commands import generate, inspect_data\n"
-    "print(flags.FLAGS['out'].default)"
-  )
-  done = python(code, check=True)
-  assert done.stdout == "None\n"
+    call(export, bundled, merge_ema=True)

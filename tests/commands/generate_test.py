@@ -3,16 +3,15 @@ import json
 import pathlib
 import re
 import shutil
+from typing import get_args
 
-from absl import flags
-from absl.testing import flagsaver
 from etils import epath
 import numpy as np
 from PIL import Image
 import pytest
 
 from cm3leon_jax.clip import model as clip_lib
-from cm3leon_jax.commands import common, generate
+from cm3leon_jax.commands import common, drawing, explain, generate, shared_flags
 from cm3leon_jax.data.documents.store import DocumentStore, write_documents
 from cm3leon_jax.decoding import cache, params
 from cm3leon_jax.errors import UserError
@@ -49,12 +48,9 @@ def workdir(tmp_path_factory):
 def run(workdir, monkeypatch):
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
   monkeypatch.setattr(reading, "load_params", lambda folder, config, *_: (random_params(config), 7))
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
 
-  def call(folder=workdir, **values):
-    with flagsaver.flagsaver(**values):
-      generate.main(SETTINGS, folder)
+  def call(folder=workdir, command=generate, **values):
+    command.main(SETTINGS, folder, command.Flags(**values))
 
   return call
 
@@ -152,7 +148,7 @@ def test_a_bundle_without_documents_is_no_bank(run, workdir, tmp_path):
 
 def test_explanations_and_samples_without_a_document(run, workdir, tmp_path, capsys):
   asked = {"prompt": ["green car"], "retrieve": ["2"], "samples": 2, "batch_size": 4}
-  run(**asked, explain=True, out=str(tmp_path))
+  run(command=explain, **asked, out=str(tmp_path))
   [folder] = (tmp_path / "prompts").iterdir()
   records, out = read_lines(folder), capsys.readouterr().out
   found = records[0]["neighbors"]
@@ -162,13 +158,13 @@ def test_explanations_and_samples_without_a_document(run, workdir, tmp_path, cap
       assert image.width > 3 * 128
     assert out.count(f"{name}: ") == 2
   assert all(f" · {x['key']} · {x['source']} · {x['license']}" in out for x in found)
-  run(**asked, without=[found[0]["key"]], out=str(tmp_path))
+  run(command=explain, **asked, without=[found[0]["key"]], out=str(tmp_path))
   [other] = set((tmp_path / "prompts").iterdir()) - {folder}
   after, out = read_lines(other), capsys.readouterr().out
   assert [r["seed"] for r in after] == [r["seed"] for r in records]
   assert all(found[0]["key"] not in [n["key"] for n in r["neighbors"]] for r in after)
   changed = [a["seed"] for a, b in zip(after, records) if a["tokens"] != b["tokens"]]
-  assert f"without {found[0]['key']}, {len(changed)} of 2 samples change:\n" in out
+  assert f"explain: without {found[0]['key']}, {len(changed)} of 2 samples change:\n" in out
   counts = [np.not_equal(a["tokens"], b["tokens"]).sum() for a, b in zip(after, records)]
   listed = re.findall(r"\n  green car, sample \d, seed (\d+): (\d+) of 17 tokens", out)
   assert [(int(seed), int(count)) for seed, count in listed] == [
@@ -191,20 +187,16 @@ def test_a_removed_document_changes_the_folder_and_the_neighbors(run, workdir, t
 
 
 WITHOUT_DOCUMENTS = [
-  ({"explain": True, "retrieve": ["0"]}, "set retrieve."),
-  ({"explain": True, "task": "caption", "prompt": [], "retrieve": ["1"]}, "text_to_image"),
-  ({"without": ["x"], "retrieve": ["0"]}, "--without"),
-  ({"without": ["x"], "prompt": [], "captions": 1, "retrieve": ["1"]}, "--without"),
+  ({"retrieve": ["0"]}, "set retrieve."),
   ({"without": ["x"], "retrieve": ["1"]}, "'x' is not in the bank"),
 ]
 
 
 @pytest.mark.parametrize(("values", "fact"), WITHOUT_DOCUMENTS)
-def test_nothing_to_explain_is_one_sentence(run, image_file, monkeypatch, values, fact):
+def test_nothing_to_explain_is_one_sentence(run, monkeypatch, values, fact):
   monkeypatch.setattr(Run, "params", None)  # Nothing is loaded.
-  image = [image_file] if values.get("task") else []
   with refused(UserError, fact):
-    run(**{"prompt": ["green car"], "image": image, **values})
+    run(command=explain, prompt=["green car"], **values)
 
 
 def test_a_file_of_prompts(run, workdir, image_file, tmp_path, capsys):
@@ -243,18 +235,18 @@ def test_images_of_a_file_of_prompts_are_in_its_folder(run, workdir, image_file,
 def test_prompts_without_a_known_word_are_named(capsys):
   trained = Run.open("scenes")
   asked = [TextToImage(prompt) for prompt in ("zxqv кот", "a qwfp bell", "🐱")]
-  generate._warn_of_unknown_words(trained, [*asked, Question(prompt="what?", image="a.png")])
+  drawing._warn_of_unknown_words(trained, [*asked, Question(prompt="what?", image="a.png")])
   printed = capsys.readouterr().out
   assert printed.startswith("warning: ")
   assert printed.endswith(": zxqv кот; 🐱.\n")
-  generate._warn_of_unknown_words(trained, asked[1:2])
+  drawing._warn_of_unknown_words(trained, asked[1:2])
   assert not capsys.readouterr().out
 
 
 MISTAKES = [  # The values of the flags, and a fact of the sentence.
   ({"task": "caption", "image": ["a.png"], "guidance": ["3"]}, "--guidance is given"),
-  ({"task": "caption", "image": ["a.png"], "temperature": 0.5}, "text_temperature"),
-  ({"prompt": ["a"], "contrastive_k": 3}, "--contrastive_k is given"),
+  ({"task": "caption", "image": ["a.png"], "sampling": {"temperature": 0.5}}, "text_temperature"),
+  ({"prompt": ["a"], "sampling": {"contrastive_k": 3}}, "--contrastive_k is given"),
   ({"task": "infill_text", "prompt": ["<mask>"], "retrieve": ["0", "1"]}, "--retrieve"),
   ({"prompts": "a.jsonl", "prompt": ["b"]}, "--prompts and --prompt"),
   ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl"),
@@ -278,4 +270,4 @@ def test_a_mistake_ends_the_command_before_any_work(run, workdir, values, fact, 
 
 def test_flags_of_generate_name_the_dtypes_and_tasks_that_there_are():
   assert {cls.name: cls.required for cls in prompt_file.TASKS} == generate.TASKS
-  assert cache.DTYPES == params.DTYPES == generate.DTYPES
+  assert cache.DTYPES == params.DTYPES == get_args(shared_flags.Dtype)

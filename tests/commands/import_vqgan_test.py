@@ -1,7 +1,5 @@
 import dataclasses
 
-from absl import flags
-from absl.testing import flagsaver
 from etils import epath
 import jax
 import numpy as np
@@ -19,6 +17,7 @@ from cm3leon_jax.commands import (
   train_text_tokenizer,
   train_vqgan,
 )
+from cm3leon_jax.commands.shared_flags import Encoding
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.config.tokenizers import TextTokenizerConfig
 from cm3leon_jax.data.documents.store import DocumentStore
@@ -28,6 +27,7 @@ from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.reports import report
+from cm3leon_jax.run import bundles
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers import published, published_files, published_source, text, vqgan
@@ -69,7 +69,7 @@ def source(tmp_path_factory):
 
 def test_a_tokenizer_is_imported_once(source, tmp_path, capsys):
   folder, tokenizer = source
-  import_vqgan.main(SETTINGS, tmp_path, str(folder), "amused")
+  import_vqgan.main(SETTINGS, tmp_path, import_vqgan.Flags(source=str(folder), family="amused"))
   numbers = sum(x.size for x in jax.tree.leaves(tokenizer.params))
   tensors = len(published_files.tensor_shapes(FAMILY, VOCAB.image_size))
   assert capsys.readouterr().out.splitlines() == [
@@ -83,10 +83,12 @@ def test_a_tokenizer_is_imported_once(source, tmp_path, capsys):
   jax.tree.map(np.testing.assert_array_equal, loaded.params, tokenizer.params)
   before = read_json(tmp_path / "vqgan" / stages.DONE)
   assert stages.ids(SETTINGS, tmp_path, ["vqgan"]) == {"vqgan": before["id"]}
-  import_vqgan.main(SETTINGS, tmp_path, str(folder / NAME), "amused")
+  import_vqgan.main(
+    SETTINGS, tmp_path, import_vqgan.Flags(source=str(folder / NAME), family="amused")
+  )
   assert "vqgan: finished already, skipped." in capsys.readouterr().out
   assert read_json(tmp_path / "vqgan" / stages.DONE) == before
-  import_vqgan.main(SETTINGS, tmp_path / "copy", str(tmp_path / "vqgan"), None)
+  import_vqgan.main(SETTINGS, tmp_path / "copy", import_vqgan.Flags(source=str(tmp_path / "vqgan")))
   assert capsys.readouterr().out.startswith(f"import_vqgan: amused, {numbers:,} parameters in ")
   train_vqgan.main(SETTINGS, tmp_path)  # Training would fail here, because raw/ is missing.
   printed = (
@@ -101,10 +103,10 @@ def test_the_tokenizer_of_an_export_needs_no_family(tmp_path, capsys):
   params = random_arrays(types)
   folder = tmp_path / "export" / "image_tokenizer"
   ImageTokenizer(config, VOCAB.image_size, params).save(folder)
-  import_vqgan.main(SETTINGS, tmp_path, str(folder), None)
+  import_vqgan.main(SETTINGS, tmp_path, import_vqgan.Flags(source=str(folder)))
   assert ImageTokenizer.load(tmp_path / "vqgan").config == config
   assert digest(tmp_path / "vqgan" / vqgan.PARAMS) == digest(folder / vqgan.PARAMS)
-  import_vqgan.main(SETTINGS, tmp_path, str(folder), None)
+  import_vqgan.main(SETTINGS, tmp_path, import_vqgan.Flags(source=str(folder)))
   train_vqgan.main(SETTINGS, tmp_path)  # Training would fail here, because raw/ is missing.
   printed = capsys.readouterr().out
   assert "import_vqgan: trained by cm3leon train_vqgan, " in printed
@@ -112,9 +114,13 @@ def test_the_tokenizer_of_an_export_needs_no_family(tmp_path, capsys):
   assert "made by cm3leon import_vqgan, stays as it is; nothing is trained." in printed
   page = report.render(tmp_path, report.summary_lib.collect(tmp_path), "cm3leon_350m")
   assert "The image tokenizer of an export, " in page
-  import_vqgan.main(SETTINGS, tmp_path / "again", str(tmp_path / "vqgan"), None)
+  import_vqgan.main(
+    SETTINGS, tmp_path / "again", import_vqgan.Flags(source=str(tmp_path / "vqgan"))
+  )
   with refused(UserError, "--config.vqgan.resolution=256"):
-    import_vqgan.main(make_settings(resolution=512), tmp_path / "b", str(folder), None)
+    import_vqgan.main(
+      make_settings(resolution=512), tmp_path / "b", import_vqgan.Flags(source=str(folder))
+    )
 
 
 def test_the_family_is_found_and_recorded(tmp_path, monkeypatch, capsys):
@@ -122,34 +128,48 @@ def test_the_family_is_found_and_recorded(tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(published.FAMILIES, "janus", small)
   tokenizer = save_random(tmp_path / "source", VOCAB.image_size, family=small)
   source = str(tmp_path / "source")
-  import_vqgan.main(SETTINGS, tmp_path, source, None)
+  import_vqgan.main(SETTINGS, tmp_path, import_vqgan.Flags(source=source))
   assert capsys.readouterr().out.startswith("import_vqgan: janus, ")
   assert read_json(tmp_path / "vqgan" / stages.DONE)["summary"]["family"] == "janus"
   loaded = ImageTokenizer.load(tmp_path / "vqgan")
   assert loaded.config == dataclasses.replace(small, resolution=256)
   jax.tree.map(np.testing.assert_array_equal, loaded.params, tokenizer.params)
   with refused(UserError, "--config.vqgan.published"):
-    import_vqgan.main(make_settings(published="amused"), tmp_path / "b", source, "janus")
+    import_vqgan.main(
+      make_settings(published="amused"),
+      tmp_path / "b",
+      import_vqgan.Flags(source=source, family="janus"),
+    )
   path = tmp_path / "source" / NAME
   path.write_bytes(path.read_bytes()[:-1])
   with refused(UserError, str(path), "not a whole safetensors file"):
-    import_vqgan.main(SETTINGS, tmp_path / "b", source, None)
+    import_vqgan.main(SETTINGS, tmp_path / "b", import_vqgan.Flags(source=source))
 
 
 def test_another_tokenizer_is_not_overwritten(source, tmp_path):
   folder, _ = source
-  import_vqgan.main(SETTINGS, tmp_path, str(folder), "amused")
+  import_vqgan.main(SETTINGS, tmp_path, import_vqgan.Flags(source=str(folder), family="amused"))
   save_random(tmp_path / "other", VOCAB.image_size, seed=1)
   with refused(UserError, str(tmp_path / "vqgan")):
-    import_vqgan.main(SETTINGS, tmp_path, str(tmp_path / "other"), "amused")
+    import_vqgan.main(
+      SETTINGS, tmp_path, import_vqgan.Flags(source=str(tmp_path / "other"), family="amused")
+    )
   with refused(UserError, str(tmp_path / "vqgan")):
-    import_vqgan.main(make_settings(resolution=512), tmp_path, str(folder), "amused")
+    import_vqgan.main(
+      make_settings(resolution=512),
+      tmp_path,
+      import_vqgan.Flags(source=str(folder), family="amused"),
+    )
   for name in ("config.json", "training/1/file"):
     path = tmp_path / name.partition(".")[0] / "vqgan" / name
     path.parent.mkdir(parents=True)
     path.write_text('{"vqgan": {}, "num_codes": 64}')
     with refused(UserError, "vqgan"):
-      import_vqgan.main(SETTINGS, tmp_path / name.partition(".")[0], str(folder), "amused")
+      import_vqgan.main(
+        SETTINGS,
+        tmp_path / name.partition(".")[0],
+        import_vqgan.Flags(source=str(folder), family="amused"),
+      )
 
 
 def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monkeypatch, capsys):
@@ -158,8 +178,8 @@ def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monk
   (run / "train").mkdir(parents=True)
   (run / "train" / "config.json").touch()  # `settings_of_run` is replaced below.
   write_data(run)
-  import_vqgan.main(SETTINGS, run, str(source[0]), "amused")
-  monkeypatch.setattr(copies, "settings_of_run", lambda folder: SETTINGS)
+  import_vqgan.main(SETTINGS, run, import_vqgan.Flags(source=str(source[0]), family="amused"))
+  monkeypatch.setattr(bundles, "settings_of_run", lambda folder: SETTINGS)
   with refused(UserError, "vqgan"):
     copies.copy_tokenizers(Run(tuned, make_settings(resolution=512)), str(run))
   other = make_settings(code_dim=4 * SETTINGS.vqgan.code_dim)
@@ -182,7 +202,7 @@ def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monk
 
 
 def test_a_damaged_or_unfinished_import_says_to_import_again(source, tmp_path):
-  import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")
+  import_vqgan.main(SETTINGS, tmp_path, import_vqgan.Flags(source=str(source[0]), family="amused"))
   path = tmp_path / "vqgan" / "params.safetensors"
   path.write_bytes(path.read_bytes()[:-1])
   with refused(UserError, "params.safetensors"):
@@ -190,12 +210,8 @@ def test_a_damaged_or_unfinished_import_says_to_import_again(source, tmp_path):
   (tmp_path / "vqgan" / stages.DONE).unlink()
   with refused(UserError, str(tmp_path / "vqgan")):
     train_vqgan.main(SETTINGS, tmp_path)
-  import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")
+  import_vqgan.main(SETTINGS, tmp_path, import_vqgan.Flags(source=str(source[0]), family="amused"))
   ImageTokenizer.load(tmp_path / "vqgan")
-
-
-def test_the_flag_has_all_families():
-  assert tuple(published.FAMILIES) == import_vqgan.FAMILIES
 
 
 def write_data(root) -> np.ndarray:
@@ -233,10 +249,8 @@ def test_a_run_on_an_imported_tokenizer(source, tmp_path, one_mesh, capsys):
   model = diffusers.VQModel.from_pretrained(source[0]).eval()
   root = epath.Path(tmp_path)
   images = write_data(root)
-  import_vqgan.main(SETTINGS, root, str(source[0]), "amused")
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
-  encode_documents.main(SETTINGS, root)
+  import_vqgan.main(SETTINGS, root, import_vqgan.Flags(source=str(source[0]), family="amused"))
+  encode_documents.main(SETTINGS, root, Encoding())
   store = DocumentStore(root / "documents" / "train_pairs", VOCAB)
   codes = np.stack([VOCAB.image_codes(store[i].segments[1].tokens) for i in range(6)])
   with torch.no_grad():
@@ -244,10 +258,10 @@ def test_a_run_on_an_imported_tokenizer(source, tmp_path, one_mesh, capsys):
     expected = model.quantize(model.encode(pixels).latents)[2][2].reshape(6, 256).numpy()
   assert len(np.unique(expected)) > 5
   assert (codes == expected).mean() > 0.999
-  train.main(SETTINGS, root)
+  train.main(SETTINGS, root, train.Flags())
   assert stages.require(root, "train", summary=dict)["summary"]["steps"] == 1
-  with flagsaver.flagsaver(prompt=["word1 word"], guidance=["3"], retrieve=["0"], samples=2):
-    generate.main(SETTINGS, root)
+  asked = {"prompt": ("word1 word",), "guidance": ("3",), "retrieve": ("0",), "samples": 2}
+  generate.main(SETTINGS, root, generate.Flags(**asked))
   [folder] = (root / "prompts").iterdir()
   for line in read_json_lines(folder / "results.jsonl"):
     tokens = np.array(line["tokens"])

@@ -7,21 +7,14 @@ import io
 import pathlib
 import shutil
 import tempfile
+from unittest import mock
 
-from absl import flags
-from absl.testing import flagsaver
 from etils import epath
 import jax
 import pytest
 
-from cm3leon_jax.commands import (
-  common,
-  copy_tokenizers,
-  encode_instructions,
-  init_from_flag,
-  tokenizer_check,
-  train,
-)
+from cm3leon_jax.commands import common, copy_tokenizers, encode_instructions, train
+from cm3leon_jax.commands.shared_flags import Encoding, InitFrom
 from cm3leon_jax.config.instructions import InstructionsConfig
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.errors import UserError
@@ -70,10 +63,8 @@ def source(tmp_path_factory):
 
 
 def copy(settings, workdir, source, of_base=None):
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
-  with flagsaver.flagsaver((init_from_flag.INIT_FROM, str(source))):
-    copy_tokenizers.main(settings, workdir, of_base)
+  with mock.patch.object(common, "parent_fields", return_value=of_base):
+    copy_tokenizers.main(settings, workdir, InitFrom(str(source)))
 
 
 @pytest.mark.parametrize("documents", [0, 9])
@@ -85,9 +76,8 @@ def test_a_base_without_documents_is_warned_of(documents, monkeypatch, tmp_path,
 
 def encode(settings, workdir):
   """Encodes records although the image tokenizer, with random weights, fits no images."""
-  limits = (tokenizer_check.MIN_PSNR, 0.0), (tokenizer_check.MAX_COLOR_DIFFERENCE, 0.0)
-  with flagsaver.flagsaver(*limits):
-    encode_instructions.main(settings, workdir)
+  loose = Encoding(min_psnr=0.0, max_color_difference=0.0)
+  encode_instructions.main(settings, workdir, loose)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +88,7 @@ def tuned(source, tmp_path_factory):
     copy(settings, workdir, source)
     copy(settings, workdir, source)
     encode(settings, workdir)
-    train.main(settings, workdir, init_from=str(source))
+    train.main(settings, workdir, train.Flags(init_from=str(source)))
   return workdir, settings, printed.getvalue()
 
 
@@ -213,11 +203,11 @@ def test_tokenizers_of_another_config_or_run_are_refused(source, tmp_path):
 
 def test_a_run_without_tasks_is_refused(tmp_path):
   with refused(UserError, "config.instructions", "config.instructions.tasks"):
-    encode_instructions.main(SETTINGS, epath.Path(tmp_path))
+    encode_instructions.main(SETTINGS, epath.Path(tmp_path), Encoding())
 
 
 def test_a_tuned_run_needs_its_stores_before_it_trains(source, tmp_path):
   workdir, settings = epath.Path(tmp_path), settings_of()
   copy(settings, workdir, source)
   with one_mesh(), refused(UserError, "--config", "--workdir"):
-    train.main(settings, workdir, init_from=str(source))
+    train.main(settings, workdir, train.Flags(init_from=str(source)))

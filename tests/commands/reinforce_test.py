@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.commands import reinforce
+from cm3leon_jax.commands.shared_flags import Training
 from cm3leon_jax.config.instructions import InstructionsConfig
 from cm3leon_jax.config.training import ReinforceConfig, TrainConfig
 from cm3leon_jax.errors import UserError
@@ -74,7 +75,7 @@ def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, cap
       (workdir / stage).symlink_to(prepared / stage)
   whole, stopped = map(epath.Path, workdirs)
   with one_mesh():
-    reinforce.main(settings, whole, str(source))
+    reinforce.main(settings, whole, Training(init_from=str(source)))
     printed = capsys.readouterr().out
     steps, draw = [], rollouts.Rollouts.draw
 
@@ -87,9 +88,9 @@ def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, cap
     with monkeypatch.context() as patch:
       patch.setattr(rollouts.Rollouts, "draw", fails_at_the_second_step)
       with pytest.raises(KeyboardInterrupt):
-        reinforce.main(settings, stopped, str(source))
+        reinforce.main(settings, stopped, Training(init_from=str(source)))
     assert steps == [range(8), range(8, 16)]
-    reinforce.main(settings, stopped)
+    reinforce.main(settings, stopped, Training())
     grade.main(settings, whole, 4)
   assert "reinforce: held-out prompts, draw, before -> after: reward " in printed
   assert "train: held-out loss before -> after: draw " in printed
@@ -114,13 +115,13 @@ def test_clip_scores_captions(source, prepared, tmp_path):
   for stage in ("text_tokenizer", "vqgan", "clip", "instructions"):
     (tmp_path / stage).symlink_to(prepared / stage)
   with one_mesh():
-    reinforce.main(settings, workdir, str(source))
+    reinforce.main(settings, workdir, Training(init_from=str(source)))
   summary = read_json(workdir / "train" / stages.DONE)["summary"]
   assert summary["scores"]["draw"].keys() == {"reward", "spread"}
   assert np.isfinite(summary["scores"]["all"]["reward"])
   other = dataclasses.replace(settings, reinforce=ReinforceConfig(samples=4, reward="judge"))
   with one_mesh(), pytest.raises(UserError, match=r"reinforce\.reward: clip -> judge"):
-    reinforce.main(other, workdir)
+    reinforce.main(other, workdir, Training())
 
 
 @pytest.mark.slow
@@ -132,10 +133,10 @@ def test_a_changed_reward_is_another_run(source, prepared, tmp_path):
   for stage in ("text_tokenizer", "vqgan", "clip", "instructions"):
     (workdir / stage).symlink_to(prepared / stage)
   with one_mesh():
-    reinforce.main(settings, epath.Path(workdir), str(source))
+    reinforce.main(settings, epath.Path(workdir), Training(init_from=str(source)))
     own.write_text(REWARD.replace("129", "130"))
     with pytest.raises(UserError, match=r"reinforce\.reward_sha256"):
-      reinforce.main(settings, epath.Path(workdir))
+      reinforce.main(settings, epath.Path(workdir), Training())
 
 
 def test_neighbors_without_a_bank_are_refused(source, prepared, tmp_path):
@@ -149,7 +150,9 @@ def test_neighbors_without_a_bank_are_refused(source, prepared, tmp_path):
     for stage in stages_of:
       (folder / stage).symlink_to(str(of / stage))
   with one_mesh(), refused(UserError, "config.reinforce.retrieve"):
-    reinforce.main(settings_to_learn(retrieve=1), epath.Path(workdir), str(start))
+    reinforce.main(
+      settings_to_learn(retrieve=1), epath.Path(workdir), Training(init_from=str(start))
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,5 +164,5 @@ def test_a_run_without_a_start_or_with_checked_steps_is_refused(prepared, tmp_pa
   for stage in ("text_tokenizer", "vqgan", "clip", "instructions"):
     (tmp_path / stage).symlink_to(prepared / stage)
   with refused(UserError, fact):
-    reinforce.main(settings, epath.Path(tmp_path))
+    reinforce.main(settings, epath.Path(tmp_path), Training())
   assert not (tmp_path / "train").exists()

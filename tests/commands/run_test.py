@@ -61,6 +61,7 @@ def started(monkeypatch):
     show("50%|##   | 1/2 [00:01<00:01, 1.0s/it]")
 
   monkeypatch.setattr(run.common, "config_arguments", lambda: ["--config=c"])
+  monkeypatch.setattr(run.common, "open_fields", lambda: ["train.steps"])
   monkeypatch.setattr(stage_process.StageProcesses, "run", start)
   monkeypatch.setattr(stage_process.StageProcesses, "__init__", lambda self, logs: None)
   return calls
@@ -69,7 +70,7 @@ def started(monkeypatch):
 def test_each_stage_prints_one_line_and_data_and_report_say_what_they_found(
   started, tmp_path, capsys
 ):
-  run.main(settings_of(SCENES), epath.Path(tmp_path), "", False, {})
+  run.main(settings_of(SCENES), epath.Path(tmp_path), run.Flags())
   assert [command for command, _ in started] == DEMO
   assert all(flags == ["--config=c", f"--workdir={tmp_path}"] for _, flags in started)
   lines = capsys.readouterr().out.splitlines()
@@ -94,7 +95,7 @@ def test_a_run_with_minutes_takes_the_steps_that_fit(started, tmp_path, capsys, 
 
   monkeypatch.setattr(stage_process.StageProcesses, "run", measure)
   for _ in range(2):  # The second time, it keeps the decision.
-    run.main(settings_of(SCENES, **{"train.minutes": 15.0}), folder, "", False, {}, fits=True)
+    run.main(settings_of(SCENES, **{"train.minutes": 15.0}), folder, run.Flags())
   trainings = [flags[2:] for command, flags in started if command == "train"]
   steps = [
     "--config.train.steps=1200", "--config.train.checkpoint_every=100",
@@ -119,7 +120,7 @@ def test_the_time_of_finished_stages_counts_after_a_new_start(started, tmp_path,
         pace.write(folder, pace.Pace(15.0, 300.0, 0.25, 380, 1_200))
 
   monkeypatch.setattr(stage_process.StageProcesses, "run", measure)
-  run.main(settings_of(SCENES, **{"train.minutes": 15.0}), folder, "", False, {}, fits=True)
+  run.main(settings_of(SCENES, **{"train.minutes": 15.0}), folder, run.Flags())
   assert after == [pytest.approx(300, abs=30)]
 
 
@@ -129,14 +130,16 @@ def test_steps_of_the_user_are_not_measured(started, tmp_path, monkeypatch, flag
   given = ["--config=c", flag]
   monkeypatch.setattr(run.common, "config_arguments", lambda: given)
   settings = settings_of(SCENES, **{"train.minutes": 15.0})
-  run.main(settings, epath.Path(tmp_path), "", False, {}, fits="steps" in flag)
+  if "steps" not in flag:
+    monkeypatch.setattr(run.common, "open_fields", lambda: [])
+  run.main(settings, epath.Path(tmp_path), run.Flags())
   assert [flags for command, flags in started if command == "train"] == [
     [*given, f"--workdir={tmp_path}"]
   ]
 
 
 def test_a_run_that_tunes_names_its_start_to_two_stages(started, tmp_path):
-  run.main(settings_of(INSTRUCT), epath.Path(tmp_path), "scenes", False, {})
+  run.main(settings_of(INSTRUCT), epath.Path(tmp_path), run.Flags(init_from="scenes"))
   extra = {command: flags[2:] for command, flags in started if flags[2:]}
   start = ["--init_from=scenes"]
   assert extra == {"copy_tokenizers": start, "train": start}
@@ -178,7 +181,7 @@ def test_a_wrong_source_is_refused_before_the_first_stage(source, started, tmp_p
   (tmp_path / "images" / "a.png").touch()
   settings = settings_of(SCENES, **{"raw.source": source and str(tmp_path / source)})
   with refused(UserError, "config.raw.source", source):
-    run.main(settings, epath.Path(tmp_path / "w"), "scenes", False, {})
+    run.main(settings, epath.Path(tmp_path / "w"), run.Flags(init_from="scenes"))
   assert not started
   assert not (tmp_path / "w").exists()
 
@@ -193,16 +196,16 @@ def test_a_run_starts_from_the_base_of_its_config_unless_told_otherwise(base, fl
 
 def test_an_own_image_tokenizer_belongs_to_a_base(tmp_path):
   with refused(UserError, "--own_image_tokenizer", "--init_from"):
-    run.main(settings_of(SCENES), epath.Path(tmp_path), "", True, {})
+    run.main(settings_of(SCENES), epath.Path(tmp_path), run.Flags(own_image_tokenizer=True))
 
 
 def test_a_limit_of_forgetting_needs_documents_of_the_base(started, tmp_path):
   fields = {"train.max_forgetting": 0.03}
   folder = epath.Path(tmp_path)
   with refused(UserError, "max_forgetting", "base_documents"):
-    run.main(settings_of(INSTRUCT, **fields), folder, "scenes", False, {})
+    run.main(settings_of(INSTRUCT, **fields), folder, run.Flags(init_from="scenes"))
   assert started == []
   assert not list(folder.iterdir())
   with_documents = settings_of(INSTRUCT, **fields, **{"data.base_documents": 9})
-  run.main(with_documents, folder, "scenes", False, {})
+  run.main(with_documents, folder, run.Flags(init_from="scenes"))
   assert started

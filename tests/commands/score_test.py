@@ -1,8 +1,6 @@
 import json
 import re
 
-from absl import flags
-from absl.testing import flagsaver
 from etils import epath
 import numpy as np
 from PIL import Image
@@ -26,13 +24,11 @@ def workdir(tmp_path_factory):
 @pytest.fixture
 def run(workdir, monkeypatch):
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
 
   def call(documents, retrieve=None, **values):
-    values |= {"documents": documents and str(documents)}
-    with flagsaver.flagsaver(retrieve=retrieve and retrieve.split(","), **values):
-      score.main(SETTINGS, workdir)
+    retrieve = retrieve and tuple(retrieve.split(","))
+    asked = score.Flags(documents=str(documents), retrieve=retrieve, **values)
+    score.main(SETTINGS, workdir, asked)
 
   return call
 

@@ -1,6 +1,5 @@
 import os
 
-from absl import flags
 from etils import epath
 import pytest
 
@@ -53,13 +52,7 @@ def test_a_second_job_of_a_stage_is_refused_and_leaves_its_folder_as_it_is(
   assert done.read_bytes() == before
 
 
-@pytest.fixture
-def parsed():
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
-
-
-def test_the_lease_is_given_back_after_the_stage_is_finished(tmp_path, parsed, monkeypatch):
+def test_the_lease_is_given_back_after_the_stage_is_finished(tmp_path, monkeypatch):
   write, events = stages.write_json, []
   folder = epath.Path(tmp_path / "raw")
 
@@ -69,16 +62,16 @@ def test_the_lease_is_given_back_after_the_stage_is_finished(tmp_path, parsed, m
 
   monkeypatch.setattr(stages, "write_json", recorded)
   settings = settings_of(SCENES)
-  with sharded.stage(folder.parent, "raw", settings) as (summary, runner):
-    assert (summary, runner.kind) == ({}, "local")
+  with sharded.stage(folder.parent, "raw", settings) as summary:
+    assert summary == {}
   assert events == [(stages.DONE, True)]
   assert not (folder / lease.NAME).exists()
-  with sharded.stage(folder.parent, "raw", settings) as (summary, _):
+  with sharded.stage(folder.parent, "raw", settings) as summary:
     assert summary is None
   assert not (folder / lease.NAME).exists()
 
 
-def test_a_job_that_lost_its_lease_finishes_no_stage(tmp_path, parsed):
+def test_a_job_that_lost_its_lease_finishes_no_stage(tmp_path):
   folder = epath.Path(tmp_path / "raw")
   with (
     refused(UserError, "lease.json"),

@@ -37,7 +37,7 @@ def test_a_workdir_of_another_run_is_refused(workdir):
   optimizer = dataclasses.replace(first.optimizer, learning_rate=0.5)
   other = dataclasses.replace(first, optimizer=optimizer)
   with refused(UserError, "another config", "--allow_changed=optimizer.learning_rate"):
-    train.main(other, workdir)
+    train.main(other, workdir, train.Flags())
 
 
 def test_checkpoints_without_their_config_are_refused(workdir):
@@ -45,7 +45,7 @@ def test_checkpoints_without_their_config_are_refused(workdir):
   folder = pathlib.Path(workdir) / "train"
   (folder / "checkpoints" / "5").mkdir(parents=True)
   with refused(UserError, "config.json is missing", str(folder)):
-    train.main(settings_with(), workdir)
+    train.main(settings_with(), workdir, train.Flags())
   assert sorted(path.name for path in folder.iterdir()) == ["checkpoints"]
 
 
@@ -53,7 +53,7 @@ def test_a_workdir_in_which_another_job_trains_is_left_as_it_is(workdir):
   folder = pathlib.Path(workdir) / "train"
   with held(folder):
     with pytest.raises(UserError, match=r"works in .*: use another --workdir"):
-      train.main(settings_with(steps=2), workdir)
+      train.main(settings_with(steps=2), workdir, train.Flags())
     names = {path.name for path in folder.iterdir()}
     assert names - {"lease.json.partial"} == {"lease.json"}  # The other job may be writing it.
 
@@ -87,7 +87,7 @@ def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(root, monkeypatch
   config.optimizer.update({"learning_rate": 1e-7})
   settings = settings_from_config(config)
   monkeypatch.setattr(heldout, "sample_grids", lambda *_: None)
-  train.main(settings, root)
+  train.main(settings, root, train.Flags())
   with one_device():
     trained, step = reading.load_params(root / "train", settings.model)
     init = jax.jit(transformer.init_params, static_argnums=0)
@@ -128,7 +128,7 @@ def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(root, capsys):
   def start(learning_rate, steps, *allowed):
     config = short_config(steps=steps, sample_every=100)
     config.optimizer.update({"learning_rate": learning_rate})
-    train.main(settings_from_config(config), root, allow_changed=allowed)
+    train.main(settings_from_config(config), root, train.Flags(allow_changed=tuple(allowed)))
 
   name = "optimizer.learning_rate"
   start(1e-3, 4)
@@ -152,7 +152,7 @@ def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(root, capsys):
 @pytest.mark.slow
 def test_a_run_that_was_rolled_back_leaves_rows_out(root, monkeypatch):
   settings, folder = settings_from_config(short_config(checkpoint_every=1)), root / "train"
-  train.main(settings, root)
+  train.main(settings, root, train.Flags())
   with refused(UserError, "row 2", "checkpoint 3"):
     upkeep.rollback(folder, 3, range(2, 5))
 
@@ -162,7 +162,7 @@ def test_a_run_that_was_rolled_back_leaves_rows_out(root, monkeypatch):
 
   first = losses()
   upkeep.rollback(folder, 3, range(3, 6))
-  train.main(settings, root)
+  train.main(settings, root, train.Flags())
   assert [first[i] == losses()[i] for i in range(1, 5)] == [True, True, True, False]
   longer = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=6))
   rows = []
@@ -170,11 +170,11 @@ def test_a_run_that_was_rolled_back_leaves_rows_out(root, monkeypatch):
     "cm3leon_jax.training.objective.Remaining.number",
     lambda self, i: rows.append(skipped_rows.row_number(i, self._skipped)) or rows[-1],
   )
-  train.main(longer, root)
+  train.main(longer, root, train.Flags())
   assert rows[:2] == [7, 8]  # The run had read 0, 1, 2 and 6 and left out 3 to 5.
 
 
 def test_wrong_profile_steps_are_refused_before_training(workdir):
   with refused(UserError, "--profile_steps"):
-    train.main(settings_with(), workdir, profile_steps="5")
+    train.main(settings_with(), workdir, train.Flags(profile_steps="5"))
   assert not (workdir / "train").exists()

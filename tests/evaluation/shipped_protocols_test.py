@@ -7,8 +7,6 @@ import math
 import pathlib
 import shutil
 
-from absl import flags
-from absl.testing import flagsaver
 from etils import epath
 import pytest
 
@@ -109,8 +107,6 @@ def test_images_are_in_the_folder_of_the_files_unless_they_are_trusted(
 def test_the_command_measures_all_protocols_of_a_file_and_reuses_samples_for_other_metrics(
   settings, workdir, data, tmp_path, capsys
 ):
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
   file = tmp_path / "mine.yaml"
   one = """
 name: {name}
@@ -123,9 +119,9 @@ metrics: [cider]
 """
   texts = (one.format(name=n, template=t) for n, t in (("a", "<mask>"), ("b", "Look: <mask>")))
   file.write_text("---".join(texts))
-  for metrics in (["bleu4", "exact_match"], ["exact_match"]):
-    with flagsaver.flagsaver(protocol=str(file), data=data, metrics=metrics):
-      evaluate.main(settings, workdir)
+  for metrics in (("bleu4", "exact_match"), ("exact_match",)):
+    asked = evaluate.Flags(protocol=str(file), data=data, metrics=metrics)
+    evaluate.main(settings, workdir, asked)
   printed = capsys.readouterr().out
   assert "captions a: 2 examples\n  greedy: BLEU-4 " in printed
   assert "captions b: 2 examples\n  greedy: BLEU-4 " in printed

@@ -8,7 +8,6 @@ import pytest
 
 from cm3leon_jax.commands import export
 from cm3leon_jax.data.documents.store import DocumentStore, write_documents
-from cm3leon_jax.export import formats
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.run.run import Run
 from tests.generation.run import SETTINGS, save_run
@@ -26,7 +25,7 @@ def run(tmp_path_factory):
 def folder(run, tmp_path_factory):
   """Writes a StableHLO export and returns the path of a copy."""
   output = tmp_path_factory.mktemp("exported") / "output"
-  export.main(SETTINGS, run, choice=formats.Choice(format="stablehlo"), output=str(output))
+  export.main(SETTINGS, run, export.Flags(format="stablehlo", output=str(output)))
   return shutil.copytree(output, tmp_path_factory.mktemp("copied") / "served")
 
 

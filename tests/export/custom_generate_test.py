@@ -46,7 +46,7 @@ def models(request, tmp_path_factory):
   fields = {"family": request.param, "align_images": request.param == "modern"}
   settings = dataclasses.replace(SETTINGS, model=dataclasses.replace(SETTINGS.model, **fields))
   save_run(root, settings)
-  export.main(settings, root)
+  export.main(settings, root, export.Flags())
   mesh, threads = create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), torch.get_num_threads()
   torch.set_num_threads(1)
   yield root / "export", load(root / "export"), CM3Leon.load(root, mesh=mesh)
@@ -71,7 +71,7 @@ def test_the_bundled_model_draws_the_same_codes(tmp_path):
   """8 of 8 greedy images equal those of the usual, guided `generate` and of `CM3Leon.generate`."""
   own = CM3Leon.load("scenes", mesh=create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
   output = tmp_path / "export"
-  export.main(own.run.settings, own.run.folder, output=str(output))
+  export.main(own.run.settings, own.run.folder, export.Flags(output=str(output)))
   model, vocab = load(output), own.run.settings.vocab
   captions = ["a red car", "two blue keys", "a green bell to the left of a blue key", "a black cat"]
   captions += ["a yellow door at the bottom left", "three trees", "an orange umbrella", "a bell"]

@@ -38,7 +38,9 @@ def imported(qwen3_folder, tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
   make_workdir(folder, settings_of_run())
   shutil.rmtree(folder / "text_tokenizer")
-  import_weights.main(settings_of_run(), epath.Path(folder), str(qwen3_folder))
+  import_weights.main(
+    settings_of_run(), epath.Path(folder), import_weights.Flags(source=str(qwen3_folder))
+  )
   return folder
 
 
@@ -49,7 +51,7 @@ def test_a_run_begins_with_what_was_imported_and_remembers_it(
   folder = tmp_path / "run"
   shutil.copytree(imported, folder, symlinks=True)
   settings = settings_of_run()
-  train.main(settings, epath.Path(folder))
+  train.main(settings, epath.Path(folder), train.Flags())
   printed = capsys.readouterr().out
   assert f"train: the run starts from the parameters of {folder / 'init'}." in printed
   done = read_json(folder / "train" / stages.DONE)
@@ -67,7 +69,7 @@ def test_a_run_begins_with_what_was_imported_and_remembers_it(
     assert np.ptp(before[codes], axis=0).max() == 0
     seen = np.unique(after[codes].round(7), axis=0)
     assert len(seen) > 60
-  train.main(settings, epath.Path(folder))  # Does nothing: the run is finished.
+  train.main(settings, epath.Path(folder), train.Flags())  # Does nothing: the run is finished.
   assert "finished already" in capsys.readouterr().out
 
 
@@ -76,5 +78,5 @@ def test_a_run_does_not_begin_with_half_an_import(imported, tmp_path):
   shutil.copytree(imported, folder, symlinks=True)
   (folder / "init" / stages.DONE).unlink()
   with refused(UserError, str(folder)):
-    train.main(settings_of_run(), epath.Path(folder))
+    train.main(settings_of_run(), epath.Path(folder), train.Flags())
   assert not (folder / "train").exists()

@@ -76,7 +76,7 @@ def one_process(workdir, init_from="", **fields):
   config = get_config()
   config.update(fields)
   config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
-  train.main(settings_from_config(config), epath.Path(workdir), init_from=init_from)
+  train.main(settings_from_config(config), epath.Path(workdir), train.Flags(init_from=init_from))
 
 
 @pytest.fixture

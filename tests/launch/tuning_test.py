@@ -29,7 +29,9 @@ def tuned(workdir, init_from="", replay_share=0.4, **fields):
   config.instructions.replay_share = replay_share
   config.update(fields)
   config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
-  train.main(settings_from_config(config), epath.Path(workdir), init_from=str(init_from))
+  train.main(
+    settings_from_config(config), epath.Path(workdir), train.Flags(init_from=str(init_from))
+  )
 
 
 def log_of(workdir):

@@ -264,14 +264,15 @@ def test_a_command_refuses_before_it_reads_a_stage(tmp_path, monkeypatch, comman
   settings = dataclasses.replace(SETTINGS, instructions=InstructionsConfig(tasks="cm3leon"))
   run = functools.partial(train_command.main, SETTINGS, epath.Path(tmp_path))
   if command == "reinforce":
-    run = functools.partial(reinforce_command.main, settings, epath.Path(tmp_path), "elsewhere")
+    run = functools.partial(reinforce_command.main, settings, epath.Path(tmp_path))
+  given = train_command.Flags(init_from="elsewhere" * (command == "reinforce"))
   monkeypatch.setattr(memory, "device_memory", lambda device: 1_000)
   with refused(UserError, "--skip_memory_check"):
-    run()
+    run(given)
   for skipped, limit in ((True, 1_000), (False, None)):  # Then a stage or the start is missing.
     monkeypatch.setattr(memory, "device_memory", lambda device, limit=limit: limit)
     with pytest.raises(UserError) as error:
-      run(skip_memory_check=skipped)
+      run(dataclasses.replace(given, skip_memory_check=skipped))
     assert "GiB" not in str(error.value)
 
 

@@ -46,7 +46,7 @@ def run(tmp_path_factory):
   pytest.importorskip("torch")
   root = epath.Path(tmp_path_factory.mktemp("run"))
   save_run(root)
-  export.main(SETTINGS, root)
+  export.main(SETTINGS, root, export.Flags())
   return root
 
 

@@ -13,7 +13,7 @@ import tensorstore
 
 from cm3leon_jax.commands import export
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.export import bundle, formats
+from cm3leon_jax.export import bundle
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import FOREIGN_VALUES, read_json, write_json
 from cm3leon_jax.run.run import Run
@@ -35,7 +35,7 @@ def models(run, tmp_path_factory):
     params, step = reading.load_params(run / "train", SETTINGS.model)
     bundle.write(root / "bundle", with_bank(run, root / "run"), params, step)
   for name in NAMES[1:]:
-    export.main(SETTINGS, run, choice=formats.Choice(name), output=str(root / name))
+    export.main(SETTINGS, run, export.Flags(format=name, output=str(root / name)))
   return pathlib.Path(root)
 
 

@@ -9,7 +9,6 @@ import pytest
 from cm3leon_jax.commands import export
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.export import formats
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.run import bundles
@@ -62,7 +61,7 @@ def test_the_config_of_a_bundle_may_set_what_its_files_do_not_decide():
 @pytest.mark.parametrize("name", ["hf", "orbax"])
 def test_an_export_is_opened_where_it_will_do(run, tmp_path, name):
   folder = tmp_path / name
-  export.main(SETTINGS, run, choice=formats.Choice(name), output=str(folder))
+  export.main(SETTINGS, run, export.Flags(format=name, output=str(folder)))
   opened = Run.open(folder, exports=True)
   assert (opened.settings, opened.kind, opened.step, opened.bank) == (SETTINGS, "export", 7, None)
   with one_device():
@@ -86,7 +85,7 @@ def test_a_stopped_run_is_read_at_its_newest_checkpoint(run, tmp_path, capfd):
   line = f"{done.parent}: the training is not finished; its newest checkpoint, step 7, is used.\n"
   read = []
   for _ in range(2):
-    export.main(SETTINGS, workdir, choice=formats.Choice("orbax"))
+    export.main(SETTINGS, workdir, export.Flags(format="orbax"))
     about = read_json(workdir / "export" / stages.DONE)
     assert (capfd.readouterr().err, about["summary"]["step"]) == (line * (not done.exists()), 7)
     read.append(about["config"]["inputs"]["train"])

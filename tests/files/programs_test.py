@@ -2,12 +2,10 @@ import contextlib
 import os
 import pathlib
 
-from absl import flags
-from absl.testing import flagsaver
 import jax
 import pytest
 
-from cm3leon_jax.commands import program_cache
+from cm3leon_jax.files import programs
 
 CHANGED = (
   "jax_compilation_cache_dir",
@@ -23,14 +21,12 @@ def process(tmp_path, monkeypatch):
   The function then stores all programs, if told.
   """
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
   before = {name: getattr(jax.config, name) for name in CHANGED}
   jax.config.update("jax_compilation_cache_dir", None)
 
   @contextlib.contextmanager
   def process(cache_dir=None):
-    with flagsaver.flagsaver(cache_dir=cache_dir), program_cache.kept() as store:
+    with programs.kept(cache_dir) as store:
       copy = jax.config.jax_compilation_cache_dir
       jax.config.update("jax_compilation_cache_dir", None)
 
@@ -61,7 +57,7 @@ def keep(process):
 
 @pytest.fixture
 def folder(tmp_path):
-  return tmp_path / "cm3leon_jax" / "programs" / program_cache.machine()
+  return tmp_path / "cm3leon_jax" / "programs" / programs.machine()
 
 
 def test_only_programs_that_were_not_changed_since_are_used(keep, folder):
@@ -71,7 +67,7 @@ def test_only_programs_that_were_not_changed_since_are_used(keep, folder):
   (folder / "killed-cache").write_bytes(b"program of")
   assert keep("d", "a") == {"c"}
   assert keep() == {"a", "c", "d"}
-  (folder / program_cache.DIGESTS).write_text('{"c-cache": ')
+  (folder / programs.DIGESTS).write_text('{"c-cache": ')
   assert keep() == set()
 
 
@@ -85,7 +81,7 @@ def test_processes_at_the_same_time_keep_their_programs(keep, process):
 
 
 def test_the_oldest_programs_go_beyond_the_limit(keep, process, folder, monkeypatch):
-  monkeypatch.setattr(program_cache, "MOST_BYTES", 3 * len("program of a"))
+  monkeypatch.setattr(programs, "MOST_BYTES", 3 * len("program of a"))
   keep("a", "b", "c")
   for age, name in enumerate("bca"):
     os.utime(folder / f"{name}-cache", (age, age))
@@ -100,7 +96,7 @@ def test_each_instruction_set_has_its_programs(keep, tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text(
       f"model name\t: A\nflags\t\t: {flag}\ncpu MHz\t\t: {id(flag)}\n"
     )
-    monkeypatch.setattr(program_cache, "CPU", tmp_path / "cpuinfo")
+    monkeypatch.setattr(programs, "CPU", tmp_path / "cpuinfo")
     assert not keep("a")
     assert keep() == {"a"}
 
@@ -112,6 +108,6 @@ def test_a_folder_that_cannot_be_used_is_a_warning_and_none_may_be_used(keep, tm
   assert "--cache_dir" in printed
   assert keep(cache_dir="") == set()
   jax.config.update("jax_compilation_cache_dir", "of_the_variable")
-  with program_cache.kept():
+  with programs.kept():
     assert jax.config.jax_compilation_cache_dir == "of_the_variable"
   assert not capsys.readouterr().err

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 import itertools
 from typing import Any
 
-from absl import flags
 from etils import epath, epy
 
 from cm3leon_jax.config import own_functions
@@ -27,35 +26,24 @@ with epy.lazy_imports():
   from cm3leon_jax.generation import writer
   from cm3leon_jax.tokenizers import vqgan
 
-MIN_PSNR = flags.DEFINE_float(
-  "min_psnr",
-  15.0,
-  "Least mean PSNR, in dB, with which a copied image tokenizer must reconstruct the background and "
-  "the drawing of 16 images of this run; 0: any.",
-)
-MAX_COLOR_DIFFERENCE = flags.DEFINE_float(
-  "max_color_difference",
-  9.0,
-  "Largest mean difference of color, in CIE Lab, between 16 images of this run and their "
-  "reconstructions by a copied image tokenizer; 0: any.",
-)
-LIMITS = (MIN_PSNR, MAX_COLOR_DIFFERENCE)
 IMAGES, COLUMNS = 16, 8
 RECORDS = 2_000  # The check looks at this many records of a task.
 SHEET = "reconstructions.png"
 
 
-def of_pairs(settings: Settings, workdir: epath.Path) -> None:
+def check_pairs(settings: Settings, workdir: epath.Path, limits: tuple[float, float]) -> None:
   """Checks 16 evenly spaced training images of the run's pairs, see `_check`."""
   source = _copied_from(workdir)
   if own_functions.is_function(settings.raw.source) or not source:
     return
   pairs = [pair for pair in reader.read_pairs(workdir / "raw", "train") if not pair.added_crop]
   images = [pair.image for pair in evenly(pairs, IMAGES)]
-  _check(settings, workdir, source, images, "documents")
+  _check(settings, workdir, source, images, "documents", limits)
 
 
-def of_records(settings: Settings, workdir: epath.Path, tasks: Sequence[Any]) -> None:
+def check_records(
+  settings: Settings, workdir: epath.Path, tasks: Sequence[Any], limits: tuple[float, float]
+) -> None:
   """Checks 16 images of the tasks, see `_check`.
 
   They are evenly spaced over the first `RECORDS` records of each task: a file may be sorted.
@@ -70,7 +58,8 @@ def of_records(settings: Settings, workdir: epath.Path, tasks: Sequence[Any]) ->
   given = [image for image in images if not isinstance(image, edges.ImageMap)]
   # Several records may have the same file.
   distinct = {image if isinstance(image, str) else id(image): image for image in given}
-  _check(settings, workdir, source, evenly(list(distinct.values()), IMAGES), "instructions")
+  images = evenly(list(distinct.values()), IMAGES)
+  _check(settings, workdir, source, images, "instructions", limits)
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:
@@ -98,13 +87,15 @@ def _copied_from(workdir: epath.Path) -> str:
 
 
 def _check(
-  settings: Settings, workdir: epath.Path, source: str, images: Sequence[Any], stage: str
-) -> None:
+  settings: Settings, workdir: epath.Path, source: str, images: Sequence[Any], stage: str,
+  limits: tuple[float, float],
+) -> None:  # fmt: skip
   """Reconstructs images, writes them to the folder of a stage, and prints how good they are.
 
   Args:
     source: the run from which the tokenizer was copied.
     images: paths of images, or pixels.
+    limits: least mean PSNR in dB, and largest mean difference of color; 0: any.
 
   Raises:
     UserError: the mean PSNR or the mean difference of color is beyond its limit. A tokenizer of the
@@ -132,7 +123,7 @@ def _check(
     f"with {found}, of background or drawing, whichever is worse ({folder / SHEET}).",
     flush=True,
   )
-  least, most = MIN_PSNR.value, MAX_COLOR_DIFFERENCE.value
+  least, most = limits
   if settings.vqgan.source:
     return
   if decibels < least or color > (most or np.inf):

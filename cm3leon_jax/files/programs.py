@@ -9,7 +9,6 @@ import platform
 import sys
 import tempfile
 
-from absl import flags
 from etils import epath, epy
 
 from cm3leon_jax.errors import UserError
@@ -25,24 +24,19 @@ DIGESTS = "digests.json"  # Maps the name of each program's file to its SHA-256.
 LOCK = "lock"  # File that a process locks while it reads or changes the folder.
 MOST_BYTES = 2**28  # Of the programs of a machine; the oldest are deleted.
 CPU = pathlib.Path("/proc/cpuinfo")
-CACHE_DIR = flags.DEFINE_string(
-  "cache_dir",
-  None,
-  "Folder that keeps compiled programs for the next start; an empty value disables it. Default: "
-  "JAX_COMPILATION_CACHE_DIR or, if that is not set, cm3leon_jax/programs in XDG_CACHE_HOME or "
-  "~/.cache.",
-  allow_override=True,  # Tests import several commands that define this flag.
-)
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[Callable[[], object]]:
+def kept(given: str | None = None) -> Iterator[Callable[[], object]]:
   """Makes JAX keep all compiled programs of the body, also those that compile in a second.
 
   JAX uses a copy of the folder, because it writes files in place while other processes may read
   them. Yields a function that stores new programs in the folder, as the end of the body does.
+
+  Args:
+    given: value of --cache_dir: the folder, "" for none, None for the default folder.
   """
-  folder = _folder()
+  folder = _folder(given)
   with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
     copy = epath.Path(name)
     if folder is None or not _exchange(folder, copy):
@@ -98,13 +92,12 @@ def _exchange(folder: epath.Path, copy: epath.Path) -> bool:
   return True
 
 
-def _folder() -> epath.Path | None:
+def _folder(given: str | None) -> epath.Path | None:
   """Returns the folder of this machine's programs, or None if JAX has its own folder, or none.
 
   JAX does not check the instruction set, on which programs for CPUs depend. Therefore each
   instruction set has a folder.
   """
-  given = CACHE_DIR.value
   if given == "":
     jax.config.update("jax_compilation_cache_dir", None)
   if given == "" or (given is None and jax.config.jax_compilation_cache_dir):

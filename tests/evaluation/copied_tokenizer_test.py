@@ -1,15 +1,14 @@
 import dataclasses
 
-from absl import flags
-from absl.testing import flagsaver
 from etils import epath
 import numpy as np
 from PIL import Image, ImageFilter
 import pytest
 
-from cm3leon_jax.commands import tokenizer_check
+from cm3leon_jax.commands.shared_flags import Limits
 from cm3leon_jax.config.instructions import InstructionsConfig, InstructionTask
 from cm3leon_jax.errors import UserError
+from cm3leon_jax.evaluation import copied_tokenizer
 from cm3leon_jax.evaluation.metrics.reconstructions import compare
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.stages import stages
@@ -19,7 +18,6 @@ from examples.scenes.options import COMMON
 from tests.generation.run import SETTINGS, make_run
 from tests.refusals import refused
 
-LIMITS = ("min_psnr", "max_color_difference")
 TASK = InstructionTask(
   name="color", templates=("{answer} <break> {image}",), target="answer", format="jsonl"
 )
@@ -39,8 +37,6 @@ def workdir(tmp_path):
     Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).save(folder / f"{i}.png")
     lines.append(f'{{"texts": {{"answer": "red"}}, "images": {{"image": "{i}.png"}}}}')
   (folder / "train.jsonl").write_text("\n".join(lines))
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
   return root
 
 
@@ -53,24 +49,19 @@ def test_images_that_a_copied_tokenizer_reconstructs_badly_are_refused_with_a_sh
   workdir, capsys
 ):
   settings = settings_of(workdir)
-  for limits in ({"min_psnr": 50.0, LIMITS[1]: 0.0}, {"min_psnr": 0.0, LIMITS[1]: 0.1}):
-    with (
-      flagsaver.flagsaver(**limits),
-      refused(UserError, "--own_image_tokenizer", *(f"--{name} = " for name in LIMITS)),
-    ):
-      tokenizer_check.of_records(settings, workdir, [TASK])
-  with Image.open(workdir / "instructions" / tokenizer_check.SHEET) as sheet:
+  for limits in ((50.0, 0.0), (0.0, 0.1)):
+    with refused(UserError, "--own_image_tokenizer", "--min_psnr = ", "--max_color_difference = "):
+      copied_tokenizer.check_records(settings, workdir, [TASK], limits)
+  with Image.open(workdir / "instructions" / copied_tokenizer.SHEET) as sheet:
     assert sheet.width > 8 * 8
-  with flagsaver.flagsaver(min_psnr=0.0, max_color_difference=0.0):
-    tokenizer_check.of_records(settings, workdir, [TASK])
+  copied_tokenizer.check_records(settings, workdir, [TASK], (0.0, 0.0))
   said = "reconstructions: the image tokenizer of scenes reconstructs 16 of your images with "
   assert said in capsys.readouterr().out
 
 
 def test_a_tokenizer_that_was_trained_here_is_not_checked(workdir, capsys):
   write_json(workdir / "vqgan" / stages.DONE, {"id": "v", "summary": {}})
-  with flagsaver.flagsaver(min_psnr=50.0):
-    tokenizer_check.of_records(settings_of(workdir), workdir, [TASK])
+  copied_tokenizer.check_records(settings_of(workdir), workdir, [TASK], (50.0, 0.0))
   assert capsys.readouterr().out == ""
 
 
@@ -80,8 +71,8 @@ def test_the_images_are_spread_over_a_sorted_file_and_each_counts_once(workdir, 
   ]
   (workdir.parent / "given" / "train.jsonl").write_text("\n".join(sorted(lines)))
   checked = []
-  monkeypatch.setattr(tokenizer_check, "_check", lambda *values: checked.append(values[3]))
-  tokenizer_check.of_records(settings_of(workdir), workdir, [TASK])
+  monkeypatch.setattr(copied_tokenizer, "_check", lambda *values: checked.append(values[3]))
+  copied_tokenizer.check_records(settings_of(workdir), workdir, [TASK], (0.0, 0.0))
   [images] = checked
   names = [epath.Path(image).name for image in images]
   assert len(names) == len(set(names)) >= 8
@@ -93,10 +84,10 @@ def test_the_images_are_spread_over_a_sorted_file_and_each_counts_once(workdir, 
 def test_a_tokenizer_of_the_package_is_shown_and_has_no_limit(workdir, capsys):
   settings = settings_of(workdir)
   vqgan = dataclasses.replace(settings.vqgan, source="pictures")
-  with flagsaver.flagsaver(min_psnr=50.0, max_color_difference=0.1):
-    tokenizer_check.of_records(dataclasses.replace(settings, vqgan=vqgan), workdir, [TASK])
+  settings = dataclasses.replace(settings, vqgan=vqgan)
+  copied_tokenizer.check_records(settings, workdir, [TASK], (50.0, 0.1))
   assert capsys.readouterr().out.startswith("reconstructions: the image tokenizer of scenes ")
-  assert (workdir / "instructions" / tokenizer_check.SHEET).exists()
+  assert (workdir / "instructions" / copied_tokenizer.SHEET).exists()
 
 
 def icons(color):
@@ -127,7 +118,7 @@ BROWN, GRAY, PINK, NAVY = (139, 69, 19), (128, 128, 128), (255, 192, 203), (0, 0
 @pytest.mark.parametrize("color", [(220, 0, 30), (0, 0, 0), BROWN, GRAY, PINK, NAVY])
 def test_blurred_icons_pass_the_limits_and_icons_in_other_colors_do_not(color):
   images = icons(color)
-  least, most = (limit.default for limit in tokenizer_check.LIMITS)
+  least, most = Limits().limits
   psnr, difference = np.mean([compare(*pair) for pair in zip(images, blurred(images))], 0)
   assert psnr >= least
   assert difference <= most

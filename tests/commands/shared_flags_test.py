@@ -1,23 +1,15 @@
 import dataclasses
 from unittest import mock
 
-from absl import flags
-from absl.testing import flagsaver
 from etils import epath
 import pytest
 
-from cm3leon_jax.commands import evaluate, generate, sampling_flags
+from cm3leon_jax.commands import evaluate, generate
 from cm3leon_jax.config.sampling import SamplingConfig
 from tests.generation.run import SETTINGS
 
 NAMES = [field.name for field in dataclasses.fields(SamplingConfig) if field.name != "guidance"]
 OTHERS = {"method": "mixture", "guidance_schedule": "cosine"}
-
-
-@pytest.fixture(autouse=True)
-def _parsed():
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
 
 
 def changed(**fields):
@@ -28,8 +20,7 @@ def changed(**fields):
 def test_each_flag_sets_its_field(name):
   default = getattr(SETTINGS.sampling, name)
   given = {name: OTHERS.get(name, 7 if isinstance(default, int) else 0.625)}
-  with flagsaver.flagsaver(**given):
-    assert sampling_flags.applied(SETTINGS) == changed(**given) != SETTINGS
+  assert generate.Flags(sampling=given).applied(SETTINGS) == changed(**given) != SETTINGS
 
 
 class Sampled(Exception):
@@ -40,10 +31,10 @@ class Sampled(Exception):
   ("command", "others"), [(generate, {}), (evaluate, {"protocol": "own.yaml"})]
 )
 def test_a_command_samples_with_the_flags(command, others, tmp_path):
+  flags = command.Flags(sampling={"temperature": 0.5}, **others)
   with (
     mock.patch("cm3leon_jax.run.run.Run.open", side_effect=Sampled) as reached,
-    flagsaver.flagsaver(temperature=0.5, **others),
     pytest.raises(Sampled),
   ):
-    command.main(SETTINGS, epath.Path(tmp_path))
+    command.main(SETTINGS, epath.Path(tmp_path), flags)
   assert changed(temperature=0.5) in reached.call_args.args
