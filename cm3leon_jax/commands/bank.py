@@ -20,7 +20,7 @@ from cm3leon_jax.errors import UserError, printable
 
 with epy.lazy_imports():
   from cm3leon_jax.retrieval import erased, removed
-  from cm3leon_jax.run.source import Source
+  from cm3leon_jax.run import source as source_lib
   from cm3leon_jax.stages import stages
 
 _DOCUMENT = flags.DEFINE_multi_string(
@@ -34,7 +34,7 @@ _ERASE = flags.DEFINE_bool(
 def main(action: str, workdir: epath.Path) -> None:
   if not _DOCUMENT.value:
     raise UserError(f"name a document to {action}: --document=KEY")
-  if Source.of(workdir).kind == "bundle":
+  if source_lib.Source.of(workdir).kind == "bundle":
     raise UserError(
       f"{workdir} is a bundle: remove the document from the bank of its run, and export it again."
     )

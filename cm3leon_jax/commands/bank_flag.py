@@ -10,7 +10,7 @@ from cm3leon_jax.stages import stages, table
 
 with epy.lazy_imports():
   from cm3leon_jax.run import run
-  from cm3leon_jax.run.source import Source
+  from cm3leon_jax.run import source as source_lib
 
 BANK = flags.DEFINE_string(
   "bank",
@@ -25,7 +25,7 @@ def bank_of(trained: run.Run) -> run.Run | None:
   settings = trained.settings
   if BANK.value is None:
     return trained if trained.bank else None
-  source = Source.of(BANK.value)
+  source = source_lib.Source.of(BANK.value)
   folder = source.folder
   read = (*table.TOKENIZERS, *table.own_clip(settings))
   if source.kind == "bundle":

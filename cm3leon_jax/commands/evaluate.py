@@ -47,7 +47,7 @@ with epy.lazy_imports():
   from cm3leon_jax.reports import evaluation_page
   from cm3leon_jax.retrieval import neighbors, removed
   from cm3leon_jax.run import run as run_lib
-  from cm3leon_jax.run.source import Source
+  from cm3leon_jax.run import source as source_lib
 
 _LAST_PARAMS = flags.DEFINE_bool(
   "last_params",
@@ -94,7 +94,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   if _PROTOCOL.value is not None:
     _measure(settings, workdir, _PROTOCOL.value)
     return
-  if Source.of(workdir).kind == "bundle":
+  if source_lib.Source.of(workdir).kind == "bundle":
     raise UserError(
       f"{workdir} is a bundle, which has no held-out documents: name a protocol and its examples, "
       "--protocol=FILE --data=FOLDER, or give the workdir of a run in --workdir."

@@ -24,7 +24,7 @@ with epy.lazy_imports():
   from cm3leon_jax.config import tokenizers as tokenizers_config
   from cm3leon_jax.files import digests as digests_lib
   from cm3leon_jax.run import exported
-  from cm3leon_jax.run.source import IMAGES, Source
+  from cm3leon_jax.run import source as source_lib
   from cm3leon_jax.tokenizers import published_files, vqgan
   from cm3leon_jax.training.image_models import trainer
 
@@ -59,8 +59,8 @@ def main(
       f"--config.vqgan.published={family}."
     )
   for parent in epath.Path(source).parents[:2]:
-    if Source.of(parent).kind == "export":
-      exported.check(parent, f"{IMAGES}/")
+    if source_lib.Source.of(parent).kind == "export":
+      exported.check(parent, f"{source_lib.IMAGES}/")
   folder = workdir / "vqgan"
   _check_folder(folder)
   if published_files.is_own(source):

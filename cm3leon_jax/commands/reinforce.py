@@ -38,7 +38,7 @@ with epy.lazy_imports():
   from cm3leon_jax.reinforcement import rollouts
   from cm3leon_jax.run import adapters, bundles
   from cm3leon_jax.run import run as run_lib
-  from cm3leon_jax.run.source import folder_of
+  from cm3leon_jax.run import source as source_lib
   from cm3leon_jax.training import decoder
   from cm3leon_jax.training.faults import lease as lease_lib
   from cm3leon_jax.training.watch import monitor
@@ -49,7 +49,7 @@ def _objective(
 ) -> tuple[rollouts.Rollouts, list]:
   """Returns the objective and the held-out prompts."""
   # The run can have its own bank; otherwise it uses that of its start.
-  folders = (run.folder, bundles.stages_folder(folder_of(start.source)))
+  folders = (run.folder, bundles.stages_folder(source_lib.folder_of(start.source)))
   banks = (folder for folder in folders if (folder / "neighbors").exists())
   return rollouts.open_rollouts(run, reference, next(banks, None))
 

@@ -28,6 +28,7 @@ from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.reports import report
+from cm3leon_jax.run import bundles
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers import published, published_files, published_source, text, vqgan
@@ -159,7 +160,7 @@ def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monk
   (run / "train" / "config.json").touch()  # `settings_of_run` is replaced below.
   write_data(run)
   import_vqgan.main(SETTINGS, run, str(source[0]), "amused")
-  monkeypatch.setattr(copies, "settings_of_run", lambda folder: SETTINGS)
+  monkeypatch.setattr(bundles, "settings_of_run", lambda folder: SETTINGS)
   with refused(UserError, "vqgan"):
     copies.copy_tokenizers(Run(tuned, make_settings(resolution=512)), str(run))
   other = make_settings(code_dim=4 * SETTINGS.vqgan.code_dim)
