@@ -42,21 +42,18 @@ ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 class CM3Leon:
   """A trained run: decoder, tokenizers, CLIP, and the bank of documents that can be retrieved.
 
-  Every method takes one input or a list of inputs. A list is processed in batches, and the results
-  are returned in a list. Result i equals the result of a single call with the seed `seed + i`. If a
-  method takes two inputs, two lists are paired by index. If only one of the inputs is a list, the
-  other input is used for each of its elements.
+  Every method takes one input or a list of inputs, for which it returns a list: result i is that of
+  a single call with the seed `seed + i`. Two lists are paired by index. If one of two inputs is no
+  list, it is used for each element of the other.
 
   An image is given as a path, a PIL image or an array uint8[H, W, 3] of any size. It is cropped to
   the centered square and resized to the model's resolution. Returned images are PIL images.
 
   Several methods take the same arguments. `retrieve` is the largest number of documents that are
   retrieved and placed before the prompt. `length` is the largest number of text tokens. Sampling
-  settings are fields of `config.sampling` and default to the run's values. A
-  method rejects settings that it does not use.
+  settings are fields of `config.sampling`. A method rejects settings that it does not use.
 
-  A new batch size or length compiles a program. Wrong arguments raise `UserError`. The attribute
-  `pipeline` generates samples for tasks and needs `jax.set_mesh(model.mesh)`.
+  Wrong arguments raise `UserError`. `pipeline` needs `jax.set_mesh(model.mesh)`.
   """
 
   run: Run
@@ -91,7 +88,7 @@ class CM3Leon:
       adapter: workdir of a run that trained adapters of this model, to add them.
       dtype: compute dtype, `float32` or `bfloat16`; default: the run's.
       devices: devices that share the model or the batches; default: `jax.devices()`.
-      mesh: a mesh from `mesh.create_mesh`, given instead of `devices` for another sharding.
+      mesh: a mesh from `mesh.create_mesh`, instead of `devices`.
       clip: folder of the Hugging Face CLIP model; default: the path in the run's config.
       show_progress: whether to show a progress bar; default: only in a terminal or notebook.
       **options: `batch_size`, `weight_dtype`, `cache_dtype`, see `GeneratorConfig`.
@@ -148,12 +145,11 @@ class CM3Leon:
   def __repr__(self) -> str:
     import jax
 
-    from cm3leon_jax.models import transformer
+    from cm3leon_jax.weights import placed
 
     config, side = self.pipeline.settings.model, self.pipeline.layout.resolution
     with self._in_mesh():
-      params = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
-    count = transformer.count_params(params)
+      count = sum(x.size for x in jax.tree.leaves(placed.types_of(config)))
     return (
       f"CM3Leon({self.workdir!r}, step {self.step}, {count:,} parameters, images of {side} x "
       f"{side}, {config.dtype} on {self.mesh.size} {self.mesh.devices.flat[0].device_kind})"
@@ -169,16 +165,14 @@ class CM3Leon:
     >>> sample.text.startswith("a"), len(sample.tokens) == len(sample.log_probs)
     (True, True)
 
-    Tasks are objects of the classes in `generation.image_tasks` and `generation.text_tasks`. For
-    each task, returns a list of `num_samples` samples, with `rank` sorted by CLIP score.
+    For each task, returns a list of `num_samples` samples, with `rank` sorted by CLIP score.
     """
-    if not tasks:
-      return []
+    shown = self.show_progress
     with self._in_mesh():
-      return self.pipeline.generate(tasks, num_samples, rank, show_progress=self.show_progress)
+      return self.pipeline.generate(tasks, num_samples, rank, show_progress=shown) if tasks else []
 
   def requests(self, tasks: Sequence[Task]) -> list[Request]:
-    """Returns the token prompts of tasks, with retrieved documents, for another inference engine.
+    """Returns the token prompts of tasks, with retrieved documents, for another engine.
 
     >>> from cm3leon_jax.generation.text_tasks import Caption
     >>> [request] = model.requests([Caption(image=image)])
@@ -216,9 +210,8 @@ class CM3Leon:
       captions, a list of such lists.
     """
     retrieve = self.pipeline.usual_retrieve if retrieve is None else retrieve
-    single, tasks = self._tasks(
-      "text_to_image", seed, sampling, {"prompt": prompt}, retrieve=retrieve
-    )
+    inputs = {"prompt": prompt}
+    single, tasks = self._tasks("text_to_image", seed, sampling, inputs, retrieve=retrieve)
     samples = self.sample(tasks, num_samples, rank)
     return samples[0] if single else samples
 
@@ -235,7 +228,7 @@ class CM3Leon:
     True
 
     Args:
-      retrieve: number of documents to retrieve with the image as query.
+      retrieve: the query is the image.
       **sampling: `text_temperature`, `text_top_k`, `text_top_p`.
     """
     inputs = {"image": image}
@@ -251,14 +244,10 @@ class CM3Leon:
     self, image: Any, question: Any, *, length: int = 64, retrieve: int = 0, seed: int = 0,
     **sampling: Any,
   ) -> Any:  # fmt: skip
-    """Answers a question about an image. Returns a text, or a list of texts.
+    """Answers a question about an image. Returns a text, or a list of texts. See `caption`.
 
     >>> len(model.answer(image, ["What color is it?", "What is it?"], length=8))
     2
-
-    Args:
-      retrieve: number of documents to retrieve with the image as query.
-      **sampling: `text_temperature`, `text_top_k`, `text_top_p`.
     """
     inputs = {"image": image, "prompt": question}
     return self._first("text", "question", seed, sampling, inputs, length=length, retrieve=retrieve)
@@ -273,11 +262,10 @@ class CM3Leon:
     True
 
     Args:
-      box: (left, top, right, bottom) in pixels at the model's resolution, or a list of boxes. Right
-        and bottom are exclusive. The box is enlarged to whole codes.
-      prompt: a caption of the whole image, or a list of captions. It guides the generated codes.
-      retrieve: number of documents to retrieve. The query is the prompt, or the image if the prompt
-        is empty.
+      box: (left, top, right, bottom) in pixels at the model's resolution. Right and bottom are
+        exclusive. The box is enlarged to whole codes.
+      prompt: a caption of the whole image, which guides the generated codes.
+      retrieve: the query is the prompt, or the image if the prompt is empty.
       **sampling: see `generate`; guidance needs a prompt.
     """
     inputs = {"image": image, "box": box, "prompt": prompt}
@@ -326,24 +314,19 @@ class CM3Leon:
     >>> score.text < 0, score.image_given_text < 0, score.text_given_image < 0
     (True, True, True)
 
-    The fields are log p(text), log p(image | text) and log p(text | image) in nats. Each is a sum
-    over the tokens of the text or the codes of the image. `<break>`, `</s>` and the tokens of
-    retrieved documents are not counted.
+    The fields are log p(text), log p(image | text) and log p(text | image) in nats, without
+    `<break>`, `</s>` and the tokens of retrieved documents.
 
     Args:
-      retrieve: number of documents to retrieve with the text as query. Documents that do not fit
-        into the row are skipped.
+      retrieve: the query is the text. Documents that do not fit into the row are skipped.
     """
     from cm3leon_jax.evaluation.likelihood import pairs
     from cm3leon_jax.generation import calls
 
     single, rows = calls.rows(text=text, image=image)
-    if not rows:
-      return []
+    asked = [(row["text"], row["image"]) for row in rows]
     with self._in_mesh():
-      scores = pairs.score(
-        self.pipeline, self._trained, [(row["text"], row["image"]) for row in rows], retrieve
-      )
+      scores = pairs.score(self.pipeline, self._trained, asked, retrieve) if rows else []
     return scores[0] if single else scores
 
   @overload
@@ -371,15 +354,13 @@ class CM3Leon:
       ("text", value) if isinstance(value, str) else ("image", calls.expanded(value))
       for value in ([query] if single else query)
     ]
-    if not queries:
-      return []
     with self._in_mesh():
-      result = retrieved.search(self.pipeline, queries, k)
+      result = retrieved.search(self.pipeline, queries, k) if queries else []
     return result[0] if single else result
 
   @functools.cached_property
   def _trained(self) -> dict[str, Any]:
-    """Parameters in the training dtype. Only `score` uses them; its first call loads them."""
+    """Parameters in the training dtype, which the first `score` loads."""
     return self.run.params(self.step)[0]
 
   def _in_mesh(self) -> Any:
@@ -388,7 +369,6 @@ class CM3Leon:
     return jax.set_mesh(self.mesh)
 
   def _tasks(self, name: str, *arguments: Any, **fields: Any) -> Any:
-    """Builds tasks from the arguments of a method call; see `calls.tasks`."""
     from cm3leon_jax.generation import calls
 
     return calls.tasks(name, self.pipeline.settings.sampling, *arguments, **fields)

@@ -30,7 +30,7 @@ from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation import lookalikes
 from cm3leon_jax.generation.retrieved import images_of
 from cm3leon_jax.generation.writer import contact_sheet, save_png
-from cm3leon_jax.training.image_models import vqgan_training
+from cm3leon_jax.training.image_models import vqgan_measures
 from examples.illustrations import sets
 from examples.pictures import sources
 from examples.pictures.sources import Font, Photograph
@@ -138,7 +138,7 @@ def measure(workdir: pathlib.Path, count: int, seed: int) -> str:
     asked = captions[:heldout].repeat(len(some) // heldout)
     right = np.mean(captions[judge.nearest(some)] == asked)
     lines.append(f"| {name} | {len(some)} | {right:.1%} | {one_color} | {copied} |")
-  errors = vqgan_training.mean_squared_errors(truth, through)
+  errors = vqgan_measures.mean_squared_errors(truth, through)
   noise = np.mean(-10 * np.log10(np.maximum(errors, 1e-10)))
   lines += ["", f"{heldout} held-out pictures of {len(pairs)}: {noise:.1f} dB; step {model.step}."]
   shown = range(min(SHOWN, heldout))

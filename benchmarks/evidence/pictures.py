@@ -18,7 +18,7 @@ from PIL import Image
 
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.image_models import vqgan_training
+from cm3leon_jax.training.image_models import vqgan_measures
 
 # n images, H height, W width.
 
@@ -64,7 +64,7 @@ def measure(tokenizer: ImageTokenizer, paths: dict[str, list], sides: Sequence[i
       found = at(tokenizer, side)
       encoded = found.encode(images)
       decoded = found.decode(encoded)
-      errors = np.maximum(vqgan_training.mean_squared_errors(images, decoded), 1e-10)
+      errors = np.maximum(vqgan_measures.mean_squared_errors(images, decoded), 1e-10)
       row = {"kind": kind, "side": side, "images": len(images)}
       row["psnr_db"] = float(np.mean(-10 * np.log10(errors)))
       row["psnr_of_mean_mse_db"] = float(-10 * np.log10(errors.mean()))
@@ -77,7 +77,7 @@ def measure(tokenizer: ImageTokenizer, paths: dict[str, list], sides: Sequence[i
 
 def usage(codes: Sequence[np.ndarray], num_codes: int) -> str:
   every = np.concatenate([x.ravel() for x in codes])
-  used, perplexity = len(np.unique(every)), vqgan_training.perplexity(every, num_codes)
+  used, perplexity = len(np.unique(every)), vqgan_measures.perplexity(every, num_codes)
   return f"{used / num_codes:.1%} of {num_codes:,} codes, perplexity {perplexity:.0f}"
 
 

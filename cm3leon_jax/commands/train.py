@@ -32,7 +32,7 @@ with epy.lazy_imports():
 
   from cm3leon_jax import distributed
   from cm3leon_jax.generation import heldout as heldout_lib
-  from cm3leon_jax.models import transformer
+  from cm3leon_jax.models import codebook_start
   from cm3leon_jax.planning import memory
   from cm3leon_jax.run import adapters as adapters_lib
   from cm3leon_jax.run import pace, rows
@@ -69,7 +69,7 @@ def _initial_params(
     return None
   key = jax.random.key(settings.seed)
   return functools.partial(
-    transformer.params_from_codebook,
+    codebook_start.params_from_codebook,
     settings.model,
     settings.vocab.text_size,
     run.images.codebook(),

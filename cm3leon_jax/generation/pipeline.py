@@ -70,15 +70,7 @@ def check_tasks(
 
 
 class Pipeline:
-  """Generates samples for tasks. Loads each model once, and compiles each program once per shape.
-
-  run = Run.open("workdir/scenes")
-  with jax.set_mesh(create_mesh(run.settings.mesh)):
-    params, _ = run.params()
-    pipeline = Pipeline.load(run, params)
-    [[sample]] = pipeline.generate([TextToImage("a green bell", retrieve=0)])
-    sample.image.save("bell.png")
-  """
+  """Generates samples for tasks. Loads each model once, compiles each program once per shape."""
 
   def __init__(
     self,

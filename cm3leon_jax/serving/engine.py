@@ -20,7 +20,7 @@ from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.serving import jobs as jobs_lib
 from cm3leon_jax.serving.errors import QUEUE_FULL, ApiError, internal, stopping
-from cm3leon_jax.serving.jobs import Event, Failed, Finished, Job, Neighbor, OpenJob, Progress
+from cm3leon_jax.serving.jobs import Event, Failed, Job, Neighbor, OpenJob, Progress
 from cm3leon_jax.serving.tasks import refused
 
 PAUSE = 1.0  # Seconds without a job after which the next program is compiled.
@@ -178,15 +178,15 @@ class Engine:
         job.deliver(Failed(stopping()))
 
   def _fresh(self, usual: Sequence[Bucket] = ()) -> ContinuousGenerator:
-    pipeline, sizes = self.pipeline, (self.slots, self._chunk, self._buckets)
-    return ContinuousGenerator(pipeline.generator, *sizes, usual)
+    sizes = self.slots, self._chunk, self._buckets
+    return ContinuousGenerator(self.pipeline.generator, *sizes, usual)
 
   def _warm_up(self) -> Iterator[bool]:
     """Tries all usual tasks, then compiles one of the other programs at a time."""
     pipeline, tasks, events = self.pipeline, jobs_lib.usual_tasks(self.pipeline), list[Event]()
     usual = jobs_lib.usual_buckets(pipeline, tasks)
     self._generator = self._fresh(list(usual))
-    for job in jobs_lib.test_jobs(tasks, events.append):
+    for job in jobs_lib.warm_up_jobs(tasks, events.append):
       self._prepare([job])
       while self._open or self._running:
         self._compute()
@@ -240,14 +240,10 @@ class Engine:
     try:
       opened = jobs_lib.open_jobs(self.pipeline, jobs, self._decoded, self._known)
     except Exception as error:
-      if len(jobs) > 1:
-        for job in jobs:
-          self._prepare([job])
-      elif isinstance(error, UserError):
-        jobs[0].deliver(Failed(self._refused(jobs[0], error)))
-      else:
-        _LOG.exception("a request could not be prepared")
-        jobs[0].deliver(Failed(internal()))
+      for job in jobs if len(jobs) > 1 else ():
+        self._prepare([job])
+      if len(jobs) == 1:
+        jobs[0].deliver(Failed(self._error(error, "a request could not be prepared")))
       return
     for one, started in opened:
       self._open.append(one)
@@ -257,11 +253,13 @@ class Engine:
     tokenizer = self._tokenizers[1 if len(codes) == 1 else self.slots]
     return tokenizer.decode(np.stack(codes)) if len(codes) else ()
 
-  def _refused(self, job: Job, error: UserError) -> ApiError:
-    """Converts an error of a job to an error for the client, without paths of the server."""
-    message, bank = str(error), self.pipeline.bank
-    message = message if bank is None else message.replace(str(bank), "the bank")
-    return refused(message)
+  def _error(self, error: Exception, what: str) -> ApiError:
+    """Converts an error to one for the client, without paths. Logs unexpected errors."""
+    if not isinstance(error, UserError):
+      _LOG.exception(what)
+      return internal()
+    bank = self.pipeline.bank
+    return refused(str(error) if bank is None else str(error).replace(str(bank), "the bank"))
 
   def _compute(self) -> None:
     """Removes cancelled jobs, admits samples to free slots, decodes a chunk and delivers it."""
@@ -309,12 +307,8 @@ class Engine:
     try:
       seed = sample_seed(job.task.seed, index)
       ticket = self._generator.admit(opened.request, seed, job.task.sampling)
-    except UserError as error:
-      self._fail(opened, self._refused(job, error))
-      return False
-    except Exception:
-      _LOG.exception("a sample could not begin")
-      self._fail(opened, internal())
+    except Exception as error:
+      self._fail(opened, self._error(error, "a sample could not begin"))
       return False
     opened.begun += 1
     self._running[ticket] = (opened, index)
@@ -334,13 +328,12 @@ class Engine:
     self._generator = self._fresh(self._generator.usual)
 
   def _deliver(self, updates: Sequence[Update]) -> None:
-    """Delivers the results of a chunk. Decodes and scores images of several samples together."""
-    finished, shown = [], []
+    finished, shown = [], []  # Images of several samples are decoded and scored together.
     for update in updates:
       opened, index = self._running[update.ticket]
       if update.finished:
         del self._running[update.ticket]
-        if not opened.job.is_test:
+        if not opened.job.warms_up:
           self.samples += 1
           self.tokens += len(update.result.tokens)
       if opened.job.cancelled or opened.failed:
@@ -367,23 +360,10 @@ class Engine:
         self._fail(parts[0][0], internal())
 
   def _finish(self, finished: Sequence[_Part]) -> None:
-    opened = [found for found, _, _ in finished]
+    opened = [one for one, _, _ in finished]
     results = [dataclasses.replace(update.result, sample=index) for _, index, update in finished]
-    given = {key: image for found in opened for key, image in found.given.items()}
-    samples = self.pipeline.samples(
-      range(len(finished)),
-      results,
-      [found.job.task for found in opened],
-      [found.request for found in opened],
-      given,
-      [found.neighbors for found in opened],
-    )
-    ratios = [
-      [x.ratios for x in sample.explain()] if found.job.explains and sample.neighbors else None
-      for found, sample in zip(opened, samples, strict=True)
-    ]
-    for found, sample, of_sample in zip(opened, samples, ratios):
-      found.job.deliver(Finished(sample, of_sample))
+    for one, event in zip(opened, jobs_lib.finished(self.pipeline, opened, results), strict=True):
+      one.job.deliver(event)
 
   def _show(self, parts: Sequence[_Part]) -> None:
     """Delivers new rows of images and new texts."""

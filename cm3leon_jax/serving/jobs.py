@@ -12,6 +12,7 @@ from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.decoding.continuous.buckets import Bucket, bucket_of
 from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.decoding.result import Result
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.given_images import given_key
 from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage
@@ -85,7 +86,7 @@ class Job:
     deliver: called with each event, in the thread of the engine.
     shows_progress: whether `Progress` events are delivered.
     explains: whether `Finished` events have ratios.
-    is_test: whether the engine made the job to compile programs. It is not counted.
+    warms_up: whether the engine made the job to compile programs. It is not counted.
     cancelled: whether the client no longer waits for the job.
   """
 
@@ -94,7 +95,7 @@ class Job:
   deliver: Callable[[Event], None]
   shows_progress: bool = False
   explains: bool = False
-  is_test: bool = False
+  warms_up: bool = False
   cancelled: bool = False
 
 
@@ -191,14 +192,16 @@ def _fits(layout: PromptLayout, task: Task) -> bool:
   return True
 
 
-def test_jobs(tasks: Sequence[Task], deliver: Callable[[Event], None]) -> list[Job]:
+def warm_up_jobs(tasks: Sequence[Task], deliver: Callable[[Event], None]) -> list[Job]:
   """Returns jobs that use the programs of tasks: a sample for each, and two of the last image.
 
   The box of an image is also filled in without a prompt, which needs a bucket of one stream.
   """
   boxes = [dataclasses.replace(t, prompt="") for t in tasks if isinstance(t, InfillImage)]
   tasks = [*tasks, *boxes]
-  jobs = [Job(task, 1, deliver, shows_progress=True, explains=True, is_test=True) for task in tasks]
+  jobs = [
+    Job(task, 1, deliver, shows_progress=True, explains=True, warms_up=True) for task in tasks
+  ]
   count = sum(isinstance(task, TextToImage) for task in tasks) or 1
   return [*jobs[:count], dataclasses.replace(jobs[count - 1], num_samples=2), *jobs[count:]]
 
@@ -216,3 +219,25 @@ def usual_buckets(
     case = task.to_request(pipeline.layout, neighbors=neighbors), task.sampling
     result.setdefault(bucket_of(*case, pipeline.generator), case)
   return result
+
+
+def finished(
+  pipeline: Pipeline, opened: Sequence[OpenJob], results: Sequence[Result]
+) -> list[Finished]:
+  """Makes the samples of jobs from their results, and explains those whose job asks for it."""
+  given = {key: image for one in opened for key, image in one.given.items()}
+  samples = pipeline.samples(
+    range(len(opened)),
+    results,
+    [one.job.task for one in opened],
+    [one.request for one in opened],
+    given,
+    [one.neighbors for one in opened],
+  )
+  return [
+    Finished(
+      sample,
+      [x.ratios for x in sample.explain()] if one.job.explains and sample.neighbors else None,
+    )
+    for one, sample in zip(opened, samples, strict=True)
+  ]

@@ -18,7 +18,7 @@ from cm3leon_jax.run.run import Run
 from cm3leon_jax.stages import stages, table
 from cm3leon_jax.tokenizers import published_files
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.image_models import vqgan_training
+from cm3leon_jax.training.image_models import vqgan_measures, vqgan_training
 from tests.data.raw_folder import write_raw
 from tests.generation.run import make_config, one_device
 from tests.refusals import refused
@@ -105,7 +105,7 @@ def test_of_unknown_images_only_the_decoder_learns(tmp_path, capsys):
     codes = before.encode(images)
     np.testing.assert_array_equal(made.encode(images), codes)
     old, new = (
-      vqgan_training.mean_squared_errors(images, x.decode(codes)).mean() for x in (before, made)
+      vqgan_measures.mean_squared_errors(images, x.decode(codes)).mean() for x in (before, made)
     )
   assert new < 0.95 * old
   assert not np.array_equal(made.params["decoder"]["conv_out"]["kernel"],

@@ -125,7 +125,7 @@ def write_shard(
         is_image += [s.is_image for s in document.segments]
         groups.append(group_id(document.group))
         concepts.append(group_id(document.concept))
-        add_tokens(token_counts, document)
+        np.add.at(token_counts, np.concatenate([s.tokens for s in document.segments]), 1)
     finally:
       writer.close()
     records = describe(partial)
@@ -143,11 +143,6 @@ def write_shard(
   with rewriting(folder / f"{name}{LENGTHS}") as partial, partial.open("wb") as f:
     np.savez_compressed(f, **arrays)  # Compressed, because most token counts are 0.
   return len(counts)
-
-
-def add_tokens(counts: np.ndarray, document: Document) -> None:
-  """Counts the token ids of `document` in `counts`, [vocab.size] int64."""
-  np.add.at(counts, np.concatenate([segment.tokens for segment in document.segments]), 1)
 
 
 def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayout) -> int:

@@ -1,4 +1,4 @@
-"""Trains the image tokenizer, restarts dead codes, and measures held-out images."""
+"""Trains the image tokenizer, and restarts dead codes."""
 
 # B batch, H height, W width, h and w of the code grid, E code width, K codes, n images.
 
@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import time
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 from etils import epath
 import jax
@@ -17,34 +17,23 @@ import numpy as np
 import optax
 
 from cm3leon_jax.config.tokenizers import VQGANConfig
-from cm3leon_jax.errors import UserError
-from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers import discriminator as discriminator_lib
 from cm3leon_jax.tokenizers import losses, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.image_models import trainer, vqgan_watch
+from cm3leon_jax.training.image_models.vqgan_measures import (
+  ImageRows,
+  check_learned,
+  evaluate,
+  evenly_spaced,
+)
 from cm3leon_jax.training.step.optimizer import update_average
 
 Images: TypeAlias = UInt8[Array, "B H W 3"] | UInt8[np.ndarray, "B H W 3"]
-RECONSTRUCTIONS = "reconstructions.npz"
-NUM_RECONSTRUCTIONS = 32
-NUM_TRAIN_MEASURED = 1_024
-MAX_HELDOUT = 4_096
 GOOD_DB = 20.0  # An installed tokenizer with this PSNR on held-out images is used as it is.
 # Otherwise its decoder is trained on, for this share of the config's steps, which are estimated for
 # a smaller network, and with this share of its learning rate.
 TUNED_STEPS, TUNED_RATE = 1 / 4, 1 / 4
-
-
-@runtime_checkable
-class ImageRows(Protocol):
-  """Images uint8 [n, H, W, 3]: an array, or files on disk (`reader.ImageFiles`)."""
-
-  def __len__(self) -> int:
-    """Returns n."""
-
-  def __getitem__(self, rows: np.ndarray, /) -> np.ndarray:
-    """Returns the images with the indices `rows`."""
 
 
 def adversarial_from(config: VQGANConfig) -> int:
@@ -245,84 +234,6 @@ def trained(config: VQGANConfig, num_codes: int, state: dict) -> ImageTokenizer:
   return ImageTokenizer(config, num_codes, jax.device_put(params))
 
 
-def mean_squared_errors(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-  """Computes the mean squared error of each image, for pixels in [0, 1]: fp64 [n].
-
-  The PSNR in dB is -10 log10 of the error.
-  """
-  return np.mean((images.astype(np.float64) - reconstructions) ** 2, axis=(1, 2, 3)) / 255**2
-
-
-def perplexity(codes: np.ndarray, num_codes: int) -> float:
-  """Computes exp(entropy) of the codes: from 1 (only one code) to K (K equally frequent codes)."""
-  p = np.bincount(codes.ravel(), minlength=num_codes) / codes.size
-  return float(np.exp(-np.sum(p * np.log(np.where(p > 0, p, 1)))))
-
-
-def evaluate(
-  tokenizer: ImageTokenizer,
-  images: ImageRows,
-  train_images: ImageRows,
-  folder: epath.PathLike,
-) -> dict:
-  """Measures reconstructions of up to 4,096 held-out images, and codes of 1,024 training images.
-
-  Also writes reconstructions.npz.
-
-  Returns:
-    A dict with
-      psnr_db: mean PSNR of the held-out images.
-      psnr_of_mean_mse_db: PSNR of the mean squared error over all held-out images.
-      psnr_of_one_color_db: the same if every reconstruction were the mean color of all images.
-      codebook_perplexity, codes_used: for the codes of held-out images.
-      train_codebook_perplexity, train_codes_used: for the codes of training images.
-      bits_per_image: number of bits that an image's codes take under a model that knows only the
-        frequencies of the codes in training images.
-  """
-  images = images[np.arange(min(len(images), MAX_HELDOUT))]
-  codes = tokenizer.encode(images)
-  reconstructions = tokenizer.decode(codes)
-  train_codes = tokenizer.encode(
-    train_images[_evenly_spaced(len(train_images), NUM_TRAIN_MEASURED)]
-  )
-  shown = _evenly_spaced(len(images), NUM_RECONSTRUCTIONS)
-  with replacing(epath.Path(folder) / RECONSTRUCTIONS) as file:
-    np.savez_compressed(file, originals=images[shown], reconstructions=reconstructions[shown])
-  errors = np.maximum(mean_squared_errors(images, reconstructions), 1e-10)
-  one_color = np.broadcast_to(images.mean((0, 1, 2)), images.shape)
-  color_error = max(mean_squared_errors(images, one_color).mean(), 1e-10)
-  train_perplexity = perplexity(train_codes, tokenizer.num_codes)
-  return {
-    "psnr_db": float(np.mean(-10 * np.log10(errors))),
-    "psnr_of_mean_mse_db": float(-10 * np.log10(errors.mean())),
-    "psnr_of_one_color_db": float(-10 * np.log10(color_error)),
-    "codebook_perplexity": perplexity(codes, tokenizer.num_codes),
-    "codes_used": len(np.unique(codes)),
-    "train_codebook_perplexity": train_perplexity,
-    "train_codes_used": len(np.unique(train_codes)),
-    "bits_per_image": math.log2(train_perplexity) * tokenizer.config.image_tokens,
-  }
-
-
-def check_learned(measures: dict) -> None:
-  """Raises UserError if the measures of `evaluate` show that a VQGAN is not usable."""
-  found, color = measures["psnr_of_mean_mse_db"], measures["psnr_of_one_color_db"]
-  if measures["codes_used"] == measures["train_codes_used"] == 1:
-    what = "gives every image the same code"
-  elif not found > color:
-    what = f"reconstructs held-out images worse ({found:.1f} dB) than one color ({color:.1f} dB)"
-  else:
-    return
-  raise UserError(
-    f"the image tokenizer {what}: train it longer (config.vqgan.steps) or with another "
-    "config.vqgan.learning_rate."
-  )
-
-
-def _evenly_spaced(length: int, count: int) -> np.ndarray:
-  return np.unique(np.linspace(0, length - 1, count).astype(int))
-
-
 def tuning_config(config: VQGANConfig, start: VQGANConfig) -> VQGANConfig:
   """Returns the config that trains the decoder of a tokenizer `start` on, in a run of `config`."""
   return dataclasses.replace(
@@ -375,7 +286,7 @@ def train_vqgan(
       "a tokenizer from scratch.",
       flush=True,
     )
-  shown = heldout_images[_evenly_spaced(len(heldout_images), vqgan_watch.SHOWN)]
+  shown = heldout_images[evenly_spaced(len(heldout_images), vqgan_watch.SHOWN)]
   tokenizer = train(
     config, num_codes, seed, images, folder, inputs, features, shown, open_boards, installed
   )

@@ -10,7 +10,7 @@ from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.tokenizers import discriminator, losses, quantizers, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.image_models import trainer, vqgan_training
+from cm3leon_jax.training.image_models import trainer, vqgan_measures, vqgan_training
 from tests.models.tiny import mesh_of
 from tests.refusals import refused
 from tests.tokenizers.tiny import tiny_config
@@ -90,7 +90,7 @@ def test_training_improves_and_leaves_its_files(images, tmp_path):
   before = ImageTokenizer(
     config, NUM_CODES, vqgan_training.init_state(config, NUM_CODES, 0)["params"]
   )
-  untrained = vqgan_training.evaluate(before, images, images, tmp_path)
+  untrained = vqgan_measures.evaluate(before, images, images, tmp_path)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     summary = vqgan_training.train_vqgan(config, NUM_CODES, 0, images, images[:6], tmp_path, {})
   assert summary["psnr_db"] > untrained["psnr_db"] + 4
@@ -113,15 +113,15 @@ def test_measures_that_are_no_better_than_one_color(images, tmp_path):
     "psnr_of_mean_mse_db": 20.0, "psnr_of_one_color_db": 19.0,
     "codes_used": 1, "train_codes_used": 2,
   }  # fmt: skip
-  vqgan_training.check_learned(measures)
+  vqgan_measures.check_learned(measures)
   with refused(UserError, "the same code", "config.vqgan.steps"):
-    vqgan_training.check_learned({**measures, "train_codes_used": 1})
+    vqgan_measures.check_learned({**measures, "train_codes_used": 1})
   with refused(UserError, "worse (19.0 dB)", "19.0 dB"):
-    vqgan_training.check_learned({**measures, "psnr_of_mean_mse_db": 19.0})
+    vqgan_measures.check_learned({**measures, "psnr_of_mean_mse_db": 19.0})
   model = ImageTokenizer(
     CONFIG, NUM_CODES, vqgan_training.init_state(CONFIG, NUM_CODES, 0)["params"]
   )
-  found = vqgan_training.evaluate(model, images, images, tmp_path)["psnr_of_one_color_db"]
+  found = vqgan_measures.evaluate(model, images, images, tmp_path)["psnr_of_one_color_db"]
   error = ((images / 255 - (images / 255).mean((0, 1, 2))) ** 2).mean()
   assert found == pytest.approx(-10 * np.log10(error))
 
@@ -252,5 +252,5 @@ def test_adversarial_step(images):
 
 
 def test_perplexity_literals():
-  assert vqgan_training.perplexity(np.array([[0, 1], [2, 3]]), 8) == pytest.approx(4)
-  assert vqgan_training.perplexity(np.array([5, 5]), 8) == pytest.approx(1)
+  assert vqgan_measures.perplexity(np.array([[0, 1], [2, 3]]), 8) == pytest.approx(4)
+  assert vqgan_measures.perplexity(np.array([5, 5]), 8) == pytest.approx(1)

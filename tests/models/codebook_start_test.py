@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.transformer import params_from_codebook, whitened
+from cm3leon_jax.models.codebook_start import params_from_codebook, whitened
 from cm3leon_jax.vocab import VocabLayout
 from tests.models.tiny import CONFIG, mesh_of
 
