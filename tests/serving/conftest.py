@@ -1,7 +1,5 @@
 """Serves a tiny run in the process of the tests."""
 
-import time
-
 from etils import epath
 import jax
 import pytest
@@ -37,10 +35,9 @@ def model(run):
 @pytest.fixture(scope="session")
 def engine(model):
   engine = Engine(model.pipeline, model.mesh, slots=3, chunk=4, queue_limit=64)
+  engine._pause = None  # Compiles the programs of unusual requests only when they come.
   engine.start()
   assert engine.wait_until_ready()
-  while not engine.is_warm:
-    time.sleep(0.02)
   yield engine
   assert engine.close(seconds=60)
 
