@@ -85,7 +85,7 @@ def test_the_examples_of_a_call_run(name, model, run):
 
 def test_every_call_has_an_example_and_a_wrong_one_is_noticed(model):
   calls = {name for name in PUBLIC if callable(getattr(CM3Leon, name))}
-  # `finetune` takes minutes; tests/finetune_notebook_test.py runs it.
+  # `finetune` takes minutes; tests/notebooks_test.py runs it.
   assert calls == {*EXAMPLES, "finetune"}
   wrong = doctest.DocTestParser().get_doctest(">>> model.step\n8\n", {}, "wrong", None, 0)
   assert failures(wrong, model=model) == 1
