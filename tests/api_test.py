@@ -135,22 +135,6 @@ def test_samples_are_those_of_the_command(model, run, monkeypatch):
   assert [s.tokens.tolist() for s in samples(6)] != [r["tokens"] for r in records]
 
 
-@pytest.mark.slow
-def test_a_list_gives_what_single_calls_give(model):
-  prompts = ["red apple", "blue car"]
-  together = model.generate(prompts, num_samples=2, seed=3)
-  for i, prompt in enumerate(prompts):
-    alone = model.generate(prompt, num_samples=2, seed=3 + i)
-    for a, b in zip(together[i], alone, strict=True):
-      np.testing.assert_array_equal(a.tokens, b.tokens)
-  other = model.generate(prompts[1], num_samples=2, seed=3)
-  assert other[0].tokens.tolist() != together[1][0].tokens.tolist()
-  questions = ["What color is it?", "What is it?"]
-  answers = model.answer(IMAGE, questions, length=8)
-  assert answers == [model.answer(IMAGE, q, length=8, seed=i) for i, q in enumerate(questions)]
-  assert model.generate([]) == model.caption([]) == model.score([], []) == model.retrieve([]) == []
-
-
 def test_an_image_may_be_given_in_any_form(model, tmp_path):
   IMAGE.save(tmp_path / "a.png")
   large = IMAGE.resize((32, 32), Image.Resampling.NEAREST).convert("CMYK")

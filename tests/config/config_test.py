@@ -47,6 +47,32 @@ def test_an_unknown_field_is_named_with_the_one_meant():
     Sample(zzz=8)
 
 
+@pytest.mark.parametrize(
+  "values",
+  [
+    {"width": 2.5},
+    {"width": "3"},
+    {"width": True},
+    {"rate": "fast"},
+    {"rate": True},
+    {"rate": float("nan")},
+    {"rate": float("inf")},
+    {"tied": 1},
+    {"name": None},
+    {"shape": 3},
+    {"shape": [1, 0]},
+    {"shape": (1, 2.5)},
+    {"width": 0},
+  ],
+)
+def test_another_type_or_range_is_refused_in_one_sentence(values):
+  [field] = values
+  with refused(FieldError, f"config.sample.{field}"):
+    build(Sample, values, "sample")
+  with pytest.raises(ValueError, match="1 validation error for Sample"):
+    Sample(**values)
+
+
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Needed:
   name: str
@@ -65,11 +91,10 @@ def test_an_absent_field_is_named_and_the_path_of_a_wrong_one_is_known():
     assert error.value.path == path
 
 
-NO_NUMBERS = [float("nan"), float("inf"), 1e39, -1e-46]
-NUMBERS = [{"width": 2**70}, {"width": -(2**31)}, {"shape": [1, 2**31]}]
-
-
-@pytest.mark.parametrize("values", [*NUMBERS, *({"rate": x} for x in NO_NUMBERS)])
+@pytest.mark.parametrize(
+  "values",
+  [{"width": 2**70}, {"width": -(2**31)}, {"shape": [1, 2**31]}, {"rate": 1e39}, {"rate": -1e-46}],
+)
 def test_numbers_that_int32_and_float32_do_not_hold_are_refused(values):
   [field] = values
   with refused(FieldError, f"config.sample.{field}", "must be"):

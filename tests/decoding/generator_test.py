@@ -167,21 +167,6 @@ def test_samples_of_a_request_are_requests_with_seeds_of_their_own(generator):
   assert len({tuple(r.tokens) for r in together}) == 4
 
 
-@pytest.mark.slow
-def test_reading_what_prompts_share_once_changes_nothing(generator, monkeypatch):
-  requests = guided_requests()
-  apart = generator.generate(requests, SEEDS)
-  made = []
-  monkeypatch.setattr(batch, "SHARED", 2)
-  monkeypatch.setattr(batch, "BUCKET", 8)
-  original = batch.prompt_arrays
-  monkeypatch.setattr(
-    batch, "prompt_arrays", lambda *args: made.append(original(*args)) or made[-1]
-  )
-  same(generator.generate(requests, SEEDS), apart)
-  assert [x.prefixes is not None for x in made] == [True]
-
-
 def all_results(generator):
   return generator.generate(guided_requests(), SEEDS)
 

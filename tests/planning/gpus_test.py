@@ -92,25 +92,36 @@ def test_the_description_of_an_h100_has_the_numbers_of_xlas_file():
   ("packages", "reason"),
   [
     ((), "XLA's compiler is missing"),
-    (("12-plugin-0.1.0", "12-pjrt-0.1.0"), "plugin 0.1.0, jax-cuda12-pjrt 0.1.0 does not fit"),
-    ((f"12-plugin-{V}",), f"jax-cuda12-plugin {V} does not fit"),
-    ((f"13-plugin-{V}", f"13-pjrt-{V}"), None),
+    (("plugin-0.1.0", "pjrt-0.1.0"), "jax-cuda12-plugin 0.1.0, jax-cuda12-pjrt 0.1.0 does not fit"),
+    ((f"plugin-{V}",), f"jax-cuda12-plugin {V} does not fit"),
   ],
 )
 def test_without_the_plugin_of_this_jax_the_pip_line_is_named(
   tmp_path, monkeypatch, packages, reason
 ):
   for package in packages:
-    cuda, part, version = package.split("-")
-    folder = tmp_path / f"jax_cuda{cuda}_{part}-{version}.dist-info"
+    folder = tmp_path / f"jax_cuda12_{package}.dist-info"
     folder.mkdir()
-    (folder / "METADATA").write_text(f"Name: jax-cuda{cuda}-{part}\nVersion: {version}\n")
+    name, _, version = package.partition("-")
+    (folder / "METADATA").write_text(f"Name: jax-cuda12-{name}\nVersion: {version}\n")
   monkeypatch.setattr(sys, "path", [str(tmp_path)])
-  if not reason:
-    return gpus.check_plugin()
   line = f"pip install --no-deps jax-cuda12-plugin=={V} jax-cuda12-pjrt=={V}"
-  with refused(UserError, "--topology names GPUs, but ", reason, line):
+  with refused(UserError, f"--topology names GPUs, but {reason}", line):
     gpus.load("h100-8")
+
+
+def test_the_plugin_of_this_jax_is_accepted_for_either_cuda(tmp_path, monkeypatch):
+  for part in ("plugin", "pjrt"):
+    folder = tmp_path / f"jax_cuda13_{part}-{V}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Name: jax-cuda13-{part}\nVersion: {V}\n")
+  monkeypatch.setattr(sys, "path", [str(tmp_path)])
+  gpus.check_plugin()
+
+
+def test_an_unknown_gpu_is_refused_with_the_nearest_name():
+  with refused(UserError, "--topology is 'h10-8'", "did you mean h100-8?"):
+    gpus.load("h10-8")
 
 
 @pytest.mark.parametrize(("gib", "fits"), [(1e-9, False), (1.0, True)])

@@ -2,75 +2,14 @@
 
 import re
 
-from kubernetes import client
 import pydantic
 import pytest
 import yaml
 
 from cm3leon_jax.errors import INTERRUPTED
 from cm3leon_jax.planning import hardware, launchers
+from tests.planning.manifest_types import validate
 from tests.recorders import FLAGS, MISTAKE
-
-# Types of the custom resource jobset.x-k8s.io/v1alpha2, as defined in kubernetes-sigs/jobset 0.13.
-RESTART_JOB = "RestartJob|RestartJobAndIgnoreMaxRestarts"
-
-
-class Strict(pydantic.BaseModel):
-  model_config = pydantic.ConfigDict(extra="forbid")
-
-
-class Metadata(Strict):
-  name: str
-  namespace: str | None = None
-  labels: dict[str, str] | None = None
-  annotations: dict[str, str] | None = None
-
-
-class Rule(Strict):
-  name: str
-  action: str = pydantic.Field(
-    pattern=f"^(FailJobSet|RestartJobSet|RestartJobSetAndIgnoreMaxRestarts|{RESTART_JOB})$"
-  )
-  onJobFailureReasons: list[str] | None = None
-  onJobFailureMessagePatterns: list[str] | None = None
-  targetReplicatedJobs: list[str] | None = None
-
-
-class FailurePolicy(Strict):
-  maxRestarts: int = 0
-  restartStrategy: str = pydantic.Field(
-    "Recreate", pattern="^(Recreate|BlockingRecreate|InPlaceRestart)$"
-  )
-  rules: list[Rule] | None = None
-
-
-class ReplicatedJob(Strict):
-  name: str
-  groupName: str | None = None
-  replicas: int = pydantic.Field(1, ge=0)
-  template: client.V1JobTemplateSpec
-
-
-class Spec(Strict):
-  replicatedJobs: list[ReplicatedJob]
-  failurePolicy: FailurePolicy | None = None
-  suspend: bool | None = None
-  ttlSecondsAfterFinished: int | None = pydantic.Field(None, ge=0)
-
-
-class JobSet(Strict):
-  apiVersion: str = pydantic.Field(pattern="^jobset.x-k8s.io/v1alpha2$")
-  kind: str = pydantic.Field(pattern="^JobSet$")
-  metadata: Metadata
-  spec: Spec
-
-
-STRICT = {"strict": True, "by_alias": True, "by_name": False}
-
-
-def validate(manifest):
-  return JobSet.model_validate(manifest, **STRICT)
-
 
 IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
 # Some tools read manifests as YAML 1.1, where `yes` without quotes is true.

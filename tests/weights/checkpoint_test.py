@@ -50,14 +50,17 @@ def test_parameters_alone_are_the_average_of_a_run_that_has_one(tmp_path):
   assert not np.array_equal(params["embed"], state.params["embed"])
 
 
-def test_a_checkpoint_without_digests_does_not_count(saved, capsys):
+def test_a_run_without_an_average_has_nothing_to_compare(saved):
+  with jax.set_mesh(mesh_of(1, 1, 1)), refused(UserError, "average"):
+    reading.load_params(saved, CONFIG, average=False)
+
+
+def test_a_checkpoint_without_digests_does_not_count(saved):
   (saved / "checkpoints.digests" / "2.json").unlink()
   with jax.set_mesh(mesh_of(1, 1, 1)):
     checkpoints = checkpoint.Checkpoints(saved, keep=2)
-    assert checkpoints.newest() == recovery.newest_whole(checkpoints) == 1
+    assert checkpoints.newest() == 1
     recovery.discard_unsealed(checkpoints)
-    assert [p.name for p in (saved / "checkpoints").iterdir()] == ["1"]
-    assert "warning: checkpoint 2 in" in capsys.readouterr().out
     checkpoints.save(fresh(3), 2, next_row=99)  # Writes a checkpoint of the same step again.
     checkpoints.wait()
     assert checkpoints.newest() == 2
@@ -103,12 +106,10 @@ def test_a_checkpoint_that_a_training_deletes_is_chosen_again(saved, monkeypatch
     assert reading.stages.newest_step(saved) == 4 + reading.TRIES
 
 
-def test_digests_of_a_deleted_checkpoint_do_not_count_for_the_next_of_its_step(saved, capsys):
+def test_digests_of_a_deleted_checkpoint_do_not_count_for_the_next_of_its_step(saved):
   shutil.rmtree(saved / "checkpoints" / "2")
   with jax.set_mesh(mesh_of(1, 1, 1)):
     checkpoints = checkpoint.Checkpoints(saved, keep=2)
-    assert recovery.newest_whole(checkpoints) == 1
-    assert "warning: checkpoint 2 is gone from" in capsys.readouterr().out
     checkpoints.save(fresh(3), 2, next_row=99)
     assert checkpoints.newest() == 1
     checkpoints.wait()

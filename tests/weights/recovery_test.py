@@ -76,6 +76,24 @@ def test_two_processes_go_back_together(tmp_path):
   assert names == {"1.json", "2.json"}
 
 
+def test_a_save_that_was_not_finished_is_deleted_with_a_warning(saved, capsys):
+  (saved / "checkpoints.digests" / "2.json").unlink()
+  checkpoints = checkpoint.Checkpoints(saved, keep=2)
+  assert recovery.newest_whole(checkpoints) == 1
+  recovery.discard_unsealed(checkpoints)
+  checkpoints.close()
+  assert [p.name for p in (saved / "checkpoints").iterdir()] == ["1"]
+  assert "warning: checkpoint 2 in" in capsys.readouterr().out
+
+
+def test_a_newer_checkpoint_that_is_gone_is_named(saved, capsys):
+  shutil.rmtree(saved / "checkpoints" / "2")
+  checkpoints = checkpoint.Checkpoints(saved, keep=2)
+  assert recovery.newest_whole(checkpoints) == 1
+  checkpoints.close()
+  assert "warning: checkpoint 2 is gone from" in capsys.readouterr().out
+
+
 def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys):
   expected = (saved / "checkpoints.digests" / "1.json").read_bytes()
   shutil.rmtree(saved / "checkpoints" / "2")
