@@ -8,7 +8,7 @@ from cm3leon_jax import CM3Leon, UserError
 from cm3leon_jax.generation.image_tasks import Unconditional
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.weights import reading
-from tests.api_test import IMAGE, model, run  # noqa: F401 (fixtures)
+from tests.api_test import IMAGE
 from tests.refusals import refused
 
 
@@ -28,7 +28,7 @@ from tests.refusals import refused
     {"clip": "elsewhere"},
   ],
 )
-def test_wrong_options_of_load(run, options, monkeypatch):  # noqa: F811
+def test_wrong_options_of_load(run, options, monkeypatch):
   monkeypatch.setattr(reading, "load_params", None)  # Reading parameters would fail.
   name = max(options)
   facts = {"devices": "int|str|device", "dtype": f"dtype is '{options.get('dtype')}'; it must"}
@@ -75,11 +75,11 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("call", "fact"), MISTAKES)
-def test_a_mistake_is_one_sentence(model, call, fact):  # noqa: F811
+def test_a_mistake_is_one_sentence(model, call, fact):
   with refused(UserError, fact):
     call(model)
 
 
-def test_inputs_that_are_no_list_are_an_error_of_python(model):  # noqa: F811
+def test_inputs_that_are_no_list_are_an_error_of_python(model):
   with pytest.raises(TypeError):
     model.infill(IMAGE, 3)

@@ -6,7 +6,6 @@ import tempfile
 
 from absl import flags
 from absl.testing import flagsaver
-from etils import epath
 import jax
 import numpy as np
 from PIL import Image
@@ -20,11 +19,10 @@ from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, w
 from cm3leon_jax.data.rows.cm3 import apply_cm3_mask
 from cm3leon_jax.data.rows.loader import join
 from cm3leon_jax.evaluation.likelihood import bits
-from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.weights import reading
 from tests.data.stores import VOCAB
-from tests.generation.run import SETTINGS, one_device, save_run
+from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import model_logits
 from tests.refusals import check_sentence, refused
 
@@ -43,19 +41,6 @@ def picture(seed: int) -> Image.Image:
 
 
 IMAGE = picture(0)
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-  root = epath.Path(tmp_path_factory.mktemp("saved"))
-  save_run(root)
-  return root
-
-
-@pytest.fixture(scope="session")
-def model(run):
-  mesh = create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-  return CM3Leon.load(run, mesh=mesh)
 
 
 @pytest.fixture

@@ -1,14 +1,9 @@
 """Serves a tiny run in the process of the tests."""
 
-from etils import epath
-import jax
 import pytest
 
-from cm3leon_jax import CM3Leon
-from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.web.limits import Limits
-from tests.generation.run import save_run
 from tests.serving.live import Live
 
 LIMITS = Limits(most_samples=8, most_bytes=150_000, most_pixels=64 * 64, seconds=120.0)
@@ -17,19 +12,6 @@ LIMITS = Limits(most_samples=8, most_bytes=150_000, most_pixels=64 * 64, seconds
 @pytest.fixture(autouse=True, scope="module")
 def _few_maps():
   """Overrides the fixture of tests/conftest.py, to keep the engine's programs for all modules."""
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-  root = epath.Path(tmp_path_factory.mktemp("served"))
-  save_run(root)
-  return root
-
-
-@pytest.fixture(scope="session")
-def model(run):
-  mesh = create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-  return CM3Leon.load(run, mesh=mesh)
 
 
 @pytest.fixture(scope="session")
