@@ -1,12 +1,14 @@
 """Breaks calls of the API: a wrong argument is refused, instead of being ignored or half used."""
 
+import jax
 import numpy as np
 import pytest
 
 from cm3leon_jax import CM3Leon, UserError
 from cm3leon_jax.generation.image_tasks import Unconditional
+from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.weights import reading
-from tests.api_test import IMAGE, model, run  # noqa: F401 (fixtures)
+from tests.api_test import IMAGE
 from tests.refusals import refused
 
 
@@ -17,15 +19,20 @@ from tests.refusals import refused
     {"weight_dtype": "int4"},
     {"batches": 4},
     {"dtype": "float8"},
+    {"dtype": "float16"},
+    {"devices": "cpu"},
+    {"devices": [0]},
+    {"device": "cpu"},
+    {"devices": jax.devices()[:1], "mesh": create_mesh(MeshConfig(), jax.devices()[:1])},
     {"devices": 3},
     {"clip": "elsewhere"},
   ],
 )
-def test_wrong_options_of_load(run, options, monkeypatch):  # noqa: F811
+def test_wrong_options_of_load(run, options, monkeypatch):
   monkeypatch.setattr(reading, "load_params", None)  # Reading parameters would fail.
-  [name] = options
-  facts = {"devices": "int", "dtype": "dtype is 'float8'; it must"}
-  with pytest.raises((ValueError, TypeError), match=facts.get(name, name)):
+  name = max(options)
+  facts = {"devices": "int|str|device", "dtype": f"dtype is '{options.get('dtype')}'; it must"}
+  with pytest.raises((ValueError, TypeError, AttributeError), match=facts.get(name, name)):
     CM3Leon.load(run, **options)
 
 
@@ -68,11 +75,11 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("call", "fact"), MISTAKES)
-def test_a_mistake_is_one_sentence(model, call, fact):  # noqa: F811
+def test_a_mistake_is_one_sentence(model, call, fact):
   with refused(UserError, fact):
     call(model)
 
 
-def test_inputs_that_are_no_list_are_an_error_of_python(model):  # noqa: F811
+def test_inputs_that_are_no_list_are_an_error_of_python(model):
   with pytest.raises(TypeError):
     model.infill(IMAGE, 3)

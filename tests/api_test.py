@@ -4,7 +4,6 @@ import json
 import pathlib
 import tempfile
 
-from etils import epath
 import jax
 import numpy as np
 from PIL import Image
@@ -18,11 +17,10 @@ from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, w
 from cm3leon_jax.data.rows.cm3 import apply_cm3_mask
 from cm3leon_jax.data.rows.loader import join
 from cm3leon_jax.evaluation.likelihood import bits
-from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.weights import reading
 from tests.data.stores import VOCAB
-from tests.generation.run import SETTINGS, one_device, save_run
+from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import model_logits
 from tests.refusals import check_sentence, refused
 
@@ -41,19 +39,6 @@ def picture(seed: int) -> Image.Image:
 
 
 IMAGE = picture(0)
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-  root = epath.Path(tmp_path_factory.mktemp("saved"))
-  save_run(root)
-  return root
-
-
-@pytest.fixture(scope="session")
-def model(run):
-  mesh = create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-  return CM3Leon.load(run, mesh=mesh)
 
 
 @pytest.fixture
@@ -83,7 +68,7 @@ def test_the_examples_of_a_call_run(name, model, run):
 
 def test_every_call_has_an_example_and_a_wrong_one_is_noticed(model):
   calls = {name for name in PUBLIC if callable(getattr(CM3Leon, name))}
-  # `finetune` takes minutes; tests/finetune_notebook_test.py runs it.
+  # `finetune` takes minutes; tests/notebooks_test.py runs it.
   assert calls == {*EXAMPLES, "finetune"}
   wrong = doctest.DocTestParser().get_doctest(">>> model.step\n8\n", {}, "wrong", None, 0)
   assert failures(wrong, model=model) == 1
@@ -129,22 +114,6 @@ def test_samples_are_those_of_the_command(model, run, monkeypatch):
     assert [d.key for d in sample.neighbors] == [n["key"] for n in record["neighbors"]]
     np.testing.assert_allclose(sample.log_probs, record["log_probs"], atol=1e-4)
   assert [s.tokens.tolist() for s in samples(6)] != [r["tokens"] for r in records]
-
-
-@pytest.mark.slow
-def test_a_list_gives_what_single_calls_give(model):
-  prompts = ["red apple", "blue car"]
-  together = model.generate(prompts, num_samples=2, seed=3)
-  for i, prompt in enumerate(prompts):
-    alone = model.generate(prompt, num_samples=2, seed=3 + i)
-    for a, b in zip(together[i], alone, strict=True):
-      np.testing.assert_array_equal(a.tokens, b.tokens)
-  other = model.generate(prompts[1], num_samples=2, seed=3)
-  assert other[0].tokens.tolist() != together[1][0].tokens.tolist()
-  questions = ["What color is it?", "What is it?"]
-  answers = model.answer(IMAGE, questions, length=8)
-  assert answers == [model.answer(IMAGE, q, length=8, seed=i) for i, q in enumerate(questions)]
-  assert model.generate([]) == model.caption([]) == model.score([], []) == model.retrieve([]) == []
 
 
 def test_an_image_may_be_given_in_any_form(model, tmp_path):

@@ -35,6 +35,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled.folder()))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+from etils import epath
 import hypothesis
 import jax
 from jaxtyping import install_import_hook
@@ -146,3 +147,20 @@ def optimized():
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+  """Returns a tiny run, to which tests may add samples, but whose stages they must not change."""
+  from tests.generation.run import save_run
+
+  root = epath.Path(tmp_path_factory.mktemp("saved"))
+  save_run(root)
+  return root
+
+
+@pytest.fixture(scope="session")
+def model(run):
+  from cm3leon_jax import CM3Leon
+
+  return CM3Leon.load(run, devices=jax.devices()[:1])

@@ -22,7 +22,6 @@ from tests.decoding.small import CODES, IMAGE, MIXTURE, VOCAB, A, B, on_mesh, sm
 
 ROWS = {1: 1, 2: 2, 3: 4, 8: 8}  # Number of samples on a device -> number of rows in its program.
 SIZES = (1, 2, 3, 8)
-MESHES = {"one device": (1, 1, 1), "8 shards of the batch": (1, 8, 1)}
 REQUESTS = {  # Of one, two and three streams.
   "image": request_lib.text_to_image(VOCAB, IMAGE, A),
   "unconditional": request_lib.unconditional(VOCAB, IMAGE),
@@ -30,7 +29,11 @@ REQUESTS = {  # Of one, two and three streams.
 }
 
 
-@pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES)
+@pytest.fixture(
+  scope="module",
+  params=[pytest.param((1, 1, 1), marks=pytest.mark.slow), (1, 8, 1)],
+  ids=["one device", "8 shards of the batch"],
+)
 def generator(request):
   with on_mesh(*request.param):
     yield small_generator(sampling=MIXTURE)

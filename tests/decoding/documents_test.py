@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.decoding import request as request_lib
-from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.generation.tasks import document_segments
-from tests.decoding.small import ANYTHING, CODES, IMAGE, OTHER, SEEDS, VOCAB, A, B
+from tests.decoding.small import ANYTHING, CODES, IMAGE, OTHER, VOCAB, A, B
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -62,25 +61,3 @@ def test_documents_obey_their_format_and_length(plain_generator):
       for given, found in zip(before, segments):
         np.testing.assert_array_equal(found[: len(given)], given)
   assert seen == {"i" * 6, "b", "t"}
-
-
-def test_infill_of_text_and_image(plain_generator):
-  """Given one hole in a text and one in an image, all content outside the holes is unchanged."""
-  segments = [(A, Hole(most_text=4), B), (CODES[:2], Hole(codes=3), CODES[5:])]
-  request = request_lib.infill(VOCAB, IMAGE, segments, [(B, OTHER)])
-  # Shares a batch with documents, so that the plans in the batch differ.
-  [result, *_] = plain_generator.generate(
-    [request, *[request_lib.document(VOCAB, IMAGE, [], 24)] * 3], SEEDS
-  )
-  tail = result.tokens[np.flatnonzero(result.tokens == VOCAB.eoss)[0] + 1 :]
-  assert tail[0] == VOCAB.mask(1)
-  assert VOCAB.is_image(tail[1:4]).all()
-  assert tail[4:].tolist() == [VOCAB.eoss]
-  found = document_segments(VOCAB, request, result.tokens)
-  np.testing.assert_array_equal(np.concatenate(found[:2]), np.concatenate([B, OTHER]))
-  text, image = found[2:]
-  np.testing.assert_array_equal(np.delete(text, range(3, len(text) - 1)), [*A, *B])
-  assert 5 <= len(text) <= 8
-  assert len(image) == IMAGE
-  np.testing.assert_array_equal(image[[0, 1, 5]], CODES[[0, 1, 5]])
-  np.testing.assert_array_equal(image[2:5], tail[1:4])

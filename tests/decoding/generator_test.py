@@ -93,23 +93,6 @@ def test_streams_equal_separate_passes(generator, params):
     assert np.abs(result.log_probs - unguided).max() > 0.1
 
 
-def guided_by(sampling, request, ids, streams):
-  """Combines stream logits [S, G, V] by the guidance weights; returns log-probabilities [G, V]."""
-  weights, is_image = request.guidance_weights(sampling, IMAGE), VOCAB.is_image(ids)
-  of_tokens = weights[np.where(is_image, np.cumsum(is_image) - 1, -1)]
-  return legal_log_probs(request, ids, np.einsum("GS,SGV->GV", of_tokens, streams))
-
-
-def test_guidance_grows_over_the_codes(generator, params):
-  """The guidance of a code depends on its position in the image; </s> uses the last code's."""
-  sampling = dataclasses.replace(MIXTURE, method="top_p", guidance=5.0, guidance_schedule="linear")
-  requests, model = guided_requests(), generator.config.model
-  for request, result in zip(requests, generator.generate(requests, SEEDS, sampling=sampling)):
-    streams = [teacher_forced(model, params, s, result.tokens) for s in request.streams]
-    expected = guided_by(sampling, request, result.tokens, streams)
-    np.testing.assert_allclose(result.log_probs, chosen(expected, result.tokens), atol=5e-5)
-
-
 def test_divergence_is_the_mean_kl_of_the_streams_over_image_codes(generator, params):
   for request, result in zip(guided_requests(), generator.generate(guided_requests(), SEEDS)):
     p, q = (
@@ -182,21 +165,6 @@ def test_samples_of_a_request_are_requests_with_seeds_of_their_own(generator):
   ]
   same(together, alone)
   assert len({tuple(r.tokens) for r in together}) == 4
-
-
-@pytest.mark.slow
-def test_reading_what_prompts_share_once_changes_nothing(generator, monkeypatch):
-  requests = guided_requests()
-  apart = generator.generate(requests, SEEDS)
-  made = []
-  monkeypatch.setattr(batch, "SHARED", 2)
-  monkeypatch.setattr(batch, "BUCKET", 8)
-  original = batch.prompt_arrays
-  monkeypatch.setattr(
-    batch, "prompt_arrays", lambda *args: made.append(original(*args)) or made[-1]
-  )
-  same(generator.generate(requests, SEEDS), apart)
-  assert [x.prefixes is not None for x in made] == [True]
 
 
 def all_results(generator):

@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -27,22 +25,6 @@ def test_the_same_numbers(family, key_heads):
       jax.tree.map(np.testing.assert_array_equal, layer, expected)
       assert len(qkv) == len(stored) == 3
       jax.tree.map(np.testing.assert_array_equal, list(qkv), list(stored))
-
-
-@pytest.mark.parametrize("dtype", params_lib.DTYPES)
-def test_transposed_matrices(dtype):
-  with on_mesh():
-    config = model_config("modern")
-    prepare = functools.partial(params_lib.prepare, config=config, vocab=VOCAB, dtype=dtype)
-    params = random_params(config)
-    plain, transposed = prepare(params), prepare(params, transposed=True)
-  np.testing.assert_array_equal(transposed.head.stored, plain.head.T)
-  np.testing.assert_array_equal(transposed.image_head.stored, plain.image_head.T)
-  for layer, expected in zip(transposed.model["blocks"], plain.model["blocks"]):
-    np.testing.assert_array_equal(layer["norm1"]["scale"], expected["norm1"]["scale"])
-    for name, summed in (("qkv", 1), ("out", 2), ("up", 1), ("gate", 1), ("down", 1)):
-      for x, y in zip(*map(jax.tree.leaves, (layer[name], expected[name])), strict=True):
-        np.testing.assert_array_equal(x, np.moveaxis(y, range(summed), range(-summed, 0)))
 
 
 def test_int8_literals():

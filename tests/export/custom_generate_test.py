@@ -66,30 +66,6 @@ def tokens_of(model, caption):
   return [VOCAB.eos, *model.pipeline.layout.encode(caption).tolist(), VOCAB.brk]
 
 
-@pytest.mark.slow
-def test_the_bundled_model_draws_the_same_codes(tmp_path):
-  """8 of 8 greedy images equal those of the usual, guided `generate` and of `CM3Leon.generate`."""
-  own = CM3Leon.load("scenes", mesh=create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
-  output = tmp_path / "export"
-  export.main(own.run.settings, own.run.folder, export.Flags(output=str(output)))
-  model, vocab = load(output), own.run.settings.vocab
-  captions = ["a red car", "two blue keys", "a green bell to the left of a blue key", "a black cat"]
-  captions += ["a yellow door at the bottom left", "three trees", "an orange umbrella", "a bell"]
-  expected = [s.tokens[:144] for [s] in own.generate(captions, retrieve=0, top_k=1)]
-  prompts = [tokens_of(own, caption) for caption in captions]
-  options = {"do_sample": False, "custom_generate": str(output), "trust_remote_code": True}
-  found = model.generate(padded(prompts), **options)[:, -144:]
-  np.testing.assert_array_equal(found, expected)
-  assert (model.generate(padded(prompts), **options, guidance_scale=1)[:, -144:] != found).any()
-  usual = {"prefix_allowed_tokens_fn": lambda row, ids: list(range(vocab.text_size, vocab.size))}
-  usual |= {"guidance_scale": own.run.settings.sampling.guidance, "do_sample": False}
-  usual |= {"negative_prompt_ids": torch.tensor([[vocab.eos, vocab.mask(0), vocab.brk]])}
-  for prompt, row in zip(prompts, found):
-    ids = torch.tensor([prompt])
-    usual |= {"attention_mask": torch.ones_like(ids), "min_new_tokens": 144, "max_new_tokens": 144}
-    torch.testing.assert_close(model.generate(ids, **usual)[0, -144:], row)
-
-
 @pytest.mark.parametrize("more", [{}, {"guidance": 7.0, "guidance_schedule": "linear"}])
 def test_greedy_codes_are_those_of_this_project(models, more):
   ours = models[2].generate(CAPTIONS, retrieve=0, top_k=1, **more)

@@ -9,7 +9,6 @@ from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import layouts, placed
 from cm3leon_jax.weights.stored_tensors import StoredTensors
@@ -37,44 +36,6 @@ def exported(request, tmp_path):
     params = random_params(model_config)
     summary = huggingface.export(tmp_path, params, model_config, VOCAB, None)
     yield tmp_path, params, model_config, summary
-
-
-@pytest.mark.slow
-def test_aligned_positions_are_recorded_and_those_of_transformers(tmp_path):
-  torch = pytest.importorskip("torch")
-  transformers = pytest.importorskip("transformers")
-  aligned = dataclasses.replace(config("modern"), align_images=True)
-  rng = np.random.default_rng(0)
-
-  def pair(words):
-    codes = VOCAB.image_ids(rng.integers(0, VOCAB.image_size, 4))
-    return [*rng.integers(VOCAB.num_special, VOCAB.text_size, words), VOCAB.brk, *codes]
-
-  alone = np.array([VOCAB.eos, *pair(3), VOCAB.eos], np.int32)
-  after = np.array([VOCAB.eos, *pair(5), VOCAB.brk, *pair(3), VOCAB.eos], np.int32)
-  with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
-    params = random_params(aligned)
-    huggingface.export(tmp_path, params, aligned, VOCAB, None)
-    compared = huggingface.compare_logits(tmp_path, params, aligned, [alone, after])
-    assert compared["max_difference"] < TOLERANCE
-    ours = [
-      np.asarray(huggingface.causal_logits(aligned, params, x, positions_of(x, VOCAB, True)))
-      for x in (alone, after)
-    ]
-  described = read_json(tmp_path / "config.json")
-  assert described["cm3leon"]["align_images"] is True
-  assert "position 0 is the token after the last <break>" in described["cm3leon"]["position_ids"]
-  assert layouts.config_of(described)["model"]["align_images"] is True
-  assert layouts.config_of(described)["vocab"] == dataclasses.asdict(VOCAB)
-  model = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path), dtype=torch.float32)
-  with torch.no_grad():  # Without position_ids, and with shifted position_ids.
-    plain = [model(torch.from_numpy(x).long()[None]).logits[0].numpy() for x in (alone, after)]
-    ids = positions_of(after, VOCAB, True) + 17
-    tokens, ids = (torch.from_numpy(x).long()[None] for x in (after, ids))
-    shifted = model(input_ids=tokens, position_ids=ids).logits[0].numpy()
-  np.testing.assert_allclose(plain[0], ours[0], atol=TOLERANCE)
-  np.testing.assert_allclose(shifted, ours[1], atol=TOLERANCE)
-  assert np.abs(plain[1] - ours[1]).max() > 100 * TOLERANCE
 
 
 def test_parameters_and_config_are_read_back(exported):

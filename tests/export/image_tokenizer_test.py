@@ -58,7 +58,10 @@ def test_a_network_that_the_script_does_not_compute_is_refused(workdir, tmp_path
   assert not (tmp_path / "image_tokenizer").exists()
 
 
-@pytest.mark.parametrize("family", published.FAMILIES)
+OTHERS = [pytest.param(x, marks=pytest.mark.slow) for x in published.FAMILIES if x != "janus"]
+
+
+@pytest.mark.parametrize("family", ["janus", *OTHERS])
 def test_a_published_tokenizer_is_copied_and_served(tmp_path, family):
   """A StableHLO export, whose batch size is a symbol, has its codes and images."""
   sizes = {"widths": (8, 8), "groups": 2, "latent_channels": 4, "code_dim": 4, "resolution": 16}

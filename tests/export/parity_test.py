@@ -16,9 +16,9 @@ from safetensors import numpy as safetensors_numpy
 from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.vocab import VocabLayout
-from cm3leon_jax.weights import checkpoint, layouts, reading, stored
+from cm3leon_jax.weights import layouts, stored
 from tests.generation.run import one_device
-from tests.models.tiny import SIZES, mesh_of, model_logits, random_params
+from tests.models.tiny import SIZES, model_logits, random_params
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -215,30 +215,3 @@ def test_the_comparison_finds_a_wrong_model(made, tmp_path, name, wrong, tensors
   (copy / "config.json").write_text(json.dumps(described | config))
   found = theirs(copy, change=model or (lambda _: None))
   assert difference(found, logits) > FP32, wrong
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_restored_checkpoint_exports_the_bytes_of_the_live_state(tmp_path, name):
-  """Saves a checkpoint on 8 devices, reads it without a mesh, exports it to one file or several."""
-  config = dataclasses.replace(MODELS[name], vocab_size=96, max_positions=32, num_layers=3)
-  with jax.set_mesh(mesh_of(2, 2, 2)):
-    params = random_params(config)
-    with checkpoint.Checkpoints(tmp_path / "train", keep=2) as checkpoints:
-      checkpoints.save({"step": np.int32(5), "params": params, "ema": None}, 5, next_row=0)
-    live = stored.of_tree(params)
-  restored = reading.open_params(tmp_path / "train")
-  files = []
-  for source, size in ((live, 10**9), (restored, 10**9), (restored, 20_000)):
-    folder = tmp_path / f"{len(files)}"
-    tensors = huggingface.tensors_of(source, config)
-    huggingface.write_model(folder, {"architectures": [""]}, tensors, VOCAB, None, "float32", size)
-    files.append({path.name: path.read_bytes() for path in folder.iterdir()})
-  assert files[0] == files[1]
-  assert sum(file.startswith("model-") for file in files[2]) > 2
-  whole, split = {}, {}
-  for tensors, folder in ((whole, "1"), (split, "2")):
-    for path in (tmp_path / folder).glob("*.safetensors"):
-      tensors.update(safetensors_numpy.load_file(path))
-  assert whole.keys() == split.keys()
-  for key, x in whole.items():
-    np.testing.assert_array_equal(x, split[key])

@@ -43,9 +43,9 @@ def mesh():
     yield
 
 
-def draw(pipeline, count=2, retrieve=2):
-  task = TextToImage("green car", retrieve=retrieve, sampling=UNGUIDED, seed=3)
-  [samples] = pipeline.generate([task], count)
+def draw(pipeline):
+  task = TextToImage("green car", retrieve=2, sampling=UNGUIDED, seed=3)
+  [samples] = pipeline.generate([task], 2)
   return task, samples
 
 
@@ -80,7 +80,7 @@ def test_log_probs_equal_those_of_sampling_and_of_the_training_pass(pipeline):
 
 
 def test_an_influence_shows_its_document_and_its_squares(pipeline):
-  _, [sample] = draw(pipeline, 1)
+  _, [sample, _] = draw(pipeline)
   [one, _] = sample.explain()
   assert one.document is sample.neighbors[0]
   assert one.caption == pipeline.layout.decode(one.document.segments[0].tokens)
@@ -98,8 +98,9 @@ def test_an_influence_shows_its_document_and_its_squares(pipeline):
 
 
 def test_samples_without_documents_or_of_other_tasks_are_refused(pipeline):
-  _, [sample] = draw(pipeline, 1, retrieve=0)
-  [[caption]] = pipeline.generate([Caption(np.asarray(sample.image), length=3, retrieve=1)])
-  for one in (sample, caption):
+  _, [sample, _] = draw(pipeline)
+  caption = Caption(np.asarray(sample.image), length=3, retrieve=1)
+  for change in ({"neighbors": ()}, {"task": caption}):
+    one = dataclasses.replace(sample, **change)
     with refused(UserError, "text_to_image after retrieved documents"):
       one.explain()

@@ -97,18 +97,32 @@ def test_a_box_is_one_hole_per_row(layout):
   np.testing.assert_array_equal(request.streams[1], without.streams[0])
 
 
-@pytest.mark.parametrize(
-  "box", [(0, 0, 9, 4), (-1, 0, 4, 4), (4, 0, 4, 4), (0, 4, 4, 2), (0, 4, 4), (0, 4, 4.5, 2)]
-)
-def test_wrong_boxes_are_refused(layout, box):
-  with refused(UserError, "f, line 1", "box is"):
-    InfillImage("a.png", box, where="f, line 1").to_request(layout)
+MIXTURE, CONTRASTIVE = (SamplingConfig(method=method) for method in ("mixture", "contrastive"))
+BOXES = [(0, 0, 9, 4), (-1, 0, 4, 4), (4, 0, 4, 4), (0, 4, 4, 2), (0, 4, 4), (0, 4, 4.5, 2)]
+REFUSED = [
+  *((InfillImage("a.png", box), "box is") for box in BOXES),
+  (InfillImage("a.png", (0, 0, 2, 8)), "4 rows"),  # The layout below has two sentinels of masks.
+  (TextToImage("car " * 120), "128 positions"),
+  (InfillText("car <mask>", length=125), "128 positions"),
+  (Interleaved(length=128), "128 positions"),
+  (InfillText("a <mask> <mask>"), "mask"),
+  (Unconditional(sampling=MIXTURE), "'mixture'"),
+  (Interleaved("red apple", sampling=MIXTURE), "'mixture'"),
+]
 
 
-def test_a_box_with_more_rows_than_sentinels_is_refused(layout):
-  few = dataclasses.replace(layout, vocab=dataclasses.replace(VOCAB, num_special=7))
-  with refused(UserError, "4 rows"):
-    InfillImage("a.png", (0, 0, 2, 8)).to_request(few)
+@pytest.mark.parametrize(("task", "fact"), REFUSED)
+def test_what_is_no_request_is_refused_with_its_line(layout, task, fact):
+  if fact == "4 rows":
+    layout = dataclasses.replace(layout, vocab=dataclasses.replace(VOCAB, num_special=7))
+  with refused(UserError, "f, line 1", fact):
+    dataclasses.replace(task, where="f, line 1").to_request(layout)
+
+
+def test_contrastive_decoding_takes_two_streams(layout):
+  TextToImage("red apple", sampling=CONTRASTIVE).to_request(layout)
+  Edit("a.png", "blue", sampling=CONTRASTIVE).to_request(layout)
+  InfillText("<mask>", length=9, sampling=CONTRASTIVE).to_request(layout)
 
 
 def test_an_edit_is_the_template(layout):
@@ -133,27 +147,3 @@ def test_an_interleaved_document_continues_its_text_and_fills_the_row(layout):
   (text, image, last), _ = task.from_ids(layout, request, ids)
   assert (text, last) == ("red apple on", "new house")
   np.testing.assert_array_equal(image, CODES)
-
-
-@pytest.mark.parametrize(
-  "task", [TextToImage("car " * 120), InfillText("car <mask>", length=125), Interleaved(length=128)]
-)
-def test_a_prompt_that_is_too_long_is_refused(layout, task):
-  task = dataclasses.replace(task, where="f, line 1")
-  with refused(UserError, "f, line 1", "128 positions"):
-    task.to_request(layout)
-
-
-@pytest.mark.parametrize("task", [Unconditional(), Interleaved("red apple")])
-def test_contrastive_decoding_needs_two_streams(layout, task):
-  with refused(UserError, "'mixture'", task.name):
-    dataclasses.replace(task, sampling=SamplingConfig(method="mixture")).to_request(layout)
-  sampling = SamplingConfig(method="contrastive")
-  TextToImage("red apple", sampling=sampling).to_request(layout)
-  Edit("a.png", "blue", sampling=sampling).to_request(layout)
-  InfillText("<mask>", length=9, sampling=sampling).to_request(layout)
-
-
-def test_masks_side_by_side_are_refused(layout):
-  with refused(UserError, "mask"):
-    InfillText("a <mask> <mask>").to_request(layout)

@@ -31,11 +31,8 @@ def gradients(config, params, weights):
   return jax.grad(lambda params: (model_logits(config, params, *ROWS) * weights).sum())(params)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize(("shape", "heads"), [((1, 1, 1), 1), ((2, 2, 2), 2)])
 def test_logits_and_gradients_are_those_of_repeated_heads(shape, heads):
-  if shape[2] > heads:
-    return  # The config check rejects this mesh.
   config = dataclasses.replace(GROUPED, num_kv_heads=heads)
   with jax.set_mesh(mesh_of(*shape)):
     params = random_params(config)

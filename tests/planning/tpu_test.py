@@ -1,8 +1,12 @@
 """Compiles programs for TPU without a TPU: train step, evaluation and decoder."""
 
-import pytest
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
-from tests.planning.compiled import aot_compile, run_command
+import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.tpu_backend]
 pytest.importorskip("libtpu")
@@ -12,6 +16,22 @@ SMALL = (
   "--config.model.num_layers=2",
   "--config.data.sequence_length=1024",
 )
+
+
+def run_command(*flags: str) -> subprocess.CompletedProcess:
+  command = [sys.executable, "-m", "launch.aot_compile", *flags]
+  # Memory use must be that of optimized programs.
+  environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+  return subprocess.run(
+    command, capture_output=True, text=True, timeout=900, env=environment, check=False
+  )
+
+
+def aot_compile(folder: pathlib.Path, *flags: str) -> dict:
+  """Runs the command with these flags and returns its reports: program name -> report."""
+  result = run_command(f"--json={folder / 'report.json'}", *flags)
+  assert result.returncode == 0, result.stderr[-2000:]
+  return json.loads((folder / "report.json").read_text())
 
 
 def test_a_train_step_reduce_scatters_gradients_and_holds_only_chunks_of_logits(tmp_path):

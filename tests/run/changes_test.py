@@ -40,22 +40,21 @@ def test_every_field_that_may_change_exists():
     assert field in RUN[section]
 
 
-def test_a_change_that_is_not_allowed_names_the_flag():
-  with refused(UserError, f"--allow_changed=optimizer.eps,{RATE}", "0.0001 -> 0.5"):
-    check("optimizer.eps", optimizer__learning_rate=0.5, optimizer__eps=1e-6)
+FASTER = {"optimizer__learning_rate": 0.5}
+NO_FIELDS = ["model.width", "optimizer.name", "seed", "learning_rate"]
+REFUSED = [
+  ("optimizer.eps", FASTER | {"optimizer__eps": 1e-6},
+   [f"--allow_changed=optimizer.eps,{RATE}", "0.0001 -> 0.5"]),
+  (RATE, FASTER | {"model__width": 8}, ["model.width"]),
+  (RATE, {"inputs": {"documents": "2"}}, ["inputs.documents"]),
+  *((name, {}, ["--allow_changed", f"'{name}'", RATE]) for name in NO_FIELDS),
+]  # fmt: skip
 
 
-def test_what_may_not_change_is_refused_with_its_fields():
-  with refused(UserError, "model.width"):
-    check(RATE, optimizer__learning_rate=0.5, model__width=8)
-  with refused(UserError, "inputs.documents"):
-    check(inputs={"documents": "2"})
-
-
-@pytest.mark.parametrize("name", ["model.width", "optimizer.name", "seed", "learning_rate"])
-def test_a_flag_that_names_no_field_that_may_change_is_refused(name):
-  with refused(UserError, "--allow_changed", f"'{name}'", RATE):
-    check(name)
+@pytest.mark.parametrize(("allowed", "fields", "facts"), REFUSED)
+def test_another_change_is_refused_with_its_fields_or_the_flag(allowed, fields, facts):
+  with refused(UserError, *facts):
+    check(allowed, **fields)
 
 
 def test_an_average_may_change_its_rate_but_neither_begin_nor_end():

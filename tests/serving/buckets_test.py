@@ -1,4 +1,5 @@
 import logging
+import time
 
 import jax
 import pytest
@@ -6,7 +7,9 @@ import pytest
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.continuous.buckets import bucket_of
-from tests.serving.live import about, image, png
+from cm3leon_jax.serving.engine import Engine
+from tests.serving.conftest import LIMITS
+from tests.serving.live import Live, about, image, png
 
 pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
 IMAGE = image(0)
@@ -39,8 +42,20 @@ def compiled(caplog):
   jax.config.update("jax_log_compiles", False)
 
 
-def test_odd_requests_compile_nothing(live, compiled):
-  answers = list(odd_requests(live))
+@pytest.fixture
+def warm(model):
+  engine = Engine(model.pipeline, model.mesh, slots=3, chunk=4)
+  engine.start()
+  while not engine.is_warm:
+    time.sleep(0.02)
+  with Live(engine, LIMITS) as live:
+    yield live
+  assert engine.close(seconds=60)
+
+
+@pytest.mark.slow
+def test_odd_requests_compile_nothing(warm, compiled):
+  answers = list(odd_requests(warm))
   assert len(answers) > 12
   assert [answer.text for answer in answers if answer.status_code != 200] == []
   assert compiled() == []

@@ -1,16 +1,9 @@
 """Serves a tiny run in the process of the tests."""
 
-import time
-
-from etils import epath
-import jax
 import pytest
 
-from cm3leon_jax import CM3Leon
-from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.web.limits import Limits
-from tests.generation.run import save_run
 from tests.serving.live import Live
 
 LIMITS = Limits(most_samples=8, most_bytes=150_000, most_pixels=64 * 64, seconds=120.0)
@@ -22,25 +15,11 @@ def _few_maps():
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory):
-  root = epath.Path(tmp_path_factory.mktemp("served"))
-  save_run(root)
-  return root
-
-
-@pytest.fixture(scope="session")
-def model(run):
-  mesh = create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-  return CM3Leon.load(run, mesh=mesh)
-
-
-@pytest.fixture(scope="session")
 def engine(model):
   engine = Engine(model.pipeline, model.mesh, slots=3, chunk=4, queue_limit=64)
+  engine._pause = None  # Compiles the programs of unusual requests only when they come.
   engine.start()
   assert engine.wait_until_ready()
-  while not engine.is_warm:
-    time.sleep(0.02)
   yield engine
   assert engine.close(seconds=60)
 

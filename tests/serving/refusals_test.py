@@ -153,22 +153,6 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("field", "status", "data", "fields"), FORMS)
-def test_wrong_forms_of_edits(live, field, status, data, fields):
-  answer = live.edit(data, **fields)
-  assert (answer.status_code, answer.json()["error"]["param"]) == (status, field)
-
-
-def test_a_form_without_an_image_or_with_other_files(live):
-  for files, field in (
-    ({"prompt": (None, "a")}, "image"),
-    ([("image", ("a.png", png(IMAGE))), ("image[]", ("b.png", png(IMAGE)))], "image"),
-    ({"mask": ("a.png", png(IMAGE))}, "mask"),
-  ):
-    answer = live.http.post("/v1/images/edits", files=files)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
-
-
 def url(value: str) -> list[dict]:
   return [{"type": "image_url", "image_url": {"url": value}}]
 
@@ -201,20 +185,24 @@ CHAT_FIELDS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "body", "field"), CHAT_FIELDS)
-def test_wrong_fields_of_chats(live, text, body, field):
-  answer = live.chat(about(IMAGE, text), **body)
-  assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+EDITS, CHAT = "/v1/images/edits", "/v1/chat/completions"
+TWO = [("image", ("a.png", png(IMAGE))), ("image[]", ("b.png", png(IMAGE)))]
+OTHER_FILES = [("image", {"prompt": (None, "a")}), ("image", TWO), ("mask", {"mask": TWO[0][1]})]
+USER = {"role": "user", "content": "a"}
+REQUESTS = [
+  *((*x[:2], EDITS, {"files": {"image": x[2]}, "data": x[3]}) for x in FORMS),
+  *((field, 400, EDITS, {"files": files}) for field, files in OTHER_FILES),
+  *((field, 400, CHAT, {"json": {"messages": [USER | {"content": about(IMAGE, text)}], **body}})
+    for text, body, field in CHAT_FIELDS),
+  *(("messages", 400, CHAT, {"json": {"messages": messages}})
+    for messages in ([], [USER | {"role": "system"}], [USER] * 2)),
+]  # fmt: skip
 
 
-def test_a_chat_has_one_message_of_a_user(live):
-  for messages in (
-    [],
-    [{"role": "system", "content": "a"}],
-    [{"role": "user", "content": "a"}] * 2,
-  ):
-    answer = live.http.post("/v1/chat/completions", json={"messages": messages})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+@pytest.mark.parametrize(("field", "status", "path", "sent"), REQUESTS)
+def test_a_wrong_request_is_refused_with_its_field(live, field, status, path, sent):
+  answer = live.http.post(path, **sent)
+  assert (answer.status_code, answer.json()["error"]["param"]) == (status, field)
 
 
 def test_a_body_that_is_too_large_is_not_read(live):

@@ -69,7 +69,7 @@ def swapped(params, side, level, first, second):
     ("chameleon", {"level_attention": True}),
     pytest.param("amused", {}, marks=pytest.mark.slow),
     pytest.param("chameleon", {}, marks=pytest.mark.slow),
-    ("llamagen", {}),
+    pytest.param("llamagen", {}, marks=pytest.mark.slow),  # Janus' network, which is tested below.
   ],
 )
 def test_codes_and_pixels_equal_torch(family, fields):
@@ -151,7 +151,10 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+LARGE = [pytest.param(family, marks=pytest.mark.slow) for family in ("llamagen", "janus")]
+
+
+@pytest.mark.parametrize("family", ["amused", "chameleon", *LARGE])
 def test_published_names_literals(family):
   shapes = published_files.tensor_shapes(FAMILIES[family], NUM_PUBLISHED[family])
   assert {name: shapes.get(name) for name in NAMES[family]} == NAMES[family]

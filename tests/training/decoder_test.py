@@ -87,16 +87,6 @@ def test_a_run_starts_from_given_parameters_and_its_checkpoint_wins_over_them(
   assert given.call_count == 1
 
 
-@pytest.mark.slow
-def test_restore_onto_another_mesh(whole, loader, tmp_path):
-  with pytest.raises(Crash):
-    run(tmp_path, loader, sample_grid=crash_at(9, tmp_path), sample_every=1)
-  run(tmp_path, loader, shape=(2, 2, 2))
-  expected = losses(whole[0])
-  for step, loss in losses(tmp_path).items():
-    assert loss == pytest.approx(expected[step], rel=2e-4)
-
-
 def test_the_last_step_is_evaluated_once_and_its_losses_are_returned(loader, tmp_path):
   with mock.patch.object(heldout, "evaluate", wraps=heldout.evaluate) as evaluate:
     summary = run(tmp_path, loader, steps=4, eval_every=3)

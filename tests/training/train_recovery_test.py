@@ -96,12 +96,3 @@ def test_a_save_that_was_killed_before_its_digests_pushes_no_other_out(loader, t
   events = [line for line in lines if line.get("event") == "resumed"]
   assert [e["from_step"] for e in events] == [4]
   assert sorted(losses(tmp_path)) == list(range(1, 10))
-
-
-def test_checkpoints_whose_digests_are_all_gone_are_not_trained_over(loader, tmp_path):
-  run(tmp_path, loader, steps=8)
-  for digests in (tmp_path / "checkpoints.digests").iterdir():
-    digests.unlink()
-  with refused(UserError, str(tmp_path)):
-    run(tmp_path, loader)
-  assert sorted(losses(tmp_path)) == list(range(1, 9))

@@ -147,15 +147,13 @@ def test_a_lost_shard_is_encoded_again_and_the_stage_is_the_same(raw, text_token
   assert len(set(ids)) == 1
 
 
-def test_codes_outside_the_vocabulary_are_refused(raw, text_tokenizer, tmp_path):
-  with refused(UserError, "config.vocab.image_size", "16"):
-    encode(raw, text_tokenizer, tmp_path, levels=17)
-
-
-def test_one_code_for_all_images_is_refused(raw, text_tokenizer, tmp_path):
+def test_codes_outside_the_vocabulary_and_one_code_for_all_images_are_refused(
+  raw, text_tokenizer, tmp_path
+):
   """A tokenizer with NaN parameters has one code for all images, so a second code is required."""
-  with refused(UserError, "same code"):
-    encode(raw, text_tokenizer, tmp_path, levels=1)
+  for levels, facts in ((17, ("config.vocab.image_size", "16")), (1, ("same code",))):
+    with refused(UserError, *facts):
+      encode(raw, text_tokenizer, tmp_path, levels=levels)
   assert encode(raw, text_tokenizer, tmp_path / "two", levels=2)["train"]["codes_used"] == 2
 
 

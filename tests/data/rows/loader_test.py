@@ -137,16 +137,6 @@ def test_batches_are_the_rows_on_any_mesh(loader, shape):
         np.testing.assert_array_equal(x[r], row[name])
 
 
-def test_a_run_that_continues_at_a_row_reads_the_same_rows(loader):
-  sharding = NamedSharding(create_mesh(MeshConfig()), spec("batch", "length"))
-  whole, continued = (
-    take(batches(loader, 0, 8, sharding), 3),
-    take(batches(loader, 16, 8, sharding), 1),
-  )
-  np.testing.assert_array_equal(whole[2]["inputs"], continued[0]["inputs"])
-  assert not np.array_equal(whole[1]["inputs"], continued[0]["inputs"])
-
-
 def test_local_rows_of_a_replicated_axis_are_read_once():
   sharding = NamedSharding(create_mesh(MeshConfig(1, 2, 4)), spec("batch", "length"))
   assert local_rows(sharding, (8, 128)) == list(range(8))

@@ -143,10 +143,3 @@ def test_a_conditioning_drop_leaves_nothing_but_an_image():
   assert plan([4, 16], [False, True]) == ((), True, (), 20, 0, 0)
   assert not plan([4], [False]).dropped
   assert not plan([4, 16, 4], [False, True, False]).dropped, "the sample does not end with an image"
-
-
-def test_paper_sampling_needs_three_neighbors():
-  with pytest.raises(
-    ValueError, match=r"picks 3 of 4 candidates, but num_neighbors is 2; set num_neighbors=3"
-  ):
-    DataConfig(neighbor_sampling="paper")

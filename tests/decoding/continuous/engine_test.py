@@ -157,6 +157,7 @@ def test_any_schedule_gives_the_samples_of_generate(generator, cases):
   assert len(engine._batches) == 2
 
 
+@pytest.mark.slow
 def test_shared_key_heads_give_the_samples_of_repeated_heads():
   """Compares a running batch, and `generate`, with a model that repeats key heads, all in int8."""
   model = model_config("modern", num_kv_heads=2)

@@ -11,18 +11,16 @@ from cm3leon_jax.config.sampling import EvaluationConfig
 from cm3leon_jax.data.documents.store import Bank, Document, DocumentStore, Segment
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.evaluation.likelihood import bits, documents, pairs
+from cm3leon_jax.evaluation.likelihood import bits, documents
 from cm3leon_jax.evaluation.likelihood.document_files import open_documents
 from cm3leon_jax.evaluation.likelihood.documents import Scorer, Search
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.stages import stages
-from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.stores import IMAGE_TOKENS, VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import model_logits, random_params
@@ -133,33 +131,6 @@ def search(workdir, layout, count):
   clip = load_clip("", workdir, VOCAB)
   retriever = Retriever(workdir / "neighbors", SETTINGS.retrieval)
   return Search(count, retriever, Bank(workdir / "documents", VOCAB), clip, layout)
-
-
-@pytest.mark.parametrize("retrieve", [0, 2])
-def test_sums_are_those_of_pairs(workdir, layout, scorer, tmp_path, retrieve):
-  texts, rng = ["red apple", "an old blue house"], np.random.default_rng(0)
-  lines = []
-  for i, text in enumerate(texts):
-    Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{i}.png")
-    lines.append(json.dumps({"image": f"{i}.png", "caption": text}))
-  (tmp_path / "docs.jsonl").write_text("\n".join(lines))
-  images = ImageTokenizer.load(workdir / "vqgan")
-  docs, _ = open_documents(tmp_path / "docs.jsonl", layout, {}, images)
-  if retrieve:
-    scorer = dataclasses.replace(scorer, find=search(workdir, layout, retrieve))
-  found = documents.run(scorer, docs, tmp_path / "out")
-  images = [str(tmp_path / f"{i}.png") for i in range(2)]
-  run = Pipeline.load(Run(workdir, SETTINGS), scorer.params, load_clip("", workdir, VOCAB))
-  expected = pairs.score(run, scorer.params, list(zip(texts, images)), retrieve)
-  scored = read(tmp_path / "out")
-  for line, pair in zip(scored, expected, strict=True):
-    assert line["text"]["log_prob"] == pytest.approx(pair.text, rel=1e-5)
-    assert line["image"]["log_prob"] == pytest.approx(pair.image_given_text, rel=1e-5)
-    assert line["text"]["tokens"] == pair.text_tokens
-    assert line["image"]["tokens"] == pair.image_tokens
-    assert len(line["neighbors"]) == retrieve
-  assert found["mean_neighbors"] == retrieve
-  assert scored[0]["log_prob"] != pytest.approx(expected[1].text + expected[1].image_given_text)
 
 
 def read(folder):

@@ -4,7 +4,6 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cm3leon_jax.config.sampling import METHODS
 from cm3leon_jax.generation.image_tasks import InfillImage
 from cm3leon_jax.generation.text_tasks import InfillText
 from tests.serving.live import about, error, events, image, pixels, png
@@ -53,7 +52,9 @@ def test_explained_images_have_the_ratios_of_each_neighbor(live, model):
   assert (status, "retrieved documents" in message) == (400, True)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+  "method", ["top_p", "mixture", pytest.param("contrastive", marks=pytest.mark.slow)]
+)
 def test_a_sample_is_the_same_alone_in_a_batch_and_from_the_server(
   live, model, monkeypatch, method
 ):

@@ -64,7 +64,9 @@ def test_gradients_are_those_of_plain_jax(model):
   jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-@pytest.mark.parametrize("model", [CONFIG, MODERN], ids=lambda m: m.family)
+@pytest.mark.parametrize(
+  "model", [pytest.param(CONFIG, marks=pytest.mark.slow), MODERN], ids=lambda m: m.family
+)
 def test_a_mesh_and_accumulation_change_no_gradient(model):
   found = gradients(model, (1, 1, 1))
   split = gradients(model, (2, 2, 2), accumulation=2)
@@ -88,7 +90,7 @@ def test_new_adapters_have_exactly_the_losses_of_the_base(dtype):
     assert found != jax.device_get(evaluate(changed, batch, base=base))  # Negative control.
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_only_adapters_are_in_the_state_and_the_loss_falls(name):
   config = OptimizerConfig(name=name, learning_rate=3e-2, warmup_steps=0, weight_decay=0.0)
   optimizer = create_optimizer(config, 20)

@@ -86,14 +86,6 @@ def test_spikes_by_hand(monkeypatch):
     assert not is_sound(np.float32(value), np.float32(norm), optax.EmptyState())
 
 
-def test_without_a_threshold_the_state_has_the_layout_of_older_checkpoints():
-  watched, plain = (
-    jax.eval_shape(create_optimizer(config, 10).init, {"w": np.ones(3, np.float32)})
-    for config in (OptimizerConfig(skip_above=5.0), OptimizerConfig())
-  )
-  assert jax.tree.structure(plain) == jax.tree.structure(watched[1:])
-
-
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_what_is_not_finite_is_named_and_not_saved(value):
   tree = {"a": np.ones(3), "b": {"c": np.float32([1, value])}, "n": np.int32(3)}
