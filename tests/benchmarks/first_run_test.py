@@ -39,11 +39,7 @@ def finished(tmp_path_factory):
 def test_failures_and_hangs_are_on_the_page_and_all_files_in_the_archive(finished):
   page = (finished[0] / "page.md").read_text()
   assert page.startswith("# First run on 1 x NVIDIA T4\n")
-  for row in (
-    r"good \| passed",
-    r"bad \| failed, exit code 3",
-    r"hangs \| stopped after",
-  ):
+  for row in (r"good \| passed", r"bad \| failed, exit code 3", r"hangs \| stopped after"):
     assert re.search(rf"^\| {row}", page, re.MULTILINE)
   assert "## bad\n`python -c 'print(8); exit(3)'`\n\n```\n8\n```\n" in page
   with zipfile.ZipFile(finished[0] / "first_run.zip") as archive:
@@ -134,24 +130,20 @@ def test_the_machine_is_described():
   ],
 )  # fmt: skip
 def test_a_gpu_is_found_before_device_files_that_tpus_also_have(drivers, files, device, tmp_path):
-  found = device_of(tmp_path, drivers, files)
-  assert (found.returncode, found.stdout) == (0, f"{device}\n")
-
-
-def device_of(folder, drivers, files):
   """Runs `device` of the script on a machine with these drivers and device files."""
   script = (ROOT / "launch" / "first_run.sh").read_text().partition("found=")[0]
-  (folder / "venv.sh").write_bytes((ROOT / "launch" / "venv.sh").read_bytes())
+  shutil.copy(ROOT / "launch" / "venv.sh", tmp_path)
   exists = f"compgen() {{ [[ -n '{files}' && $2 == *'{files}'* ]]; }}\n"
-  (folder / "script.sh").write_text(f"{script}{exists}found=$(device)\necho $found\n")
-  (folder / "bin").mkdir()
-  smi = folder / "bin" / "nvidia-smi"
+  (tmp_path / "script.sh").write_text(f"{script}{exists}found=$(device)\necho $found\n")
+  (tmp_path / "bin").mkdir()
+  smi = tmp_path / "bin" / "nvidia-smi"
   smi.write_text(f"#!/bin/sh\n[ -n '{drivers}' ] && echo '{drivers}'\n")
   smi.chmod(0o755)
-  return subprocess.run(
-    ["bash", str(folder / "script.sh")], capture_output=True, text=True, check=False,
-    env={**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"},
+  found = subprocess.run(
+    ["bash", str(tmp_path / "script.sh")], capture_output=True, text=True, check=False,
+    env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
   )  # fmt: skip
+  assert (found.returncode, found.stdout) == (0, f"{device}\n")
 
 
 def start_script(folder, **environment):

@@ -60,14 +60,8 @@ def test_the_spread_of_pixels_is_the_mean_difference_over_pairs():
 def measured(folder, *flags):
   prompts = [str(folder), "--tasks=draw", "--records=50", "--heldout=40", "--seed=2"]
   subprocess.run([sys.executable, "-m", "examples.scenes.make_instructions", *prompts], check=True)
-  command = [
-    sys.executable,
-    "-m",
-    "benchmarks.evidence.reward_gain",
-    "--start=scenes-instruct",
-    *flags,
-  ]
-  command.append(f"--config.instructions.tasks={folder / 'tasks.yaml'}")
+  command = [sys.executable, "-m", "benchmarks.evidence.reward_gain", "--start=scenes-instruct"]
+  command += [*flags, f"--config.instructions.tasks={folder / 'tasks.yaml'}"]
   command += ["--config.reinforce.samples=4", "--config.reinforce.heldout_prompts=20"]
   return subprocess.run(command, capture_output=True, text=True)
 

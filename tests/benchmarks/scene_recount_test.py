@@ -22,6 +22,9 @@ def test_true_images_are_correct_for_their_own_caption_only():
   assert sum(others) < 3
 
 
+LEFT = [{"class": "bell", "count": 1, "position": ["left of", 1]}, {"class": "key", "count": 1}]
+
+
 @pytest.mark.parametrize(
   ("clauses", "objects", "right"),
   [
@@ -30,16 +33,8 @@ def test_true_images_are_correct_for_their_own_caption_only():
     ([{"class": "bell", "count": 1, "color": "red"}], ["blue bell top left"], False),
     ([{"class": "bell", "count": 1, "place": "top left"}], ["red bell top right"], False),
     ([{"class": "bell", "count": 1}], ["red bell top left", "red key top right"], False),
-    (
-      [{"class": "bell", "count": 1, "position": ["left of", 1]}, {"class": "key", "count": 1}],
-      ["red key bottom right", "red bell top left"],
-      True,
-    ),
-    (
-      [{"class": "bell", "count": 1, "position": ["left of", 1]}, {"class": "key", "count": 1}],
-      ["red key bottom left", "red bell top left"],
-      False,
-    ),
+    (LEFT, ["red key bottom right", "red bell top left"], True),
+    (LEFT, ["red key bottom left", "red bell top left"], False),
     (
       [{"class": "bell", "count": 1, "position": ["above", 1]}, {"class": "bell", "count": 1}],
       ["red bell bottom left", "blue bell top left"],

@@ -81,14 +81,9 @@ class Needed:
 def test_an_absent_field_is_named_and_the_path_of_a_wrong_one_is_known():
   with refused(FieldError, "needed", "name", path=("name",)):
     build(Needed, {}, "needed")
-  for values, path in (
-    ({"shape": [1, 0]}, ("shape", 1)),
-    ({"widht": 8}, ("widht",)),
-    ({"shape": (1, 2, 3)}, ()),
-  ):
-    with pytest.raises(FieldError) as error:
+  for values, path in (({"shape": [1, 0]}, ("shape", 1)), ({"shape": (1, 2, 3)}, ())):
+    with refused(FieldError, path=path):
       build(Sample, values)
-    assert error.value.path == path
 
 
 @pytest.mark.parametrize(

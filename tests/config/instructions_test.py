@@ -39,13 +39,8 @@ def test_settings_with_own_tasks_are_stored_and_read_again():
 
 
 @pytest.mark.parametrize(
-  "own",
-  [
-    "draw",
-    ({**DRAW, "wieght": 2.0},),
-    ({**DRAW, "target": "imgae"},),
-  ],
-)  # fmt: skip
+  "own", ["draw", ({**DRAW, "wieght": 2.0},), ({**DRAW, "target": "imgae"},)]
+)
 def test_a_wrong_own_task_is_named_by_its_place(own):
   values = default_config().to_dict()
   values["instructions"]["own_tasks"] = own

@@ -53,16 +53,10 @@ def wrong_values(schema: dict) -> Iterator[tuple[Any, tuple[int, ...]]]:
   step = 0.1 if schema.get("type") == "number" else 1
   if "enum" in schema:
     yield "another", ()
-  if "minimum" in schema:
-    yield schema["minimum"] - step, ()
-  if "exclusiveMinimum" in schema:
-    yield schema["exclusiveMinimum"], ()
-  if "maximum" in schema:
-    yield schema["maximum"] + step, ()
-  if "exclusiveMaximum" in schema:
-    yield schema["exclusiveMaximum"], ()
-  if "multipleOf" in schema:
-    yield schema["multipleOf"] + 1, ()
+  beyond = {"minimum": -step, "exclusiveMinimum": 0, "maximum": step, "exclusiveMaximum": 0}
+  for bound, difference in (beyond | {"multipleOf": 1}).items():
+    if bound in schema:
+      yield schema[bound] + difference, ()
   if "minItems" in schema:
     yield (), ()
   if "type" in schema.get("items", {}):  # Another test covers dataclasses.

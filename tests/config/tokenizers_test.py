@@ -3,11 +3,8 @@ from tests.refusals import refused
 
 
 def test_levels_in_literals():
-  assert levels_of(1_024) == (8, 8, 4, 4)
-  assert levels_of(512) == (8, 8, 8)
-  assert levels_of(8_192) == (8, 8, 8, 4, 4)
-  assert levels_of(1_000) == (8, 5, 5, 5)
-  assert levels_of(1_021) == ()
+  found = [levels_of(n) for n in (512, 1_024, 8_192, 1_000, 1_021)]
+  assert found == [(8, 8, 8), (8, 8, 4, 4), (8, 8, 8, 4, 4), (8, 5, 5, 5), ()]
 
 
 def test_fsq_refuses_other_numbers_of_codes_and_names_the_nearest():

@@ -25,11 +25,8 @@ def test_prose_keeps_sentences_and_leaves_out_the_rest():
   ]
 
 
-def test_prose_unwraps_lines():
+def test_prose_unwraps_lines_and_splits_what_is_too_long():
   assert docstrings.prose(PROSE.replace(" line ", "\n  line ", 1)) == [PROSE]
-
-
-def test_prose_splits_what_is_too_long():
   texts = docstrings.prose("\n\n".join([PROSE] * 50))
   assert len(texts) > 1
   assert all(docstrings.MIN_CHARS <= len(text) <= docstrings.MAX_CHARS for text in texts)

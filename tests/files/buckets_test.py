@@ -78,18 +78,30 @@ def test_the_bytes_of_an_image_take_one_request(server):
   assert sum("alt=media" in path for _, path in server.requests) == 1
 
 
-@pytest.mark.slow
-def test_an_array_whose_request_is_not_answered_is_asked_for_again(server):
-  """Without a time-out, TensorStore would wait as long as the connection is open."""
+def hang_then_fail(server, part=""):
+  """Lets the first request of a path with `part` hang until the event; the second one fails.
+
+  Returns:
+    The list of these requests' paths, and the event.
+  """
   asked, stop = [], threading.Event()
 
   def fault(method, path):
+    if part not in path:
+      return None
     asked.append(path)
     if len(asked) == 1:
       stop.wait(120)
     return 503 if len(asked) == 2 else None
 
   server.fault = fault
+  return asked, stop
+
+
+@pytest.mark.slow
+def test_an_array_whose_request_is_not_answered_is_asked_for_again(server):
+  """Without a time-out, TensorStore would wait as long as the connection is open."""
+  asked, stop = hang_then_fail(server)
   output, errors = run(server, TENSORSTORE).communicate(timeout=300)
   stop.set()
   assert output == "b'whole'\n", errors
@@ -100,17 +112,7 @@ def test_an_array_whose_request_is_not_answered_is_asked_for_again(server):
 def test_a_file_whose_request_is_not_answered_is_asked_for_again(server):
   """Listing the folder again shows a file that another process has written since."""
   pytest.importorskip("gcsfs")  # In the extra [data].
-  asked, stop = [], threading.Event()
-
-  def fault(method, path):
-    if "alt=media" in path:
-      asked.append(path)
-      if len(asked) == 1:
-        stop.wait(120)
-      return 503 if len(asked) == 2 else None
-    return None
-
-  server.fault = fault
+  asked, stop = hang_then_fail(server, "alt=media")
   job = run(server, GCSFS)
   assert job.stdout.readline() == "b'whole'\n"
   stop.set()

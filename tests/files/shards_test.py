@@ -3,6 +3,8 @@ import os
 import pathlib
 import signal
 
+import pytest
+
 from cm3leon_jax.errors import TryAgain, UserError
 from cm3leon_jax.files.shards import Runner, forget, run_shards
 from tests.refusals import refused
@@ -76,14 +78,10 @@ def test_a_shard_whose_files_are_gone_is_done_again(tmp_path):
   assert log(tmp_path)[len(NAMES) :] == ["03", "05"]
 
 
-def test_what_was_done_before_a_mistake_stays_done(tmp_path):
-  with refused(UserError, "05", "shard"):
-    run(tmp_path, Copy(str(tmp_path), wrong="05"))
+@pytest.mark.parametrize("error", [UserError, TryAgain])
+def test_what_was_done_before_an_error_stays_done(tmp_path, error):
+  with refused(error, "05", "shard"):
+    run(tmp_path, Copy(str(tmp_path), wrong="05", error=error))
   assert log(tmp_path) == [f"{i:02d}" for i in range(5)]
   run(tmp_path)
   assert log(tmp_path) == list(NAMES)
-
-
-def test_what_may_succeed_later_stays_so(tmp_path):
-  with refused(TryAgain, "05", "shard"):
-    run(tmp_path, Copy(str(tmp_path), wrong="05", error=TryAgain))

@@ -88,6 +88,16 @@ def test_the_description_of_an_h100_has_the_numbers_of_xlas_file():
   assert abs(int(found["device_memory_size"]) / 84_942_979_072 - 1) < 1e-4
 
 
+def install(folder, cuda: int, *packages) -> str:
+  """Writes what pip writes about packages such as "plugin-0.1.0"; returns the folder's path."""
+  for package in packages:
+    name, _, version = package.partition("-")
+    about = folder / f"jax_cuda{cuda}_{package}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Name: jax-cuda{cuda}-{name}\nVersion: {version}\n")
+  return str(folder)
+
+
 @pytest.mark.parametrize(
   ("packages", "reason"),
   [
@@ -99,23 +109,14 @@ def test_the_description_of_an_h100_has_the_numbers_of_xlas_file():
 def test_without_the_plugin_of_this_jax_the_pip_line_is_named(
   tmp_path, monkeypatch, packages, reason
 ):
-  for package in packages:
-    folder = tmp_path / f"jax_cuda12_{package}.dist-info"
-    folder.mkdir()
-    name, _, version = package.partition("-")
-    (folder / "METADATA").write_text(f"Name: jax-cuda12-{name}\nVersion: {version}\n")
-  monkeypatch.setattr(sys, "path", [str(tmp_path)])
+  monkeypatch.setattr(sys, "path", [install(tmp_path, 12, *packages)])
   line = f"pip install --no-deps jax-cuda12-plugin=={V} jax-cuda12-pjrt=={V}"
   with refused(UserError, f"--topology names GPUs, but {reason}", line):
     gpus.load("h100-8")
 
 
 def test_the_plugin_of_this_jax_is_accepted_for_either_cuda(tmp_path, monkeypatch):
-  for part in ("plugin", "pjrt"):
-    folder = tmp_path / f"jax_cuda13_{part}-{V}.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text(f"Name: jax-cuda13-{part}\nVersion: {V}\n")
-  monkeypatch.setattr(sys, "path", [str(tmp_path)])
+  monkeypatch.setattr(sys, "path", [install(tmp_path, 13, f"plugin-{V}", f"pjrt-{V}")])
   gpus.check_plugin()
 
 

@@ -8,13 +8,8 @@ from tests.refusals import refused
 @pytest.mark.parametrize(
   ("name", "slices"),
   [
-    ("v5e-200", 1),
-    ("v5e256", 1),
-    ("tpu", 1),
-    ("h100-12", 1),
-    ("h100-0", 1),
+    *((name, 1) for name in ("v5e-200", "v5e256", "tpu", "h100-12", "h100-0", "v4-8")),
     ("h100-64", 2),
-    ("v4-8", 1),
   ],
 )
 def test_unknown_hardware_is_refused(name, slices):

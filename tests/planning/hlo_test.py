@@ -128,13 +128,10 @@ def test_a_cpu_program_is_read():
   """Reads XLA:CPU's text of a program: 5 products of sharded rows, and an all-reduce."""
 
   def loop(x, w):
-    y, _ = jax.lax.scan(
-      lambda x, _: (jnp.einsum("BD,DE->BE", x, w, out_sharding=spec("batch", None)), None),
-      x,
-      None,
-      length=5,
-    )
-    return y.sum()
+    def step(_, x):
+      return jnp.einsum("BD,DE->BE", x, w, out_sharding=spec("batch", None))
+
+    return jax.lax.fori_loop(0, 5, step, x).sum()
 
   with jax.set_mesh(mesh_of(1, 4, 1)):
     rows = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("batch", None))

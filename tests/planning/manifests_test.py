@@ -2,18 +2,75 @@
 
 import re
 
+from kubernetes import client
 import pydantic
 import pytest
 import yaml
 
 from cm3leon_jax.errors import INTERRUPTED
 from cm3leon_jax.planning import hardware, launchers
-from tests.planning.manifest_types import validate
 from tests.recorders import FLAGS, MISTAKE
 
 IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
 # Some tools read manifests as YAML 1.1, where `yes` without quotes is true.
 AWKWARD = [*FLAGS, "--config.train.wandb=yes: no # {x}", "--config.raw.text=a\\nb"]
+
+# Types of the custom resource jobset.x-k8s.io/v1alpha2, as defined in kubernetes-sigs/jobset 0.13.
+RESTART_JOB = "RestartJob|RestartJobAndIgnoreMaxRestarts"
+
+
+class Strict(pydantic.BaseModel):
+  model_config = pydantic.ConfigDict(extra="forbid")
+
+
+class Metadata(Strict):
+  name: str
+  namespace: str | None = None
+  labels: dict[str, str] | None = None
+  annotations: dict[str, str] | None = None
+
+
+class Rule(Strict):
+  name: str
+  action: str = pydantic.Field(
+    pattern=f"^(FailJobSet|RestartJobSet|RestartJobSetAndIgnoreMaxRestarts|{RESTART_JOB})$"
+  )
+  onJobFailureReasons: list[str] | None = None
+  onJobFailureMessagePatterns: list[str] | None = None
+  targetReplicatedJobs: list[str] | None = None
+
+
+class FailurePolicy(Strict):
+  maxRestarts: int = 0
+  restartStrategy: str = pydantic.Field(
+    "Recreate", pattern="^(Recreate|BlockingRecreate|InPlaceRestart)$"
+  )
+  rules: list[Rule] | None = None
+
+
+class ReplicatedJob(Strict):
+  name: str
+  groupName: str | None = None
+  replicas: int = pydantic.Field(1, ge=0)
+  template: client.V1JobTemplateSpec
+
+
+class Spec(Strict):
+  replicatedJobs: list[ReplicatedJob]
+  failurePolicy: FailurePolicy | None = None
+  suspend: bool | None = None
+  ttlSecondsAfterFinished: int | None = pydantic.Field(None, ge=0)
+
+
+class JobSet(Strict):
+  apiVersion: str = pydantic.Field(pattern="^jobset.x-k8s.io/v1alpha2$")
+  kind: str = pydantic.Field(pattern="^JobSet$")
+  metadata: Metadata
+  spec: Spec
+
+
+def validate(manifest):
+  JobSet.model_validate(manifest, strict=True, by_alias=True, by_name=False)
 
 
 def written(topology="v5e-256", slices=1, flags=FLAGS, **options):
@@ -21,6 +78,10 @@ def written(topology="v5e-256", slices=1, flags=FLAGS, **options):
     "run", hardware.load(topology, slices), tuple(flags), **{"image": IMAGE, **options}
   )
   return launchers.files(job)
+
+
+def jobset(*args, **options) -> dict:
+  return yaml.safe_load(written(*args, **options)["gke_jobset.yaml"])
 
 
 def job(manifest):
@@ -33,7 +94,7 @@ def pod(manifest):
 
 @pytest.fixture
 def manifest():
-  return yaml.safe_load(written(spot=True, queue="tpus")["gke_jobset.yaml"])
+  return jobset(spot=True, queue="tpus")
 
 
 ALL = {
@@ -49,11 +110,9 @@ HARDWARE = [("v5e-256", 1), ("v5p-256", 2), ("v6e-8", 1), ("v5p:4x4x8", 1)]
 
 
 @pytest.mark.parametrize(("topology", "slices"), HARDWARE)
-@pytest.mark.parametrize("options", [{}, {"spot": True, "queue": "tpus"}, {"all": True}])
+@pytest.mark.parametrize("options", [{}, {"spot": True, "queue": "tpus"}, ALL])
 def test_manifests_are_valid(topology, slices, options):
-  options = ALL if "all" in options else options
-  texts = written(topology, slices, AWKWARD, **options)
-  validate(yaml.safe_load(texts["gke_jobset.yaml"]))
+  validate(jobset(topology, slices, AWKWARD, **options))
 
 
 def test_the_schema_refuses_another_type_and_an_unknown_field(manifest):
@@ -66,8 +125,7 @@ def test_the_schema_refuses_another_type_and_an_unknown_field(manifest):
 
 
 def test_the_hardware_and_the_limits_of_a_job_are_in_its_manifests():
-  texts = written("v5p-256", 2, max_restarts=7, grace_seconds=1200, queue="tpus")
-  manifest = yaml.safe_load(texts["gke_jobset.yaml"])
+  manifest = jobset("v5p-256", 2, max_restarts=7, grace_seconds=1200, queue="tpus")
   assert manifest["metadata"]["name"] == "run"
   assert manifest["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "tpus"}
   assert manifest["spec"]["replicatedJobs"][0]["replicas"] == 2
@@ -86,15 +144,13 @@ def test_the_hardware_and_the_limits_of_a_job_are_in_its_manifests():
 
 
 def test_the_key_comes_from_a_secret_that_may_be_absent():
-  (variable,) = pod(yaml.safe_load(written(secret="own")["gke_jobset.yaml"]))["containers"][0][
-    "env"
-  ]
+  (variable,) = pod(jobset(secret="own"))["containers"][0]["env"]
   reference = {"name": "own", "key": "WANDB_API_KEY", "optional": True}
   assert variable == {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": reference}}
 
 
 def test_kubernetes_gives_the_flags_unchanged():
-  container = pod(yaml.safe_load(written(flags=AWKWARD)["gke_jobset.yaml"]))["containers"][0]
+  container = pod(jobset(flags=AWKWARD))["containers"][0]
   assert container["command"] == ["cm3leon", "train"]
   assert [arg.replace("$$(", "$(") for arg in container["args"]] == ["--distributed", *AWKWARD]
   # Kubernetes would expand `$(NAME)` in an argument, so `$` must be doubled.
@@ -102,29 +158,26 @@ def test_kubernetes_gives_the_flags_unchanged():
 
 
 def test_what_is_not_asked_for_is_not_in_the_manifest():
-  found = pod(yaml.safe_load(written(**ALL)["gke_jobset.yaml"]))
+  found = pod(jobset(**ALL))
   labels = found["nodeSelector"]
   assert (found["serviceAccountName"], found["priorityClassName"]) == ("trainer", "high")
   assert labels.pop("cloud.google.com/reservation-name") == "yes"
   requests = {"cpu": "40", "memory": "100Gi"}
   assert found["containers"][0]["resources"]["requests"] == requests
-  plain = pod(yaml.safe_load(written()["gke_jobset.yaml"]))
+  plain = pod(jobset())
   assert not {"serviceAccountName", "priorityClassName"} & plain.keys()
   assert plain["nodeSelector"] == labels
-  cloud = written(service_account="a@p.iam.gserviceaccount.com")["gke_jobset.yaml"]
-  assert pod(yaml.safe_load(cloud)) == plain
+  assert pod(jobset(service_account="a@p.iam.gserviceaccount.com")) == plain
 
 
 def test_the_metrics_of_process_0_are_scraped_if_it_serves_any():
-  texts = written(metrics_port=9464)
-  manifest = yaml.safe_load(texts["gke_jobset.yaml"])
-  template = job(manifest)["template"]
+  template = job(jobset(metrics_port=9464))["template"]
   assert template["metadata"]["annotations"] == {
     "prometheus.io/scrape": "true", "prometheus.io/port": "9464", "prometheus.io/path": "/metrics"
   }  # fmt: skip
   port = {"name": "metrics", "containerPort": 9464, "hostPort": 9464}
   assert template["spec"]["containers"][0]["ports"] == [port]
-  plain = yaml.safe_load(written()["gke_jobset.yaml"])
+  plain = jobset()
   assert "metadata" not in job(plain)["template"]
   assert "ports" not in pod(plain)["containers"][0]
 

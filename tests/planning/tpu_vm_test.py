@@ -1,5 +1,6 @@
 import hashlib
-import subprocess
+import os
+import pwd
 import sys
 
 import pytest
@@ -16,6 +17,8 @@ from tests.recorders import (
   run_script,
   write,
 )
+
+USER = pwd.getpwuid(os.geteuid()).pw_name
 
 
 @pytest.fixture
@@ -59,8 +62,7 @@ def test_tpu_vm_starts_the_same_flags_on_every_host(recorders, tmp_path):
   assert asked[:5] == ssh[:5] == ["compute", "tpus", "tpu-vm", "ssh", "run"]
   for call in (asked, scp, ssh):
     assert {"--worker=all", "--project=project", "--zone=us-west4-a"} <= set(call)
-  user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-  assert recorders.calls("sudo")[-1] == ["systemctl", "enable", "--now", f"cm3leon-train@{user}"]
+  assert recorders.calls("sudo")[-1] == ["systemctl", "enable", "--now", f"cm3leon-train@{USER}"]
   assert (recorders.home / "cm3leon_jax" / "cm3leon_jax" / "commands" / "train.py").exists()
   unit = (recorders.home / "sudo_tee").read_text()
   assert "\nTimeoutStopSec=1200\n" in unit
@@ -90,10 +92,9 @@ def test_tpu_vm_brings_the_key_to_a_file_of_root(recorders, tmp_path):
   one_host(recorders)
   script = write(tmp_path) / "tpu_vm.sh"
   assert run_in_root(recorders, script, "run", **CLUSTER, WANDB_API_KEY=KEY).returncode == 0
-  user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
   (install,) = [call for call in recorders.calls("sudo") if call[0] == "install"]
   assert install[1:3] == ["-D", "--mode=600"]
-  assert install[4] == f"/etc/cm3leon-train/{user}.env"
+  assert install[4] == f"/etc/cm3leon-train/{USER}.env"
   assert (recorders.home / "env").read_text() == f"WANDB_API_KEY={KEY}\n"
   unit = (POD / "cm3leon-train@.service").read_text()
   assert "\nEnvironmentFile=-/etc/cm3leon-train/%i.env\n" in unit

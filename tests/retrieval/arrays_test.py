@@ -99,18 +99,24 @@ def test_zeros_are_rows_and_a_lost_file_is_an_error(tmp_path, small_files):
     store.commit(digest=True)
 
 
+def flips(path, every):
+  """Flips every `every`-th bit of a file alone, and lastly writes the file as it was."""
+  whole = path.read_bytes()
+  for bit in range(0, 8 * len(whole), every):
+    flipped = bytearray(whole)
+    flipped[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(flipped)
+    yield
+  path.write_bytes(whole)
+
+
 def test_every_flipped_bit_of_a_file_is_an_error(tmp_path, small_files):
   ids = np.random.default_rng(0).integers(0, 50, (20, 4)).astype(np.int32)
   write_ids(tmp_path / "a", ids)
   for path in files_of(tmp_path / "a"):
-    whole = path.read_bytes()
-    for bit in range(0, 8 * len(whole), 97):
-      flipped = bytearray(whole)
-      flipped[bit // 8] ^= 1 << bit % 8
-      path.write_bytes(flipped)
+    for _ in flips(path, 97):
       with refused(UserError, str(tmp_path / "a")):
         ArrayStore(tmp_path / "a")[:]
-    path.write_bytes(whole)
   np.testing.assert_array_equal(ArrayStore(tmp_path / "a").read_all(), ids)
 
 
@@ -118,12 +124,7 @@ def test_every_flipped_bit_of_the_metadata_is_an_error_or_harmless(tmp_path, sma
   """Only a count of rows that is too large is harmless, because a killed writer also leaves one."""
   ids, harmless = np.random.default_rng(0).integers(0, 50, (20, 4)).astype(np.int32), 0
   write_ids(tmp_path / "a", ids)
-  path = tmp_path / "a" / arrays.METADATA
-  whole = path.read_bytes()
-  for bit in range(0, 8 * len(whole), 7):
-    flipped = bytearray(whole)
-    flipped[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(flipped)
+  for _ in flips(tmp_path / "a" / arrays.METADATA, 7):
     try:
       found = ArrayStore(tmp_path / "a")[:]
     except UserError:

@@ -45,20 +45,36 @@ def encode(text):
   return np.array([ord(c) % 40 + 5 for c in text], np.int32)
 
 
-def make_raw(folder, n=24, num_shards=3, first="train"):
-  """Writes n pairs with random images. Of every four, one has split `first`, one is held out."""
-  images = np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), np.uint8)
+CAPTIONS = [chr(97 + i) * 3 for i in range(24)]
+
+
+def make_raw(folder, captions=CAPTIONS, num_shards=3, first="train"):
+  """Writes pairs with random images. Of every four, one has split `first`, one is held out."""
+  images = np.random.default_rng(0).integers(0, 256, (len(captions), 16, 16, 3), np.uint8)
   splits = [first, "train", "train", "heldout"]
   pairs = [
-    {"key": f"k{i}", "caption": chr(97 + i) * 3, "group": f"g{i // 2}", "split": splits[i % 4]}
-    for i in range(n)
+    {"key": f"k{i}", "caption": caption, "group": f"g{i // 2}", "split": splits[i % 4]}
+    for i, caption in enumerate(captions)
   ]
   write_raw(folder, pairs, images, num_shards)
 
 
-def build(root, out="out", config=CONFIG, runner=Runner(), dropout=0.2):  # noqa: B008
-  job = EmbedJob(str(root / "raw"), str(root / out), tiny_clip, dropout, 0, {})
-  return neighbors.build_neighbors(config, job, WIDTH, {"clip": "tiny"}, runner)
+def build(root, out="out", config=CONFIG, clip=tiny_clip, dropout=0.2):
+  job = EmbedJob(str(root / "raw"), str(root / out), clip, dropout, 0, {})
+  return neighbors.build_neighbors(config, job, WIDTH, {"clip": "tiny"}, Runner())
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+  """Returns a list of the keys of all pairs that are embedded."""
+  keys, embed_pairs = [], bank_lib.embed_pairs
+
+  def listed(clip, pairs, *args):
+    keys.extend(pair.key for pair in pairs)
+    return embed_pairs(clip, pairs, *args)
+
+  monkeypatch.setattr(bank_lib, "embed_pairs", listed)
+  return keys
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +169,7 @@ def test_blocks_and_shards_do_not_matter(built, tmp_path, monkeypatch):
       np.testing.assert_allclose(one, many, atol=1e-6)
 
 
-def test_new_shards_are_appended(tmp_path, monkeypatch):
+def test_new_shards_are_appended(tmp_path, embedded):
   make_raw(tmp_path / "all", num_shards=4)
   make_raw(tmp_path / "raw", num_shards=4)
   path = tmp_path / "raw" / reader.INDEX
@@ -161,14 +177,7 @@ def test_new_shards_are_appended(tmp_path, monkeypatch):
   write_json(path, {**whole, "shards": {k: v for k, v in whole["shards"].items() if k != "000003"}})
   build(tmp_path)
   before = Embeddings(tmp_path / "out" / "train").documents[:]
-  embedded = []
-  embed_pairs = bank_lib.embed_pairs
-
-  def count(clip, pairs, *args):
-    embedded.extend(p.key for p in pairs)
-    return embed_pairs(clip, pairs, *args)
-
-  monkeypatch.setattr(bank_lib, "embed_pairs", count)
+  embedded.clear()
   write_json(path, whole)
   assert build(tmp_path)["bank"] == 18
   assert embedded == ["k18", "k20", "k21", "k22", "k19", "k23"]

@@ -11,13 +11,12 @@ from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.retrieval import bank as bank_lib
-from cm3leon_jax.retrieval import lexical, neighbors
-from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
+from cm3leon_jax.retrieval import lexical
+from cm3leon_jax.retrieval.bank import Embeddings
 from cm3leon_jax.retrieval.lexical import BUCKETS, Lexical
 from cm3leon_jax.retrieval.neighbors import Retriever
-from tests.data.raw_folder import write_raw
 from tests.refusals import refused
-from tests.retrieval.bank_test import tiny_clip
+from tests.retrieval.bank_test import build, embedded, make_raw, tiny_clip  # noqa: F401
 
 WIDTH, WORDS = 16, 64
 PLAIN = RetrievalConfig(backend="exact", max_similarity=1.0)
@@ -42,27 +41,11 @@ class BlindCLIP:
     return np.eye(1, WIDTH, 1, dtype=np.float32).repeat(len(images), 0)
 
 
-def make_raw(folder, captions=CAPTIONS, num_shards=3):
-  """Writes pairs with random images; every fourth pair is held out."""
-  images = np.random.default_rng(0).integers(0, 256, (len(captions), 16, 16, 3), np.uint8)
-  splits = ["train", "train", "train", "heldout"]
-  pairs = [
-    {"key": f"k{i}", "caption": caption, "split": splits[i % 4]}
-    for i, caption in enumerate(captions)
-  ]
-  write_raw(folder, pairs, images, num_shards)
-
-
-def build(root, out="out", config=HYBRID, clip=tiny_clip):
-  job = EmbedJob(str(root / "raw"), str(root / out), clip, 0.3, 0, {})
-  return neighbors.build_neighbors(config, job, WIDTH, {"clip": "tiny"}, Runner())
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
   root = tmp_path_factory.mktemp("lexical")
-  make_raw(root / "raw")
-  build(root)
+  make_raw(root / "raw", CAPTIONS)
+  build(root, config=HYBRID)
   return root
 
 
@@ -144,7 +127,7 @@ def test_rows_are_those_of_the_pairs(built, split):
   documents = bank_lib.document_embeddings(texts, images)
   np.testing.assert_allclose(rows.documents[:], part.join(documents, captions), atol=1e-3)
   np.testing.assert_allclose(rows.images[:], part.join(images), atol=1e-3)
-  share = 0.3 * (split == "train")
+  share = 0.2 * (split == "train")
   asked = [bank_lib.drop_words(p.caption, share, p.key, 0) for p in pairs]
   assert (asked != captions) == (split == "train")
   queries = part.join(clip.embed_texts([clip.encode(caption) for caption in asked]), asked)
@@ -170,16 +153,8 @@ def test_a_rare_word_decides_where_clip_is_blind(tmp_path):
   assert found[PLAIN] == [p.caption for p in pairs]
 
 
-def test_finished_work_is_kept_and_another_weight_embeds_again(tmp_path, monkeypatch):
-  make_raw(tmp_path / "raw")
-  embedded = []
-  embed_pairs = bank_lib.embed_pairs
-
-  def count(clip, pairs, *args):
-    embedded.extend(pairs)
-    return embed_pairs(clip, pairs, *args)
-
-  monkeypatch.setattr(bank_lib, "embed_pairs", count)
+def test_finished_work_is_kept_and_another_weight_embeds_again(tmp_path, embedded):  # noqa: F811
+  make_raw(tmp_path / "raw", CAPTIONS)
   sizes = []
   for config in (HYBRID, HYBRID, PLAIN):
     build(tmp_path, config=config)

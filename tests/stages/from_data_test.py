@@ -125,6 +125,13 @@ def copied(workdir, fields):
   write_json(workdir / "text_tokenizer" / "done.json", {"summary": {from_data.OF_BASE: fields}})
 
 
+def tuned(workdir, **fields):
+  """Prepares the data of a run that is tuned from `base_of()`, and returns the config `own`."""
+  prepared(workdir)
+  copied(workdir, from_data.base_fields(base_of(), documents=True) | fields)
+  return config_file.load("own")
+
+
 def test_a_run_has_the_model_and_tokenizers_of_its_base_and_its_own_documents(tmp_path):
   base = base_of(data={"text_share": 0.6}, instructions={"instruction_first": True})
   fields = from_data.base_fields(base, documents=True)
@@ -161,12 +168,6 @@ def test_a_row_has_space_for_two_documents_and_its_length_decides_the_steps(
   assert found.train.steps == pytest.approx(3_088 * 1_024 / (3 * length), rel=1e-3)
 
 
-def of_pictures():
-  """Returns the sections of a base like the bundle `illustrations`."""
-  config = illustrations.get_config()
-  return dataclasses.asdict(settings_from_config(config))
-
-
 @pytest.mark.parametrize(
   ("given", "counts", "length"),
   [
@@ -178,7 +179,7 @@ def of_pictures():
 def test_rows_and_resolution_of_a_base_with_a_tokenizer_for_any_image_follow_the_data(
   given, counts, length, tmp_path
 ):
-  base = of_pictures()
+  base = dataclasses.asdict(settings_from_config(illustrations.get_config()))
   prepared(tmp_path, counts)
   copied(tmp_path, from_data.base_fields(base, documents=False))
   config = own.get_config()
@@ -194,10 +195,8 @@ def test_rows_and_resolution_of_a_base_with_a_tokenizer_for_any_image_follow_the
 
 def test_a_base_names_no_function_of_the_config(tmp_path):
   """Otherwise a workdir of a stranger would have files of the stranger imported."""
-  prepared(tmp_path)
   evil = dict.fromkeys(("raw.source", "evaluation.judge", "reinforce.reward"), "/evil.py:f")
-  copied(tmp_path, from_data.base_fields(base_of(), documents=True) | evil)
-  config = config_file.load("own")
+  config = tuned(tmp_path, **evil)
   found = settings_from_config(from_data.complete(config, tmp_path))
   assert found.model.width == 192
   names = (found.raw.source, found.evaluation.judge, found.reinforce.reward)
@@ -206,9 +205,7 @@ def test_a_base_names_no_function_of_the_config(tmp_path):
 
 
 def test_a_field_that_the_user_sets_does_not_follow_the_base(tmp_path):
-  prepared(tmp_path)
-  copied(tmp_path, from_data.base_fields(base_of(), documents=True))
-  config = config_file.load("own")
+  config = tuned(tmp_path)
   config.data.base_share, config.optimizer.learning_rate = 0.5, 7e-4
   given = ["data.base_share", "optimizer.learning_rate"]
   config.data.base_documents = 30
@@ -219,9 +216,7 @@ def test_a_field_that_the_user_sets_does_not_follow_the_base(tmp_path):
 
 
 def test_adapters_have_a_higher_rate_and_a_tuning_on_instructions_takes_all_steps(tmp_path):
-  prepared(tmp_path)
-  copied(tmp_path, from_data.base_fields(base_of(), documents=True))
-  config = config_file.load("own")
+  config = tuned(tmp_path)
   full = from_data.complete(config, tmp_path)
   config.adapter.rank = 16
   adapted = from_data.complete(config, tmp_path)

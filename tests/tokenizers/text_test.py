@@ -90,10 +90,9 @@ def test_padding_and_truncation_of_a_file_change_no_ids(folder, tokenizer, tmp_p
 
 
 def test_another_vocabulary_is_refused(folder, tmp_path):
-  with refused(UserError, str(folder)):
-    TextTokenizer(folder, VocabLayout(num_special=8, text_size=301, image_size=16))
-  with refused(UserError, str(folder)):
-    TextTokenizer(folder, VocabLayout(num_special=9, text_size=300, image_size=16))
+  for num_special, text_size in ((8, 301), (9, 300)):
+    with refused(UserError, str(folder)):
+      TextTokenizer(folder, VocabLayout(num_special, text_size, image_size=16))
   with refused(UserError, "absent"):
     TextTokenizer(tmp_path / "absent", VOCAB)
 

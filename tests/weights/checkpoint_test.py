@@ -55,18 +55,6 @@ def test_a_run_without_an_average_has_nothing_to_compare(saved):
     reading.load_params(saved, CONFIG, average=False)
 
 
-def test_a_checkpoint_without_digests_does_not_count(saved):
-  (saved / "checkpoints.digests" / "2.json").unlink()
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    checkpoints = checkpoint.Checkpoints(saved, keep=2)
-    assert checkpoints.newest() == 1
-    recovery.discard_unsealed(checkpoints)
-    checkpoints.save(fresh(3), 2, next_row=99)  # Writes a checkpoint of the same step again.
-    checkpoints.wait()
-    assert checkpoints.newest() == 2
-    checkpoints.close()
-
-
 @pytest.mark.parametrize("damage", ["missing", "changed", "surplus"])
 def test_a_damaged_file_is_refused(saved, damage):
   files = [path for path in (saved / "checkpoints" / "2").rglob("*") if path.is_file()]
@@ -108,13 +96,11 @@ def test_a_checkpoint_that_a_training_deletes_is_chosen_again(saved, monkeypatch
 
 def test_digests_of_a_deleted_checkpoint_do_not_count_for_the_next_of_its_step(saved):
   shutil.rmtree(saved / "checkpoints" / "2")
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    checkpoints = checkpoint.Checkpoints(saved, keep=2)
+  with jax.set_mesh(mesh_of(1, 1, 1)), checkpoint.Checkpoints(saved, keep=2) as checkpoints:
     checkpoints.save(fresh(3), 2, next_row=99)
     assert checkpoints.newest() == 1
     checkpoints.wait()
     assert checkpoints.newest() == 2
-    checkpoints.close()
 
 
 def small(step):
@@ -131,15 +117,10 @@ def test_checkpoints_are_kept_for_three_reasons_also_by_the_next_start(tmp_path)
   assert on_disk(tmp_path) == [[2, 3, 6, 7, 9, 10]] * 2
 
 
-def save_and_fail(folder):
-  with checkpoint.Checkpoints(folder, 2) as checkpoints:
+def test_a_save_in_flight_is_finished_when_an_error_ends_the_run(tmp_path):
+  with refused(ZeroDivisionError), checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
     checkpoints.save(small(1), 1, next_row=1)
     raise ZeroDivisionError
-
-
-def test_a_save_in_flight_is_finished_when_an_error_ends_the_run(tmp_path):
-  with pytest.raises(ZeroDivisionError):
-    save_and_fail(tmp_path)
   assert on_disk(tmp_path) == [[1], [1]]
 
 
@@ -169,24 +150,19 @@ def test_a_save_that_fails_is_reported_in_the_loop_and_leaves_the_one_before(tmp
   [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
   assert line.startswith(f"error: checkpoint 2 could not be written to {tmp_path}/checkpoints (")
   assert line.endswith("): the same command continues from checkpoint 1.")
-  checkpoints = checkpoint.Checkpoints(tmp_path, 2)
-  assert recovery.newest_whole(checkpoints) == 1
-  checkpoints.close()
+  with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+    assert recovery.newest_whole(checkpoints) == 1
 
 
 @pytest.mark.parametrize("saves", [0, 2])
 def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_path, saves):
   """Given a bucket that fails between two steps, the run first finishes the save in progress."""
   gone = RuntimeError("All 32 retry attempts failed: status 503")
-
-  def run():
-    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
-      for step in range(1, saves + 1):
-        checkpoints.save(small(step), step, next_row=step)
-      raise UserError("a file is damaged") from gone
-
-  with refused(TryAgain, str(tmp_path), "same command continues"):
-    run()
+  sentence = refused(TryAgain, str(tmp_path), "same command continues")
+  with sentence, checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+    for step in range(1, saves + 1):
+      checkpoints.save(small(step), step, next_row=step)
+    raise UserError("a file is damaged") from gone
   assert stages.newest_step(tmp_path) == saves
 
 

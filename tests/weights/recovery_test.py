@@ -76,21 +76,22 @@ def test_two_processes_go_back_together(tmp_path):
   assert names == {"1.json", "2.json"}
 
 
-def test_a_save_that_was_not_finished_is_deleted_with_a_warning(saved, capsys):
+def test_a_save_that_was_not_finished_does_not_count_and_is_deleted_with_a_warning(saved, capsys):
   (saved / "checkpoints.digests" / "2.json").unlink()
-  checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  assert recovery.newest_whole(checkpoints) == 1
-  recovery.discard_unsealed(checkpoints)
-  checkpoints.close()
-  assert [p.name for p in (saved / "checkpoints").iterdir()] == ["1"]
-  assert "warning: checkpoint 2 in" in capsys.readouterr().out
+  with jax.set_mesh(mesh_of(1, 1, 1)), checkpoint.Checkpoints(saved, keep=2) as checkpoints:
+    assert checkpoints.newest() == recovery.newest_whole(checkpoints) == 1
+    recovery.discard_unsealed(checkpoints)
+    assert on_disk(saved) == [[1], [1]]
+    assert "warning: checkpoint 2 in" in capsys.readouterr().out
+    checkpoints.save(fresh(3), 2, next_row=99)  # Writes a checkpoint of the same step again.
+    checkpoints.wait()
+    assert checkpoints.newest() == 2
 
 
 def test_a_newer_checkpoint_that_is_gone_is_named(saved, capsys):
   shutil.rmtree(saved / "checkpoints" / "2")
-  checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  assert recovery.newest_whole(checkpoints) == 1
-  checkpoints.close()
+  with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
+    assert recovery.newest_whole(checkpoints) == 1
   assert "warning: checkpoint 2 is gone from" in capsys.readouterr().out
 
 
@@ -101,10 +102,9 @@ def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys
     path.unlink()
   # Digests from a second process of the killed job; the new job has one process.
   (saved / "checkpoints.digests" / "1.part1").write_text('{"other": "digest"}')
-  checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  recovery.discard_unsealed(checkpoints)
-  assert recovery.newest_whole(checkpoints) == 1
-  checkpoints.close()
+  with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
+    recovery.discard_unsealed(checkpoints)
+    assert recovery.newest_whole(checkpoints) == 1
   assert [path.name for path in (saved / "checkpoints.digests").iterdir()] == ["1.json"]
   assert (saved / "checkpoints.digests" / "1.json").read_bytes() == expected
   assert "warning: checkpoint 1 in" in capsys.readouterr().out
@@ -123,8 +123,7 @@ def test_a_run_goes_back_to_the_newest_whole_checkpoint(saved, capsys, digests):
   [warning] = capsys.readouterr().out.splitlines()
   assert "is damaged" in warning
   assert warning.endswith("; the run goes back to checkpoint 1.")
-  assert [p.name for p in (saved / "checkpoints").iterdir()] == ["1"]
-  assert [p.name for p in (saved / "checkpoints.digests").iterdir()] == ["1.json"]
+  assert on_disk(saved) == [[1], [1]]
   with jax.set_mesh(mesh_of(1, 1, 1)):
     checkpoints.save(fresh(3), 2, next_row=99)  # Writes a checkpoint of the same step again.
     checkpoints.wait()
@@ -153,20 +152,18 @@ def test_a_step_to_go_back_to_must_be_sealed(saved):
 def test_damaged_checkpoints_alone_are_refused_and_kept(saved):
   for step in ("1", "2"):
     flip(largest_file(saved / "checkpoints" / step))
-  checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  with refused(UserError, "all checkpoints", "damaged"):
+  damaged = refused(UserError, "all checkpoints", "damaged")
+  with damaged, checkpoint.Checkpoints(saved, keep=2) as checkpoints:
     recovery.newest_whole(checkpoints)
-  assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
-  checkpoints.close()
+  assert on_disk(saved) == [[1, 2]] * 2
 
 
 def test_checkpoints_without_digests_are_kept_and_refused(saved):
   shutil.rmtree(saved / "checkpoints.digests")
-  checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  with refused(UserError, "checkpoints.digests"):
+  absent = refused(UserError, "checkpoints.digests")
+  with absent, checkpoint.Checkpoints(saved, keep=2) as checkpoints:
     recovery.discard_unsealed(checkpoints)
   assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
-  checkpoints.close()
 
 
 def test_a_checkpoint_in_a_bucket_that_does_not_answer_is_no_damaged_one(saved, monkeypatch):

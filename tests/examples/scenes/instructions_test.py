@@ -50,7 +50,8 @@ def made():
   }
 
 
-def scene_of(objects) -> Scene:
+def last_scene(record) -> Scene:
+  objects = record.facts["objects"]
   return Scene.of([Placed(x["class"], x["color"], x["place"]) for x in objects])
 
 
@@ -120,7 +121,7 @@ def test_a_record_depends_on_seed_task_split_and_index_alone(task, made):
 def test_images_show_the_scene_of_the_facts(task, made):
   for split in ("train", "heldout"):
     for one in made[task, split]:
-      np.testing.assert_array_equal(last_image(one), render(scene_of(one.facts["objects"])))
+      np.testing.assert_array_equal(last_image(one), render(last_scene(one)))
       if task in EDITS:
         np.testing.assert_array_equal(one.images["before"], render(Scene.parse(one.group)))
         assert (one.images["before"] != one.images["after"]).any()
@@ -140,7 +141,7 @@ def test_edits_do_what_the_instruction_says(made):
     for one in made["remove", split]:
       name = word_of(one.texts["instruction"])
       left = [x for x in Scene.parse(one.group).objects if x.object != name]
-      assert Scene.of(left) == scene_of(one.facts["objects"])
+      assert Scene.of(left) == last_scene(one)
       assert 0 < len(left) < len(Scene.parse(one.group).objects)
     for one in made["mirror", split]:
       axis = 0 if "top" in one.texts["instruction"] else 1
@@ -152,10 +153,6 @@ def test_edits_do_what_the_instruction_says(made):
       assert with_article(added.object, added.color) in one.texts["instruction"]
       if "corner" in one.texts["instruction"] or " at the " in one.texts["instruction"]:
         assert added.place in one.texts["instruction"]
-
-
-def last_scene(one) -> Scene:
-  return scene_of(one.facts["objects"])
 
 
 def test_answers_are_balanced(made):

@@ -11,25 +11,19 @@ from tests.refusals import refused
 
 
 @pytest.mark.parametrize(
-  "fields",
+  ("name", "value"),
   [
-    {"objects": ("bel",)},
-    {"colors": ("pinkish",)},
-    {"categories": ("color",)},
-    {"objects": ()},
-    {"colors": ("red", "red")},
-    {"shares": (1.0,)},
-    {"objects": ("bell",)},
-    {"colors": ("red",)},
-    {"rare_objects": 0},
-    {"rare_objects": 10_000},
-    {"train": 0},
+    *(("objects", value) for value in ((), ("bel",), ("bell",))),
+    *(("colors", value) for value in (("pinkish",), ("red", "red"), ("red",))),
+    *(("rare_objects", value) for value in (0, 10_000)),
+    ("categories", ("color",)),
+    ("shares", (1.0,)),
+    ("train", 0),
   ],
-)  # fmt: skip
-def test_wrong_configs_are_refused_in_one_sentence(fields):
-  [name] = fields
+)
+def test_wrong_configs_are_refused_in_one_sentence(name, value):
   with refused(FieldError, "config.raw.options", name) as error:
-    build(ScenesConfig, fields, "raw.options")
+    build(ScenesConfig, {name: value}, "raw.options")
   assert "\n" not in str(error.value)
 
 

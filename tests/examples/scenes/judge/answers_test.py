@@ -203,10 +203,7 @@ def test_the_majority_answer_of_each_task(made):
   everything = [one for records_of_task in made.values() for one in records_of_task]
   majority = majority_answers(everything)
   assert set(majority) == set(TEXT_TASKS)
-  shares = {
-    task: np.mean([is_right(one, answer) for one in made[task]])
-    for task, answer in majority.items()
-  }
+  shares = {t: np.mean([is_right(one, text) for one in made[t]]) for t, text in majority.items()}
   assert (shares["count"], shares["exists"]) == (0.25, 0.5)
   assert max(shares["color"], shares["relation"]) < 0.25
   assert shares["describe"] < 0.05

@@ -38,9 +38,11 @@ def some():
 def test_shares_are_over_the_captions_that_name_a_fact():
   table = scene_table.table(some(), num_resamples=200)
   assert table["all"]["images"] == 6
-  assert table["all"]["correct"]["share"] == 0.5
-  assert table["all"]["place"]["share"] == pytest.approx(4 / 6)
-  assert table["all"]["color"]["share"] == 0
+  shares = {name: table["all"][name]["share"] for name in ("correct", "place", "color")}
+  assert shares == {"correct": 0.5, "place": pytest.approx(4 / 6), "color": 0}
+  assert "lookup" not in table["all"]
+  parts = {part: row["images"] for part, row in table["parts"].items()}
+  assert parts == {"pair, color named": 1, "pair, no color named": 2}
   assert "color" not in table["tag"]["position"]
   assert list(table["tag"]) == ["single_object", "colors", "position"]  # The order of GenEval.
   assert {kind: row["images"] for kind, row in table["heldout"].items()} == {"scene": 3, "pair": 3}
@@ -61,15 +63,6 @@ def test_a_lookup_stands_beside_the_model_and_new_claims_are_rows_of_their_own()
   assert parts["scene, new claims"]["correct"]["share"] == 0.5
   assert parts["scene, new claims"]["lookup"]["share"] == 0.5
   assert parts["scene, claims of training"]["lookup"]["share"] == 1
-
-
-def test_colors_never_had_are_told_by_whether_the_caption_names_them():
-  table = scene_table.table(some(), 200)
-  parts = table["parts"]
-  assert {part: row["images"] for part, row in parts.items()} == {
-    "pair, color named": 1, "pair, no color named": 2
-  }  # fmt: skip
-  assert "lookup" not in table["all"]
 
 
 def test_a_gain_is_paired_by_caption():
@@ -148,10 +141,11 @@ def test_lines_of_results_have_genevals_layout_and_its_summary_agrees_with_the_t
     "prompt": "a bell",
   }
   assert json.loads(first["details"]) == {"bell": [[3, 2, 21, 23, 0.9]]}
-  scores = summary_scores(lines)
   table = scene_table.table(images, 200)
-  assert scores["images"] == 6
-  assert scores["prompts"] == 3  # Images with equal metadata belong to one prompt, as in GenEval.
-  assert scores["correct images"] == table["all"]["correct"]["share"]
-  assert scores["correct prompts"] == pytest.approx(2 / 3)
-  assert scores["score"] == pytest.approx(table["geneval"])
+  assert summary_scores(lines) == {
+    "images": 6,
+    "prompts": 3,  # Images with equal metadata belong to one prompt, as in GenEval.
+    "correct images": table["all"]["correct"]["share"],
+    "correct prompts": pytest.approx(2 / 3),
+    "score": pytest.approx(table["geneval"]),
+  }
