@@ -150,6 +150,7 @@ def draw(
   identity: Mapping[str, Any],
   make_tasks: Callable[..., Sequence[tasks_lib.Task]] = lambda *_: (),
   after: Callable[..., dict] = lambda *_: {},
+  command: str = "generate",
 ) -> None:
   """Draws samples of tasks into their folder, unless it has them already, and prints results.
 
@@ -158,6 +159,7 @@ def draw(
     identity: values on which the samples depend, beside those of `flags` and `tasks`.
     make_tasks: called as `make_tasks(layout, pipeline)` if there are no `tasks`.
     after: called as `after(pipeline, tasks, writer, samples)`; returns more for the summary.
+    command: its name, for what is printed.
   """
   settings, bank = trained.settings, source.bank if source else None
   names = ("samples", "keep_neighbors", "weight_dtype", "cache_dtype")
@@ -189,7 +191,7 @@ def draw(
       )
       summary.update(step=step, **_finish(writer, samples, settings))
       summary.update(after(pipeline, tasks, writer, samples))
-  print(f"generate: results in {folder}, overview in {folder / 'contact_sheet.png'}.", flush=True)
+  print(f"{command}: results in {folder}, overview in {folder / 'contact_sheet.png'}.", flush=True)
 
 
 def _finish(

@@ -59,7 +59,7 @@ def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
     return {"changed": document_effects.compare(pipeline, flags.without, tasks, samples)}
 
   identity: dict = {"without": list(flags.without)} if flags.without else {"explain": True}
-  drawing.draw(trained, flags, tasks, source, identity, after=after)
+  drawing.draw(trained, flags, tasks, source, identity, after=after, command="explain")
 
 
 if __name__ == "__main__":
