@@ -46,6 +46,26 @@ def test_no_modules_import_each_other_in_a_circle():
     in_order(graph)
 
 
+def lazily(path: pathlib.Path) -> set[str]:
+  """Returns the names of this package that a file imports in `epy.lazy_imports()`."""
+  blocks = [x for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.With)]
+  imports = [
+    statement
+    for block in blocks
+    if "lazy_imports" in ast.unparse(block.items[0])
+    for statement in block.body
+    if isinstance(statement, ast.ImportFrom) and statement.module.startswith("cm3leon_jax")
+  ]
+  return {f"{one.module}.{alias.name}" for one in imports for alias in one.names}
+
+
+def test_only_modules_are_imported_lazily():
+  """A class or function would fail at its first use."""
+  names = set().union(*map(lazily, MODULES.values()))
+  assert len(names) > 50
+  assert names - MODULES.keys() == set()
+
+
 def test_a_folder_has_at_most_15_files_of_its_own():
   """Exempts the folder `commands`, which has one file per command."""
   folders = {path.parent for path in MODULES.values()} - {PACKAGE / "commands"}
@@ -58,12 +78,12 @@ def test_a_folder_has_at_most_15_files_of_its_own():
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def test_a_file_has_at_most_400_lines_and_a_function_60():
+def test_a_file_has_at_most_380_lines_here_and_400_elsewhere_and_a_function_60():
   long = {}
   others = [*PACKAGE.parent.glob("benchmarks/**/*.py"), *PACKAGE.parent.glob("examples/*/*.py")]
   for path in [*MODULES.values(), *others]:
     source = path.read_text(encoding="utf-8")
-    if (lines := len(source.splitlines())) > 400:
+    if (lines := len(source.splitlines())) > (380 if path in MODULES.values() else 400):
       long[path.name] = lines
     for node in ast.walk(ast.parse(source)):
       if isinstance(node, FUNCTIONS) and (lines := node.end_lineno - node.lineno + 1) > 60:

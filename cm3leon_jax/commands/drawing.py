@@ -22,9 +22,9 @@ with epy.lazy_imports():
   from cm3leon_jax.files import programs
   from cm3leon_jax.generation import lookalikes, prompt_file
   from cm3leon_jax.generation import pipeline as pipeline_lib
+  from cm3leon_jax.generation import sample as sample_lib
   from cm3leon_jax.generation import tasks as tasks_lib
   from cm3leon_jax.generation import writer as writer_lib
-  from cm3leon_jax.generation.sample import Sample
   from cm3leon_jax.reports import summary as summary_lib
   from cm3leon_jax.retrieval import lexical
   from cm3leon_jax.run import run
@@ -195,7 +195,7 @@ def draw(
 
 
 def _finish(
-  writer: writer_lib.Writer, samples: Sequence[Sequence[Sample]], settings: Settings
+  writer: writer_lib.Writer, samples: Sequence[Sequence[sample_lib.Sample]], settings: Settings
 ) -> dict[str, Any]:
   """Writes and prints the results. Returns their numbers."""
   records = writer.finish(samples)
