@@ -178,4 +178,4 @@ def test_report_lists_what_has_not_run(tmp_path):
   assert result.returncode == 0, result.stderr
   assert "not run" in result.stdout
   page = html.unescape((tmp_path / "report.html").read_text())
-  assert f"cm3leon prepare_data --config={SCENES}:2 '{changed}' --workdir=DIR" in page
+  assert f"cm3leon run --config={SCENES}:2 '{changed}' --workdir=DIR" in page
