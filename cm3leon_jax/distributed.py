@@ -224,8 +224,8 @@ def together() -> Iterator[None]:
   except Exception as error:
     failure, crash = error, True
     message = f"process {jax.process_index()} failed with {type(error).__name__}: {error}"
-  found = gather([message, crash])
-  first, again = next((x for x in found if x[0]), ("", False))
+  result = gather([message, crash])
+  first, again = next((x for x in result if x[0]), ("", False))
   if failure is not None and not isinstance(failure, UserError):
     raise failure
   if first:

@@ -48,14 +48,14 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
   """
   waiting, seen = [error], set[int]()
   while waiting:
-    found = waiting.pop()
-    if found is None or id(found) in seen:
+    one = waiting.pop()
+    if one is None or id(one) in seen:
       continue
-    seen.add(id(found))
-    yield found
-    waiting.append(found.__cause__ or (None if found.__suppress_context__ else found.__context__))
-    if isinstance(found, BaseExceptionGroup):
-      waiting += found.exceptions
+    seen.add(id(one))
+    yield one
+    waiting.append(one.__cause__ or (None if one.__suppress_context__ else one.__context__))
+    if isinstance(one, BaseExceptionGroup):
+      waiting += one.exceptions
 
 
 class UserError(ValueError):

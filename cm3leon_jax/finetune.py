@@ -103,11 +103,11 @@ def _write_pairs(pairs: Iterable[Any], folder: pathlib.Path) -> pathlib.Path:
   if not lines:
     raise UserError("the list has no pairs: give pairs (image, caption), or a folder.")
   head = json.dumps({"pairs.jsonl": lines}).encode()
-  found = hashlib.sha256(b"".join([head, *digests])).hexdigest()
+  result = hashlib.sha256(b"".join([head, *digests])).hexdigest()
   if stored is None:
     (folder / "pairs.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    write_json(about, {"sha256": found})  # The folder is complete when it has this file.
-  elif stored != found:
+    write_json(about, {"sha256": result})  # The folder is complete when it has this file.
+  elif stored != result:
     raise UserError(f"{folder} has the data of another call: use another workdir.")
   return folder
 

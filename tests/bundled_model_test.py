@@ -8,7 +8,7 @@ from cm3leon_jax import CM3Leon
 from cm3leon_jax.config.build import build
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.run import bundles, initial
-from cm3leon_jax.run.run import load_start
+from cm3leon_jax.run.run import load_initial
 from cm3leon_jax.run.source import folder_of
 from examples.scenes import config as config_lib
 from examples.scenes import instruct, instructions, source, world
@@ -59,7 +59,7 @@ def test_a_tuning_starts_from_it_by_its_name_on_any_mesh():
   loaded = []
   for shape in ((1, 1, 1), (2, 4, 1)):
     with jax.set_mesh(mesh_of(*shape)):
-      loaded.append(jax.device_get(load_start(found, settings)))
+      loaded.append(jax.device_get(load_initial(found, settings)))
   jax.tree.map(np.testing.assert_array_equal, *loaded)
   assert loaded[0]["embed"].std() > 0.01
 

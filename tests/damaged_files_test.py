@@ -78,7 +78,7 @@ READERS = {
   "train/done.json": summary.collect,
   "train/config.json": settings_of_run,
   "run/train/config.json": lambda root: initial.find(SETTINGS, str(root / "run")),
-  "start/train/config.json": lambda root: initial.start_of(root / "start"),
+  "start/train/config.json": lambda root: initial.recorded(root / "start"),
   "raw/index.json": lambda root: reader.read_index(root / "raw"),
   "store/index.json": lambda root: DocumentStore(root / "store", VOCAB),
   "array/index.json": lambda root: ArrayStore(root / "array"),

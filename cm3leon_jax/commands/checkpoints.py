@@ -47,13 +47,13 @@ class Flags(flag.Fields):
 def _show(folder: epath.Path, check: bool) -> None:
   """Prints the checkpoints. If `check`, raises UserError if one is damaged or none is sealed."""
   with upkeep.open_run(folder) as checkpoints:
-    found = upkeep.entries(checkpoints)
-    damages = upkeep.verify(checkpoints, found) if check else {}
+    result = upkeep.entries(checkpoints)
+    damages = upkeep.verify(checkpoints, result) if check else {}
   states = {step: "damaged" if damage else "whole" for step, damage in damages.items()}
-  title = f"{folder}: {len(found)} checkpoint{'' if len(found) == 1 else 's'}"
-  print("\n".join([title, *upkeep.table(found, states)]), flush=True)
+  title = f"{folder}: {len(result)} checkpoint{'' if len(result) == 1 else 's'}"
+  print("\n".join([title, *upkeep.table(result, states)]), flush=True)
   if check:
-    upkeep.check_verified(folder, found, damages)
+    upkeep.check_verified(folder, result, damages)
 
 
 def main(action: str, workdir: epath.Path, flags: Flags) -> None:

@@ -91,12 +91,12 @@ def _define(name: str, schema: dict[str, Any], module: str) -> None:
 
 def values(cls: type[T]) -> T:
   """Returns the dataclass with the values of the parsed flags."""
-  found: dict[str, Any] = {}
+  result: dict[str, Any] = {}
   for field in dataclasses.fields(cls):  # type: ignore[arg-type]
     given = {name: flags.FLAGS[name].value for name in field.metadata or (field.name,)}
     if field.metadata:
-      found[field.name] = {name: value for name, value in given.items() if value is not None}
+      result[field.name] = {name: value for name, value in given.items() if value is not None}
     else:
       [value] = given.values()
-      found[field.name] = tuple(value) if isinstance(value, list) else value
-  return cls(**found)
+      result[field.name] = tuple(value) if isinstance(value, list) else value
+  return cls(**result)

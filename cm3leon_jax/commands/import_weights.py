@@ -33,10 +33,10 @@ class Flags(flag.Fields):
 def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
   if not flags.source:
     raise UserError("name the folder of the checkpoint: --source=DIR.")
-  found = importer.plan(settings, flags.source)
-  for line in importer.write(settings, workdir, found):
+  result = importer.plan(settings, flags.source)
+  for line in importer.write(settings, workdir, result):
     print(f"import_weights: {line}", flush=True)
-  needed = importer.flags(found.fields, common.changed_fields())
+  needed = importer.flags(result.fields, common.changed_fields())
   print(
     "import_weights: the next stages, and `cm3leon train` with this --workdir, start from it"
     + (f" and need {needed}" if needed else "."),

@@ -38,14 +38,14 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     if summary is None:  # Forgetting is already measured.
       return
     bits.check_batch(settings.evaluation)
-    if (start := initial.start_of(workdir)) is None:
+    if (start := initial.recorded(workdir)) is None:
       raise UserError(
         f"the run in {workdir} has documents of a base, but began from random parameters, so there "
         "is no base to compare it with: use another --workdir, and give --init_from also to "
         "`cm3leon train`."
       )
     run, judge = run_lib.Run(workdir, settings), judged.judge_of(settings)
-    before = forgetting.measure(run, run_lib.load_start(start, settings), base, judge)
+    before = forgetting.measure(run, run_lib.load_initial(start, settings), base, judge)
     params, step = run.params()
     after = forgetting.measure(run, params, base, judge)
     result = forgetting.compare(before, after)

@@ -23,7 +23,7 @@ from etils import epath, epy
 from cm3leon_jax.commands import common, malloc, shared_flags
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.run import start as run_start
+from cm3leon_jax.run import resume
 
 with epy.lazy_imports():
   import jax
@@ -43,7 +43,7 @@ with epy.lazy_imports():
 
 
 def _objective(
-  run: run_lib.Run, start: adapters.Weights, reference: dict
+  run: run_lib.Run, start: adapters.ParamsRef, reference: dict
 ) -> tuple[rollouts.Rollouts, list]:
   """Returns the objective and the held-out prompts."""
   # The run can have its own bank; otherwise it uses that of its start.
@@ -99,12 +99,12 @@ def _check(settings: Settings, workdir: epath.Path, init_from: str) -> None:
 
 def _begin(
   settings: Settings, workdir: epath.Path, init_from: str, allowed: Sequence[str]
-) -> tuple[dict, adapters.Weights]:
-  """Calls `run_start.begin`. Raises UserError also if the run started from random parameters."""
+) -> tuple[dict, adapters.ParamsRef]:
+  """Calls `resume.begin`. Raises UserError also if the run started from random parameters."""
   more: dict = {"reinforce": dataclasses.asdict(settings.reinforce)}
   if file := settings.reinforce.reward.rpartition(":")[0]:
     more["reinforce"]["reward_sha256"] = digests.digest(file)
-  config, start = run_start.begin(settings, workdir, init_from, more, allowed)
+  config, start = resume.begin(settings, workdir, init_from, more, allowed)
   if start is None:
     raise UserError(
       f"{workdir / 'train'} has a run that started from random parameters: use another --workdir."
@@ -128,31 +128,31 @@ def main(settings: Settings, workdir: epath.Path, flags: shared_flags.Training) 
     memory.check_devices(settings, mesh, memory.check_update)
   config, start = _begin(settings, workdir, flags.init_from, flags.allow_changed)
   folder = workdir / "train"
-  redo = run_start.goes_on(folder, config, settings.train.steps, flags.allow_changed)
+  redo = resume.resumes(folder, config, settings.train.steps, flags.allow_changed)
   stage = distributed.once(folder, config, redo)
   with jax.set_mesh(mesh), lease_lib.Lease(folder) as lease, stage as summary:
     if summary is None:
-      run_start.print_more(folder, "reinforce")
+      resume.print_more(folder, "reinforce")
       return
     common.keep_compiled(workdir)
     run = run_lib.Run(workdir, settings)
     heldout = run.rows("heldout")
     reference = jax.tree.map(
-      lambda x: x.astype(settings.model.dtype), run_lib.load_start(start, settings)
+      lambda x: x.astype(settings.model.dtype), run_lib.load_initial(start, settings)
     )
     objective, prompts = _objective(run, start, reference)
-    run_start.write_config(settings, workdir, config)
+    resume.write_config(settings, workdir, config)
     training = decoder.DecoderTraining.of(
       settings,
       folder=folder,
       objective=objective,
       take_step=objective.take_step,
       heldout=heldout,
-      initial_params=functools.partial(run_lib.load_start, start, settings),
+      initial_params=functools.partial(run_lib.load_initial, start, settings),
       evaluate_start=True,
     )
     result = decoder.train(training, lease)
-    summary.update(result, machine=run_start.machine())
+    summary.update(result, machine=resume.machine())
     if before := result.get("heldout_before"):
       distributed.print_once(monitor.change_line(before, result))
     summary.update(_scores(run, objective, reference, prompts))

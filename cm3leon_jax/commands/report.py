@@ -38,8 +38,8 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     if line["target"] is None:
       target = " (no target)" if line["value"] is not None else " (not run)"
     interval = ""
-    if found := line["interval"]:
-      interval = f" [{report.show(found['low'])}, {report.show(found['high'])}]"
+    if result := line["interval"]:
+      interval = f" [{report.show(result['low'])}, {report.show(result['high'])}]"
     print(f"{line['title']}: {report.show(line['value'])}{interval}{target}")
   for row in summary.get("samples", {}).get("clip_score", []):
     print(summary_lib.describe_clip_score(row))

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from cm3leon_jax.commands import common, shared_flags
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run import start as run_start
+from cm3leon_jax.run import resume
 
 with epy.lazy_imports():
   import jax
@@ -57,14 +57,14 @@ class Flags(shared_flags.Training, shared_flags.Processes):
 
 
 def _initial_params(
-  run: run_lib.Run, start: adapters_lib.Weights | None
+  run: run_lib.Run, start: adapters_lib.ParamsRef | None
 ) -> Callable[[], dict] | None:
   """Returns a function that creates the first parameters of a run; None if they are random."""
   settings = run.settings
   if settings.adapter.rank:
     return None
   if start is not None:
-    return functools.partial(run_lib.load_start, start, settings)
+    return functools.partial(run_lib.load_initial, start, settings)
   if not settings.model.codebook_start:
     return None
   key = jax.random.key(settings.seed)
@@ -77,7 +77,9 @@ def _initial_params(
   )
 
 
-def _base_params(run: run_lib.Run, start: adapters_lib.Weights | None) -> Callable[[], dict] | None:
+def _base_params(
+  run: run_lib.Run, start: adapters_lib.ParamsRef | None
+) -> Callable[[], dict] | None:
   """Returns a function that loads the base of the run's adapters; None: it trains no adapters."""
   if not run.settings.adapter.rank or start is None:
     return None
@@ -97,23 +99,23 @@ def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
   mesh = common.make_mesh(settings)  # Detects a wrong mesh before any stage is read.
   if not flags.skip_memory_check:
     memory.check_devices(settings, mesh)
-  config, start = run_start.begin(settings, workdir, flags.init_from, allowed=flags.allow_changed)
+  config, start = resume.begin(settings, workdir, flags.init_from, allowed=flags.allow_changed)
   folder = workdir / "train"
-  redo = run_start.goes_on(folder, config, settings.train.steps, flags.allow_changed)
+  redo = resume.resumes(folder, config, settings.train.steps, flags.allow_changed)
   # `jax.config.update` would lose the setting when logsumexp is traced (jax 0.10.2).
   nans = jax.debug_nans(flags.debug_nans or jax.config.jax_debug_nans)
   stage = distributed.once(folder, config, redo)
   # Take the lease first, because the stage deletes and writes files in the folder.
   with common.use_mesh(settings), nans, lease_lib.Lease(folder) as lease, stage as summary:
     if summary is None:
-      run_start.print_more(folder)
+      resume.print_more(folder)
       return
     common.keep_compiled(workdir)
     with distributed.together():
       loader = run.rows("train", distributed.is_first())
       heldout = run.rows("heldout")
       left_out = tuple(skipped_rows.read(folder))
-    run_start.write_config(settings, workdir, config)
+    resume.write_config(settings, workdir, config)
     with distributed.together():
       summary.update(rows=rows.look_at_rows(loader.plan))
       generate_grid = None  # Without held-out documents, there are no captions for a grid.
@@ -125,7 +127,7 @@ def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
       evaluate_start=start is not None, base_params=_base_params(run, start),
     )  # fmt: skip
     result = decoder.train(training, lease)
-    summary.update(result, machine=run_start.machine())
+    summary.update(result, machine=resume.machine())
     _print_losses(result)
 
 
@@ -133,7 +135,7 @@ def _measure(settings: Settings, workdir: epath.Path, init_from: str, passed: fl
   """Takes some steps of a run, keeps nothing of them, and writes pace.json."""
   begun = time.monotonic()
   run = run_lib.Run(workdir, settings)
-  _, start = run_start.begin(settings, workdir, init_from)
+  _, start = resume.begin(settings, workdir, init_from)
   with common.use_mesh(settings):
     training = decoder.DecoderTraining.of(
       settings, folder=workdir / "train", objective=objective.RowObjective(run.rows("train")),

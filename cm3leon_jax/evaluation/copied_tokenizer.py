@@ -117,10 +117,10 @@ def _check(
   folder = workdir / stage
   folder.mkdir(parents=True, exist_ok=True)
   writer.save_png(folder / SHEET, writer.contact_sheet(rows, labels))
-  found = f"{decibels:.1f} dB and a color difference of {color:.1f} in Lab"
+  result = f"{decibels:.1f} dB and a color difference of {color:.1f} in Lab"
   print(
     f"reconstructions: the image tokenizer of {source} reconstructs {len(images)} of your images "
-    f"with {found}, of background or drawing, whichever is worse ({folder / SHEET}).",
+    f"with {result}, of background or drawing, whichever is worse ({folder / SHEET}).",
     flush=True,
   )
   least, most = limits
@@ -128,7 +128,7 @@ def _check(
     return
   if decibels < least or color > (most or np.inf):
     raise UserError(
-      f"the image tokenizer of {source} reconstructs your images with {found}, beyond --min_psnr = "
-      f"{least:g} or --max_color_difference = {most:g} ({folder / SHEET} shows them): train one on "
-      "your images, with --own_image_tokenizer and another --workdir, or loosen the limit."
+      f"the image tokenizer of {source} reconstructs your images with {result}, beyond --min_psnr "
+      f"= {least:g} or --max_color_difference = {most:g} ({folder / SHEET} shows them): train one "
+      "on your images, with --own_image_tokenizer and another --workdir, or loosen the limit."
     )

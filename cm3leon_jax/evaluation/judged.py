@@ -172,8 +172,8 @@ def _table(
   table = {}
   for label, some in rows.items():
     correct, groups = [not wrong[i] for i in some], [concepts[i] for i in some]
-    found = intervals.mean_interval(correct, np.ones(len(some)), groups, resamples, seed)
-    table[label] = {"images": len(some), "correct": {"share": found.pop("mean"), **found}}
+    result = intervals.mean_interval(correct, np.ones(len(some)), groups, resamples, seed)
+    table[label] = {"images": len(some), "correct": {"share": result.pop("mean"), **result}}
   return table
 
 

@@ -107,7 +107,7 @@ def _write_weights(folder: epath.Path, run: Run, params: dict) -> None:
 
 def _names_in(folder: epath.Path) -> set[str]:
   """Returns the names of all files that a bundle has digests of: all but its model card."""
-  files = [epath.Path(root) / name for root, _, found in folder.walk() for name in found]
+  files = [epath.Path(root) / name for root, _, result in folder.walk() for name in result]
   names = {file.relative_to(folder).as_posix() for file in files if file.name[0] != "."}
   return names - {"README.md", bundles.FILE}
 
@@ -122,9 +122,9 @@ def _check_target(folder: epath.Path) -> None:
       "folder."
     )
   written = (folder / bundles.FILE).exists() or stored_tensors.are_in(folder)
-  if folder.exists() and not written and (found := sorted(path.name for path in folder.iterdir())):
+  if folder.exists() and not written and (result := sorted(path.name for path in folder.iterdir())):
     raise UserError(
-      f"{folder} contains '{found[0]}' and is not a bundle: choose a new or empty folder."
+      f"{folder} contains '{result[0]}' and is not a bundle: choose a new or empty folder."
     )
 
 

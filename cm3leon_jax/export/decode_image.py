@@ -145,8 +145,8 @@ def encode(images: npt.ArrayLike, folder: Folder = None) -> np.ndarray:
   tokenizer, images = load(folder), np.asarray(images)
   size = tokenizer.size
   if images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
-    found = f"images are {images.dtype} of the shape {images.shape}"
-    raise ValueError(f"{found}; they must be uint8 with the shape (images, {size}, {size}, 3).")
+    result = f"images are {images.dtype} of the shape {images.shape}"
+    raise ValueError(f"{result}; they must be uint8 with the shape (images, {size}, {size}, 3).")
   codes = [tokenizer.scores(x).argmax(-1).numpy() for x in torch.tensor(images) / 127.5 - 1]
   return np.array(codes, np.int64).reshape(-1, tokenizer.side**2)
 
@@ -168,8 +168,8 @@ def codes_of(ids: npt.ArrayLike, folder: Folder = None) -> np.ndarray:
   edges = np.flatnonzero(np.diff(is_code, prepend=False, append=False)).reshape(-1, 2)
   lengths = [int(stop - start) for start, stop in edges]
   if set(lengths) != {count}:
-    found = f"ids contain runs of {lengths} image codes (ids {first} to {last})"
-    raise ValueError(f"{found}; there must be at least one run, and each must have {count} codes.")
+    result = f"ids contain runs of {lengths} image codes (ids {first} to {last})"
+    raise ValueError(f"{result}; there must be at least one run, and each must have {count} codes.")
   return np.array([ids[start:stop] for start, stop in edges]) - first
 
 

@@ -51,9 +51,9 @@ def adapters_of(run: Run) -> adapters.Adapters:
 
 def open_params(run: Run, average: bool | None) -> stored.StoredParams:
   """Opens the adapters of a run, which needs a current mesh. For `average`, see `stored.choose`."""
-  found = adapters_of(run)
-  chosen = reading.open_params(found.folder / "train", average=average)
-  params, step = found.load(chosen.step, average is not False)
+  result = adapters_of(run)
+  chosen = reading.open_params(result.folder / "train", average=average)
+  params, step = result.load(chosen.step, average is not False)
   return stored.of_tree(params, step, chosen.averaged)
 
 
@@ -82,13 +82,13 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   export.json also names the base.
   """
   folder = epath.Path(folder)
-  found = adapters_of(run.trained)
-  model, config = found.settings.model, found.config
+  result = adapters_of(run.trained)
+  model, config = result.settings.model, result.config
   names = modules(model)
   described = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": found.base.source,
+    "base_model_name_or_path": result.base.source,
     "r": config.rank,
     "lora_alpha": config.alpha,
     "lora_dropout": 0.0,
@@ -98,9 +98,9 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
     "inference_mode": True,
   }
   write_json(folder / source.ADAPTER, described)
-  about = {"base": dataclasses.asdict(found.base)}
+  about = {"base": dataclasses.asdict(result.base)}
   write_json(folder / source.ABOUT, {**run.about, **about})
-  card = _CARD.format(rank=config.rank, step=run.params.step, base=found.base.source)
+  card = _CARD.format(rank=config.rank, step=run.params.step, base=result.base.source)
   with replacing(folder / "README.md", "w") as file:
     file.write(card)
   tensor_files.write_file(folder / FILE, tensors_of(model, run.params, run.choice.dtype))

@@ -28,7 +28,7 @@ def write(folder: epath.Path, run: Run, most: int) -> None:
   stores = {name: DocumentStore(documents / name, vocab) for name in of_splits}
   if not all(map(len, stores.values())):
     return
-  found, bank, gone = {}, Bank(documents, vocab), removed.rows(run.folder / "neighbors")
+  result, bank, gone = {}, Bank(documents, vocab), removed.rows(run.folder / "neighbors")
   for name, (array, number) in of_splits.items():
     rng = np.random.default_rng([settings.seed, len(stores[name])])
     rows = rng.permutation(len(stores[name]))
@@ -36,13 +36,13 @@ def write(folder: epath.Path, run: Run, most: int) -> None:
     rows = np.sort(rows[:number])
     write_documents(folder / "documents" / name, (stores[name][i] for i in rows), vocab, GROUP)
     ids = ArrayStore(run.folder / "neighbors" / name / array)[rows]
-    found[name] = removed.dropped(ids, gone)[:, :kept]
-  used = np.unique(np.concatenate([ids.ravel() for ids in found.values()]))
+    result[name] = removed.dropped(ids, gone)[:, :kept]
+  used = np.unique(np.concatenate([ids.ravel() for ids in result.values()]))
   used = used[used >= 0]
   write_documents(folder / "documents" / "bank_pairs", (bank[i] for i in used), vocab, GROUP)
-  for name, ids in found.items():
+  for name, ids in result.items():
     path = folder / "neighbors" / name / of_splits[name][0]
-    places = np.searchsorted(used, ids) + len(found["train_pairs"])
+    places = np.searchsorted(used, ids) + len(result["train_pairs"])
     ArrayStore.create(path, ids.shape[1:], np.int32).append(np.where(ids < 0, -1, places))
   for stage in ("documents", "neighbors"):
     files = stages.describe_files(folder / stage, table.STAGES[stage].files)

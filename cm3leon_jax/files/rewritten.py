@@ -28,8 +28,8 @@ def damage(path: epath.PathLike, expected: dict, content: bool = True) -> str | 
   wrong = digests.damage(path, expected, content)
   if wrong and (folder := stage_of(path)):
     later = read_json(folder / DONE, {}).get(FIELD, {})
-    found = later.get(path.relative_to(folder).as_posix(), ())
-    wrong = None if any(not digests.damage(path, one, content) for one in found) else wrong
+    result = later.get(path.relative_to(folder).as_posix(), ())
+    wrong = None if any(not digests.damage(path, one, content) for one in result) else wrong
   return wrong
 
 

@@ -17,11 +17,11 @@ def explain(writer: Writer, samples: Sequence[Sequence[Sample]]) -> None:
   for sample in [one for of_task in samples for one in of_task if one.neighbors]:
     name = writer.file_names(sample)[0].replace(".png", "_explained.png")
     rows, labels = [], []
-    for found in sample.explain():
-      rows.append([sample.segments[0], np.asarray(found.image), np.asarray(found.heat_map)])
-      origin = [getattr(found.document, field) for field in ORIGIN]
-      labels.append(" · ".join(filter(None, [found.caption, *origin])))
-      print(f"explain: {name}: {found.squares.sum()} squares by {printable(labels[-1])}")
+    for result in sample.explain():
+      rows.append([sample.segments[0], np.asarray(result.image), np.asarray(result.heat_map)])
+      origin = [getattr(result.document, field) for field in ORIGIN]
+      labels.append(" · ".join(filter(None, [result.caption, *origin])))
+      print(f"explain: {name}: {result.squares.sum()} squares by {printable(labels[-1])}")
     sheet = contact_sheet(rows, labels, ["sample", "document", "more likely by it"])
     save_png(writer.folder / name, sheet)
 
@@ -36,7 +36,7 @@ def compare(
 
   Prints and returns what changes: prompt, sample, seed and number of tokens.
   """
-  retrieved = [{removed.image_of(x.key) for x in found} for found in pipeline.retrieve(tasks)]
+  retrieved = [{removed.image_of(x.key) for x in result} for result in pipeline.retrieve(tasks)]
   gone = {*map(removed.image_of, without)}
   hit = [i for i, images in enumerate(retrieved) if not gone.isdisjoint(images)]
   changed = []

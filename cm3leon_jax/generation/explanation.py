@@ -89,6 +89,6 @@ def explain(
   kept = [documents, *([*documents[:i], *documents[i + 1 :]] for i in range(len(documents)))]
   prompts = [task.to_request(layout, neighbors=some).streams[0] for some in kept]
   with jax.set_mesh(mesh):
-    found = log_probs.of_last_image(generator, [np.concatenate([p, image]) for p in prompts])
-  ratios = (found[0] - found[1:]).reshape(-1, layout.side, layout.side)
+    result = log_probs.of_last_image(generator, [np.concatenate([p, image]) for p in prompts])
+  ratios = (result[0] - result[1:]).reshape(-1, layout.side, layout.side)
   return [Influence(d, r, sample, layout, tokenizer) for d, r in zip(documents, ratios)]

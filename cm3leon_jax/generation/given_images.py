@@ -19,9 +19,9 @@ def load_image(image: GivenImage, resolution: int | None, crop: str = "center") 
     return reader.load_image(image, resolution, crop)
   if not isinstance(image, Image.Image):
     if (array := np.asarray(image)).dtype != np.uint8:
-      found = f"an array of {array.dtype}" if isinstance(image, np.ndarray) else short(image)
+      result = f"an array of {array.dtype}" if isinstance(image, np.ndarray) else short(image)
       raise UserError(
-        f"image is {found}; it must be a path, a PIL image or an array, uint8 [H, W, 3]."
+        f"image is {result}; it must be a path, a PIL image or an array, uint8 [H, W, 3]."
       )
     image = Image.fromarray(array)
   buffer = io.BytesIO()

@@ -108,10 +108,10 @@ def sample_sheet(samples: Sequence[Sequence[Sample]]) -> Image.Image:
   The true image of a held-out caption is a reconstruction from its codes.
   """
   rows, titles, labels = {}, {}, {}
-  found: dict[tuple, list[int]] = {}  # Numbers of documents in a column.
+  result: dict[tuple, list[int]] = {}  # Numbers of documents in a column.
   for first, *_ in samples:
     column = (first.task.retrieve, first.task.settings_label)
-    found.setdefault(column, []).append(len(first.neighbors))
+    result.setdefault(column, []).append(len(first.neighbors))
   for of_task in samples:
     task, given = of_task[0].task, of_task[0].given
     row = task.row
@@ -122,7 +122,7 @@ def sample_sheet(samples: Sequence[Sequence[Sample]]) -> Image.Image:
       rows[row] = [] if given is None else [given]
       titles[row] = [] if given is None else ["reconstruction" if task.key else "given"]
     column = (task.retrieve, task.settings_label)
-    title = f"{describe_found(found[column], task.retrieve)}, {column[1]}" if column[1] else ""
+    title = f"{describe_found(result[column], task.retrieve)}, {column[1]}" if column[1] else ""
     for n, sample in enumerate(of_task, 1):
       rows[row] += sample.segments
       numbered = f"{title} #{n}".strip() if len(of_task) > 1 else title

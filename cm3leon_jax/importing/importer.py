@@ -87,8 +87,8 @@ def _own_fields(source: SourceCheckpoint) -> dict[str, dict]:
 
 def _end_of_text(source: SourceCheckpoint, rows: int) -> int | None:
   """Returns the end-of-text id of a published model, or None if config.json has no valid one."""
-  found = source.described.get("eos_token_id")
-  first = found[0] if isinstance(found, list) and found else found
+  result = source.described.get("eos_token_id")
+  first = result[0] if isinstance(result, list) and result else result
   return first if type(first) is int and 0 <= first < rows else None
 
 

@@ -77,9 +77,9 @@ def model_fields(source: SourceCheckpoint) -> dict:
   """
   path = source.folder / CONFIG
   for name, value in REQUIRED.items():
-    if (found := source.described.get(name)) not in (value, None):
+    if (result := source.described.get(name)) not in (value, None):
       raise UserError(
-        f"{path}: {name} is {short(found)}, but only {value!r} can be imported exactly."
+        f"{path}: {name} is {short(result)}, but only {value!r} can be imported exactly."
       )
   if any(kind != "full_attention" for kind in source.part("layer_types", list)):
     raise UserError(

@@ -36,8 +36,8 @@ class SourceCheckpoint:
 
   def size(self, name: str, default: int) -> int:
     """Returns a positive whole number from config.json. Raises UserError for other values."""
-    found = self.described.get(name)
-    value = default if found is None else found
+    result = self.described.get(name)
+    value = default if result is None else result
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
       raise UserError(
         f"{self.folder / CONFIG}: {name} is {short(value)}; it must be a positive whole number."
@@ -89,9 +89,9 @@ def open_source(source: str) -> SourceCheckpoint:
   described = read_foreign_json(folder / CONFIG, {})
   check_foreign(folder / TOKENIZER, FOREIGN_BYTES)
   own = [layout.model_type for layout in LAYOUTS.values()] if OWN in described else []
-  if (found := described.get("model_type")) not in (QWEN3, *own):
+  if (result := described.get("model_type")) not in (QWEN3, *own):
     raise UserError(
-      f"{folder / CONFIG}: model_type is {short(found)}; it must be '{QWEN3}', "
+      f"{folder / CONFIG}: model_type is {short(result)}; it must be '{QWEN3}', "
       "the decoder of config.model.family 'modern', unless the folder is an export of this "
       "project."
     )

@@ -166,10 +166,10 @@ def _add_no_space(part: dict) -> None:
 def _check(made: tokenizers.Tokenizer, vocab: VocabLayout) -> None:
   """Raises UserError if ids are unused, or if encoding and decoding changes one of `PROBES`."""
   made.encode_special_tokens = True
-  found = made.get_vocab_size()
-  if found != vocab.text_size:
+  result = made.get_vocab_size()
+  if result != vocab.text_size:
     raise UserError(
-      f"the source's {TOKENIZER} has two tokens with the same name or id, so only {found} of "
+      f"the source's {TOKENIZER} has two tokens with the same name or id, so only {result} of "
       f"{vocab.text_size} ids remain: copy it again."
     )
   for text in PROBES:

@@ -56,16 +56,16 @@ def target(gpu: Gpu) -> str:
 
 def check_plugin() -> None:
   """Raises UserError unless the packages of XLA's compiler for GPUs have the version of jax."""
-  found = {
+  result = {
     f"{plugin}-{part}": version(f"{plugin}-{part}")
     for plugin in PLUGINS
     for part in ("plugin", "pjrt")
   }
-  pairs = [[found[f"{plugin}-{part}"] for part in ("plugin", "pjrt")] for plugin in PLUGINS]
+  pairs = [[result[f"{plugin}-{part}"] for part in ("plugin", "pjrt")] for plugin in PLUGINS]
   if [jax.__version__] * 2 in pairs:
     return
   line = " ".join(f"jax-cuda12-{part}=={jax.__version__}" for part in ("plugin", "pjrt"))
-  others = ", ".join(f"{name} {number}" for name, number in found.items() if number)
+  others = ", ".join(f"{name} {number}" for name, number in result.items() if number)
   why = f"{others} does not fit jax {jax.__version__}" if others else "XLA's compiler is missing"
   raise UserError(
     f"--topology names GPUs, but {why}: pip install --no-deps {line} (no GPU or driver is needed)."

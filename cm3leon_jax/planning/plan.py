@@ -158,20 +158,20 @@ def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: f
 def _faster(settings: Settings, shape: dict[str, int], hardware: Hardware) -> str:
   """Says which lighter remat policy, or else how many more rows per pass, fit too; "" if none."""
   row = 1, settings.data.sequence_length, settings.adapter
-  found: list[tuple[Settings, str, str]] = []
+  result: list[tuple[Settings, str, str]] = []
   for policy in reversed(KEPT):  # The policy that computes least again is the first.
     model = dataclasses.replace(settings.model, remat_policy=policy)
     gain = 1 - hardware_flops(model, *row) / hardware_flops(settings.model, *row)
     if gain > 0:
       text = f"{gain:.0%} less time: --config.model.remat_policy={policy}"
-      found.append((dataclasses.replace(settings, model=model), f"`{policy}` fits", text))
+      result.append((dataclasses.replace(settings, model=model), f"`{policy}` fits", text))
   now = memory.estimate(settings, shape, hardware.platform).rows
   rows = settings.train.global_batch_size // math.prod(shape[axis] for axis in BATCH)
   for n in (n for n in range(rows, now, -1) if rows % n == 0):
     other, flags = memory.with_rows(settings, n)
     text = f"parameters are gathered {rows // n} instead of {rows // now} times a step: "
-    found.append((other, f"{n} rows in a pass fit", text + " ".join(flags)))
-  for other, what, text in found:
+    result.append((other, f"{n} rows in a pass fit", text + " ".join(flags)))
+  for other, what, text in result:
     total = memory.estimate(other, shape, hardware.platform).total / GIB
     if total <= hardware.memory:
       return f"{what} too ({total:.1f} of {hardware.memory:.1f} GiB), {text}"

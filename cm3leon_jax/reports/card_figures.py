@@ -88,15 +88,15 @@ def _how(run: Run, name: str, summary: dict) -> str:
     batches = run.settings.train.eval_batches
     return f"`cm3leon train`, at the last step: {batches} batches of held-out documents."
   config = read_json(run.folder / name / stages.DONE, {"config": dict})["config"]
-  found, fields = summary[name], config.get("evaluation", {})
+  result, fields = summary[name], config.get("evaluation", {})
   texts = [
-    f"`cm3leon evaluate`, seed {config.get('seed')}: bits of {found.get('documents')} held-out "
+    f"`cm3leon evaluate`, seed {config.get('seed')}: bits of {result.get('documents')} held-out "
     "pairs after the neighbors that their captions retrieve."
   ]
-  if "judged" in found:
+  if "judged" in result:
     texts.append(
       f"Images for {fields.get('captions')} held-out captions are judged by their facts; "
-      f"neighbors: {fields.get('neighbors')}; {found['judged']['best']}, the best of several."
+      f"neighbors: {fields.get('neighbors')}; {result['judged']['best']}, the best of several."
     )
   return " ".join(texts)
 

@@ -221,19 +221,19 @@ LOSSES = {"heldout_loss": "loss", "heldout_image_loss": "image loss", OF_PAIRS: 
 def findings(summary: dict, metrics: list[dict]) -> list[str]:
   """Says what a user should know first about a run, from its numbers and the lines of its log."""
   counts = summary.get("samples", {}).get("lookalikes")
-  found = [lookalikes.describe(counts)] if counts else []
+  result = [lookalikes.describe(counts)] if counts else []
   name = next((decisive(line) for line in metrics if line.get("heldout_loss")), "heldout_loss")
   losses = {x["step"]: x[name] for x in metrics if x.get(name) and x["step"]}  # 0: the base.
   used = summary.get("train", {}).get("used_step")
   best, last = min(losses, key=losses.__getitem__, default=0), max(losses, default=0)
   if best < last:
     rise = losses[last] / losses[best] - 1
-    found.append(
+    result.append(
       f"warning: held-out {LOSSES[name]}: lowest at step {best:,}, "
       f"{losses[best]:.3f}; at the last step, {last:,}, {losses[last]:.3f} ({rise:+.1%}), so the "
       f"later steps overfit the training data; the run uses step {used or last:,}."
     )
-  return found
+  return result
 
 
 def read_results(workdir: epath.PathLike) -> list[dict]:
@@ -275,8 +275,8 @@ def collect(workdir: epath.PathLike) -> dict:
   scores = clip_scores(read_results(workdir))
   if scores:
     summary.setdefault("samples", {})["clip_score"] = scores
-  if found := judged(workdir):
-    summary[JUDGED] = found
+  if result := judged(workdir):
+    summary[JUDGED] = result
   summary["total_seconds"] = round(sum(seconds.values()), 1)
   expected = expected_stages(workdir)
   summary["unfinished"] = [folder for folder in expected if folder not in seconds]
@@ -345,6 +345,6 @@ def cost(summary: dict) -> dict | None:
 
 def total_cost(workdir: epath.PathLike) -> dict | None:
   """Returns the cost of a run; "train_seconds" includes the trainings of the runs before it."""
-  if (found := cost(collect(workdir))) is not None:
-    found["train_seconds"] += initial.seconds_before(workdir)
-  return found
+  if (result := cost(collect(workdir))) is not None:
+    result["train_seconds"] += initial.seconds_before(workdir)
+  return result

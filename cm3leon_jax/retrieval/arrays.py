@@ -94,9 +94,9 @@ class ArrayStore:
     Returns whether existing rows were kept. If they were not, all rows must be written again.
     """
     path = epath.Path(path)
-    found = cls(path) if (path / INDEX).exists() else None
-    kept = found is not None and found.shape[1:] == tuple(row_shape) and found.dtype == dtype
-    store = found if found is not None and kept else cls.create(path, row_shape, dtype)
+    result = cls(path) if (path / INDEX).exists() else None
+    kept = result is not None and result.shape[1:] == tuple(row_shape) and result.dtype == dtype
+    store = result if result is not None and kept else cls.create(path, row_shape, dtype)
     write_json(path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": 0})
     store._array.resize(exclusive_max=[rows, *row_shape]).result()
     return kept

@@ -91,9 +91,9 @@ class Lexical:
     """
     rows = np.zeros((len(texts), self.width), np.float32)
     for row, text in zip(rows, texts):
-      found = words(text)
-      weights = self.idf[[bucket(word) for word in found]]
-      vector = weights @ np.stack([signs(word, self.width) for word in found])
+      result = words(text)
+      weights = self.idf[[bucket(word) for word in result]]
+      vector = weights @ np.stack([signs(word, self.width) for word in result])
       vector = vector if vector.any() else signs("", self.width)
       row[:] = vector / np.linalg.norm(vector)
     return rows
@@ -160,8 +160,8 @@ class _CountJob:
         for split in ("train", "bank")
         for pair in reader.read_shard(self.raw, name, RawPair, split)
       ]
-      found = [np.unique([bucket(word) for word in words(text)]) for text in captions]
-      buckets, counts = np.unique(np.concatenate([*found, np.zeros(0)]), return_counts=True)
+      result = [np.unique([bucket(word) for word in words(text)]) for text in captions]
+      buckets, counts = np.unique(np.concatenate([*result, np.zeros(0)]), return_counts=True)
       with replacing(_shard_path(self.folder, name)) as file:
         np.save(file, np.stack([buckets, counts]).astype(np.int64))
       return {"documents": len(captions)}
@@ -205,6 +205,6 @@ def count_words(
     total[buckets] += counts
     documents += numbers["documents"]
   header = {"schema_version": SCHEMA_VERSION, "weight": weight, "width": width}
-  found = {str(b): total[b] for b in np.flatnonzero(total)}
-  write_json(folder / FILE, {**header, "documents": documents, "counts": found})
+  result = {str(b): total[b] for b in np.flatnonzero(total)}
+  write_json(folder / FILE, {**header, "documents": documents, "counts": result})
   return {"words": str(digest(folder / FILE))}

@@ -14,7 +14,7 @@ from cm3leon_jax.weights import reading
 
 
 @dataclasses.dataclass(frozen=True)
-class Weights:
+class ParamsRef:
   """Reference to trained parameters on disk, as train/config.json records it under "init_from".
 
   Attributes:
@@ -41,7 +41,7 @@ class Adapters:
 
   folder: epath.Path
   config: AdapterConfig
-  base: Weights
+  base: ParamsRef
 
   @property
   def settings(self) -> Settings:
@@ -66,4 +66,4 @@ def of_run(workdir: epath.PathLike) -> Adapters | None:
   if "adapter" not in run:
     return None
   config = build(AdapterConfig, run["adapter"], "adapter")
-  return Adapters(folder, config, Weights(**run["init_from"]))
+  return Adapters(folder, config, ParamsRef(**run["init_from"]))

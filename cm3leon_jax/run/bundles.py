@@ -58,12 +58,14 @@ def _stored(folder: epath.Path) -> dict:
   Raises:
     UserError: a file is absent, has no digest, or must not be opened, see `foreign.check_folder`.
   """
-  found = foreign.check_folder(folder, (*PARTS, "train"))
+  result = foreign.check_folder(folder, (*PARTS, "train"))
   stored = read_foreign_json(folder / FILE, FIELDS, AGAIN)
   # Only JSON and weights are read from the folder itself, and no hidden file, such as .DS_Store.
-  needed = {name for name in found if "/" in name or name.endswith((".json", ".safetensors"))}
+  needed = {name for name in result if "/" in name or name.endswith((".json", ".safetensors"))}
   needed = {name for name in needed if "/." not in f"/{name}"} - {FILE}
-  if wrong := sorted((needed - stored["digests"].keys()) | (stored["digests"].keys() - set(found))):
+  if wrong := sorted(
+    (needed - stored["digests"].keys()) | (stored["digests"].keys() - set(result))
+  ):
     raise UserError(
       f"{folder / FILE}: '{wrong[0]}' is absent, not in the folder or has no digest: {AGAIN}."
     )
@@ -144,9 +146,9 @@ def check_digests(
   """
   for name, expected in digests.items():
     is_listed = name in files
-    found = damage(folder / name, {"sha256": expected}) if is_listed else "is missing"
-    if found:
-      raise UserError(f"{folder / name} {found}: {remedy}.")
+    result = damage(folder / name, {"sha256": expected}) if is_listed else "is missing"
+    if result:
+      raise UserError(f"{folder / name} {result}: {remedy}.")
 
 
 def _are_sound(stores: Iterable[DocumentStore], arrays: Iterable[ArrayStore], size: int) -> bool:
@@ -172,13 +174,13 @@ def _check_bank(folder: epath.Path, settings: Settings, size: int) -> None:
   neighbors, config = folder / "neighbors", settings.retrieval
   bank = Bank(folder / "documents", settings.vocab)
   lexical.load(neighbors, config.lexical_weight, config.lexical_width)
-  found = Embeddings(neighbors / "train")
-  large = not _are_sound(bank.parts, (found.documents, found.groups, found.keys), size)
-  of_rows = (len(bank),) == found.groups.shape == found.keys.shape == found.documents.shape[:1]
-  large |= not (of_rows and 0 <= found.first_bank <= len(bank))
+  result = Embeddings(neighbors / "train")
+  large = not _are_sound(bank.parts, (result.documents, result.groups, result.keys), size)
+  of_rows = (len(bank),) == result.groups.shape == result.keys.shape == result.documents.shape[:1]
+  large |= not (of_rows and 0 <= result.first_bank <= len(bank))
   words = config.lexical_width if config.lexical_weight else 0
   # A bundle has no search index, and ScaNN would trust its content.
-  if large or words > found.documents.shape[1] or (neighbors / "index").exists():
+  if large or words > result.documents.shape[1] or (neighbors / "index").exists():
     raise UserError(f"{neighbors} has arrays of a wrong shape, or an index: {AGAIN}.")
 
 

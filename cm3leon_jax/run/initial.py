@@ -17,7 +17,7 @@ from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
 from cm3leon_jax.run import adapters, bundles, exported
-from cm3leon_jax.run.adapters import Adapters, Weights
+from cm3leon_jax.run.adapters import Adapters, ParamsRef
 from cm3leon_jax.run.source import FORMATS, IMAGES, INSTALLED, Source, folder_of, format_of
 from cm3leon_jax.stages import stages, table
 from cm3leon_jax.weights import layouts, reading, stored_tensors, tensor_files
@@ -29,9 +29,9 @@ IMAGES_DIGEST = "image_tokenizer_sha256"
 INIT = "init"  # Folder of a workdir with the parameters that `cm3leon import_weights` wrote.
 
 
-def start_of_run(
+def of_run(
   settings: Settings, workdir: epath.PathLike, source: str, stored: dict[str, Any] | None
-) -> Weights | None:
+) -> ParamsRef | None:
   """Returns the trained parameters that a run starts, or started, from; None: random parameters.
 
   All processes must call this function.
@@ -72,7 +72,7 @@ def start_of_run(
       f"--init_from is {source}, but the run in {workdir} began from {began}: leave --init_from "
       "out to continue that run, or use another --workdir."
     )
-  start = Weights(**recorded) if recorded else None
+  start = ParamsRef(**recorded) if recorded else None
   if tunes and start is not None:
     check_base(Adapters(epath.Path(workdir), settings.adapter, start), settings)
   return start
@@ -106,7 +106,7 @@ def _imported(workdir: epath.Path) -> str:
 
 
 @foreign.reads("a run, or a model that `cm3leon export` wrote", 1)
-def find(settings: Settings, source: str, step: int | None = None) -> Weights:
+def find(settings: Settings, source: str, step: int | None = None) -> ParamsRef:
   """Finds trained parameters and compares their config with `settings`.
 
   For `source`, see `Source`. `step` selects a checkpoint of a run; None: the newest.
@@ -152,10 +152,10 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
       "model and vocab must be the same."
     )
   if given.kind == "run":
-    return Weights(source, *reading.identify(folder / "train", step))
+    return ParamsRef(source, *reading.identify(folder / "train", step))
   if exported.is_orbax(folder):
-    return Weights(source, None, exported.digest_of_params(folder))
-  return Weights(source, None, stored_tensors.digest_of(folder))
+    return ParamsRef(source, None, exported.digest_of_params(folder))
+  return ParamsRef(source, None, stored_tensors.digest_of(folder))
 
 
 def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
@@ -186,7 +186,7 @@ def seconds_before(workdir: epath.PathLike) -> float:
 
   A run whose folder no longer exists counts as 0 seconds.
   """
-  if (start := start_of(workdir)) is None:
+  if (start := recorded(workdir)) is None:
     return 0.0
   source = Source.of(start.source)
   folder = source.folder
@@ -239,7 +239,7 @@ def over(source: str, adapter: str | os.PathLike[str]) -> Adapters:
   return dataclasses.replace(result, base=given)
 
 
-def start_of(workdir: epath.PathLike) -> Weights | None:
+def recorded(workdir: epath.PathLike) -> ParamsRef | None:
   """Returns the trained parameters that a workdir's run started from; None: random parameters."""
   run = read_json(epath.Path(workdir) / "train" / "config.json", {"run": dict})["run"]
-  return Weights(**run["init_from"]) if run.get("init_from") else None
+  return ParamsRef(**run["init_from"]) if run.get("init_from") else None

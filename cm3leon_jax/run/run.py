@@ -24,7 +24,7 @@ from cm3leon_jax.models.adapters import merge
 from cm3leon_jax.retrieval import removed
 from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.run import adapters, bundles, exported, initial
-from cm3leon_jax.run.adapters import Adapters, Weights
+from cm3leon_jax.run.adapters import Adapters, ParamsRef
 from cm3leon_jax.run.rows import open_rows
 from cm3leon_jax.run.source import IMAGES, Source, folder_of, settings_of_run
 from cm3leon_jax.stages import stages, table
@@ -158,10 +158,10 @@ class Run:
       UserError: a parameter is not finite, the base of adapters has changed, or the files are
         damaged.
     """
-    found = self.adapter or (adapters.of_run(self.folder) if self.kind == "workdir" else None)
-    if found is not None:
-      trained, chosen = found.load(step, average)
-      params = _add(load_base(found), trained, config=found.config)
+    result = self.adapter or (adapters.of_run(self.folder) if self.kind == "workdir" else None)
+    if result is not None:
+      trained, chosen = result.load(step, average)
+      params = _add(load_base(result), trained, config=result.config)
     elif self.step is not None:
       return exported.load_params(self.folder, self.settings.model), self.step
     else:
@@ -171,7 +171,7 @@ class Run:
     return params, chosen
 
 
-def load_start(start: Weights, settings: Settings) -> dict:
+def load_initial(start: ParamsRef, settings: Settings) -> dict:
   """Loads the parameters that a run starts from onto the current mesh.
 
   `start` is a result of `initial.find`. If the run it names keeps a moving average, the average is
@@ -198,7 +198,7 @@ def load_base(found: Adapters) -> dict:
   return _load(found.base, found.settings)
 
 
-def _load(weights: Weights, settings: Settings) -> dict:
+def _load(weights: ParamsRef, settings: Settings) -> dict:
   folder = folder_of(weights.source)
   if weights.step is None:
     return exported.load_params(folder, settings.model)

@@ -134,13 +134,13 @@ def open_jobs(
   neighbors = pipeline.retrieve(tasks)
   codes = pipeline.codes(given)
   opened, described = [], _described(layout, neighbors, decode, known)
-  for job, found, shown in zip(jobs, neighbors, described, strict=True):
+  for job, result, shown in zip(jobs, neighbors, described, strict=True):
     key = given_key(job.task)
-    request = job.task.to_request(layout, codes.get(key), found)
+    request = job.task.to_request(layout, codes.get(key), result)
     own = {key: given[key]} if key in given else {}
     is_image = layout.vocab.is_image(request.streams[0])
     started = Started(shown, int((~is_image).sum()), int(is_image.sum()))
-    opened.append((OpenJob(job, request, own, codes.get(key), found), started))
+    opened.append((OpenJob(job, request, own, codes.get(key), result), started))
   return opened
 
 

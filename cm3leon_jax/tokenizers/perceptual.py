@@ -68,8 +68,8 @@ def make_params(tensors: Mapping[str, np.ndarray]) -> dict:
       kernel = np.transpose(tensors[f"features.{i}.weight"], (2, 3, 1, 0))
       params[str(i)] = {"kernel": kernel, "bias": tensors[f"features.{i}.bias"]}
   if is_calibrated(tensors):
-    found = [tensors[_calibration(n)].reshape(-1) for n in range(len(BLOCKS))]
-    params["calibration"] = {str(n): x for n, x in enumerate(found)}
+    result = [tensors[_calibration(n)].reshape(-1) for n in range(len(BLOCKS))]
+    params["calibration"] = {str(n): x for n, x in enumerate(result)}
   return params
 
 

@@ -171,9 +171,9 @@ def diffusers_config(path: epath.Path) -> PublishedConfig:
     return FAMILIES["amused"]
   stored = read_foreign_json(path, {})
   for name, (value, default) in FIXED.items():
-    if (found := stored.get(name, default)) != value:
+    if (result := stored.get(name, default)) != value:
       raise UserError(
-        f"{path}: {name} is {short(found)}; for --family=amused it must be {value!r}."
+        f"{path}: {name} is {short(result)}; for --family=amused it must be {value!r}."
       )
   sizes = {ours: stored[name] for ours, name in SIZES.items() if stored.get(name) is not None}
   if "latent_channels" in sizes:
@@ -229,31 +229,31 @@ def read(source: epath.PathLike, family: Family | None = None) -> Read:
   files = published_source.find_files(source)
   every = published_source.read_headers(files)
   prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in every)), "")
-  found = {
+  result = {
     name.removeprefix(prefix): value
     for name, value in every.items()
     if name.startswith(prefix) and not name.removeprefix(prefix).startswith(LEFT)
   }
-  family = family or find_family(found, source)
+  family = family or find_family(result, source)
   config = FAMILIES[family]
   if family == "amused":
     config = diffusers_config(files[0].parent / CONFIG)
-  shape = found[table][1] if (table := f"{TABLE}.weight") in found else ()
+  shape = result[table][1] if (table := f"{TABLE}.weight") in result else ()
   num_codes = shape[0] if shape and shape[0] else NUM_CODES
-  _check(found, config, num_codes, source)
+  _check(result, config, num_codes, source)
   tensors: dict[str, np.ndarray] = {}
-  holders = sorted({path for path, _ in found.values()})
+  holders = sorted({path for path, _ in result.values()})
   for path in holders:
     with safetensors.safe_open(os.fspath(path), framework="np") as file:
       tensors |= {
         name: np.asarray(file.get_tensor(prefix + name), np.float32)
-        for name, (holder, _) in found.items()
+        for name, (holder, _) in result.items()
         if holder == path
       }
   if bad := stored_tensors.not_finite(tensors):
     raise UserError(f"{source}: tensor '{bad}' has values that are not finite.")
   params = from_tensors(tensors, config, num_codes)
-  sizes = sum(x.size for x in tensors.values()), len(tensors), len(every) - len(found)
+  sizes = sum(x.size for x in tensors.values()), len(tensors), len(every) - len(result)
   tokenizer = ImageTokenizer(config, num_codes, params, config.batch_size)
   return Read(tokenizer, tuple(holders), *sizes)
 

@@ -216,8 +216,8 @@ class Checkpoints:
   def _digest_share(self, save: sealing.Save) -> None:
     """Waits until Orbax has written the files, then writes digests of this process's share."""
     self._manager.wait_until_finished()
-    found = sealing.digests(self.folder / str(save.step))
-    write_json(self._part(save.step, jax.process_index()), found)
+    result = sealing.digests(self.folder / str(save.step))
+    write_json(self._part(save.step, jax.process_index()), result)
 
   def _merge(self, save: sealing.Save) -> None:
     """Merges the digests of all processes into one file, which seals the checkpoint.

@@ -94,9 +94,9 @@ class StoredTensors:
 
   def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
     """Raises UserError if a tensor is missing or has a different shape."""
-    if (found := self.shape(name)) != shape:
+    if (result := self.shape(name)) != shape:
       raise UserError(
-        f"{self.folder}: tensor '{name}' has shape {list(found)}; its config.json requires "
+        f"{self.folder}: tensor '{name}' has shape {list(result)}; its config.json requires "
         f"{list(shape)}."
       )
 
@@ -206,8 +206,8 @@ def load(path: epath.PathLike, expected: dict, command: str) -> dict:
   expected = traverse_util.flatten_dict(expected, sep=".")
   # Shapes are compared as text, because `differences` would ignore the empty shape of a missing
   # scalar.
-  found, wanted = ({name: str(x.shape) for name, x in xs.items()} for xs in (flat, expected))
-  if changed := differences(found, wanted):
+  result, wanted = ({name: str(x.shape) for name, x in xs.items()} for xs in (flat, expected))
+  if changed := differences(result, wanted):
     raise UserError(f"{path} does not match the config next to it ({changed[0]}): {remedy}.")
   if bad := not_finite(flat):
     raise UserError(f"{path}: tensor '{bad}' has values that are not finite: {remedy}.")

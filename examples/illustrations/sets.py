@@ -79,10 +79,10 @@ def read(folder: pathlib.Path, styles: Mapping[str, str] = STYLES) -> list[IconS
   sets = []
   for package, style in styles.items():
     name = re.compile(rf"iconify-json-{re.escape(package)}-\d[\d.]*\.tgz")
-    if not (found := sorted(path for path in folder.glob("*.tgz") if name.fullmatch(path.name))):
+    if not (result := sorted(path for path in folder.glob("*.tgz") if name.fullmatch(path.name))):
       get = GET if styles is STYLES else f"npm pack @iconify-json/{package}"
       raise SetError(f"{folder} has no iconify-json-{package}-VERSION.tgz: run `{get}` there.")
-    sets.append(_read_set(found[-1], style))
+    sets.append(_read_set(result[-1], style))
   return sets
 
 

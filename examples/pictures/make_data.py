@@ -275,8 +275,8 @@ def check(folder: pathlib.Path, inputs: Inputs, near: np.ndarray) -> None:
   never = {inputs.fonts[-1].name, *sources.HELD_OUT_PHOTOGRAPHS, *shown["heldout"]}
   every = zip(inputs.drawn.drawings, inputs.groups, near)
   never |= {drawing.key for drawing, group, is_near in every if group or is_near}
-  if found := sorted(shown["train"] & never):
-    raise LeakError(f"{folder}: {len(found)} held-out things are in training, such as {found[0]}")
+  if result := sorted(shown["train"] & never):
+    raise LeakError(f"{folder}: {len(result)} held-out things are in training, such as {result[0]}")
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from etils import epath, epy
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.run.run import load_start
+from cm3leon_jax.run.run import load_initial
 from cm3leon_jax.stages import stages
 
 with epy.lazy_imports():
@@ -38,9 +38,9 @@ REDRAWN = flags.DEFINE_bool("redrawn", False, "Also answer about reconstructed i
 
 def _models(run: run_lib.Run) -> dict[str, Callable[[], dict]]:
   """Maps each column title of the table to a function that loads the column's parameters."""
-  start = initial.start_of(run.folder)
+  start = initial.recorded(run.folder)
   return {
-    **({} if start is None else {"before": lambda: load_start(start, run.settings)}),
+    **({} if start is None else {"before": lambda: load_initial(start, run.settings)}),
     "after": lambda: run.params()[0],
   }
 
@@ -58,10 +58,10 @@ def _grade(run: run_lib.Run, count: int, redrawn: bool) -> dict[str, dict[str, l
   answers: dict[str, dict[str, list]] = {name: {} for name in records}
 
   def ask(title: str, task: tasks_lib.InstructionTask, asked: list[records_lib.Record]) -> None:
-    found = grades.answer_all(pipeline, task, asked, retrieve)
-    answers[task.name][title] = found
-    right = sum(answer.right for answer in found)
-    print(f"{title}: {task.name} {right} of {len(found)} correct", flush=True)
+    result = grades.answer_all(pipeline, task, asked, retrieve)
+    answers[task.name][title] = result
+    right = sum(answer.right for answer in result)
+    print(f"{title}: {task.name} {right} of {len(result)} correct", flush=True)
 
   for title, load in _models(run).items():
     pipeline = pipeline_lib.Pipeline.load(

@@ -80,7 +80,7 @@ def ask_color(scene: Scene, rng: random.Random) -> SceneQuestion | None:
   colors: dict[str, set[str]] = {}
   for placed in scene.objects:
     colors.setdefault(placed.object, set()).add(placed.color)
-  names = [name for name, found in colors.items() if len(found) == 1]
+  names = [name for name, result in colors.items() if len(result) == 1]
   if not names:
     return None
   name = rng.choice(names)

@@ -124,16 +124,16 @@ def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str,
   """Lists up to `most` distinct held-out scenes of a category per reason, in random order."""
   number = CATEGORIES.index(category)
   total = world.number_of_scenes_of(config, category)
-  found: dict[str, list[Scene]] = {kind: [] for kind in (*_kinds(category), "train")}
+  result: dict[str, list[Scene]] = {kind: [] for kind in (*_kinds(category), "train")}
   for i in np.random.default_rng((config.seed, number)).permutation(total):
     scene = world.scene_at(config, category, int(i))
-    scenes = found.get(world.split_of_scene(scene, config.rare_places))
+    scenes = result.get(world.split_of_scene(scene, config.rare_places))
     if scenes is not None and len(scenes) < most:
       scenes.append(scene)
-      if all(len(scenes) == most for scenes in found.values()):
+      if all(len(scenes) == most for scenes in result.values()):
         break
-  train = found.pop("train")
-  heldout = {kind: scenes for kind, scenes in found.items() if scenes}
+  train = result.pop("train")
+  heldout = {kind: scenes for kind, scenes in result.items() if scenes}
   for some, what in ((heldout, "hold out"), (train, "train on")):
     if not some:
       raise UserError(

@@ -19,7 +19,7 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.generation import heldout
 from cm3leon_jax.models import adapters
 from cm3leon_jax.run import initial
-from cm3leon_jax.run.run import Run, load_start
+from cm3leon_jax.run.run import Run, load_initial
 from cm3leon_jax.stages import stages
 from cm3leon_jax.weights import reading
 from tests.generation.run import SETTINGS, make_config, one_device, save_run
@@ -115,7 +115,7 @@ def test_several_adapters_share_a_base_that_never_changes(base, adapted, make):
   with one_device():
     (a, _), (b, _), (plain, _) = (Run.open(folder).params() for folder in (adapted, other, base))
     found = initial.find(settings_with(rank=0), str(adapted))
-    jax.tree.map(np.testing.assert_array_equal, load_start(found, settings_with(rank=0)), a)
+    jax.tree.map(np.testing.assert_array_equal, load_initial(found, settings_with(rank=0)), a)
   jax.tree.map(np.testing.assert_array_equal, b["blocks"]["up"], plain["blocks"]["up"])
   np.testing.assert_array_equal(b["blocks"]["qkv"][:, :2], plain["blocks"]["qkv"][:, :2])
   for changed in (a["blocks"]["down"], plain["blocks"]["down"]):

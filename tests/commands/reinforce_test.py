@@ -104,7 +104,7 @@ def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, cap
   assert summary["scores"]["draw"].keys() == {"reward", "spread"}
   change = summary["scores"]["draw"]["reward"] - summary["scores_before"]["draw"]["reward"]
   assert summary["gains"]["draw"]["mean"] == pytest.approx(change)
-  assert initial.start_of(whole).source == str(source)
+  assert initial.recorded(whole).source == str(source)
   assert set(read_json(whole / "grades" / stages.DONE)["summary"]["tasks"]) == {"draw", "count"}
 
 

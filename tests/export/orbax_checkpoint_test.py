@@ -8,7 +8,7 @@ import pytest
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import formats
 from cm3leon_jax.run import initial
-from cm3leon_jax.run.run import Run, load_start
+from cm3leon_jax.run.run import Run, load_initial
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, one_device
@@ -52,7 +52,7 @@ def test_a_run_starts_from_it_on_any_mesh(exported, run):
   for name in text.FILES:
     assert (folder / name).read_text() == (run / "text_tokenizer" / name).read_text()
   with jax.set_mesh(mesh_of(2, 2, 2)):
-    found, split = load_start(start, settings), random_params(settings.model)
+    found, split = load_initial(start, settings), random_params(settings.model)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), params)
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(split)):
     assert (x.sharding, x.dtype) == (y.sharding, y.dtype)
@@ -68,7 +68,7 @@ def test_another_dtype_is_rounded_and_damage_is_found(exported):
   rounded = folder.parent / "rounded"
   formats.write(rounded, dataclasses.replace(run, choice=narrow))
   with one_device():
-    found = load_start(initial.find(settings, str(rounded)), settings)
+    found = load_initial(initial.find(settings, str(rounded)), settings)
   expected = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
   data = max((folder / "params" / "d").iterdir(), key=lambda path: path.stat().st_size)
@@ -76,5 +76,5 @@ def test_another_dtype_is_rounded_and_damage_is_found(exported):
   content[len(content) // 2] ^= 1
   data.write_bytes(bytes(content))
   with one_device(), refused(UserError, data.name) as error:
-    load_start(initial.find(settings, str(folder)), settings)
+    load_initial(initial.find(settings, str(folder)), settings)
   assert data.name in str(error.value)

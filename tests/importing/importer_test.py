@@ -16,7 +16,7 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.importing import importer
 from cm3leon_jax.importing.qwen3 import extend
 from cm3leon_jax.run import initial
-from cm3leon_jax.run.run import load_start
+from cm3leon_jax.run.run import load_initial
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import placed
 from cm3leon_jax.weights.stored_tensors import StoredTensors
@@ -68,7 +68,7 @@ def losses_of_original(model) -> np.ndarray:
 def losses_of_import(workdir, settings, change=None) -> np.ndarray:
   """Returns the losses of the parameters in init/, read on eight devices, as in training."""
   with jax.set_mesh(mesh_of(2, 2, 2)):
-    params = load_start(initial.find(settings, str(workdir / "init")), settings)
+    params = load_initial(initial.find(settings, str(workdir / "init")), settings)
     return losses_of(params if change is None else change(params), settings)
 
 
@@ -162,7 +162,7 @@ def test_an_export_of_this_project_is_imported_bit_for_bit(family, head_size, tm
   assert training_data.collect(tmp_path / "run" / "init") == learned
   with jax.set_mesh(mesh_of(2, 2, 2)):
     found = initial.find(settings, str(tmp_path / "run" / "init"))
-    params, split = load_start(found, settings), random_params(settings.model)
+    params, split = load_initial(found, settings), random_params(settings.model)
   jax.tree.map(np.testing.assert_array_equal, params, expected)
   for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(split), strict=True):
     assert x.sharding == y.sharding

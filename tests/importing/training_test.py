@@ -11,7 +11,7 @@ from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation import heldout
 from cm3leon_jax.run import initial
-from cm3leon_jax.run.run import load_start
+from cm3leon_jax.run.run import load_initial
 from cm3leon_jax.stages import stages
 from cm3leon_jax.weights import reading
 from tests.importing.importer_test import QWEN3
@@ -58,7 +58,7 @@ def test_a_run_begins_with_what_was_imported_and_remembers_it(
   assert done["config"]["init_from"]["source"] == str(folder / "init")
   assert np.isfinite(done["summary"]["heldout_loss"])
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    start = load_start(initial.find(settings, str(folder / "init")), settings)
+    start = load_initial(initial.find(settings, str(folder / "init")), settings)
     trained, step = reading.load_params(folder / "train", settings.model)
   assert step == STEPS
   for name in ("embed", "head"):

@@ -9,7 +9,7 @@ from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.run import initial
-from cm3leon_jax.run.run import load_start
+from cm3leon_jax.run.run import load_initial
 from cm3leon_jax.stages import table
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
@@ -36,7 +36,7 @@ def test_the_average_of_a_run_is_found_and_loaded_onto_any_mesh(run):
   with one_device():
     expected = jax.device_get(random_params(SETTINGS.model))
   with jax.set_mesh(mesh_of(2, 2, 2)):
-    params = load_start(found, SETTINGS)
+    params = load_initial(found, SETTINGS)
   jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
@@ -45,7 +45,7 @@ def test_an_exported_model_is_loaded_as_it_was_and_split_over_the_mesh(exported)
   found = initial.find(settings, str(folder))
   assert found.step is None
   with jax.set_mesh(mesh_of(2, 2, 2)):
-    params, split = load_start(found, settings), random_params(settings.model)
+    params, split = load_initial(found, settings), random_params(settings.model)
   jax.tree.map(np.testing.assert_array_equal, params, expected)
   for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(split)):
     assert (x.sharding, x.dtype) == (y.sharding, y.dtype)
@@ -70,8 +70,8 @@ def test_parameters_with_rotary_positions_fit_any_number_of_positions(exported, 
       initial.find(other, str(folder))
   else:
     with one_device():
-      params = load_start(initial.find(other, str(folder)), other)
-      expected = load_start(initial.find(settings, str(folder)), settings)
+      params = load_initial(initial.find(other, str(folder)), other)
+      expected = load_initial(initial.find(settings, str(folder)), settings)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
@@ -90,12 +90,12 @@ def test_a_checkpoint_of_the_same_step_that_was_trained_anew_is_refused(run, tmp
   digests = copy / "train" / "checkpoints.digests" / "7.json"
   digests.write_text(digests.read_text() + " ")
   with one_device(), refused(UserError, found.source):
-    load_start(found, SETTINGS)
+    load_initial(found, SETTINGS)
 
 
 def test_a_run_remembers_where_it_began(run, tmp_path, capsys):
   def start(source, stored):
-    return initial.start_of_run(SETTINGS, tmp_path, source, stored)
+    return initial.of_run(SETTINGS, tmp_path, source, stored)
 
   assert start("", None) is None
   begun = start(str(run), None)
@@ -120,7 +120,7 @@ def test_other_tokenizers_are_named(run, tmp_path, capsys):
   expected = ["text tokenizer", "image tokenizer"]
   assert initial.other_tokenizers(str(run), tmp_path) == expected
   assert initial.other_tokenizers(str(run / "text_tokenizer"), tmp_path) == expected[:1]
-  initial.start_of_run(SETTINGS, tmp_path, str(run), None)
+  initial.of_run(SETTINGS, tmp_path, str(run), None)
   assert "was trained with another text tokenizer than the one in" in capsys.readouterr().out
 
 

@@ -44,8 +44,8 @@ def _validate_images(shard: epath.Path, num_threads: int) -> int:
   lines = (shard / raw_pairs.IMAGE_DIGESTS).read_text(encoding="utf-8").splitlines()
   expected = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
   with futures.ThreadPoolExecutor(num_threads) as pool:
-    for name, found in zip(expected, pool.map(lambda name: digest(shard / name), expected)):
-      if found != expected[name]:
-        wrong = "changed after it was written" if found else "is missing"
+    for name, result in zip(expected, pool.map(lambda name: digest(shard / name), expected)):
+      if result != expected[name]:
+        wrong = "changed after it was written" if result else "is missing"
         raise UserError(f"{shard / name} {wrong}: {raw_pairs.again(shard)}.")
   return len(expected)

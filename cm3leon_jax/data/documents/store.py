@@ -314,10 +314,10 @@ class DocumentStore:
     try:
       document = decode_document(self._reader(name).read([record])[0])
       check_document(document, self.vocab)
-      found = [len(segment.tokens) for segment in document.segments]
+      result = [len(segment.tokens) for segment in document.segments]
       expected = self.segment_lengths(i)[0].tolist()
-      if found != expected:
-        raise ValueError(f"its segments have {found} tokens, but lengths.npy says {expected}")
+      if result != expected:
+        raise ValueError(f"its segments have {result} tokens, but lengths.npy says {expected}")
     except BadRecord:
       raise
     except Exception as error:  # Damaged records raise many kinds of errors.

@@ -66,8 +66,8 @@ def open_task(
     images = ImageFolder(
       _path(config, "images", task.images or task.root), REMEDY, config.allow_outside
     )
-    found = files.open_records(task.format, root, name, images)
-    for record in itertools.islice(found, number or None):
+    result = files.open_records(task.format, root, name, images)
+    for record in itertools.islice(result, number or None):
       yield _with_maps(task, record, config)
   except UserError as error:
     raise UserError(f"task {task.name}: {error}") from error

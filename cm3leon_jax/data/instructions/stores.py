@@ -72,18 +72,18 @@ def write_store(
       part = list(itertools.islice(records, SHARD))
       if not part:
         break
-      found, wrong = _encode(task, part, encoder)
+      result, wrong = _encode(task, part, encoder)
       for record, reason in wrong:
         file.write(json.dumps({"key": record.key, "task": task.name, "reason": reason}) + "\n")
       rejected += len(wrong)
-      if found:
+      if result:
         names.append(f"{number:06d}")
         documents = (
           Document(r.key, one.segments, "", "", "", r.group, r.group, dict(r.facts))
-          for r, one in found
+          for r, one in result
         )
         write_shard(folder, names[-1], documents, encoder.vocab)
-        targets += [(one.start, one.stop) for _, one in found]
+        targets += [(one.start, one.stop) for _, one in result]
   if not targets and not rejected:
     raise UserError(f"task {task.name} has no records: the files of its split are empty.")
   if not targets:

@@ -136,9 +136,9 @@ def read_karpathy(
     if field_of(entry, "split", str, f"{file}, image {image_id}") == split
   }
   if not chosen:
-    found = sorted({entry["split"] for entry in entries.values()})
+    result = sorted({entry["split"] for entry in entries.values()})
     raise UserError(
-      f"{file} has no image in split '{split}'; its splits are {', '.join(found) or 'none'}."
+      f"{file} has no image in split '{split}'; its splits are {', '.join(result) or 'none'}."
     )
   for image_id, entry in chosen.items():
     where = f"{file}, image {image_id}"

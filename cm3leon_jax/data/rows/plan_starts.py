@@ -119,10 +119,10 @@ class WindowStarts:
     lines = text[len(self._header) :].split("\n")
     incomplete = lines.pop()  # "" if the last line is complete.
     for number, line in enumerate(lines, 2):
-      found = _start_of(line, len(self), len(self._starts[0].taken))
-      if found is not None:
-        self._append(found[0])
-      if found is None or found[1] != self._digests[-1]:
+      result = _start_of(line, len(self), len(self._starts[0].taken))
+      if result is not None:
+        self._append(result[0])
+      if result is None or result[1] != self._digests[-1]:
         raise UserError(
           f"{self._path}, line {number} changed after the run wrote it: restore the file from a "
           "copy, or delete this line and all later lines; the run plans their windows again."

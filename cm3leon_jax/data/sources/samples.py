@@ -143,8 +143,8 @@ def sample_record(
   values = {"source": source, **values, "key": key}
   values.pop("image", None)
   if captions:
-    found = (text for text in captions if not isinstance(text, str) or text.strip())
-    text = next(found, "")
+    result = (text for text in captions if not isinstance(text, str) or text.strip())
+    text = next(result, "")
     values["caption"] = text.strip() if isinstance(text, str) else text
   found_images = (s for s in sample if s.lower() in _IMAGES)
   images = sorted(found_images, key=lambda s: (_IMAGES.index(s.lower()), s))

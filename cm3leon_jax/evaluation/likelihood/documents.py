@@ -47,11 +47,11 @@ class Search:
 
   def __call__(self, documents: Sequence[Document]) -> list[tuple[Document, ...]]:
     """Returns the neighbors of each document, best first. Only pairs have neighbors."""
-    found: list[tuple[Document, ...]] = [()] * len(documents)
+    result: list[tuple[Document, ...]] = [()] * len(documents)
     kinds = [[segment.is_image for segment in document.segments] for document in documents]
     pairs = [i for i, of_document in enumerate(kinds) if of_document == [False, True]]
     if not pairs:
-      return found
+      return result
     encode = self.clip.encode
     assert encode is not None
     texts = [self.layout.decode(documents[i].segments[0].tokens) for i in pairs]
@@ -61,8 +61,8 @@ class Search:
     sides = [self.retriever.search(queries)]
     ids, _, _ = self.retriever.select(sides, queries, keys, np.zeros_like(keys), self.count)
     for i, row in zip(pairs, ids):
-      found[i] = first_documents(self.bank, row, self.count)
-    return found
+      result[i] = first_documents(self.bank, row, self.count)
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +85,10 @@ class Scorer:
 
   def score(self, documents: Sequence[Document]) -> list[dict]:
     """Returns the fields of each document's line in scores.jsonl, see `line_of`."""
-    found = [()] * len(documents) if self.find is None else self.find(documents)
+    result = [()] * len(documents) if self.find is None else self.find(documents)
     kept = [
       bits.fit_neighbors(document, neighbors, self.positions)
-      for document, neighbors in zip(documents, found)
+      for document, neighbors in zip(documents, result)
     ]
     samples = [loader.join([*k, d], self.vocab) for k, d in zip(kept, documents)]
     lengths = np.array([row_length(len(s) - 1, self.model.max_positions) for s in samples])
@@ -268,13 +268,13 @@ def _numbers_of_groups(
 ) -> dict[str, Any]:
   """Computes the figures of a modality from the sums of its groups, see `summary`."""
   groups = np.arange(len(tokens))
-  found = intervals.mean_interval(-log_probs / np.log(2), tokens, groups, num_resamples, seed)
-  ends = {f"perplexity_{end}": found[end] for end in ("low", "high")}
+  result = intervals.mean_interval(-log_probs / np.log(2), tokens, groups, num_resamples, seed)
+  ends = {f"perplexity_{end}": result[end] for end in ("low", "high")}
   return {
     "tokens": int(tokens.sum()),
     "log_prob": float(log_probs.sum()),
-    "bits": found.pop("mean"),
-    **found,
+    "bits": result.pop("mean"),
+    **result,
     "perplexity": float(np.exp(-log_probs.sum() / tokens.sum())),
     **{name: None if x is None else 2.0**x for name, x in ends.items()},
   }

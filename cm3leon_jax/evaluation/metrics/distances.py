@@ -56,8 +56,8 @@ def frechet_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
   """
   metric = fidelity().metric_fid
   statistics = map(metric.fid_features_to_statistics, _tensors(first, second))
-  found = metric.fid_statistics_to_metric(*statistics, verbose=False)
-  return max(0.0, found[metric.KEY_METRIC_FID])
+  result = metric.fid_statistics_to_metric(*statistics, verbose=False)
+  return max(0.0, result[metric.KEY_METRIC_FID])
 
 
 def kid(first: npt.ArrayLike, second: npt.ArrayLike, seed: int = 0) -> dict[str, float | int]:
@@ -72,11 +72,11 @@ def kid(first: npt.ArrayLike, second: npt.ArrayLike, seed: int = 0) -> dict[str,
   """
   metric, sets = fidelity().metric_kid, _tensors(first, second)
   size = min(1000, *map(len, sets))
-  found = metric.kid_features_to_metric(
+  result = metric.kid_features_to_metric(
     *sets, kid_subsets=100, kid_subset_size=size, rng_seed=seed, verbose=False
   )
   names = {"mean": metric.KEY_METRIC_KID_MEAN, "std": metric.KEY_METRIC_KID_STD}
-  return {**{ours: found[theirs] for ours, theirs in names.items()}, "subset_size": size}
+  return {**{ours: result[theirs] for ours, theirs in names.items()}, "subset_size": size}
 
 
 def precision_recall(generated: npt.ArrayLike, real: npt.ArrayLike) -> dict[str, float]:
@@ -96,10 +96,10 @@ def precision_recall(generated: npt.ArrayLike, real: npt.ArrayLike) -> dict[str,
       f"precision and recall need more than {NEIGHBORS} images in each set, but a set has {least}: "
       "use more examples."
     )
-  found = fidelity().metric_prc.prc_features_to_metric(
+  result = fidelity().metric_prc.prc_features_to_metric(
     *sets, prc_neighborhood=NEIGHBORS, prc_batch_size=BLOCK, save_cpu_ram=True, verbose=False
   )
-  return {name: found[name] for name in ("precision", "recall")}
+  return {name: result[name] for name in ("precision", "recall")}
 
 
 def cmmd(first: npt.ArrayLike, second: npt.ArrayLike) -> float:

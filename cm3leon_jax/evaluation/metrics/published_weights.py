@@ -52,9 +52,9 @@ def check_shapes(
     expected = f"float32{list(shape)}"
     if name not in tensors:
       raise UserError(f"{path} has no tensor '{name}', which {network} needs, as {expected}.")
-    found = f"{tensors[name].dtype}{list(tensors[name].shape)}"
-    if found != expected:
-      raise UserError(f"{path}: tensor '{name}' is {found}; in {network} it is {expected}.")
+    result = f"{tensors[name].dtype}{list(tensors[name].shape)}"
+    if result != expected:
+      raise UserError(f"{path}: tensor '{name}' is {result}; in {network} it is {expected}.")
   if surplus := sorted(set(tensors) - set(shapes)):
     raise UserError(f"{path} has a tensor '{surplus[0]}', which {network} does not have.")
 

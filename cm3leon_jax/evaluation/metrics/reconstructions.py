@@ -30,7 +30,7 @@ def compare(image: UInt8[np.ndarray, "H W 3"], made: UInt8[np.ndarray, "H W 3"])
     inside = away <= NEAR / 255
     # If the drawing is lost, it has the color of the paper.
     parts = [(inside, inside, inside), (~inside, away**4, made_away**4 + 1e-9)]
-  found = []
+  result = []
   for part, *weights in parts:
     if part.any():
       error = np.mean((image[part].astype(np.float64) - made[part]) ** 2) / 255**2
@@ -38,8 +38,8 @@ def compare(image: UInt8[np.ndarray, "H W 3"], made: UInt8[np.ndarray, "H W 3"])
       psnr = -10 * np.log10(max(error, 1 / (255**2 * image.size)))
       pixels = (x.reshape(-1, 3) for x in (image, made))
       colors = [lab(np.average(x, 0, w.ravel())) for x, w in zip(pixels, weights)]
-      found.append((psnr, np.linalg.norm(colors[0] - colors[1])))
-  return [float(min(psnr for psnr, _ in found)), float(max(color for _, color in found))]
+      result.append((psnr, np.linalg.norm(colors[0] - colors[1])))
+  return [float(min(psnr for psnr, _ in result)), float(max(color for _, color in result))]
 
 
 def lab(color: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3"]:

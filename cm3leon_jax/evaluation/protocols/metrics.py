@@ -73,10 +73,10 @@ def mean(values: Sequence[float | None], samples: ColumnSamples) -> dict:
     return {"value": None, "samples": 0}
   some = np.array([values[i] for i in places], np.float64)
   groups = [samples.groups[i] for i in places]
-  found = intervals.mean_interval(
+  result = intervals.mean_interval(
     some, np.ones(len(some)), groups, samples.num_resamples, samples.seed
   )
-  return {"value": found.pop("mean"), **found, "samples": len(some)}
+  return {"value": result.pop("mean"), **result, "samples": len(some)}
 
 
 def _mean_of(name: str, factor: float = 1.0) -> Compute:
@@ -99,14 +99,14 @@ def frechet(samples: ColumnSamples) -> dict:
 
 def kernel(samples: ColumnSamples) -> dict:
   """Computes the kernel distance KID. `std` is the standard deviation over random subsets."""
-  found = distances.kid(*_sets(samples), seed=samples.seed)
-  return {"value": found["mean"], **found}
+  result = distances.kid(*_sets(samples), seed=samples.seed)
+  return {"value": result["mean"], **result}
 
 
 def precision_recall(samples: ColumnSamples) -> dict:
   """Computes improved precision as `value`, and also `recall`."""
-  found = distances.precision_recall(*_sets(samples))
-  return {"value": found["precision"], "recall": found["recall"]}
+  result = distances.precision_recall(*_sets(samples))
+  return {"value": result["precision"], "recall": result["recall"]}
 
 
 def cmmd(samples: ColumnSamples) -> dict:
@@ -169,9 +169,9 @@ def _tokens(samples: ColumnSamples) -> tuple[dict, dict]:
   sets = [*references, *([text] for text in texts)]
   # The tokenizer reads a caption per line, and other white space than "\n" can also end a line.
   lines = {i: [{"caption": " ".join(x.split())} for x in some] for i, some in enumerate(sets)}
-  found = _scorers().tokenizer.ptbtokenizer.PTBTokenizer().tokenize(lines)
+  result = _scorers().tokenizer.ptbtokenizer.PTBTokenizer().tokenize(lines)
   count = len(texts)
-  return {i: found[i] for i in range(count)}, {i: found[count + i] for i in range(count)}
+  return {i: result[i] for i in range(count)}, {i: result[count + i] for i in range(count)}
 
 
 METRICS = {

@@ -127,31 +127,31 @@ def load(name_or_path: str) -> dict[str, Protocol]:
   file, _, one = name_or_path.partition("/")
   path = epath.Path(name_or_path)
   if file in names():
-    found = parse((importlib.resources.files(__package__) / f"{file}.yaml").read_text(), file)
-    found = [protocol for protocol in found if one in ("", protocol.name)]
+    result = parse((importlib.resources.files(__package__) / f"{file}.yaml").read_text(), file)
+    result = [protocol for protocol in result if one in ("", protocol.name)]
   else:
     is_file = name_or_path.endswith((".yaml", ".yml")) and path.exists() and not path.is_dir()
-    found = parse(yaml_documents.read(path), name_or_path) if is_file else []
-  if not found:
+    result = parse(yaml_documents.read(path), name_or_path) if is_file else []
+  if not result:
     raise UserError(
       f"--protocol is '{name_or_path}'; it must be an existing YAML file, or one of "
       f"{', '.join(names())}, whose protocols are FILE/NAME."
     )
   file_name = path.stem if path.suffix else file
-  return {"/".join(filter(None, [file_name, protocol.name])): protocol for protocol in found}
+  return {"/".join(filter(None, [file_name, protocol.name])): protocol for protocol in result}
 
 
 def parse(text: str, where: str) -> list[Protocol]:
   """Parses the YAML text of a protocol file. Error messages call the file `where`."""
   try:
-    found = [_built(values) for _, values in yaml_documents.parse(text, where)]
+    result = [_built(values) for _, values in yaml_documents.parse(text, where)]
   except FieldError as error:  # The message begins with `config.FIELD` or `config`.
     sentence = str(error).removeprefix("config").removeprefix(".")
     raise UserError(f"{where}{'' if sentence[0] in ' :' else ': '}{sentence}") from error
-  different = {protocol.name for protocol in found}
-  if not found or (len(found) > 1 and (len(different) < len(found) or "" in different)):
+  different = {protocol.name for protocol in result}
+  if not result or (len(result) > 1 and (len(different) < len(result) or "" in different)):
     raise UserError(f"{where} must have a protocol, or several with different names.")
-  return found
+  return result
 
 
 def _built(values: Any) -> Protocol:

@@ -37,9 +37,9 @@ def with_interval(value: float, found: dict) -> str:
 
 def _numbers(measured: dict[str, dict]) -> str:
   cells = []
-  for name, found in measured.items():
-    value = "none" if found["value"] is None else with_interval(found["value"], found)
+  for name, result in measured.items():
+    value = "none" if result["value"] is None else with_interval(result["value"], result)
     cells.append(f"{METRICS[name].title} {value}")
-    if "recall" in found:
-      cells.append(f"recall {found['recall']:.4g}")
+    if "recall" in result:
+      cells.append(f"recall {result['recall']:.4g}")
   return ", ".join(cells)

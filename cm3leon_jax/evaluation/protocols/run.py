@@ -178,12 +178,12 @@ def _params(trained: Run, before: bool) -> tuple[dict, int]:
   """Loads the newest or, if `before`, the first parameters of a run. Returns (parameters, step)."""
   if not before:
     return trained.params()
-  start = initial.start_of(trained.folder)
+  start = initial.recorded(trained.folder)
   if start is None:
     raise UserError(
       f"--before is given, but the run in {trained.folder} began from random parameters."
     )
-  return run_lib.load_start(start, trained.settings), 0
+  return run_lib.load_initial(start, trained.settings), 0
 
 
 def _measured(job: Job, workdir: epath.Path) -> dict:

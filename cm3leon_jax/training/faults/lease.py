@@ -66,11 +66,11 @@ class Lease(Hook):
         self._wait_for(first)
       self._write()
       time.sleep(SETTLE_SECONDS)
-      found = self._read()
+      result = self._read()
     except OSError as error:
       raise TryAgain(f"{self._path} cannot be read or written ({error}).") from error
-    if found.get("token") != self._token:
-      raise UserError(f"{_name(found)} works in {self._folder}: it started at the same time.")
+    if result.get("token") != self._token:
+      raise UserError(f"{_name(result)} works in {self._folder}: it started at the same time.")
     self._thread.start()
 
   def __exit__(self, *_: object) -> None:
@@ -145,9 +145,9 @@ class Lease(Hook):
   def _renew(self) -> None:
     try:
       with self._renewing:
-        found = self._read()
-        if found and found.get("token") != self._token:
-          self._lost = _name(found)
+        result = self._read()
+        if result and result.get("token") != self._token:
+          self._lost = _name(result)
         elif not self._lost:
           self._write()
     except Exception:  # GCS or a network disk may raise any error. The next heartbeat retries.

@@ -91,9 +91,9 @@ class Replay:
     changed, apart, *differences = map(_first, zip(*findings))
     self._raise_changed(changed, names_of(new))
     self._raise_apart(apart, names_of(new))
-    for part, found in zip(PARTS, differences):
+    for part, result in zip(PARTS, differences):
       of_params = part in ("gradients", "updates")
-      self._raise_differ(part, found, names_of(new.params if of_params else new))
+      self._raise_differ(part, result, names_of(new.params if of_params else new))
     self._sound = self._step
     if is_checked(self._config, self._step + 1):
       self._left = prints["left"]

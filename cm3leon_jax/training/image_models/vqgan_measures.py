@@ -88,11 +88,11 @@ def evaluate(
 
 def check_learned(measures: dict) -> None:
   """Raises UserError if the measures of `evaluate` show that a VQGAN is not usable."""
-  found, color = measures["psnr_of_mean_mse_db"], measures["psnr_of_one_color_db"]
+  result, color = measures["psnr_of_mean_mse_db"], measures["psnr_of_one_color_db"]
   if measures["codes_used"] == measures["train_codes_used"] == 1:
     what = "gives every image the same code"
-  elif not found > color:
-    what = f"reconstructs held-out images worse ({found:.1f} dB) than one color ({color:.1f} dB)"
+  elif not result > color:
+    what = f"reconstructs held-out images worse ({result:.1f} dB) than one color ({color:.1f} dB)"
   else:
     return
   raise UserError(

@@ -238,9 +238,9 @@ class Monitor(Hook):
     if self._pending is None:
       return
     (step, metrics, ended), self._pending = self._pending, None
-    found = jax.device_get(metrics)
-    values = {name: float(x) for name, x in found.items() if name not in SOURCE_SUMS}
-    values |= source_losses(self._sources, found)
+    result = jax.device_get(metrics)
+    values = {name: float(x) for name, x in result.items() if name not in SOURCE_SUMS}
+    values |= source_losses(self._sources, result)
     left = self._add_rates(step, values, ended, halved)
     # The optimizer's schedule does not count skipped steps.
     values["learning_rate"] = float(self._schedule(step - 1 - self._skips.total))

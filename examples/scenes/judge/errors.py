@@ -27,12 +27,12 @@ def measure(
   fully correct. A judge without errors has a share of 1 for "real" and 0 for changed captions.
   """
   rng = np.random.default_rng(seed)
-  found = judge.find_objects(images, style)
+  result = judge.find_objects(images, style)
   changed: dict[str, list[bool]] = {}
-  for objects, fact in zip(found, facts):
+  for objects, fact in zip(result, facts):
     for kind, other in changed_facts(fact, rng).items():
       changed.setdefault(kind, []).append(check(objects, other["include"]).correct)
-  real = [check(objects, fact["include"]).correct for objects, fact in zip(found, facts)]
+  real = [check(objects, fact["include"]).correct for objects, fact in zip(result, facts)]
   return {
     "images": len(real),
     "real": float(np.mean(real)),

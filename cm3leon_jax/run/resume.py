@@ -29,13 +29,13 @@ def begin(
   init_from: str,
   more: dict | None = None,
   allowed: Sequence[str] = (),
-) -> tuple[dict, adapters.Weights | None]:
+) -> tuple[dict, adapters.ParamsRef | None]:
   """Checks that a run in `workdir`, if it exists, has this config.
 
   All processes must call this function.
 
   Args:
-    init_from: source of the first parameters, see `initial.start_of_run`.
+    init_from: source of the first parameters, see `initial.of_run`.
     more: values on which the run depends, in addition to `stages.run_config`.
     allowed: fields that may differ from the config of the run, see `changes.check_changes`.
 
@@ -53,7 +53,7 @@ def begin(
       check_no_checkpoints(path)
     base = base_documents.ids(settings, workdir)
     config = stages.run_config(settings, workdir, "train", base) | (more or {})
-  start = initial.start_of_run(settings, workdir, init_from, stored)
+  start = initial.of_run(settings, workdir, init_from, stored)
   if start is not None:
     config["init_from"] = dataclasses.asdict(start)
   elif settings.instructions.any and stored is None:
@@ -105,7 +105,7 @@ def write_config(settings: Settings, workdir: epath.Path, config: dict) -> None:
       )
 
 
-def goes_on(folder: epath.Path, config: dict, steps: int, allowed: Sequence[str]) -> bool:
+def resumes(folder: epath.Path, config: dict, steps: int, allowed: Sequence[str]) -> bool:
   """Returns whether a finished run must continue, because it has fewer than `steps` steps.
 
   A run that `train.max_forgetting` or `train.patience` ended does not continue.

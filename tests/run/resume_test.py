@@ -1,7 +1,7 @@
 from etils import epath
 
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.run.start import goes_on, print_more
+from cm3leon_jax.run.resume import print_more, resumes
 from cm3leon_jax.stages import stages
 
 
@@ -10,6 +10,6 @@ def test_a_training_with_too_few_steps_continues_unless_it_ended_early(tmp_path,
   early = {"max_forgetting": {"forgetting": 0.04}, "patience": {"overfitting": True}}
   for said, ended in {"would continue": {}, **early}.items():
     write_json(folder / stages.DONE, {"config": {}, "summary": {"steps": 5, **ended}})
-    assert goes_on(folder, {}, 9, []) != bool(ended)
+    assert resumes(folder, {}, 9, []) != bool(ended)
     print_more(folder)
     assert said in capsys.readouterr().out
