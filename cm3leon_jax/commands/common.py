@@ -163,9 +163,9 @@ def _settings(given: Any, optional: bool, prepares: bool, starts: bool) -> Setti
   if given_config() is not None:
     workdir = flags.FLAGS.workdir if "workdir" in flags.FLAGS else None
     shows = flags.FLAGS.print_config
-    begins = starts or (shows and not from_data.stored_of_base(workdir))
-    of_base = parent_fields(**vars(given)) if begins and given is not None else None
-    return completed(workdir, prepares or shows, of_base)
+    begins = starts or (shows and not from_data.stored_of_parent(workdir))
+    of_parent = parent_fields(**vars(given)) if begins and given is not None else None
+    return completed(workdir, prepares or shows, of_parent)
   if not optional:
     raise UserError("name a config: --config=own")
   stored = run_lib.Run.open(_folder()).settings
@@ -182,17 +182,17 @@ def _settings(given: Any, optional: bool, prepares: bool, starts: bool) -> Setti
 
 
 def completed(
-  workdir: str | epath.Path | None, prepares: bool = False, of_base: dict[str, Any] | None = None
+  workdir: str | epath.Path | None, prepares: bool = False, of_parent: dict[str, Any] | None = None
 ) -> Settings:
   """Returns the settings of --config. Some fields may be computed from the data in `workdir`.
 
-  For `prepares` and `of_base`, see `from_data.complete`.
+  For `prepares` and `of_parent`, see `from_data.complete`.
 
   Raises:
     UserError: the config is wrong, or some fields are computed from data that is not prepared.
   """
   config = from_data.complete(
-    flags.FLAGS.config, workdir, prepares, of_base, list(changed_fields())
+    flags.FLAGS.config, workdir, prepares, of_parent, list(changed_fields())
   )
   own_functions.resolve(config)  # Flags name files relative to the current folder.
   return settings_from_config(config)

@@ -10,7 +10,7 @@ from cm3leon_jax.errors import UserError, did_you_mean
 
 FOLDER = pathlib.Path(configs.__file__).parent
 # Names of the shipped configs. `base` has the values that the configs share, and is not a config.
-SHIPPED = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "base"))
+SHIPPED = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "defaults"))
 
 # Configs of the examples of a checkout.
 EXAMPLES = {

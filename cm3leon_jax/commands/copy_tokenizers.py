@@ -26,11 +26,11 @@ def main(settings: Settings, workdir: epath.Path, flags: shared_flags.InitFrom) 
       "name the trained run whose tokenizers are copied: --init_from=workdir/scenes, or "
       "--init_from=scenes for the installed model."
     )
-  own_images, of_base = flags.own_image_tokenizer, common.parent_fields(**vars(flags))
-  if of_base and not own_images and not of_base["data.base_documents"]:
+  own_images, of_parent = flags.own_image_tokenizer, common.parent_fields(**vars(flags))
+  if of_parent and not own_images and not of_parent["data.base_documents"]:
     what = "has no documents that the run could replay, or measure what it forgets with"
     print(f"copy_tokenizers: warning: {flags.init_from} {what}.")
-  made = copies.copy_tokenizers(run.Run(workdir, settings), flags.init_from, of_base, own_images)
+  made = copies.copy_tokenizers(run.Run(workdir, settings), flags.init_from, of_parent, own_images)
   shown = ", ".join(f"{name} {state}" for name, state in made.items())
   print(f"copy_tokenizers: {shown}, from {flags.init_from}.")
 

@@ -31,7 +31,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       "config.data.base_documents is 0, so this run has no documents of its base: set it in all "
       "commands of the run, from `cm3leon copy_tokenizers --init_from=RUN` on."
     )
-  base = base_documents.open_base(settings, workdir)
+  base = base_documents.open_parent(settings, workdir)
   inputs = base_documents.ids(settings, workdir)
   config = stages.run_config(settings, workdir, "forgetting", inputs)
   with stages.once(workdir / "forgetting", config) as summary, common.use_mesh(settings):

@@ -116,12 +116,12 @@ def _prepare(
 
 def _print_computed(settings: Settings, workdir: epath.Path) -> None:
   """Prints the fields that were computed from the data, not those that follow a base."""
-  of_base = from_data.stored_of_base(workdir)
-  copied = {name.partition(".")[0] for name in of_base if name.endswith(".batch_size")}
+  of_parent = from_data.stored_of_parent(workdir)
+  copied = {name.partition(".")[0] for name in of_parent if name.endswith(".batch_size")}
   names = [
     name
     for name in common.open_fields()
-    if name not in of_base and name.partition(".")[0] not in copied - {"train"}
+    if name not in of_parent and name.partition(".")[0] not in copied - {"train"}
   ]
   values = {name: operator.attrgetter(name)(settings) for name in names}
   print("prepare_data: computed from the data:", ", ".join(f"{k} {v}" for k, v in values.items()))

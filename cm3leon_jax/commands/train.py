@@ -77,14 +77,14 @@ def _initial_params(
   )
 
 
-def _base_params(
+def _frozen_params(
   run: run_lib.Run, start: adapters_lib.ParamsRef | None
 ) -> Callable[[], dict] | None:
   """Returns a function that loads the base of the run's adapters; None: it trains no adapters."""
   if not run.settings.adapter.rank or start is None:
     return None
   adapters = adapters_lib.Adapters(run.folder, run.settings.adapter, start)
-  return functools.partial(run_lib.load_base, adapters)
+  return functools.partial(run_lib.load_frozen, adapters)
 
 
 def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
@@ -124,7 +124,7 @@ def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
     training = decoder.DecoderTraining.of(
       settings, folder=folder, objective=objective.RowObjective(loader, left_out), heldout=heldout,
       sample_grid=generate_grid, profile_steps=traced, initial_params=_initial_params(run, start),
-      evaluate_start=start is not None, base_params=_base_params(run, start),
+      evaluate_start=start is not None, frozen_params=_frozen_params(run, start),
     )  # fmt: skip
     result = decoder.train(training, lease)
     summary.update(result, machine=resume.machine())
@@ -139,7 +139,7 @@ def _measure(settings: Settings, workdir: epath.Path, init_from: str, passed: fl
   with common.use_mesh(settings):
     training = decoder.DecoderTraining.of(
       settings, folder=workdir / "train", objective=objective.RowObjective(run.rows("train")),
-      heldout=run.rows("heldout"), base_params=_base_params(run, start),
+      heldout=run.rows("heldout"), frozen_params=_frozen_params(run, start),
     )  # fmt: skip
     seconds = decoder.step_seconds(training, MEASURED_STEPS)
   passed += time.monotonic() - begun

@@ -16,7 +16,7 @@ parameters; a config of yours with another model sets `train.base` to "".
 import ml_collections
 from ml_collections import config_dict
 
-from cm3leon_jax.configs import base
+from cm3leon_jax.configs import defaults
 
 FOLLOW = {
   int: (
@@ -30,8 +30,8 @@ FOLLOW = {
 
 
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
-  config = base.small_config()
-  config.train.minutes = 15 * base.scale_of(variant, named=())
+  config = defaults.small_config()
+  config.train.minutes = 15 * defaults.scale_of(variant, named=())
   config.train.base = "illustrations"
   # `max_rejected` is high, because a few damaged files are a large share of 300 images.
   config.raw.update(source="", resolution=0, heldout_fraction=0.07, max_rejected=0.1)

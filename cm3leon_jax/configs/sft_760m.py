@@ -11,8 +11,8 @@ the stages before the training.
 
 import ml_collections
 
-from cm3leon_jax.configs import base, cm3leon_760m
+from cm3leon_jax.configs import cm3leon_760m, defaults
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  return base.instruction_tuning(cm3leon_760m.get_config(variant))
+  return defaults.instruction_tuning(cm3leon_760m.get_config(variant))

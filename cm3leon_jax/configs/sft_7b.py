@@ -11,8 +11,8 @@ the stages that must run before.
 
 import ml_collections
 
-from cm3leon_jax.configs import base, cm3leon_7b
+from cm3leon_jax.configs import cm3leon_7b, defaults
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  return base.instruction_tuning(cm3leon_7b.get_config(variant))
+  return defaults.instruction_tuning(cm3leon_7b.get_config(variant))

@@ -65,12 +65,12 @@ def write(
   folder = epath.Path(folder)
   _check_target(folder)
   layouts.layout_of(settings.model).check(settings.model)
-  described_base, of_base = _base(base, workdir) if base else (None, settings)
+  described_parent, of_parent = _base(base, workdir) if base else (None, settings)
   _begin(folder)
   _write_weights(folder, run, params)
   write_json(folder / training_data.FILE, training_data.collect(workdir, folder_of))
   if base:
-    settings = dataclasses.replace(settings, retrieval=of_base.retrieval)
+    settings = dataclasses.replace(settings, retrieval=of_parent.retrieval)
   else:
     settings = _write_bank(folder, run)
     if replayed and base_documents.is_complete(workdir):
@@ -81,7 +81,7 @@ def write(
     "settings": _without_functions(plain(dataclasses.asdict(settings))),
     "step": step,
     "cost": cost,
-    "base": described_base,
+    "base": described_parent,
     "digests": {name: digest(folder / name) for name in sorted(names)},
   }
   write_json(folder / bundles.FILE, described)

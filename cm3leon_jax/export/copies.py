@@ -13,13 +13,13 @@ from cm3leon_jax.tokenizers import vqgan
 
 
 def copy_tokenizers(
-  run: Run, source: str, of_base: dict | None = None, own_images: bool = False
+  run: Run, source: str, of_parent: dict | None = None, own_images: bool = False
 ) -> dict[str, str]:
   """Copies the folders of the tokenizers and CLIP, and marks their stages as finished.
 
   The folders are copied to the workdir of `run`. Folders that already contain the same files are
-  not changed. `source` is the workdir of a run, or a bundle, see `Source`. `of_base`,
-  the result of `from_data.base_fields`, is stored for the later stages. For `own_images`, see
+  not changed. `source` is the workdir of a run, or a bundle, see `Source`. `of_parent`,
+  the result of `from_data.parent_fields`, is stored for the later stages. For `own_images`, see
   `table.copies_images`.
 
   Returns:
@@ -68,7 +68,7 @@ def copy_tokenizers(
       (workdir / name / file).write_bytes((folder / name / file).read_bytes())
     config = {"command": "copy_tokenizers", **configs[name]}
     config["inputs"] = {"init_from": digests[name]}
-    summary = {"copied_from": source, **({from_data.OF_BASE: of_base} if of_base else {})}
+    summary = {"copied_from": source, **({from_data.OF_PARENT: of_parent} if of_parent else {})}
     about = {"config": config, "summary": summary, "seconds": 0.0}
     write_json(done, {**about, "id": digests[name], "files": files[name]})
   return result

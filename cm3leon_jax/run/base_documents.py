@@ -69,13 +69,13 @@ def find(source: str) -> tuple[Settings, epath.Path | None]:
 
 
 def fields(source: str, own_images: bool) -> dict[str, Any]:
-  """Returns the config fields that a tuning has in common with its base (`from_data.base_fields`).
+  """Returns the config fields that a tuning has from its base, see `from_data.parent_fields`.
 
   If the run trains its own image tokenizer (`own_images`), the codes of the base's documents have
   no meaning for it, so it does not use them.
   """
   settings, folder = find(source)
-  result = from_data.base_fields(
+  result = from_data.parent_fields(
     dataclasses.asdict(settings), not own_images and folder is not None
   )
   installed = bool(settings.vqgan.source)
@@ -89,23 +89,23 @@ def fields(source: str, own_images: bool) -> dict[str, Any]:
   return result
 
 
-def open_base(settings: Settings, workdir: epath.PathLike) -> Base:
+def open_parent(settings: Settings, workdir: epath.PathLike) -> Base:
   """Finds the documents of the base of the run in `workdir`.
 
   Raises:
     UserError: the base has no documents, or their vocab differs.
   """
   source = source_of(workdir)
-  of_base, folder = find(source)
+  of_parent, folder = find(source)
   if folder is None:
     raise UserError(
       f"config.data.base_documents is {settings.data.base_documents}, but {source} has no "
       "documents: set it to 0, or start from a workdir with documents/ and neighbors/, or from a "
       "bundle with replay documents (docs/export.md)."
     )
-  if of_base.vocab != settings.vocab:
+  if of_parent.vocab != settings.vocab:
     raise UserError(f"{source} has another config.vocab than this run: set the same values.")
-  return Base(of_base, folder)
+  return Base(of_parent, folder)
 
 
 def check_limit(settings: Settings) -> None:
@@ -122,10 +122,10 @@ def ids(settings: Settings, workdir: epath.PathLike) -> dict[str, str]:
   """Returns the ids of the base's documents, on which a training depends; {} if it uses none.
 
   Raises:
-    UserError: see `check_limit` and `open_base`.
+    UserError: see `check_limit` and `open_parent`.
   """
   check_limit(settings)
   if not settings.data.base_documents:
     return {}
-  base = open_base(settings, workdir)
+  base = open_parent(settings, workdir)
   return {f"base_{name}": stages.require(base.folder, name)["id"] for name in READ}

@@ -48,7 +48,7 @@ def stages_folder(folder: epath.PathLike) -> epath.Path:
   For a bundle with a base, this is the folder of the base, otherwise `folder`.
   """
   folder = epath.Path(folder)
-  base = _stored_base(folder, _stored(folder)) if (folder / FILE).exists() else None
+  base = _stored_parent(folder, _stored(folder)) if (folder / FILE).exists() else None
   return folder_of(base["name"]) if base else folder
 
 
@@ -72,7 +72,7 @@ def _stored(folder: epath.Path) -> dict:
   return stored
 
 
-def _stored_base(folder: epath.Path, stored: dict) -> dict[str, str] | None:
+def _stored_parent(folder: epath.Path, stored: dict) -> dict[str, str] | None:
   """Returns {"name", "digest"} of a bundle's base, or None. Raises UserError for a URL."""
   base = stored.get("base")
   if base is not None and "://" in base["name"] + base["digest"]:
@@ -95,15 +95,15 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
   folder = epath.Path(folder)
   stored = _stored(folder)
   check_digests(folder, stored["digests"], stored["digests"], AGAIN)
-  if base := _stored_base(folder, stored):
-    of_base = folder_of(base["name"])
-    check_foreign(of_base / FILE)
-    if digest(of_base / FILE) != base["digest"]:
+  if base := _stored_parent(folder, stored):
+    of_parent = folder_of(base["name"])
+    check_foreign(of_parent / FILE)
+    if digest(of_parent / FILE) != base["digest"]:
       raise UserError(
-        f"{folder} is a bundle with the base {base['name']}, but {of_base / FILE} "
+        f"{folder} is a bundle with the base {base['name']}, but {of_parent / FILE} "
         f"is absent or belongs to another bundle: {AGAIN}."
       )
-    read(of_base)
+    read(of_parent)
   settings = settings_from_stored(stored["settings"])
   if settings.retrieval.clip:
     raise UserError(

@@ -74,7 +74,7 @@ def of_run(
     )
   start = ParamsRef(**recorded) if recorded else None
   if tunes and start is not None:
-    check_base(Adapters(epath.Path(workdir), settings.adapter, start), settings)
+    check_frozen(Adapters(epath.Path(workdir), settings.adapter, start), settings)
   return start
 
 
@@ -197,7 +197,7 @@ def seconds_before(workdir: epath.PathLike) -> float:
   return read_json(done, {"seconds": float})["seconds"] + seconds_before(folder)
 
 
-def check_base(found: Adapters, settings: Settings) -> None:
+def check_frozen(found: Adapters, settings: Settings) -> None:
   """Checks that the base of adapters is the one that they were trained on.
 
   `settings` are those of the run that trained the adapters. All processes must call this function.

@@ -38,13 +38,13 @@ def open_rows(
     UserError: a document store is empty, the neighbors do not match the documents, a task has the
       same name as a document source, or all training documents together are shorter than one batch.
   """
-  of_base = base_share(settings, split)
-  share = (1 - of_base) * replay_share(settings, split)
+  of_parent = base_share(settings, split)
+  share = (1 - of_parent) * replay_share(settings, split)
   of_instructions = (settings.instructions, workdir / "instructions", settings.vocab)
-  sources = instruction_sources(*of_instructions, split, 1 - of_base - share)
+  sources = instruction_sources(*of_instructions, split, 1 - of_parent - share)
   documents = document_sources(settings, workdir, split, share) if share else []
-  if of_base:
-    documents += _base_sources(settings, workdir, split, of_base)
+  if of_parent:
+    documents += _base_sources(settings, workdir, split, of_parent)
   if taken := {source.name for source in sources} & {source.name for source in documents}:
     raise UserError(
       f"config.instructions has a task with the name '{min(taken)}', which the logs use for "
@@ -62,7 +62,7 @@ def open_rows(
       f"{workdir} has {total} training tokens, but one batch takes {needed} "
       "(train.global_batch_size x data.sequence_length): add documents or lower one of the two."
     )
-  has_names = settings.instructions.any or bool(of_base)
+  has_names = settings.instructions.any or bool(of_parent)
   return RowLoader(plan, settings.vocab, settings.model.align_images, has_names)
 
 
@@ -84,7 +84,7 @@ def _base_sources(
 
   See `document_sources`.
   """
-  base, name = base_documents.open_base(settings, workdir), base_documents.NAME
+  base, name = base_documents.open_parent(settings, workdir), base_documents.NAME
   return [
     dataclasses.replace(source, name=name if source.name == "pairs" else f"{name}_{source.name}")
     for source in document_sources(base.settings, base.folder, split, share)

@@ -161,7 +161,7 @@ class Run:
     result = self.adapter or (adapters.of_run(self.folder) if self.kind == "workdir" else None)
     if result is not None:
       trained, chosen = result.load(step, average)
-      params = _add(load_base(result), trained, config=result.config)
+      params = _add(load_frozen(result), trained, config=result.config)
     elif self.step is not None:
       return exported.load_params(self.folder, self.settings.model), self.step
     else:
@@ -188,13 +188,13 @@ def load_initial(start: ParamsRef, settings: Settings) -> dict:
   return _load(start, settings)
 
 
-def load_base(found: Adapters) -> dict:
+def load_frozen(found: Adapters) -> dict:
   """Loads the parameters that adapters were trained on, onto the current mesh.
 
   Raises:
-    UserError: see `initial.check_base`, or the parameters are damaged.
+    UserError: see `initial.check_frozen`, or the parameters are damaged.
   """
-  initial.check_base(found, found.settings)
+  initial.check_frozen(found, found.settings)
   return _load(found.base, found.settings)
 
 

@@ -22,7 +22,7 @@ from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.stages import stages
 
 COUNTS = "counts"  # Key in the summary of raw/done.json.
-OF_BASE = "base_fields"  # Key in the summary of text_tokenizer/done.json.
+OF_PARENT = "base_fields"  # Key in the summary of text_tokenizer/done.json.
 CHARACTERS = 4  # Characters per token, approximately.
 # Largest text vocabulary. A decoder that trains for minutes cannot learn more tokens.
 MOST_TEXT_TOKENS = 2_048
@@ -103,7 +103,7 @@ def missing(config: ml_collections.ConfigDict) -> list[str]:
   return [name for name in names if name not in OTHERS]
 
 
-def base_fields(base: dict[str, Any], documents: bool) -> dict[str, Any]:
+def parent_fields(base: dict[str, Any], documents: bool) -> dict[str, Any]:
   """Returns the fields that a run has in common with its base: {"model.width": 192, ...}.
 
   `base` has the sections of the base's settings. `documents` is whether documents of the base are
@@ -129,15 +129,15 @@ def row_fields(counts: Counts) -> dict[str, int]:
   return {"data.sequence_length": length, "model.max_positions": length}
 
 
-def _fitting(of_base: dict[str, Any], counts: Counts) -> dict[str, Any]:
+def _fitting(of_parent: dict[str, Any], counts: Counts) -> dict[str, Any]:
   """Returns the fields of a base, whose rows become longer if the data needs it.
 
   Only for a base with `vqgan.source`: its tokenizer fits every resolution.
   """
-  if not of_base.get("vqgan.source"):
-    return of_base
-  rows = {name: max(of_base[name], length) for name, length in row_fields(counts).items()}
-  return {**of_base, **rows, "vqgan.resolution": counts.resolution}
+  if not of_parent.get("vqgan.source"):
+    return of_parent
+  rows = {name: max(of_parent[name], length) for name, length in row_fields(counts).items()}
+  return {**of_parent, **rows, "vqgan.resolution": counts.resolution}
 
 
 def _cost(fields: dict[str, Any]) -> float:
@@ -191,7 +191,7 @@ def complete(
   config: ml_collections.ConfigDict,
   workdir: epath.PathLike | None,
   prepares: bool = False,
-  of_base: dict[str, Any] | None = None,
+  of_parent: dict[str, Any] | None = None,
   given: Collection[str] = (),
 ) -> ml_collections.ConfigDict:
   """Replaces the fields that are None by values that are computed from the data.
@@ -199,10 +199,10 @@ def complete(
   If the run starts from a base, other fields are replaced by the base's values, too.
 
   Args:
-    config: config of a run. Fields that are not None stay unchanged, except for `of_base`.
+    config: config of a run. Fields that are not None stay unchanged, except for `of_parent`.
     prepares: whether the command prepares the data. A command that prepares the data reads none of
       these fields, so it gets placeholder values until the data is prepared.
-    of_base: result of `base_fields`; None: the values that are stored in `workdir`, if any.
+    of_parent: result of `parent_fields`; None: the values that are stored in `workdir`, if any.
     given: fields that the user has set, such as "train.steps". They stay unchanged.
 
   Raises:
@@ -211,12 +211,14 @@ def complete(
   """
   if not (names := missing(config)):
     return config
-  of_base = stored_of_base(workdir) if of_base is None else of_base
-  _check_shapes(config, of_base, given)
+  of_parent = stored_of_parent(workdir) if of_parent is None else of_parent
+  _check_shapes(config, of_parent, given)
   tuned = config.instructions.tasks or config.instructions.own_tasks
-  counted = not (of_base and tuned)  # A run that only tunes on instructions has no pairs to count.
+  counted = not (
+    of_parent and tuned
+  )  # A run that only tunes on instructions has no pairs to count.
   counts = _counts(workdir, names, prepares) if counted else UNKNOWN
-  of_raw = {} if "raw.resolution" in given else of_base
+  of_raw = {} if "raw.resolution" in given else of_parent
   if side := of_raw.get("raw.resolution", config.raw.resolution):
     if counts is UNKNOWN:
       counts = dataclasses.replace(counts, resolution=side)
@@ -227,9 +229,9 @@ def complete(
     raise UserError(
       f"config.{wrong[0]} is None; only {', '.join(known)} are computed from the data."
     )
-  of_base = _fitting(of_base, counts) if counted else of_base
+  of_parent = _fitting(of_parent, counts) if counted else of_parent
   parts = [(f"{s}.{k}", v) for s in ("model", "data", "train") for k, v in config[s].items()]
-  fields = {**row_fields(counts), **{k: v for k, v in parts if v is not None}, **of_base}
+  fields = {**row_fields(counts), **{k: v for k, v in parts if v is not None}, **of_parent}
   found = values(counts, config.train.minutes, _cost(fields))
   found["model.max_positions"] = fields["data.sequence_length"]
   if tuned:  # The loss of documents does not show how well a model answers.
@@ -239,8 +241,8 @@ def complete(
   made = ml_collections.ConfigDict(config.to_dict())
   # The config may set these two fields.
   kept = {*given, *({"data.base_documents", "data.base_share"} - {*names})}
-  new = {**{name: found[name] for name in names}, **of_base}
-  if of_base and config.adapter.rank:
+  new = {**{name: found[name] for name in names}, **of_parent}
+  if of_parent and config.adapter.rank:
     new["optimizer.learning_rate"] *= ADAPTER_RATE
   made.update_from_flattened_dict({k: v for k, v in new.items() if k not in kept})
   for section, field in own_functions.FIELDS:  # A base is foreign; it names no file to import.
@@ -250,16 +252,16 @@ def complete(
 
 
 def _check_shapes(
-  config: ml_collections.ConfigDict, of_base: dict[str, Any], given: Collection[str]
+  config: ml_collections.ConfigDict, of_parent: dict[str, Any], given: Collection[str]
 ) -> None:
   """Raises UserError if the user has set the size of a model to another one than the base's."""
-  for name in (name for name in SHAPES if name in given and name in of_base):
+  for name in (name for name in SHAPES if name in given and name in of_parent):
     value = config.model[name.removeprefix("model.")]
-    if value != of_base[name]:
+    if value != of_parent[name]:
       raise UserError(
         f"config.{name} is {value}, but the run starts from a base (--init_from or "
         f"config.train.base = '{config.train.base}'), which decides the model and has "
-        f"{of_base[name]}: leave it out, or give --init_from=none for a model of your own."
+        f"{of_parent[name]}: leave it out, or give --init_from=none for a model of your own."
       )
 
 
@@ -273,12 +275,12 @@ def _check_side(config: ml_collections.ConfigDict, side: int) -> None:
     )
 
 
-def stored_of_base(workdir: epath.PathLike | None) -> dict[str, Any]:
+def stored_of_parent(workdir: epath.PathLike | None) -> dict[str, Any]:
   """Returns the fields of the base that `cm3leon copy_tokenizers` stored in a workdir, or {}."""
   path = epath.Path(workdir or ".") / "text_tokenizer" / "done.json"
   if workdir is None or not path.exists():
     return {}
-  stored = read_json(path, {"summary": dict})["summary"].get(OF_BASE, {})
+  stored = read_json(path, {"summary": dict})["summary"].get(OF_PARENT, {})
   return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
 
 

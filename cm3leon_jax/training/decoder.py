@@ -55,7 +55,7 @@ class DecoderTraining:
       run starts from random parameters.
     evaluate_start: whether to compute the held-out loss also before the first step, as step 0.
     adapter: the adapters to train; None, or rank 0: all parameters are trained.
-    base_params: returns the frozen parameters to which the adapters are added.
+    frozen_params: returns the frozen parameters to which the adapters are added.
     take_step: (state, batch) -> (state, metrics); None: the cross-entropy of the batch's rows.
   """
 
@@ -72,7 +72,7 @@ class DecoderTraining:
   initial_params: Callable[[], dict] | None = None
   evaluate_start: bool = False
   adapter: AdapterConfig | None = None
-  base_params: Callable[[], dict] | None = None
+  frozen_params: Callable[[], dict] | None = None
   take_step: Callable | None = None
 
   @classmethod
@@ -170,10 +170,10 @@ def _compile(training: DecoderTraining) -> tuple[DecoderTraining, Steps]:
     training.model, training.optimizer, training.config, training.vocab, training.seed,
     training.adapter,
   )  # fmt: skip
-  if training.base_params is None or training.adapter is None:
+  if training.frozen_params is None or training.adapter is None:
     return training, steps
   dtype = jnp.dtype(training.model.dtype)
-  base = jax.tree.map(lambda x: x.astype(dtype), training.base_params())
+  base = jax.tree.map(lambda x: x.astype(dtype), training.frozen_params())
   if (draw := training.sample_grid) is None:
     return training, steps.over(base)
   merge = jax.jit(functools.partial(adapters.merge, config=training.adapter))

@@ -12,7 +12,7 @@ parameters; below, 32 pixels, 64 codes and 1.5 million. For another folder of re
 
 import ml_collections
 
-from cm3leon_jax.configs import base
+from cm3leon_jax.configs import defaults
 from cm3leon_jax.stages import from_data
 
 LARGE = 60
@@ -22,9 +22,9 @@ STEPS = {48: 50, 32: 90}
 
 
 def get_config(variant: str = "150") -> ml_collections.ConfigDict:
-  minutes = 15 * base.scale_of(variant, named=())
+  minutes = 15 * defaults.scale_of(variant, named=())
   side = 48 if minutes >= LARGE else 32
-  config = base.small_config()
+  config = defaults.small_config()
   # Without the crops, the held-out loss rises after five passes over the drawings (docs/log.md).
   config.raw.update(source="illustrations_data", resolution=side, crops=2)
   config.vocab.update(text_size=512, image_size=2_048)

@@ -8,7 +8,7 @@ The records are those of `make_data.py`. README.md explains the choices.
 
 import ml_collections
 
-from cm3leon_jax.configs import base
+from cm3leon_jax.configs import defaults
 
 MINUTES = 70  # Of one core.
 STEPS = 11_000  # Steps that fit in this time.
@@ -16,7 +16,7 @@ STEPS = 11_000  # Steps that fit in this time.
 
 def get_config(variant: str = str(MINUTES)) -> ml_collections.ConfigDict:
   """Returns the config; the variant is the time in minutes of one core."""
-  config = base.small_config()
+  config = defaults.small_config()
   config.vocab.image_size = 2_048
   config.raw.update(source="pictures_data", resolution=64)
   # Values are normalized per position, so that the network does not depend on the resolution.

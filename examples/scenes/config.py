@@ -17,7 +17,7 @@ import ml_collections
 
 from cm3leon_jax.config.build import build
 from cm3leon_jax.config.settings import Settings
-from cm3leon_jax.configs import base
+from cm3leon_jax.configs import defaults
 from cm3leon_jax.stages import from_data
 from examples.scenes.options import ScenesConfig
 
@@ -27,8 +27,8 @@ LONG_STEPS = {"clip": 250, "train": 7_000}
 
 
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
-  scale = base.scale_of(variant)
-  config = base.small_config()
+  scale = defaults.scale_of(variant)
+  config = defaults.small_config()
   config.vocab.update(text_size=1_024, image_size=2_048)
   config.raw.update(source=f"{HERE}/source.py:records", resolution=48)
   # Scenes of several objects are learned last, copying from a document early (docs/log.md).

@@ -14,7 +14,7 @@ input image, so that it looks like a generated image.
 
 import ml_collections
 
-from cm3leon_jax.configs import base
+from cm3leon_jax.configs import defaults
 from cm3leon_jax.stages import from_data
 from examples.scenes import config as scenes
 
@@ -23,7 +23,7 @@ TASKS = "workdir/scene_instructions/tasks.yaml"  # `make_instructions` writes it
 
 
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
-  scale = base.scale_of(variant)
+  scale = defaults.scale_of(variant)
   config = scenes.get_config("long")  # The config of the bundled model.
   config.raw.options.train = 8_000  # Only replay reads these scenes.
   config.instructions.update(tasks=TASKS, loss_on="target", replay_share=0.1)

@@ -11,14 +11,14 @@ It scales only the steps.
 
 import ml_collections
 
-from cm3leon_jax.configs import base
+from cm3leon_jax.configs import defaults
 from examples.scenes import instruct
 
 STEPS = 80  # Steps that fit in 15 minutes.
 
 
 def get_config(variant: str = "30") -> ml_collections.ConfigDict:
-  steps = max(4, round(STEPS * base.scale_of(variant, named=())))
+  steps = max(4, round(STEPS * defaults.scale_of(variant, named=())))
   config = instruct.get_config()
   # With their seed, the scenes differ from those of other trainings, but not all of their captions.
   config.instructions.tasks = "workdir/scene_prompts/tasks.yaml"

@@ -140,9 +140,9 @@ def test_the_console_script_lists_the_commands(tmp_path):
 
 
 OWN = """
-from cm3leon_jax.configs import base
+from cm3leon_jax.configs import defaults
 def get_config(seed="3"):
-  config = base.get_config()
+  config = defaults.get_config()
   config.seed = int(seed)
   return config
 """

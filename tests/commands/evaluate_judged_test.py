@@ -193,8 +193,8 @@ def test_only_the_config_of_the_command_names_a_judge(made, tmp_path, monkeypatc
     described["settings"]["evaluation"] |= {"judge": evil, "captions": 3}
     bundled.write_text(json.dumps(described))  # As a stranger can write it.
     CM3Leon.load(tmp_path / "bundle").generate("a bell", seed=0)
-    stored_of_base = config["settings"]
-    fields = from_data.base_fields(stored_of_base, documents=True)
+    stored_of_parent = config["settings"]
+    fields = from_data.parent_fields(stored_of_parent, documents=True)
     assert not {"raw.source", "evaluation.judge", "reinforce.reward"} & fields.keys()
   finally:
     stored.write_text(before)

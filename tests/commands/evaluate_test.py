@@ -8,7 +8,7 @@ import pytest
 
 from cm3leon_jax.commands import common, evaluate
 from cm3leon_jax.config.settings import settings_from_config
-from cm3leon_jax.configs import base
+from cm3leon_jax.configs import defaults
 from cm3leon_jax.data.documents import store
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
@@ -21,7 +21,7 @@ from tests.retrieval.stores import write_neighbors
 
 
 def tiny_settings():
-  config = base.get_config()
+  config = defaults.get_config()
   config.vocab.update({"num_special": 8, "text_size": 272, "image_size": 16})
   config.vqgan = ml_collections.ConfigDict()
   config.data.update({"sequence_length": 64})

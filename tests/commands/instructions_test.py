@@ -62,8 +62,8 @@ def source(tmp_path_factory):
   return root
 
 
-def copy(settings, workdir, source, of_base=None):
-  with mock.patch.object(common, "parent_fields", return_value=of_base):
+def copy(settings, workdir, source, of_parent=None):
+  with mock.patch.object(common, "parent_fields", return_value=of_parent):
     copy_tokenizers.main(settings, workdir, InitFrom(str(source)))
 
 

@@ -13,7 +13,7 @@ from tests.launched import ROOT, SCENES, launch
 from tests.refusals import check_refused, refused
 
 
-def command(*flags, config="ml_configs/base.py"):
+def command(*flags, config="ml_configs/defaults.py"):
   small = ("--config.train.global_batch_size=1", "--config.data.sequence_length=512")
   pairs_only = "--config.data.text_share=0.0"
   return launch("prepare_data", f"--config={config}", pairs_only, *small, *flags)

@@ -41,9 +41,9 @@ def test_a_name_of_a_function_has_a_file_and_a_name(value, expected):
 
 def test_files_are_relative_to_the_config_that_names_them(tmp_path):
   (tmp_path / "config.py").write_text(
-    "from cm3leon_jax.configs import base\n"
+    "from cm3leon_jax.configs import defaults\n"
     "def get_config():\n"
-    "  config = base.get_config()\n"
+    "  config = defaults.get_config()\n"
     "  config.raw.source = 'own.py:records'\n"
     "  config.reinforce.reward = '/elsewhere/own.py:score'\n"
     "  return config\n"

@@ -127,8 +127,8 @@ def test_documents_of_the_base_get_their_share_in_training_and_half_of_the_heldo
     rows = Run(run, with_base(base, base_share=share)).rows(split)
     assert rows.source_names == names
     shares = [source.share for source in rows.plan.sources]
-    own, of_base = 1 - expected, expected
-    np.testing.assert_allclose(shares, [0.7 * own, 0.3 * own, 0.7 * of_base, 0.3 * of_base])
+    own, of_parent = 1 - expected, expected
+    np.testing.assert_allclose(shares, [0.7 * own, 0.3 * own, 0.7 * of_parent, 0.3 * of_parent])
   unused = Run(run, with_base(base)).rows("train")
   assert [source.name for source in unused.plan.sources] == ["pairs", "texts"]
   assert unused.source_names == ()

@@ -106,8 +106,8 @@ def test_another_resolution_than_that_of_the_data_is_named(tmp_path):
     with pytest.raises(UserError, match=r"raw\.resolution: 60 -> 96\): use another --workdir, or"):
       from_data.complete(config, tmp_path, prepares=prepares)
   # The base's resolution replaces that of a config file.
-  fields = from_data.base_fields(base_of(vqgan={"resolution": 60}), documents=True)
-  made = from_data.complete(config, tmp_path, of_base=fields)
+  fields = from_data.parent_fields(base_of(vqgan={"resolution": 60}), documents=True)
+  made = from_data.complete(config, tmp_path, of_parent=fields)
   assert (made.raw.resolution, made.vqgan.resolution) == (60, 60)
 
 
@@ -122,19 +122,19 @@ def base_of(**sections):
 
 def copied(workdir, fields):
   (workdir / "text_tokenizer").mkdir()
-  write_json(workdir / "text_tokenizer" / "done.json", {"summary": {from_data.OF_BASE: fields}})
+  write_json(workdir / "text_tokenizer" / "done.json", {"summary": {from_data.OF_PARENT: fields}})
 
 
 def tuned(workdir, **fields):
   """Prepares the data of a run that is tuned from `base_of()`, and returns the config `own`."""
   prepared(workdir)
-  copied(workdir, from_data.base_fields(base_of(), documents=True) | fields)
+  copied(workdir, from_data.parent_fields(base_of(), documents=True) | fields)
   return config_file.load("own")
 
 
 def test_a_run_has_the_model_and_tokenizers_of_its_base_and_its_own_documents(tmp_path):
   base = base_of(data={"text_share": 0.6}, instructions={"instruction_first": True})
-  fields = from_data.base_fields(base, documents=True)
+  fields = from_data.parent_fields(base, documents=True)
   prepared(tmp_path)
   copied(tmp_path, fields)
   found = settings_from_config(from_data.complete(config_file.load("own"), tmp_path))
@@ -149,7 +149,7 @@ def test_a_run_has_the_model_and_tokenizers_of_its_base_and_its_own_documents(tm
   assert found.instructions == InstructionsConfig(instruction_first=True)
   data = dataclasses.replace(expected.data, text_share=0.0, base_documents=4_000, base_share=0.1)
   assert found.data == data
-  without = from_data.base_fields(base, documents=False)
+  without = from_data.parent_fields(base, documents=False)
   assert (without["data.base_documents"], without["data.base_share"]) == (0, 0.0)
 
 
@@ -181,7 +181,7 @@ def test_rows_and_resolution_of_a_base_with_a_tokenizer_for_any_image_follow_the
 ):
   base = dataclasses.asdict(settings_from_config(illustrations.get_config()))
   prepared(tmp_path, counts)
-  copied(tmp_path, from_data.base_fields(base, documents=False))
+  copied(tmp_path, from_data.parent_fields(base, documents=False))
   config = own.get_config()
   config.raw.resolution = 64 if given else 0
   found = settings_from_config(from_data.complete(config, tmp_path, given=given))

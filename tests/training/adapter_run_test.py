@@ -15,12 +15,14 @@ from tests.training.runs import run as run_of
 ADAPTER = AdapterConfig(rank=3)
 
 
-def base_params():
+def frozen_params():
   return random_params(MODEL)
 
 
 def run(folder, loader, **fields):
-  return run_of(folder, loader, adapter=ADAPTER, base_params=base_params, ema_decay=0.9, **fields)
+  return run_of(
+    folder, loader, adapter=ADAPTER, frozen_params=frozen_params, ema_decay=0.9, **fields
+  )
 
 
 def trained(folder, average=True):
@@ -58,7 +60,7 @@ def test_grids_of_samples_get_the_sum_of_the_base_and_the_averaged_adapters(load
   run(tmp_path, loader, sample_grid=sample_grid, sample_every=4, steps=4)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     factors = jax.device_put(trained(tmp_path))
-    expected = adapters.merge(base_params(), factors, ADAPTER)
+    expected = adapters.merge(frozen_params(), factors, ADAPTER)
   for a, b in zip(jax.tree.leaves(seen[4]), jax.tree.leaves(expected)):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 

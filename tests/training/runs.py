@@ -50,7 +50,7 @@ def run(
   skip_above=0.0,
   skipped=(),
   adapter=None,
-  base_params=None,
+  frozen_params=None,
   **fields,
 ):
   """Trains a tiny decoder. `fresh` compiles the steps again, as in a new process."""
@@ -81,7 +81,7 @@ def run(
       profile_steps=profile_steps,
       initial_params=initial_params,
       adapter=adapter,
-      base_params=base_params,
+      frozen_params=frozen_params,
     )
     return train(training)
 

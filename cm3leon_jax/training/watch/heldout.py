@@ -21,7 +21,7 @@ from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import Steps
 from cm3leon_jax.training.watch.monitor import Monitor
 
-OF_BASE = f"heldout_loss/{base_documents.NAME}"  # Loss of the base's documents.
+OF_PARENT = f"heldout_loss/{base_documents.NAME}"  # Loss of the base's documents.
 OF_PAIRS = "heldout_loss/pairs"
 
 
@@ -31,7 +31,7 @@ def decisive(losses: Mapping[str, Any]) -> str:
   It is the loss of image codes, or of all tokens if there are no codes. In a tuning, it is the loss
   of the run's own pairs, without the base's documents.
   """
-  if OF_BASE in losses and OF_PAIRS in losses:
+  if OF_PARENT in losses and OF_PAIRS in losses:
     return OF_PAIRS
   return "heldout_image_loss" if losses.get("heldout_image_loss") else "heldout_loss"
 
@@ -114,7 +114,7 @@ class HeldoutLosses(Hook):
 
   def risen(self) -> float:
     """Returns by what share the loss of the base's documents has risen; 0 if it is unknown."""
-    losses = [part[OF_BASE] for part in (self.at_start, self.losses or {}) if OF_BASE in part]
+    losses = [part[OF_PARENT] for part in (self.at_start, self.losses or {}) if OF_PARENT in part]
     return losses[1] / losses[0] - 1 if len(losses) == 2 else 0.0
 
   def stops(self) -> bool:
