@@ -4,8 +4,8 @@
   python -m tools.walks --way=generate --files
   python -m tools.walks --way=train
 
-`load` loads a bundled model, `generate` runs `cm3leon generate` for one image, and `train` runs
-`cm3leon train` on a tiny workdir, until its first row is read.
+`load` loads a bundled model, and the others run a command: `generate` for one image, `train` on a
+tiny workdir until its first row is read, `plan` and `prepare_data`.
 
 A file is entered when one of its functions runs, in any thread; code that runs only during the
 import of a module does not count. The floor of a module is the length of the longest path of
@@ -143,7 +143,26 @@ def train() -> Walk:
   return walk
 
 
-WAYS = {"load": load, "generate": generate, "train": train}
+def plan() -> Walk:
+  """Runs `cm3leon plan` for a shipped config on a TPU slice."""
+  with Walk() as walk:
+    _run("plan", "--config=cm3leon_350m", "--topology=v5e-256")
+  return walk
+
+
+def prepare_data() -> Walk:
+  """Runs `cm3leon prepare_data` for few pairs of the demo."""
+  few = [f"--config.raw.options.{name}=8" for name in ("train", "bank", "heldout")]
+  with tempfile.TemporaryDirectory() as folder, Walk() as walk:
+    _run(
+      "prepare_data", f"--config={ROOT}/examples/scenes/config.py", *few, f"--workdir={folder}/w"
+    )
+  return walk
+
+
+WAYS = {
+  "load": load, "generate": generate, "train": train, "plan": plan, "prepare_data": prepare_data
+}  # fmt: skip
 
 
 def _run(name: str, *arguments: str) -> None:
