@@ -214,9 +214,7 @@ def complete(
   of_parent = stored_of_parent(workdir) if of_parent is None else of_parent
   _check_shapes(config, of_parent, given)
   tuned = config.instructions.tasks or config.instructions.own_tasks
-  counted = not (
-    of_parent and tuned
-  )  # A run that only tunes on instructions has no pairs to count.
+  counted = not (of_parent and tuned)  # A run that tunes on instructions alone counts no pairs.
   counts = _counts(workdir, names, prepares) if counted else UNKNOWN
   of_raw = {} if "raw.resolution" in given else of_parent
   if side := of_raw.get("raw.resolution", config.raw.resolution):
