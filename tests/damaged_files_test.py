@@ -21,7 +21,6 @@ from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.metrics import published_weights as published
-from cm3leon_jax.files import shards
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.importing.source import open_source
 from cm3leon_jax.importing.tokenizer import read_tokenizer
@@ -30,7 +29,7 @@ from cm3leon_jax.retrieval import bank, lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.run import bundles, initial
 from cm3leon_jax.run.source import settings_of_run
-from cm3leon_jax.stages import stages
+from cm3leon_jax.stages import shards, stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
 from cm3leon_jax.weights import recovery, stored_tensors

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.files.shards import Runner
+from cm3leon_jax.stages.shards import Runner
 from tests.files.shards_test import NAMES, Copy, log, run
 from tests.refusals import refused
 

@@ -16,8 +16,7 @@ from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.errors import UserError
 
 with epy.lazy_imports():
-  from cm3leon_jax.export import copies
-  from cm3leon_jax.run import run
+  from cm3leon_jax.run import copies, run
 
 
 def main(settings: Settings, workdir: epath.Path, flags: shared_flags.InitFrom) -> None:

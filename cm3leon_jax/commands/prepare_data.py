@@ -27,7 +27,7 @@ with epy.lazy_imports():
   from cm3leon_jax.data.raw import counting, ingest, writer
   from cm3leon_jax.data.raw import summary as raw_statistics
   from cm3leon_jax.data.sources import formats
-  from cm3leon_jax.files import shards
+  from cm3leon_jax.stages import shards
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from cm3leon_jax.config.build import build
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.files import shards
+from cm3leon_jax.stages import shards
 
 with epy.lazy_imports():
   from cm3leon_jax.run import run

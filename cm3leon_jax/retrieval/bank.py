@@ -21,12 +21,12 @@ from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.files.progress import progress_bar
-from cm3leon_jax.files.shards import Runner, forget, run_shards
 from cm3leon_jax.retrieval import removed
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.lexical import FILE as WORDS
 from cm3leon_jax.retrieval.lexical import Lexical
 from cm3leon_jax.stages import stages
+from cm3leon_jax.stages.shards import Runner, forget, run_shards
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.vocab import VocabLayout
 

@@ -21,8 +21,8 @@ from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.files.shards import Runner, run_shards
 from cm3leon_jax.stages import stages
+from cm3leon_jax.stages.shards import Runner, run_shards
 
 SCHEMA_VERSION = 1
 FILE = "words.json"

@@ -18,11 +18,11 @@ from cm3leon_jax.config.data import RetrievalConfig
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import plain
-from cm3leon_jax.files.shards import Runner, forget, run_shards
 from cm3leon_jax.retrieval import index as index_lib
 from cm3leon_jax.retrieval import lexical, removed
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob, embed
+from cm3leon_jax.stages.shards import Runner, forget, run_shards
 
 REASONS = ("own_group", "similar_to_query", "unlike_query", "similar_to_kept")
 # Split -> arrays of the results. The arrays text_* are of searches with the caption only.

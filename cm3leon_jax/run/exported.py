@@ -16,7 +16,7 @@ from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.digests import digest_of_json
 from cm3leon_jax.files.json_files import read_foreign_json, read_json
 from cm3leon_jax.run import bundles
-from cm3leon_jax.run.source import ABOUT, DIGESTS, FORMATS, IMAGES, TREE, format_of
+from cm3leon_jax.run.source import ABOUT, DESCRIPTIONS, DIGESTS, IMAGES, TREE, format_of
 from cm3leon_jax.weights import placed, sealing
 from cm3leon_jax.weights.stored import array_spec
 from cm3leon_jax.weights.stored_tensors import StoredTensors
@@ -74,8 +74,8 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
   check(folder)
   if (kind := format_of(folder)) not in ("", "orbax"):
     raise UserError(
-      f"{folder} is an export {FORMATS[kind]}, which is for other programs: load the workdir of "
-      "its run, or an export in the format hf or orbax."
+      f"{folder} is an export {DESCRIPTIONS[kind]}, which is for other programs: load the workdir "
+      "of its run, or an export in the format hf or orbax."
     )
   stored = read_json(folder / ABOUT, {"step": int, "settings": dict})
   return settings_from_stored(stored["settings"]), stored["step"]

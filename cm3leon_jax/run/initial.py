@@ -18,7 +18,7 @@ from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
 from cm3leon_jax.run import adapters, bundles, exported
 from cm3leon_jax.run.adapters import Adapters, ParamsRef
-from cm3leon_jax.run.source import FORMATS, IMAGES, INSTALLED, Source, folder_of, format_of
+from cm3leon_jax.run.source import DESCRIPTIONS, IMAGES, INSTALLED, Source, folder_of, format_of
 from cm3leon_jax.stages import stages, table
 from cm3leon_jax.weights import layouts, reading, stored_tensors, tensor_files
 
@@ -122,7 +122,7 @@ def find(settings: Settings, source: str, step: int | None = None) -> ParamsRef:
     exported.check(folder)
   if (kind := format_of(folder)) not in ("", "orbax"):
     raise UserError(
-      f"--init_from is {source}, an export {FORMATS[kind]}, which differs from the trained "
+      f"--init_from is {source}, an export {DESCRIPTIONS[kind]}, which differs from the trained "
       "parameters: name the workdir that it was exported from, or an export in the format "
       "hf or orbax."
     )

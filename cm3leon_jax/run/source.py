@@ -23,7 +23,7 @@ ADAPTER = "adapter_config.json"  # Describes the adapters of an export in the fo
 Kind = Literal["bundle", "export", "run", ""]
 MARKS: dict[Kind, str] = {"bundle": BUNDLE, "export": ABOUT, "run": "train/config.json"}
 # Result of `format_of` -> description for messages.
-FORMATS = {
+DESCRIPTIONS = {
   "stablehlo": "in the format stablehlo",
   "orbax": "in the format orbax",
   "peft": "of adapters alone, in the format peft",
@@ -87,7 +87,7 @@ def folder_of(source: str | os.PathLike[str]) -> epath.Path:
 
 
 def format_of(folder: epath.PathLike) -> str:
-  """Returns the key of `FORMATS` for an export, or "" for the format hf and for other folders."""
+  """Returns an export's key of `DESCRIPTIONS`; "" for the format hf and for other folders."""
   folder = epath.Path(folder)
   for name, file in (("stablehlo", "manifest.json"), ("orbax", TREE), ("peft", ADAPTER)):
     if (folder / file).exists():

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.evidence import own_images
 from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.raw import ingest, reader
-from cm3leon_jax.files.shards import Runner
+from cm3leon_jax.stages.shards import Runner
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ from cm3leon_jax.clip import checkpoint as clip_checkpoint
 from cm3leon_jax.clip import huggingface as hf_clip
 from cm3leon_jax.config.data import RetrievalConfig
 from cm3leon_jax.data.raw import reader
-from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.retrieval import bank, neighbors
+from cm3leon_jax.stages.shards import Runner
 from tests.clip.huggingface_files import (
   CAPTIONS,
   END,

@@ -22,12 +22,11 @@ from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.config.tokenizers import TextTokenizerConfig
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.export import copies
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.reports import report
-from cm3leon_jax.run import bundles
+from cm3leon_jax.run import bundles, copies
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers import published, published_files, published_source, text, vqgan

@@ -15,8 +15,8 @@ from cm3leon_jax.config.tokenizers import TextTokenizerConfig
 from cm3leon_jax.data.raw import ingest
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.stages import stages, table
+from cm3leon_jax.stages.shards import Runner
 from cm3leon_jax.tokenizers import text, vqgan
 from tests.data.stores import VOCAB
 from tests.launch import tiny_instruct_config

@@ -11,9 +11,8 @@ import pytest
 from cm3leon_jax.commands import train_vqgan as command
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.export import copies
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.run import initial
+from cm3leon_jax.run import copies, initial
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.stages import stages, table
 from cm3leon_jax.tokenizers import published_files

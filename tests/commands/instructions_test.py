@@ -20,9 +20,9 @@ from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols import run as protocols
-from cm3leon_jax.export import copies
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.run import copies
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.stages import stages
 from examples.scenes import grade

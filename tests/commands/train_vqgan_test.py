@@ -11,8 +11,8 @@ from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.config.tokenizers import VQGANConfig
 from cm3leon_jax.data.raw import ingest
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.stages import stages, table
+from cm3leon_jax.stages.shards import Runner
 from cm3leon_jax.training.image_models import vqgan_training
 from tests.data.raw_folder import write_raw
 from tests.generation.run import make_config

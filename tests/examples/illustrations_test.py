@@ -16,7 +16,7 @@ import pytest
 from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.checks import leaks
 from cm3leon_jax.data.raw import ingest
-from cm3leon_jax.files.shards import Runner
+from cm3leon_jax.stages.shards import Runner
 from tests.data.checks.duplicates_test import photo
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -10,13 +10,13 @@ from cm3leon_jax.data.documents.store import group_id, write_documents
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.decoding.result import Result, sample_seed
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
 from cm3leon_jax.generation.text_tasks import Caption, Interleaved
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
 from cm3leon_jax.run.run import Run
+from cm3leon_jax.stages.shards import Runner
 from tests.data.raw_folder import write_raw
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device

@@ -16,13 +16,13 @@ from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.retrieval import bank as bank_lib
 from cm3leon_jax.retrieval import index, neighbors
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.stages import stages
 from cm3leon_jax.stages import table as stage_table
+from cm3leon_jax.stages.shards import Runner
 from tests.data.raw_folder import write_raw
 from tests.models.tiny import random_arrays
 from tests.refusals import refused

@@ -23,13 +23,13 @@ from cm3leon_jax.data.documents.store import Bank
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.retrieval import bank as bank_lib
 from cm3leon_jax.retrieval import erased, neighbors, removed
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.stages import stages
+from cm3leon_jax.stages.shards import Runner
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, save_run
 from tests.launched import SLOW, launch

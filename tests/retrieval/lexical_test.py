@@ -9,12 +9,12 @@ from cm3leon_jax.config.data import RetrievalConfig
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.retrieval import bank as bank_lib
 from cm3leon_jax.retrieval import lexical
 from cm3leon_jax.retrieval.bank import Embeddings
 from cm3leon_jax.retrieval.lexical import BUCKETS, Lexical
 from cm3leon_jax.retrieval.neighbors import Retriever
+from cm3leon_jax.stages.shards import Runner
 from tests.refusals import refused
 from tests.retrieval.bank_test import build, embedded, make_raw, tiny_clip  # noqa: F401
 

@@ -14,7 +14,7 @@ from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import KINDS, SPLITS, RawPair, Record, images_of
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.progress import progress_bar
-from cm3leon_jax.files.shards import Runner, run_shards
+from cm3leon_jax.stages.shards import Runner, run_shards
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout

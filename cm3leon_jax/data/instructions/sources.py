@@ -20,7 +20,7 @@ from cm3leon_jax.data.instructions.stores import RecordEncoder, write_store
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import check_foreign, plain, read_json
-from cm3leon_jax.files.shards import Runner, run_shards
+from cm3leon_jax.stages.shards import Runner, run_shards
 from cm3leon_jax.vocab import VocabLayout
 
 SPLITS = ("train", "heldout")

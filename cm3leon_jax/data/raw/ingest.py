@@ -21,7 +21,7 @@ from cm3leon_jax.data.sources.records import KINDS, SPLITS, origin_counts
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.files.shards import Runner, run_shards
+from cm3leon_jax.stages.shards import Runner, run_shards
 
 SUMMARY_VERSION = 3  # Version of the summaries. Shards of other versions are written again.
 # The share of rejected records is checked after every shard once this many records have been read.

@@ -6,7 +6,7 @@ from PIL import Image
 from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.checks import leaks
 from cm3leon_jax.data.raw import ingest
-from cm3leon_jax.files.shards import Runner
+from cm3leon_jax.stages.shards import Runner
 from tests.data.checks.duplicates_test import COPIES, photo
 
 

@@ -12,7 +12,7 @@ from cm3leon_jax.data.documents.store import (
 )
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.files.shards import Runner
+from cm3leon_jax.stages.shards import Runner
 from tests.data.documents.store_test import VOCAB, document, flip, image, text, write_stage
 from tests.refusals import refused
 

@@ -15,8 +15,8 @@ from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.sources.records import SPLITS
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.stages import stages, table
+from cm3leon_jax.stages.shards import Runner
 from cm3leon_jax.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 from tests.refusals import refused

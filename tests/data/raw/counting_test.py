@@ -8,8 +8,8 @@ from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.config.tokenizers import TextTokenizerConfig
 from cm3leon_jax.data.raw import counting, ingest, reader
 from cm3leon_jax.data.sources import formats
-from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.stages.from_data import Counts
+from cm3leon_jax.stages.shards import Runner
 
 
 def folder_of(path, sides, texts=0):

@@ -13,7 +13,7 @@ from cm3leon_jax.data.sources import records as records_lib
 from cm3leon_jax.data.sources.records import SPLITS, RawInterleaved
 from cm3leon_jax.data.sources.splits import split_of
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.files.shards import Runner
+from cm3leon_jax.stages.shards import Runner
 from tests.refusals import refused
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)

@@ -23,7 +23,7 @@ from cm3leon_jax.data.sources.records import (
   make_record,
 )
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.files.shards import Runner
+from cm3leon_jax.stages.shards import Runner
 from tests.data.sources.formats_test import read
 from tests.refusals import refused
 

@@ -8,7 +8,7 @@ from pyarrow import parquet
 from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.raw import ingest
 from cm3leon_jax.data.sources import archives, formats
-from cm3leon_jax.files.shards import Runner
+from cm3leon_jax.stages.shards import Runner
 from tests.data.raw.untrusted_test import reasons
 from tests.data.sources.formats_test import jpeg, read, sample, write_tar
 

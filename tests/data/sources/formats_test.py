@@ -16,7 +16,7 @@ from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.records import RawPair, RawText
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.files.shards import Runner
+from cm3leon_jax.stages.shards import Runner
 from tests.refusals import refused
 
 

@@ -7,7 +7,7 @@ from cm3leon_jax.config.data import RawConfig
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.sources import function
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.files.shards import Runner
+from cm3leon_jax.stages.shards import Runner
 from tests.refusals import refused
 
 OWN = """

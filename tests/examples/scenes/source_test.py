@@ -14,7 +14,7 @@ from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.sources import function
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.files.shards import Runner
+from cm3leon_jax.stages.shards import Runner
 from cm3leon_jax.vocab import VocabLayout
 from examples.scenes import drawings
 from examples.scenes import source as scenes

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from cm3leon_jax.errors import TryAgain, UserError
-from cm3leon_jax.files.shards import Runner, forget, run_shards
+from cm3leon_jax.stages.shards import Runner, forget, run_shards
 from tests.refusals import refused
 
 NAMES = {f"{i:02d}": {"digest": i} for i in range(12)}
