@@ -20,14 +20,12 @@ from cm3leon_jax.commands import common, flag
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.config.tokenizers import Family
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.stages import stages, table
 
 with epy.lazy_imports():
-  from cm3leon_jax.files import digests as digests_lib
+  from cm3leon_jax.importing import images
   from cm3leon_jax.run import exported
   from cm3leon_jax.run import source as source_lib
-  from cm3leon_jax.tokenizers import published_files, vqgan
-  from cm3leon_jax.training.image_models import trainer
+  from cm3leon_jax.tokenizers import published_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +34,6 @@ class Flags(flag.Fields):
   """File or folder with the weights, as safetensors."""
   family: Family | None = None
   """Network that the weights belong to (default: config.vqgan.published, or found by the names)."""
-
-
-def _check_folder(folder: epath.Path) -> None:
-  """Raises UserError if a VQGAN was trained in the folder, or its training has begun."""
-  imported = vqgan.is_published(folder) or stages.command_of(folder) == "import_vqgan"
-  if ((folder / vqgan.CONFIG).exists() and not imported) or (folder / trainer.FOLDER).exists():
-    raise UserError(
-      f"{folder} has a VQGAN of cm3leon train_vqgan: use another --workdir, or delete that folder."
-    )
 
 
 def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
@@ -61,42 +50,13 @@ def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
     if source_lib.Source.of(parent).kind == "export":
       exported.check(parent, f"{source_lib.IMAGES}/")
   folder = workdir / "vqgan"
-  _check_folder(folder)
+  images.check_folder(folder)
   if published_files.is_own(source):
     found = published_files.read_own(source)
   else:
     found = published_files.read(source, family or named or None)
-  tokenizer = published_files.fit(found.tokenizer, settings.vocab.image_size, settings.vqgan)
-  name: str = getattr(tokenizer.config, "family", "")  # "": trained with this project.
-  digests = [digests_lib.digest(path) for path in found.files]
-  left = f", without {found.num_left} other tensors" if found.num_left else ""
-  kind = name or "trained by cm3leon train_vqgan"
-  print(
-    f"import_vqgan: {kind}, {found.num_parameters:,} parameters in {found.num_tensors} tensors"
-    f"{left}.",
-    flush=True,
-  )
-  for path, sha256 in zip(found.files, digests):
-    print(f"import_vqgan: read {path}, SHA-256 {sha256}.", flush=True)
-  config = {
-    "command": "import_vqgan",
-    "family": name,
-    "sha256": digests,
-    "vqgan": {"resolution": settings.vqgan.resolution, "downsample": settings.vqgan.downsample},
-    "vocab": {"image_size": settings.vocab.image_size},
-  }
-  with stages.once(folder, config, files=table.STAGES["vqgan"].files) as summary:
-    if summary is None:
-      return
-    tokenizer.save(folder)
-    sizes, side = tokenizer.config, settings.vqgan.resolution // settings.vqgan.downsample
-    summary.update(family=name, parameters=found.num_parameters, code_dim=sizes.code_dim)
-    print(
-      f"import_vqgan: {sizes.resolution}x{sizes.resolution} pixels are {side}x{side} = "
-      f"{sizes.image_tokens:,} of {tokenizer.num_codes:,} codes, each of width {sizes.code_dim}; "
-      f"in {folder}.",
-      flush=True,
-    )
+  for line in images.write(settings, folder, found):
+    print(f"import_vqgan: {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Imports a checkpoint into a workdir: its tokenizer, and its parameters as the start of a run."""
 
+import collections
 from collections.abc import Collection, Mapping
 import dataclasses
 import functools
@@ -14,9 +15,10 @@ from cm3leon_jax.errors import UserError
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.importing import qwen3, tokenizer
+from cm3leon_jax.importing import chameleon, chameleon_ids, images, qwen3, tokenizer
+from cm3leon_jax.importing.chameleon import Published
 from cm3leon_jax.importing.qwen3 import Tables
-from cm3leon_jax.importing.source import CONFIG, SourceCheckpoint, open_source
+from cm3leon_jax.importing.source import CHAMELEON, CONFIG, SourceCheckpoint, open_source
 from cm3leon_jax.run import initial
 from cm3leon_jax.stages import stages, table
 from cm3leon_jax.tokenizers import text
@@ -24,16 +26,29 @@ from cm3leon_jax.weights import layouts, tensor_files
 from cm3leon_jax.weights.tensor_files import Tensor
 
 TEXT = "text_tokenizer"
+NOTE = (
+  "tables: all rows stay, in another order. Whether the head can draw cannot be read from the "
+  "weights: Anole's was trained for it, that of Meta's own release was not released to draw."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-  """Data to import. `fields` contains the values that config.model and config.vocab must have."""
+  """Data to import.
+
+  Attributes:
+    fields: values that sections of the config must have.
+    ids: the source's id of a text token -> our id; {} for a model of this project.
+    notes: sentences about the vocabulary.
+    published: other parts of a Chameleon.
+  """
 
   source: SourceCheckpoint
   fields: dict[str, dict[str, Any]]
-  tables: Tables
   tensors: list[Tensor]
+  ids: Mapping[int, int]
+  notes: list[str]
+  published: Published | None = None
 
 
 def plan(settings: Settings, source: str) -> Import:
@@ -45,20 +60,46 @@ def plan(settings: Settings, source: str) -> Import:
     UserError: the checkpoint cannot be imported exactly, or the config has another model or
       vocabulary.
   """
-  opened = open_source(source)
-  rows, vocab = opened.size("vocab_size", 0), settings.vocab
-  tables = Tables(vocab, rows, _end_of_text(opened, rows))
+  opened, vocab = open_source(source), settings.vocab
   if opened.is_own:
-    needed = _own_fields(opened)
-  else:
-    fields, text_size = qwen3.model_fields(opened), vocab.num_special + rows
-    needed = {"model": fields | {"vocab_size": text_size + vocab.image_size}}
-    needed["vocab"] = {"text_size": text_size}
+    fields = _own_fields(opened)
+    _check_fields(settings, opened, fields)
+    return Import(opened, fields, _own_tensors(opened, settings.model), {}, _own_notes(opened))
+  rows = opened.size("vocab_size", 0)
+  if opened.described["model_type"] == CHAMELEON:
+    return _plan_chameleon(settings, opened, rows)
+  tables, model = Tables(vocab, rows, _end_of_text(opened, rows)), qwen3.model_fields(opened)
+  text_size = vocab.num_special + rows
+  needed = {"model": model | {"vocab_size": text_size + vocab.image_size}}
+  needed["vocab"] = {"text_size": text_size}
+  _check_fields(settings, opened, needed)
+  ids = {i: vocab.num_special + i for i in range(rows)}
+  found = qwen3.tensors(opened, model, tables)
+  return Import(opened, needed, found, ids, [tables.describe()])
+
+
+def _plan_chameleon(settings: Settings, source: SourceCheckpoint, rows: int) -> Import:
+  """Plans the import of a Chameleon. See `plan`."""
+  model, path, vocab = chameleon.model_fields(source), source.folder / CONFIG, settings.vocab
+  names = chameleon_ids.read_names(source, tokenizer.read_tokenizer(source.folder, rows))
+  codes, sizes = len(chameleon_ids.image_ids(names, path)), chameleon.image_sizes(source)
+  needed = {
+    "model": model | {"vocab_size": rows},
+    "vocab": {"text_size": rows - codes, "image_size": codes, "template": "chameleon"},
+    "vqgan": {"resolution": sizes.resolution, "downsample": sizes.downsample},
+  }
+  _check_fields(settings, source, needed)
+  theirs = chameleon_ids.permutation(names, vocab, path)
+  found = chameleon.read_images(source)
+  decoder, encoder = chameleon.tensors(source, settings.model, theirs)
+  ids = {int(theirs[i]): i for i in range(vocab.num_special, vocab.text_size)}
+  return Import(source, needed, decoder, ids, [NOTE], Published(theirs, found, encoder))
+
+
+def _check_fields(settings: Settings, source: SourceCheckpoint, needed: dict[str, dict]) -> None:
+  """Raises UserError, with the flags to add, if the config has not the fields in `needed`."""
   if differing := flags(_differing(settings, needed)):
-    raise UserError(f"{source} has another model than the config: add the flags {differing}")
-  if opened.is_own:
-    return Import(opened, needed, tables, _own_tensors(opened, settings.model))
-  return Import(opened, needed, tables, qwen3.tensors(opened, fields, tables))
+    raise UserError(f"{source.folder} has another model than the config: add the flags {differing}")
 
 
 def _own_tensors(source: SourceCheckpoint, config: ModelConfig) -> list[Tensor]:
@@ -127,26 +168,38 @@ def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[st
       contains NaNs or infinities.
   """
   workdir, digests = epath.Path(workdir), found.source.digests()
-  lines = describe(found)
+  lines = [*describe(found), *found.notes]
   lines += _write_tokenizer(settings, workdir, found, digests)
   folder = workdir / initial.INIT
   identity = {name: table.identity(settings, "train")[name] for name in ("model", "vocab")}
-  files = (CONFIG, tensor_files.INDEX, "*.safetensors")
+  files = (CONFIG, tensor_files.INDEX, "*.safetensors", f"{initial.PUBLISHED}/*")
   with stages.once(folder, {**identity, "source": digests}, files=files) as summary:
     if summary is not None:
       tensor_files.remove(folder)
-      described = layouts.hf_config(settings.model, settings.vocab)
-      write_json(folder / CONFIG, described)
+      described, dtypes = layouts.hf_config(settings.model, settings.vocab), _dtypes(found.tensors)
+      write_json(folder / CONFIG, described | {"dtype": dtypes[0]})
       if (workdir / TEXT / text.TOKENIZER).exists():
         text.copy_files(workdir / TEXT, folder)
       if (found.source.folder / training_data.FILE).exists():
         write_json(folder / training_data.FILE, training_data.read(found.source.folder))
+      if found.published:
+        chameleon.keep(folder / initial.PUBLISHED, found.source, found.published)
       tensor_files.write(folder, found.tensors)
       parameters = sum(tensor.size for tensor in found.tensors)
       summary.update({training_data.IMPORTED: str(found.source.folder), "parameters": parameters})
       summary[initial.IMAGES_DIGEST] = digest(found.source.folder / initial.IMAGE_TOKENIZER)
-      lines.append(f"{folder}: {parameters:,} parameters in float32.")
+      lines.append(f"{folder}: {parameters:,} parameters in {', '.join(dtypes)}.")
+  if found.published:
+    lines += images.write(settings, workdir / "vqgan", found.published.images)
   return lines
+
+
+def _dtypes(tensors: list[Tensor]) -> list[str]:
+  """Returns the dtypes of tensors, that of the most elements first."""
+  sizes = collections.Counter[str]()
+  for tensor in tensors:
+    sizes[tensor.dtype] += tensor.size
+  return [name for name, _ in sizes.most_common()]
 
 
 def _write_tokenizer(
@@ -180,9 +233,9 @@ def _write_tokenizer(
 def _make_tokenizer(settings: Settings, folder: epath.Path, found: Import) -> list[str]:
   """Writes the files of the text tokenizer. Returns how it differs from the source's tokenizer."""
   source, vocab = found.source.folder, settings.vocab
-  if not found.source.is_own:
-    described = tokenizer.read_tokenizer(source, found.tables.rows)
-    made, notes = tokenizer.rewrite(described, found.tables.rows, vocab)
+  if found.ids:
+    described = tokenizer.read_tokenizer(source, found.source.size("vocab_size", 0))
+    made, notes = tokenizer.rewrite(described, found.ids, vocab, spaced=not found.published)
     text.save_tokenizer(made, vocab, settings.text_tokenizer, folder)
     return notes
   text.TextTokenizer(source, vocab)  # Raises an error if the ids do not fit.
@@ -191,27 +244,22 @@ def _make_tokenizer(settings: Settings, folder: epath.Path, found: Import) -> li
 
 
 def describe(found: Import) -> list[str]:
-  """Returns sentences that describe a checkpoint, and what its import changes."""
-  source, tables, model = found.source, found.tables, found.fields["model"]
+  """Returns sentences that describe a checkpoint."""
+  source, model = found.source, found.fields["model"]
   names = source.tensors.names
   dtypes = sorted({source.tensors.dtype(name) for name in names})
-  lines = [
+  return [
     f"{source.folder}: {source.described['model_type']}, {model['num_layers']} layers of width "
     f"{model['width']:,}, {source.tensors.count:,} parameters in {', '.join(dtypes)}."
   ]
-  if source.is_own:
-    lines.append("a model of this project: parameters and vocabulary do not change.")
-    if (images := (source.folder / initial.IMAGE_TOKENIZER).parent).exists():
-      lines.append(
-        f"it was trained with the image codes of {images}: run "
-        f"`cm3leon import_vqgan --source={images}` instead of cm3leon train_vqgan."
-      )
-    return lines
-  vocab = tables.vocab
-  start = "" if tables.end is None else f"</s> starts as the source's id {tables.end}, "
-  lines.append(
-    f"tables: the source's ids 0 to {tables.rows - 1:,} become {vocab.num_special} to "
-    f"{vocab.text_size - 1:,}; of {vocab.num_special} special tokens and {vocab.image_size:,} "
-    f"image codes, {start}the others start as the mean of the source's {tables.rows:,} rows."
-  )
-  return lines
+
+
+def _own_notes(source: SourceCheckpoint) -> list[str]:
+  """Returns sentences about the vocabulary of an export of this project."""
+  notes = ["a model of this project: parameters and vocabulary do not change."]
+  if (images := (source.folder / initial.IMAGE_TOKENIZER).parent).exists():
+    notes.append(
+      f"it was trained with the image codes of {images}: run "
+      f"`cm3leon import_vqgan --source={images}` instead of cm3leon train_vqgan."
+    )
+  return notes

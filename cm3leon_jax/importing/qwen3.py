@@ -14,7 +14,7 @@ from jaxtyping import Float
 import numpy as np
 
 from cm3leon_jax.config.model import ROPE_BASE
-from cm3leon_jax.errors import UserError, short
+from cm3leon_jax.errors import UserError
 from cm3leon_jax.importing.source import CONFIG, SourceCheckpoint
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights.tensor_files import Tensor
@@ -42,6 +42,18 @@ class Tables:
     """Makes the tensor of an extended table. `read` returns the source's table."""
     return Tensor(
       name, (self.vocab.size, width), "float32", lambda: extend(read(), self.vocab, self.end)
+    )
+
+  def describe(self) -> str:
+    """Returns a sentence about the rows of an extended table."""
+    vocab, start = (
+      self.vocab,
+      "" if self.end is None else f"</s> starts as the source's id {self.end}, ",
+    )
+    return (
+      f"tables: the source's ids 0 to {self.rows - 1:,} become {vocab.num_special} to "
+      f"{vocab.text_size - 1:,}; of {vocab.num_special} special tokens and {vocab.image_size:,} "
+      f"image codes, {start}the others start as the mean of the source's {self.rows:,} rows."
     )
 
 
@@ -76,34 +88,15 @@ def model_fields(source: SourceCheckpoint) -> dict:
     UserError: the family `modern` does not support the decoder.
   """
   path = source.folder / CONFIG
-  for name, value in REQUIRED.items():
-    if (result := source.described.get(name)) not in (value, None):
-      raise UserError(
-        f"{path}: {name} is {short(result)}, but only {value!r} can be imported exactly."
-      )
+  source.require(REQUIRED)
   if any(kind != "full_attention" for kind in source.part("layer_types", list)):
     raise UserError(
       f"{path}: layer_types has kinds of attention other than 'full_attention', which cannot be "
       "imported."
     )
-  rope = {**source.part("rope_scaling", dict), **source.part("rope_parameters", dict)}
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-    raise UserError(
-      f"{path}: rotary positions of type '{kind}', or over a part of a head, cannot be imported "
-      "exactly; only the type 'default' over whole heads is supported."
-    )
   width, heads = source.size("hidden_size", 4_096), source.size("num_attention_heads", 32)
   size = source.size("head_dim", 128)
-  groups = source.size("num_key_value_heads", 32)
-  if heads % groups:
-    raise UserError(
-      f"{path}: num_key_value_heads ({groups}) must divide num_attention_heads ({heads})."
-    )
-  given = (part.get("rope_theta") for part in (rope, source.described))
-  base = next((value for value in given if value is not None), ROPE_BASE)
-  if not isinstance(base, int | float) or isinstance(base, bool) or not 0 < base <= 1e12:
-    raise UserError(f"{path}: rope_theta is {short(base)}; it must be positive and at most 1e12.")
+  groups, base = source.key_heads(heads), source.rope_base()
   return {
     "family": "modern",
     "num_layers": source.size("num_hidden_layers", 32),
@@ -111,7 +104,7 @@ def model_fields(source: SourceCheckpoint) -> dict:
     "num_heads": heads,
     "num_kv_heads": 0 if groups == heads else groups,
     "head_size": 0 if heads * size == width else size,
-    "rope_base": 0.0 if base == ROPE_BASE else float(base),
+    "rope_base": 0.0 if base == ROPE_BASE else base,
     "mlp_width": source.size("intermediate_size", 22_016),
   }
 

@@ -1,4 +1,4 @@
-"""Converts the text tokenizer of a published model, whose ids then follow the special tokens."""
+"""Converts the text tokenizer of a published model to our ids, which follow the special tokens."""
 
 from collections.abc import Mapping
 import json
@@ -98,21 +98,23 @@ def tokens_of(described: Mapping[str, Any]) -> dict[int, str]:
 
 
 def rewrite(
-  described: Mapping[str, Any], rows: int, vocab: VocabLayout
+  described: Mapping[str, Any], ids: Mapping[int, int], vocab: VocabLayout, spaced: bool = True
 ) -> tuple[tokenizers.Tokenizer, list[str]]:
   """Converts a published text tokenizer to a vocabulary of this project.
 
-    source = [0: "!", 1: "Ġa", 2: "<|end|>"], four rows, n special tokens
+    source = [0: "!", 1: "Ġa", 2: "<|end|>"], ids = {0: n, 1: n + 1, 2: n + 2, 3: n + 3}
     result = [0: "<pad>", ..., n: "!", n + 1: "Ġa", n + 2: "<|end|>", n + 3: "<unused:3>"]
 
-  Merges and the splitting of text do not change. As in every tokenizer of this project, a space is
-  put before each text, so that its first word has the same token as inside a text. Tokens that the
-  source added to its BPE (`<|endoftext|>`, `<think>`) are kept, but no text is encoded to them. A
-  name that is also a special token of `vocab` becomes `<source:NAME>`.
+  Merges and the splitting of text do not change. Tokens that the source added to its BPE
+  (`<|endoftext|>`, `<think>`) are kept, but no text is encoded to them. A name that is also a
+  special token of `vocab` becomes `<source:NAME>`.
 
   Args:
-    rows: number of rows of the source's token table. Ids without a token are named `<unused:ID>`.
-    vocab: layout with `text_size` = `num_special` + rows.
+    ids: the source's id of a text token -> our id, for all ids from `vocab.num_special`. Ids
+      without a token are named `<unused:ID>`.
+    vocab: layout whose first `num_special` ids, n here, are the special tokens.
+    spaced: whether to put a space before each text, as tokenizers of this project do, so that its
+      first word has the same token as inside a text. If not, the source's ids do not change.
 
   Returns:
     The tokenizer, and its differences from the source.
@@ -121,35 +123,45 @@ def rewrite(
     UserError: the tokenizer changes a text when it encodes and decodes it.
   """
   tokens, special = tokens_of(described), vocab.special_tokens()
-  names = {i: f"<source:{name}>" if name in special else name for i, name in tokens.items()}
-  unused = {i: f"<unused:{i}>" for i in range(rows) if i not in names}
-  new = dict(enumerate(special)) | {vocab.num_special + i: s for i, s in (names | unused).items()}
-  added = [vocab.num_special + int(token["id"]) for token in described["added_tokens"]]
-  added = [*range(vocab.num_special), *added, *(vocab.num_special + i for i in unused)]
+  names = {
+    i: f"<source:{name}>" if name in special else name for i, name in tokens.items() if i in ids
+  }
+  unused = {i: f"<unused:{i}>" for i in ids if i not in names}
+  new = dict(enumerate(special)) | {ids[i]: name for i, name in (names | unused).items()}
+  added = [token for token in described["added_tokens"] if token["id"] in ids]
+  plain = {*range(vocab.num_special), *(ids[token["id"]] for token in added)}
   options = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-  split = json.loads(json.dumps(described["pre_tokenizer"]))
-  _add_no_space(split)
+  split, kinds = (
+    json.loads(json.dumps(described["pre_tokenizer"])),
+    types_of(described.get("normalizer")),
+  )
+  if spaced:
+    _add_no_space(split)
   content = {
     "version": "1.0",
     "added_tokens": [
-      {"id": i, "content": new[i], **options, "special": True} for i in sorted(set(added))
+      {"id": i, "content": new[i], **options, "special": True}
+      for i in sorted(plain | {ids[i] for i in unused})
     ],
-    "normalizer": None,
+    "normalizer": None if spaced or kinds == ["NFC"] else described.get("normalizer"),
     "pre_tokenizer": split,
+    "decoder": described["decoder"],
     "model": {**described["model"], "unk_token": None, "vocab": {s: i for i, s in new.items()}},
   }
   try:
     made = tokenizers.Tokenizer.from_str(json.dumps(content))
   except Exception as error:  # `tokenizers` raises no specific type.
     raise UserError(f"the source's {TOKENIZER} cannot be read ({error}): copy it again.") from error
-  made.normalizer = normalizers.Prepend(" ")
-  made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
+  notes = []
+  if spaced:
+    made.normalizer = normalizers.Prepend(" ")
+    made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
+    notes = ["a space is put before every text"]
   _check(made, vocab)
-  notes = ["a space is put before every text"]
-  if "NFC" in types_of(described.get("normalizer")):
+  if "NFC" in kinds:
     notes.append("texts are not normalized to NFC, so decoding returns the original text")
-  if plain := [token["content"] for token in described["added_tokens"] if not token.get("special")]:
-    notes.append(f"{len(plain)} added tokens, such as {plain[0][:40]}, are encoded as plain text")
+  if typed := [token["content"] for token in added if not token.get("special")]:
+    notes.append(f"{len(typed)} added tokens, such as {typed[0][:40]}, are encoded as plain text")
   if unused:
     notes.append(f"{len(unused)} rows have no token")
   return made, notes

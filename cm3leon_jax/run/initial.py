@@ -26,6 +26,9 @@ IMAGE_TOKENIZER = f"{IMAGES}/params.safetensors"  # Path in an exported model.
 # Key in the summary of the stage INIT, and of a stage `vqgan` that trained only the decoder of an
 # image tokenizer. Its value is the SHA-256 of that tokenizer, which has the same codes.
 IMAGES_DIGEST = "image_tokenizer_sha256"
+# Folder in INIT with the small files of a Chameleon that was imported, its tensors for images, and
+# its ids, {"theirs": its id of each of our ids}.
+PUBLISHED, VQMODEL, IDS = "published", "vqmodel.safetensors", "ids.json"
 INIT = "init"  # Folder of a workdir with the parameters that `cm3leon import_weights` wrote.
 
 

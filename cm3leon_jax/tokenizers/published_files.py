@@ -214,13 +214,16 @@ def _check(found: dict, config: PublishedConfig, num_codes: int, source: epath.P
       )
 
 
-def read(source: epath.PathLike, family: Family | None = None) -> Read:
+def read(
+  source: epath.PathLike, family: Family | None = None, sizes: PublishedConfig | None = None
+) -> Read:
   """Reads a published tokenizer of any floating-point dtype as fp32.
 
   Args:
     source: see `published_source.find_files`. For files of diffusers, config.json in the same
       folder gives the sizes.
     family: key of `FAMILIES`. None: `find_family`.
+    sizes: its sizes; None: those of the published weights.
 
   Raises:
     UserError: a file is absent, damaged or a pickle; or a tensor is missing, surplus, of another
@@ -235,7 +238,7 @@ def read(source: epath.PathLike, family: Family | None = None) -> Read:
     if name.startswith(prefix) and not name.removeprefix(prefix).startswith(LEFT)
   }
   family = family or find_family(result, source)
-  config = FAMILIES[family]
+  config = sizes or FAMILIES[family]
   if family == "amused":
     config = diffusers_config(files[0].parent / CONFIG)
   shape = result[table][1] if (table := f"{TABLE}.weight") in result else ()
@@ -253,9 +256,9 @@ def read(source: epath.PathLike, family: Family | None = None) -> Read:
   if bad := stored_tensors.not_finite(tensors):
     raise UserError(f"{source}: tensor '{bad}' has values that are not finite.")
   params = from_tensors(tensors, config, num_codes)
-  sizes = sum(x.size for x in tensors.values()), len(tensors), len(every) - len(result)
+  counts = sum(x.size for x in tensors.values()), len(tensors), len(every) - len(result)
   tokenizer = ImageTokenizer(config, num_codes, params, config.batch_size)
-  return Read(tokenizer, tuple(holders), *sizes)
+  return Read(tokenizer, tuple(holders), *counts)
 
 
 def is_own(source: epath.PathLike) -> bool:
@@ -300,7 +303,7 @@ def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageT
   sides: tuple[int, ...] = (config.resolution,)
   if isinstance(config, VQGANConfig):
     sides += (vqgan.resolution,) * config.local_codes
-  else:
+  elif config.resolution in RESOLUTIONS[config.family]:
     sides = RESOLUTIONS[config.family]
   side = vqgan.resolution if vqgan.resolution in sides else sides[0]
   needed: dict[str, tuple] = {

@@ -4,7 +4,7 @@ The files of a decoder are read in slices, so that a process loads only what its
 of small models are read and written whole.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import functools
 import math
 import os
@@ -58,15 +58,15 @@ def digest_of(folder: epath.PathLike) -> str | None:
 class StoredTensors:
   """Floating-point tensors in the safetensors files of a folder, read by name."""
 
-  def __init__(self, folder: epath.PathLike):
-    """Opens the files.
+  def __init__(self, folder: epath.PathLike, files: Collection[str] = ()):
+    """Opens files of a folder; without `files`, those of its model.
 
     Raises:
       UserError: a file is absent or damaged.
     """
     self.folder = epath.Path(folder)
-    places = files_of(self.folder)
-    names = sorted(set(places.values())) if places else [WEIGHTS]
+    places = None if files else files_of(self.folder)
+    names = files or (sorted(set(places.values())) if places else [WEIGHTS])
     self._views: dict[str, Callable] = {}
     for name in names:
       self._views |= _open(self.folder / name)
@@ -162,11 +162,15 @@ def _open(path: epath.Path) -> Mapping[str, Callable]:
     if "://" in os.fspath(path):  # A file in a GCS bucket cannot be memory-mapped.
       result = deserialize(path.read_bytes())
       return {name: functools.partial(_InMemory, about) for name, about in result}
-    file = safe_open(os.fspath(path), framework="np")
-    names = file.keys()
-    return {name: functools.partial(file.get_slice, name) for name in names}
+    names = safe_open(os.fspath(path), framework="np").keys()
+    return {name: functools.partial(_view, os.fspath(path), name) for name in names}
   except SafetensorError as error:
     raise UserError(f"{path} is damaged ({error}).") from error
+
+
+def _view(path: str, name: str) -> Any:
+  """Opens the file for one tensor: parts of a mapped file that were read stay in memory."""
+  return safe_open(path, framework="np").get_slice(name)
 
 
 def save(path: epath.PathLike, params: dict) -> None:

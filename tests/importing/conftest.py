@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.importing import published
+from tests.importing import published, published_chameleon
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +11,10 @@ def qwen3_folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("qwen3")
   published.save_qwen3(folder)
   return folder
+
+
+@pytest.fixture(scope="session")
+def chameleon(tmp_path_factory):
+  """Returns a tiny random Chameleon in bfloat16, as transformers loads it, and its folder."""
+  folder = tmp_path_factory.mktemp("chameleon")
+  return published_chameleon.save(folder), folder

@@ -14,6 +14,7 @@ from cm3leon_jax.vocab import VocabLayout
 from tests.importing import published
 from tests.refusals import refused
 
+IDS = {i: 32 + i for i in range(published.ROWS)}
 VOCAB = VocabLayout(num_special=32, text_size=32 + published.ROWS, image_size=16)
 
 
@@ -34,7 +35,7 @@ def rewritten(request, tmp_path_factory):
   """Returns (source tokenizer, folder of the rewritten tokenizer, notes on differences)."""
   source = tmp_path_factory.mktemp("source")
   original = published.save_tokenizer(source, gpt2=request.param == "gpt2")
-  made, notes = rewrite(read_tokenizer(source, published.ROWS), published.ROWS, VOCAB)
+  made, notes = rewrite(read_tokenizer(source, published.ROWS), IDS, VOCAB)
   folder = tmp_path_factory.mktemp("text_tokenizer")
   save_tokenizer(made, VOCAB, TextTokenizerConfig(), folder)
   return original, folder, notes
@@ -124,7 +125,7 @@ def test_other_tokenizers_are_refused(change, tmp_path):
     described[name] = described[name] | value if name == "model" and value != 3 else value
   path.write_text(json.dumps(described))
   with refused(UserError, "tokenizer.json"):
-    rewrite(read_tokenizer(tmp_path, published.ROWS), published.ROWS, VOCAB)
+    rewrite(read_tokenizer(tmp_path, published.ROWS), IDS, VOCAB)
   path.unlink()
   with refused(UserError, str(path)):
     read_tokenizer(tmp_path, published.ROWS)
@@ -136,7 +137,7 @@ def test_a_pattern_that_tries_too_many_ways_ends_with_a_sentence(tmp_path):
   path = tmp_path / "tokenizer.json"
   described = json.loads(path.read_text()) | {"pre_tokenizer": split_by("(a+)+$")}
   path.write_text(json.dumps(described))
-  made, _ = rewrite(read_tokenizer(tmp_path, published.ROWS), published.ROWS, VOCAB)
+  made, _ = rewrite(read_tokenizer(tmp_path, published.ROWS), IDS, VOCAB)
   save_tokenizer(made, VOCAB, TextTokenizerConfig(), tmp_path)
   tokenizer = TextTokenizer(tmp_path, VOCAB)
   assert tokenizer.decode(tokenizer.encode("a red bell")) == "a red bell"
