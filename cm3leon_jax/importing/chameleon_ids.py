@@ -110,10 +110,10 @@ def permutation(
     raise UserError(f"{path}: {MAP} has no '{lost[0]}', a special token of Chameleon.")
   codes, first = image_ids(names, path), [names[name] for name in NAMED]
   reserved = sorted(i for name, i in names.items() if RESERVED.fullmatch(name) and i not in first)
-  if len(reserved) < vocab.num_masks:
+  if (lack := vocab.num_masks - len(reserved)) > 0:
     raise UserError(
-      f"{path}: {MAP} has {len(reserved)} more reserved names, but config.vocab.num_special needs "
-      f"{vocab.num_masks}: add --config.vocab.num_special={vocab.num_special - vocab.num_masks + len(reserved)}."
+      f"{path}: {MAP} has too few reserved names for the sentinels <mask:i>: add "
+      f"--config.vocab.num_special={vocab.num_special - lack}."
     )
   special = [*first, *reserved[: vocab.num_masks], names[IMAGE_END]]
   others = sorted({*names.values()} - {*special} - {*codes})

@@ -20,6 +20,7 @@ from cm3leon_jax.importing.chameleon import Published
 from cm3leon_jax.importing.qwen3 import Tables
 from cm3leon_jax.importing.source import CHAMELEON, CONFIG, SourceCheckpoint, open_source
 from cm3leon_jax.run import initial
+from cm3leon_jax.run.source import INIT, SETTINGS
 from cm3leon_jax.stages import stages, table
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.weights import layouts, tensor_files
@@ -170,7 +171,7 @@ def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[st
   workdir, digests = epath.Path(workdir), found.source.digests()
   lines = [*describe(found), *found.notes]
   lines += _write_tokenizer(settings, workdir, found, digests)
-  folder = workdir / initial.INIT
+  folder = workdir / INIT
   identity = {name: table.identity(settings, "train")[name] for name in ("model", "vocab")}
   files = (CONFIG, tensor_files.INDEX, "*.safetensors", f"{initial.PUBLISHED}/*")
   with stages.once(folder, {**identity, "source": digests}, files=files) as summary:
@@ -187,6 +188,7 @@ def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[st
       tensor_files.write(folder, found.tensors)
       parameters = sum(tensor.size for tensor in found.tensors)
       summary.update({training_data.IMPORTED: str(found.source.folder), "parameters": parameters})
+      summary[SETTINGS] = dataclasses.asdict(settings)
       summary[initial.IMAGES_DIGEST] = digest(found.source.folder / initial.IMAGE_TOKENIZER)
       lines.append(f"{folder}: {parameters:,} parameters in {', '.join(dtypes)}.")
   if found.published:

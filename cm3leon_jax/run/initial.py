@@ -18,7 +18,15 @@ from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
 from cm3leon_jax.run import adapters, bundles, exported
 from cm3leon_jax.run.adapters import Adapters, ParamsRef
-from cm3leon_jax.run.source import DESCRIPTIONS, IMAGES, INSTALLED, Source, folder_of, format_of
+from cm3leon_jax.run.source import (
+  DESCRIPTIONS,
+  IMAGES,
+  INIT,
+  INSTALLED,
+  Source,
+  folder_of,
+  format_of,
+)
 from cm3leon_jax.stages import stages, table
 from cm3leon_jax.weights import layouts, reading, stored_tensors, tensor_files
 
@@ -29,7 +37,6 @@ IMAGES_DIGEST = "image_tokenizer_sha256"
 # Folder in INIT with the small files of a Chameleon that was imported, its tensors for images, and
 # its ids, {"theirs": its id of each of our ids}.
 PUBLISHED, VQMODEL, IDS = "published", "vqmodel.safetensors", "ids.json"
-INIT = "init"  # Folder of a workdir with the parameters that `cm3leon import_weights` wrote.
 
 
 def of_run(
@@ -49,6 +56,8 @@ def of_run(
       parameters, or the base of its adapters has changed, or `find` raises the error.
   """
   tunes = bool(settings.adapter.rank)
+  if source and Source.of(source).kind == "import":
+    source = _imported(folder_of(source))
   if stored is None:
     source = source or _imported(epath.Path(workdir))
     if tunes and not source:

@@ -26,7 +26,7 @@ from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.run import adapters, bundles, exported, initial
 from cm3leon_jax.run.adapters import Adapters, ParamsRef
 from cm3leon_jax.run.rows import open_rows
-from cm3leon_jax.run.source import IMAGES, Source, folder_of, settings_of_run
+from cm3leon_jax.run.source import IMAGES, INIT, Source, folder_of, settings_of_run
 from cm3leon_jax.stages import stages, table
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -51,7 +51,7 @@ class Run:
 
   Attributes:
     settings: the stored settings, or the settings of a config with the same model.
-    kind: type of `folder`. A bundle has no held-out documents and is never written to. An export
+    kind: type of `folder`. A workdir may have only imported parameters, of step 0. A bundle has no held-out documents and is never written to. An export
       has no CLIP model and no bank.
     step: step of the parameters in a bundle or export. None for a workdir, which may have several
       checkpoints.
@@ -164,6 +164,8 @@ class Run:
       params = _add(load_frozen(result), trained, config=result.config)
     elif self.step is not None:
       return exported.load_params(self.folder, self.settings.model), self.step
+    elif Source.of(self.folder).kind == "import":
+      return exported.load_params(self.folder / INIT, self.settings.model), 0
     else:
       folder, model = self.folder / "train", self.settings.model
       params, chosen = reading.load_params(folder, model, step, average)

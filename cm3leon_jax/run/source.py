@@ -20,8 +20,12 @@ DIGESTS = "digests.json"
 TREE = "params/_METADATA"  # Lists the arrays of an export in the format orbax.
 ADAPTER = "adapter_config.json"  # Describes the adapters of an export in the format peft.
 
-Kind = Literal["bundle", "export", "run", ""]
+INIT = "init"  # Folder of a workdir with the parameters that `cm3leon import_weights` wrote.
+SETTINGS = "settings"  # Field of its summary: the settings of the import.
+
+Kind = Literal["bundle", "export", "run", "import", ""]
 MARKS: dict[Kind, str] = {"bundle": BUNDLE, "export": ABOUT, "run": "train/config.json"}
+MARKS["import"] = f"{INIT}/done.json"
 # Result of `format_of` -> description for messages.
 DESCRIPTIONS = {
   "stablehlo": "in the format stablehlo",
@@ -37,8 +41,9 @@ class Source:
 
   Attributes:
     name: a path, or the name of an installed bundle.
-    kind: "run" is a workdir whose training has begun. A folder of "" is none of these: it may have
-      parameters that other programs or `cm3leon import_weights` wrote.
+    kind: "run" is a workdir whose training has begun, and "import" a workdir with parameters of
+      `cm3leon import_weights` and without a training. A folder of "" is none of these: it may have
+      parameters that other programs wrote.
   """
 
   name: str
@@ -59,7 +64,8 @@ class Source:
 
   def check_parent(self) -> None:
     """Raises UserError if a run cannot be tuned from this source: it is no bundle and no run."""
-    if self.kind != "bundle" and not (self.folder / "train" / "config.json").exists():
+    is_run = (self.folder / "train" / "config.json").exists() or self.kind == "import"
+    if self.kind != "bundle" and not is_run:
       raise UserError(
         f"the base (--init_from) is {self.name}; it must be the workdir of a run, with "
         "train/config.json, a bundle that `cm3leon export --bundle` wrote, or the name of an "
@@ -98,12 +104,16 @@ def format_of(folder: epath.PathLike) -> str:
 
 
 def settings_of_run(workdir: epath.PathLike) -> Settings:
-  """Reads the settings that `cm3leon train` wrote to train/config.json.
+  """Reads the settings that `cm3leon train` wrote to train/config.json, or those of an import.
 
   Raises:
-    UserError: nothing was trained in `workdir`, or the file is damaged.
+    UserError: nothing was trained in `workdir` or imported, or the file is damaged.
   """
   path = epath.Path(workdir) / "train" / "config.json"
+  if not path.exists() and (done := path.parents[1] / MARKS["import"]).exists():
+    stored = read_json(done, {"summary": dict})["summary"]
+    if SETTINGS in stored:
+      return settings_from_stored(stored[SETTINGS])
   if not path.exists():
     raise UserError(
       f"{path} does not exist: name the workdir of a run in which `cm3leon train` has started, "

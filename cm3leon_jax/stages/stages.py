@@ -84,9 +84,12 @@ def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
 def train_id(workdir: epath.PathLike) -> str:
   """Returns the id of the training, or of its newest sealed checkpoint if it is not finished.
 
-  Raises UserError if it has no checkpoint yet. For other errors, see `require`.
+  If only parameters were imported, returns their id. Raises UserError if the training has no
+  checkpoint yet. For other errors, see `require`.
   """
   folder = epath.Path(workdir) / "train"
+  if not exists(folder / "config.json") and exists(epath.Path(workdir) / "init" / DONE):
+    return require(workdir, "init")["id"]
   if exists(folder / DONE) or not (step := newest_step(folder)):
     return require(workdir, "train")["id"]
   return f"step {step}: {digest(folder / SEALS / f'{step}.json')}"
@@ -222,7 +225,11 @@ def ids(settings: Settings, workdir: epath.PathLike, names: Collection[str]) -> 
   result = {n: train_id(workdir) if n == "train" else require(workdir, n)["id"] for n in names}
   if "train" in result:
     folder, expected = epath.Path(workdir) / "train", identity(settings, "train")
-    stored = read_json(folder / "config.json", {"run": dict})["run"]
+    if exists(folder / "config.json"):
+      stored = read_json(folder / "config.json", {"run": dict})["run"]
+    else:
+      folder = epath.Path(workdir) / "init"
+      stored = read_json(folder / DONE, {"config": dict})["config"]
     parts = ("vocab", "model")
     check_same_config(
       folder,
