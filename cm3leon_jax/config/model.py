@@ -8,7 +8,7 @@ import pydantic.dataclasses
 
 from cm3leon_jax.config.build import STRICT
 
-Family = Literal["opt", "modern"]
+Family = Literal["opt", "modern", "chameleon"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 RematPolicy = Literal["none", "minimal", "save_qkv", "save_attention", "offload", "full"]
 Attention = Literal["auto", "plain", "splash", "triton"]
@@ -29,6 +29,9 @@ class Traits:
     gated: uses a gated feed-forward layer (SwiGLU) with three matrices instead of two.
     scaled_norms: uses RMSNorm with a scale instead of LayerNorm without parameters.
     head_norms: always normalizes queries and keys, see `ModelConfig.query_key_norm`.
+    biased_head_norms: normalizes them by LayerNorm over the channels of a head, with a scale and a
+      bias for each head, instead of RMSNorm with a scale that all heads share.
+    norm_eps: number that norms with a scale add to the variance.
     tied: uses one table for input and output embeddings.
     shared_keys: can share key and value heads, see `ModelConfig.num_kv_heads`.
     starts_as_identity: initializes the output projections of residual branches to 0 (CM3Leon,
@@ -39,14 +42,18 @@ class Traits:
   gated: bool = False
   scaled_norms: bool = False
   head_norms: bool = False
+  biased_head_norms: bool = False
+  norm_eps: float = 1e-6
   tied: bool = False
   shared_keys: bool = False
   starts_as_identity: bool = False
 
 
+_MODERN = Traits(rotary=True, gated=True, scaled_norms=True, head_norms=True, shared_keys=True)
 FAMILIES: dict[str, Traits] = {
   "opt": Traits(tied=True, starts_as_identity=True),
-  "modern": Traits(rotary=True, gated=True, scaled_norms=True, head_norms=True, shared_keys=True),
+  "modern": _MODERN,
+  "chameleon": dataclasses.replace(_MODERN, biased_head_norms=True, norm_eps=1e-5),
 }
 
 
@@ -61,7 +68,8 @@ class ModelConfig:
   family: Family = "opt"
   """Architecture. `opt` is the paper's: pre-LayerNorm without parameters, learned positions, ReLU,
   no biases, tied embeddings. `modern` has RMSNorm, RoPE, SwiGLU, query-key norm and untied
-  embeddings."""
+  embeddings. `chameleon` (Chameleon, 2405.09818) differs from `modern` in its query-key norm, which
+  is LayerNorm with a scale and a bias per head, and in the eps of its norms, 1e-5."""
   vocab_size: PositiveInt = 64_512
   """Number of text tokens and image codes. Omit it in a config, because it is computed from
   `vocab`."""
@@ -72,32 +80,37 @@ class ModelConfig:
   num_heads: PositiveInt = 32
   """Number of attention heads. It must divide `width` if `head_size` is 0."""
   num_kv_heads: NonNegativeInt = 0
-  """Number of key and value heads of `modern`, which must divide `num_heads`; 0 means `num_heads`.
+  """Number of key and value heads, which must divide `num_heads`; 0 means `num_heads`, as in `opt`.
   Each is shared by `num_heads` / `num_kv_heads` adjacent attention heads (grouped-query attention,
   Ainslie et al. 2023), so the cache of generation is smaller by this factor."""
   head_size: NonNegativeInt = 0
-  """Size of an attention head; 0 means `width` / `num_heads`. `modern` needs an even size. Some
-  published models need it, such as Qwen3-0.6B with a width of 1,024 and 16 heads of size 128."""
+  """Size of an attention head; 0 means `width` / `num_heads`. Rotary positions need an even size.
+  Some published models need it, such as Qwen3-0.6B with a width of 1,024 and 16 heads of size
+  128."""
   mlp_width: PositiveInt = 16_384
   """Width of the feed-forward layer."""
   max_positions: PositiveInt = 4_096
   """Number of learned positions, which is the maximum length of a sample. It must be at least
   `data.sequence_length`."""
   rope_base: NonNegativeFloat = 0.0
-  """Base of the rotary wavelengths of `modern`; 0 means 10,000. Qwen3 uses 1,000,000."""
+  """Base of the rotary wavelengths; 0 means 10,000. Qwen3 uses 1,000,000. `opt` has none."""
   align_images: bool = False
   """Whether to count positions from the images. The first code of every image then has position 0,
-  so corresponding codes of two images have the same position. This requires `modern`, whose
-  positions are relative. The logits of samples with one image do not change. Interleaved documents
-  are not supported, because the length of the text before the next image is unknown during
-  generation."""
+  so corresponding codes of two images have the same position. This requires rotary positions, which
+  are relative, so not `opt`. The logits of samples with one image do not change. Interleaved
+  documents are not supported, because the length of the text before the next image is unknown
+  during generation."""
   activation: Activation = ""
   """Activation of the feed-forward layer of `opt`; "" means the paper's ReLU. `gelu` uses the error
-  function, `gelu_tanh` its tanh approximation. `modern` always uses SwiGLU and requires an empty
-  field."""
+  function, `gelu_tanh` its tanh approximation. Other families always use SwiGLU and require an
+  empty field."""
   query_key_norm: bool = False
-  """Whether to apply RMSNorm to the queries and keys of every head, for stability. `modern` always
-  does so."""
+  """Whether to apply RMSNorm to the queries and keys of every head, for stability. Other
+  families than `opt` always normalize them."""
+  swin_norm: bool = False
+  """Whether the two norms of a layer are applied to the results of attention and of the
+  feed-forward layer, before their addition, instead of to the inputs. Only `chameleon` supports
+  it."""
   init_std: PositiveFloat = 0.006
   """Standard deviation of the truncated normal distribution that initializes the parameters. The
   default is the paper's, for width 4,096. For an equivalent start at another width, multiply it by
@@ -106,10 +119,9 @@ class ModelConfig:
   """Standard deviation of the truncated normal distribution that initializes the token
   embeddings."""
   tied_start: bool = False
-  """Whether the output table of `modern` starts as a copy of the input table, scaled to `init_std`.
-  Training then changes them separately. Small decoders learn faster this way, because a token in
-  the context makes its own repetition more likely from the first step. `opt` always uses one
-  table."""
+  """Whether the output table starts as a copy of the input table, scaled to `init_std`. Training
+  then changes them separately. Small decoders learn faster this way, because a token in the context
+  makes its own repetition more likely from the first step. `opt` always uses one table."""
   codebook_start: Annotated[float, Field(ge=0, le=1)] = 0.0
   """Share of the variance of the initial embeddings of image codes, in the input and output table,
   that comes from the codebook of the image tokenizer. Codes that look alike then start with similar
@@ -164,6 +176,11 @@ class ModelConfig:
         f"activation is '{self.activation}', but family is '{self.family}', whose feed-forward "
         "layer is SwiGLU: leave activation empty."
       )
+    if self.swin_norm and not self.traits.biased_head_norms:
+      raise ValueError(
+        f"swin_norm is True, but family is '{self.family}'; only {_with('biased_head_norms')} can "
+        "have norms after attention."
+      )
     if self.align_images and not self.traits.rotary:
       raise ValueError(
         f"align_images is True, but family is '{self.family}'; family must be {_with('rotary')}, "
@@ -216,7 +233,7 @@ class AdapterConfig:
   same learning rate."""
   targets: tuple[Matrix, ...] = ()
   """Matrices of a layer that get adapters, e.g. ("q", "v"): those of attention are q, k, v and out,
-  those of the feed-forward layer up, gate (`modern` only) and down. () means all."""
+  those of the feed-forward layer up, gate (not in `opt`) and down. () means all."""
 
   def __post_init__(self) -> None:
     if len(set(self.targets)) < len(self.targets):

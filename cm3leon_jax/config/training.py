@@ -171,7 +171,7 @@ class OptimizerConfig:
   eps: PositiveFloat = 1e-8
   """Term that Adam adds to the square root of the second moment."""
   weight_decay: NonNegativeFloat = 0.1
-  """Decoupled weight decay. It acts on all parameters except the scales of norms and, if
+  """Decoupled weight decay. It acts on all parameters except scales and biases of norms and, if
   `decay_embeddings` is off, the embedding tables of tokens and positions."""
   decay_embeddings: bool = True
   """Whether weight decay acts on the embedding tables of tokens and positions."""

@@ -51,22 +51,37 @@ def normalize(x: Vectors, eps: float, center: bool) -> Vectors:
 
 
 class Norm(nnx.Module):
-  """Normalization with or without a scale. See `apply_norm`."""
+  """Normalization of vectors [D], or of the vectors [N, H] of heads. See `apply_norm`."""
 
-  def __init__(self, scaled: bool, width: int):
-    self.scale = nnx.Param(jnp.ones((width,), jnp.float32)) if scaled else None
+  def __init__(self, shape: tuple[int, ...], eps: float, biased: bool = False):
+    """`shape` is the shape of the scale and, if `biased`, of the bias; () means neither."""
+    self.eps = eps
+    axes = spec(*("heads", "head_dim")[-len(shape) :])
+    self.scale = nnx.Param(jnp.ones(shape, jnp.float32, out_sharding=axes)) if shape else None
+    self.bias = nnx.Param(jnp.zeros(shape, jnp.float32, out_sharding=axes)) if biased else None
 
   def __call__(self, x: Vectors) -> Vectors:
-    return apply_norm(None if self.scale is None else self.scale[...], x)
+    return apply_norm(nnx.to_pure_dict(nnx.state(self, nnx.Param)), x, self.eps)
 
 
-def apply_norm(scale: Float[Array, " D"] | None, x: Vectors) -> Vectors:
-  """Applies RMSNorm with a scale (eps 1e-6), or LayerNorm if `scale` is None (eps 1e-5)."""
-  if scale is None:
+def apply_norm(params: dict, x: Vectors, eps: float) -> Vectors:
+  """Normalizes the last axis of `x` with the parameters of a `Norm`.
+
+  With a scale, it is RMSNorm; with a scale and a bias, LayerNorm. Without parameters, it is
+  LayerNorm with an eps of 1e-5.
+  """
+  if not params:
     return normalize(x, 1e-5, center=True)
-  return normalize(x, 1e-6, center=False) * scale.astype(x.dtype).reshape(
-    (1,) * (x.ndim - 1) + (-1,)
-  )
+  params = {
+    name: w.astype(x.dtype).reshape((1,) * (x.ndim - w.ndim) + w.shape)
+    for name, w in params.items()
+  }
+  x = normalize(x, eps, center="bias" in params) * params["scale"]
+  return x + params["bias"] if "bias" in params else x
+
+
+def _stream_norm(config: ModelConfig) -> Norm:
+  return Norm((config.width,) if config.traits.scaled_norms else (), config.traits.norm_eps)
 
 
 def rotate(
@@ -90,7 +105,7 @@ class Block(nnx.Module):
     heads = "embed", "heads", "head_dim"
     std, traits = config.init_std, config.traits
     out_std = 0.0 if traits.starts_as_identity else std
-    self.norm1, self.norm2 = Norm(traits.scaled_norms, D), Norm(traits.scaled_norms, D)
+    self.norm1, self.norm2 = _stream_norm(config), _stream_norm(config)
     if config.is_grouped:
       self.q = _param(rngs, (D, N, H), heads, std)
       self.kv = _param(rngs, (2, D, config.key_heads, H), (None, *heads), std)
@@ -102,7 +117,9 @@ class Block(nnx.Module):
     if traits.gated:
       self.gate = _param(rngs, (D, F), ("embed", "mlp"), std)
     if traits.head_norms or config.query_key_norm:
-      self.q_norm, self.k_norm = Norm(True, H), Norm(True, H)
+      biased = traits.biased_head_norms
+      shapes = ((N, H), (config.key_heads, H)) if biased else ((H,), (H,))
+      self.q_norm, self.k_norm = (Norm(shape, traits.norm_eps, biased) for shape in shapes)
 
   def __call__(
     self, x: Stream, positions: Ids, attend: Callable, adapters: dict | None = None
@@ -144,30 +161,31 @@ def apply_block(
     inner = jnp.einsum(into, x, a, out_sharding=spec(*rows, "rank"))
     return y + jnp.einsum(outof, inner, b, out_sharding=spec(*axes))
 
-  def scale(name: str) -> Float[Array, " D"] | None:
-    return params[name]["scale"] if name in params else None
+  def norm(name: str, x: Vectors, applied: bool = True) -> Vectors:
+    return apply_norm(params.get(name, {}), x, config.traits.norm_eps) if applied else x
 
-  h = apply_norm(scale("norm1"), x)
+  swin = config.swin_norm
+  h = norm("norm1", x, not swin)
   q, k, v = (
     checkpoint_name(product(name, "BLD,DNH->BLNH", h, w, heads), "qkv")
     for name, w in zip("qkv", projections(params))
   )
   if "q_norm" in params:
-    q, k = apply_norm(scale("q_norm"), q), apply_norm(scale("k_norm"), k)
+    q, k = norm("q_norm", q), norm("k_norm", k)
   if config.traits.rotary:
     q, k = (rotate(x, positions, config.rotary_base) for x in (q, k))
   # The order of the letters matters: einsum contracts them in alphabetical order, uppercase first.
   # With `H`, which sorts before N, XLA would transpose the matrix first.
-  x = x + product("out", "BLNh,NhD->BLD", attend(q, k, v), params["out"], act)
-  x = checkpoint_name(x, "middle")
-  h = apply_norm(scale("norm2"), x)
+  h = product("out", "BLNh,NhD->BLD", attend(q, k, v), params["out"], act)
+  x = checkpoint_name(x + norm("norm1", h, swin), "middle")
+  h = norm("norm2", x, not swin)
   up = checkpoint_name(product("up", "BLD,DF->BLF", h, params["up"], mlp), "mlp")
   if config.traits.gated:
     gate = checkpoint_name(product("gate", "BLD,DF->BLF", h, params["gate"], mlp), "mlp")
     up = up * jax.nn.silu(gate)
   else:
     up = ACTIVATIONS[config.activation](up)
-  return x + product("down", "BLF,FD->BLD", up, params["down"], act)
+  return x + norm("norm2", product("down", "BLF,FD->BLD", up, params["down"], act), swin)
 
 
 def projections(params: dict) -> Iterator[Float[Array, "..."]]:
@@ -237,7 +255,7 @@ class Transformer(nnx.Module):
       rngs, (config.vocab_size, config.width), ("vocab_stored", None), config.embed_std
     )
     self.blocks = jax.vmap(functools.partial(Block, config))(rngs.split(config.num_layers))
-    self.final_norm = Norm(config.traits.scaled_norms, config.width)
+    self.final_norm = _stream_norm(config)
     if not config.traits.rotary:
       self.positions = _param(
         rngs,

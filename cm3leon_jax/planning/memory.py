@@ -168,7 +168,8 @@ def _parameters(model: ModelConfig) -> tuple[int, int, int]:
   heads = 2 * (model.num_heads + model.key_heads)  # Of queries and outputs, of keys and values.
   layer = D * heads * model.head_dim + (3 if traits.gated else 2) * D * F
   if traits.head_norms or model.query_key_norm:
-    layer += 2 * model.head_dim
+    each = heads if traits.biased_head_norms else 2  # Scales and biases of all heads, or scales.
+    layer += each * model.head_dim
   tables, positions = (1 if traits.tied else 2) * V * D, 0 if traits.rotary else model.max_positions
   if traits.scaled_norms:
     layer, tables = layer + 2 * D, tables + D

@@ -73,7 +73,8 @@ def quantized(tensors: Sequence[Tensor]) -> list[Tensor]:
   """
   result: list[Tensor] = []
   for tensor in tensors:
-    if ".layers." not in tensor.name or len(tensor.shape) != 2:
+    # Norms may have a vector for each head.
+    if ".layers." not in tensor.name or len(tensor.shape) != 2 or "norm" in tensor.name:
       result.append(tensor)
       continue
     rows, columns = tensor.shape

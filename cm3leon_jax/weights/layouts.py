@@ -40,7 +40,7 @@ class Layout:
     tables: name of our parameter -> name of the tensor, for parameters outside the layers, in the
       order in which files store them.
     products: the same inside a layer, for the feed-forward matrices.
-    scales: the same inside a layer, for the norms that have a scale.
+    norms: the same inside a layer, for the scales and biases of norms, with the tensor's suffix.
     out: name, inside a layer, of the tensor of attention's output projection.
     first_position: row of the position table that contains position 0.
     check: raises UserError if the layout cannot represent a decoder.
@@ -54,7 +54,7 @@ class Layout:
   prefix: str
   tables: Mapping[str, str]
   products: Mapping[str, str]
-  scales: Mapping[str, str]
+  norms: Mapping[str, str]
   out: str
   first_position: int
   check: Callable[[ModelConfig], None]
@@ -98,27 +98,34 @@ def _check_opt(config: ModelConfig) -> None:
       "config.model.query_key_norm is set, but OPTForCausalLM has no such norm: this decoder "
       "cannot be exported in the format hf."
     )
+  _check_head_size(config)
+
+
+def _check_head_size(config: ModelConfig) -> None:
   if config.head_dim * config.num_heads != config.width:
     raise UserError(
-      f"config.model.head_size is {config.head_size}, but the heads of OPTForCausalLM have the "
-      f"size width / num_heads = {config.width} / {config.num_heads}: this decoder cannot be "
-      "exported."
+      f"config.model.head_size is {config.head_size}, but the heads of "
+      f"{layout_of(config).architecture} have the size width / num_heads = {config.width} / "
+      f"{config.num_heads}: this decoder cannot be exported."
     )
 
 
-def _describe_qwen3(config: ModelConfig) -> dict:
+def _describe_rotary(config: ModelConfig) -> dict:
   return {
     "hidden_act": "silu",
     "intermediate_size": config.mlp_width,
     "num_key_value_heads": config.key_heads,
-    "head_dim": config.head_dim,
-    "rms_norm_eps": 1e-6,
+    "rms_norm_eps": config.traits.norm_eps,
     "rope_theta": config.rotary_base,
     "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
     "attention_bias": False,
     "attention_dropout": 0.0,
     "tie_word_embeddings": False,
   }
+
+
+def _describe_qwen3(config: ModelConfig) -> dict:
+  return {**_describe_rotary(config), "head_dim": config.head_dim}
 
 
 def _fields_of_qwen3(described: dict) -> dict:
@@ -133,6 +140,34 @@ def _fields_of_qwen3(described: dict) -> dict:
   }
 
 
+def _describe_chameleon(config: ModelConfig) -> dict:
+  return {**_describe_rotary(config), "mlp_bias": False, "swin_norm": config.swin_norm}
+
+
+def _fields_of_chameleon(described: dict) -> dict:
+  size = described["hidden_size"] // described["num_attention_heads"]
+  fields = _fields_of_qwen3({**described, "head_dim": size})
+  return {**fields, "swin_norm": described["swin_norm"]}
+
+
+_QWEN3 = Layout(
+  architecture="Qwen3ForCausalLM",
+  model_type="qwen3",
+  prefix="model",
+  tables={"embed": "model.embed_tokens", "final_norm.scale": "model.norm", "head": "lm_head"},
+  products={name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+  norms={
+    "q_norm.scale": "self_attn.q_norm.weight",
+    "k_norm.scale": "self_attn.k_norm.weight",
+    "norm1.scale": "input_layernorm.weight",
+    "norm2.scale": "post_attention_layernorm.weight",
+  },
+  out="self_attn.o_proj",
+  first_position=0,
+  check=lambda config: None,  # The layout can represent every decoder.
+  describe=_describe_qwen3,
+  read_fields=_fields_of_qwen3,
+)
 # Family -> the layout in which its decoders are exported.
 LAYOUTS = {
   "opt": Layout(
@@ -141,30 +176,26 @@ LAYOUTS = {
     prefix="model.decoder",
     tables={"embed": "model.decoder.embed_tokens", "positions": "model.decoder.embed_positions"},
     products={"up": "fc1", "down": "fc2"},
-    scales={},
+    norms={},
     out="self_attn.out_proj",
     first_position=2,  # OPT never reads rows 0 and 1.
     check=_check_opt,
     describe=_describe_opt,
     read_fields=_fields_of_opt,
   ),
-  "modern": Layout(
-    architecture="Qwen3ForCausalLM",
-    model_type="qwen3",
-    prefix="model",
-    tables={"embed": "model.embed_tokens", "final_norm.scale": "model.norm", "head": "lm_head"},
-    products={name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
-    scales={
-      "q_norm": "self_attn.q_norm",
-      "k_norm": "self_attn.k_norm",
-      "norm1": "input_layernorm",
-      "norm2": "post_attention_layernorm",
+  "modern": _QWEN3,
+  "chameleon": dataclasses.replace(
+    _QWEN3,
+    architecture="ChameleonForConditionalGeneration",
+    model_type="chameleon",
+    norms={
+      **_QWEN3.norms,
+      "q_norm.bias": "self_attn.q_norm.bias",
+      "k_norm.bias": "self_attn.k_norm.bias",
     },
-    out="self_attn.o_proj",
-    first_position=0,
-    check=lambda config: None,  # The layout can represent every decoder.
-    describe=_describe_qwen3,
-    read_fields=_fields_of_qwen3,
+    check=_check_head_size,
+    describe=_describe_chameleon,
+    read_fields=_fields_of_chameleon,
   ),
 }
 QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
@@ -188,8 +219,8 @@ def tensors_of(layout: Layout, params: StoredParams, dtype: str = "float32") -> 
     out = f"{layer}.{layout.out}.weight"
     tensors.append(transposed(out, params, "blocks.out", i, dtype=dtype, axes_in=2))
     tensors += [
-      as_stored(f"{layer}.{theirs}.weight", params, f"blocks.{ours}.scale", i, dtype=dtype)
-      for ours, theirs in layout.scales.items()
+      as_stored(f"{layer}.{theirs}", params, f"blocks.{ours}", i, dtype=dtype)
+      for ours, theirs in layout.norms.items()
     ]
     tensors += [
       transposed(f"{layer}.{theirs}.weight", params, f"blocks.{ours}", i, dtype=dtype)
@@ -220,14 +251,16 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for ours, theirs in layout.tables.items()
   }
   sizes = (config.num_heads, config.key_heads, config.key_heads)
-  layer: dict[str, tuple[int, ...]] = {name: (n * H, D) for name, n in zip(QKV, sizes)}
-  layer[layout.out] = (D, config.num_heads * H)
-  layer |= {theirs: (D, F) if x == "down" else (F, D) for x, theirs in layout.products.items()}
-  layer |= {
-    theirs: (H,) if x in ("q_norm", "k_norm") else (D,) for x, theirs in layout.scales.items()
-  }
+  matrices = {name: (n * H, D) for name, n in zip(QKV, sizes)}
+  matrices[layout.out] = (D, config.num_heads * H)
+  matrices |= {theirs: (D, F) if x == "down" else (F, D) for x, theirs in layout.products.items()}
+  layer: dict[str, tuple[int, ...]] = {f"{name}.weight": x for name, x in matrices.items()}
+  heads, biased = dict(zip(("q_norm", "k_norm"), sizes)), config.traits.biased_head_norms
+  for ours, theirs in layout.norms.items():
+    count = heads.get(ours.split(".")[0])
+    layer[theirs] = (D,) if count is None else (count, H) if biased else (H,)
   return tables | {
-    f"{layout.prefix}.layers.{i}.{name}.weight": shape
+    f"{layout.prefix}.layers.{i}.{name}": shape
     for i in range(config.num_layers)
     for name, shape in layer.items()
   }

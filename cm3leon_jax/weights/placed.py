@@ -56,7 +56,7 @@ def _read(tensors: StoredTensors, config: ModelConfig, name: str, index: Index) 
   layout = layouts.layout_of(config)
   if name.startswith("blocks."):
     layers, *rest = index
-    kind, size = name.split(".")[1], config.head_dim
+    kind, size = name.removeprefix("blocks."), config.head_dim
     read = functools.partial(_read_layer, tensors, layout, size, kind, tuple(rest))
     return np.stack([read(f"{layout.prefix}.layers.{i}") for i in range(layers.start, layers.stop)])
   if name == "positions":
@@ -77,8 +77,8 @@ def _read_layer(
   def read(name: str, *part: slice) -> np.ndarray:
     return tensors.read(f"{layer}.{name}.weight", *part)
 
-  if kind in layout.scales:
-    return read(layout.scales[kind], *index)
+  if kind in layout.norms:
+    return tensors.read(f"{layer}.{layout.norms[kind]}", *index)
   if kind in ("q", "kv", "qkv"):
     *which, D, N, _ = index
     names = [layouts.QKV["qkv".index(x)] for x in kind][which[0] if which else slice(None)]

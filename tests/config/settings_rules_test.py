@@ -30,6 +30,7 @@ from tests.refusals import refused
     {"model__family": "modern", "model__width": 6, "model__num_heads": 2},
     {"model__family": "modern", "model__head_size": 65},
     {"model__family": "modern", "model__num_kv_heads": 3},
+    {"model__family": "modern", "model__swin_norm": True},
     {"model__num_kv_heads": 2},
     {"model__rope_base": 1e6},
     {"model__family": "modern", "model__activation": "gelu"},

@@ -17,7 +17,7 @@ L = 12
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, L)).astype(np.int32)
 POSITIONS = np.tile(np.arange(L, dtype=np.int32), (4, 1))
 SEGMENTS = np.ones((4, L), np.int32)
-FAMILIES = pytest.mark.parametrize("family", ["opt", "modern"])
+FAMILIES = pytest.mark.parametrize("family", ["opt", "modern", "chameleon"])
 
 
 def config_of(family, **fields):
@@ -204,15 +204,16 @@ def test_norms_of_bfloat16_are_computed_in_fp32(center):
 
 
 def plain_logits(config, params, tokens, positions):
-  """Computes logits [L, V] of a sample in NumPy in fp64, for `modern` or for `opt` with ReLU."""
+  """Computes logits [L, V] of a sample in NumPy in fp64. The activation of `opt` is ReLU."""
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-  modern, head = config.family == "modern", config.head_dim
+  modern, head = config.family != "opt", config.head_dim
+  eps = 1e-6 if config.family == "modern" else 1e-5
 
   def norm(x, parameters):
-    if "scale" in parameters:
-      return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * parameters["scale"]
-    x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+    if parameters.keys() != {"scale"}:
+      x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+    return x * parameters.get("scale", 1) + parameters.get("bias", 0)
 
   def turn(x):
     angles = positions[:, None, None] * config.rope_base ** (-np.arange(head // 2) / (head // 2))
@@ -238,13 +239,18 @@ def plain_logits(config, params, tokens, positions):
 
 
 @pytest.mark.parametrize(
-  ("family", "fields"), [("opt", {}), ("modern", {"head_size": 6, "rope_base": 100.0})]
+  ("family", "fields"),
+  [
+    ("opt", {}),
+    ("modern", {"head_size": 6, "rope_base": 100.0}),
+    ("chameleon", {"rope_base": 1e4}),
+  ],
 )
 def test_a_decoder_is_that_of_plain_numpy(family, fields):
-  config = config_of(family, **fields)
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    params = random_params(config)
+  config = config_of(family, dtype="float64", **fields)
+  with jax.enable_x64(True), jax.set_mesh(mesh_of(1, 1, 1)):
+    params = jax.tree.map(lambda x: x.astype(np.float64), random_params(config))
     found = model_logits(config, params, TOKENS[:1], POSITIONS[:1] + 3, SEGMENTS[:1])[0]
   expected = plain_logits(config, params, TOKENS[0], POSITIONS[0] + 3)
   assert np.abs(expected).max() > 1
-  np.testing.assert_allclose(found, expected, atol=1e-4)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)

@@ -41,7 +41,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   """Creates the optimizer of a run of `steps` steps. Its state is sharded like the parameters."""
-  without_decay = {"scale"} if config.decay_embeddings else {"scale", "embed", "positions"}
+  without_decay = {"scale", "bias", *(() if config.decay_embeddings else ("embed", "positions"))}
 
   def decayed(params: dict) -> dict:
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in without_decay, params)

@@ -69,13 +69,14 @@ def test_the_default_updates_are_those_of_adamw_by_hand():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_decay_spares_norm_scales(name):
+def test_decay_spares_scales_and_biases_of_norms(name):
   fields = {"name": name, "learning_rate": 1.0, "warmup_steps": 0, "weight_decay": 0.5}
   optimizer = jitted(OptimizerConfig(**fields))
-  params = {"norm": {"scale": jnp.ones(3)}, "up": jnp.ones((3, 3)), "embed": jnp.ones(3)}
+  norm = {"scale": jnp.ones(3), "bias": jnp.ones((2, 3))}
+  params = {"norm": norm, "up": jnp.ones((3, 3)), "embed": jnp.ones(3)}
   zeros = jax.tree.map(np.zeros_like, params)
   updates, _ = optimizer.update(zeros, optimizer.init(params), params)
-  np.testing.assert_allclose(updates["norm"]["scale"], 0)
+  jax.tree.map(lambda found: np.testing.assert_allclose(found, 0), updates["norm"])
   for found in (updates["up"], updates["embed"]):
     np.testing.assert_allclose(found, -0.5)
 
