@@ -23,11 +23,13 @@ import numpy as np
 from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.decoding.request import unconditional_prompt
+from cm3leon_jax.export import published_layout
 from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.positions import positions_of
+from cm3leon_jax.run import initial
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import int8, layouts, tensor_files
@@ -42,6 +44,8 @@ SCRIPT = "custom_generate.py"  # Copied to exports, where it does not need this 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   """Writes a run for `transformers.AutoModelForCausalLM` and `AutoTokenizer`. See `export`."""
   settings, choice = run.settings, run.choice
+  if (published := initial.published_of(run.trained.folder)) is not None:
+    return published_layout.write(folder, run, published)
   described = hf_config(settings.model, settings.vocab)
   described["cm3leon"] |= _text_to_image(settings)
   tensors = tensors_of(run.params, settings.model, choice.dtype)

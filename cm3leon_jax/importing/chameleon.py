@@ -21,7 +21,7 @@ from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files.json_files import FOREIGN_BYTES, check_foreign, write_json
 from cm3leon_jax.importing.source import CONFIG, OWN, SourceCheckpoint
 from cm3leon_jax.run.initial import IDS, VQMODEL
-from cm3leon_jax.run.source import ABOUT, DIGESTS
+from cm3leon_jax.run.source import ABOUT, DIGESTS, IMAGES
 from cm3leon_jax.tokenizers import published_files
 from cm3leon_jax.tokenizers.published import FAMILIES, PublishedConfig
 from cm3leon_jax.weights import layouts, tensor_files
@@ -129,6 +129,8 @@ def read_images(source: SourceCheckpoint) -> published_files.Read:
   kept = [name for name in source.tensors.names if name.startswith(PREFIX)]
   if any(name.startswith(f"{PREFIX}decoder.") for name in kept):
     return published_files.read(folder, "chameleon", sizes)
+  if published_files.is_own(folder / IMAGES):  # An export of this project.
+    return published_files.read_own(folder / IMAGES)
   if not (folder / VQGAN).exists():
     raise UserError(
       f"{folder} has no image decoder, which transformers' conversion leaves out: convert "
@@ -168,13 +170,13 @@ def tensors(
       pass  # Reading checks the values.
 
   def tensor(name: str) -> Tensor:
-    dtype = next(key for key, (kind, _) in DTYPES.items() if kind == source.tensors.dtype(name))
-    make = functools.partial(source.tensors.read, name)
-    if name in tables:
-      make = functools.partial(_renumbered, source.tensors, name, dtype, theirs)
-    return Tensor(name, source.tensors.shape(name), dtype, make)
+    result = source.tensors.tensor(name)
+    if name not in tables:
+      return result
+    make = functools.partial(_renumbered, source.tensors, name, result.dtype, theirs)
+    return dataclasses.replace(result, make=make)
 
-  return [tensor(name) for name in shapes], [tensor(name) for name in encoder]
+  return [tensor(name) for name in shapes], [*map(source.tensors.tensor, encoder)]
 
 
 def _blocks(stored: StoredTensors, name: str) -> Iterator[tuple[slice, np.ndarray]]:

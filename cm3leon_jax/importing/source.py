@@ -11,6 +11,7 @@ from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import FOREIGN_BYTES, NAMES, check_foreign, read_foreign_json
 from cm3leon_jax.run import exported
+from cm3leon_jax.run.source import has_published_ids
 from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.weights import stored_tensors
 from cm3leon_jax.weights.layouts import LAYOUTS
@@ -35,7 +36,7 @@ class SourceCheckpoint:
   @property
   def is_own(self) -> bool:
     """Whether `cm3leon export` wrote the checkpoint, so that it has this project's vocabulary."""
-    return OWN in self.described and not exported.has_published_ids(self.described)
+    return OWN in self.described and not has_published_ids(self.described)
 
   def size(self, name: str, default: int) -> int:
     """Returns a positive whole number from config.json. Raises UserError for other values."""

@@ -1,8 +1,6 @@
 """Reads exports in the formats hf and orbax, which contain no CLIP model and no bank."""
 
-from collections.abc import Mapping
 import os
-from typing import Any
 
 from etils import epath
 from flax import traverse_util
@@ -25,19 +23,12 @@ from cm3leon_jax.weights.stored_tensors import StoredTensors
 
 ORBAX = "params"  # Folder of the parameters in an orbax export.
 PLACES = (IMAGES, ORBAX, "custom_generate")
-PUBLISHED_IDS = "published_ids"  # Field of `cm3leon` in config.json, see `has_published_ids`.
 AGAIN = "run `cm3leon export` again"
 
 
 def is_orbax(folder: epath.PathLike) -> bool:
   """Returns whether a folder is a complete export in the format orbax."""
   return all((epath.Path(folder) / name).exists() for name in (TREE, DIGESTS))
-
-
-def has_published_ids(described: Mapping[str, Any]) -> bool:
-  """Returns whether config.json is of an export in the vocabulary of a published model."""
-  note = described.get("cm3leon")
-  return isinstance(note, dict) and note.get(PUBLISHED_IDS) is True
 
 
 def _digests(folder: epath.Path) -> tuple[dict[str, str], dict[str, str]]:

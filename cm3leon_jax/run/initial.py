@@ -255,3 +255,20 @@ def recorded(workdir: epath.PathLike) -> ParamsRef | None:
   """Returns the trained parameters that a workdir's run started from; None: random parameters."""
   run = read_json(epath.Path(workdir) / "train" / "config.json", {"run": dict})["run"]
   return ParamsRef(**run["init_from"]) if run.get("init_from") else None
+
+
+def published_of(workdir: epath.PathLike) -> epath.Path | None:
+  """Returns the folder `PUBLISHED` of the Chameleon that a run descends from; None: of none.
+
+  Raises:
+    UserError: the run descends from a folder that does not exist.
+  """
+  folder = epath.Path(workdir)
+  while Source.of(folder).kind == "run":
+    if (start := recorded(folder)) is None:
+      return None
+    folder, source = folder_of(start.source), start.source
+    if not folder.exists():
+      raise UserError(f"{workdir} began from {source}, which does not exist: put it back.")
+  place = (folder / INIT if Source.of(folder).kind == "import" else folder) / PUBLISHED
+  return place if (place / IDS).exists() else None

@@ -30,8 +30,9 @@ from cm3leon_jax.run.source import IMAGES, INIT, Source, folder_of, settings_of_
 from cm3leon_jax.stages import stages, table
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.weights import reading
+from cm3leon_jax.weights import placed, reading
 from cm3leon_jax.weights.stored import StoredParams, of_tree
+from cm3leon_jax.weights.stored_tensors import StoredTensors
 
 # Functions of the module, so that a process compiles them once and not for each run that it reads.
 _add = jax.jit(merge, static_argnames="config", donate_argnums=0)
@@ -244,6 +245,8 @@ def open_params(run: Run, average: bool | None) -> StoredParams:
   Raises:
     UserError: `average` is not None, but the run keeps no average or is a bundle.
   """
+  if Source.of(run.folder).kind == "import":
+    return placed.stored(StoredTensors(run.folder / INIT), run.settings.model)
   if run.kind == "workdir":
     result = reading.open_params(run.folder / "train", average=average)
     if adapters.of_run(run.folder) is None:

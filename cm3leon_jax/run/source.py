@@ -1,9 +1,10 @@
 """Classifies a folder or name that a user gave, and reads the settings of a run. No JAX."""
 
+from collections.abc import Mapping
 import dataclasses
 import importlib.resources
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from etils import epath
 
@@ -18,6 +19,7 @@ IMAGES = "image_tokenizer"  # Folder of the image tokenizer in an export.
 # SHA-256 of the files of an export that are loaded.
 DIGESTS = "digests.json"
 TREE = "params/_METADATA"  # Lists the arrays of an export in the format orbax.
+PUBLISHED_IDS = "published_ids"  # Field of `cm3leon` in config.json, see `has_published_ids`.
 ADAPTER = "adapter_config.json"  # Describes the adapters of an export in the format peft.
 
 INIT = "init"  # Folder of a workdir with the parameters that `cm3leon import_weights` wrote.
@@ -32,6 +34,7 @@ DESCRIPTIONS = {
   "orbax": "in the format orbax",
   "peft": "of adapters alone, in the format peft",
   "int8": "with int8 weights",
+  "published": "in the vocabulary of a published model",
 }
 
 
@@ -100,7 +103,15 @@ def format_of(folder: epath.PathLike) -> str:
       return name
   path = folder / "config.json"
   described = read_foreign_json(path, {}) if path.exists() else {}
+  if has_published_ids(described):
+    return "published"
   return "int8" if described.get("quantization_config") else ""
+
+
+def has_published_ids(described: Mapping[str, Any]) -> bool:
+  """Returns whether config.json is of an export in the vocabulary of a published model."""
+  note = described.get("cm3leon")
+  return isinstance(note, dict) and note.get(PUBLISHED_IDS) is True
 
 
 def settings_of_run(workdir: epath.PathLike) -> Settings:

@@ -14,6 +14,7 @@ from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
 from cm3leon_jax.weights import layouts
 from cm3leon_jax.weights.layouts import Layout
+from cm3leon_jax.weights.stored import StoredParams
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 
 Index = tuple[slice, ...]
@@ -41,6 +42,19 @@ def load(tensors: StoredTensors, config: ModelConfig) -> dict:
       kind.shape, kind.sharding, functools.partial(_in_fp32, read, kind.shape)
     )
   return traverse_util.unflatten_dict(params, sep=".")
+
+
+def stored(tensors: StoredTensors, config: ModelConfig) -> StoredParams:
+  """Opens parameters for reading in slices. It needs a current mesh, but no memory of devices."""
+  types = traverse_util.flatten_dict(types_of(config), sep=".")
+  shapes = {name: tuple(kind.shape) for name, kind in types.items()}
+
+  def read(name: str, *index: int) -> np.ndarray:
+    parts = [slice(i, i + 1) for i in index] + [slice(0, n) for n in shapes[name][len(index) :]]
+    found = _read(tensors, config, name, tuple(parts))
+    return found.reshape(shapes[name][len(index) :]).astype(np.float32, copy=False)
+
+  return StoredParams(0, False, shapes, read)
 
 
 def _in_fp32(

@@ -22,7 +22,7 @@ from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import check_foreign, read_foreign_json
 from cm3leon_jax.stages.stages import differences, id_of
-from cm3leon_jax.weights.tensor_files import DTYPES, INDEX, WEIGHTS
+from cm3leon_jax.weights.tensor_files import DTYPES, INDEX, WEIGHTS, Tensor
 
 FLOATS = {name: dtype for name, dtype in DTYPES.values() if not name.startswith("I")}
 
@@ -128,6 +128,11 @@ class StoredTensors:
     if not np.isfinite(x).all():
       raise UserError(f"{self.folder}: tensor '{name}' has values that are not finite.")
     return x
+
+  def tensor(self, name: str) -> Tensor:
+    """Returns a tensor for writing it as it is, in its dtype."""
+    dtype = next(key for key, (kind, _) in DTYPES.items() if kind == self.dtype(name))
+    return Tensor(name, self.shape(name), dtype, functools.partial(self.read, name))
 
   def _view(self, name: str) -> Any:
     if name not in self._views:

@@ -13,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 import tokenizers
 
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.export import huggingface
+from cm3leon_jax.export import formats, huggingface
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.importing import chameleon_ids, importer
 from cm3leon_jax.run import initial
-from cm3leon_jax.run.run import load_initial
+from cm3leon_jax.run.run import Run, load_initial, open_params
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights.stored_tensors import StoredTensors
@@ -262,3 +262,36 @@ def test_other_files_are_refused(part, chameleon, tmp_path):
     word = next(iter(changed))
     save_file(tensors | changed, shard)
   refuses(folder, tmp_path, word)
+
+
+def test_an_import_draws_and_is_exported_bit_for_bit(chameleon, workdir, tmp_path, monkeypatch):
+  """The workdir has no training, and a model that transformers loads without a missing tensor."""
+  import transformers
+
+  monkeypatch.chdir(tmp_path)
+  run = Run.open(workdir)
+  assert run.settings == SETTINGS
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    assert run.params()[1] == 0
+    choice = formats.Choice(dtype="bfloat16")
+    made = formats.TrainedRun(run, open_params(run, None), choice)
+    formats.write(tmp_path / "export", made)
+  folder, source = tmp_path / "export", chameleon[1]
+  ours, original = StoredTensors(folder), StoredTensors(source)
+  assert {*ours.names} == {*original.names}
+  for name in original.names:
+    assert ours.dtype(name) == "BF16"
+    np.testing.assert_array_equal(ours.read(name), original.read(name))
+  for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"):
+    assert (folder / name).read_bytes() == (source / name).read_bytes()
+  described = read_json(folder / "config.json")
+  assert described.pop("cm3leon") == {"published_ids": True}
+  assert described == read_json(source / "config.json")
+  model = transformers.ChameleonForConditionalGeneration
+  loaded, found = model.from_pretrained(folder, output_loading_info=True)
+  assert not any(found.values()), found
+  assert loaded.config.vocabulary_map == chameleon[0].config.vocabulary_map
+  with refused(UserError, "published"):
+    Run.open(folder, exports=True)
+  again = importer.plan(SETTINGS, str(folder))  # It is imported like the original.
+  assert again.published.theirs.tolist() == importer.plan(SETTINGS, str(source)).published.theirs.tolist()
