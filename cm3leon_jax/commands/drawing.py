@@ -179,7 +179,7 @@ def draw(
     common.use_mesh(settings),
   ):
     if summary is not None:
-      clip = trained.clip if writer_lib.needs_clip(tasks) else None
+      clip = trained.clip if writer_lib.needs_clip(trained, tasks) else None
       params, step = trained.params()
       options = {name: getattr(flags, name) for name in ("batch_size", *names[2:])}
       pipeline = pipeline_lib.Pipeline.load(trained, params, clip, bank, **options)
@@ -199,7 +199,8 @@ def _finish(
 ) -> dict[str, Any]:
   """Writes and prints the results. Returns their numbers."""
   records = writer.finish(samples)
-  scores = summary_lib.clip_scores([r for r in records if r["task"] == "text_to_image"])
+  scored = [r for r in records if r["task"] == "text_to_image" and r["clip_score"] is not None]
+  scores = summary_lib.clip_scores(scored)
   alike = lookalikes.count([*itertools.chain(*samples)], settings.vocab)
   numbers = {"samples": len(records), "clip_score": scores, "lookalikes": alike}
   _print_results(records, scores)

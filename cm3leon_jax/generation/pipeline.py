@@ -121,10 +121,10 @@ class Pipeline:
     `clip` is the folder of a Hugging Face CLIP model, for a run or export without its own.
     """
     GeneratorConfig.of(run.settings, **options)  # Raises errors before parameters are loaded.
-    if clip is not None and run.kind != "export" and not run.settings.retrieval.clip:
+    if clip is not None and run.has_clip and not run.settings.retrieval.clip:
       raise UserError(f"clip is given, but {run.folder} contains a CLIP: omit clip.")
     params, step = run.params()
-    own = None if run.kind == "export" else run.clip
+    own = run.clip if run.has_clip else None
     return cls.load(run, params, own if clip is None else HFCLIP.load(clip), **options), step
 
   def with_params(self, params: dict) -> "Pipeline":

@@ -181,9 +181,9 @@ def wrapped(text: str, width: int, height: int) -> str:
   )
 
 
-def needs_clip(tasks: Sequence[Task]) -> bool:
+def needs_clip(trained: Run, tasks: Sequence[Task]) -> bool:
   """Returns whether CLIP retrieves or scores; without tasks, it scores held-out captions."""
-  return not tasks or any(task.retrieve or task.is_scored for task in tasks)
+  return trained.has_clip and (not tasks or any(t.retrieve or t.is_scored for t in tasks))
 
 
 def identity(
@@ -200,7 +200,7 @@ def identity(
     more: other values, such as the number of samples.
   """
   settings = trained.settings
-  read = [*table.TOKENIZERS, "train", *(table.own_clip(settings) if needs_clip(tasks) else ())]
+  read = [*table.TOKENIZERS, "train", *(table.own_clip(settings) if needs_clip(trained, tasks) else ())]
   inputs = ids(trained, read)
   if not tasks or any(task.retrieve for task in tasks):
     inputs |= ids(bank or trained, ["documents", "neighbors"])

@@ -138,6 +138,14 @@ class Run:
     return load_clip(self.settings.retrieval.clip, self.stages, self.settings.vocab)
 
   @property
+  def has_clip(self) -> bool:
+    """Whether there is a CLIP model. Exports have none, and imports none before its stage."""
+    is_import = Source.of(self.folder).kind == "import" and not self.settings.retrieval.clip
+    return self.kind != "export" and not (
+      is_import and not (self.stages / "clip" / stages.DONE).exists()
+    )
+
+  @property
   def bank(self) -> epath.Path | None:
     """Folder with the bank. None for an export, and for a bundle or run without documents."""
     has_bank = self.kind != "export" and (self.stages / "documents").exists()
