@@ -1,6 +1,6 @@
 """Defines the joint vocabulary of text tokens and image codes."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,12 @@ class VocabLayout:
   byte-level BPE needs 256 byte tokens."""
   image_size: PositiveInt = 8_192
   """Number of image codes. Code `c` has the id `text_size + c`."""
+  template: Literal["cm3leon", "chameleon"] = "cm3leon"
+  """How texts and images are joined into documents and prompts. `cm3leon` is the paper's:
+  `</s> text <break> image </s>`. `chameleon` is for decoders that continue Chameleon or Anole:
+  `</s> text <break> image <image_end>`, where `<break>` begins an image, `<eoss>` also ends a text
+  before a text, and the last special token, `<image_end>`, ends an image. Captions and answers then
+  follow their image."""
 
   pad = 0
   eos = 1  # </s> separates documents and starts every sample.
@@ -35,6 +41,11 @@ class VocabLayout:
   eoss = 4  # <eoss> ends an infilled span.
 
   def __post_init__(self) -> None:
+    if self.num_masks < 1:
+      raise ValueError(
+        f"num_special is {self.num_special}; it must be at least {self.num_special + 1} with the "
+        f"template '{self.template}', which has a special token more."
+      )
     if self.text_size < self.num_special + 256:
       raise ValueError(
         f"text_size is {self.text_size}; it must be at least {self.num_special + 256}: "
@@ -49,7 +60,17 @@ class VocabLayout:
   @property
   def num_masks(self) -> int:
     """Number of sentinels `<mask:i>`."""
-    return self.num_special - 5
+    return self.num_special - 5 - (self.template == "chameleon")
+
+  @property
+  def image_end(self) -> int:
+    """The id of `<image_end>`, which only the template `chameleon` has."""
+    return self.num_special - 1
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """The fields that decide the meaning of the ids of texts and images."""
+    return {name: getattr(self, name) for name in ("num_special", "text_size", "image_size")}
 
   def mask(self, i: int) -> int:
     """Returns the id of the sentinel `<mask:i>`. Raises ValueError if `i` is out of range."""
@@ -59,7 +80,7 @@ class VocabLayout:
 
   def is_mask(self, ids: Any) -> Any:
     """Returns a bool mask: True where `ids` (an int or an array) is a sentinel `<mask:i>`."""
-    return (ids >= 5) & (ids < self.num_special)
+    return (ids >= 5) & (ids < 5 + self.num_masks)
 
   def is_image(self, ids: Any) -> Any:
     """Returns a bool mask: True where `ids` (an int or an array) is an image code."""
@@ -87,6 +108,6 @@ class VocabLayout:
 
   def special_tokens(self) -> list[str]:
     """Returns the names of the special tokens, in the order of their ids."""
-    return ["<pad>", "</s>", "<unk>", "<break>", "<eoss>"] + [
-      f"<mask:{i}>" for i in range(self.num_masks)
-    ]
+    masks = [f"<mask:{i}>" for i in range(self.num_masks)]
+    more = ["<image_end>"] * (self.template == "chameleon")
+    return ["<pad>", "</s>", "<unk>", "<break>", "<eoss>", *masks, *more]

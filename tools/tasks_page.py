@@ -83,7 +83,8 @@ def sample_of(task: InstructionTask, record: Record) -> str:
   lengths = [len(segment.tokens) for segment in one.segments]
   is_image = [segment.is_image for segment in one.segments]
   rng = np.random.default_rng(0)
-  plan = samples.plan_instruction(lengths, is_image, (one.start, one.stop), rng, samples.Drops())
+  span = (one.start, one.stop)
+  plan = samples.plan_instruction(lengths, is_image, span, rng, samples.Drops(), VOCAB)
   document = Document(record.key, one.segments, "", "", "")
   tokens, _ = samples.build_instruction(document, plan, VOCAB, "all")
   return show(tokens)

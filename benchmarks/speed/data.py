@@ -187,7 +187,7 @@ def measure_pipeline(repetitions: int, documents: int = 4_000, rows: int = 400) 
   for codes in CODES:
     with tempfile.TemporaryDirectory() as folder:
       sources = written_sources(pathlib.Path(folder), documents, codes)
-      loader = RowLoader(RowPlan(sources, DataConfig(), VOCAB.num_masks, seed=0), VOCAB)
+      loader = RowLoader(RowPlan(sources, DataConfig(), VOCAB, seed=0), VOCAB)
       read_rows(loader, 0, rows)
 
       def read_tokens(i: int, loader=loader) -> int:

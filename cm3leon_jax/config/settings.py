@@ -73,6 +73,11 @@ class Settings:
         f"model.max_positions is {self.model.max_positions}; "
         f"it must be at least data.sequence_length = {self.data.sequence_length}."
       )
+    if self.model.align_images and self.vocab.template != "cm3leon":
+      raise ValueError(
+        f"model.align_images is True, but vocab.template is '{self.vocab.template}', whose images "
+        "begin and end with tokens of their own: set align_images to False."
+      )
     if self.model.align_images and self.data.interleaved_share:
       raise ValueError(
         "model.align_images is True, but data.interleaved_share is "

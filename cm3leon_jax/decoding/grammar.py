@@ -7,6 +7,8 @@ The grammar is a state machine with three integers of state per row.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
+import operator
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -14,12 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 import numpy as np
 
+from cm3leon_jax import templates
 from cm3leon_jax.mesh import shard
+from cm3leon_jax.templates import IN_TEXT, SEGMENT_START
 from cm3leon_jax.vocab import VocabLayout
 
 DONE, CODES, TEXT, EOSS, MASK, END, DOCUMENT = range(7)
-# Values of `place`: where the next token of a DOCUMENT is, if it is not in an image.
-SEGMENT_START, IN_TEXT, AFTER_IMAGE = -1, -2, 0
 
 
 class Part(NamedTuple):
@@ -30,8 +32,8 @@ class Part(NamedTuple):
     TEXT: 1 to `count` text tokens, then `<eoss>`.
     EOSS: `<eoss>`.
     MASK: the sentinel `<mask:count>`.
-    END: `</s>` or `<break>`.
-    DOCUMENT: texts and images with `<break>` between them, then `</s>`; at most `count` tokens.
+    END: what may follow an image, by the template: `</s>` or `<break>`, or `<image_end>`.
+    DOCUMENT: texts and images as the template joins them, and its end; at most `count` tokens.
     DONE: none.
 
   In a DOCUMENT, `place` says where the prompt ends: SEGMENT_START, IN_TEXT or AFTER_IMAGE.
@@ -85,7 +87,7 @@ def _entry(plan: Plan, part: Int32[Array, " B"], column: int) -> Int32[Array, " 
 class Grammar:
   """Determines the legal next tokens from a plan, the vocabulary and the length of an image.
 
-  plan CODES 2, END:            code code (</s> or <break>)
+  plan CODES 2, END:            code code (</s> or <break>), with the template cm3leon
   plan TEXT 3, MASK 1, TEXT 9:  text <eoss> <mask:1> text <eoss>
   """
 
@@ -117,46 +119,44 @@ class Grammar:
   def legal(self, plan: Plan, state: State, ids: Int32[Array, " V"]) -> Bool[Array, "B V"]:
     """Returns a mask of the legal next ids. In a row that is done, no id is legal."""
     vocab, left, place = self.vocab, state.left, state.place
-    kind = _entry(plan, state.part, 0)
+    template, kind = templates.of(vocab), _entry(plan, state.part, 0)
     document = kind == DOCUMENT
-    begins, in_text, after_image = (
-      document & (place == p) for p in (SEGMENT_START, IN_TEXT, AFTER_IMAGE)
-    )
-    # A text token must leave space for `</s>`; a `<break>` must leave space for a token and `</s>`.
     may = {
-      "text": ((kind == TEXT) & (left > 0)) | ((begins | in_text) & (left >= 2)),
-      "image": (kind == CODES) | (document & (place > 0)) | (begins & (left > self.image_tokens)),
+      "text": (kind == TEXT) & (left > 0),
+      "image": (kind == CODES) | (document & (place > 0)),
       "eoss": (kind == EOSS) | ((kind == TEXT) & (left < _entry(plan, state.part, 1))),
-      "eos": (kind == END) | in_text | after_image,
-      "brk": (kind == END) | ((in_text | after_image) & (left >= 3)),
+      **dict.fromkeys(template.after_drawn, kind == END),
     }
+    for name, rule in template.rules.items():
+      at = functools.reduce(operator.or_, (place == p for p in rule.places))
+      fits = left >= rule.tokens + rule.images * self.image_tokens
+      may[name] = may.get(name, False) | (document & at & fits)
     sentinel = jnp.where(kind == MASK, vocab.mask(0) + _entry(plan, state.part, 1), -1)
     among = {
       "text": (ids >= vocab.num_special) & (ids < vocab.text_size),
       "image": vocab.is_image(ids),
-      "eoss": ids == vocab.eoss,
-      "eos": ids == vocab.eos,
-      "brk": ids == vocab.brk,
     }
     legal = sentinel[:, None] == ids[None]
     for name, rows in may.items():
-      legal |= rows[:, None] & among[name][None]
+      token = among[name] if name in among else ids == getattr(vocab, name)
+      legal |= rows[:, None] & token[None]
     return legal
 
   def advance(self, plan: Plan, state: State, tokens: Int32[Array, " B"]) -> State:
     """Returns the state after one legal token per row. A row that is done does not change."""
-    vocab = self.vocab
+    vocab, template = self.vocab, templates.of(self.vocab)
     kind, left = _entry(plan, state.part, 0), jnp.maximum(state.left - 1, 0)
     document, image = kind == DOCUMENT, vocab.is_image(tokens)
     place = jnp.where(
       image, jnp.where(state.place > 0, state.place, self.image_tokens) - 1, IN_TEXT
     )
-    place = jnp.where(tokens == vocab.brk, SEGMENT_START, place)
+    after_break = self.image_tokens if template.opens_image else SEGMENT_START
+    place = jnp.where(tokens == vocab.brk, after_break, place)
     finished = (kind == EOSS) | (kind == MASK) | (kind == END)
     finished |= (
       ((kind == CODES) & (left == 0))
       | ((kind == TEXT) & (tokens == vocab.eoss))
-      | (document & (tokens == vocab.eos))
+      | (document & (tokens == getattr(vocab, template.end)))
     )
     part = state.part + finished
     left = jnp.where(finished, _entry(plan, part, 1), left)

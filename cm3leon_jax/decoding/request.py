@@ -10,6 +10,7 @@ from typing import TypeAlias
 from jaxtyping import Float32, Int32
 import numpy as np
 
+from cm3leon_jax import templates
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.grammar import Part
@@ -69,9 +70,12 @@ Ids: TypeAlias = Sequence[int] | np.ndarray
 Pieces: TypeAlias = Sequence[Ids | Hole]
 
 
-def unconditional_prompt(vocab: VocabLayout) -> Int32[np.ndarray, "3"]:
-  """Returns `</s> <mask:0> <break>`, which starts training samples without conditioning."""
-  return np.array([vocab.eos, vocab.mask(0), vocab.brk], np.int32)
+def unconditional_prompt(vocab: VocabLayout) -> Int32[np.ndarray, " _"]:
+  """Returns the start of training samples without a condition: `</s> <mask:0> <break>`.
+
+  With the template chameleon, it is `</s> <break>`.
+  """
+  return _prompt(vocab, templates.of(vocab).absent)
 
 
 def text_to_image(
@@ -96,10 +100,8 @@ def text_to_image(
   if not len(caption):
     raise UserError("a prompt is empty: give at least one word.")
   before = list(itertools.chain(*neighbors))
-  without = unconditional_prompt(vocab)
-  if keep_neighbors:
-    without = _join(vocab, [*before, [vocab.mask(0)]])
-  return Request((_join(vocab, [*before, caption]), without), _image_plan(image_tokens))
+  without = _prompt(vocab, [*before * keep_neighbors, *templates.of(vocab).absent])
+  return Request((_prompt(vocab, [*before, caption]), without), _image_plan(image_tokens))
 
 
 def unconditional(vocab: VocabLayout, image_tokens: int) -> Request:
@@ -120,7 +122,8 @@ def edit(
     before = [5], image = [91 92], instruction = [7]. The three streams are:
     </s> 5 <break> 91 92 <break> 7 <break>, </s> 5 <break> 91 92 <break> and </s> <mask:0> <break>
 
-  With `instruction_first`, the first stream is </s> 5 <break> 7 <break> 91 92 <break>.
+  With `instruction_first`, the first stream is </s> 5 <break> 7 <break> 91 92 <break>. With the
+  template chameleon, the second stream has only the image.
 
   Raises:
     UserError: the instruction is empty, or the image does not have I codes.
@@ -129,8 +132,9 @@ def edit(
     raise UserError("the instruction is empty: say what to change.")
   _check_image(len(image), image_tokens)
   asked = (instruction, image) if instruction_first else (image, instruction)
-  full, without = _join(vocab, [before, *asked]), _join(vocab, [before, image])
-  return Request((full, without, unconditional_prompt(vocab)), _image_plan(image_tokens))
+  kept = [image] if templates.of(vocab).drops_texts else [before, image]
+  streams = (_prompt(vocab, [before, *asked]), _prompt(vocab, kept), unconditional_prompt(vocab))
+  return Request(streams, _image_plan(image_tokens))
 
 
 def instruct(vocab: VocabLayout, image_tokens: int, segments: Sequence[Ids]) -> Request:
@@ -144,10 +148,9 @@ def instruct(vocab: VocabLayout, image_tokens: int, segments: Sequence[Ids]) -> 
   Raises:
     UserError: an image does not have I codes.
   """
-  for segment in segments:
-    if _is_image(vocab, [segment]):
-      _check_image(len(segment), image_tokens)
-  return Request((_join(vocab, segments), unconditional_prompt(vocab)), _image_plan(image_tokens))
+  _check_images(vocab, image_tokens, segments)
+  streams = (_prompt(vocab, segments), unconditional_prompt(vocab))
+  return Request(streams, _image_plan(image_tokens))
 
 
 def infill(
@@ -187,11 +190,12 @@ def infill(
     for segment in segments
   ]
   before = list(itertools.chain(*neighbors))
-  streams: tuple[np.ndarray, ...] = (_infill_prompt(vocab, [*before, *marked]),)
-  is_text = [not _is_image(vocab, segment) for segment in segments]
-  if all(hole.codes for hole in holes) and any(is_text):
-    images = [segment for text, segment in zip(is_text, marked) if not text]
-    streams += (_infill_prompt(vocab, images),)
+  are_images = [_is_image(vocab, segment) for segment in segments]
+  kinds = [*(_is_image(vocab, [segment]) for segment in before), *are_images]
+  streams: tuple[np.ndarray, ...] = (_infill_prompt(vocab, [*before, *marked], kinds),)
+  if all(hole.codes for hole in holes) and not all(are_images):
+    images = [segment for is_image, segment in zip(are_images, marked) if is_image]
+    streams += (_infill_prompt(vocab, images, [True] * len(images)),)
   plan = []
   for i, hole in enumerate(holes):
     plan.append(Part(grammar.MASK, i))
@@ -200,6 +204,27 @@ def infill(
     else:
       plan.append(Part(grammar.TEXT, hole.most_text))
   return Request(streams, tuple(plan[1:]))  # The first sentinel is part of the prompt.
+
+
+def continuation(
+  vocab: VocabLayout,
+  image_tokens: int,
+  segments: Sequence[Ids],
+  most_text: int,
+  neighbors: Sequence[Sequence] = (),
+) -> Request:
+  """Requests a text of at most `most_text` tokens, and `<eoss>`, after the segments of a prompt.
+
+    template chameleon, segments = [[91 92], [7]]: </s> <break> 91 92 <image_end> 7 <eoss>
+
+  `neighbors` are retrieved documents, best first.
+
+  Raises:
+    UserError: an image does not have I codes.
+  """
+  _check_images(vocab, image_tokens, segments)
+  prompt = _prompt(vocab, [*itertools.chain(*neighbors), *segments], templates.WRITTEN)
+  return Request((prompt,), (Part(grammar.TEXT, most_text),))
 
 
 def document(
@@ -211,7 +236,7 @@ def document(
 ) -> Request:
   """Requests texts and images in any order, after the segments of a prompt.
 
-  `segments` may be empty. `length` is the largest number of tokens to generate, including `</s>`.
+  `segments` may be empty. `length` is the largest number of tokens to generate, including the end.
   If `after_break`, the last segment of the prompt is complete and a new segment starts. Otherwise a
   last segment of text is continued.
 
@@ -220,26 +245,29 @@ def document(
   """
   if length < 2:
     raise UserError(f"the length is {length}; it must be at least 2: one token and </s>.")
-  ends_in_image = bool(len(segments)) and _is_image(vocab, [segments[-1]])
-  for segment in segments:
-    if _is_image(vocab, [segment]):
-      _check_image(len(segment), image_tokens)
-  prompt = _join(vocab, segments)
-  place = grammar.SEGMENT_START
+  _check_images(vocab, image_tokens, segments)
+  end, place = templates.WRITTEN, templates.SEGMENT_START
   if len(segments) and not after_break:
-    prompt, place = prompt[:-1], grammar.AFTER_IMAGE if ends_in_image else grammar.IN_TEXT
+    ends_in_image = _is_image(vocab, [segments[-1]])
+    end, place = None, templates.AFTER_IMAGE if ends_in_image else templates.IN_TEXT
+  prompt = _prompt(vocab, segments, end)
   return Request((prompt,), (Part(grammar.DOCUMENT, length, place),))
 
 
-def _join(vocab: VocabLayout, segments: Sequence[Ids]) -> np.ndarray:
-  """Returns `</s>` and all segments, each followed by `<break>`."""
-  parts = [part for segment in segments for part in (segment, [vocab.brk])]
-  return np.concatenate([[vocab.eos], *parts]).astype(np.int32)
+def _prompt(
+  vocab: VocabLayout, segments: Sequence[Ids], end: int | None = templates.DRAWN
+) -> np.ndarray:
+  """Joins the segments of a prompt. For `end`, see `Template.join`."""
+  kinds = [_is_image(vocab, [segment]) for segment in segments]
+  return templates.of(vocab).join(segments, kinds, end)
 
 
-def _infill_prompt(vocab: VocabLayout, segments: Sequence[Ids]) -> np.ndarray:
+def _infill_prompt(
+  vocab: VocabLayout, segments: Sequence[Ids], are_images: Sequence[bool]
+) -> np.ndarray:
   """Returns a complete document followed by the sentinel of its first hole."""
-  return np.append(_join(vocab, segments)[:-1], [vocab.eos, vocab.mask(0)]).astype(np.int32)
+  joined = templates.of(vocab).join(segments, are_images)
+  return np.append(joined, [vocab.mask(0)]).astype(np.int32)
 
 
 def _image_plan(image_tokens: int) -> tuple[Part, ...]:
@@ -251,6 +279,12 @@ def _is_image(vocab: VocabLayout, segment: Pieces) -> bool:
     piece.codes > 0 if isinstance(piece, Hole) else vocab.is_image(np.asarray(piece)).any()
     for piece in segment
   )
+
+
+def _check_images(vocab: VocabLayout, image_tokens: int, segments: Sequence[Ids]) -> None:
+  for segment in segments:
+    if _is_image(vocab, [segment]):
+      _check_image(len(segment), image_tokens)
 
 
 def _check_image(length: int, image_tokens: int) -> None:

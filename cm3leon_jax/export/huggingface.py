@@ -33,7 +33,7 @@ from cm3leon_jax.run import initial
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import int8, layouts, tensor_files
-from cm3leon_jax.weights.layouts import VOCAB_FIELDS, hf_config
+from cm3leon_jax.weights.layouts import hf_config
 from cm3leon_jax.weights.stored import StoredParams, of_tree
 from cm3leon_jax.weights.tensor_files import Tensor
 
@@ -182,7 +182,7 @@ def compare_logits(
   model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
   config = dataclasses.replace(config, dtype="float32", attention="plain")
   described = read_json(epath.Path(folder) / "config.json", {"cm3leon": dict})["cm3leon"]
-  vocab = VocabLayout(**{name: described[name] for name in VOCAB_FIELDS})
+  vocab = layouts.vocab_of(described)
   longest = max(len(s) for s in samples)
   difference, largest = 0.0, 0.0
   for sample in samples:

@@ -75,7 +75,7 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   manifest = {
     "cm3leon_jax": VERSION,
     "jax": jax.__version__,
-    "vocab": {**dataclasses.asdict(vocab), **special, "mask_0": vocab.mask(0)},
+    "vocab": {**vocab.sizes, **special, "mask_0": vocab.mask(0)},
     "image_tokens": images.config.image_tokens,
     "resolution": images.config.resolution,
     "positions": settings.data.sequence_length,

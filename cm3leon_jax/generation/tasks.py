@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeAlias, cast
 import numpy as np
 from PIL import Image
 
+from cm3leon_jax import templates
 from cm3leon_jax.config.sampling import SamplingConfig
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.rows.cm3 import undo_cm3_mask
@@ -330,7 +331,7 @@ def document_segments(vocab: VocabLayout, request: Request, ids: np.ndarray) -> 
   """Inserts generated ids [G] into the document of a request, and splits it into segments."""
   whole = np.concatenate([request.streams[0], ids]).astype(np.int32)
   whole = undo_cm3_mask(whole, vocab) if vocab.eoss in whole else whole
-  parts = np.split(whole, np.flatnonzero((whole == vocab.brk) | (whole == vocab.eos)))
+  parts = np.split(whole, np.flatnonzero(np.isin(whole, templates.of(vocab).separators)))
   return [segment for part in parts if len(segment := part[1:])]
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from cm3leon_jax import templates
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.request import Hole, Request
 from cm3leon_jax.decoding.sampling.methods import TEXT_SETTINGS
@@ -33,10 +34,12 @@ class TextTask(Task):
   """Base class of the tasks that fill the holes of a text.
 
   The document is the text, followed by the input image if there is one. `length` is the maximum
-  number of tokens per hole; 0 means TEXT_LENGTH.
+  number of tokens per hole; 0 means TEXT_LENGTH. If `may_follow`, the text follows the image and
+  the prompt instead, with a template whose captions follow.
   """
 
   settings = TEXT_SETTINGS
+  may_follow: ClassVar[bool] = False
   retrieve: int = dataclasses.field(default=0, kw_only=True)
   length: int = dataclasses.field(default=0, kw_only=True)
 
@@ -44,8 +47,18 @@ class TextTask(Task):
     """Returns the text of the document, in which MASK represents a hole."""
     return self.prompt
 
+  def _follows(self, layout: PromptLayout) -> bool:
+    """Returns whether the text follows image and prompt, instead of filling a hole."""
+    return self.may_follow and templates.of(layout.vocab).captions_follow
+
   def _request(self, layout: PromptLayout, image: np.ndarray, neighbors: list) -> Request:
-    hole = Hole(most_text=self.length or TEXT_LENGTH)
+    most = self.length or TEXT_LENGTH
+    if self._follows(layout):
+      asked = [layout.encode(self.prompt)] if self.prompt.strip() else []
+      return request.continuation(
+        layout.vocab, layout.image_tokens, [image, *asked], most, neighbors
+      )
+    hole = Hole(most_text=most)
     segments = [
       (image,) if text == IMAGE else _with_holes(layout.encode, text, hole)
       for text in self._texts()
@@ -60,6 +73,8 @@ class TextTask(Task):
     vocab = layout.vocab
     holes = np.split(ids, np.flatnonzero(ids == vocab.eoss))
     filled = [layout.decode(hole).strip() for hole in holes if (hole >= vocab.num_special).any()]
+    if self._follows(layout):
+      return tuple(filled), tuple(filled)
     count = len(self._texts())
     whole = document_segments(vocab, request, ids)[-count:]
     texts = zip(self._texts(), whole, strict=True)
@@ -79,6 +94,7 @@ class Caption(TextTask):
   """Writes a caption of an image."""
 
   name = "caption"
+  may_follow = True
   required = ("image",)
   is_scored = True
   image: GivenImage = ""
@@ -92,6 +108,7 @@ class Question(TextTask):
   """Answers a question about an image."""
 
   name = "question"
+  may_follow = True
   required = ("prompt", "image")
   image: GivenImage = ""
   prompt: str = ""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from cm3leon_jax import templates
 from cm3leon_jax.data.rows import cm3
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import Placement
@@ -31,9 +32,15 @@ def sample_lines(
 
   `owners` are the names of the documents of all segments, such as "neighbor 1" and "document".
   """
-  names, lines, segment, seen = vocab.special_tokens(), [f"{owners[0]}:"], 0, set[int]()
+  names, lines, segment, seen = vocab.special_tokens(), [f"{owners[0]}:"], -1, set[int]()
+  separators, ended = templates.of(vocab).separators, False
   for run in runs(tokens, vocab):
     token = int(run[0])
+    begins, ended = ended and token not in separators, token in separators
+    if begins and token not in seen and segment + 1 < len(owners):
+      segment += 1
+      if segment and owners[segment] != owners[segment - 1]:
+        lines.append(f"{owners[segment]}:")
     if vocab.is_mask(token):
       if token in seen:
         lines.append("infill:")
@@ -44,10 +51,6 @@ def sample_lines(
       lines[-1] += f" {tokenizer.decode(run)!r}"
     else:
       lines[-1] += f" {names[token]}"
-    if token == vocab.brk:
-      segment += 1
-      if owners[segment] != owners[segment - 1]:
-        lines.append(f"{owners[segment]}:")
   return lines
 
 

@@ -53,7 +53,7 @@ def open_rows(
   sources += documents
   data = settings.data if split == "train" else settings.data.for_heldout()
   starts = workdir / "train" / "plan.jsonl" if split == "train" else None
-  plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed, starts, write_starts)
+  plan = RowPlan(sources, data, settings.vocab, settings.seed, starts, write_starts)
   needed = settings.train.global_batch_size * data.sequence_length
   # Every document has at least one token, so the first `needed` documents are enough.
   total = sum(int(s.store.lengths[:needed].sum(dtype="int64")) for s in sources)

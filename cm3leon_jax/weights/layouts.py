@@ -17,7 +17,6 @@ from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights.stored import StoredParams
 from cm3leon_jax.weights.tensor_files import Tensor
 
-VOCAB_FIELDS = ("num_special", "text_size", "image_size")
 POSITION_IDS = (
   "This decoder counts positions from the images. A sample with at most one image needs no "
   "position_ids. After retrieved documents, or with several images, pass them: split the sample "
@@ -304,7 +303,13 @@ def config_of(described: dict) -> dict[str, dict]:
     "align_images": described["cm3leon"].get("align_images", False),
     **LAYOUTS[family].read_fields(described),
   }
-  return {"model": model, "vocab": {name: described["cm3leon"][name] for name in VOCAB_FIELDS}}
+  return {"model": model, "vocab": dataclasses.asdict(vocab_of(described["cm3leon"]))}
+
+
+def vocab_of(own: Mapping) -> VocabLayout:
+  """Returns the vocabulary that `hf_config` describes in the field `cm3leon`."""
+  names = [field.name for field in dataclasses.fields(VocabLayout)]
+  return VocabLayout(**{name: own[name] for name in names})
 
 
 def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
@@ -314,8 +319,7 @@ def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
   positions to pass.
   """
   layout = layout_of(config)
-  own = {name: getattr(vocab, name) for name in VOCAB_FIELDS}
-  own["align_images"] = config.align_images
+  own = {**dataclasses.asdict(vocab), "align_images": config.align_images}
   if config.align_images:
     own["position_ids"] = POSITION_IDS
   return {

@@ -159,7 +159,7 @@ def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
   config = {
     "inputs": inputs,
     "splits": SPLITS,
-    "vocab": dataclasses.asdict(job.vocab),
+    "vocab": job.vocab.sizes,
     "max_caption_tokens": job.max_caption_tokens,
   }
   configs = {

@@ -1,7 +1,6 @@
 """Reads the files of document shards and checks their versions, vocabularies and digests."""
 
-from collections.abc import Callable, Iterable
-import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 
 from etils import epath
 import numpy as np
@@ -37,7 +36,7 @@ def read_lengths(folder: epath.Path, name: str, vocab: VocabLayout) -> dict[str,
       f"{path} cannot be read ({error}): {stages.again(folder.parent, path)}."
     ) from error
   check_version(path, int(arrays["schema_version"]))
-  check_vocab(path, VocabLayout(*arrays["vocab"].tolist()), vocab)
+  check_vocab(path, dict(zip(vocab.sizes, arrays["vocab"].tolist())), vocab)
   return arrays
 
 
@@ -50,12 +49,12 @@ def check_version(path: epath.Path, version: int | None) -> None:
     )
 
 
-def check_vocab(path: epath.Path, stored: VocabLayout, expected: VocabLayout) -> None:
-  """Raises UserError if the vocabulary `stored` in a file is not the `expected` vocabulary."""
-  if stored != expected:
+def check_vocab(path: epath.Path, stored: Mapping[str, int], expected: VocabLayout) -> None:
+  """Raises UserError if the sizes `stored` in a file are not those of the `expected` vocabulary."""
+  if stored != expected.sizes:
     raise UserError(
-      f"{path} was written with vocabulary {dataclasses.asdict(stored)}, "
-      f"but the config has {dataclasses.asdict(expected)}: {encode_again(path)}."
+      f"{path} was written with vocabulary {stored}, "
+      f"but the config has {expected.sizes}: {encode_again(path)}."
     )
 
 

@@ -131,7 +131,7 @@ def write_shard(
     records = describe(partial)
   arrays: dict[str, Any] = {
     "schema_version": SCHEMA_VERSION,
-    "vocab": np.array(dataclasses.astuple(vocab)),
+    "vocab": np.array([*vocab.sizes.values()]),
     "counts": np.array(counts, np.int32),
     "lengths": np.array(lengths, np.int32),
     "is_image": np.array(is_image, bool),
@@ -172,7 +172,7 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
     with replacing(folder / f"{field}.npy") as f:
       np.save(f, array)
   counts = {name: len(shard["counts"]) for name, shard in zip(names, shards)}
-  about = {"schema_version": SCHEMA_VERSION, "vocab": dataclasses.asdict(vocab)}
+  about = {"schema_version": SCHEMA_VERSION, "vocab": vocab.sizes}
   total = sum(counts.values())
   write_json(folder / INDEX, {**about, "documents": total, "shards": counts, "files": files})
   return total
@@ -234,7 +234,7 @@ class DocumentStore:
     stages.check_files(self.folder / INDEX)
     index = read_json(self.folder / INDEX, FIELDS)
     check_version(self.folder, index["schema_version"])
-    check_vocab(self.folder, VocabLayout(**index["vocab"]), vocab)
+    check_vocab(self.folder, index["vocab"], vocab)
     self.shards: dict[str, int] = index["shards"]
     if wrong := [x for x, n in self.shards.items() if "/" in x or type(n) is not int or n < 0]:
       raise UserError(

@@ -14,6 +14,7 @@ from etils import epath
 import numpy as np
 import numpy.typing as npt
 
+from cm3leon_jax import templates
 from cm3leon_jax.config.instructions import LossOn
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.rows import cm3
@@ -79,7 +80,7 @@ class InstructionPlan(typing.NamedTuple):
   Attributes:
     first: index of the first segment that the sample keeps.
     skipped: index of a later segment that the sample omits. -1 means none.
-    masked: whether `<mask:0>` replaces the segments before `first`.
+    masked: whether the segments before `first` are dropped; `<mask:0>` replaces them.
     spans: the target as a CM3 span, or () if the target is the last image.
     target: half-open range of the target in the joined sample, without the omitted segments.
     neighbors, missing, crowded_out, dropped: as in `SamplePlan`. Instructions have no neighbors.
@@ -103,6 +104,7 @@ def plan_instruction(
   target: tuple[int, int],
   rng: np.random.Generator,
   drops: Drops,
+  vocab: VocabLayout,
 ) -> InstructionPlan:
   """Chooses at random which segments a sample omits.
 
@@ -117,27 +119,27 @@ def plan_instruction(
   image.
 
   Args:
-    lengths: segment lengths without `<break>` and `</s>`.
-    target: half-open range in `</s> segment <break> ... segment </s>`.
+    lengths: lengths of the segments.
+    target: half-open range in `</s> segment <break> ... segment </s>`, for any template.
     rng: new generator for the sample, from which no number was drawn.
   """
-  starts = np.cumsum([1, *(int(n) + 1 for n in lengths)])
-  last, total = len(lengths) - 1, int(starts[-1])
-  is_last = is_image[last] and tuple(target) == (int(starts[last]), total - 1)
+  template, starts = templates.of(vocab), np.cumsum([1, *(int(n) + 1 for n in lengths)])
+  last, size = len(lengths) - 1, int(lengths[-1])
+  is_last = is_image[last] and tuple(target) == (int(starts[last]), int(starts[-1]) - 1)
   draw = rng.random()
   if is_last and last and draw < drops.all:
-    size = int(lengths[-1])
-    return InstructionPlan(last, -1, True, (), (3, 3 + size), size + 4)
+    length = template.dropped_length(size)
+    return InstructionPlan(last, -1, True, (), (length - 1 - size, length - 1), length)
   texts = [i for i in range(last) if not is_image[i]]
-  if is_last and texts and draw < drops.all + drops.instruction:
-    instruction = texts[-1]
-    gone = int(lengths[instruction]) + 1
-    moved = (target[0] - gone, target[1] - gone)
-    return InstructionPlan(0, instruction, False, (), moved, total - gone)
-  target = (int(target[0]), int(target[1]))
+  skipped = texts[-1] if is_last and texts and draw < drops.all + drops.instruction else -1
+  kept = [i for i in range(last + 1) if i != skipped]
+  joined = [([int(lengths[i]) for i in kept], [is_image[i] for i in kept])]
+  within = int(starts.searchsorted(target[0], side="right")) - 1
+  start = template.bounds(joined)[kept.index(within)][0] + int(target[0] - starts[within])
+  at, total = (start, start + int(target[1] - target[0])), template.length(joined)
   if is_last:
-    return InstructionPlan(0, -1, False, (), target, total)
-  return InstructionPlan(0, -1, False, (target,), target, total + cm3.OVERHEAD)
+    return InstructionPlan(0, skipped, False, (), at, total)
+  return InstructionPlan(0, -1, False, (at,), at, total + cm3.OVERHEAD)
 
 
 def instruction_weights(
@@ -150,7 +152,7 @@ def instruction_weights(
   """
   weights = np.zeros(plan.length, np.float32)
   if loss_on == "all":
-    weights[3 if plan.masked else 1 :] = loss_weight
+    weights[plan.target[0] if plan.masked else 1 :] = loss_weight
     return weights
   start, stop = plan.target
   if plan.spans:  # The target is at the end, and <eoss> follows it.
@@ -173,13 +175,11 @@ def build_instruction(
   Raises:
     ValueError: the length differs from the plan, because the store changed after planning.
   """
-  parts: list = [[vocab.eos]]
-  if plan.masked:
-    parts += [[vocab.mask(0)], [vocab.brk]]
-  for i, segment in enumerate(document.segments):
-    if i >= plan.first and i != plan.skipped:
-      parts += [segment.tokens, [vocab.brk]]
-  joined = np.concatenate([*parts[:-1], [vocab.eos]]).astype(np.int32)
+  template = templates.of(vocab)
+  absent = template.absent if plan.masked else ()
+  kept = [s for i, s in enumerate(document.segments) if i >= plan.first and i != plan.skipped]
+  kinds = [*[False] * len(absent), *(segment.is_image for segment in kept)]
+  joined = template.join([*absent, *(segment.tokens for segment in kept)], kinds)
   tokens = cm3.apply_cm3_mask(joined, plan.spans, vocab)
   if len(tokens) != plan.length:
     raise ValueError(

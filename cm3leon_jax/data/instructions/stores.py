@@ -124,7 +124,7 @@ def _encode(
     lengths = [len(segment.tokens) for segment in one.segments]
     is_image = [segment.is_image for segment in one.segments]
     rng, span = np.random.default_rng(0), (one.start, one.stop)
-    size = plan_instruction(lengths, is_image, span, rng, Drops()).length  # Of the whole sample.
+    size = plan_instruction(lengths, is_image, span, rng, Drops(), encoder.vocab).length
     most = encoder.positions + 1
     if size > most:
       target = one.stop - one.start

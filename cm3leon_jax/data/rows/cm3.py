@@ -2,8 +2,7 @@
 
 # T tokens of a sample, n spans.
 
-from collections.abc import Iterable, Sequence
-import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,20 +11,14 @@ from cm3leon_jax.vocab import VocabLayout
 OVERHEAD = 3  # A span adds three tokens: <mask:i> in its place, <mask:i> and <eoss> at the end.
 
 
-def segment_bounds(segment_lengths: Iterable[int]) -> list[tuple[int, int]]:
-  """Computes the half-open ranges of the segments in a joined sample.
-
-  >>> segment_bounds([3, 4])  # </s> t t t <break> i i i i </s>
-  [(1, 4), (5, 9)]
-  """
-  ends = itertools.accumulate(segment_lengths, lambda end, n: end + 1 + int(n), initial=0)
-  return [(before + 1, end) for before, end in itertools.pairwise(ends)]
-
-
 def sample_spans(
-  segment_lengths: Sequence[int], num_spans: int, whole_segments: bool, rng: np.random.Generator
+  bounds: Sequence[tuple[int, int]],
+  total: int,
+  num_spans: int,
+  whole_segments: bool,
+  rng: np.random.Generator,
 ) -> tuple[tuple[int, int], ...]:
-  """Samples disjoint spans, which never mask the whole sample or cross `<break>` or `</s>`.
+  """Samples disjoint spans, which never mask the whole sample or cross a token between segments.
 
   A free span lies between two uniformly random points of the sample. It is clipped to the segment
   with which it overlaps most (CM3Leon's released code). A span is rejected if it is empty, overlaps
@@ -33,18 +26,17 @@ def sample_spans(
   least one segment is not masked. A sample with one segment always gets free spans.
 
   Args:
-    segment_lengths: lengths of all segments of the joined sample, neighbors included.
+    bounds: half-open ranges of all segments of the joined sample, neighbors included.
+    total: length of the joined sample.
     num_spans: number of spans. The function tries at most num_spans ** 2 free spans.
     whole_segments: whether spans are whole segments, e.g. a caption or an image.
 
   Returns:
     At most `num_spans` half-open ranges of the joined sample, in ascending order.
   """
-  bounds = segment_bounds(segment_lengths)
   if whole_segments and len(bounds) > 1:
     chosen = rng.permutation(len(bounds))[: min(num_spans, len(bounds) - 1)].tolist()
     return tuple(sorted(bounds[i] for i in chosen))
-  total = bounds[-1][1] + 1
   context = sum(end - start for start, end in bounds)
   spans: list[tuple[int, int]] = []
   for _ in range(num_spans**2):

@@ -10,6 +10,7 @@ import grain
 import jax
 import numpy as np
 
+from cm3leon_jax import templates
 from cm3leon_jax.data.documents.shard_files import BadRecord
 from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.instructions.samples import InstructionPlan, build_instruction
@@ -18,6 +19,7 @@ from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.data.rows.sample_plan import SamplePlan, document_weights
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.positions import positions_of
+from cm3leon_jax.templates import Part
 from cm3leon_jax.vocab import VocabLayout
 
 FIELDS = {
@@ -35,10 +37,8 @@ def join(documents: list[Document], vocab: VocabLayout) -> np.ndarray:
   documents = [caption 50, image 519 520], [caption 40 41, image 517 518]
   result = [</s> 50 <break> 519 520 <break> 40 41 <break> 517 518 </s>]
   """
-  parts: list = [[vocab.eos]]
-  for segment in (s for d in documents for s in d.segments):
-    parts += [segment.tokens, [vocab.brk]]
-  return np.concatenate([*parts[:-1], [vocab.eos]]).astype(np.int32)
+  segments = [s for d in documents for s in d.segments]
+  return templates.of(vocab).join([s.tokens for s in segments], [s.is_image for s in segments])
 
 
 class SampleTokens(NamedTuple):
@@ -78,26 +78,29 @@ def build_sample(
   Raises:
     ValueError: the length differs from the plan, because the store changed after planning.
   """
+  template = templates.of(vocab)
+  parts, of_neighbors = _part(document), [_part(d) for d in neighbors]
   if plan.dropped:
-    image = document.segments[-1].tokens
-    tokens = np.r_[vocab.eos, vocab.mask(0), vocab.brk, image, vocab.eos].astype(np.int32)
-    tokens = tokens[: plan.length]
+    absent, image = template.absent, document.segments[-1].tokens
+    tokens = template.join([*absent, image], [*[False] * len(absent), True])[: plan.length]
     own = vocab.is_image(tokens)
   else:
     joined = join([*neighbors, document], vocab)
-    before = sum(len(s.tokens) + 1 for d in neighbors for s in d.segments)
     layout = cm3.cm3_layout(len(joined), plan.spans)[: plan.length]
     tokens = cm3.apply_cm3_mask(joined, plan.spans, vocab)[: plan.length]
-    own = (layout > before) & vocab.is_image(tokens)
+    own = (layout >= template.start_of(of_neighbors, parts)) & vocab.is_image(tokens)
   if len(tokens) != plan.length:
     raise ValueError(
       f"document '{document.key}' gives a sample of {len(tokens)} tokens, but the plan has "
       f"{plan.length}: the store changed after planning; start the run again."
     )
-  lengths = [len(s.tokens) for s in document.segments]
-  of_neighbors = [[len(s.tokens) for s in d.segments] for d in neighbors]
-  weights = document_weights(plan, lengths, of_neighbors, neighbor_weight)
+  weights = document_weights(plan, parts, of_neighbors, neighbor_weight, template)
   return SampleTokens(tokens, weights, own, bool(plan.neighbors))
+
+
+def _part(document: Document) -> Part:
+  segments = document.segments
+  return [len(s.tokens) for s in segments], [s.is_image for s in segments]
 
 
 def pack_row(

@@ -19,6 +19,7 @@ from etils import epath
 import grain
 import numpy as np
 
+from cm3leon_jax import templates
 from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.instructions.samples import (
@@ -29,6 +30,8 @@ from cm3leon_jax.data.instructions.samples import (
 )
 from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts, fingerprint
 from cm3leon_jax.data.rows.sample_plan import SamplePlan, document_weights, plan_sample
+from cm3leon_jax.templates import Part
+from cm3leon_jax.vocab import VocabLayout
 
 SCAN = 2**22  # Number of segment lengths that are read at a time.
 
@@ -152,6 +155,11 @@ def pass_seeds(seed: int, source: int, pass_: int) -> tuple[np.ndarray, int]:
   return words[:2], int(words[2]) % 2**32
 
 
+def _part(bank: Bank | DocumentStore, document: int) -> Part:
+  lengths, is_image = bank.segment_lengths(document)
+  return lengths.tolist(), is_image.tolist()
+
+
 def pack_best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
   """Packs samples into rows by best fit: the longest first, each into the fullest possible row.
 
@@ -197,7 +205,7 @@ class RowPlan:
     self,
     sources: list[RowSource],
     config: DataConfig,
-    max_spans: int,
+    vocab: VocabLayout,
     seed: int,
     starts_path: epath.PathLike | None = None,
     write_starts: bool = False,
@@ -215,9 +223,9 @@ class RowPlan:
         raise ValueError(
           f"source {i} ({source.store.folder}) has a share of {source.share}, but no documents."
         )
-    self.sources, self.config, self.max_spans, self.seed = sources, config, max_spans, seed
+    self.sources, self.config, self.vocab, self.seed = sources, config, vocab, seed
     self.units = [Units(s.store, config.sequence_length) for s in sources]
-    identity = fingerprint(sources, config, max_spans, seed) if starts_path else ""
+    identity = fingerprint(sources, config, vocab.num_masks, seed) if starts_path else ""
     self._starts = WindowStarts(len(sources), starts_path, identity, write_starts)
     self._windows: dict[int, list[list[Placement]]] = {}
     self._pass_seeds = functools.lru_cache(4_096)(functools.partial(pass_seeds, seed))
@@ -247,14 +255,14 @@ class RowPlan:
       target = spec.instructions.targets[units.locate(unit)[0]]
       rng = self._generators.at(self._pass_seeds(source, pass_)[0], unit)
       drops = spec.instructions.drops
-      return plan_instruction(lengths, is_image, tuple(target.tolist()), rng, drops)
+      return plan_instruction(lengths, is_image, tuple(target.tolist()), rng, drops, self.vocab)
     candidates = []
     if spec.neighbors is not None:
       assert spec.bank is not None
       ids = spec.candidates(units.locate(unit)[0]).tolist()
-      candidates = [spec.bank.segment_lengths(j)[0].tolist() for j in ids]
+      candidates = [_part(spec.bank, j) for j in ids]
     rng = self._generators.at(self._pass_seeds(source, pass_)[0], unit)
-    return plan_sample(lengths, is_image, candidates, rng, self.config, self.max_spans)
+    return plan_sample((lengths, is_image), candidates, rng, self.config, self.vocab)
 
   def loss_weights(self, source: int, pass_: int, unit: int) -> np.ndarray:
     """Returns the loss weight of predicting each token of a sample, [T] float32."""
@@ -267,9 +275,9 @@ class RowPlan:
     if plan.neighbors:
       assert spec.bank is not None
       ids = spec.candidates(units.locate(unit)[0])[list(plan.neighbors)].tolist()
-      neighbors = [spec.bank.segment_lengths(j)[0].tolist() for j in ids]
-    lengths, _ = units.lengths(spec.store, unit)
-    return document_weights(plan, lengths, neighbors, self.config.neighbor_loss_weight)
+      neighbors = [_part(spec.bank, j) for j in ids]
+    document, weight = units.lengths(spec.store, unit), self.config.neighbor_loss_weight
+    return document_weights(plan, document, neighbors, weight, templates.of(self.vocab))
 
   def code_generator(self, source: int, pass_: int, unit: int) -> np.random.Generator:
     """Returns the generator that chooses the hidden codes of a unit, see `SampleGenerators.at`."""

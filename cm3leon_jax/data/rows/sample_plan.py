@@ -7,8 +7,11 @@ import typing
 
 import numpy as np
 
+from cm3leon_jax import templates
 from cm3leon_jax.config.data import PAPER_CANDIDATES, DataConfig
 from cm3leon_jax.data.rows import cm3
+from cm3leon_jax.templates import Part, Template
+from cm3leon_jax.vocab import VocabLayout
 
 
 class SamplePlan(typing.NamedTuple):
@@ -32,11 +35,6 @@ class SamplePlan(typing.NamedTuple):
   crowded_out: int = 0
 
 
-def joined_length(segment_lengths: Sequence[int]) -> int:
-  """Counts the tokens of `</s> segment <break> ... segment </s>`."""
-  return int(sum(segment_lengths)) + len(segment_lengths) + 1
-
-
 def pick_neighbors(
   num_candidates: int, rng: np.random.Generator, config: DataConfig
 ) -> tuple[list[int], int]:
@@ -54,16 +52,15 @@ def pick_neighbors(
 
 
 def plan_sample(
-  lengths: Sequence[int],
-  is_image: Sequence[bool],
-  candidates: Sequence[Sequence[int]],
+  document: Part,
+  candidates: Sequence[Part],
   rng: np.random.Generator,
   config: DataConfig,
-  max_spans: int,
+  vocab: VocabLayout,
 ) -> SamplePlan:
   """Makes the random choices that decide the length of a sample, for the planner and the loader.
 
-    lengths = [4, 16], candidates = [[4, 16], [4, 16]], two neighbors picked, two spans wanted
+    document and both candidates have the lengths [4, 16], two neighbors picked, two spans wanted
     sequence_length 1,000: document, two neighbors and spans
     sequence_length 60: document, first neighbor and spans
     sequence_length 30: document and spans
@@ -71,59 +68,64 @@ def plan_sample(
     sequence_length 10: only the first 11 tokens of the document
 
   Args:
-    lengths: segment lengths of the document.
-    candidates: segment lengths of each candidate neighbor.
+    document: lengths and kinds of the document's segments.
+    candidates: the same of each candidate neighbor.
     rng: new generator for the sample, from which no number was drawn.
-    max_spans: number of sentinels in the vocabulary.
+    vocab: vocabulary, whose template joins the segments.
 
   Returns:
     A plan of at most `config.sequence_length` + 1 tokens. If a sample is too long, the plan
     omits first whole neighbors, beginning with the last one, then spans, and then the end of the
     document.
   """
-  limit = config.sequence_length + 1
+  limit, template = config.sequence_length + 1, templates.of(vocab)
+  lengths, is_image = document
   neighbors: list[int] = []
   missing = 0
   if any(is_image) and rng.random() >= config.neighbor_dropout:
     neighbors, missing = pick_neighbors(len(candidates), rng, config)
     if rng.random() < config.condition_dropout and is_image[-1]:
-      return SamplePlan((), True, (), min(int(lengths[-1]) + 4, limit))
-  num_spans = min(int(rng.poisson(config.mean_spans)), max_spans)
+      return SamplePlan((), True, (), min(template.dropped_length(int(lengths[-1])), limit))
+  num_spans = min(int(rng.poisson(config.mean_spans)), vocab.num_masks)
   whole_segments = rng.random() < config.whole_segment_rate
   picked = len(neighbors)
-  total = joined_length(lengths) + sum(joined_length(candidates[i]) - 1 for i in neighbors)
+  total = template.length([*(candidates[i] for i in neighbors), document])
   while neighbors and total + cm3.OVERHEAD * num_spans > limit:
-    total -= joined_length(candidates[neighbors.pop()]) - 1
-  joined = [n for i in neighbors for n in candidates[i]] + list(lengths)
+    neighbors.pop()
+    total = template.length([*(candidates[i] for i in neighbors), document])
   num_spans = max(0, min(num_spans, (limit - total) // cm3.OVERHEAD))
-  spans = cm3.sample_spans(joined, num_spans, whole_segments, rng) if num_spans else ()
+  spans: tuple[tuple[int, int], ...] = ()
+  if num_spans:
+    bounds = template.bounds([*(candidates[i] for i in neighbors), document])
+    spans = cm3.sample_spans(bounds, total, num_spans, whole_segments, rng)
   length = min(total + cm3.OVERHEAD * len(spans), limit)
   return SamplePlan(tuple(neighbors), False, spans, length, missing, picked - len(neighbors))
 
 
 def document_weights(
   plan: SamplePlan,
-  lengths: Sequence[int],
-  neighbors: Sequence[Sequence[int]],
+  document: Part,
+  neighbors: Sequence[Part],
   neighbor_weight: float,
+  template: Template,
 ) -> np.ndarray:
   """Computes the loss weight of predicting each token of a sample, [T] float32.
 
     </s> 50 <break> 519 520 <break> <mask:0> <break> 517 518 </s> <mask:0> 40 41 <eoss>
-    lengths = [2, 2], neighbors = [[1, 2]], plan.spans = [(6, 8)], neighbor_weight = 0.1
+    lengths [2, 2], of the neighbor [1, 2], plan.spans = [(6, 8)], neighbor_weight = 0.1
     result = [0 .1 .1 .1 .1 .1 1 1 1 1 1 1 1 1 1]
 
   Args:
-    lengths: segment lengths of the document.
-    neighbors: segment lengths of each neighbor of the plan.
+    document: lengths and kinds of the document's segments.
+    neighbors: the same of each neighbor of the plan.
   """
-  if plan.dropped:  # Only the image has a loss, not `</s> <mask:0> <break>`.
+  if plan.dropped:  # Only the image has a loss, not what precedes it, such as `</s> <mask:0>`.
     weights = np.ones(plan.length, np.float32)
-    weights[:3] = 0
+    weights[: template.dropped_length(0) - 1] = 0
     return weights
-  before = sum(joined_length(segments) - 1 for segments in neighbors)
-  total = joined_length(lengths) + before
+  total = template.length([*neighbors, document])
   joined = np.ones(total + len(plan.spans) + 1, np.float32)
-  joined[1 : 1 + before] = neighbor_weight
+  if neighbors:
+    joined[1 : template.start_of(neighbors, document)] = neighbor_weight
   joined[0] = 0
   return joined[cm3.cm3_layout(total, plan.spans)[: plan.length]]
