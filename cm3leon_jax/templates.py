@@ -25,7 +25,7 @@ SEGMENT_START, IN_TEXT, AFTER_IMAGE = -1, -2, 0
 
 Ids: TypeAlias = Sequence[int] | np.ndarray
 # Lengths of the segments of a document, and whether each is an image.
-Part: TypeAlias = tuple[Sequence[int], Sequence[bool]]
+Lengths: TypeAlias = tuple[Sequence[int], Sequence[bool]]
 
 
 class Rule(NamedTuple):
@@ -94,7 +94,7 @@ class Template:
       parts.append(self.between[before, WRITTEN if end is None else end])
     return np.concatenate(parts).astype(np.int32)
 
-  def bounds(self, documents: Iterable[Part]) -> list[tuple[int, int]]:
+  def bounds(self, documents: Iterable[Lengths]) -> list[tuple[int, int]]:
     """Computes the half-open ranges of the segments of joined documents.
 
     cm3leon, lengths 3 and 4: [(1, 4), (5, 9)] for </s> t t t <break> i i i i </s>
@@ -108,7 +108,7 @@ class Template:
         before = kind
     return result
 
-  def length(self, documents: Iterable[Part]) -> int:
+  def length(self, documents: Iterable[Lengths]) -> int:
     """Counts the tokens of joined documents."""
     result, before, gaps = 0, START, self._gaps
     for lengths, kinds in documents:
@@ -118,7 +118,7 @@ class Template:
         before = kind
     return int(result) + gaps[before, END]
 
-  def start_of(self, neighbors: Sequence[Part], document: Part) -> int:
+  def start_of(self, neighbors: Sequence[Lengths], document: Lengths) -> int:
     """Returns the index of the first token of a document after its neighbors."""
     return self.bounds([*neighbors, document])[sum(len(kinds) for _, kinds in neighbors)][0]
 

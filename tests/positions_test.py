@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
+from cm3leon_jax import templates
 from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.rows import cm3
 from cm3leon_jax.data.rows.loader import join
@@ -67,8 +68,10 @@ def test_no_position_is_larger_than_the_index(documents, num_spans, seed):
   """No position is below minus the length, and only a new unit interrupts steps of one."""
   rng = np.random.default_rng(seed)
   sample = join([document(kinds, rng) for kinds in documents], VOCAB)
-  lengths = [4 if i else n for kinds in documents for i, n in kinds]
-  tokens = cm3.apply_cm3_mask(sample, cm3.sample_spans(lengths, num_spans, False, rng), VOCAB)
+  parts = [([4 if i else n for i, n in kinds], [i for i, _ in kinds]) for kinds in documents]
+  bounds = templates.of(VOCAB).bounds(parts)
+  spans = cm3.sample_spans(bounds, len(sample), num_spans, False, rng)
+  tokens = cm3.apply_cm3_mask(sample, spans, VOCAB)
   positions = positions_of(tokens, VOCAB, True)
   assert (positions <= np.arange(len(tokens))).all()
   assert (positions >= -len(tokens)).all()

@@ -88,4 +88,4 @@ def damage_record(path, record: int) -> None:
 
 def make_plan(sources, seed=0, **fields) -> RowPlan:
   config = DataConfig(**{"sequence_length": 128, "pack_window": 64, **fields})
-  return RowPlan(sources, config, VOCAB.num_masks, seed)
+  return RowPlan(sources, config, VOCAB, seed)

@@ -11,15 +11,12 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.decoding.grammar import (
-  AFTER_IMAGE,
   CODES,
   DOCUMENT,
   DONE,
   END,
   EOSS,
-  IN_TEXT,
   MASK,
-  SEGMENT_START,
   TEXT,
   Grammar,
   Part,
@@ -27,12 +24,14 @@ from cm3leon_jax.decoding.grammar import (
   plan_array,
 )
 from cm3leon_jax.mesh import shard
+from cm3leon_jax.templates import AFTER_IMAGE, IN_TEXT, SEGMENT_START
 from cm3leon_jax.vocab import VocabLayout
 from tests.models.tiny import mesh_of
 
 VOCAB = VocabLayout(num_special=9, text_size=268, image_size=16)
+CHAMELEON = VocabLayout(9, 268, 16, "chameleon")
 # Letter -> ids: p <pad>, e </s>, u <unk>, b <break>, s <eoss>, A to D <mask:0> to <mask:3>,
-# t text, i image.
+# t text, i image. With the template chameleon, D is <image_end>.
 CLASSES = {letter: [i] for i, letter in enumerate("peubsABCD")} | {
   "t": range(9, 268),
   "i": range(268, 284),
@@ -42,8 +41,11 @@ FIRST = {letter: ids[0] for letter, ids in CLASSES.items()}
 PARTS, ROWS = 8, 4096  # Number of parts and of rows to which arrays are padded.
 
 
-def documents(image: int):
+def documents(image: int, vocab=VOCAB):
   """Returns where a document's prompt ends -> regular expression of its continuations."""
+  if vocab == CHAMELEON:
+    some = rf"(t|bi{{{image}}}D)"
+    return {SEGMENT_START: f"{some}+s", IN_TEXT: f"{some}*s", AFTER_IMAGE: f"D{some}*s"}
   segment = rf"(t+|i{{{image}}})"
   return {
     SEGMENT_START: rf"{segment}(b{segment})*e",
@@ -52,21 +54,22 @@ def documents(image: int):
   }
 
 
-def languages(image: int, lengths):
+def languages(image: int, lengths, vocab):
   """Returns [(plan, regular expression of its token strings, maximum number of tokens)]."""
+  end = "D" if vocab == CHAMELEON else "[eb]"
   plans = [
-    ((Part(CODES, image), Part(END)), rf"i{{{image}}}[eb]", image + 1),
+    ((Part(CODES, image), Part(END)), rf"i{{{image}}}{end}", image + 1),
     ((Part(CODES, 1), Part(EOSS)), "is", 2),
     ((Part(TEXT, 4),), "t{1,4}s", 5),
     ((Part(TEXT, 1), Part(MASK, 2), Part(TEXT, 2)), "tsCt{1,2}s", 6),
     ((Part(TEXT, 2), Part(MASK, 1), Part(CODES, 1), Part(EOSS)), "t{1,2}sBis", 6),
     ((Part(CODES, 2), Part(EOSS), Part(MASK, 3), Part(TEXT, 1)), "i{2}sDts", 6),
-    ((Part(END),), "[eb]", 1),
+    ((Part(END),), end, 1),
     ((Part(DONE),), "", 0),
   ]
   return plans + [
     ((Part(DOCUMENT, length, place),), pattern, length)
-    for place, pattern in documents(image).items()
+    for place, pattern in documents(image, vocab).items()
     for length in lengths
   ]
 
@@ -122,11 +125,11 @@ def filled(x):
   return np.pad(np.asarray(x), [(0, ROWS - len(x))] + [(0, 0)] * (np.ndim(x) - 1), mode="edge")
 
 
-@pytest.mark.parametrize("image", [1, 2, 3])
-def test_admits_exactly_the_language(image):
+@pytest.mark.parametrize(("vocab", "image"), [(VOCAB, 1), (VOCAB, 2), (VOCAB, 3), (CHAMELEON, 2)])
+def test_admits_exactly_the_language(vocab, image):
   """Extends strings by every legal token; the complete strings are exactly the language."""
-  grammar, depth = Grammar(VOCAB, image), 6
-  plans = languages(image, range(2, depth + 1))
+  grammar, depth = Grammar(vocab, image), 6
+  plans = languages(image, range(2, depth + 1), vocab)
   complete = [set() for _ in plans]
   # Unfinished strings of all plans: [(index of the plan, letters so far)]. One call extends them
   # all.

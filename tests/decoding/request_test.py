@@ -10,20 +10,18 @@ from cm3leon_jax.data.rows.cm3 import apply_cm3_mask
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.grammar import (
-  AFTER_IMAGE,
   CODES,
   DOCUMENT,
   END,
   EOSS,
-  IN_TEXT,
   MASK,
-  SEGMENT_START,
   TEXT,
   Part,
 )
 from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.generation.tasks import document_segments
+from cm3leon_jax.templates import AFTER_IMAGE, IN_TEXT, SEGMENT_START
 from cm3leon_jax.vocab import VocabLayout
 from tests.refusals import refused
 
@@ -87,6 +85,43 @@ def test_the_unconditional_stream_of_an_infill_numbers_its_holes_as_training_doe
   answer = [PICTURE[1], EOSS_ID, M1, PICTURE[3], EOSS_ID]
   assert [*request.streams[1], *answer] == trained.tolist()
   assert request.plan == request_lib.infill(VOCAB, IMAGE, [image]).plan
+
+
+def test_prompts_of_the_template_chameleon():
+  """`</s>` starts a sample, `<break>` an image, `<image_end>` ends it, `<eoss>` ends a turn."""
+  vocab, neighbors = VocabLayout(8, 264, 56, "chameleon"), [([15, 16], PICTURE)]
+  E, B, S, Z, M = vocab.eos, vocab.brk, vocab.eoss, vocab.image_end, vocab.mask(0)
+  image = [B, *PICTURE, Z]
+  made = {
+    "image": request_lib.text_to_image(vocab, IMAGE, [17], neighbors),
+    "kept": request_lib.text_to_image(vocab, IMAGE, [17], neighbors, True),
+    "edit": request_lib.edit(vocab, IMAGE, [15], PICTURE, [17]),
+    "instruct": request_lib.instruct(vocab, IMAGE, [[15], [16]]),
+    "caption": request_lib.continuation(vocab, IMAGE, [PICTURE, [17]], 9, neighbors),
+    "infill": request_lib.infill(vocab, IMAGE, [([17],), ([271], Hole(codes=2), [274])]),
+    "text": request_lib.infill(vocab, IMAGE, [(Hole(most_text=9),), (PICTURE,)]),
+    "document": request_lib.document(vocab, IMAGE, [[17], PICTURE], 9),
+    "next": request_lib.document(vocab, IMAGE, [[17]], 9, after_break=True),
+  }
+  assert {name: streams(request) for name, request in made.items()} == {
+    "image": [[E, 15, 16, *image, 17, S, B], [E, B]],
+    "kept": [[E, 15, 16, *image, 17, S, B], [E, 15, 16, *image, B]],
+    "edit": [[E, 15, *image, 17, S, B], [E, *image, B], [E, B]],
+    "instruct": [[E, 15, S, 16, S, B], [E, B]],
+    "caption": [[E, 15, 16, *image, *image, 17, S]],
+    "infill": [[E, 17, B, 271, M, 274, Z, M], [E, B, 271, M, 274, Z, M]],
+    "text": [[E, M, *image, M]],
+    "document": [[E, 17, B, *PICTURE]],
+    "next": [[E, 17, S]],
+  }
+  assert made["caption"].plan == (Part(TEXT, 9),)
+  assert made["document"].plan == (Part(DOCUMENT, 9, AFTER_IMAGE),)
+  assert vocab.special_tokens()[-1] == "<image_end>"
+  ids = np.array([Z, 18, B, *PICTURE, Z, 19, S])
+  segments = document_segments(vocab, made["document"], ids)
+  assert [s.tolist() for s in segments] == [[17], PICTURE, [18], PICTURE, [19]]
+  filled = document_segments(vocab, made["infill"], np.array([272, 273, S]))
+  assert [s.tolist() for s in filled] == [[17], PICTURE]
 
 
 def test_document():

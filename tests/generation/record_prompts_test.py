@@ -41,7 +41,7 @@ def sample_of(task, record, encode, first):
   lengths = [len(segment.tokens) for segment in one.segments]
   is_image = [segment.is_image for segment in one.segments]
   rng, target = np.random.default_rng(0), (one.start, one.stop)
-  plan = samples.plan_instruction(lengths, is_image, target, rng, samples.Drops())
+  plan = samples.plan_instruction(lengths, is_image, target, rng, samples.Drops(), VOCAB)
   document = Document(record.key, one.segments, "", "", "")
   return samples.build_instruction(document, plan, VOCAB, "all")[0]
 

@@ -14,6 +14,7 @@ from cm3leon_jax.generation.image_tasks import (
   Unconditional,
 )
 from cm3leon_jax.generation.text_tasks import (
+  Caption,
   InfillText,
   Interleaved,
   Question,
@@ -40,6 +41,20 @@ def test_a_question_is_the_template_with_a_hole(layout):
   assert filled == expected
   ids = np.array([*layout.encode("an apple"), VOCAB.eoss])
   assert task.from_ids(layout, request, ids) == (("an apple",), ("an apple",))
+
+
+def test_texts_follow_their_image_with_the_template_chameleon(layout):
+  vocab = dataclasses.replace(VOCAB, template="chameleon")
+  layout = dataclasses.replace(layout, vocab=vocab)
+  image = [vocab.eos, vocab.brk, *IDS, vocab.image_end]
+  caption, question = Caption("a.png"), Question("a.png", "what is it?")
+  request = caption.to_request(layout, CODES)
+  assert [s.tolist() for s in request.streams] == [image]
+  asked = question.to_request(layout, CODES)
+  assert asked.streams[0].tolist() == [*image, *layout.encode("what is it?"), vocab.eoss]
+  ids = np.array([*layout.encode("an apple"), vocab.eoss])
+  for task, made in ((caption, request), (question, asked)):
+    assert task.from_ids(layout, made, ids) == (("an apple",), ("an apple",))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.data.rows.sample_plan import SamplePlan, document_weights
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.positions import positions_of
-from cm3leon_jax.templates import Part
+from cm3leon_jax.templates import Lengths
 from cm3leon_jax.vocab import VocabLayout
 
 FIELDS = {
@@ -79,7 +79,7 @@ def build_sample(
     ValueError: the length differs from the plan, because the store changed after planning.
   """
   template = templates.of(vocab)
-  parts, of_neighbors = _part(document), [_part(d) for d in neighbors]
+  parts, of_neighbors = _lengths(document), [_lengths(d) for d in neighbors]
   if plan.dropped:
     absent, image = template.absent, document.segments[-1].tokens
     tokens = template.join([*absent, image], [*[False] * len(absent), True])[: plan.length]
@@ -98,7 +98,7 @@ def build_sample(
   return SampleTokens(tokens, weights, own, bool(plan.neighbors))
 
 
-def _part(document: Document) -> Part:
+def _lengths(document: Document) -> Lengths:
   segments = document.segments
   return [len(s.tokens) for s in segments], [s.is_image for s in segments]
 

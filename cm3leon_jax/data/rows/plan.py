@@ -30,7 +30,7 @@ from cm3leon_jax.data.instructions.samples import (
 )
 from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts, fingerprint
 from cm3leon_jax.data.rows.sample_plan import SamplePlan, document_weights, plan_sample
-from cm3leon_jax.templates import Part
+from cm3leon_jax.templates import Lengths
 from cm3leon_jax.vocab import VocabLayout
 
 SCAN = 2**22  # Number of segment lengths that are read at a time.
@@ -155,7 +155,7 @@ def pass_seeds(seed: int, source: int, pass_: int) -> tuple[np.ndarray, int]:
   return words[:2], int(words[2]) % 2**32
 
 
-def _part(bank: Bank | DocumentStore, document: int) -> Part:
+def _lengths(bank: Bank | DocumentStore, document: int) -> Lengths:
   lengths, is_image = bank.segment_lengths(document)
   return lengths.tolist(), is_image.tolist()
 
@@ -260,7 +260,7 @@ class RowPlan:
     if spec.neighbors is not None:
       assert spec.bank is not None
       ids = spec.candidates(units.locate(unit)[0]).tolist()
-      candidates = [_part(spec.bank, j) for j in ids]
+      candidates = [_lengths(spec.bank, j) for j in ids]
     rng = self._generators.at(self._pass_seeds(source, pass_)[0], unit)
     return plan_sample((lengths, is_image), candidates, rng, self.config, self.vocab)
 
@@ -275,7 +275,7 @@ class RowPlan:
     if plan.neighbors:
       assert spec.bank is not None
       ids = spec.candidates(units.locate(unit)[0])[list(plan.neighbors)].tolist()
-      neighbors = [_part(spec.bank, j) for j in ids]
+      neighbors = [_lengths(spec.bank, j) for j in ids]
     document, weight = units.lengths(spec.store, unit), self.config.neighbor_loss_weight
     return document_weights(plan, document, neighbors, weight, templates.of(self.vocab))
 

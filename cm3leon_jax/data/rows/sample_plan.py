@@ -10,7 +10,7 @@ import numpy as np
 from cm3leon_jax import templates
 from cm3leon_jax.config.data import PAPER_CANDIDATES, DataConfig
 from cm3leon_jax.data.rows import cm3
-from cm3leon_jax.templates import Part, Template
+from cm3leon_jax.templates import Lengths, Template
 from cm3leon_jax.vocab import VocabLayout
 
 
@@ -52,8 +52,8 @@ def pick_neighbors(
 
 
 def plan_sample(
-  document: Part,
-  candidates: Sequence[Part],
+  document: Lengths,
+  candidates: Sequence[Lengths],
   rng: np.random.Generator,
   config: DataConfig,
   vocab: VocabLayout,
@@ -104,8 +104,8 @@ def plan_sample(
 
 def document_weights(
   plan: SamplePlan,
-  document: Part,
-  neighbors: Sequence[Part],
+  document: Lengths,
+  neighbors: Sequence[Lengths],
   neighbor_weight: float,
   template: Template,
 ) -> np.ndarray:

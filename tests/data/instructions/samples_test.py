@@ -5,6 +5,7 @@ import pytest
 
 from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.config.instructions import InstructionTask
+from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.instructions import samples
 from cm3leon_jax.data.instructions.tasks import mixture
 from cm3leon_jax.data.rows.loader import RowLoader
@@ -22,7 +23,7 @@ def tasks(tmp_path_factory):
 
 
 def rows_of(sources, count=6, seed=0):
-  loader = RowLoader(RowPlan(sources, CONFIG, VOCAB.num_masks, seed), VOCAB)
+  loader = RowLoader(RowPlan(sources, CONFIG, VOCAB, seed), VOCAB)
   return [loader[i] for i in range(count)]
 
 
@@ -52,12 +53,41 @@ def test_samples_lack_all_or_the_instruction_as_often_as_asked():
   kinds = {"all": 0, "instruction": 0, "nothing": 0}
   for seed in range(2_000):
     rng = np.random.default_rng(seed)
-    plan = samples.plan_instruction(lengths, is_image, (25, 41), rng, drops)
+    plan = samples.plan_instruction(lengths, is_image, (25, 41), rng, drops, VOCAB)
     kinds["all" if plan.first else "instruction" if plan.skipped == 2 else "nothing"] += 1
   shares = {kind: count / 2_000 for kind, count in kinds.items()}
   expected = {"all": drops.all, "instruction": drops.instruction, "nothing": 0.5}
   # The tolerance is four standard errors of a share.
   assert shares == pytest.approx(expected, abs=0.04)
+
+
+@pytest.mark.parametrize("template", ["cm3leon", "chameleon"])
+def test_every_plan_finds_its_target(template):
+  """Targets are stored as ranges of the template cm3leon; tokens of a document are distinct."""
+  vocab, rng = dataclasses.replace(VOCAB, template=template), np.random.default_rng(0)
+  masked = set()
+  for seed in range(300):
+    count, first = int(rng.integers(1, 5)), vocab.num_special
+    lengths, is_image = rng.integers(2, 6, count).tolist(), (rng.random(count) < 0.5).tolist()
+    segments = []
+    for n, image in zip(lengths, is_image):
+      start = vocab.text_size if image else first
+      segments.append(Segment(image, np.arange(start + first, start + first + n, dtype=np.int32)))
+      first += n
+    at = int(rng.integers(count))
+    skip = int(rng.integers(2)) * (not is_image[at])
+    begin = 1 + sum(lengths[:at]) + at + skip
+    target = (begin, begin + lengths[at] - skip)
+    document = Document("d", tuple(segments), "", "", "")
+    plan = samples.plan_instruction(
+      lengths, is_image, target, np.random.default_rng(seed), samples.Drops(0.3, 0.3), vocab
+    )
+    tokens, weights = samples.build_instruction(document, plan, vocab, "target")
+    wanted = segments[at].tokens[skip:].tolist()
+    after = tokens[1:][weights[1:] > 0][: len(wanted)].tolist()
+    assert after == wanted
+    masked.add((plan.masked, plan.skipped >= 0, bool(plan.spans)))
+  assert len(masked) == 4
 
 
 def test_targets_belong_to_their_store(tmp_path):

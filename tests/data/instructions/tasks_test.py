@@ -47,7 +47,7 @@ def build_sample(one, seed=0, drops=NOTHING, loss_on="all"):
   lengths = [len(segment.tokens) for segment in one.segments]
   rng = np.random.default_rng(seed)
   is_image = [segment.is_image for segment in one.segments]
-  plan = samples.plan_instruction(lengths, is_image, (one.start, one.stop), rng, drops)
+  plan = samples.plan_instruction(lengths, is_image, (one.start, one.stop), rng, drops, VOCAB)
   tokens, weights = samples.build_instruction(document, plan, VOCAB, loss_on)
   assert len(tokens) == plan.length
   return tokens, weights

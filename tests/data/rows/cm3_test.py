@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
+from cm3leon_jax import templates
 from cm3leon_jax.data.rows import cm3
 from cm3leon_jax.vocab import VocabLayout
 from tests.refusals import refused
@@ -22,6 +23,14 @@ def joined(segment_lengths, first=100):
     tokens += [*range(first, first + n), BRK]
     first += n
   return np.array([EOS, *tokens[:-1], EOS], np.int32)
+
+
+def bounds_of(lengths):
+  return templates.of(VOCAB).bounds([(lengths, [False] * len(lengths))])
+
+
+def spans_of(lengths, *args):
+  return cm3.sample_spans(bounds_of(lengths), len(joined(lengths)), *args)
 
 
 def test_apply_moves_a_caption_to_the_end():
@@ -55,7 +64,7 @@ samples = st.tuples(
 @given(samples)
 def test_undo_restores_what_apply_moved(sample):
   lengths, num_spans, whole, seed = sample
-  spans = cm3.sample_spans(lengths, num_spans, whole, np.random.default_rng(seed))
+  spans = spans_of(lengths, num_spans, whole, np.random.default_rng(seed))
   tokens = joined(lengths)
   masked = cm3.apply_cm3_mask(tokens, spans, VOCAB)
   assert len(masked) == len(tokens) + cm3.OVERHEAD * len(spans)
@@ -68,7 +77,7 @@ def test_undo_restores_what_apply_moved(sample):
 @given(samples)
 def test_spans_are_disjoint_and_never_cross_a_boundary(sample):
   lengths, num_spans, whole, seed = sample
-  spans = cm3.sample_spans(lengths, num_spans, whole, np.random.default_rng(seed))
+  spans = spans_of(lengths, num_spans, whole, np.random.default_rng(seed))
   tokens = joined(lengths)
   assert len(spans) <= num_spans
   assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
@@ -76,14 +85,14 @@ def test_spans_are_disjoint_and_never_cross_a_boundary(sample):
     assert start < end
     assert not np.isin(tokens[start:end], [BRK, EOS]).any()
     if whole and len(lengths) > 1:
-      assert (start, end) in cm3.segment_bounds(lengths)
+      assert (start, end) in bounds_of(lengths)
 
 
 @settings(max_examples=300, deadline=None)
 @given(samples)
 def test_some_content_always_stays_as_context(sample):
   lengths, num_spans, whole, seed = sample
-  spans = cm3.sample_spans(lengths, num_spans, whole, np.random.default_rng(seed))
+  spans = spans_of(lengths, num_spans, whole, np.random.default_rng(seed))
   assert sum(end - start for start, end in spans) < sum(lengths)
   if whole and len(lengths) > 1:
     assert len(spans) == min(num_spans, len(lengths) - 1)
@@ -91,10 +100,10 @@ def test_some_content_always_stays_as_context(sample):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_single_text_is_masked_in_part(whole):
-  plans = [cm3.sample_spans([20], 1, whole, np.random.default_rng(seed)) for seed in range(500)]
+  plans = [spans_of([20], 1, whole, np.random.default_rng(seed)) for seed in range(500)]
   assert all(spans != ((1, 21),) for spans in plans)
   assert np.mean([len(spans) for spans in plans]) > 0.9
-  assert cm3.sample_spans([1], 8, whole, np.random.default_rng(0)) == ()
+  assert spans_of([1], 8, whole, np.random.default_rng(0)) == ()
 
 
 def covered_most(bounds, low, high):
@@ -107,11 +116,11 @@ def covered_most(bounds, low, high):
 def test_a_free_span_is_where_two_uniform_points_cover_most_of_a_segment():
   """The frequencies of spans in 8,000 draws match an enumeration of all pairs of points."""
   lengths = [6, 2, 3]
-  bounds, points = cm3.segment_bounds(lengths), range(sum(lengths) + len(lengths) + 2)
+  bounds, points = bounds_of(lengths), range(sum(lengths) + len(lengths) + 2)
   pairs = itertools.product(points, repeat=2)
   expected = Counter(covered_most(bounds, min(pair), max(pair)) for pair in pairs)
   rng = np.random.default_rng(0)
-  found = Counter(cm3.sample_spans(lengths, 1, False, rng) for _ in range(8_000))
+  found = Counter(spans_of(lengths, 1, False, rng) for _ in range(8_000))
   assert found.keys() == expected.keys()
   for spans, count in expected.items():
     assert found[spans] / 8_000 == pytest.approx(count / len(points) ** 2, abs=0.015), spans

@@ -1,4 +1,5 @@
 from collections import Counter
+import dataclasses
 
 import jax
 from jax.sharding import NamedSharding
@@ -55,6 +56,21 @@ def test_weights_follow_tokens_through_the_mask():
   np.testing.assert_array_equal(weights, np.float32([0, *[0.1] * 5, *[1] * 9]))
   # 519 and 520 are codes of the neighbor, so they do not count.
   assert np.flatnonzero(own).tolist() == [8, 9]
+
+
+def test_samples_of_the_template_chameleon():
+  vocab = dataclasses.replace(VOCAB, template="chameleon")
+  end, plan = vocab.image_end, SamplePlan((0,), False, ((6, 8),), 15)
+  sample = build_sample(DOCUMENT, [NEIGHBOR], plan, vocab, 0.1)
+  expected = [EOS, 50, BRK, 519, 520, end, MASK, BRK, 517, 518, end, MASK, 40, 41, EOSS]
+  assert sample.tokens.tolist() == expected
+  np.testing.assert_array_equal(sample.weights, np.float32([0, *[0.1] * 5, *[1] * 9]))
+  assert np.flatnonzero(sample.own_codes).tolist() == [8, 9]
+  dropped = build_sample(DOCUMENT, [], SamplePlan((), True, (), 5), vocab, 1.0)
+  assert dropped.tokens.tolist() == [EOS, BRK, 517, 518, end]
+  assert dropped.weights.tolist() == [0, 0, 1, 1, 1]
+  texts = Document("k", (DOCUMENT.segments[0], NEIGHBOR.segments[0]), "s", "l", "a")
+  assert join([texts], vocab).tolist() == [EOS, 40, 41, EOSS, 50, EOSS]
 
 
 def test_infill_in_a_neighbor_keeps_the_neighbors_weight():
@@ -259,8 +275,7 @@ def test_a_pass_visits_every_unit_once_whatever_hosts_read_it(tmp_path, phases):
       config = make_plan(sources).config
       path = tmp_path / "plan.jsonl"
       plans = [
-        RowPlan(sources, config, VOCAB.num_masks, 0, path, write_starts=host == 0)
-        for host in range(hosts)
+        RowPlan(sources, config, VOCAB, 0, path, write_starts=host == 0) for host in range(hosts)
       ]
     for host, plan in enumerate(plans):
       for r in local_rows(HostSharding(sharding, host, hosts), (8, config.sequence_length)):

@@ -33,7 +33,7 @@ def changed(sources, **fields):
 
 def plan_of(sources, **fields):
   config = DataConfig(sequence_length=128, pack_window=64, mean_spans=2.0, **fields)
-  return RowPlan(sources, config, VOCAB.num_masks, 0)
+  return RowPlan(sources, config, VOCAB, 0)
 
 
 def counted_in_rows(plan, windows):

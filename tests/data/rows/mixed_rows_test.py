@@ -31,7 +31,7 @@ def sources(tmp_path_factory):
 
 
 def open_loader(sources, path=None, writes=False):
-  plan = RowPlan(sources, CONFIG, VOCAB.num_masks, 0, path, writes)
+  plan = RowPlan(sources, CONFIG, VOCAB, 0, path, writes)
   return RowLoader(plan, VOCAB, mark_sources=True)
 
 

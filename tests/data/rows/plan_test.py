@@ -12,6 +12,7 @@ from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource, Units, pack_best_fit
 from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, space_for_neighbors
 from cm3leon_jax.errors import UserError
+from cm3leon_jax.vocab import VocabLayout
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.refusals import refused
 
@@ -160,7 +161,7 @@ def planned(monkeypatch):
 
 def plan_with_starts(sources, path, seed=0, writes=True) -> RowPlan:
   return RowPlan(
-    sources, DataConfig(sequence_length=128, pack_window=64), VOCAB.num_masks, seed, path, writes
+    sources, DataConfig(sequence_length=128, pack_window=64), VOCAB, seed, path, writes
   )
 
 
@@ -211,7 +212,7 @@ def test_starts_of_another_plan_are_refused(sources, tmp_path, other):
   path, pairs = tmp_path / "plan.jsonl", sources[0]
   if other == "config":
     config = DataConfig(sequence_length=128, pack_window=64, mean_spans=2.0)
-    RowPlan(sources, config, VOCAB.num_masks, 0, path, True).window(4)
+    RowPlan(sources, config, VOCAB, 0, path, True).window(4)
   elif other == "neighbors":
     plan_with_starts(
       [RowSource(pairs.store, pairs.share, pairs.neighbors[::-1], pairs.bank), sources[1]], path
@@ -255,7 +256,7 @@ def test_a_line_that_the_run_did_not_write_is_named(sources, tmp_path, planned, 
 
 @pytest.mark.parametrize(("codes", "least"), [(256, 0.97), (1_024, 0.90)])
 def test_the_default_mixture_fills_rows(codes, least):
-  plan = RowPlan(synthetic_sources(20_000, codes), DataConfig(pack_window=4_096), 27, 0)
+  plan = RowPlan(synthetic_sources(20_000, codes), DataConfig(pack_window=4_096), VocabLayout(), 0)
   statistics = plan_statistics(plan)
   assert statistics["fill"] >= least
   assert statistics["source_shares"] == pytest.approx([0.3, 0.7], abs=0.01)

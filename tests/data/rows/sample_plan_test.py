@@ -6,39 +6,45 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
+from cm3leon_jax import templates
 from cm3leon_jax.config.data import DataConfig
-from cm3leon_jax.data.rows.cm3 import OVERHEAD, segment_bounds
-from cm3leon_jax.data.rows.sample_plan import joined_length, plan_sample
-from tests.data.stores import IMAGE_TOKENS
+from cm3leon_jax.data.rows.cm3 import OVERHEAD
+from cm3leon_jax.data.rows.sample_plan import plan_sample
+from cm3leon_jax.vocab import VocabLayout
+
+PAIR = [4, 16], [False, True]
+VOCABS = VocabLayout(num_special=32), VocabLayout(num_special=32, template="chameleon")
+
+
+some_parts = st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=4).map(
+  lambda segments: ([n for n, _ in segments], [image for _, image in segments])
+)
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-  st.integers(0, 2**31),
-  st.integers(1, 40),
-  st.lists(st.integers(1, 30), max_size=4),
-  st.integers(20, 120),
-)
-def test_a_sample_never_exceeds_the_row(seed, caption, neighbor_captions, length):
+  st.integers(0, 2**31), some_parts, st.lists(some_parts, max_size=4), st.integers(20, 120),
+  st.sampled_from(VOCABS),
+)  # fmt: skip
+def test_a_sample_never_exceeds_the_row(seed, document, candidates, length, vocab):
   config = DataConfig(sequence_length=length, mean_spans=3.0)
-  candidates = [np.array([n, IMAGE_TOKENS]) for n in neighbor_captions]
-  document = np.array([caption, IMAGE_TOKENS])
-  plan = plan_sample(
-    document, np.array([False, True]), candidates, np.random.default_rng(seed), config, 27
-  )
+  plan = plan_sample(document, candidates, np.random.default_rng(seed), config, vocab)
   assert plan.length <= length + 1
-  if not plan.dropped and plan.length <= length:
-    joined = [n for i in plan.neighbors for n in candidates[i]] + document.tolist()
-    assert plan.length == joined_length(joined) + OVERHEAD * len(plan.spans)
+  if plan.dropped:
+    return
+  whole = templates.of(vocab).length([*(candidates[i] for i in plan.neighbors), document])
+  whole += OVERHEAD * len(plan.spans)
+  if plan.length <= length:
+    assert plan.length == whole
   if plan.spans:  # The whole sample fits, because an infill is never cut.
-    joined = [n for i in plan.neighbors for n in candidates[i]] + document.tolist()
-    assert joined_length(joined) + OVERHEAD * len(plan.spans) <= length + 1
+    assert whole <= length + 1
 
 
 def plan_pair(num_candidates, seed, max_spans=27, **fields):
   rates = {"neighbor_dropout": 0.0, "condition_dropout": 0.0, "mean_spans": 0.0}
   config, rng = DataConfig(**{**rates, **fields}), np.random.default_rng(seed)
-  return plan_sample([4, 16], [False, True], [[4, 16]] * num_candidates, rng, config, max_spans)
+  vocab = VocabLayout(num_special=max_spans + 5)
+  return plan_sample(PAIR, [PAIR] * num_candidates, rng, config, vocab)
 
 
 def test_neighbors_are_left_out_before_spans_and_spans_before_the_tail():
@@ -100,7 +106,7 @@ def span_plans(lengths, is_image, number=4_000, **fields):
   """Returns plans of one document without neighbors, one per random seed."""
   config = DataConfig(sequence_length=4_096, condition_dropout=0.0, **fields)
   return [
-    plan_sample(lengths, is_image, [], np.random.default_rng(seed), config, 27)
+    plan_sample((lengths, is_image), [], np.random.default_rng(seed), config, VOCABS[0])
     for seed in range(number)
   ]
 
@@ -115,7 +121,7 @@ def test_the_number_of_spans_is_poisson():
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
 def test_spans_are_whole_segments_at_the_configured_rate(rate):
-  bounds = segment_bounds([40, 50, 60])
+  bounds = [(1, 41), (42, 92), (93, 153)]
   plans = span_plans([40, 50, 60], [False, True, True], whole_segment_rate=rate)
   masked = [plan for plan in plans if len(plan.spans) == 1]
   whole = np.mean([plan.spans[0] in bounds for plan in masked])
@@ -133,13 +139,14 @@ def test_a_sample_is_never_masked_whole(lengths, is_image):
   assert 0.55 < np.mean([len(plan.spans) > 0 for plan in plans]) < 0.65
 
 
-def test_a_conditioning_drop_leaves_nothing_but_an_image():
+@pytest.mark.parametrize(("vocab", "length"), [(VOCABS[0], 20), (VOCABS[1], 19)])
+def test_a_conditioning_drop_leaves_nothing_but_an_image(vocab, length):
   config = DataConfig(condition_dropout=1.0, neighbor_dropout=0.0)
 
   def plan(lengths, is_image):
     rng = np.random.default_rng(0)
-    return plan_sample(lengths, is_image, [[4, 16]] * 3, rng, config, 27)
+    return plan_sample((lengths, is_image), [PAIR] * 3, rng, config, vocab)
 
-  assert plan([4, 16], [False, True]) == ((), True, (), 20, 0, 0)
+  assert plan([4, 16], [False, True]) == ((), True, (), length, 0, 0)
   assert not plan([4], [False]).dropped
   assert not plan([4, 16, 4], [False, True, False]).dropped, "the sample does not end with an image"

@@ -121,7 +121,7 @@ def test_the_image_loss_is_that_of_evaluation_on_the_same_documents(settings, wo
     "neighbors must matter"
   )
   scored = dataclasses.replace(settings.data.for_heldout(), neighbor_loss_weight=1.0)
-  plan = RowPlan(rows.plan.sources, scored, VOCAB.num_masks, settings.seed)
+  plan = RowPlan(rows.plan.sources, scored, VOCAB, settings.seed)
   with_neighbors, _ = losses(RowLoader(plan, VOCAB), count)
   assert with_neighbors["heldout_image_loss"] != pytest.approx(
     found["heldout_image_loss"], rel=1e-4
