@@ -131,10 +131,8 @@ def rewrite(
   added = [token for token in described["added_tokens"] if token["id"] in ids]
   plain = {*range(vocab.num_special), *(ids[token["id"]] for token in added)}
   options = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-  split, kinds = (
-    json.loads(json.dumps(described["pre_tokenizer"])),
-    types_of(described.get("normalizer")),
-  )
+  split = json.loads(json.dumps(described["pre_tokenizer"]))
+  kinds = types_of(described.get("normalizer"))
   if spaced:
     _add_no_space(split)
   content = {
@@ -152,19 +150,18 @@ def rewrite(
     made = tokenizers.Tokenizer.from_str(json.dumps(content))
   except Exception as error:  # `tokenizers` raises no specific type.
     raise UserError(f"the source's {TOKENIZER} cannot be read ({error}): copy it again.") from error
-  notes = []
   if spaced:
     made.normalizer = normalizers.Prepend(" ")
     made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
-    notes = ["a space is put before every text"]
   _check(made, vocab)
-  if "NFC" in kinds:
-    notes.append("texts are not normalized to NFC, so decoding returns the original text")
-  if typed := [token["content"] for token in added if not token.get("special")]:
-    notes.append(f"{len(typed)} added tokens, such as {typed[0][:40]}, are encoded as plain text")
-  if unused:
-    notes.append(f"{len(unused)} rows have no token")
-  return made, notes
+  typed = [token["content"] for token in added if not token.get("special")]
+  notes = {
+    "a space is put before every text": spaced,
+    "texts are not normalized to NFC, so decoding returns the original text": "NFC" in kinds,
+    f"{len(typed)} added tokens, such as {''.join(typed[:1])[:40]}, are encoded as plain text": typed,
+    f"{len(unused)} rows have no token": unused,
+  }
+  return made, [note for note, holds in notes.items() if holds]
 
 
 def _add_no_space(part: dict) -> None:
