@@ -41,9 +41,9 @@ with epy.lazy_imports():
   from cm3leon_jax.data.documents import store
   from cm3leon_jax.data.rows import loader
   from cm3leon_jax.evaluation.likelihood import bits
-  from cm3leon_jax.export import bundle, huggingface, peft_adapter
+  from cm3leon_jax.export import bundle, huggingface, peft_adapter, published_layout
   from cm3leon_jax.reports import model_card, summary
-  from cm3leon_jax.run import bundles
+  from cm3leon_jax.run import bundles, initial
   from cm3leon_jax.run import run as run_lib
   from cm3leon_jax.weights import int8
 
@@ -199,7 +199,9 @@ def _check(
   sentences = [missing] if transformers else []
   if compares:
     samples = [loader.join([heldout[i]], settings.vocab) for i in range(min(SAMPLES, len(heldout)))]
-    compared = huggingface.compare_logits(folder, written, settings.model, samples)
+    published = initial.published_of(trained.folder)
+    ids = published_layout.read_ids(published) if published else None
+    compared = huggingface.compare_logits(folder, written, settings.model, samples, ids)
     numbers = {"logits": compared, "compared": True}
     sentences = [
       f"logits differ by at most {compared['max_difference']:.1e} "

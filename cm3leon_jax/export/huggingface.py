@@ -165,12 +165,17 @@ def causal_logits(
 
 
 def compare_logits(
-  folder: epath.PathLike, params: dict, config: ModelConfig, samples: Sequence[np.ndarray]
+  folder: epath.PathLike,
+  params: dict,
+  config: ModelConfig,
+  samples: Sequence[np.ndarray],
+  ids: np.ndarray | None = None,
 ) -> dict:
   """Compares the fp32 logits of the exported model with those of this project's model.
 
   Both models get the positions of `positions_of`. Requires `can_compare()`. `params` must be on the
-  current mesh. Each sample is a vector of token ids, int32 [T], T <= max_positions.
+  current mesh. Each sample is a vector of token ids, int32 [T], T <= max_positions. `ids` has the
+  export's id of each of our ids, for a `published_layout`.
 
   Returns:
     {"max_difference", "max_logit", "samples", "tokens"}: the largest absolute difference of logits,
@@ -179,7 +184,8 @@ def compare_logits(
   import torch
   import transformers
 
-  model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+  classes = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+  model = classes[ids is not None].from_pretrained(str(folder), dtype=torch.float32).eval()
   config = dataclasses.replace(config, dtype="float32", attention="plain")
   described = read_json(epath.Path(folder) / "config.json", {"cm3leon": dict})["cm3leon"]
   vocab = layouts.vocab_of(described)
@@ -187,9 +193,14 @@ def compare_logits(
   difference, largest = 0.0, 0.0
   for sample in samples:
     positions = positions_of(sample, vocab, config.align_images)
-    given = (torch.from_numpy(x.astype(np.int64))[None] for x in (sample, positions))
+    renumbered = sample if ids is None else ids[sample]
+    given = (torch.from_numpy(x.astype(np.int64))[None] for x in (renumbered, positions))
+    fields = dict(zip(("input_ids", "position_ids"), given))
     with torch.no_grad():
-      theirs = model(**dict(zip(("input_ids", "position_ids"), given))).logits[0].numpy()
+      if ids is None:
+        theirs = model(**fields).logits[0].numpy()
+      else:  # The class masks the logits of image codes.
+        theirs = model.lm_head(model.model(**fields)[0])[0].numpy()[:, ids]
     # Pad all samples to one length, so that only one program is compiled. A causal model ignores
     # padding at the end.
     padded = (np.pad(x, (0, longest - len(sample))) for x in (sample, positions))

@@ -2,7 +2,8 @@
 
   peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)
 
-BASE is the base of the adapters, exported in the format hf.
+BASE is the base of the adapters, exported in the format hf. For a Chameleon, BASE is the imported
+folder, and the class is ChameleonForConditionalGeneration.
 """
 
 # R rank.
@@ -17,7 +18,7 @@ from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.models.adapters import count
-from cm3leon_jax.run import adapters, source
+from cm3leon_jax.run import adapters, initial, source
 from cm3leon_jax.run.run import Run
 from cm3leon_jax.weights import reading, stored, tensor_files
 from cm3leon_jax.weights.layouts import QKV, layout_of, transposed
@@ -27,15 +28,16 @@ FILE = "adapter_model.safetensors"
 
 _CARD = """# Adapters of a CM3Leon decoder
 
-Low-rank adapters (rank {rank}, step {step}) that cm3leon_jax trained on `{base}`. Export that model
-by `cm3leon export` in the format hf to a folder BASE. With `torch`, `transformers` and `peft`:
+Low-rank adapters (rank {rank}, step {step}) that cm3leon_jax trained on `{base}`. BASE is
+{folder}. With `torch`, `transformers` and `peft`:
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {name}
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), ".")
+model = PeftModel.from_pretrained({name}.from_pretrained("BASE"), ".")
 ```
 """
+_EXPORTED = "a folder to which `cm3leon export` writes that model in the format hf"
 
 
 def adapters_of(run: Run) -> adapters.Adapters:
@@ -100,7 +102,14 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   write_json(folder / source.ADAPTER, described)
   about = {"base": dataclasses.asdict(result.base)}
   write_json(folder / source.ABOUT, {**run.about, **about})
-  card = _CARD.format(rank=config.rank, step=run.params.step, base=result.base.source)
+  published = initial.published_of(run.trained.folder)
+  card = _CARD.format(
+    rank=config.rank,
+    step=run.params.step,
+    base=result.base.source,
+    folder="the folder that was imported" if published else _EXPORTED,
+    name=layout_of(model).architecture if published else "AutoModelForCausalLM",
+  )
   with replacing(folder / "README.md", "w") as file:
     file.write(card)
   tensor_files.write_file(folder / FILE, tensors_of(model, run.params, run.choice.dtype))

@@ -200,7 +200,11 @@ def identity(
     more: other values, such as the number of samples.
   """
   settings = trained.settings
-  read = [*table.TOKENIZERS, "train", *(table.own_clip(settings) if needs_clip(trained, tasks) else ())]
+  read = [
+    *table.TOKENIZERS,
+    "train",
+    *(table.own_clip(settings) if needs_clip(trained, tasks) else ()),
+  ]
   inputs = ids(trained, read)
   if not tasks or any(task.retrieve for task in tasks):
     inputs |= ids(bank or trained, ["documents", "neighbors"])

@@ -29,7 +29,7 @@ from cm3leon_jax.weights.tensor_files import Tensor
 TEXT = "text_tokenizer"
 NOTE = (
   "tables: all rows stay, in another order. Whether the head can draw cannot be read from the "
-  "weights: Anole's was trained for it, that of Meta's own release was not released to draw."
+  "weights: Anole's was trained for it, and Meta's own release is not meant to draw."
 )
 
 
@@ -79,6 +79,7 @@ def plan(settings: Settings, source: str) -> Import:
   return Import(opened, needed, found, ids, [tables.describe()])
 
 
+@foreign.reads("a Chameleon in the layout of transformers", 1)
 def _plan_chameleon(settings: Settings, source: SourceCheckpoint, rows: int) -> Import:
   """Plans the import of a Chameleon. See `plan`."""
   model, path, vocab = chameleon.model_fields(source), source.folder / CONFIG, settings.vocab
@@ -99,8 +100,12 @@ def _plan_chameleon(settings: Settings, source: SourceCheckpoint, rows: int) -> 
 
 def _check_fields(settings: Settings, source: SourceCheckpoint, needed: dict[str, dict]) -> None:
   """Raises UserError, with the flags to add, if the config has not the fields in `needed`."""
-  if differing := flags(_differing(settings, needed)):
-    raise UserError(f"{source.folder} has another model than the config: add the flags {differing}")
+  differing = {
+    section: {k: v for k, v in fields.items() if getattr(getattr(settings, section), k) != v}
+    for section, fields in needed.items()
+  }
+  if given := flags(differing):
+    raise UserError(f"{source.folder} has another model than the config: add the flags {given}")
 
 
 def _own_tensors(source: SourceCheckpoint, config: ModelConfig) -> list[Tensor]:
@@ -132,14 +137,6 @@ def _end_of_text(source: SourceCheckpoint, rows: int) -> int | None:
   result = source.described.get("eos_token_id")
   first = result[0] if isinstance(result, list) and result else result
   return first if type(first) is int and 0 <= first < rows else None
-
-
-def _differing(settings: Settings, needed: dict[str, dict]) -> dict[str, dict]:
-  """Returns the fields in `needed` whose values differ from the config."""
-  return {
-    section: {k: v for k, v in fields.items() if getattr(getattr(settings, section), k) != v}
-    for section, fields in needed.items()
-  }
 
 
 def flags(fields: Mapping[str, Mapping[str, Any]], chosen: Collection[str] | None = None) -> str:

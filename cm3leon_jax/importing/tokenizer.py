@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 import tokenizers
-from tokenizers import decoders, normalizers, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files.json_files import read_foreign_json
@@ -21,6 +21,13 @@ PROBES = (
   "naïve cafe\u0301 世界 🙂 ﬁ",
   "</s><break><mask:0><|endoftext|><pad>",
 )
+# Parts that put a space before each text, and remove it again.
+SPACE = {"type": "Prepend", "prepend": " "}
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+NO_SPACE = {
+  "type": "Sequence",
+  "decoders": [BYTES, {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+}
 
 
 def read_tokenizer(folder: epath.PathLike, rows: int) -> Mapping[str, Any]:
@@ -123,18 +130,14 @@ def rewrite(
     UserError: the tokenizer changes a text when it encodes and decodes it.
   """
   tokens, special = tokens_of(described), vocab.special_tokens()
-  names = {
-    i: f"<source:{name}>" if name in special else name for i, name in tokens.items() if i in ids
-  }
+  names = {i: f"<source:{s}>" if s in special else s for i, s in tokens.items() if i in ids}
   unused = {i: f"<unused:{i}>" for i in ids if i not in names}
   new = dict(enumerate(special)) | {ids[i]: name for i, name in (names | unused).items()}
   added = [token for token in described["added_tokens"] if token["id"] in ids]
   plain = {*range(vocab.num_special), *(ids[token["id"]] for token in added)}
   options = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-  split, kinds = (
-    json.loads(json.dumps(described["pre_tokenizer"])),
-    types_of(described.get("normalizer")),
-  )
+  split = json.loads(json.dumps(described["pre_tokenizer"]))
+  kinds = types_of(described.get("normalizer"))
   if spaced:
     _add_no_space(split)
   content = {
@@ -143,28 +146,23 @@ def rewrite(
       {"id": i, "content": new[i], **options, "special": True}
       for i in sorted(plain | {ids[i] for i in unused})
     ],
-    "normalizer": None if spaced or kinds == ["NFC"] else described.get("normalizer"),
+    "normalizer": None if kinds == ["NFC"] else described.get("normalizer"),
     "pre_tokenizer": split,
     "decoder": described["decoder"],
     "model": {**described["model"], "unk_token": None, "vocab": {s: i for i, s in new.items()}},
   }
-  try:
-    made = tokenizers.Tokenizer.from_str(json.dumps(content))
-  except Exception as error:  # `tokenizers` raises no specific type.
-    raise UserError(f"the source's {TOKENIZER} cannot be read ({error}): copy it again.") from error
-  notes = []
   if spaced:
-    made.normalizer = normalizers.Prepend(" ")
-    made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
-    notes = ["a space is put before every text"]
-  _check(made, vocab)
-  if "NFC" in kinds:
-    notes.append("texts are not normalized to NFC, so decoding returns the original text")
-  if typed := [token["content"] for token in added if not token.get("special")]:
-    notes.append(f"{len(typed)} added tokens, such as {typed[0][:40]}, are encoded as plain text")
-  if unused:
-    notes.append(f"{len(unused)} rows have no token")
-  return made, notes
+    content |= {"normalizer": SPACE, "decoder": NO_SPACE}
+  made = _make(content, vocab)
+  typed = [token["content"] for token in added if not token.get("special")]
+  such = f", such as {typed[0][:40]}," if typed else ""
+  notes = {
+    "a space is put before every text": spaced,
+    "texts are not normalized to NFC, so decoding returns the original text": "NFC" in kinds,
+    f"{len(typed)} added tokens{such} are encoded as plain text": typed,
+    f"{len(unused)} rows have no token": unused,
+  }
+  return made, [note for note, holds in notes.items() if holds]
 
 
 def _add_no_space(part: dict) -> None:
@@ -175,8 +173,16 @@ def _add_no_space(part: dict) -> None:
     _add_no_space(inner)
 
 
-def _check(made: tokenizers.Tokenizer, vocab: VocabLayout) -> None:
-  """Raises UserError if ids are unused, or if encoding and decoding changes one of `PROBES`."""
+def _make(content: Mapping[str, Any], vocab: VocabLayout) -> tokenizers.Tokenizer:
+  """Makes the tokenizer of a tokenizer.json.
+
+  Raises:
+    UserError: it is damaged, ids are unused, or encoding and decoding changes one of `PROBES`.
+  """
+  try:
+    made = tokenizers.Tokenizer.from_str(json.dumps(content))
+  except Exception as error:  # `tokenizers` raises no specific type.
+    raise UserError(f"the source's {TOKENIZER} cannot be read ({error}): copy it again.") from error
   made.encode_special_tokens = True
   result = made.get_vocab_size()
   if result != vocab.text_size:
@@ -191,3 +197,4 @@ def _check(made: tokenizers.Tokenizer, vocab: VocabLayout) -> None:
         f"the source's {TOKENIZER} does not decode the ids of {text!r} to the same text, so it "
         "cannot be imported."
       )
+  return made

@@ -87,8 +87,9 @@ def _describe(source: str, folder: epath.Path, name: str) -> dict[str, dict]:
   stages.check_files(folder / name)
   for file in bundles.FILES[name]:
     if not (folder / name / file).exists():
+      other = "name a published CLIP by --config.retrieval.clip=FOLDER, or " * (name == "clip")
       raise UserError(
-        f"--init_from is {source}, which has no {name}/{file}: give the workdir of a run, or a "
-        "bundle that `cm3leon export --bundle` wrote."
+        f"--init_from is {source}, which has no {name}/{file}: {other}give the workdir of a run, "
+        "or a bundle that `cm3leon export --bundle` wrote."
       )
   return {file: describe(folder / name / file) for file in bundles.FILES[name]}

@@ -52,8 +52,8 @@ class Run:
 
   Attributes:
     settings: the stored settings, or the settings of a config with the same model.
-    kind: type of `folder`. A workdir may have only imported parameters, of step 0. A bundle has no held-out documents and is never written to. An export
-      has no CLIP model and no bank.
+    kind: type of `folder`. A workdir may have imported parameters alone, of step 0. A bundle has no
+      held-out documents and is never written to. An export has no CLIP model and no bank.
     step: step of the parameters in a bundle or export. None for a workdir, which may have several
       checkpoints.
     adapter: adapters of another run, which are added to the parameters. A run that trained

@@ -132,7 +132,7 @@ def test_describe_lists_every_field_and_marks_what_is_not_the_default():
   "row",
   [
     "| `steps` | int, > 0 | `41723` | Number of training steps. |",
-    '| `family` | `"opt"`, `"modern"` | `"opt"` | Architecture. ',
+    '| `family` | `"opt"`, `"modern"`, `"chameleon"` | `"opt"` | Architecture. ',
     "| `heldout_fraction` | float, >= 0, < 1 | `0.05` | ",
     "| `multipliers` | tuple of int, > 0 | `(1, 2, 4)` | ",
     "| `top_p` | float, > 0, <= 1 | `0.9` | ",

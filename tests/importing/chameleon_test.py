@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import shutil
@@ -12,16 +13,22 @@ import pytest
 from safetensors.numpy import load_file, save_file
 import tokenizers
 
+from cm3leon_jax.config.model import AdapterConfig
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import formats, huggingface
+from cm3leon_jax.export.published_layout import read_ids
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.importing import chameleon_ids, importer
+from cm3leon_jax.models import adapters
 from cm3leon_jax.run import initial
 from cm3leon_jax.run.run import Run, load_initial, open_params
+from cm3leon_jax.stages import table
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.vocab import VocabLayout
+from cm3leon_jax.weights import stored
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 from tests.importing import published_chameleon
+from tests.models.adapters_test import random_factors
 from tests.models.tiny import mesh_of
 from tests.refusals import refused
 
@@ -285,7 +292,7 @@ def test_an_import_draws_and_is_exported_bit_for_bit(chameleon, workdir, tmp_pat
   for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"):
     assert (folder / name).read_bytes() == (source / name).read_bytes()
   described = read_json(folder / "config.json")
-  assert described.pop("cm3leon") == {"published_ids": True}
+  assert described.pop("cm3leon")["published_ids"]
   assert described == read_json(source / "config.json")
   model = transformers.ChameleonForConditionalGeneration
   loaded, found = model.from_pretrained(folder, output_loading_info=True)
@@ -294,4 +301,42 @@ def test_an_import_draws_and_is_exported_bit_for_bit(chameleon, workdir, tmp_pat
   with refused(UserError, "published"):
     Run.open(folder, exports=True)
   again = importer.plan(SETTINGS, str(folder))  # It is imported like the original.
-  assert again.published.theirs.tolist() == importer.plan(SETTINGS, str(source)).published.theirs.tolist()
+  assert again.published.theirs.tolist() == read_ids(workdir / "init" / "published").tolist()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_are_exported_for_peft_and_merged(chameleon, workdir, tmp_path):
+  """Our sum, `peft` on the downloaded folder, and the merged export have the same logits."""
+  import torch
+
+  settings = dataclasses.replace(SETTINGS, adapter=AdapterConfig(rank=3, alpha=6.0))
+  folder, start = epath.Path(tmp_path / "run"), initial.find(settings, str(workdir / "init"))
+  identity = {**table.identity(settings, "train"), "init_from": dataclasses.asdict(start)}
+  stored_settings = dataclasses.asdict(settings)
+  write_json(folder / "train" / "config.json", {"run": identity, "settings": stored_settings})
+  shutil.copytree(workdir / "vqgan", folder / "vqgan")
+  sample = np.random.default_rng(0).integers(VOCAB.size, size=24).astype(np.int32)
+  ids = read_ids(workdir / "init" / "published")
+  given = torch.from_numpy(ids[sample])[None].long()
+  model = dataclasses.replace(SETTINGS.model, attention="plain")
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    base, factors = load_initial(start, settings), random_factors(model, settings.adapter)
+    for name, params in {
+      "peft": factors,
+      "hf": adapters.merge(base, factors, settings.adapter),
+    }.items():
+      made = stored.of_tree(jax.device_get(params), 3)
+      choice = formats.Choice(format=name)
+      formats.write(tmp_path / name, formats.TrainedRun(Run(folder, settings), made, choice))
+    compared = huggingface.compare_logits(tmp_path / "hf", params, model, [sample], ids)
+  assert compared["max_difference"] < 1e-4 < 1 < compared["max_logit"]
+  peft = pytest.importorskip("peft")
+  assert "ChameleonForConditionalGeneration" in (tmp_path / "peft" / "README.md").read_text()
+  tuned = peft.PeftModel.from_pretrained(copy.deepcopy(chameleon[0]), str(tmp_path / "peft")).eval()
+  merged = type(chameleon[0]).from_pretrained(tmp_path / "hf").eval()
+  with torch.no_grad():
+    found, expected, before = (
+      x.model(input_ids=given)[0] for x in (tuned.base_model.model, merged, chameleon[0])
+    )
+  assert float((found - expected).abs().max()) < 1e-4
+  assert float((found - before).abs().max()) > 0.1
