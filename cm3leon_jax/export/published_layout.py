@@ -33,8 +33,8 @@ def write(folder: epath.PathLike, run: TrainedRun, published: epath.Path) -> dic
   """
   folder, choice, layout = epath.Path(folder), run.choice, layouts.layout_of(run.settings.model)
   described = read_json(published / CONFIG, {})
-  vocab = {name: getattr(run.settings.vocab, name) for name in layouts.VOCAB_FIELDS}
-  described |= {"cm3leon": {PUBLISHED_IDS: True, **vocab}, "dtype": choice.dtype}
+  own = {PUBLISHED_IDS: True, **dataclasses.asdict(run.settings.vocab)}
+  described |= {"cm3leon": own, "dtype": choice.dtype}
   tensors = layouts.tensors_of(layout, run.params, choice.dtype)
   tables = {f"{layout.tables[name]}.weight" for name in ("embed", "head")}
   ours = np.argsort(read_ids(published))
