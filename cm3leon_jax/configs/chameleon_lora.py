@@ -22,7 +22,7 @@ def get_config(variant: str = "1000") -> ml_collections.ConfigDict:
   config.raw.update(source="", heldout_fraction=0.05, max_rejected=0.1)
   config.clip.resolution = 224  # The sizes are then those of the published ViT-B/32.
   config.retrieval.clip = "clip-vit-base-patch32"
-  config.data.text_share = 0.0
+  config.data.update(text_share=0.0, pack_window=1_024)
   steps = max(10, round(PASSES * int(variant) / ROWS))
   config.train.update(global_batch_size=ROWS, rows_per_device=1, steps=steps, patience=3)
   config.train.update(eval_every=max(5, steps // 10), eval_batches=4, keep_checkpoints=2)
