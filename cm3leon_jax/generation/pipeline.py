@@ -123,7 +123,7 @@ class Pipeline:
     GeneratorConfig.of(run.settings, **options)  # Raises errors before parameters are loaded.
     if clip is not None and run.kind != "export" and not run.settings.retrieval.clip:
       raise UserError(f"clip is given, but {run.folder} contains a CLIP: omit clip.")
-    params, step = run.params()
+    params, step = run.params(dtype=run.settings.model.dtype)
     own = None if run.kind == "export" else run.clip
     return cls.load(run, params, own if clip is None else HFCLIP.load(clip), **options), step
 
