@@ -180,9 +180,10 @@ def draw(
   ):
     if summary is not None:
       clip = trained.clip if writer_lib.needs_clip(trained, tasks) else None
-      params, step = trained.params()
+      params, step = trained.params(dtype=settings.model.dtype)
       options = {name: getattr(flags, name) for name in ("batch_size", *names[2:])}
       pipeline = pipeline_lib.Pipeline.load(trained, params, clip, bank, **options)
+      del params  # The pipeline has a copy for decoding.
       tasks = tasks or make_tasks(layout, pipeline)
       writer = writer_lib.Writer(folder, flags.samples)
       drawing = pipeline.without(values["without"]) if values.get("without") else pipeline

@@ -84,7 +84,7 @@ def _frozen_params(
   if not run.settings.adapter.rank or start is None:
     return None
   adapters = adapters_lib.Adapters(run.folder, run.settings.adapter, start)
-  return functools.partial(run_lib.load_frozen, adapters)
+  return functools.partial(run_lib.load_frozen, adapters, run.settings.model.dtype)
 
 
 def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:

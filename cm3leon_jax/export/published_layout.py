@@ -29,7 +29,7 @@ def write(folder: epath.PathLike, run: TrainedRun, published: epath.Path) -> dic
   """Writes a run in the layout of `published`, see `initial.PUBLISHED`. The weights are last.
 
   Returns:
-    {"architecture", "parameters", "bytes"}.
+    {"architecture", "published" (True), "parameters", "bytes"}.
   """
   folder, choice, layout = epath.Path(folder), run.choice, layouts.layout_of(run.settings.model)
   described = read_json(published / CONFIG, {})
@@ -51,6 +51,7 @@ def write(folder: epath.PathLike, run: TrainedRun, published: epath.Path) -> dic
   files = tensor_files.write(folder, [*tensors, *map(encoder.tensor, encoder.names)])
   return {
     "architecture": layout.architecture,
+    "published": True,
     "parameters": count,
     "bytes": sum((folder / name).stat().length for name in files),
   }

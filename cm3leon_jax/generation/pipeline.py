@@ -123,7 +123,7 @@ class Pipeline:
     GeneratorConfig.of(run.settings, **options)  # Raises errors before parameters are loaded.
     if clip is not None and run.has_clip and not run.settings.retrieval.clip:
       raise UserError(f"clip is given, but {run.folder} contains a CLIP: omit clip.")
-    params, step = run.params()
+    params, step = run.params(dtype=run.settings.model.dtype)
     own = run.clip if run.has_clip else None
     return cls.load(run, params, own if clip is None else HFCLIP.load(clip), **options), step
 

@@ -21,8 +21,8 @@ def write(folder: epath.PathLike, run: Run, step: int, exported: dict) -> None:
   """Writes the card of an export whose other files are written. Raises UserError if one is damaged.
 
   `exported` has numbers of the export: "parameters", "image_tokenizer", and "architecture" (hf),
-  "average" (False for the last parameters), "heldout_bits" (bits per token "before" and "after"
-  rounding) and "cost" (of a bundle).
+  "published" (True for a `published_layout`), "average" (False for the last parameters),
+  "heldout_bits" (bits per token "before" and "after" rounding) and "cost" (of a bundle).
   """
   summary, learned = summary_lib.collect(run.folder), training_data.read(folder)
   trained = run.settings if "cost" in exported else settings_of_run(run.folder)

@@ -4,6 +4,7 @@ import os
 
 from etils import epath
 from flax import traverse_util
+import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
@@ -82,10 +83,11 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
 
 
 @foreign.reads("a bundle or export")
-def load_params(folder: epath.PathLike, config: ModelConfig) -> dict:
+def load_params(folder: epath.PathLike, config: ModelConfig, dtype: str = "float32") -> dict:
   """Loads the parameters of an export or bundle onto the current mesh.
 
-  All processes must call this function.
+  All processes must call this function. The result has the dtype `dtype` if all parameters are
+  stored in it, and fp32 otherwise.
 
   Raises:
     UserError: a file is absent or damaged.
@@ -98,13 +100,17 @@ def load_params(folder: epath.PathLike, config: ModelConfig) -> dict:
       raise UserError(f"{folder / wrong[0]} is absent, or is not in the folder: {AGAIN}.")
     if damage := sealing.damage(params, digests):
       raise UserError(f"{damage}: {AGAIN}.")
+    stored = set()
     for name, kind in traverse_util.flatten_dict(types, sep=".").items():
       about = ts.open(array_spec(params, name), open=True).result().spec().to_json()["metadata"]
       chunks = zip(about["chunks"], kind.shape, strict=True)
+      stored.add(about["dtype"])
       # TensorStore allocates memory for a chunk, and for whatever a compressed chunk expands to.
       if about["compressor"] or any(chunk > size for chunk, size in chunks):
         raise UserError(f"{params}: the array {name} is not as `cm3leon export` writes it.")
+    if stored == {dtype}:
+      types = jax.tree.map(lambda x: x.update(dtype=dtype), types)
     with ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(os.fspath(params), types)
   with distributed.together():
-    return placed.load(StoredTensors(folder), config)
+    return placed.load(StoredTensors(folder), config, dtype)

@@ -155,13 +155,17 @@ class Run:
     """Opens the rows of a split, "train" or "heldout", see `rows.open_rows`."""
     return open_rows(self.settings, self.folder, split, write_starts)
 
-  def params(self, step: int | None = None, average: bool = True) -> tuple[dict, int]:
+  def params(
+    self, step: int | None = None, average: bool = True, dtype: str = "float32"
+  ) -> tuple[dict, int]:
     """Loads parameters onto the current mesh, and returns them with their step.
 
     Args:
       step: step of a checkpoint in a workdir, also of adapters; None: see `reading.load_params`.
         Ignored for bundles and exports.
       average: whether to load the moving average, if the workdir has one.
+      dtype: dtype of the result if it is that of the files of an export, bundle or base of
+        adapters; otherwise fp32. To decode, the compute dtype is enough.
 
     Raises:
       UserError: a parameter is not finite, the base of adapters has changed, or the files are
@@ -170,11 +174,11 @@ class Run:
     result = self.adapter or (adapters.of_run(self.folder) if self.kind == "workdir" else None)
     if result is not None:
       trained, chosen = result.load(step, average)
-      params = _add(load_frozen(result), trained, config=result.config)
+      params = _add(load_frozen(result, dtype), trained, config=result.config)
     elif self.step is not None:
-      return exported.load_params(self.folder, self.settings.model), self.step
+      return exported.load_params(self.folder, self.settings.model, dtype), self.step
     elif Source.of(self.folder).kind == "import":
-      return exported.load_params(self.folder / INIT, self.settings.model), 0
+      return exported.load_params(self.folder / INIT, self.settings.model, dtype), 0
     else:
       folder, model = self.folder / "train", self.settings.model
       params, chosen = reading.load_params(folder, model, step, average)
@@ -199,20 +203,22 @@ def load_initial(start: ParamsRef, settings: Settings) -> dict:
   return _load(start, settings)
 
 
-def load_frozen(found: Adapters) -> dict:
+def load_frozen(found: Adapters, dtype: str = "float32") -> dict:
   """Loads the parameters that adapters were trained on, onto the current mesh.
+
+  For `dtype`, see `exported.load_params`.
 
   Raises:
     UserError: see `initial.check_frozen`, or the parameters are damaged.
   """
   initial.check_frozen(found, found.settings)
-  return _load(found.base, found.settings)
+  return _load(found.base, found.settings, dtype)
 
 
-def _load(weights: ParamsRef, settings: Settings) -> dict:
+def _load(weights: ParamsRef, settings: Settings, dtype: str = "float32") -> dict:
   folder = folder_of(weights.source)
   if weights.step is None:
-    return exported.load_params(folder, settings.model)
+    return exported.load_params(folder, settings.model, dtype)
   return Run(folder, settings).params(weights.step)[0]
 
 

@@ -16,6 +16,7 @@ from cm3leon_jax.weights import layouts
 from cm3leon_jax.weights.layouts import Layout
 from cm3leon_jax.weights.stored import StoredParams
 from cm3leon_jax.weights.stored_tensors import StoredTensors
+from cm3leon_jax.weights.tensor_files import DTYPES
 
 Index = tuple[slice, ...]
 
@@ -26,20 +27,24 @@ def types_of(config: ModelConfig) -> dict:
   return abstract(types, jax.sharding.get_mesh())
 
 
-def load(tensors: StoredTensors, config: ModelConfig) -> dict:
-  """Loads parameters onto the current mesh in fp32.
+def load(tensors: StoredTensors, config: ModelConfig, dtype: str = "float32") -> dict:
+  """Loads parameters onto the current mesh in `dtype` if the files store all in it, else in fp32.
 
   Raises:
     UserError: a tensor is absent, has a wrong shape, or has values that are not finite.
   """
-  for tensor, shape in layouts.shapes_of(config).items():
+  shapes = layouts.shapes_of(config)
+  for tensor, shape in shapes.items():
     tensors.check_shape(tensor, shape)
+  as_stored = all(tensors.dtype(tensor) == DTYPES[dtype][0] for tensor in shapes)
+  kept = DTYPES[dtype if as_stored else "float32"][1]
+  read_tensor = functools.partial(tensors.read, as_stored=as_stored)
   types = traverse_util.flatten_dict(types_of(config), sep=".")
   params = {}
   for name, kind in types.items():
-    read = functools.partial(_read, tensors, config, name)
+    read = functools.partial(_read, read_tensor, config, name)
     params[name] = jax.make_array_from_callback(
-      kind.shape, kind.sharding, functools.partial(_in_fp32, read, kind.shape)
+      kind.shape, kind.sharding, functools.partial(_in_dtype, kept, read, kind.shape)
     )
   return traverse_util.unflatten_dict(params, sep=".")
 
@@ -51,37 +56,40 @@ def stored(tensors: StoredTensors, config: ModelConfig) -> StoredParams:
 
   def read(name: str, *index: int) -> np.ndarray:
     parts = [slice(i, i + 1) for i in index] + [slice(0, n) for n in shapes[name][len(index) :]]
-    found = _read(tensors, config, name, tuple(parts))
+    found = _read(tensors.read, config, name, tuple(parts))
     return found.reshape(shapes[name][len(index) :]).astype(np.float32, copy=False)
 
   return StoredParams(0, False, shapes, read)
 
 
-def _in_fp32(
-  read: Callable[[Index], np.ndarray], shape: tuple[int, ...], index: Index
+def _in_dtype(
+  dtype: np.dtype, read: Callable[[Index], np.ndarray], shape: tuple[int, ...], index: Index
 ) -> np.ndarray:
   """Reads the part `index` of an array. Takes bounds that JAX's slices omit from `shape`."""
   bounds = (part.indices(size) for part, size in zip(index, shape))
-  return read(tuple(slice(start, stop) for start, stop, _ in bounds)).astype(np.float32, copy=False)
+  return read(tuple(slice(start, stop) for start, stop, _ in bounds)).astype(dtype, copy=False)
 
 
-def _read(tensors: StoredTensors, config: ModelConfig, name: str, index: Index) -> np.ndarray:
-  """Reads the part `index` of the parameter `name`, a dotted name."""
+def _read(read_tensor: Callable, config: ModelConfig, name: str, index: Index) -> np.ndarray:
+  """Reads the part `index` of the parameter `name`, a dotted name.
+
+  `read_tensor` is `StoredTensors.read`.
+  """
   layout = layouts.layout_of(config)
   if name.startswith("blocks."):
     layers, *rest = index
     kind, size = name.removeprefix("blocks."), config.head_dim
-    read = functools.partial(_read_layer, tensors, layout, size, kind, tuple(rest))
+    read = functools.partial(_read_layer, read_tensor, layout, size, kind, tuple(rest))
     return np.stack([read(f"{layout.prefix}.layers.{i}") for i in range(layers.start, layers.stop)])
   if name == "positions":
     rows, *rest = index
     first = layout.first_position
     index = (slice(rows.start + first, rows.stop + first), *rest)
-  return tensors.read(f"{layout.tables[name]}.weight", *index)
+  return read_tensor(f"{layout.tables[name]}.weight", *index)
 
 
 def _read_layer(
-  tensors: StoredTensors, layout: Layout, head_size: int, kind: str, index: Index, layer: str
+  read_tensor: Callable, layout: Layout, head_size: int, kind: str, index: Index, layer: str
 ) -> np.ndarray:
   """Reads the part `index` of the parameter `kind` in one layer."""
 
@@ -89,10 +97,10 @@ def _read_layer(
     return slice(part.start * head_size, part.stop * head_size)
 
   def read(name: str, *part: slice) -> np.ndarray:
-    return tensors.read(f"{layer}.{name}.weight", *part)
+    return read_tensor(f"{layer}.{name}.weight", *part)
 
   if kind in layout.norms:
-    return tensors.read(f"{layer}.{layout.norms[kind]}", *index)
+    return read_tensor(f"{layer}.{layout.norms[kind]}", *index)
   if kind in ("q", "kv", "qkv"):
     *which, D, N, _ = index
     names = [layouts.QKV["qkv".index(x)] for x in kind][which[0] if which else slice(None)]

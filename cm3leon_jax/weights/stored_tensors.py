@@ -104,10 +104,10 @@ class StoredTensors:
     """Returns the dtype of a tensor in safetensors notation, e.g. "F32". Raises like `shape`."""
     return self._view(name).get_dtype()
 
-  def read(self, name: str, *index: slice) -> np.ndarray:
+  def read(self, name: str, *index: slice, as_stored: bool = False) -> np.ndarray:
     """Reads a tensor, or the part of it that `index`, slices of its first axes, selects.
 
-    Returns fp32; fp64 for tensors that are stored in fp64.
+    Returns fp32; fp64 for tensors that are stored in fp64; the stored dtype if `as_stored`.
 
     Raises:
       UserError: the tensor does not exist, is not floating-point, or has values that are not
@@ -124,7 +124,8 @@ class StoredTensors:
       x = view[tuple(slice(start, stop) for start, stop, _ in bounds) or (slice(None),)]
     except SafetensorError as error:
       raise UserError(f"{self.folder}: tensor '{name}' cannot be read ({error}).") from error
-    x = np.asarray(x, np.float64 if x.dtype == np.float64 else np.float32)
+    if not as_stored:
+      x = np.asarray(x, np.float64 if x.dtype == np.float64 else np.float32)
     if not np.isfinite(x).all():
       raise UserError(f"{self.folder}: tensor '{name}' has values that are not finite.")
     return x

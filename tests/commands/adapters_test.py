@@ -14,9 +14,10 @@ from cm3leon_jax.api import CM3Leon
 from cm3leon_jax.commands import common, export, train
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.export import bundle
-from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.export import bundle, huggingface
+from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.generation import heldout
+from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.models import adapters
 from cm3leon_jax.run import initial
 from cm3leon_jax.run.run import Run, load_initial
@@ -170,6 +171,32 @@ def test_adapters_are_added_to_their_base_and_to_no_other(base, adapted, tmp_pat
     initial.over(str(base), base)
   with refused(UserError, str(folder), "peft"):
     CM3Leon.load(folder)
+
+
+def test_a_base_in_bfloat16_keeps_its_dtype(base, tmp_path):
+  """Losses and parameters are those of a base with the same values in fp32."""
+  settings = settings_with(steps=2)
+  settings = dataclasses.replace(settings, model=settings.model.computing_in("bfloat16"))
+  results = []
+  for dtype in ("bfloat16", "float32"):
+    start, folder = tmp_path / f"base_{dtype}", epath.Path(tmp_path / dtype)
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("train"))
+    with one_device():
+      params = jax.tree.map(lambda x: x.astype("bfloat16"), Run.open(base).params()[0])
+      huggingface.export(start, params, settings.model, settings.vocab, None, dtype)
+      train.main(settings, folder, train.Flags(init_from=str(start)))
+      run = Run.open(folder)
+      frozen = train._frozen_params(run, initial.recorded(folder))()
+      wide, narrow = (run.params(dtype=x)[0] for x in ("float32", "bfloat16"))
+      drawing = Pipeline.open(run, None)[0].generator.params
+    for tree, kind in ((frozen, dtype), (narrow, dtype), (wide, "float32")):
+      assert {x.dtype.name for x in jax.tree.leaves(tree)} == {kind}
+    lines = read_json_lines(folder / "train" / "metrics" / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 2
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16"), (frozen, narrow, wide))
+    results.append((losses, rounded, drawing))
+  jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def test_a_base_that_is_absent_or_has_changed_is_refused(base, adapted, tmp_path, monkeypatch):

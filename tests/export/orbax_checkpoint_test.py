@@ -7,6 +7,7 @@ import pytest
 
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import formats
+from cm3leon_jax.run import exported as exported_lib
 from cm3leon_jax.run import initial
 from cm3leon_jax.run.run import Run, load_initial
 from cm3leon_jax.tokenizers import text
@@ -69,6 +70,11 @@ def test_another_dtype_is_rounded_and_damage_is_found(exported):
   formats.write(rounded, dataclasses.replace(run, choice=narrow))
   with one_device():
     found = load_initial(initial.find(settings, str(rounded)), settings)
+    kept, wide = (
+      exported_lib.load_params(x, settings.model, "bfloat16") for x in (rounded, folder)
+    )
+  assert {x.dtype.name for x in jax.tree.leaves(kept)} == {"bfloat16"}
+  jax.tree.map(np.testing.assert_array_equal, (kept, wide), (found, params))
   expected = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
   data = max((folder / "params" / "d").iterdir(), key=lambda path: path.stat().st_size)

@@ -21,7 +21,7 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.importing import chameleon_ids, importer
 from cm3leon_jax.models import adapters
 from cm3leon_jax.run import initial
-from cm3leon_jax.run.run import Run, load_initial, open_params
+from cm3leon_jax.run.run import Run, ids, load_initial, open_params
 from cm3leon_jax.stages import table
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.vocab import VocabLayout
@@ -271,13 +271,14 @@ def test_other_files_are_refused(part, chameleon, tmp_path):
   refuses(folder, tmp_path, word)
 
 
-def test_an_import_draws_and_is_exported_bit_for_bit(chameleon, workdir, tmp_path, monkeypatch):
+def test_an_import_is_a_model_and_is_exported_bit_for_bit(chameleon, workdir, tmp_path):
   """The workdir has no training, and a model that transformers loads without a missing tensor."""
   import transformers
 
-  monkeypatch.chdir(tmp_path)
   run = Run.open(workdir)
   assert run.settings == SETTINGS
+  assert not run.has_clip
+  assert ids(run, ["text_tokenizer", "vqgan", "train"])["train"]
   with jax.set_mesh(mesh_of(1, 1, 1)):
     assert run.params()[1] == 0
     choice = formats.Choice(dtype="bfloat16")
@@ -316,8 +317,8 @@ def test_adapters_are_exported_for_peft_and_merged(chameleon, workdir, tmp_path)
   write_json(folder / "train" / "config.json", {"run": identity, "settings": stored_settings})
   shutil.copytree(workdir / "vqgan", folder / "vqgan")
   sample = np.random.default_rng(0).integers(VOCAB.size, size=24).astype(np.int32)
-  ids = read_ids(workdir / "init" / "published")
-  given = torch.from_numpy(ids[sample])[None].long()
+  renumbered = read_ids(workdir / "init" / "published")
+  given = torch.from_numpy(renumbered[sample])[None].long()
   model = dataclasses.replace(SETTINGS.model, attention="plain")
   with jax.set_mesh(mesh_of(1, 1, 1)):
     base, factors = load_initial(start, settings), random_factors(model, settings.adapter)
@@ -328,7 +329,7 @@ def test_adapters_are_exported_for_peft_and_merged(chameleon, workdir, tmp_path)
       made = stored.of_tree(jax.device_get(params), 3)
       choice = formats.Choice(format=name)
       formats.write(tmp_path / name, formats.TrainedRun(Run(folder, settings), made, choice))
-    compared = huggingface.compare_logits(tmp_path / "hf", params, model, [sample], ids)
+    compared = huggingface.compare_logits(tmp_path / "hf", params, model, [sample], renumbered)
   assert compared["max_difference"] < 1e-4 < 1 < compared["max_logit"]
   peft = pytest.importorskip("peft")
   assert "ChameleonForConditionalGeneration" in (tmp_path / "peft" / "README.md").read_text()

@@ -93,6 +93,22 @@ def difference(a, b):
   return np.abs(a - b)[rows()[2] == 1].max()
 
 
+def other_heads(params):
+  """Exchanges the scales and biases of heads."""
+  blocks = params["blocks"]
+  norm = jax.tree.map(lambda x: np.roll(x, 1, axis=1), blocks["q_norm"])
+  return {**params, "blocks": {**blocks, "q_norm": norm}}
+
+
+def swapped_halves(params):
+  """Exchanges the halves of queries and keys, so that rotary positions turn them backwards."""
+  swap = functools.partial(np.roll, shift=CONFIG.head_dim // 2, axis=-1)
+  blocks = params["blocks"]
+  norms = {name: jax.tree.map(swap, blocks[name]) for name in ("q_norm", "k_norm")}
+  qkv = np.concatenate([swap(blocks["qkv"][:, :2]), blocks["qkv"][:, 2:]], axis=1)
+  return {**params, "blocks": {**blocks, **norms, "qkv": qkv}}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_hidden_states_and_logits_are_those_of_transformers(name):
   config = MODELS[name]
@@ -108,24 +124,6 @@ def test_hidden_states_and_logits_are_those_of_transformers(name):
   assert difference(logits, expected_logits) < TOLERANCE
   for change in (other_heads, swapped_halves) if name == "plain" else ():  # Negative controls.
     assert difference(outputs(config, change(params))[1], expected_logits) > 0.1
-
-
-def other_heads(params):
-  """Exchanges the scales and biases of heads."""
-  norm = jax.tree.map(lambda x: np.roll(x, 1, axis=1), params["blocks"]["q_norm"])
-  return {**params, "blocks": {**params["blocks"], "q_norm": norm}}
-
-
-def swapped_halves(params):
-  """Exchanges the halves of queries and keys, so that rotary positions turn them backwards."""
-  blocks = dict(params["blocks"])
-
-  def swap(x):
-    return np.roll(x, CONFIG.head_dim // 2, axis=-1)
-
-  blocks |= {name: jax.tree.map(swap, blocks[name]) for name in ("q_norm", "k_norm")}
-  blocks["qkv"] = np.concatenate([swap(blocks["qkv"][:, :2]), blocks["qkv"][:, 2:]], axis=1)
-  return {**params, "blocks": blocks}
 
 
 def greedy(model, prompt, kinds):
