@@ -246,11 +246,11 @@ def document(
   if length < 2:
     raise UserError(f"the length is {length}; it must be at least 2: one token and </s>.")
   _check_images(vocab, image_tokens, segments)
-  end, place = templates.WRITTEN, templates.SEGMENT_START
-  if len(segments) and not after_break:
+  place = templates.SEGMENT_START
+  if continues := bool(len(segments)) and not after_break:
     ends_in_image = _is_image(vocab, [segments[-1]])
-    end, place = None, templates.AFTER_IMAGE if ends_in_image else templates.IN_TEXT
-  prompt = _prompt(vocab, segments, end)
+    place = templates.AFTER_IMAGE if ends_in_image else templates.IN_TEXT
+  prompt = _prompt(vocab, segments, None if continues else templates.WRITTEN)
   return Request((prompt,), (Part(grammar.DOCUMENT, length, place),))
 
 
