@@ -58,8 +58,11 @@ class Part:
   seconds: float
 
 
-def parts_of(platform: str, out: pathlib.Path) -> list[Part]:
-  """Returns the parts for a device of this platform: "gpu", "tpu" or "cpu"."""
+def parts_of(platform: str, out: pathlib.Path, weights: str = "") -> list[Part]:
+  """Returns the parts for a device of this platform: "gpu", "tpu" or "cpu".
+
+  `weights` is the folder of a published model to import, if any.
+  """
   cpu = platform == "cpu"
   step = ("-m", "benchmarks.speed.train_step")
   of_350m = (*MODEL_350M, "--length=4096", "--dtype=bfloat16", "--remat_policy=full")
@@ -67,7 +70,13 @@ def parts_of(platform: str, out: pathlib.Path) -> list[Part]:
   tests = ("-m", "pytest", "-q", "-rf", "--color=no", "-p", "no:cacheprovider")
   tests += ("--confcutdir=tests/device",)
   demo = ("launch/demo.sh", "--workdir", str(out / "demo"), "--minutes", "2" if cpu else "5")
-  return [
+  imported = Part(
+    "weights",
+    "Does a model with imported weights draw?",
+    ("-m", "benchmarks.first_run_weights", weights, str(out)),
+    900,
+  )
+  return [imported] * bool(weights) + [
     Part(
       "tests",
       "Do kernels, steps, decoding and restores agree with the CPU?",
@@ -175,7 +184,7 @@ def begin(out: pathlib.Path, there: epath.Path, found: dict[str, Any]) -> dict[s
 
 
 def _is_result(path: Any) -> bool:
-  return path.suffix in (".md", ".json", ".log")
+  return path.suffix in (".md", ".json", ".log", ".png")
 
 
 def save(out: pathlib.Path, there: epath.Path, results: dict[str, Any]) -> None:
@@ -223,7 +232,8 @@ def _run(to: str) -> None:
   results = begin(out, there, machine())
   out.mkdir(parents=True, exist_ok=True)
   save(out, there, results)
-  go(parts_of(results["machine"]["platform"], out), results, out, there, end)
+  parts = parts_of(results["machine"]["platform"], out, flags.FLAGS.weights)
+  go(parts, results, out, there, end)
   print(f"Read {there / 'page.md'}, and attach {there / 'first_run.zip'} to an issue.")
 
 
@@ -253,5 +263,6 @@ def go(
 
 if __name__ == "__main__":  # Flags defined here do not exist in tests that import it.
   flags.DEFINE_string("out", "first_run", "Folder for the results, local or gs://.")
+  flags.DEFINE_string("weights", "", "Folder of Anole or Chameleon, to import and draw with.")
   flags.DEFINE_float("minutes", 30.0, "Minutes for all parts together.", lower_bound=0.5)
   app.run(main)
