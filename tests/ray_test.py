@@ -6,8 +6,8 @@ import pytest
 
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.stages.shards import Runner
-from tests.files.shards_test import NAMES, Copy, log, run
 from tests.refusals import refused
+from tests.stages.shards_test import NAMES, Copy, log, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray prints warnings.
 
