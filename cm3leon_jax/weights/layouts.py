@@ -308,8 +308,8 @@ def config_of(described: dict) -> dict[str, dict]:
 
 def vocab_of(own: Mapping) -> VocabLayout:
   """Returns the vocabulary that `hf_config` describes in the field `cm3leon`."""
-  names = [field.name for field in dataclasses.fields(VocabLayout)]
-  return VocabLayout(**{name: own[name] for name in names})
+  sizes = {name: own[name] for name in VocabLayout().sizes}
+  return VocabLayout(**sizes, template=own.get("template", "cm3leon"))
 
 
 def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
@@ -319,7 +319,9 @@ def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
   positions to pass.
   """
   layout = layout_of(config)
-  own = {**dataclasses.asdict(vocab), "align_images": config.align_images}
+  own = {**vocab.sizes, "align_images": config.align_images}
+  if vocab.template != "cm3leon":
+    own["template"] = vocab.template
   if config.align_images:
     own["position_ids"] = POSITION_IDS
   return {

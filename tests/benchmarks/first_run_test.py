@@ -101,6 +101,8 @@ def test_all_parts_fit_into_30_minutes(platform, tmp_path):
   parts = first_run.parts_of(platform, tmp_path)
   assert sum(part.seconds for part in parts) <= 30 * 60
   assert [part.name for part in parts][:2] == ["tests", "train_step"]
+  given = first_run.parts_of(platform, tmp_path, "anole")
+  assert [part.name for part in given] == ["weights", *(part.name for part in parts)]
   small = "--length=128" in parts[2].command
   assert small == (platform == "cpu")
 
