@@ -274,6 +274,16 @@ def test_other_files_are_refused(part, chameleon, tmp_path):
   refuses(folder, tmp_path, word)
 
 
+def test_a_bank_in_the_workdir_of_an_import_names_its_clip(workdir, tmp_path):
+  retrieval = dataclasses.replace(SETTINGS.retrieval, clip="a-clip")
+  shutil.copytree(workdir, tmp_path / "run")
+  stored = {"config": {"retrieval": dataclasses.asdict(retrieval)}}
+  write_json(tmp_path / "run" / "neighbors" / "done.json", stored)
+  run = Run.open(tmp_path / "run")
+  assert run.has_clip
+  assert run.settings == dataclasses.replace(SETTINGS, retrieval=retrieval)
+
+
 @pytest.fixture(scope="module")
 def exported(workdir, tmp_path_factory):
   """Returns the folder of an export of the import."""
