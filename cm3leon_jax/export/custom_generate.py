@@ -3,7 +3,9 @@
   ids = model.generate(prompts, custom_generate=DIR, trust_remote_code=True, seed=0)
 
 `cm3leon export` writes this file to DIR/custom_generate/generate.py. It needs only torch and
-transformers. The field `cm3leon` of config.json has the run's settings.
+transformers. The field `cm3leon` of config.json has the run's settings. If it has `image_ids`, DIR
+has the ids of a published Chameleon, whose class masks the logits of image codes: the script reads
+the decoder and its head below the mask.
 """
 
 # B prompts, P tokens of the longest prompt, R rows of both streams, I codes per image, V codes.
@@ -33,9 +35,11 @@ def generate(
 ) -> torch.Tensor:
   """Generates an image for each prompt `</s> caption <break>`, on the model's device.
 
+  The prompts of a Chameleon are `<s> caption <reserved08706> <racm3:break>`.
+
   Args:
     inputs: prompts [B, P], padded on the left; the same as `input_ids`.
-    attention_mask: [B, P], 0 for padding; default: 1 for all ids except 0.
+    attention_mask: [B, P], 0 for padding; default: 1 for all ids except `<pad>`.
     position_ids: [B, P]; needed if config.json has `cm3leon.position_ids` and prompts have images.
     negative_prompt_ids: [B, _] or [1, _], padded on the left; default: the unconditional prompt.
     do_sample: False always takes the most probable code.
@@ -44,7 +48,8 @@ def generate(
       `top_k` (0 keeps all), `top_p`; default: the settings of the run.
 
   Returns:
-    Prompts and image codes, int64 [B, P + I]. Code c is the id `cm3leon.text_size` + c.
+    Prompts and image codes, int64 [B, P + I]. Code c is the id `cm3leon.text_size` + c. For a
+    Chameleon, [B, P + I + 1]: code c is the id `cm3leon.image_ids[c]`, and `<eoss>` is the last.
 
   Raises:
     ValueError: an argument is unknown or wrong.
@@ -63,12 +68,13 @@ def generate(
   positions = (mask.cumsum(1) - 1).clamp(min=0)
   if position_ids is not None:
     positions[: len(prompts), -position_ids.shape[1] :] = position_ids
-  elif own["align_images"] and (ids >= own["text_size"]).any():
+  elif own.get("align_images") and (ids >= own["text_size"]).any():
     raise ValueError("a prompt has images: pass position_ids, see config.json.")
   seed = int(torch.randint(2**31, ())) if seed is None else seed
   generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
   codes = _decode(model, ids, mask, positions, generators, chosen)
-  return torch.cat([prompts.to(codes), codes], 1)
+  end = codes.new_tensor([own.get("after_image", [])]).expand(len(codes), -1)
+  return torch.cat([prompts.to(codes), codes, end], 1)
 
 
 def _decode(
@@ -81,17 +87,19 @@ def _decode(
 ) -> torch.Tensor:
   """Decodes the image of each generator; returns ids [B, I]. The other tensors are [R, P]."""
   own, rows, drawn = model.config.cm3leon, len(generators), []
-  codes = slice(own["text_size"], own["text_size"] + own["image_size"])
+  codes = own.get("image_ids") or range(own["text_size"], own["text_size"] + own["image_size"])
+  codes = torch.tensor(codes, device=model.device)
+  decoder = model.model  # Chameleon's own forward masks the logits of all codes.
   # Versions of transformers name this argument differently.
-  named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-  options = {named: DynamicCache(config=model.config), "use_cache": True, "logits_to_keep": 1}
+  named = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+  options = {named: DynamicCache(config=model.config), "use_cache": True}
   scale, schedule = settings["guidance_scale"], settings["guidance_schedule"]
   for weight in _weights(scale, schedule, own["image_tokens"]):
-    result = model(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
-    logits = result.logits[:, -1, codes].float()
+    hidden = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, **options)[0]
+    logits = model.lm_head(hidden[:, -1])[:, codes].float()
     conditional, unconditional = logits[:rows], logits[-rows:]
     guided = unconditional + weight * (conditional - unconditional)
-    drawn.append(_sample(guided, generators, settings) + codes.start)
+    drawn.append(codes[_sample(guided, generators, settings)])
     ids = drawn[-1].repeat(len(ids) // rows, 1)
     mask, positions = pad(mask, (0, 1), value=1), positions[:, -1:] + 1
   return torch.cat(drawn, 1)
@@ -131,7 +139,7 @@ def _joined(streams: list, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
   width = max(ids.shape[1] for ids, _ in streams)
   joined = []
   for ids, mask in streams:
-    mask = (ids != 0).long() if mask is None else mask
+    mask = (ids != own.get("pad", 0)).long() if mask is None else mask
     if ids.shape != mask.shape or len(ids) not in (1, rows) or not mask[:, -1].all():
       raise ValueError(
         f"prompts {list(ids.shape)} and their mask {list(mask.shape)} must have 1 or {rows} rows, "

@@ -44,8 +44,11 @@ SCRIPT = "custom_generate.py"  # Copied to exports, where it does not need this 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   """Writes a run for `transformers.AutoModelForCausalLM` and `AutoTokenizer`. See `export`."""
   settings, choice = run.settings, run.choice
+  script = epath.Path(folder) / "custom_generate" / "generate.py"
+  script.parent.mkdir(parents=True, exist_ok=True)
+  script.write_text(importlib.resources.files(__package__).joinpath(SCRIPT).read_text("utf-8"))
   if (published := initial.published_of(run.trained.folder)) is not None:
-    return published_layout.write(folder, run, published)
+    return published_layout.write(folder, run, published, _text_to_image(settings))
   described = hf_config(settings.model, settings.vocab)
   described["cm3leon"] |= _text_to_image(settings)
   tensors = tensors_of(run.params, settings.model, choice.dtype)
@@ -53,9 +56,6 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   if choice.quantize:
     described["quantization_config"] = int8.CONFIG
     tensors = int8.quantized(tensors)
-  script = epath.Path(folder) / "custom_generate" / "generate.py"
-  script.parent.mkdir(parents=True, exist_ok=True)
-  script.write_text(importlib.resources.files(__package__).joinpath(SCRIPT).read_text("utf-8"))
   tokenizer = run.text_tokenizer
   numbers = write_model(folder, described, tensors, settings.vocab, tokenizer, choice.dtype)
   return {**numbers, "parameters": count}

@@ -297,7 +297,11 @@ class Pipeline:
     for kind, value in queries:
       values[kind].append(value)
     embedded, lexical, clip = {}, self.retriever.lexical, self.clip
-    assert clip is not None
+    if clip is None:
+      raise UserError(
+        f"{self.bank} is searched by CLIP, which is not given: name the CLIP that built this bank, "
+        "--config.retrieval.clip=FOLDER."
+      )
     if images := [load_image(image, clip.resolution) for image in values["image"]]:
       embedded["image"] = iter(lexical.join(clip.embed_images(np.stack(images))))
     assert clip.encode is not None

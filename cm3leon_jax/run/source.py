@@ -117,6 +117,8 @@ def has_published_ids(described: Mapping[str, Any]) -> bool:
 def settings_of_run(workdir: epath.PathLike) -> Settings:
   """Reads the settings that `cm3leon train` wrote to train/config.json, or those of an import.
 
+  If the workdir of an import has a bank, the section retrieval is that of the bank.
+
   Raises:
     UserError: nothing was trained in `workdir` or imported, or the file is damaged.
   """
@@ -124,7 +126,10 @@ def settings_of_run(workdir: epath.PathLike) -> Settings:
   if not path.exists() and (done := path.parents[1] / MARKS["import"]).exists():
     stored = read_json(done, {"summary": dict})["summary"]
     if SETTINGS in stored:
-      return settings_from_stored(stored[SETTINGS])
+      bank = path.parents[1] / "neighbors" / "done.json"
+      built = read_json(bank, {"config": dict})["config"] if bank.exists() else {}
+      more = {name: built[name] for name in ("retrieval",) if name in built}
+      return settings_from_stored(stored[SETTINGS] | more)
   if not path.exists():
     raise UserError(
       f"{path} does not exist: name the workdir of a run in which `cm3leon train` has started, "

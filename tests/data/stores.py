@@ -13,15 +13,17 @@ VOCAB = VocabLayout(num_special=32, text_size=512, image_size=64)
 IMAGE_TOKENS = 16
 
 
-def make_sources(folder, num_pairs=50, num_texts=30, text_share=0.3, seed=0) -> list[RowSource]:
+def make_sources(
+  folder, num_pairs=50, num_texts=30, text_share=0.3, seed=0, vocab=VOCAB
+) -> list[RowSource]:
   """Makes pairs with 4 random candidate neighbors each, and texts of up to 300 tokens."""
   rng = np.random.default_rng(seed)
 
   def text(n):
-    return Segment(False, rng.integers(VOCAB.num_special, VOCAB.text_size, n).astype(np.int32))
+    return Segment(False, rng.integers(vocab.num_special, vocab.text_size, n).astype(np.int32))
 
   def image():
-    return Segment(True, VOCAB.image_ids(rng.integers(0, VOCAB.image_size, IMAGE_TOKENS)))
+    return Segment(True, vocab.image_ids(rng.integers(0, vocab.image_size, IMAGE_TOKENS)))
 
   origin = {"source": "test", "license": "CC0-1.0", "attribution": "nobody"}
   pairs = (
@@ -29,14 +31,14 @@ def make_sources(folder, num_pairs=50, num_texts=30, text_share=0.3, seed=0) -> 
     for i in range(num_pairs)
   )
   texts = (Document(f"t{i}", (text(rng.integers(2, 300)),), **origin) for i in range(num_texts))
-  write_documents(folder / "pairs", pairs, VOCAB)
-  write_documents(folder / "texts", texts, VOCAB)
-  store = DocumentStore(folder / "pairs", VOCAB)
+  write_documents(folder / "pairs", pairs, vocab)
+  write_documents(folder / "texts", texts, vocab)
+  store = DocumentStore(folder / "pairs", vocab)
   neighbors = np.stack([rng.permutation(num_pairs)[:4] for _ in range(num_pairs)]).astype(np.int32)
   neighbors[::7, 2:] = -1
   return [
     RowSource(store, 1 - text_share, neighbors, store),
-    RowSource(DocumentStore(folder / "texts", VOCAB), text_share),
+    RowSource(DocumentStore(folder / "texts", vocab), text_share),
   ]
 
 

@@ -53,6 +53,12 @@ def prepare(pipeline, *tasks):
   return list(zip(pipeline.requests(tasks, given, found), found))
 
 
+def test_a_bank_without_a_clip_is_not_searched(workdir):
+  pipeline = Pipeline.load(Run(workdir, SETTINGS), random_params(SETTINGS.model))
+  with refused(UserError, str(workdir), "--config.retrieval.clip=FOLDER"):
+    pipeline.search([("text", "green car")], 1)
+
+
 def test_a_prompt_gets_its_nearest_neighbors_by_clip(pipeline, workdir, clip):
   tasks = text_to_image("green car", retrieve=2), text_to_image("green car")
   (request, found), (_, none) = prepare(pipeline, *tasks)

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import pathlib
 import shutil
 
 from etils import epath
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 import tokenizers
 
+from cm3leon_jax import CM3Leon
 from cm3leon_jax.config.model import AdapterConfig
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.export import formats, huggingface
@@ -31,6 +33,7 @@ from tests.importing import published_chameleon
 from tests.models.adapters_test import random_factors
 from tests.models.tiny import mesh_of
 from tests.refusals import refused
+from tests.reports.snippets import execute, snippets
 
 SETTINGS = published_chameleon.make_settings()
 VOCAB = SETTINGS.vocab
@@ -271,7 +274,27 @@ def test_other_files_are_refused(part, chameleon, tmp_path):
   refuses(folder, tmp_path, word)
 
 
-def test_an_import_is_a_model_and_is_exported_bit_for_bit(chameleon, workdir, tmp_path):
+def test_a_bank_in_the_workdir_of_an_import_names_its_clip(workdir, tmp_path):
+  retrieval = dataclasses.replace(SETTINGS.retrieval, clip="a-clip")
+  shutil.copytree(workdir, tmp_path / "run")
+  stored = {"config": {"retrieval": dataclasses.asdict(retrieval)}}
+  write_json(tmp_path / "run" / "neighbors" / "done.json", stored)
+  run = Run.open(tmp_path / "run")
+  assert run.has_clip
+  assert run.settings == dataclasses.replace(SETTINGS, retrieval=retrieval)
+
+
+@pytest.fixture(scope="module")
+def exported(workdir, tmp_path_factory):
+  """Returns the folder of an export of the import."""
+  run, folder = Run.open(workdir), tmp_path_factory.mktemp("exported") / "export"
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    choice = formats.Choice(dtype="bfloat16")
+    formats.write(folder, formats.TrainedRun(run, open_params(run, None), choice))
+  return folder
+
+
+def test_an_import_is_a_model_and_is_exported_bit_for_bit(chameleon, workdir, exported):
   """The workdir has no training, and a model that transformers loads without a missing tensor."""
   import transformers
 
@@ -281,10 +304,7 @@ def test_an_import_is_a_model_and_is_exported_bit_for_bit(chameleon, workdir, tm
   assert ids(run, ["text_tokenizer", "vqgan", "train"])["train"]
   with jax.set_mesh(mesh_of(1, 1, 1)):
     assert run.params()[1] == 0
-    choice = formats.Choice(dtype="bfloat16")
-    made = formats.TrainedRun(run, open_params(run, None), choice)
-    formats.write(tmp_path / "export", made)
-  folder, source = tmp_path / "export", chameleon[1]
+  folder, source = exported, chameleon[1]
   ours, original = StoredTensors(folder), StoredTensors(source)
   assert {*ours.names} == {*original.names}
   for name in original.names:
@@ -303,6 +323,45 @@ def test_an_import_is_a_model_and_is_exported_bit_for_bit(chameleon, workdir, tm
     Run.open(folder, exports=True)
   again = importer.plan(SETTINGS, str(folder))  # It is imported like the original.
   assert again.published.theirs.tolist() == read_ids(workdir / "init" / "published").tolist()
+
+
+def test_an_export_draws_the_codes_of_this_project(workdir, theirs, exported):
+  """Greedy, of captions with their tokenizer in one padded batch, by the stock class."""
+  import torch
+  import transformers
+
+  captions = ["a red bell", "3 roads left of a blue house"]
+  model = transformers.ChameleonForConditionalGeneration.from_pretrained(exported, dtype="float32")
+  names, own = model.config.vocabulary_map, model.config.cm3leon
+  texts = [_original(exported).encode(text, add_special_tokens=False).ids for text in captions]
+  end = [names["<reserved08706>"], names["<racm3:break>"]]
+  prompts = [[names["<s>"], *text, *end] for text in texts]
+  longest = max(map(len, prompts))
+  assert min(map(len, prompts)) < longest
+  given = torch.tensor([[names["<pad>"]] * (longest - len(x)) + x for x in prompts])
+
+  def draw(**options):
+    options |= {"custom_generate": str(exported), "trust_remote_code": True, "do_sample": False}
+    return model.generate(given, **options)[:, longest:].numpy()
+
+  ours = CM3Leon.load(workdir, mesh=mesh_of(1, 1, 1))
+  for scale in (1.0, 3.0):
+    expected = [
+      theirs[sample.tokens] for [sample] in ours.generate(captions, top_k=1, guidance=scale)
+    ]
+    found = draw(guidance_scale=scale)
+    np.testing.assert_array_equal(found, expected)
+    assert (found[:, -1] == names["<eoss>"]).all()
+    assert {*found[:, :-1].flat} <= {*own["image_ids"]}
+  assert (draw(guidance_scale=1.0) != expected).any()
+  page = pathlib.Path(__file__).parents[2].joinpath("docs/weights.md").read_text("utf-8")
+  [(_, lines)] = [x for x in snippets(page) if "ChameleonFor" in x[1]]
+  result = execute([("python", lines.replace("mine/export", str(exported)))])
+  side = published_chameleon.SIDE
+  assert result["image"].shape == (side, side, 3)
+  for change in ({"pad": names["<s>"]}, {"unconditional_prompt": [1, 3]}):
+    model.config.cm3leon = own | change  # Ids of ours.
+    assert (draw(guidance_scale=3.0) != expected).any()
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -20,7 +20,7 @@ def make_workdir(root: pathlib.Path, settings: Settings) -> None:
 
   If the config has instructions, their tasks must be those of `make_instructions`.
   """
-  sources = make_sources(root / "made", num_pairs=PAIRS)
+  sources = make_sources(root / "made", num_pairs=PAIRS, vocab=settings.vocab)
   for kind in ("pairs", "texts"):
     for split in ("train", "heldout"):
       (root / "documents").mkdir(exist_ok=True)
