@@ -33,7 +33,8 @@ SIZES = {
   **{"vqgan.downsample": 2, "vqgan.stem": 2, "vqgan.multipliers": (1,)},
   **{"vqgan.encoder_blocks": (1,), "vqgan.decoder_blocks": (1,)},
 }
-RUN = {"train.steps": 2, "train.eval_every": 2, "train.checkpoint_every": 2, "train.sample_every": 9}
+RUN = {f"train.{name}": 2 for name in ("steps", "eval_every", "checkpoint_every")}
+RUN |= {"train.sample_every": 9}
 RUN |= {"evaluation.num_documents": 2, "evaluation.guidance": (3.0,), "train.eval_batches": 1}
 RUN |= {"clip.resolution": huggingface_files.SIDE, "clip.patch": 4, "optimizer.warmup_steps": 1}
 WORDS = (("red", "blue", "green"), ("house", "lake", "bird", "car"))

@@ -319,7 +319,7 @@ def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
   positions to pass.
   """
   layout = layout_of(config)
-  own = {**vocab.sizes, "align_images": config.align_images}
+  own: dict = {**vocab.sizes, "align_images": config.align_images}
   if vocab.template != "cm3leon":
     own["template"] = vocab.template
   if config.align_images:
