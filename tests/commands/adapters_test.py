@@ -93,7 +93,7 @@ def test_step_0_has_the_losses_of_the_base_and_only_adapters_are_saved(base, ada
   assert done["adapter_parameters"] == adapters.count(settings.model, settings.adapter)
   with one_device():
     params, _ = reading.load_params(base / "train", settings.model)
-    factors, step = reading.load_params(adapted / "train", settings.model, adapter=settings.adapter)
+    factors, step = reading.load_params(adapted / "train", settings.model, tuned=settings.adapter)
   assert step == 3
   assert done["parameters"] == sum(x.size for x in jax.tree.leaves(params))
   assert all(np.abs(x["b"]).max() > 0 for x in jax.device_get(factors).values())

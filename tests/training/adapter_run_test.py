@@ -21,13 +21,13 @@ def frozen_params():
 
 def run(folder, loader, **fields):
   return run_of(
-    folder, loader, adapter=ADAPTER, frozen_params=frozen_params, ema_decay=0.9, **fields
+    folder, loader, tuned=ADAPTER, frozen_params=frozen_params, ema_decay=0.9, **fields
   )
 
 
 def trained(folder, average=True):
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    factors, _ = reading.load_params(folder, MODEL, average=average, adapter=ADAPTER)
+    factors, _ = reading.load_params(folder, MODEL, average=average, tuned=ADAPTER)
     return jax.device_get(factors)
 
 
