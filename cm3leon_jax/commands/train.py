@@ -64,8 +64,9 @@ def _initial_params(
   settings = run.settings
   if isinstance(settings.tuned, AdapterConfig):
     return None
-  if settings.tuned and start is not None:
-    return functools.partial(run_lib.load_trained, _tuned(run, start))
+  if settings.tuned is not None and start is not None:
+    found = adapters_lib.Adapters(run.folder, settings.tuned, start)
+    return functools.partial(run_lib.load_trained, found)
   if start is not None:
     return functools.partial(run_lib.load_initial, start, settings)
   if not settings.model.codebook_start:
@@ -84,13 +85,10 @@ def _frozen_params(
   run: run_lib.Run, start: adapters_lib.ParamsRef | None
 ) -> Callable[[], dict] | None:
   """Returns a function that loads the base of a run; None: the run trains all parameters."""
-  if not run.settings.tuned or start is None:
+  if run.settings.tuned is None or start is None:
     return None
-  return functools.partial(run_lib.load_frozen, _tuned(run, start), run.settings.model.dtype)
-
-
-def _tuned(run: run_lib.Run, start: adapters_lib.ParamsRef) -> adapters_lib.Adapters:
-  return adapters_lib.Adapters(run.folder, run.settings.tuned, start)
+  found = adapters_lib.Adapters(run.folder, run.settings.tuned, start)
+  return functools.partial(run_lib.load_frozen, found, run.settings.model.dtype)
 
 
 def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
