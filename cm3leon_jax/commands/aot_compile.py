@@ -118,7 +118,7 @@ def _model_numbers(settings: Settings, mesh: jax.sharding.Mesh, rows: int, lengt
   return {
     "parameters": programs.count_params(settings, mesh),
     "tokens": rows * length,
-    "model_flops": flops.model_flops(settings.model, rows * length, length, settings.adapter),
+    "model_flops": flops.model_flops(settings.model, rows * length, length, settings.tuned),
   }
 
 

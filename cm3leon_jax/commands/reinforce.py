@@ -83,10 +83,10 @@ def _scores(
 
 def _check(settings: Settings, workdir: epath.Path, init_from: str) -> None:
   """Raises UserError if --init_from is missing, or adapters or replays are requested."""
-  if settings.adapter.rank:
+  if settings.tuned:
     raise UserError(
-      f"config.adapter.rank is {settings.adapter.rank}, but cm3leon reinforce trains all "
-      "parameters: it must be 0."
+      f"config.adapter.rank is {settings.adapter.rank} and config.train.only is "
+      f"{settings.train.only}, but cm3leon reinforce trains all parameters: they must be 0 and ()."
     )
   if settings.train.replay_every:
     raise UserError(

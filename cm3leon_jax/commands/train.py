@@ -24,6 +24,7 @@ from etils import epath, epy
 from pydantic import Field
 
 from cm3leon_jax.commands import common, shared_flags
+from cm3leon_jax.config.model import AdapterConfig
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.run import resume
 
@@ -61,8 +62,11 @@ def _initial_params(
 ) -> Callable[[], dict] | None:
   """Returns a function that creates the first parameters of a run; None if they are random."""
   settings = run.settings
-  if settings.adapter.rank:
+  if isinstance(settings.tuned, AdapterConfig):
     return None
+  if settings.tuned is not None and start is not None:
+    found = adapters_lib.Adapters(run.folder, settings.tuned, start)
+    return functools.partial(run_lib.load_trained, found)
   if start is not None:
     return functools.partial(run_lib.load_initial, start, settings)
   if not settings.model.codebook_start:
@@ -80,11 +84,11 @@ def _initial_params(
 def _frozen_params(
   run: run_lib.Run, start: adapters_lib.ParamsRef | None
 ) -> Callable[[], dict] | None:
-  """Returns a function that loads the base of the run's adapters; None: it trains no adapters."""
-  if not run.settings.adapter.rank or start is None:
+  """Returns a function that loads the base of a run; None: the run trains all parameters."""
+  if run.settings.tuned is None or start is None:
     return None
-  adapters = adapters_lib.Adapters(run.folder, run.settings.adapter, start)
-  return functools.partial(run_lib.load_frozen, adapters, run.settings.model.dtype)
+  found = adapters_lib.Adapters(run.folder, run.settings.tuned, start)
+  return functools.partial(run_lib.load_frozen, found, run.settings.model.dtype)
 
 
 def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:

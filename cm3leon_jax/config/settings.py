@@ -11,6 +11,7 @@ import pydantic.dataclasses
 
 from cm3leon_jax.config.build import STRICT, build
 from cm3leon_jax.config.data import DataConfig, RawConfig, RetrievalConfig
+from cm3leon_jax.config.groups import Groups, Tuned
 from cm3leon_jax.config.instructions import InstructionsConfig
 from cm3leon_jax.config.model import AdapterConfig, ModelConfig
 from cm3leon_jax.config.sampling import EvaluationConfig, SamplingConfig
@@ -84,8 +85,15 @@ class Settings:
         f"{self.data.interleaved_share}; set one of them to 0: the position of text before an "
         "image in an interleaved document is not known while it is generated."
       )
-    if self.adapter.rank:
-      self.adapter.matrices(self.model)
+    if self.adapter.rank and self.train.only:
+      raise ValueError(
+        f"adapter.rank is {self.adapter.rank}, but train.only is {self.train.only}: a run trains "
+        "either adapters or groups of parameters, so set rank to 0 or only to ()."
+      )
+    if isinstance(self.tuned, AdapterConfig):
+      self.tuned.matrices(self.model)
+    elif self.tuned:
+      self.tuned.check(self.model)
     if self.vqgan.quantizer == "fsq":
       check_levels(self.vocab.image_size, self.vqgan.code_dim)
     for field in SPLIT_BY_TENSOR:
@@ -94,6 +102,13 @@ class Settings:
         raise ValueError(
           f"mesh.tensor is {self.mesh.tensor}; it must divide model.{field} = {size}."
         )
+
+  @property
+  def tuned(self) -> Tuned | None:
+    """What the run trains of a model that is otherwise frozen; None: all parameters."""
+    if self.train.only:
+      return Groups(self.train.only, self.vocab.text_size)
+    return self.adapter if self.adapter.rank else None
 
   def check_split(self, axes: Mapping[str, int]) -> None:
     """Raises ValueError unless the parameters can be split evenly over the mesh axes."""

@@ -8,6 +8,7 @@ import pydantic.dataclasses
 
 from cm3leon_jax.config import own_functions
 from cm3leon_jax.config.build import STRICT
+from cm3leon_jax.config.groups import check_names
 from cm3leon_jax.errors import UserError
 
 
@@ -21,6 +22,12 @@ class TrainConfig:
 
   steps: PositiveInt = 41_723
   """Number of training steps."""
+  only: tuple[str, ...] = ()
+  """Groups of parameters that are trained, e.g. ("head.image",); the others are frozen, without
+  gradients and optimizer state. `embed` is the input table (in `opt` also the output table, and the
+  positions), `head` the output table, `layers` all layers and the final norm; `embed.image` and
+  `head.image` are the rows of image codes, and `layers.N-M` the layers N to M, counted from 0. ():
+  all parameters. A run with groups needs --init_from."""
   base: str = ""
   """Trained model from which `cm3leon run` starts if it is given no --init_from; `--init_from=none`
   starts from random parameters. Empty: the run starts from random parameters."""
@@ -88,6 +95,7 @@ class TrainConfig:
   """Peak FLOP/s of one device, used to compute MFU; 0: the known peak of this kind of device."""
 
   def __post_init__(self) -> None:
+    check_names(self.only)
     if self.global_batch_size % self.gradient_accumulation_steps:
       raise ValueError(
         f"gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide "

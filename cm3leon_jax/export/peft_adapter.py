@@ -12,7 +12,7 @@ import dataclasses
 
 from etils import epath
 
-from cm3leon_jax.config.model import ModelConfig
+from cm3leon_jax.config.model import AdapterConfig, ModelConfig
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.files.atomic import replacing
@@ -43,7 +43,7 @@ _EXPORTED = "a folder to which `cm3leon export` writes that model in the format 
 def adapters_of(run: Run) -> adapters.Adapters:
   """Returns the adapters of a run. Raises UserError if it has none."""
   result = adapters.of_run(run.folder) if run.kind == "workdir" else None
-  if result is None:
+  if result is None or not isinstance(result.config, AdapterConfig):
     raise UserError(
       f"--format is peft, but {run.folder} contains no adapters: choose another --format, or the "
       "workdir of a run with config.adapter.rank > 0."
@@ -85,7 +85,7 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   """
   folder = epath.Path(folder)
   result = adapters_of(run.trained)
-  model, config = result.settings.model, result.config
+  model, config = result.settings.model, result.settings.adapter
   names = modules(model)
   described = {
     "peft_type": "LORA",

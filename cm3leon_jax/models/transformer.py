@@ -30,6 +30,8 @@ ACTIVATIONS: dict[str, Callable] = {
 Ids: TypeAlias = Int32[Array, "B L"]
 Stream: TypeAlias = Float[Array, "B L D"]
 Vectors: TypeAlias = Float[Array, "*batch D"]
+# Consecutive layers, stacked, with their adapters. `{}`: these layers are frozen.
+Segments: TypeAlias = list[tuple["Block", dict | None]]
 Layer: TypeAlias = Callable[["Stream", tuple["Block", dict | None]], tuple["Stream", None]]
 
 
@@ -291,13 +293,15 @@ class Transformer(nnx.Module):
     return gathered(self.stored_table())
 
   def __call__(
-    self, tokens: Ids, positions: Ids, segment_ids: Ids, adapters: dict | None = None
-  ) -> Stream:
+    self, tokens: Ids, positions: Ids, segment_ids: Ids, adapters: dict | None = None,
+    segments: Segments | None = None,
+  ) -> Stream:  # fmt: skip
     """Computes the hidden states of packed rows, after the final norm.
 
     The logits are `hidden @ output_table().T`. `positions` are the positions of tokens in their
     samples. Tokens attend only to tokens with the same segment id; segment id 0 is padding.
-    `adapters` are added to the layers' matrices, see `adapters.scaled`.
+    `adapters` are added to the layers' matrices, see `adapters.scaled`. `segments` replace the
+    layers and their adapters.
     """
     attend = functools.partial(
       attention.row_attention, self.config.attention, segment_ids=segment_ids
@@ -307,12 +311,11 @@ class Transformer(nnx.Module):
       block, factors = scanned
       return block(checkpoint_name(x, "input"), positions, attend, factors), None
 
-    x, _ = jax.lax.scan(
-      _checkpointed(layer, self.config.remat_policy),
-      self.embed_tokens(tokens, positions),
-      (self.blocks, adapters),
-      unroll=self.config.unroll_layers,
-    )
+    x = self.embed_tokens(tokens, positions)
+    for scanned in segments or [(self.blocks, adapters)]:
+      x, _ = jax.lax.scan(
+        _checkpointed(layer, self.config.remat_policy), x, scanned, unroll=self.config.unroll_layers
+      )
     return self.final_norm(x)
 
 

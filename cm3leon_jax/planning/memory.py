@@ -15,13 +15,13 @@ import math
 import jax
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config.model import ModelConfig, RematPolicy
+from cm3leon_jax.config.model import AdapterConfig, ModelConfig, RematPolicy
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.config.training import OptimizerConfig, on_mesh
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.mesh import BATCH, FSDP
-from cm3leon_jax.models import adapters
+from cm3leon_jax.mesh import BATCH
 from cm3leon_jax.models.transformer import KEPT
+from cm3leon_jax.planning import shares
 from cm3leon_jax.planning.topology import device_memory
 from cm3leon_jax.training.step.grpo import LONG_BUCKET, row_length
 
@@ -80,18 +80,19 @@ def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
   batch_shards = math.prod(shape[axis] for axis in BATCH)
   train = on_mesh(settings.train, batch_shards)
   R = train.micro_batch_size // batch_shards
-  params, matrices, tables = _shares(model, shape)
+  tuned, own = settings.tuned, shares.trained(model, settings.tuned, shape)
+  params, matrices, tables, whole = own
   b, tokens, D = ITEMSIZE[model.dtype], R * L, model.width
   kept = tokens * D * model.num_layers * b * kept_widths(model, tensor, platform)
   # `copy` is the layers in the compute dtype, which is also the dtype of their gradients.
   copy, gradients = (matrices * b if b < 4 else 0), matrices * b
   table = (4 + b) * model.vocab_size / tensor * D  # Gradient of the input table.
-  frozen = 0.0
-  if settings.adapter.rank:  # Only adapters have gradients, in fp32.
-    frozen = params * b
-    copy, tables, table = 0, 0, 0
-    params = matrices = adapters.count(model, settings.adapter, shape)
-    gradients = 4 * params
+  frozen = (shares.trained(model, None, shape).params - whole) * b
+  if isinstance(tuned, AdapterConfig):
+    copy, table, gradients = 0, 0, 4 * params  # The gradients of adapters are in fp32.
+  elif tuned is not None:
+    table *= tuned.first_row("embed") is not None
+    kept *= tuned.backward(model) / model.num_layers
   phases = (
     kept + copy + _loss(model, R, L, tensor, platform, bool(frozen)),
     kept + copy + gradients + 4 * tables + _layer(model, R, L, tensor, platform, bool(frozen)),
@@ -126,7 +127,7 @@ def estimate_update(
   batch_shards = math.prod(shape[axis] for axis in BATCH)
   R = -(-settings.train.global_batch_size // batch_shards)
   L = row_length(prompts, 2, codes)
-  params, matrices, tables = _shares(model, shape)
+  params, matrices, tables, _ = shares.trained(model, None, shape)
   b, D = ITEMSIZE[model.dtype], model.width
   # Without a kernel, heads are not padded, and all attention weights are in memory.
   kernel = platform if L % LONG_BUCKET == 0 else "plain"
@@ -152,28 +153,6 @@ def estimate_update(
     kept=kept,
     working=max(phases) - kept,
   )
-
-
-def _shares(model: ModelConfig, shape: Mapping[str, int]) -> tuple[float, float, float]:
-  """Counts the parameters on one device: all, those in layers, and those in token tables."""
-  fsdp, tensor = math.prod(shape[axis] for axis in FSDP), shape["tensor"]
-  layers, tables, positions = (n / fsdp for n in _parameters(model))
-  return (layers + tables) / tensor + positions, layers / tensor, tables / tensor
-
-
-def _parameters(model: ModelConfig) -> tuple[int, int, int]:
-  """Counts the parameters of the layers, of the token tables, and of the position table."""
-  K, D, F, V = model.num_layers, model.width, model.mlp_width, model.vocab_size
-  traits = model.traits
-  heads = 2 * (model.num_heads + model.key_heads)  # Of queries and outputs, of keys and values.
-  layer = D * heads * model.head_dim + (3 if traits.gated else 2) * D * F
-  if traits.head_norms or model.query_key_norm:
-    each = heads if traits.biased_head_norms else 2  # Scales and biases of all heads, or scales.
-    layer += each * model.head_dim
-  tables, positions = (1 if traits.tied else 2) * V * D, 0 if traits.rotary else model.max_positions
-  if traits.scaled_norms:
-    layer, tables = layer + 2 * D, tables + D
-  return K * layer, tables, positions * D
 
 
 def _optimizer_bytes(config: OptimizerConfig, params: float, matrices: float) -> float:
@@ -225,7 +204,7 @@ def _layer(
   activations, and XLA:TPU also keeps the table that the look-up gathered.
   """
   b, F = ITEMSIZE[model.dtype], model.mlp_width / tensor
-  params = _parameters(model)[0] / model.num_layers / tensor
+  params = shares.parameters(model)[0] / model.num_layers / tensor
   products = 3 if model.traits.gated else 2
   scores = 0.0
   plain = model.attention == "plain" or model.head_dim & (model.head_dim - 1)

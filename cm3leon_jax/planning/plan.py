@@ -128,7 +128,7 @@ def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: f
   replica = hardware.devices // mesh["data"]
   measured = utilization.nearest(hardware.platform, hardware.chip, parameters)
   source = f"as {measured.source}, {measured.mfu:.0%} with remat like `{measured.remat}`"
-  sizes = length, settings.adapter
+  sizes = length, settings.tuned
   step_mfu = mfu or measured.mfu_of(settings.model, *sizes)
   return Plan(
     hardware=hardware,
@@ -157,7 +157,7 @@ def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: f
 
 def _faster(settings: Settings, shape: dict[str, int], hardware: Hardware) -> str:
   """Says which lighter remat policy, or else how many more rows per pass, fit too; "" if none."""
-  row = 1, settings.data.sequence_length, settings.adapter
+  row = 1, settings.data.sequence_length, settings.tuned
   result: list[tuple[Settings, str, str]] = []
   for policy in reversed(KEPT):  # The policy that computes least again is the first.
     model = dataclasses.replace(settings.model, remat_policy=policy)
@@ -237,7 +237,7 @@ def _state(settings: Settings) -> tuple[int, int]:
   single = create_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
   with jax.set_mesh(single):
     sections = settings.model, settings.optimizer, settings.train, settings.vocab, settings.seed
-    state = jax.eval_shape(compile_steps(*sections, settings.adapter).init)
+    state = jax.eval_shape(compile_steps(*sections, settings.tuned).init)
     key = jax.random.key(0)
     params = jax.eval_shape(lambda: transformer.init_params(settings.model, key))
   parameters = transformer.count_params(params)

@@ -22,7 +22,7 @@ from cm3leon_jax.decoding.params import DecodeParams, prepare
 from cm3leon_jax.decoding.programs import Lowered, lower_batch
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import abstract, batch_shards, spec
-from cm3leon_jax.models import transformer
+from cm3leon_jax.models import groups, transformer
 from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import Steps, compile_steps
@@ -58,7 +58,8 @@ def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompts: int) -> ja
   Raises:
     UserError: the batch is not evenly divisible among the devices of the mesh.
   """
-  settings = dataclasses.replace(settings, adapter=AdapterConfig())  # All parameters are trained.
+  train = dataclasses.replace(settings.train, only=())  # All parameters are trained.
+  settings = dataclasses.replace(settings, adapter=AdapterConfig(), train=train)
   with jax.set_mesh(mesh):
     _, state = _steps(settings, mesh)
     reference = jax.tree.map(
@@ -116,13 +117,15 @@ def _steps(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Steps, TrainSta
   """Returns the jitted functions of a run on the current mesh, and the types of its train state."""
   train = on_mesh(settings.train, batch_shards())
   sections = settings.model, settings.optimizer, train, settings.vocab, settings.seed
-  steps = compile_steps(*sections, settings.adapter)
+  steps = compile_steps(*sections, settings.tuned)
   return steps, abstract(jax.eval_shape(steps.init), mesh)
 
 
 def _base(settings: Settings, mesh: jax.sharding.Mesh) -> dict[str, dict]:
-  """Returns {"base": types of the frozen parameters}, or {} if the run trains no adapters."""
-  return {"base": _computing_params(settings, mesh)} if settings.adapter.rank else {}
+  """Returns {"base": types of the frozen parameters}, or {} if all parameters are trained."""
+  if settings.tuned is None:
+    return {}
+  return {"base": groups.rest(_computing_params(settings, mesh), settings.tuned)}
 
 
 def _computing_params(settings: Settings, mesh: jax.sharding.Mesh) -> dict:

@@ -8,7 +8,8 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from cm3leon_jax.config.model import AdapterConfig, ModelConfig, RematPolicy
+from cm3leon_jax.config.groups import Tuned
+from cm3leon_jax.config.model import ModelConfig, RematPolicy
 from cm3leon_jax.training.watch.flops import hardware_flops
 
 
@@ -26,10 +27,10 @@ class Measured(NamedTuple):
   source: str
   remat: RematPolicy = "full"
 
-  def mfu_of(self, model: ModelConfig, length: int, adapter: AdapterConfig) -> float:
+  def mfu_of(self, model: ModelConfig, length: int, tuned: Tuned | None) -> float:
     """Returns the MFU of `model` with its own remat policy, in rows of `length` tokens."""
     there, here = (
-      hardware_flops(dataclasses.replace(model, remat_policy=policy), 1, length, adapter)
+      hardware_flops(dataclasses.replace(model, remat_policy=policy), 1, length, tuned)
       for policy in (self.remat, model.remat_policy)
     )
     return self.mfu * there / here

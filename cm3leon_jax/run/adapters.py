@@ -1,15 +1,17 @@
-"""Reads the adapters that a run trained."""
+"""Reads the adapters, or the groups of parameters, that a run trained on frozen parameters."""
 
 import dataclasses
 
 from etils import epath
 
 from cm3leon_jax.config.build import build
+from cm3leon_jax.config.groups import Groups, Tuned
 from cm3leon_jax.config.model import AdapterConfig
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.run.source import settings_of_run
+from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import reading
 
 
@@ -34,13 +36,16 @@ class ParamsRef:
 class Adapters:
   """Trained adapters on disk, and a reference to the parameters that they were trained on.
 
+  Groups of parameters (`train.only`) are read like adapters.
+
   Attributes:
     folder: workdir of the run.
+    config: what the run trained.
     base: the parameters that the adapters are added to.
   """
 
   folder: epath.Path
-  config: AdapterConfig
+  config: Tuned
   base: ParamsRef
 
   @property
@@ -63,7 +68,11 @@ def of_run(workdir: epath.PathLike) -> Adapters | None:
   folder = epath.Path(workdir)
   path = folder / "train" / "config.json"
   run = read_json(path, {"run": dict})["run"] if path.exists() else {}
-  if "adapter" not in run:
+  config: Tuned
+  if "adapter" in run:
+    config = build(AdapterConfig, run["adapter"], "adapter")
+  elif only := run.get("train", {}).get("only"):
+    config = Groups(tuple(only), build(VocabLayout, run["vocab"], "vocab").text_size)
+  else:
     return None
-  config = build(AdapterConfig, run["adapter"], "adapter")
   return Adapters(folder, config, ParamsRef(**run["init_from"]))

@@ -55,19 +55,21 @@ def of_run(
     UserError: the run started from something other than `source`, or would train adapters of random
       parameters, or the base of its adapters has changed, or `find` raises the error.
   """
-  tunes = bool(settings.adapter.rank)
+  tuned = settings.tuned
   if source and Source.of(source).kind == "import":
     source = _imported(folder_of(source))
   if stored is None:
     source = source or _imported(epath.Path(workdir))
-    if tunes and not source:
+    if tuned and not source:
+      only, rank = settings.train.only, settings.adapter.rank
       raise UserError(
-        f"config.adapter.rank is {settings.adapter.rank}, but the run would start from random "
-        "parameters: name the trained model that the adapters tune by --init_from=RUN."
+        f"config.{f'train.only is {only}' if only else f'adapter.rank is {rank}'}, but the run "
+        "would start from random parameters: name the trained model that it tunes by "
+        "--init_from=RUN."
       )
     if not source:
       return None
-    source = _lasting(source) if tunes else source
+    source = _lasting(source) if tuned else source
     result = find(settings, source)
     at = "" if result.step is None else f", step {result.step}"
     print_once(f"train: the run starts from the parameters of {source}{at}.")
@@ -79,14 +81,14 @@ def of_run(
     return result
   recorded = stored.get("init_from")
   began = recorded["source"] if recorded else "random parameters"
-  if source and source != began and not (tunes and _lasting(source) == began):
+  if source and source != began and not (tuned and _lasting(source) == began):
     raise UserError(
       f"--init_from is {source}, but the run in {workdir} began from {began}: leave --init_from "
       "out to continue that run, or use another --workdir."
     )
   start = ParamsRef(**recorded) if recorded else None
-  if tunes and start is not None:
-    check_frozen(Adapters(epath.Path(workdir), settings.adapter, start), settings)
+  if tuned and start is not None:
+    check_frozen(Adapters(epath.Path(workdir), tuned, start), settings)
   return start
 
 
@@ -217,7 +219,7 @@ def check_frozen(found: Adapters, settings: Settings) -> None:
   Raises:
     UserError: the base is absent, has another model or vocab, or has changed.
   """
-  source, what = found.base.source, f"the adapters in {found.folder} need their base"
+  source, what = found.base.source, f"the parameters trained in {found.folder} need their base"
   if not folder_of(source).exists():
     raise UserError(
       f"{what}, {source}, which does not exist: put it back, or, if it has moved, enter its "
@@ -240,7 +242,8 @@ def over(source: str, adapter: str | os.PathLike[str]) -> Adapters:
   """
   if (result := adapters.of_run(adapter)) is None:
     raise UserError(
-      f"{adapter} contains no adapters: name the workdir of a run with config.adapter.rank > 0."
+      f"{adapter} contains no adapters: name the workdir of a run with config.adapter.rank > 0 or "
+      "with config.train.only."
     )
   given = find(result.settings, source, result.base.step)
   if (given.step, given.digest) != (result.base.step, result.base.digest):

@@ -20,7 +20,7 @@ from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.errors import UserError, short
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.digests import digest
-from cm3leon_jax.models.adapters import merge
+from cm3leon_jax.models.groups import merge, split
 from cm3leon_jax.retrieval import removed
 from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.run import adapters, bundles, exported, initial
@@ -35,7 +35,8 @@ from cm3leon_jax.weights.stored import StoredParams, of_tree
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 
 # Functions of the module, so that a process compiles them once and not for each run that it reads.
-_add = jax.jit(merge, static_argnames="config", donate_argnums=0)
+_add = jax.jit(merge, static_argnames=("tuned", "model"), donate_argnums=0)
+_split = jax.jit(split, static_argnames=("groups", "model"))
 _are_finite = jax.jit(functools.partial(jax.tree.map, lambda x: jnp.isfinite(x).all()))
 
 
@@ -174,7 +175,8 @@ class Run:
     result = self.adapter or (adapters.of_run(self.folder) if self.kind == "workdir" else None)
     if result is not None:
       trained, chosen = result.load(step, average)
-      params = _add(load_frozen(result, dtype), trained, config=result.config)
+      base, model = load_frozen(result, dtype), self.settings.model
+      params = _add(base, trained, tuned=result.config, model=model)
     elif self.step is not None:
       return exported.load_params(self.folder, self.settings.model, dtype), self.step
     elif Source.of(self.folder).kind == "import":
@@ -213,6 +215,12 @@ def load_frozen(found: Adapters, dtype: str = "float32") -> dict:
   """
   initial.check_frozen(found, found.settings)
   return _load(found.base, found.settings, dtype)
+
+
+def load_trained(found: Adapters) -> dict:
+  """Loads the parameters with which the training of groups begins; see `load_frozen`."""
+  model = found.settings.model
+  return _split(load_frozen(found, model.dtype), groups=found.config, model=model)
 
 
 def _load(weights: ParamsRef, settings: Settings, dtype: str = "float32") -> dict:

@@ -156,6 +156,8 @@ def identity(settings: Settings, name: str) -> dict:
     config["instructions"] = {k: v for k, v in fields if f"instructions.{k}" not in FREE}
   if name == "train" and settings.adapter.rank:
     config["adapter"] = dataclasses.asdict(settings.adapter)
+  if name == "train" and settings.train.only:
+    config["train"]["only"] = settings.train.only
   return config
 
 

@@ -14,12 +14,13 @@ from jax.sharding import NamedSharding
 from PIL import Image
 
 from cm3leon_jax import distributed
+from cm3leon_jax.config.groups import Tuned
 from cm3leon_jax.config.model import AdapterConfig, ModelConfig
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.config.training import OptimizerConfig, TrainConfig, on_mesh
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.mesh import batch_shards, spec
-from cm3leon_jax.models import adapters, transformer
+from cm3leon_jax.models import groups, transformer
 from cm3leon_jax.training.faults.hang_watch import HangWatch
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.faults.preemption import StopSignal, check_end
@@ -54,8 +55,8 @@ class DecoderTraining:
     initial_params: returns the parameters from which a run without a checkpoint starts; None: the
       run starts from random parameters.
     evaluate_start: whether to compute the held-out loss also before the first step, as step 0.
-    adapter: the adapters to train; None, or rank 0: all parameters are trained.
-    frozen_params: returns the frozen parameters to which the adapters are added.
+    tuned: what is trained of a model that is otherwise frozen; None: all parameters are trained.
+    frozen_params: returns the parameters of that model.
     take_step: (state, batch) -> (state, metrics); None: the cross-entropy of the batch's rows.
   """
 
@@ -71,7 +72,7 @@ class DecoderTraining:
   profile_steps: range = range(0)
   initial_params: Callable[[], dict] | None = None
   evaluate_start: bool = False
-  adapter: AdapterConfig | None = None
+  tuned: Tuned | None = None
   frozen_params: Callable[[], dict] | None = None
   take_step: Callable | None = None
 
@@ -84,7 +85,7 @@ class DecoderTraining:
       config=settings.train,
       vocab=settings.vocab,
       seed=settings.seed,
-      adapter=settings.adapter,
+      tuned=settings.tuned,
       **fields,
     )
 
@@ -146,7 +147,7 @@ def open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatch
   kind = devices.flat[0].device_kind
   tokens = config.global_batch_size * objective.length
   rates = flops.Rates(
-    flops.model_flops(training.model, tokens, objective.length, training.adapter),
+    flops.model_flops(training.model, tokens, objective.length, training.tuned),
     devices.size,
     config.peak_flops or flops.device_peak(kind),
   )
@@ -165,18 +166,19 @@ def open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatch
 
 
 def _compile(training: DecoderTraining) -> tuple[DecoderTraining, Steps]:
-  """Builds the steps. Loads the base of adapters for them, and for the grids of samples."""
+  """Builds the steps. Loads the frozen parameters for them, and for the grids of samples."""
   steps = compile_steps(
     training.model, training.optimizer, training.config, training.vocab, training.seed,
-    training.adapter,
+    training.tuned,
   )  # fmt: skip
-  if training.frozen_params is None or training.adapter is None:
+  if training.frozen_params is None or training.tuned is None:
     return training, steps
   dtype = jnp.dtype(training.model.dtype)
-  base = jax.tree.map(lambda x: x.astype(dtype), training.frozen_params())
+  base = groups.rest(training.frozen_params(), training.tuned)
+  base = jax.tree.map(lambda x: x.astype(dtype), base)
   if (draw := training.sample_grid) is None:
     return training, steps.over(base)
-  merge = jax.jit(functools.partial(adapters.merge, config=training.adapter))
+  merge = jax.jit(functools.partial(groups.merge, tuned=training.tuned, model=training.model))
 
   def sample_grid(params: dict, step: int) -> Image.Image | None:
     return draw(merge(base, params), step)
@@ -185,13 +187,16 @@ def _compile(training: DecoderTraining) -> tuple[DecoderTraining, Steps]:
 
 
 def _summary(
-  state: TrainState, base: dict | None, next_row: int, losses: dict, hook: heldout.HeldoutLosses
-) -> dict:
+  training: DecoderTraining, state: TrainState, next_row: int, losses: dict,
+  hook: heldout.HeldoutLosses,
+) -> dict:  # fmt: skip
   """Builds the result of `train` from the held-out losses of the last step, and their hook."""
   trained = transformer.count_params(state.params)
   counts = {"parameters": trained}
-  if base is not None:
-    counts = {"parameters": transformer.count_params(base), "adapter_parameters": trained}
+  if training.tuned is not None:
+    model = jax.eval_shape(lambda: transformer.init_params(training.model, jax.random.key(0)))
+    kind = "adapter" if isinstance(training.tuned, AdapterConfig) else "trained"
+    counts = {"parameters": transformer.count_params(model), f"{kind}_parameters": trained}
   return {
     "steps": int(state.step),
     **counts,
@@ -279,4 +284,4 @@ def train(training: DecoderTraining, lease: Lease | None = None) -> dict:
   check_end(int(state.step), config.steps, folder, stop.code, saves.saved)
   # If no step was left to train, the hook has not computed the losses.
   result = losses.losses or evaluate(state.eval_params)
-  return _summary(state, steps.base, saves.next_row, result, losses)
+  return _summary(training, state, saves.next_row, result, losses)

@@ -7,7 +7,8 @@ import functools
 import jax
 import optax
 
-from cm3leon_jax.config.model import AdapterConfig, ModelConfig
+from cm3leon_jax.config.groups import Tuned
+from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.config.training import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.faults.fingerprint import fingerprint
 from cm3leon_jax.training.step.optimizer import create_optimizer
@@ -34,8 +35,8 @@ class Steps:
     evaluate: (params, batch) -> sums, see `state.eval_step`. If rows name their sources, `evaluate`
       and `train` take the number of sources as the static argument `num_sources`.
     checked: like `train`, but also returns fingerprints, see `checked_step`.
-    base: the frozen parameters, if only adapters are trained. `train` and `evaluate` use them.
-      `checked`, which also runs on other meshes, takes them as the argument `base`.
+    base: the frozen parameters, if not all are trained. `train` and `evaluate` use them. `checked`,
+      which also runs on other meshes, takes them as the argument `base`.
   """
 
   init: Callable
@@ -45,7 +46,7 @@ class Steps:
   base: dict | None = None
 
   def over(self, base: dict) -> "Steps":
-    """Returns these functions for adapters of the parameters `base`, in the compute dtype."""
+    """Returns these functions for the frozen parameters `base`, in the compute dtype."""
     train, evaluate = (functools.partial(step, base=base) for step in (self.train, self.evaluate))
     return dataclasses.replace(self, train=train, evaluate=evaluate, base=base)
 
@@ -56,13 +57,12 @@ def compile_steps(
   config: TrainConfig,
   vocab: VocabLayout,
   seed: int,
-  adapter: AdapterConfig | None = None,
+  tuned: Tuned | None = None,
 ) -> Steps:
   """Builds the functions for the current mesh. JAX compiles each function at its first call.
 
-  If `adapter` has a rank, only adapters are trained, and the functions need a base (`Steps.over`).
+  `tuned` says what is trained of a frozen model, which the functions then need (`Steps.over`).
   """
-  adapter = adapter or AdapterConfig()
   optimizer = create_optimizer(optimizer_config, config.steps)
 
   def make_step(optimizer: optax.GradientTransformation) -> Callable:
@@ -74,7 +74,7 @@ def compile_steps(
       config.gradient_accumulation_steps,
       z_loss=optimizer_config.z_loss,
       ema_decay=optimizer_config.ema_decay,
-      adapter=adapter,
+      tuned=tuned,
     )
 
   compile_step = functools.partial(
@@ -85,10 +85,10 @@ def compile_steps(
   )
   averaged = optimizer_config.ema_decay > 0
   return Steps(
-    init=jax.jit(lambda: init_state(model, optimizer, jax.random.key(seed), averaged, adapter)),
+    init=jax.jit(lambda: init_state(model, optimizer, jax.random.key(seed), averaged, tuned)),
     train=compile_step(make_step(optimizer)),
     evaluate=jax.jit(
-      functools.partial(eval_step, model, vocab.text_size, adapter=adapter),
+      functools.partial(eval_step, model, vocab.text_size, tuned=tuned),
       static_argnames="num_sources",
     ),
     checked=compile_step(checked_step(make_step, optimizer)),

@@ -8,9 +8,10 @@ from etils import epath
 import jax
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config.model import AdapterConfig, ModelConfig
+from cm3leon_jax.config.groups import Tuned
+from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.models import adapters, transformer
+from cm3leon_jax.models import groups
 from cm3leon_jax.stages import stages
 from cm3leon_jax.weights import sealing, stored
 from cm3leon_jax.weights.checkpoint import FOLDER, Checkpoints
@@ -33,7 +34,7 @@ def load_params(
   config: ModelConfig,
   step: int | None = None,
   average: bool = True,
-  adapter: AdapterConfig | None = None,
+  tuned: Tuned | None = None,
 ) -> tuple[dict, int]:
   """Loads a checkpoint's parameters onto the current mesh. Returns them and the step.
 
@@ -43,16 +44,14 @@ def load_params(
     step: step of the checkpoint; None: the newest sealed checkpoint or, with `train.patience`, the
       one with the lowest held-out loss.
     average: whether to load the average, if the run has one; False: the last parameters.
-    adapter: the adapters that the run trained. If given, only they are loaded.
+    tuned: what the run trained, and its checkpoints contain; None: all parameters.
 
   Raises:
     UserError: the run has no sealed checkpoint, or no checkpoint of `step`, or the checkpoint is
       damaged, or `average` is False and the run has no average.
   """
   key = jax.random.key(0)
-  types = jax.eval_shape(
-    lambda: adapters.init(config, adapter, key) if adapter else transformer.init_params(config, key)
-  )
+  types = jax.eval_shape(lambda: groups.init(config, tuned, key))
   return _read(folder, step, lambda found, step: found.restore_params(types, step, average))
 
 

@@ -1,4 +1,4 @@
-"""Trains, loads and exports adapters by the commands, on the run of `generation.run`."""
+"""Trains, loads and exports adapters and groups by the commands, on the run of `generation.run`."""
 
 import dataclasses
 import pathlib
@@ -30,11 +30,11 @@ from tests.retrieval.stores import write_neighbors
 OTHER = dataclasses.replace(SETTINGS, seed=1)
 
 
-def settings_with(steps=3, rank=4, **fields):
+def settings_with(steps=3, rank=4, only=(), **fields):
   config = make_config()
   config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 8})
   config.train.update({"global_batch_size": 1, "steps": steps, "tensorboard": False})
-  config.train.update({"eval_batches": 1, "checkpoint_every": 2})
+  config.train.update({"eval_batches": 1, "checkpoint_every": 2, "only": only})
   config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 0})
   config.adapter.update({"rank": rank, **fields})
   return settings_from_config(config)
@@ -73,6 +73,49 @@ def adapted(make):
   return make()
 
 
+IMAGES = {"rank": 0, "only": ("embed.image",)}
+
+
+def test_only_rows_of_image_codes_are_trained(base, full, make, tmp_path):
+  folder = make(**IMAGES)
+  done = read_json(folder / "train" / stages.DONE)["summary"]
+  whole = read_json(full / stages.DONE)["summary"]
+  assert done["heldout_before"] == whole["heldout_before"]
+  assert done["heldout_loss"] < done["heldout_before"]["heldout_loss"]
+  assert done["parameters"] == whole["parameters"]
+  assert done["trained_parameters"] == SETTINGS.vocab.image_size * SETTINGS.model.width
+  output, text = tmp_path / "orbax", SETTINGS.vocab.text_size
+  export.main(settings_with(**IMAGES), folder, export.Flags(format="orbax", output=str(output)))
+  with one_device():
+    before, after = (Run.open(x).params()[0] for x in (base, folder))
+    exported, _ = Run.open(output, exports=True).params()
+  jax.tree.map(np.testing.assert_array_equal, exported, after)
+  rows = (after["embed"] != before["embed"]).any(-1)
+  assert not rows[:text].any()
+  assert rows[text:].all()
+  same = jax.tree.map(np.array_equal, before, after)
+  assert not same.pop("embed")
+  assert jax.tree.all(same)
+  with refused(UserError, "peft", str(folder), "no adapters"):
+    export.main(settings_with(**IMAGES), folder, export.Flags(format="peft"))
+  for other in ({"only": ("embed",)}, {"only": ()}, {"rank": 4, "only": ()}):
+    with refused(UserError, str(folder)):
+      train.main(settings_with(**{**IMAGES, **other}, steps=4), folder, train.Flags())
+  train.main(settings_with(**IMAGES, steps=4), folder, train.Flags())
+  assert read_json(folder / "train" / stages.DONE)["summary"]["steps"] == 4
+
+
+def test_groups_need_a_trained_model(tmp_path):
+  with refused(UserError, "train.only", "embed.image", "--init_from"):
+    initial.of_run(settings_with(**IMAGES), tmp_path, "", None)
+
+
+@pytest.fixture(scope="module")
+def full(make):
+  """A full training's folder train/."""
+  return make(rank=0, steps=1) / "train"
+
+
 def files(folder):
   paths = (path for path in pathlib.Path(folder).rglob("*") if path.is_file())
   return {path: path.read_bytes() for path in paths}
@@ -82,18 +125,17 @@ def size_of(folder):
   return sum(map(len, files(folder).values()))
 
 
-def test_step_0_has_the_losses_of_the_base_and_only_adapters_are_saved(base, adapted, make):
+def test_step_0_has_the_losses_of_the_base_and_only_adapters_are_saved(base, adapted, full):
   settings = settings_with()
   done = read_json(adapted / "train" / stages.DONE)["summary"]
-  whole = make(rank=0, steps=1) / "train"
-  full = read_json(whole / stages.DONE)["summary"]
-  assert done["heldout_before"] == full["heldout_before"]
+  whole = read_json(full / stages.DONE)["summary"]
+  assert done["heldout_before"] == whole["heldout_before"]
   assert done["heldout_loss"] < done["heldout_before"]["heldout_loss"]
-  assert full.keys() == done.keys() - {"adapter_parameters"}
+  assert whole.keys() == done.keys() - {"adapter_parameters"}
   assert done["adapter_parameters"] == adapters.count(settings.model, settings.adapter)
   with one_device():
     params, _ = reading.load_params(base / "train", settings.model)
-    factors, step = reading.load_params(adapted / "train", settings.model, adapter=settings.adapter)
+    factors, step = reading.load_params(adapted / "train", settings.model, tuned=settings.adapter)
   assert step == 3
   assert done["parameters"] == sum(x.size for x in jax.tree.leaves(params))
   assert all(np.abs(x["b"]).max() > 0 for x in jax.device_get(factors).values())
@@ -103,8 +145,8 @@ def test_step_0_has_the_losses_of_the_base_and_only_adapters_are_saved(base, ada
   assert "embed" not in names
   run = read_json(adapted / "train" / "config.json")["run"]
   assert run["init_from"] == dataclasses.asdict(initial.find(settings, str(base)))
-  assert run.keys() - read_json(whole / "config.json")["run"].keys() == {"adapter"}
-  sizes = [size_of(folder / "checkpoints") for folder in (adapted / "train", whole)]
+  assert run.keys() - read_json(full / "config.json")["run"].keys() == {"adapter"}
+  sizes = [size_of(folder / "checkpoints") for folder in (adapted / "train", full)]
   # The first folder has two checkpoints, and half of their bytes describe the arrays.
   assert 3 * sizes[0] < 2 * sizes[1]
 

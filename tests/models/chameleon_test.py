@@ -17,7 +17,7 @@ from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
-from cm3leon_jax.planning import memory
+from cm3leon_jax.planning import shares
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import int8, layouts, placed, stored, tensor_files
 from cm3leon_jax.weights.stored_tensors import StoredTensors
@@ -179,7 +179,7 @@ def test_tensors_and_config_are_read_back(tmp_path):
 def test_every_parameter_is_counted_and_norms_stay_in_floating_point():
   with jax.set_mesh(mesh_of(1, 1, 1)):
     types = types_of(transformer.init_params, GROUPED)
-  assert sum(memory._parameters(GROUPED)) == transformer.count_params(types)
+  assert sum(shares.parameters(GROUPED)) == transformer.count_params(types)
   shapes = layouts.shapes_of(GROUPED)
   tensors = int8.quantized(
     [tensor_files.Tensor(name, shape, "float32", None) for name, shape in shapes.items()]

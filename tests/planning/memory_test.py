@@ -100,7 +100,7 @@ def bytes_of_state(settings, mesh) -> int:
   """Returns the bytes that the arrays of a training state take on each device."""
   model, optimizer, train = settings.model, settings.optimizer, settings.train
   with jax.set_mesh(mesh):
-    steps = compile_steps(model, optimizer, train, settings.vocab, 0, settings.adapter)
+    steps = compile_steps(model, optimizer, train, settings.vocab, 0, settings.tuned)
     state = jax.tree.leaves(abstract(jax.eval_shape(steps.init), mesh))
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in state)
 

@@ -26,7 +26,7 @@ STEPS, LENGTH = 12, 64  # Number of steps of a run, and length of a row.
 
 
 @functools.cache
-def shared_steps(model, optimizer, accumulation, vocab, seed, mesh, adapter=None):
+def shared_steps(model, optimizer, accumulation, vocab, seed, mesh, tuned=None):
   """Compiles the steps once for all runs, because compiling takes most of the time.
 
   The learning rate schedule is that of `STEPS` steps.
@@ -34,7 +34,7 @@ def shared_steps(model, optimizer, accumulation, vocab, seed, mesh, adapter=None
   config = TrainConfig(
     steps=STEPS, gradient_accumulation_steps=accumulation, global_batch_size=accumulation
   )
-  return compile_steps(model, optimizer, config, vocab, seed, adapter)
+  return compile_steps(model, optimizer, config, vocab, seed, tuned)
 
 
 def run(
@@ -49,7 +49,7 @@ def run(
   initial_params=None,
   skip_above=0.0,
   skipped=(),
-  adapter=None,
+  tuned=None,
   frozen_params=None,
   **fields,
 ):
@@ -60,9 +60,9 @@ def run(
     learning_rate=learning_rate, ema_decay=ema_decay, skip_above=skip_above
   )
 
-  def steps(model, optimizer, config, vocab, seed, adapter):
+  def steps(model, optimizer, config, vocab, seed, tuned):
     mesh, accumulation = jax.sharding.get_mesh(), config.gradient_accumulation_steps
-    return shared_steps(model, optimizer, accumulation, vocab, seed, mesh, adapter)
+    return shared_steps(model, optimizer, accumulation, vocab, seed, mesh, tuned)
 
   with (
     jax.set_mesh(mesh_of(*shape)),
@@ -80,7 +80,7 @@ def run(
       sample_grid=sample_grid,
       profile_steps=profile_steps,
       initial_params=initial_params,
-      adapter=adapter,
+      tuned=tuned,
       frozen_params=frozen_params,
     )
     return train(training)

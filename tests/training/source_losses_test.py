@@ -111,10 +111,10 @@ def tune(folder, loader, shape=(1, 1, 1), sample_grid=None, evaluate_start=True,
     }
   )  # fmt: skip
 
-  def steps(model, optimizer, config, vocab, seed, adapter):
+  def steps(model, optimizer, config, vocab, seed, tuned):
     mesh = jax.sharding.get_mesh()
     accumulation = config.gradient_accumulation_steps
-    return shared_steps(model, optimizer, accumulation, vocab, seed, mesh, adapter)
+    return shared_steps(model, optimizer, accumulation, vocab, seed, mesh, tuned)
 
   optimizer = OptimizerConfig(learning_rate=1e-2)
   arguments = (MODEL, optimizer, config, VOCAB, RowObjective(loader), loader, 0, sample_grid)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int32
 import numpy as np
 
 from cm3leon_jax.mesh import FSDP, RULES, spec
-from cm3leon_jax.models.transformer import Transformer
+from cm3leon_jax.models.transformer import Segments, Transformer
 
 SCATTER_WIDTH = 256  # Number of columns of the table's gradient per reduce-scatter.
 Ids: TypeAlias = Int32[Array, "B L"]
@@ -23,13 +23,29 @@ BySource: TypeAlias = Float32[Array, " S"]
 SOURCE_SUMS = ("source_nll", "source_weight")
 
 
+class Wanted(NamedTuple):
+  """Which gradients of the weighted sum are needed. The others cost no products and no memory.
+
+  Attributes:
+    hidden: whether the gradient of the final hidden states is needed.
+    first_row: first row of the output table whose gradient is needed; None: the table is frozen.
+      Rows before it have a gradient of 0. If `tensor` splits the table, all rows are computed.
+  """
+
+  hidden: bool = True
+  first_row: int | None = 0
+
+
+ALL = Wanted()
+
+
 class Gradients(NamedTuple):
   """Gradients of the weighted sum, with respect to the final hidden states and the output table.
 
-  The gradient of a frozen table is None.
+  A gradient that is not wanted is None.
   """
 
-  hidden: Float[Array, "B L D"]
+  hidden: Float[Array, "B L D"] | None
   table: Float[Array, "V D"] | None
 
 
@@ -41,7 +57,7 @@ def weighted_nll(
   weights: Values,
   chunk: int,
   z_loss: float = 0.0,
-  frozen: bool = False,
+  wanted: Wanted = ALL,
 ) -> tuple[Scalar, Values]:
   """Sums weight x (nll + z_loss x log(Z)^2) over tokens; nll is the cross-entropy of the targets.
 
@@ -58,21 +74,21 @@ def weighted_nll(
     chunk: upper bound of C, which is the largest divisor of L up to this bound.
     z_loss: weight of the squared log of the softmax normalizer (PaLM, section 5), which keeps
       logits from drifting.
-    frozen: whether the table has no gradient, which saves its matrix products and its memory.
+    wanted: the gradients that are needed.
 
   Returns:
     The sum, and nll in nats. Only the sum has a gradient.
   """
-  return _over_mesh(False, hidden, table, targets, weights, chunk, z_loss, frozen)[0]
+  return _over_mesh(False, hidden, table, targets, weights, chunk, z_loss, wanted)[0]
 
 
 def _backward(
   chunk: int,
   z_loss: float,
-  frozen: bool,
+  wanted: Wanted,
   gradients: Gradients,
   cotangents: tuple[Scalar, Values],
-) -> tuple[Float[Array, "B L D"], Float[Array, "V D"] | None, None, None]:
+) -> tuple[Float[Array, "B L D"] | None, Float[Array, "V D"] | None, None, None]:
   by_hidden, by_table = jax.tree.map(lambda x: (x * cotangents[0]).astype(x.dtype), gradients)
   return by_hidden, by_table, None, None
 
@@ -84,7 +100,7 @@ def _divisor(n: int, most: int) -> int:
 
 def _over_mesh(
   gradients: bool, hidden: Float[Array, "B L D"], table: Float[Array, "V D"], targets: Ids,
-  weights: Values, chunk: int, z_loss: float, frozen: bool,
+  weights: Values, chunk: int, z_loss: float, wanted: Wanted,
 ) -> tuple[tuple[Scalar, Values], Gradients | None]:  # fmt: skip
   """Runs `_on_device` on every device's shard of the tokens and of the table.
 
@@ -93,9 +109,13 @@ def _over_mesh(
   C = _divisor(hidden.shape[1], chunk)
   tokens, rows = spec("batch", "length"), spec("vocab_stored", None)
   states = spec("batch", "length", "act")
-  found_specs = Gradients(states, None if frozen else rows) if gradients else None
+  found_specs = None
+  if gradients:
+    found_specs = Gradients(
+      states if wanted.hidden else None, None if wanted.first_row is None else rows
+    )
   (nll, log_z), result = jax.shard_map(
-    functools.partial(_on_device, C, z_loss, gradients, frozen),
+    functools.partial(_on_device, C, z_loss, gradients, wanted),
     in_specs=(states, rows, tokens, tokens),
     out_specs=((tokens, tokens), found_specs),
     check_vma=False,
@@ -107,7 +127,7 @@ weighted_nll.defvjp(functools.partial(_over_mesh, True), _backward)
 
 
 def _on_device(
-  C: int, z_loss: float, gradients: bool, frozen: bool, hidden: Float[Array, "b L D"],
+  C: int, z_loss: float, gradients: bool, wanted: Wanted, hidden: Float[Array, "b L D"],
   table: Float[Array, "rows D"], targets: Int32[Array, "b L"], weights: Float32[Array, "b L"],
 ) -> tuple[tuple[Float32[Array, "b L"], Float32[Array, "b L"]], Gradients | None]:  # fmt: skip
   tensor = RULES["vocab"]
@@ -117,6 +137,7 @@ def _on_device(
   for axis in reversed(FSDP):
     rows = jax.lax.all_gather(rows, axis, tiled=True)
   ids = jax.lax.axis_index(tensor) * rows.shape[0] + jnp.arange(rows.shape[0])
+  first = (wanted.first_row or 0) * (jax.lax.axis_size(tensor) == 1)
 
   def chunk_nll(
     table_gradient: Float32[Array, "D v"] | None, chunk: tuple[Array, Array, Array]
@@ -139,8 +160,12 @@ def _on_device(
       # left matrix is materialized.
       transposed = jax.lax.optimization_barrier(h.reshape(-1, h.shape[-1]).T)
       table_gradient += jnp.matmul(
-        transposed, by_logits.reshape(-1, by_logits.shape[-1]), preferred_element_type=jnp.float32
+        transposed,
+        by_logits[..., first:].reshape(-1, by_logits.shape[-1] - first),
+        preferred_element_type=jnp.float32,
       )
+    if not wanted.hidden:
+      return table_gradient, (nll, log_z, None)
     by_hidden = jax.lax.psum(jnp.einsum("bCv,vd->bCd", by_logits, rows), tensor)
     return table_gradient, (nll, log_z, by_hidden)
 
@@ -152,19 +177,23 @@ def _on_device(
   def whole(x: Array) -> Array:
     return x.swapaxes(0, 1).reshape(b, L, *x.shape[3:])
 
-  first = jnp.broadcast_to(zero, rows.shape[::-1]) if gradients and not frozen else None
+  start = None
+  if gradients and wanted.first_row is not None:
+    start = jnp.broadcast_to(zero, (rows.shape[1], rows.shape[0] - first))
   by_rows, (nll, log_z, by_hidden) = jax.lax.scan(
-    chunk_nll, first, (split(hidden), split(targets), split(weights))
+    chunk_nll, start, (split(hidden), split(targets), split(weights))
   )
   values = whole(nll), whole(log_z)
   if not gradients:
     return values, None
-  if frozen:
-    return values, Gradients(whole(by_hidden), None)
+  by_hidden = whole(by_hidden) if wanted.hidden else None
+  if by_rows is None:
+    return values, Gradients(by_hidden, None)
+  by_rows = jnp.pad(by_rows, ((0, 0), (first, 0)))
   by_rows = jax.lax.psum(_scattered(by_rows), "data").astype(table.dtype)
   # Without this barrier XLA keeps the whole gradient, [v, D] fp32, in memory through the layers'
   # backward pass.
-  return values, jax.lax.optimization_barrier(Gradients(whole(by_hidden), by_rows))
+  return values, jax.lax.optimization_barrier(Gradients(by_hidden, by_rows))
 
 
 def _scattered(gradient: Float32[Array, "D v"]) -> Float32[Array, "rows D"]:
@@ -191,17 +220,19 @@ def batch_nll(
   batch: dict[str, Ids | Values],
   z_loss: float = 0.0,
   adapters: dict | None = None,
+  segments: Segments | None = None,
+  wanted: Wanted = ALL,
 ) -> tuple[Scalar, Values]:
   """Runs the model on a batch and computes `weighted_nll`.
 
-  `batch` has inputs, targets, loss_weights, segment_ids and positions. With `adapters`, the model
-  is frozen. Returns the weighted sum, and nll in nats. nll also has values at padding, whose weight
-  is 0.
+  `batch` has inputs, targets, loss_weights, segment_ids and positions. For `adapters` and
+  `segments`, see `Transformer`. Returns the weighted sum, and nll in nats. nll also has values at
+  padding, whose weight is 0.
   """
-  hidden = model(batch["inputs"], batch["positions"], batch["segment_ids"], adapters)
+  hidden = model(batch["inputs"], batch["positions"], batch["segment_ids"], adapters, segments)
   table, chunk = model.stored_table(), model.config.loss_chunk
   targets, weights = batch["targets"], batch["loss_weights"]
-  return weighted_nll(hidden, table, targets, weights, chunk, z_loss, adapters is not None)
+  return weighted_nll(hidden, table, targets, weights, chunk, z_loss, wanted)
 
 
 def modality_sums(nll: Values, targets: Ids, weights: Values, text_size: int) -> dict[str, Scalar]:

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, Num, PyTree
 import optax
 
+from cm3leon_jax.config.groups import Tuned
 from cm3leon_jax.config.model import AdapterConfig, ModelConfig
 from cm3leon_jax.mesh import spec
-from cm3leon_jax.models import adapters, transformer
+from cm3leon_jax.models import adapters, groups, transformer
 from cm3leon_jax.training.step import loss, numerics
 from cm3leon_jax.training.step.optimizer import update_average
-
-NO_ADAPTER = AdapterConfig()  # All parameters are trained.
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +27,7 @@ class TrainState:
 
   Attributes:
     step: number of steps so far, an int32 scalar.
-    params: the trained parameters: those of the decoder, or only its adapters.
+    params: the trained parameters: those of the decoder, some of them, or only its adapters.
     ema: exponential moving average of the parameters, sharded like `params`, or None.
   """
 
@@ -48,16 +47,13 @@ def init_state(
   optimizer: optax.GradientTransformation,
   key: Key[Array, ""],
   averaged: bool = False,
-  adapter: AdapterConfig | None = None,
+  tuned: Tuned | None = None,
 ) -> TrainState:
   """Initializes a state on the current mesh. Under `jax.eval_shape` it returns sharded types.
 
-  If `adapter` has a rank, only adapters are trained.
+  `tuned` says what is trained of a frozen model; None: all parameters are trained.
   """
-  if adapter is not None and adapter.rank:
-    params = adapters.init(config, adapter, key)
-  else:
-    params = transformer.init_params(config, key)
+  params = groups.init(config, tuned, key)
   ema = jax.tree.map(jnp.copy, params) if averaged else None
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
@@ -73,7 +69,7 @@ def train_step(
   ema_decay: float = 0.0,
   num_sources: int = 0,
   base: dict | None = None,
-  adapter: AdapterConfig = NO_ADAPTER,
+  tuned: Tuned | None = None,
 ) -> tuple[TrainState, dict[str, loss.Scalar | loss.BySource]]:
   """Updates the state on a global batch.
 
@@ -87,8 +83,8 @@ def train_step(
     z_loss: static; see `loss.weighted_nll`.
     ema_decay: static; see `optimizer.update_average`. Used only if the state has an average.
     num_sources: static; S, or 0 if rows do not name their sources.
-    base: the decoder's parameters in the compute dtype, if the state contains only adapters.
-    adapter: static; config of these adapters.
+    base: the decoder's frozen parameters in the compute dtype, if not all are trained.
+    tuned: static; what is trained; None: all parameters.
 
   Returns:
     The new state, and metrics: loss, image_loss, text_loss (nats per target), weight (sum of the
@@ -100,15 +96,15 @@ def train_step(
   # summed and kept in the compute dtype. Tables are cast where their rows are looked up, so that
   # their gradients are summed and kept in fp32.
   params = state.params
-  if base is None:
+  if not isinstance(tuned, AdapterConfig):
     layers = {name: x for name, x in params.items() if name not in transformer.LOOKED_UP}
     params = {**params, **jax.tree.map(lambda x: x.astype(config.dtype), layers)}
 
   def loss_fn(
     params: dict, part: dict[str, loss.Ids | loss.Values]
   ) -> tuple[loss.Scalar, dict[str, loss.Scalar | loss.BySource]]:
-    model, added = _bound(config, params, base, adapter)
-    value, nll = loss.batch_nll(model, part, z_loss, added)
+    model, more = _bound(config, params, base, tuned)
+    value, nll = loss.batch_nll(model, part, z_loss, **more)
     return value / total, loss.batch_sums(nll, part, text_size, num_sources)
 
   grad_fn = functools.partial(jax.grad(loss_fn, has_aux=True), params)
@@ -177,12 +173,29 @@ def _accumulated(
 
 
 def _bound(
-  config: ModelConfig, params: dict, base: dict | None, adapter: AdapterConfig
-) -> tuple[transformer.Transformer, dict | None]:
-  """Returns the model with parameters and, if they are adapters of `base`, the adapters to add."""
-  if base is None:
-    return transformer.bind(config, params), None
-  return transformer.bind(config, base), adapters.scaled(params, adapter.alpha)
+  config: ModelConfig, params: dict, base: dict | None, tuned: Tuned | None
+) -> tuple[transformer.Transformer, dict[str, Any]]:
+  """Returns the model, and the arguments of `loss.batch_nll` that say what is trained."""
+  if tuned is None or base is None:
+    return transformer.bind(config, params), {}
+  if isinstance(tuned, AdapterConfig):
+    factors = adapters.scaled(params, tuned.alpha)
+    return transformer.bind(config, base), {"adapters": factors, "wanted": loss.Wanted(True, None)}
+  joined = groups.join(base, params, tuned)
+  model = transformer.bind(config, joined)
+  row = tuned.first_row("embed" if config.traits.tied else "head")
+  more = {"wanted": loss.Wanted(tuned.backward(config) > 0, row)}
+  if "layers" in tuned.names:
+    return model, more
+  if not (trained := tuned.layers(config)):
+    return model, {**more, "adapters": {}}
+  own = transformer.bind(config, {**joined, "blocks": params["blocks"]}).blocks
+  segments: transformer.Segments = [(own, None)]
+  if trained.start:
+    segments.insert(0, (jax.tree.map(lambda x: x[: trained.start], model.blocks), {}))
+  if trained.stop < config.num_layers:
+    segments.append((jax.tree.map(lambda x: x[trained.stop :], model.blocks), {}))
+  return model, {**more, "segments": segments}
 
 
 def _fp32(tree: PyTree) -> PyTree:
@@ -196,12 +209,12 @@ def eval_step(
   batch: dict[str, loss.Ids | loss.Values],
   num_sources: int = 0,
   base: dict | None = None,
-  adapter: AdapterConfig = NO_ADAPTER,
+  tuned: Tuned | None = None,
 ) -> dict[str, loss.Scalar | loss.BySource]:
   """Computes the `loss.batch_sums` of a batch; sums of several batches can be added.
 
-  For `base` and `adapter`, see `train_step`.
+  For `base` and `tuned`, see `train_step`.
   """
-  model, added = _bound(config, params, base, adapter)
-  _, nll = loss.batch_nll(model, batch, adapters=added)
+  model, more = _bound(config, params, base, tuned)
+  _, nll = loss.batch_nll(model, batch, **more)
   return loss.batch_sums(nll, batch, text_size, num_sources)

@@ -4,6 +4,7 @@
 
 import dataclasses
 
+from cm3leon_jax.config.groups import Groups, Tuned
 from cm3leon_jax.config.model import AdapterConfig, ModelConfig
 from cm3leon_jax.models import adapters
 from cm3leon_jax.models.transformer import KEPT
@@ -45,7 +46,7 @@ def matmul_params(config: ModelConfig) -> int:
 
 
 def model_flops(
-  config: ModelConfig, tokens: int, sequence_length: int, adapter: AdapterConfig | None = None
+  config: ModelConfig, tokens: int, sequence_length: int, tuned: Tuned | None = None
 ) -> float:
   """Computes the model FLOPs of the forward and backward pass over `tokens` tokens.
 
@@ -61,19 +62,27 @@ def model_flops(
   samples in a packed row are ignored, and recomputation (`remat_policy`) does not count. `tokens`
   is rows x L, including padding, and `sequence_length` is L. Returns FLOPs over all devices.
 
-  If `adapter` has a rank, the matrices are frozen. They take 2 FLOPs in the backward pass, because
-  they have no gradients, and the parameters of the adapters take 6.
+  Frozen matrices take 2 FLOPs in the backward pass, because they have no gradients, and the
+  parameters of adapters take 6. Layers before the first trained parameter have no backward pass.
   """
-  A = config.num_heads * config.head_dim
-  attention = 12 * config.num_layers * A * sequence_length / 2
-  products = 6 * matmul_params(config)
-  if adapter is not None and adapter.rank:
-    products = 4 * matmul_params(config) + 6 * adapters.count(config, adapter)
+  A, back = config.num_heads * config.head_dim, config.num_layers
+  table = config.vocab_size * config.width
+  layer = (matmul_params(config) - table) // back
+  trained = matmul_params(config)
+  if isinstance(tuned, AdapterConfig):
+    trained = 3 * adapters.count(config, tuned)
+  elif tuned is not None:
+    back = tuned.backward(config)
+    row = tuned.first_row("embed" if config.traits.tied else "head")
+    rows = 0 if row is None else config.vocab_size - row
+    trained = len(tuned.layers(config)) * layer + rows * config.width
+  attention = (4 * config.num_layers + 8 * back) * A * sequence_length / 2
+  products = 2 * (matmul_params(config) + back * layer + (back > 0) * table + trained)
   return float(tokens * (products + attention))
 
 
 def hardware_flops(
-  config: ModelConfig, tokens: int, sequence_length: int, adapter: AdapterConfig | None = None
+  config: ModelConfig, tokens: int, sequence_length: int, tuned: Tuned | None = None
 ) -> float:
   """Computes the FLOPs that a step executes: `model_flops` and what it computes again.
 
@@ -91,7 +100,8 @@ def hardware_flops(
   kept = KEPT.get(config.remat_policy, KEPT["save_attention"])  # Also those of `offload`.
   again = sum(n for name, n in forward.items() if name not in kept)
   layer = again * (config.remat_policy != "none") + 3 * forward["attention"] / 2
-  return model_flops(config, tokens, sequence_length, adapter) + tokens * config.num_layers * layer
+  back = tuned.backward(config) if isinstance(tuned, Groups) else config.num_layers
+  return model_flops(config, tokens, sequence_length, tuned) + tokens * back * layer
 
 
 def device_peak(device_kind: str) -> float | None:

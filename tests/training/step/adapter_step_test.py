@@ -34,7 +34,7 @@ def gradients(model, shape, accumulation=1, adapter=ADAPTER):
   with jax.set_mesh(mesh_of(*shape)):
     base, factors = random_params(model), random_factors(model, adapter)
     state = TrainState(jnp.zeros((), jnp.int32), factors, PLAIN.init(factors))
-    step = functools.partial(train_step, model, PLAIN, 60, accumulation, adapter=adapter)
+    step = functools.partial(train_step, model, PLAIN, 60, accumulation, tuned=adapter)
     before = jax.device_get((factors, base))
     after, metrics = jax.jit(step)(state, placed_batch(), base=base)
     difference = jax.tree.map(np.subtract, before[0], jax.device_get(after.params))
@@ -83,7 +83,7 @@ def test_new_adapters_have_exactly_the_losses_of_the_base(dtype):
     params, batch = random_params(model), placed_batch()
     base = jax.tree.map(lambda x: x.astype(dtype), params)
     factors = adapters.init(model, ADAPTER, jax.random.key(0))
-    evaluate = jax.jit(functools.partial(eval_step, model, 60, adapter=ADAPTER))
+    evaluate = jax.jit(functools.partial(eval_step, model, 60, tuned=ADAPTER))
     found = jax.device_get(evaluate(factors, batch, base=base))
     assert found == jax.device_get(evaluate(params, batch))
     changed = random_factors(model, ADAPTER)
@@ -103,7 +103,7 @@ def test_only_adapters_are_in_the_state_and_the_loss_falls(name):
     counted = sum(x.size for x in jax.tree.leaves(state) if x.ndim > 1)
     assert counted == 3 * size + second
     step = jax.jit(
-      functools.partial(train_step, CONFIG, optimizer, 60, 1, adapter=ADAPTER, ema_decay=0.5)
+      functools.partial(train_step, CONFIG, optimizer, 60, 1, tuned=ADAPTER, ema_decay=0.5)
     )
     losses = []
     for _ in range(6):
@@ -117,9 +117,9 @@ def test_a_frozen_table_has_no_gradient_in_the_program():
   texts = []
   with jax.set_mesh(mesh_of(1, 1, 1)):
     base, batch = random_params(CONFIG), placed_batch()
-    for adapter in (ADAPTER, AdapterConfig()):
-      state = init_state(CONFIG, PLAIN, jax.random.key(0), adapter=adapter)
-      more = {"base": base, "adapter": adapter} if adapter.rank else {}
+    for tuned in (ADAPTER, None):
+      state = init_state(CONFIG, PLAIN, jax.random.key(0), tuned=tuned)
+      more = {"base": base, "tuned": tuned} if tuned else {}
       step = functools.partial(train_step, CONFIG, PLAIN, 60, 1)
       texts.append(str(jax.make_jaxpr(functools.partial(step, **more))(state, batch)))
   shape = f"f32[{CONFIG.width},{CONFIG.vocab_size}]"
