@@ -165,9 +165,8 @@ def _on_device(
   def whole(x: Array) -> Array:
     return x.swapaxes(0, 1).reshape(b, L, *x.shape[3:])
 
-  start = None
-  if gradients and wanted.first_row is not None:
-    start = jnp.broadcast_to(zero, (rows.shape[1], rows.shape[0] - first))
+  start = jnp.broadcast_to(zero, (rows.shape[1], rows.shape[0] - first))
+  start = start if gradients and wanted.first_row is not None else None
   by_rows, (nll, log_z, by_hidden) = jax.lax.scan(
     chunk_nll, start, (split(hidden), split(targets), split(weights))
   )
