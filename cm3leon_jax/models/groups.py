@@ -34,12 +34,10 @@ def merge(base: dict, trained: dict, tuned: Tuned, model: ModelConfig) -> dict:
     return adapters.merge(base, trained, tuned)
   dtype = jax.tree.leaves(base)[0].dtype
   joined = join(rest(base, tuned), trained, tuned)
-  if "blocks" in trained and joined["blocks"] is not trained["blocks"]:
-    first, stop = (layers := tuned.layers(model)).start, layers.stop
+  if "blocks" in trained and "layers" not in tuned.names:
+    layers = jnp.array(tuned.layers(model))
     joined["blocks"] = jax.tree.map(
-      lambda x, new: jnp.concatenate([x[:first], new.astype(dtype), x[stop:]]),
-      joined["blocks"],
-      trained["blocks"],
+      lambda x, new: x.at[layers].set(new.astype(dtype)), joined["blocks"], trained["blocks"]
     )
   return jax.tree.map(lambda x: x.astype(dtype), joined)
 

@@ -39,7 +39,7 @@ class Memory:
     rows: R, the number of rows per pass (not bytes).
     state: parameters, optimizer moments and the average of the parameters; twice their bytes if
       steps are checked (`train.replay_every`). For `cm3leon reinforce`, also the initial model in
-      the compute dtype. For adapters, also the frozen parameters in the compute dtype.
+      the compute dtype. Frozen parameters are in the compute dtype.
     batch: input arrays of a whole step.
     accumulation: sum of the gradients of all passes; 0 if a step has only one pass.
     kept: activations that the layers keep for the backward pass.
@@ -80,14 +80,14 @@ def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
   batch_shards = math.prod(shape[axis] for axis in BATCH)
   train = on_mesh(settings.train, batch_shards)
   R = train.micro_batch_size // batch_shards
-  tuned, own = settings.tuned, shares.trained(model, settings.tuned, shape)
-  params, matrices, tables, whole = own
+  tuned = settings.tuned
+  params, matrices, tables, whole = shares.trained(model, tuned, shape)
   b, tokens, D = ITEMSIZE[model.dtype], R * L, model.width
   kept = tokens * D * model.num_layers * b * kept_widths(model, tensor, platform)
   # `copy` is the layers in the compute dtype, which is also the dtype of their gradients.
   copy, gradients = (matrices * b if b < 4 else 0), matrices * b
   table = (4 + b) * model.vocab_size / tensor * D  # Gradient of the input table.
-  frozen = (shares.trained(model, None, shape).params - whole) * b
+  frozen = (shares.trained(model, None, shape)[0] - whole) * b
   if isinstance(tuned, AdapterConfig):
     copy, table, gradients = 0, 0, 4 * params  # The gradients of adapters are in fp32.
   elif tuned is not None:

@@ -4,7 +4,6 @@
 
 from collections.abc import Mapping
 import math
-from typing import NamedTuple
 
 from cm3leon_jax.config.groups import Tuned
 from cm3leon_jax.config.model import AdapterConfig, ModelConfig
@@ -12,40 +11,30 @@ from cm3leon_jax.mesh import FSDP
 from cm3leon_jax.models import adapters
 
 
-class Shares(NamedTuple):
-  """Numbers of trained parameters on one device: all, those in layers, and those in token tables.
+def trained(
+  model: ModelConfig, tuned: Tuned | None, shape: Mapping[str, int]
+) -> tuple[float, float, float, float]:
+  """Counts the trained parameters on one device: all, those in layers, and those in token tables.
 
-  `whole` of the model's parameters are not stored as frozen parameters, too.
+  The last number counts those of the model's arrays that are entirely trained, which have no frozen
+  copy. `shape` contains the size of each mesh axis.
   """
-
-  params: float
-  matrices: float
-  tables: float
-  whole: float
-
-
-def trained(model: ModelConfig, tuned: Tuned | None, shape: Mapping[str, int]) -> Shares:
-  """Counts what a run trains. `shape` contains the size of each mesh axis."""
   fsdp, tensor = math.prod(shape[axis] for axis in FSDP), shape["tensor"]
   layers, tables, positions = (n / fsdp for n in parameters(model))
   layers, tables = layers / tensor, tables / tensor
-  params = layers + tables + positions
   if tuned is None:
-    return Shares(params, layers, tables, params)
+    params = layers + tables + positions
+    return params, layers, tables, params
   if isinstance(tuned, AdapterConfig):
     count = adapters.count(model, tuned, shape)
-    return Shares(count, count, 0, 0)
-  rows = 0.0  # Sharded over fsdp alone.
-  tables, whole, each = 0.0, 0.0, model.vocab_size * model.width / fsdp / tensor
-  for name in ("embed", "head"):
-    if first := tuned.first_row(name):
-      rows += (model.vocab_size - first) * model.width / fsdp
-    elif first == 0:
-      tables, whole = tables + each, whole + each + positions * (name == "embed")
+    return count, count, 0, 0
+  firsts = [tuned.first_row(name) for name in ("embed", "head")]
+  whole = firsts.count(0) * model.vocab_size * model.width / fsdp / tensor
+  rows = sum((model.vocab_size - first) * model.width / fsdp for first in firsts if first)
   own = layers * len(tuned.layers(model)) / model.num_layers
-  whole += own * ("layers" in tuned.names)
-  params = own + tables + rows + positions * (tuned.first_row("embed") == 0)
-  return Shares(params, own, tables + rows, whole)
+  positions *= firsts[0] == 0
+  kept = whole + positions + own * ("layers" in tuned.names)
+  return own + whole + rows + positions, own, whole + rows, kept
 
 
 def parameters(model: ModelConfig) -> tuple[int, int, int]:

@@ -4,14 +4,11 @@ import dataclasses
 
 from etils import epath
 
-from cm3leon_jax.config.build import build
-from cm3leon_jax.config.groups import Groups, Tuned
-from cm3leon_jax.config.model import AdapterConfig
+from cm3leon_jax.config.groups import Tuned
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.run.source import settings_of_run
-from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import reading
 
 
@@ -34,13 +31,10 @@ class ParamsRef:
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-  """Trained adapters on disk, and a reference to the parameters that they were trained on.
-
-  Groups of parameters (`train.only`) are read like adapters.
+  """Trained adapters or groups on disk, and a reference to the parameters that they tune.
 
   Attributes:
     folder: workdir of the run.
-    config: what the run trained.
     base: the parameters that the adapters are added to.
   """
 
@@ -68,11 +62,8 @@ def of_run(workdir: epath.PathLike) -> Adapters | None:
   folder = epath.Path(workdir)
   path = folder / "train" / "config.json"
   run = read_json(path, {"run": dict})["run"] if path.exists() else {}
-  config: Tuned
-  if "adapter" in run:
-    config = build(AdapterConfig, run["adapter"], "adapter")
-  elif only := run.get("train", {}).get("only"):
-    config = Groups(tuple(only), build(VocabLayout, run["vocab"], "vocab").text_size)
-  else:
+  if "adapter" not in run and "only" not in run.get("train", {}):
     return None
+  if (config := settings_of_run(folder).tuned) is None:
+    raise ValueError("settings without what `run` says that the run trains")
   return Adapters(folder, config, ParamsRef(**run["init_from"]))

@@ -61,11 +61,10 @@ def of_run(
   if stored is None:
     source = source or _imported(epath.Path(workdir))
     if tuned and not source:
-      only, rank = settings.train.only, settings.adapter.rank
       raise UserError(
-        f"config.{f'train.only is {only}' if only else f'adapter.rank is {rank}'}, but the run "
-        "would start from random parameters: name the trained model that it tunes by "
-        "--init_from=RUN."
+        f"config.adapter.rank is {settings.adapter.rank} and config.train.only is "
+        f"{settings.train.only}, but the run would start from random parameters: name the trained "
+        "model that it tunes by --init_from=RUN."
       )
     if not source:
       return None

@@ -41,6 +41,13 @@ from tests.refusals import refused
     {"train__gradient_accumulation_steps": 2, "train__rows_per_device": 4},
     {"train__checkpoint_every": 4, "train__keep_every": 6},
     {"train__eval_every": 3, "train__checkpoint_every": 4, "train__keep_best": 1},
+    {"train__only": ("head",)},  # `opt` has no output table of its own.
+    {"train__only": ("embed", "layers")},
+    {"train__only": ("embed.text",)},
+    {"train__only": ("embed", "embed.image")},
+    {"train__only": ("layers.3-2",)},
+    {"train__only": ("layers.0-32",)},
+    {"train__only": ("layers",), "adapter__rank": 4},
     {"model__vocab_size": 1_000},
     {"data__sequence_length": 8_192},
     {

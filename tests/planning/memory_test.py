@@ -19,7 +19,7 @@ from cm3leon_jax.config.model import AdapterConfig
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import MeshConfig, abstract
-from cm3leon_jax.planning import memory
+from cm3leon_jax.planning import memory, programs
 from cm3leon_jax.planning.topology import CHIPS
 from cm3leon_jax.training.steps import compile_steps
 from tests.generation.run import SETTINGS
@@ -138,6 +138,21 @@ def test_the_state_of_adapters_has_the_bytes_of_its_arrays_and_of_the_frozen_bas
   full = memory.estimate(dataclasses.replace(settings, adapter=AdapterConfig()), mesh.shape)
   base = full.state / 12 * 2  # Full training holds the parameters and two moments in fp32.
   expected = bytes_of_state(settings, mesh) + base
+  assert memory.estimate(settings, mesh.shape).state == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(
+  "names", [("head.image",), ("embed", "head.image"), ("layers.1-2",), ("layers",)]
+)
+def test_the_state_of_groups_has_the_bytes_of_its_arrays_and_of_the_frozen_rest(names):
+  sizes = {"family": "modern", "dtype": "bfloat16", "num_layers": 3, "width": 256}
+  model = dataclasses.replace(SETTINGS.model, **sizes)
+  train = dataclasses.replace(SETTINGS.train, global_batch_size=8, only=names)
+  settings, mesh = dataclasses.replace(SETTINGS, model=model, train=train), mesh_of(1, 2, 2, 2)
+  with jax.set_mesh(mesh):
+    base = jax.tree.leaves(programs._base(settings, mesh))
+  frozen = sum(2 * math.prod(x.sharding.shard_shape(x.shape)) for x in base)
+  expected = bytes_of_state(settings, mesh) + frozen
   assert memory.estimate(settings, mesh.shape).state == pytest.approx(expected, rel=0.03)
 
 

@@ -24,12 +24,9 @@ SOURCE_SUMS = ("source_nll", "source_weight")
 
 
 class Wanted(NamedTuple):
-  """Which gradients of the weighted sum are needed. The others cost no products and no memory.
+  """Gradients that are computed: of hidden states, and of the output table from a row, or None.
 
-  Attributes:
-    hidden: whether the gradient of the final hidden states is needed.
-    first_row: first row of the output table whose gradient is needed; None: the table is frozen.
-      Rows before it have a gradient of 0. If `tensor` splits the table, all rows are computed.
+  If `tensor` splits the table, the gradients of all rows are computed.
   """
 
   hidden: bool = True
@@ -109,11 +106,9 @@ def _over_mesh(
   C = _divisor(hidden.shape[1], chunk)
   tokens, rows = spec("batch", "length"), spec("vocab_stored", None)
   states = spec("batch", "length", "act")
-  found_specs = None
-  if gradients:
-    found_specs = Gradients(
-      states if wanted.hidden else None, None if wanted.first_row is None else rows
-    )
+  found_specs = Gradients(states if wanted.hidden else None, rows) if gradients else None
+  if found_specs and wanted.first_row is None:
+    found_specs = found_specs._replace(table=None)
   (nll, log_z), result = jax.shard_map(
     functools.partial(_on_device, C, z_loss, gradients, wanted),
     in_specs=(states, rows, tokens, tokens),
@@ -156,17 +151,10 @@ def _on_device(
     by_logits = powers * share[..., None] - jnp.where(hit, weight[..., None], 0.0)
     by_logits = by_logits.astype(h.dtype)
     if table_gradient is not None:
-      # On CPU, XLA computes [d, tokens] x [tokens, v] 1.5 times as fast as its transpose, if the
-      # left matrix is materialized.
-      transposed = jax.lax.optimization_barrier(h.reshape(-1, h.shape[-1]).T)
-      table_gradient += jnp.matmul(
-        transposed,
-        by_logits[..., first:].reshape(-1, by_logits.shape[-1] - first),
-        preferred_element_type=jnp.float32,
-      )
-    if not wanted.hidden:
-      return table_gradient, (nll, log_z, None)
-    by_hidden = jax.lax.psum(jnp.einsum("bCv,vd->bCd", by_logits, rows), tensor)
+      table_gradient += _by_rows(h, by_logits[..., first:])
+    by_hidden = None
+    if wanted.hidden:
+      by_hidden = jax.lax.psum(jnp.einsum("bCv,vd->bCd", by_logits, rows), tensor)
     return table_gradient, (nll, log_z, by_hidden)
 
   b, L = targets.shape
@@ -177,9 +165,8 @@ def _on_device(
   def whole(x: Array) -> Array:
     return x.swapaxes(0, 1).reshape(b, L, *x.shape[3:])
 
-  start = None
-  if gradients and wanted.first_row is not None:
-    start = jnp.broadcast_to(zero, (rows.shape[1], rows.shape[0] - first))
+  start = jnp.broadcast_to(zero, (rows.shape[1], rows.shape[0] - first))
+  start = start if gradients and wanted.first_row is not None else None
   by_rows, (nll, log_z, by_hidden) = jax.lax.scan(
     chunk_nll, start, (split(hidden), split(targets), split(weights))
   )
@@ -194,6 +181,15 @@ def _on_device(
   # Without this barrier XLA keeps the whole gradient, [v, D] fp32, in memory through the layers'
   # backward pass.
   return values, jax.lax.optimization_barrier(Gradients(by_hidden, by_rows))
+
+
+def _by_rows(h: Float[Array, "b C d"], by_logits: Float[Array, "b C v"]) -> Float32[Array, "d v"]:
+  """Computes the gradient of the table of a chunk."""
+  # On CPU, XLA computes [d, tokens] x [tokens, v] 1.5 times as fast as its transpose, if the left
+  # matrix is materialized.
+  transposed = jax.lax.optimization_barrier(h.reshape(-1, h.shape[-1]).T)
+  flat = by_logits.reshape(-1, by_logits.shape[-1])
+  return jnp.matmul(transposed, flat, preferred_element_type=jnp.float32)
 
 
 def _scattered(gradient: Float32[Array, "D v"]) -> Float32[Array, "rows D"]:
