@@ -122,7 +122,8 @@ def bits_per_code(
   before = {"own": found, "random": [found[i] for i in partners], "none": [()] * len(found)}
   result = {}
   for name, neighbors in before.items():
-    kept = [bits.fit_neighbors(d, n, layout.positions) for d, n in zip(documents, neighbors)]
+    most = layout.positions, layout.vocab
+    kept = [bits.fit_neighbors(d, n, *most) for d, n in zip(documents, neighbors)]
     rows = [loader.join([*some, d], layout.vocab) for some, d in zip(kept, documents)]
     scored = bits.score_samples(params, config, rows, layout.vocab, BATCH)
     masks = [bits.own_targets(row, d, layout.vocab)["image"] for row, d in zip(rows, documents)]

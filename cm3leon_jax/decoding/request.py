@@ -145,11 +145,15 @@ def instruct(vocab: VocabLayout, image_tokens: int, segments: Sequence[Ids]) -> 
     segments = [[5], [91 92], [7]]:
     </s> 5 <break> 91 92 <break> 7 <break>, guided against </s> <mask:0> <break>
 
+  With the template chameleon, a stream of the images alone is between these two, as in `edit`.
+
   Raises:
     UserError: an image does not have I codes.
   """
   _check_images(vocab, image_tokens, segments)
-  streams = (_prompt(vocab, segments), unconditional_prompt(vocab))
+  images = [segment for segment in segments if _is_image(vocab, [segment])]
+  between = (_prompt(vocab, images),) * (templates.of(vocab).drops_texts and bool(images))
+  streams = (_prompt(vocab, segments), *between, unconditional_prompt(vocab))
   return Request(streams, _image_plan(image_tokens))
 
 

@@ -23,8 +23,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from cm3leon_jax import templates
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.decoding.params import prepare, prepare_layer
+from cm3leon_jax.decoding.request import unconditional_prompt
 from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.export.serving_functions import IMAGE_SETTINGS, Functions, Named, named
 from cm3leon_jax.files.atomic import replacing
@@ -76,6 +78,11 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
     "cm3leon_jax": VERSION,
     "jax": jax.__version__,
     "vocab": {**vocab.sizes, **special, "mask_0": vocab.mask(0)},
+    "prompt": {  # Ids before and after a caption, and the prompt without one.
+      "start": templates.of(vocab).between[templates.START, templates.TEXT],
+      "end": templates.of(vocab).between[templates.TEXT, templates.DRAWN],
+      "unconditional": unconditional_prompt(vocab).tolist(),
+    },
     "image_tokens": images.config.image_tokens,
     "resolution": images.config.resolution,
     "positions": settings.data.sequence_length,

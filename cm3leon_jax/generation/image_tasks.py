@@ -202,9 +202,14 @@ class Instruct(ImageTask):
 
   name = "instruct"
   required = ("prompt",)
-  settings = (*GUIDANCE, *IMAGE_SETTINGS)
+  # With the template chameleon and an image, guidance has the streams and weights of `Edit`.
+  settings = (*dict.fromkeys((*GUIDANCE, *EDITING)), *IMAGE_SETTINGS)
   prompt: str = ""
   image: GivenImage = ""
+
+  def unread_settings(self) -> tuple[str, ...]:
+    alone = () if has_image(self) else tuple(x for x in EDITING if x not in GUIDANCE)
+    return (*super().unread_settings(), *alone)
 
   def validate(self) -> None:
     super().validate()

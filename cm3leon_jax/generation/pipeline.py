@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import functools
 import os
-from typing import Any
+from typing import Any, Self
 
 from etils import epath
 import jax
@@ -93,8 +93,7 @@ class Pipeline:
     self.settings, self.layout, self.bank = settings, layout, bank
     self.image_tokenizer = image_tokenizer
     self.generator = Generator(params, GeneratorConfig.of(settings, **options))
-    # CLIP and the image tokenizer use the decoder's batch size, too. A larger batch would need more
-    # padding, and a different size another compilation.
+    # A larger batch of CLIP would need more padding, and a different size another compilation.
     size = self.generator.config.batch_size
     self.clip = clip and clip.in_batches(size)
     self._tokenizer = image_tokenizer.in_batches(size)
@@ -107,15 +106,13 @@ class Pipeline:
     clip: CLIP | HFCLIP | None = None,
     bank: epath.PathLike | None = None,
     **options: Any,
-  ) -> "Pipeline":
+  ) -> Self:
     """Makes the pipeline of a run. The bank is the run's documents unless `bank` is given."""
     bank = run.bank if bank is None else bank
     return cls(params, run.settings, PromptLayout.of(run), run.images, clip, bank, **options)
 
   @classmethod
-  def open(
-    cls, run: Run, clip: str | os.PathLike[str] | None, **options: Any
-  ) -> tuple["Pipeline", int]:
+  def open(cls, run: Run, clip: str | os.PathLike[str] | None, **options: Any) -> tuple[Self, int]:
     """Makes the pipeline of a run or export with its parameters. Also returns their step.
 
     `clip` is the folder of a Hugging Face CLIP model, for a run or export without its own.
@@ -124,8 +121,8 @@ class Pipeline:
     if clip is not None and run.has_clip and not run.settings.retrieval.clip:
       raise UserError(f"clip is given, but {run.folder} contains a CLIP: omit clip.")
     params, step = run.params(dtype=run.settings.model.dtype)
-    own = run.clip if run.has_clip else None
-    return cls.load(run, params, own if clip is None else HFCLIP.load(clip), **options), step
+    chosen = HFCLIP.load(clip) if clip is not None else run.clip if run.has_clip else None
+    return cls.load(run, params, chosen, **options), step
 
   def with_params(self, params: dict) -> "Pipeline":
     """Returns a pipeline with other parameters, which shares the tokenizers, CLIP and the bank."""

@@ -165,6 +165,8 @@ def unused(section: str, fields: Mapping[str, Any]) -> set[str]:
   """Returns the fields of a section that have no effect because of another field's value."""
   if section == "vqgan" and fields.get("source"):
     return {*fields} - {"source", "resolution", "downsample", "batch_size"}
+  if section == "vocab" and fields.get("template", "cm3leon") == "cm3leon":
+    return {"template"}  # Runs that are older than the field have no other.
   return {"tied_start"} if section == "model" and fields.get("family") == "opt" else set()
 
 

@@ -146,6 +146,9 @@ def test_the_manifest_names_what_a_server_needs_and_no_folder_of_this_machine(fo
   results = manifest["artifacts"]["generate_image"]["results"]
   assert results["images"] == {"dtype": "uint8", "shape": ["b", 8, 8, 3]}
   assert manifest["vocab"]["image_size"] == 64
+  unconditional = [VOCAB.eos, VOCAB.mask(0), VOCAB.brk]
+  ends = {"start": [VOCAB.eos], "end": [VOCAB.brk]}
+  assert manifest["prompt"] == {**ends, "unconditional": unconditional}
   assert manifest["sampling"]["guidance"] == SETTINGS.sampling.guidance
   for artifact in folder.glob("*.stablehlo"):
     for part in (b".py", str(pathlib.Path(stablehlo.__file__).parent).encode()):

@@ -182,6 +182,9 @@ def test_fields_without_effect_do_not_differ():
   assert stages.differences(*models) == []
   models = [{"model": {**x["model"], "family": "modern"}} for x in models]
   assert stages.differences(*models) == ["model.tied_start: False -> True"]
+  # A run that is older than vocab.template has the paper's.
+  assert stages.differences({"vocab": {}}, {"vocab": {"template": "cm3leon"}}) == []
+  assert len(stages.differences({"vocab": {}}, {"vocab": {"template": "chameleon"}})) == 1
 
 
 def test_of_a_jobs_processes_one_writes_and_all_read_first(tmp_path, capsys):

@@ -79,7 +79,7 @@ class InstructionPlan(typing.NamedTuple):
 
   Attributes:
     first: index of the first segment that the sample keeps.
-    skipped: index of a later segment that the sample omits. -1 means none.
+    skipped: indices of later segments that the sample omits.
     masked: whether the segments before `first` are dropped; `<mask:0>` replaces them.
     spans: the target as a CM3 span, or () if the target is the last image.
     target: half-open range of the target in the joined sample, without the omitted segments.
@@ -87,7 +87,7 @@ class InstructionPlan(typing.NamedTuple):
   """
 
   first: int
-  skipped: int
+  skipped: tuple[int, ...]
   masked: bool
   spans: tuple[tuple[int, int], ...]
   target: tuple[int, int]
@@ -116,7 +116,7 @@ def plan_instruction(
   A target image that is the last segment is predicted in its place, like the image of a caption.
   Any other target becomes a CM3 span that the model infills. Samples omit segments only before such
   an image, because a span would have no context left. The instruction is the last text before the
-  image.
+  image. With a template that `drops_texts`, all texts before the image are omitted with it.
 
   Args:
     lengths: lengths of the segments.
@@ -129,17 +129,19 @@ def plan_instruction(
   draw = rng.random()
   if is_last and last and draw < drops.all:
     length = template.dropped_length(size)
-    return InstructionPlan(last, -1, True, (), (length - 1 - size, length - 1), length)
-  texts = [i for i in range(last) if not is_image[i]]
-  skipped = texts[-1] if is_last and texts and draw < drops.all + drops.instruction else -1
-  kept = [i for i in range(last + 1) if i != skipped]
+    return InstructionPlan(last, (), True, (), (length - 1 - size, length - 1), length)
+  skipped: tuple[int, ...] = ()
+  if is_last and draw < drops.all + drops.instruction:
+    texts = tuple(i for i in range(last) if not is_image[i])
+    skipped = texts if template.drops_texts else texts[-1:]
+  kept = [i for i in range(last + 1) if i not in skipped]
   joined = [([int(lengths[i]) for i in kept], [is_image[i] for i in kept])]
   within = int(starts.searchsorted(target[0], side="right")) - 1
   start = template.bounds(joined)[kept.index(within)][0] + int(target[0] - starts[within])
   at, total = (start, start + int(target[1] - target[0])), template.length(joined)
   if is_last:
     return InstructionPlan(0, skipped, False, (), at, total)
-  return InstructionPlan(0, -1, False, (at,), at, total + cm3.OVERHEAD)
+  return InstructionPlan(0, (), False, (at,), at, total + cm3.OVERHEAD)
 
 
 def instruction_weights(
@@ -177,7 +179,7 @@ def build_instruction(
   """
   template = templates.of(vocab)
   absent = template.absent if plan.masked else ()
-  kept = [s for i, s in enumerate(document.segments) if i >= plan.first and i != plan.skipped]
+  kept = [s for i, s in enumerate(document.segments) if i >= plan.first and i not in plan.skipped]
   kinds = [*[False] * len(absent), *(segment.is_image for segment in kept)]
   joined = template.join([*absent, *(segment.tokens for segment in kept)], kinds)
   tokens = cm3.apply_cm3_mask(joined, plan.spans, vocab)

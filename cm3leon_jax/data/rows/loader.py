@@ -79,7 +79,7 @@ def build_sample(
     ValueError: the length differs from the plan, because the store changed after planning.
   """
   template = templates.of(vocab)
-  parts, of_neighbors = _lengths(document), [_lengths(d) for d in neighbors]
+  parts, of_neighbors = lengths_of(document), [lengths_of(d) for d in neighbors]
   if plan.dropped:
     absent, image = template.absent, document.segments[-1].tokens
     tokens = template.join([*absent, image], [*[False] * len(absent), True])[: plan.length]
@@ -98,7 +98,8 @@ def build_sample(
   return SampleTokens(tokens, weights, own, bool(plan.neighbors))
 
 
-def _lengths(document: Document) -> Lengths:
+def lengths_of(document: Document) -> Lengths:
+  """Returns the lengths of the segments of a document, and whether each is an image."""
   segments = document.segments
   return [len(s.tokens) for s in segments], [s.is_image for s in segments]
 

@@ -256,13 +256,15 @@ class RowPlan:
       rng = self._generators.at(self._pass_seeds(source, pass_)[0], unit)
       drops = spec.instructions.drops
       return plan_instruction(lengths, is_image, tuple(target.tolist()), rng, drops, self.vocab)
-    candidates = []
-    if spec.neighbors is not None:
-      assert spec.bank is not None
-      ids = spec.candidates(units.locate(unit)[0]).tolist()
-      candidates = [_lengths(spec.bank, j) for j in ids]
+    ids = spec.candidates(units.locate(unit)[0]) if spec.neighbors is not None else ()
     rng = self._generators.at(self._pass_seeds(source, pass_)[0], unit)
-    return plan_sample((lengths, is_image), candidates, rng, self.config, self.vocab)
+
+    def lengths_of(i: int) -> Lengths:
+      assert spec.bank is not None
+      return _lengths(spec.bank, int(ids[i]))
+
+    document = lengths, is_image
+    return plan_sample(document, len(ids), lengths_of, rng, self.config, self.vocab)
 
   def loss_weights(self, source: int, pass_: int, unit: int) -> np.ndarray:
     """Returns the loss weight of predicting each token of a sample, [T] float32."""

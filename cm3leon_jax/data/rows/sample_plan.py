@@ -2,7 +2,7 @@
 
 # K neighbors of a document, T tokens of a sample.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import typing
 
 import numpy as np
@@ -53,7 +53,8 @@ def pick_neighbors(
 
 def plan_sample(
   document: Lengths,
-  candidates: Sequence[Lengths],
+  num_candidates: int,
+  lengths_of: Callable[[int], Lengths],
   rng: np.random.Generator,
   config: DataConfig,
   vocab: VocabLayout,
@@ -69,7 +70,7 @@ def plan_sample(
 
   Args:
     document: lengths and kinds of the document's segments.
-    candidates: the same of each candidate neighbor.
+    lengths_of: returns the same of a candidate neighbor; called only for those that are picked.
     rng: new generator for the sample, from which no number was drawn.
     vocab: vocabulary, whose template joins the segments.
 
@@ -83,21 +84,21 @@ def plan_sample(
   neighbors: list[int] = []
   missing = 0
   if any(is_image) and rng.random() >= config.neighbor_dropout:
-    neighbors, missing = pick_neighbors(len(candidates), rng, config)
+    neighbors, missing = pick_neighbors(num_candidates, rng, config)
     if rng.random() < config.condition_dropout and is_image[-1]:
       return SamplePlan((), True, (), min(template.dropped_length(int(lengths[-1])), limit))
   num_spans = min(int(rng.poisson(config.mean_spans)), vocab.num_masks)
   whole_segments = rng.random() < config.whole_segment_rate
   picked = len(neighbors)
-  total = template.length([*(candidates[i] for i in neighbors), document])
+  joined = [*map(lengths_of, neighbors), document]
+  total = template.length(joined)
   while neighbors and total + cm3.OVERHEAD * num_spans > limit:
-    neighbors.pop()
-    total = template.length([*(candidates[i] for i in neighbors), document])
+    del joined[len(neighbors) - 1], neighbors[-1]
+    total = template.length(joined)
   num_spans = max(0, min(num_spans, (limit - total) // cm3.OVERHEAD))
   spans: tuple[tuple[int, int], ...] = ()
   if num_spans:
-    bounds = template.bounds([*(candidates[i] for i in neighbors), document])
-    spans = cm3.sample_spans(bounds, total, num_spans, whole_segments, rng)
+    spans = cm3.sample_spans(template.bounds(joined), total, num_spans, whole_segments, rng)
   length = min(total + cm3.OVERHEAD * len(spans), limit)
   return SamplePlan(tuple(neighbors), False, spans, length, missing, picked - len(neighbors))
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 import numpy as np
 import numpy.typing as npt
 
+from cm3leon_jax import templates
 from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.config.sampling import EvaluationConfig
@@ -21,6 +22,7 @@ from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
+from cm3leon_jax.templates import Lengths
 from cm3leon_jax.training.step import loss
 from cm3leon_jax.vocab import VocabLayout
 
@@ -81,7 +83,9 @@ def partners(concepts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
   return result
 
 
-def fit_neighbors(document: Document, neighbors: Iterable[Document], length: int) -> list[Document]:
+def fit_neighbors(
+  document: Document, neighbors: Iterable[Document], length: int, vocab: VocabLayout
+) -> list[Document]:
   """Returns as many of the first `neighbors` as fit into a row before `document`.
 
   `neighbors` are sorted, best first. The row has `length` positions. A sample of T tokens takes
@@ -90,24 +94,26 @@ def fit_neighbors(document: Document, neighbors: Iterable[Document], length: int
   Raises:
     UserError: the document does not fit even without neighbors.
   """
-  left = length - _num_positions(document)
-  if left < 0:
+  template, last = templates.of(vocab), loader.lengths_of(document)
+  needed = template.length([last]) - 1
+  if needed > length:
     raise UserError(
-      f"document '{document.key}' needs {length - left} positions; the model was trained on "
-      f"{length}."
+      f"document '{document.key}' needs {needed} positions; the model was trained on {length}."
     )
-  kept = []
+  kept: list[Document] = []
+  parts: list[Lengths] = []
   for neighbor in neighbors:
-    left -= _num_positions(neighbor)
-    if left < 0:
+    parts.append(loader.lengths_of(neighbor))
+    if template.length([*parts, last]) - 1 > length:
       break
     kept.append(neighbor)
   return kept
 
 
-def _num_positions(document: Document) -> int:
-  """Counts the tokens of a document, including the <break> or </s> after each segment."""
-  return sum(len(s.tokens) + 1 for s in document.segments)
+def places_in(document: Document, vocab: VocabLayout) -> tuple[list[tuple[int, int]], int]:
+  """Returns the half-open ranges of the segments in the document alone, and its length."""
+  template, parts = templates.of(vocab), [loader.lengths_of(document)]
+  return template.bounds(parts), template.length(parts)
 
 
 def own_targets(
@@ -124,8 +130,8 @@ def own_targets(
   neighbors, then the document. Returns {"image": mask, "text": mask}, each [T - 1] bool.
   """
   targets = np.asarray(sample)[1:]
-  size = sum(len(s.tokens) for s in document.segments) + len(document.segments) - 1
-  own = np.arange(len(targets)) >= len(targets) - 1 - size
+  places, length = places_in(document, vocab)
+  own = np.arange(len(targets)) >= len(targets) - (length - places[0][0])
   image = own & vocab.is_image(targets)
   return {"image": image, "text": own & ~image & (targets >= vocab.num_special)}
 
@@ -202,7 +208,7 @@ def heldout_samples(
   counts: dict[str, list[int]] = {}
   for condition in CONDITIONS:
     kept = [
-      fit_neighbors(d, [bank[i] for i in k], data.sequence_length)
+      fit_neighbors(d, [bank[i] for i in k], data.sequence_length, vocab)
       for d, k in zip(documents, ids[condition])
     ]
     samples[condition] = [loader.join([*k, d], vocab) for k, d in zip(kept, documents)]

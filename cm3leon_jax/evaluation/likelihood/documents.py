@@ -87,7 +87,7 @@ class Scorer:
     """Returns the fields of each document's line in scores.jsonl, see `line_of`."""
     result = [()] * len(documents) if self.find is None else self.find(documents)
     kept = [
-      bits.fit_neighbors(document, neighbors, self.positions)
+      bits.fit_neighbors(document, neighbors, self.positions, self.vocab)
       for document, neighbors in zip(documents, result)
     ]
     samples = [loader.join([*k, d], self.vocab) for k, d in zip(kept, documents)]
@@ -143,9 +143,9 @@ def line_of(
   tokens = loader.join([document], vocab)
   targets = len(tokens) - 1
   own["special"] = ~own["text"] & ~own["image"] & (np.arange(len(log_probs))[::-1] < targets)
-  alone, segments, start = log_probs[-targets:], [], 1
-  for segment in document.segments:
-    stop = start + len(segment.tokens)
+  alone, segments = log_probs[-targets:], []
+  places, _ = bits.places_in(document, vocab)
+  for segment, (start, stop) in zip(document.segments, places):
     segments.append(
       {
         "modality": "image" if segment.is_image else "text",
@@ -154,7 +154,6 @@ def line_of(
         "log_prob": _rounded(alone[start - 1 : stop - 1].sum()),
       }
     )
-    start = stop + 1
   sums = {
     name: {"tokens": int(own[name].sum()), "log_prob": _rounded(log_probs[own[name]].sum())}
     for name in MODALITIES

@@ -81,13 +81,13 @@ def score_codes(
     segments = Segment(False, layout.encode(text)), Segment(True, image)
     documents.append(Document("", segments, "", "", ""))
     _check_length(len(segments[0].tokens), layout)
-    kept = bits.fit_neighbors(documents[-1], found, layout.positions)
+    kept = bits.fit_neighbors(documents[-1], found, layout.positions, vocab)
     plain.append(rows.join([*kept, documents[-1]], vocab))
-    kept = bits.fit_neighbors(documents[-1], found, layout.positions - OVERHEAD)
+    kept = bits.fit_neighbors(documents[-1], found, layout.positions - OVERHEAD, vocab)
     sample = rows.join([*kept, documents[-1]], vocab)
-    stop = len(sample) - len(image) - 2  # <break> follows the text, and </s> follows the image.
-    span = (stop - len(segments[0].tokens), stop)
-    masked.append(apply_cm3_mask(sample, [span], vocab))
+    [(start, stop), _], length = bits.places_in(documents[-1], vocab)
+    before = len(sample) - length
+    masked.append(apply_cm3_mask(sample, [(before + start, before + stop)], vocab))
   nats = [-np.log(2) * x for x in _bits(pipeline, params, [*plain, *masked], len(texts))]
   scores = []
   for sample, document, first, last in zip(plain, documents, nats, nats[len(texts) :]):
@@ -138,7 +138,8 @@ def score_answers(
       words = np.concatenate([before, hole, after]).astype(np.int32)
       _check_length(len(words), layout)
       document = Document("", (Segment(False, words), Segment(True, image)), "", "", "")
-      sample, start = rows.join([document], layout.vocab), 1 + len(before)
+      [(first, _), _], _ = bits.places_in(document, layout.vocab)
+      sample, start = rows.join([document], layout.vocab), first + len(before)
       samples.append(apply_cm3_mask(sample, [(start, start + len(hole))], layout.vocab))
       lengths.append(len(hole) + 1)
   scored = _bits(pipeline, params, samples, len(samples))

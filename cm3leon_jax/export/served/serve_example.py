@@ -7,16 +7,16 @@ python serve_example.py "a green bell left of a blue key" --seed=5
 import argparse
 
 import artifacts
-from artifacts import ABOUT, VOCAB, load, padded
+from artifacts import ABOUT, load, padded
 import numpy as np
 
-EOS, BREAK, MASK, CODES = VOCAB["eos"], VOCAB["brk"], VOCAB["mask_0"], ABOUT["image_tokens"]
+PROMPT, CODES = ABOUT["prompt"], ABOUT["image_tokens"]
 
 
 def draw(weights: dict, captions: list, seeds: list, **own: float) -> tuple:
   """Returns uint8 images [b, H, W, 3] and their tokens [b, I]. A caption is a list of token ids."""
-  prompts = padded([[EOS, *caption, BREAK] for caption in captions], CODES)
-  others = padded([[EOS, MASK, BREAK]] * len(captions), CODES)  # Unconditional prompts.
+  prompts = padded([[*PROMPT["start"], *caption, *PROMPT["end"]] for caption in captions], CODES)
+  others = padded([PROMPT["unconditional"]] * len(captions), CODES)
   arrays = artifacts.settings("generate_image", seeds, **own)
   result = load("generate_image")(weights, prompts=prompts, unconditional=others, **arrays)
   return np.asarray(result["images"]), np.asarray(result["tokens"])

@@ -10,6 +10,7 @@ from cm3leon_jax.data.instructions import samples
 from cm3leon_jax.data.instructions.tasks import mixture
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan
+from cm3leon_jax.decoding.request import edit
 from cm3leon_jax.errors import UserError
 from tests.data.stores import VOCAB, make_instructions
 from tests.refusals import refused
@@ -54,7 +55,7 @@ def test_samples_lack_all_or_the_instruction_as_often_as_asked():
   for seed in range(2_000):
     rng = np.random.default_rng(seed)
     plan = samples.plan_instruction(lengths, is_image, (25, 41), rng, drops, VOCAB)
-    kinds["all" if plan.first else "instruction" if plan.skipped == 2 else "nothing"] += 1
+    kinds["all" if plan.first else "instruction" if plan.skipped == (2,) else "nothing"] += 1
   shares = {kind: count / 2_000 for kind, count in kinds.items()}
   expected = {"all": drops.all, "instruction": drops.instruction, "nothing": 0.5}
   # The tolerance is four standard errors of a share.
@@ -86,8 +87,23 @@ def test_every_plan_finds_its_target(template):
     wanted = segments[at].tokens[skip:].tolist()
     after = tokens[1:][weights[1:] > 0][: len(wanted)].tolist()
     assert after == wanted
-    masked.add((plan.masked, plan.skipped >= 0, bool(plan.spans)))
+    masked.add((plan.masked, bool(plan.skipped), bool(plan.spans)))
   assert len(masked) == 4
+
+
+@pytest.mark.parametrize(("template", "kept"), [("cm3leon", 3), ("chameleon", 2)])
+def test_a_dropped_instruction_leaves_what_the_stream_of_an_edit_has(template, kept):
+  """With the template chameleon, that is the images alone."""
+  vocab = dataclasses.replace(VOCAB, template=template)
+  rng, drops = np.random.default_rng(0), samples.Drops(instruction=1.0)
+  segments, kinds = [np.full(2, vocab.num_special), vocab.image_ids([1])], [False, True] * 2
+  parts = tuple(Segment(image, segments[image]) for image in kinds)
+  plan = samples.plan_instruction([2, 1, 2, 1], kinds, (9, 10), rng, drops, vocab)
+  tokens, _ = samples.build_instruction(Document("d", parts, "", "", ""), plan, vocab, "all")
+  text, image = segments
+  asked = edit(vocab, 1, text, image, text).streams[1]
+  assert tokens.tolist()[:-1] == [*asked.tolist(), *image.tolist()]
+  assert len(kinds) - len(plan.skipped) == kept
 
 
 def test_targets_belong_to_their_store(tmp_path):

@@ -13,6 +13,7 @@ from cm3leon_jax.data.rows.sample_plan import plan_sample
 from cm3leon_jax.vocab import VocabLayout
 
 PAIR = [4, 16], [False, True]
+NO_CANDIDATES = [].__getitem__
 VOCABS = VocabLayout(num_special=32), VocabLayout(num_special=32, template="chameleon")
 
 
@@ -28,7 +29,8 @@ some_parts = st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, 
 )  # fmt: skip
 def test_a_sample_never_exceeds_the_row(seed, document, candidates, length, vocab):
   config = DataConfig(sequence_length=length, mean_spans=3.0)
-  plan = plan_sample(document, candidates, np.random.default_rng(seed), config, vocab)
+  rng, lengths_of = np.random.default_rng(seed), candidates.__getitem__
+  plan = plan_sample(document, len(candidates), lengths_of, rng, config, vocab)
   assert plan.length <= length + 1
   if plan.dropped:
     return
@@ -44,7 +46,7 @@ def plan_pair(num_candidates, seed, max_spans=27, **fields):
   rates = {"neighbor_dropout": 0.0, "condition_dropout": 0.0, "mean_spans": 0.0}
   config, rng = DataConfig(**{**rates, **fields}), np.random.default_rng(seed)
   vocab = VocabLayout(num_special=max_spans + 5)
-  return plan_sample(PAIR, [PAIR] * num_candidates, rng, config, vocab)
+  return plan_sample(PAIR, num_candidates, lambda _: PAIR, rng, config, vocab)
 
 
 def test_neighbors_are_left_out_before_spans_and_spans_before_the_tail():
@@ -106,8 +108,8 @@ def span_plans(lengths, is_image, number=4_000, **fields):
   """Returns plans of one document without neighbors, one per random seed."""
   config = DataConfig(sequence_length=4_096, condition_dropout=0.0, **fields)
   return [
-    plan_sample((lengths, is_image), [], np.random.default_rng(seed), config, VOCABS[0])
-    for seed in range(number)
+    plan_sample((lengths, is_image), 0, NO_CANDIDATES, rng, config, VOCABS[0])
+    for rng in map(np.random.default_rng, range(number))
   ]
 
 
@@ -145,7 +147,7 @@ def test_a_conditioning_drop_leaves_nothing_but_an_image(vocab, length):
 
   def plan(lengths, is_image):
     rng = np.random.default_rng(0)
-    return plan_sample((lengths, is_image), [PAIR] * 3, rng, config, vocab)
+    return plan_sample((lengths, is_image), 3, lambda _: PAIR, rng, config, vocab)
 
   assert plan([4, 16], [False, True]) == ((), True, (), length, 0, 0)
   assert not plan([4], [False]).dropped

@@ -13,6 +13,7 @@ from cm3leon_jax.data.documents import store as documents
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.evaluation.likelihood import bits
+from cm3leon_jax.evaluation.likelihood.documents import line_of
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.vocab import VocabLayout
@@ -85,15 +86,31 @@ def test_partners_are_other_documents_of_other_concepts(concepts, seed):
     assert (concepts[partner] != concepts).all()
 
 
-@given(st.integers(0, 3), st.integers(0, 2**32 - 1))
-def test_own_targets_are_exactly_the_documents_tokens(num_neighbors, seed):
+VOCABS = VOCAB, dataclasses.replace(VOCAB, template="chameleon")
+
+
+@given(st.integers(0, 3), st.sampled_from(VOCABS), st.integers(0, 2**32 - 1))
+def test_own_targets_are_exactly_the_documents_tokens(num_neighbors, vocab, seed):
+  """Documents have some segments of a pair, twice, in any order."""
   rng = np.random.default_rng(seed)
-  *neighbors, document = [pair(i, rng, codes=3) for i in range(num_neighbors + 1)]
-  sample = loader.join([*neighbors, document], VOCAB)
-  masks = bits.own_targets(sample, document, VOCAB)
-  for segment in document.segments:
-    own = masks["image" if segment.is_image else "text"]
-    np.testing.assert_array_equal(sample[1:][own], segment.tokens)
+  made = [pair(i, rng, codes=3) for i in range(num_neighbors + 1)]
+  segments = [[x for x in (*d.segments, *d.segments[::-1]) if rng.random() < 0.6] for d in made]
+  made = [dataclasses.replace(d, segments=tuple(s)) for d, s in zip(made, segments) if s]
+  if not made:
+    return
+  *neighbors, document = made
+  sample = loader.join(made, vocab)
+  masks = bits.own_targets(sample, document, vocab)
+  line = line_of(document, sample, np.zeros(len(sample) - 1), [], vocab)
+  for kind in ("image", "text"):
+    expected = [t for s in document.segments if s.is_image == (kind == "image") for t in s.tokens]
+    assert sample[1:][masks[kind]].tolist() == expected
+  for segment, described in zip(document.segments, line["segments"], strict=True):
+    tokens = line["tokens"][described["start"] : described["stop"]]
+    assert tokens == segment.tokens.tolist()
+  assert bits.fit_neighbors(document, neighbors, len(sample) - 1, vocab) == neighbors
+  if neighbors:
+    assert bits.fit_neighbors(document, neighbors, len(sample) - 2, vocab) == neighbors[:-1]
 
 
 def test_neighbors_that_do_not_fit_a_row_are_left_out():
@@ -103,11 +120,12 @@ def test_neighbors_that_do_not_fit_a_row_are_left_out():
   def num_positions(kept):
     return len(loader.join([*kept, document], VOCAB)) - 1
 
-  assert bits.fit_neighbors(document, neighbors, num_positions(neighbors)) == neighbors
-  assert bits.fit_neighbors(document, neighbors, num_positions(neighbors) - 1) == neighbors[:2]
-  assert bits.fit_neighbors(document, neighbors, num_positions([])) == []
+  whole, alone = num_positions(neighbors), num_positions([])
+  assert bits.fit_neighbors(document, neighbors, whole, VOCAB) == neighbors
+  assert bits.fit_neighbors(document, neighbors, whole - 1, VOCAB) == neighbors[:2]
+  assert bits.fit_neighbors(document, neighbors, alone, VOCAB) == []
   with refused(UserError, "'0'"):
-    bits.fit_neighbors(document, neighbors, num_positions([]) - 1)
+    bits.fit_neighbors(document, neighbors, alone - 1, VOCAB)
 
 
 def test_evaluate_differs_between_neighbors_and_repeats_exactly(stores, params):

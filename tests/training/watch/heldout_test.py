@@ -88,7 +88,7 @@ def test_a_row_holds_the_documents_after_their_best_neighbors_and_scores_the_doc
     for placement in rows.plan.row(number):
       document = pairs[placement.unit]
       near = [bank[int(i)] for i in ids[placement.unit][:2] if i >= 0]
-      near = bits.fit_neighbors(document, near, settings.data.sequence_length)
+      near = bits.fit_neighbors(document, near, settings.data.sequence_length, VOCAB)
       seen.add(placement.unit)
       neighbors += len(near)
       expected.append(join([*near, document], VOCAB)[1:])
