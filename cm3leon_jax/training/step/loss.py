@@ -152,10 +152,8 @@ def _on_device(
     by_logits = by_logits.astype(h.dtype)
     if table_gradient is not None:
       table_gradient += _by_rows(h, by_logits[..., first:])
-    by_hidden = None
-    if wanted.hidden:
-      by_hidden = jax.lax.psum(jnp.einsum("bCv,vd->bCd", by_logits, rows), tensor)
-    return table_gradient, (nll, log_z, by_hidden)
+    by_hidden = jnp.einsum("bCv,vd->bCd", by_logits, rows) if wanted.hidden else None
+    return table_gradient, (nll, log_z, jax.lax.psum(by_hidden, tensor))
 
   b, L = targets.shape
 
@@ -165,15 +163,16 @@ def _on_device(
   def whole(x: Array) -> Array:
     return x.swapaxes(0, 1).reshape(b, L, *x.shape[3:])
 
-  start = jnp.broadcast_to(zero, (rows.shape[1], rows.shape[0] - first))
-  start = start if gradients and wanted.first_row is not None else None
+  start = None
+  if gradients and wanted.first_row is not None:
+    start = jnp.broadcast_to(zero, (rows.shape[1], rows.shape[0] - first))
   by_rows, (nll, log_z, by_hidden) = jax.lax.scan(
     chunk_nll, start, (split(hidden), split(targets), split(weights))
   )
   values = whole(nll), whole(log_z)
   if not gradients:
     return values, None
-  by_hidden = whole(by_hidden) if wanted.hidden else None
+  by_hidden = jax.tree.map(whole, by_hidden)
   if by_rows is None:
     return values, Gradients(by_hidden, None)
   by_rows = jnp.pad(by_rows, ((0, 0), (first, 0)))
