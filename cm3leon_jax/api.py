@@ -361,7 +361,7 @@ class CM3Leon:
   @functools.cached_property
   def _trained(self) -> dict[str, Any]:
     """Parameters in the training dtype, which the first `score` loads."""
-    return self.run.params(self.step)[0]
+    return self.run.params(self.step, dtype=self.run.settings.model.dtype)[0]
 
   def _in_mesh(self) -> Any:
     import jax

@@ -133,7 +133,7 @@ def _evaluate(
   settings, workdir = run.settings, run.folder
   config = settings.evaluation
   bits.check_batch(config)
-  params, step = run.params(average=average)
+  params, step = run.params(average=average, dtype=settings.model.dtype)
   if judge is not None:  # Prepare the samples first, so that an error ends the command early.
     pipeline = pipeline_lib.Pipeline.load(run, params, None, batch_size=config.batch_size)
     tasks = judged.heldout_captions(pipeline, workdir, config.guidance)

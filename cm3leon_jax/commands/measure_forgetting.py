@@ -46,7 +46,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       )
     run, judge = run_lib.Run(workdir, settings), judged.judge_of(settings)
     before = forgetting.measure(run, run_lib.load_initial(start, settings), base, judge)
-    params, step = run.params()
+    params, step = run.params(dtype=settings.model.dtype)
     after = forgetting.measure(run, params, base, judge)
     result = forgetting.compare(before, after)
     summary.update(base=start.source, step=step, **result)

@@ -118,7 +118,7 @@ def _score(
   config = settings.evaluation
   bits.check_batch(config)
   find = _search(trained, layout, retrieve) if retrieve else None
-  params, step = trained.params()
+  params, step = trained.params(dtype=settings.model.dtype)
   sizes = (layout.positions, config.batch_size)
   scorer = documents_lib.Scorer(params, settings.model, settings.vocab, *sizes, find)
   resampling = {"num_resamples": config.num_resamples, "seed": seed}

@@ -3,13 +3,18 @@
 import dataclasses
 
 from etils import epath
+from flax import traverse_util
+import jax
+import numpy as np
 
-from cm3leon_jax.config.groups import Tuned
+from cm3leon_jax.config.groups import Groups, Tuned
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.files import foreign
 from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.models import adapters
 from cm3leon_jax.run.source import settings_of_run
 from cm3leon_jax.weights import reading
+from cm3leon_jax.weights.stored import STACKED, StoredParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,3 +72,34 @@ def of_run(workdir: epath.PathLike) -> Adapters | None:
   if (config := settings_of_run(folder).tuned) is None:
     raise ValueError("settings without what `run` says that the run trains")
   return Adapters(folder, config, ParamsRef(**run["init_from"]))
+
+
+def merged(base: StoredParams, trained: dict, found: Adapters) -> StoredParams:
+  """Returns the parameters of a decoder with what was trained of them; see `groups.merge`.
+
+  They are merged when they are read, those of layers one layer at a time.
+  """
+  trained = jax.device_get(trained)
+  flat = traverse_util.flatten_dict(trained, sep=".")
+  tuned, model = found.config, found.settings.model
+
+  def layer(kind: str, i: int) -> np.ndarray:
+    stored = base.read(f"{STACKED}.{kind}", i)
+    if isinstance(tuned, Groups):
+      layers = tuned.layers(model)
+      return trained[STACKED][kind][layers.index(i)] if i in layers else stored
+    names = {*kind} if kind in ("q", "kv", "qkv") else {kind}
+    factors = {x: jax.tree.map(lambda f: f[[i]], trained[x]) for x in names & trained.keys()}
+    params = adapters.merge({STACKED: {kind: stored[None]}}, factors, tuned)
+    return np.asarray(params[STACKED][kind])[0]
+
+  def read(name: str, *index: int) -> np.ndarray:
+    room, _, kind = name.partition(".")
+    if room == STACKED and index:
+      return layer(kind, index[0])[index[1:]]
+    if isinstance(tuned, Groups) and name in flat:
+      first = tuned.first_row(name) or 0
+      return np.concatenate([base.read(name)[:first], flat[name]])[index]
+    return base.read(name, *index)
+
+  return dataclasses.replace(base, read=read)

@@ -258,11 +258,11 @@ def _id(run: Run, name: str) -> str:
   return stages.id_of(stages.describe_files(run.stages / name, patterns))
 
 
-def open_params(run: Run, average: bool | None) -> StoredParams:
-  """Opens the parameters of a run for `cm3leon export`.
+def open_params(run: Run, average: bool | None, step: int | None = None) -> StoredParams:
+  """Opens the parameters of a run for `cm3leon export`. It needs a current mesh.
 
-  The parameters of a bundle, and the sums of adapters and their base, are loaded into memory, which
-  needs a current mesh. For `average`, see `stored.choose`.
+  The parameters of a bundle are loaded into memory. For `average`, see `stored.choose`; for `step`,
+  see `reading.load_params`.
 
   Raises:
     UserError: `average` is not None, but the run keeps no average or is a bundle.
@@ -270,10 +270,13 @@ def open_params(run: Run, average: bool | None) -> StoredParams:
   if Source.of(run.folder).kind == "import":
     return placed.stored(StoredTensors(run.folder / INIT), run.settings.model)
   if run.kind == "workdir":
-    result = reading.open_params(run.folder / "train", average=average)
-    if adapters.of_run(run.folder) is None:
+    result = reading.open_params(run.folder / "train", step, average)
+    if (found := adapters.of_run(run.folder)) is None:
       return result
-    return of_tree(*run.params(result.step, average is not False), result.averaged)
+    base = _open_base(found)
+    params, _ = found.load(result.step, average is not False)
+    merged = adapters.merged(base, params, found)
+    return dataclasses.replace(merged, step=result.step, averaged=result.averaged)
   if average is not None:
     raise UserError(
       f"--merge_ema is given, but {run.folder} is a bundle, which has only one set of parameters: "
@@ -281,6 +284,18 @@ def open_params(run: Run, average: bool | None) -> StoredParams:
     )
   params, step = run.params()
   return of_tree(params, step, bool(run.settings.optimizer.ema_decay))
+
+
+def _open_base(found: Adapters) -> StoredParams:
+  """Opens the parameters that adapters were trained on; see `load_frozen`."""
+  initial.check_frozen(found, found.settings)
+  folder = folder_of(found.base.source)
+  if found.base.step is not None:
+    return open_params(Run(folder, found.settings), None, found.base.step)
+  if exported.is_orbax(folder):
+    return of_tree(load_frozen(found))
+  exported.check(folder)
+  return placed.stored(StoredTensors(folder), found.settings.model)
 
 
 def _of_config(folder: epath.Path, stored: Settings, settings: Settings) -> Settings:

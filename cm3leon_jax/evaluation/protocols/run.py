@@ -177,7 +177,7 @@ def _stages(settings: Settings, protocol: Protocol, needs: set[str], options: Op
 def _params(trained: Run, before: bool) -> tuple[dict, int]:
   """Loads the newest or, if `before`, the first parameters of a run. Returns (parameters, step)."""
   if not before:
-    return trained.params()
+    return trained.params(dtype=trained.settings.model.dtype)
   start = initial.recorded(trained.folder)
   if start is None:
     raise UserError(
