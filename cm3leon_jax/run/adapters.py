@@ -5,6 +5,7 @@ import dataclasses
 from etils import epath
 from flax import traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cm3leon_jax.config.groups import Groups, Tuned
@@ -90,13 +91,15 @@ def merged(base: StoredParams, trained: dict, found: Adapters) -> StoredParams:
       return trained[STACKED][kind][layers.index(i)] if i in layers else stored
     names = {*kind} if kind in ("q", "kv", "qkv") else {kind}
     factors = {x: jax.tree.map(lambda f: f[[i]], trained[x]) for x in names & trained.keys()}
-    params = adapters.merge({STACKED: {kind: stored[None]}}, factors, tuned)
+    params = adapters.merge({STACKED: {kind: jnp.asarray(stored)[None]}}, factors, tuned)
     return np.asarray(params[STACKED][kind])[0]
 
   def read(name: str, *index: int) -> np.ndarray:
     room, _, kind = name.partition(".")
-    if room == STACKED and index:
-      return layer(kind, index[0])[index[1:]]
+    if room == STACKED:
+      layers = index[:1] or range(model.num_layers)
+      read = np.stack([layer(kind, i)[index[1:]] for i in layers])
+      return read[0] if index else read
     if isinstance(tuned, Groups) and name in flat:
       first = tuned.first_row(name) or 0
       return np.concatenate([base.read(name)[:first], flat[name]])[index]

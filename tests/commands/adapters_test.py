@@ -20,9 +20,10 @@ from cm3leon_jax.generation import heldout
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.models import adapters
 from cm3leon_jax.run import initial
-from cm3leon_jax.run.run import Run, load_initial
+from cm3leon_jax.run.run import Run, load_initial, open_params
 from cm3leon_jax.stages import stages
 from cm3leon_jax.weights import reading
+from cm3leon_jax.weights.stored import of_tree
 from tests.generation.run import SETTINGS, make_config, one_device, save_run
 from tests.refusals import refused
 from tests.retrieval.stores import write_neighbors
@@ -178,6 +179,22 @@ def test_the_loaded_sum_is_that_of_the_merged_export_to_the_bit(base, adapted, t
     "positions": False,
     "blocks": dict.fromkeys(("qkv", "out", "up", "down"), True),
   }
+
+
+@pytest.mark.parametrize("fields", [{}, {"rank": 0, "only": ("embed", "layers.0-0")}])
+def test_parameters_are_merged_as_they_are_read(base, make, fields):
+  """All at once and one layer at a time they equal the sum in memory, and not the base."""
+  folder = make(**fields)
+  with one_device():
+    lazy, plain = (open_params(Run.open(x), None) for x in (folder, base))
+    whole = of_tree(Run.open(folder).params()[0])
+  assert whole.shapes == lazy.shapes
+  for name in whole.shapes:
+    np.testing.assert_array_equal(lazy.read(name), expected := whole.read(name))
+    if name.startswith("blocks."):
+      np.testing.assert_array_equal(lazy.read(name, 0), expected[0])
+      changed = ".norm" not in name and name != "blocks.final_norm"
+      assert np.array_equal(plain.read(name, 0), expected[0]) is not changed, name
 
 
 def test_adapters_are_added_to_their_base_and_to_no_other(base, adapted, tmp_path):
