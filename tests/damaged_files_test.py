@@ -139,11 +139,11 @@ def test_a_bad_line_within_the_log_is_named(line, sentence, tmp_path):
 @pytest.mark.parametrize("junk", [*JUNK.values(), b'{"window": 2, "first_row": -1}'])
 def test_a_bad_line_of_planned_windows_is_named(junk, tmp_path):
   path, start = tmp_path / "plan.jsonl", Start(9, (4, 0), (70, 0))
-  starts = WindowStarts(2, path, "x", writes=True)
+  starts = WindowStarts(Start(0, (0, 0), (0, 0)), path, "x", writes=True)
   starts.add(1, start)
   path.write_bytes(path.read_bytes() + junk.replace(b"\n", b"") + b"\n")
   with refused(UserError, "plan.jsonl", "3"):
-    WindowStarts(2, path, "x")
+    WindowStarts(Start(0, (0, 0), (0, 0)), path, "x")
 
 
 def test_stray_files_beside_digests_are_left_alone(tmp_path):

@@ -24,7 +24,7 @@ from cm3leon_jax.commands import common, flag
 from cm3leon_jax.errors import UserError
 
 with epy.lazy_imports():
-  from cm3leon_jax.training.faults import skipped_rows
+  from cm3leon_jax.data.rows import skipped_rows
   from cm3leon_jax.training.saves import upkeep
 
 ACTIONS = ("list", "verify", "rollback")

@@ -32,6 +32,7 @@ with epy.lazy_imports():
   import jax
 
   from cm3leon_jax import distributed
+  from cm3leon_jax.data.rows import skipped_rows
   from cm3leon_jax.generation import heldout as heldout_lib
   from cm3leon_jax.models import codebook_start
   from cm3leon_jax.planning import memory
@@ -40,7 +41,6 @@ with epy.lazy_imports():
   from cm3leon_jax.run import run as run_lib
   from cm3leon_jax.training import decoder, objective
   from cm3leon_jax.training.faults import lease as lease_lib
-  from cm3leon_jax.training.faults import skipped_rows
   from cm3leon_jax.training.watch import monitor, traces
 
 MEASURED_STEPS = 16
@@ -122,6 +122,7 @@ def main(settings: Settings, workdir: epath.Path, flags: Flags) -> None:
     resume.write_config(settings, workdir, config)
     with distributed.together():
       summary.update(rows=rows.look_at_rows(loader.plan))
+      rows.print_phases(settings)
       generate_grid = None  # Without held-out documents, there are no captions for a grid.
       if rows.replay_share(settings, "heldout"):
         generate_grid = heldout_lib.sample_grids(run, folder / "samples")

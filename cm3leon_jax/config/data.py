@@ -10,7 +10,22 @@ import pydantic.dataclasses
 from cm3leon_jax.config.build import STRICT
 
 MOST_CROPS = 999  # Of an image, in a config.
+# Fields that a phase may set. `replay_share` is a field of the section `instructions`.
+PHASED = (
+  *("text_share", "interleaved_share", "base_share", "replay_share", "num_neighbors"),
+  *("neighbor_sampling", "neighbor_dropout", "condition_dropout", "code_dropout"),
+  *("code_dropout_alone", "mean_spans", "whole_segment_rate"),
+  *("neighbor_loss_weight", "image_loss_weight"),
+)
 PAPER_NEIGHBORS, PAPER_CANDIDATES = 3, 4  # The paper uses 3 of 4 candidates.
+
+
+def _phases(value: Any) -> Any:
+  """Converts phases that JSON or a config contains to tuples."""
+  try:
+    return tuple((row, dict(fields)) for row, fields in value)
+  except (TypeError, ValueError) as error:
+    raise ValueError("it must be ((first row, {field: value, ...}), ...)") from error
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -48,6 +63,8 @@ class DataConfig:
   """Probability that the spans of a sample with several segments are whole segments."""
   neighbor_loss_weight: NonNegativeFloat = 1.0
   """Loss weight of neighbor tokens (CM3Leon: 1, RA-CM3: 0.1)."""
+  image_loss_weight: NonNegativeFloat = 1.0
+  """Factor of the loss weights of image codes, in documents and neighbors."""
   text_share: Annotated[float, Field(ge=0, le=1)] = 0.7
   """Share of positions for text-only documents."""
   interleaved_share: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -57,6 +74,13 @@ class DataConfig:
   sample in its bundle. Its held-out documents show how much the run forgets. 0: none are read."""
   base_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
   """Share of training positions for documents of the base; needs `base_documents`."""
+  phases: Annotated[tuple[tuple[PositiveInt, dict[str, Any]], ...], BeforeValidator(_phases)] = (
+    dataclasses.field(default=(), hash=False)  # A section is hashed as a static argument.
+  )
+  """Changes of the mixture at given rows: ((N, {field: value, ...}), ...) sets fields from row N
+  on, counted from 0, until a later phase sets them again. With B rows a step, row S x B is the
+  first of step S + 1. The fields are those of this section that choose documents, neighbors, spans
+  and loss weights, and `replay_share` of `instructions`; see docs/training.md."""
   pack_window: PositiveInt = 65_536
   """Number of samples that are packed together by best fit. It bounds the planner's memory."""
   read_threads: PositiveInt = 2
@@ -74,6 +98,11 @@ class DataConfig:
         f"text_share is {self.text_share} and interleaved_share is {self.interleaved_share}; "
         "their sum must be at most 1."
       )
+    rows = [row for row, _ in self.phases]
+    if rows != sorted({*rows}):
+      raise ValueError(f"phases begin at the rows {rows}, which must rise.")
+    if unknown := {name for _, fields in self.phases for name in fields} - {*PHASED}:
+      raise ValueError(f"phases set '{min(unknown)}'; they may set {', '.join(PHASED)}.")
     if self.neighbor_sampling == "paper" and self.num_neighbors != PAPER_NEIGHBORS:
       raise ValueError(
         f"neighbor_sampling is 'paper', which picks {PAPER_NEIGHBORS} of {PAPER_CANDIDATES} "
@@ -96,6 +125,8 @@ class DataConfig:
       code_dropout_alone=0.0,
       mean_spans=0.0,
       neighbor_loss_weight=0.0,
+      image_loss_weight=1.0,
+      phases=(),
     )
 
 

@@ -94,6 +94,8 @@ class Settings:
       self.tuned.matrices(self.model)
     elif self.tuned:
       self.tuned.check(self.model)
+    if self.data.phases:
+      self.phases()  # Raises an error if a field of a phase is wrong.
     if self.vqgan.quantizer == "fsq":
       check_levels(self.vocab.image_size, self.vqgan.code_dim)
     for field in SPLIT_BY_TENSOR:
@@ -102,6 +104,24 @@ class Settings:
         raise ValueError(
           f"mesh.tensor is {self.mesh.tensor}; it must divide model.{field} = {size}."
         )
+
+  def phases(self) -> tuple[tuple[int, "Settings"], ...]:
+    """Returns each phase's first row and settings, those of row 0 first: `DataConfig.phases`."""
+    now = dataclasses.replace(self, data=dataclasses.replace(self.data, phases=()))
+    result = [(0, now)]
+    for first, fields in self.data.phases:
+      place, old = f"data.phases, row {first}", {**dataclasses.asdict(now.data)}
+      tasks = now.instructions
+      if (name := "replay_share") in fields:
+        if not tasks.replay_share:
+          raise UserError(
+            f"config.{place} sets {name}, so config.instructions.{name} must be above 0."
+          )
+        tasks = build(type(tasks), {**vars(tasks), name: fields[name]}, place)
+      data = build(DataConfig, old | {k: v for k, v in fields.items() if k != name}, place)
+      now = dataclasses.replace(now, data=data, instructions=tasks)
+      result.append((first, now))
+    return tuple(result)
 
   @property
   def tuned(self) -> Tuned | None:

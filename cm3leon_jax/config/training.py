@@ -168,8 +168,12 @@ class OptimizerConfig:
   """Peak learning rate, reached after `warmup_steps` of linear growth from 0."""
   warmup_steps: NonNegativeInt = 1_500
   """Number of steps over which the learning rate grows to its peak."""
-  schedule: Literal["cosine", "linear"] = "cosine"
-  """Shape of the decay from the peak to `final_fraction` of it at the last step."""
+  schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+  """Shape of the decay from the peak to `final_fraction` of it at the last step. `wsd` (warm-up,
+  stable, decay; Hu et al. 2024, https://arxiv.org/abs/2404.06395) stays at the peak and falls
+  linearly over the last steps."""
+  decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+  """Share of the steps over which the learning rate falls with `schedule` `wsd`."""
   final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
   """Learning rate at the last step, as a fraction of the peak."""
   b1: Annotated[float, Field(ge=0, le=1)] = 0.9

@@ -158,7 +158,8 @@ def num_sources(settings: Settings, split: str) -> int:
   tasks = load_tasks(settings.instructions)
   count = sum(split == "train" or bool(task.heldout) for task in tasks)
   if settings.instructions.replay_share:
-    count += 1 + (settings.data.text_share > 0) + (settings.data.interleaved_share > 0)
+    mixtures = [one.data for _, one in settings.phases()]
+    count += 1 + any(x.text_share for x in mixtures) + any(x.interleaved_share for x in mixtures)
   return count
 
 

@@ -67,6 +67,7 @@ def describe_row(
   loader: RowLoader, number: int, tokenizer: TextTokenizer
 ) -> tuple[list[str], list[np.ndarray]]:
   """Describes a row. Returns its lines, and the codes of its images in reading order."""
+  loader = loader.of_row(number)
   row, placements, at = loader[number], loader.plan.row(number), 0
   used, length = int((row["segment_ids"] != 0).sum()), len(row["inputs"])
   lines = [f"row {number}: {used} of {length} positions used"]

@@ -4,18 +4,22 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from cm3leon_jax.data.rows import skipped_rows
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.stages.stages import check_same_config, differences
+from cm3leon_jax.weights import reading
 
 # The checkpoint has another structure with an average than without one.
 AVERAGE = "optimizer.ema_decay"
 # Other fields describe the rows, or the structure of the checkpoint.
 _OPTIMIZER = (
-  *("learning_rate", "warmup_steps", "schedule", "final_fraction", "b1", "b2", "eps"),
+  *("learning_rate", "warmup_steps", "schedule", "decay_fraction", "final_fraction"),
+  *("b1", "b2", "eps"),
   *("weight_decay", "decay_embeddings", "clip_norm", "z_loss", "ema_decay"),
 )
-MAY_CHANGE = (*(f"optimizer.{name}" for name in _OPTIMIZER), "train.global_batch_size")
+PHASES = "data.phases"
+MAY_CHANGE = (*(f"optimizer.{name}" for name in _OPTIMIZER), "train.global_batch_size", PHASES)
 
 
 def check_changes(
@@ -50,4 +54,18 @@ def check_changes(
     )
   if others:
     check_same_config(folder, stored, config)
+  if PHASES in changes:
+    _check_begun(folder, *(fields["data"].get("phases", ()) for fields in (stored, plain(config))))
   return list(changes.values())
+
+
+def _check_begun(folder: epath.Path, stored: Sequence, new: Sequence) -> None:
+  """Raises UserError if a phase changed that began before the newest checkpoint."""
+  begun = skipped_rows.row_number(reading.next_row(folder), skipped_rows.read(folder))
+  old, now = ([[*phase] for phase in phases if phase[0] < begun] for phases in (stored, new))
+  if old != now:
+    raise UserError(
+      f"config.{PHASES} is {[*new]}, but {folder} has read all rows before {begun} with the phases "
+      f"{old}: keep these, and begin or change phases from row {begun} on; or go back with "
+      "`cm3leon checkpoints rollback`."
+    )

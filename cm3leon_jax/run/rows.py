@@ -1,6 +1,9 @@
 """Opens the training and held-out rows of a run from the folders of its stages."""
 
 import dataclasses
+import functools
+import hashlib
+import json
 from typing import Any
 
 from etils import epath
@@ -9,7 +12,7 @@ from cm3leon_jax import distributed
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.instructions.rows import instruction_sources
-from cm3leon_jax.data.rows.loader import RowLoader
+from cm3leon_jax.data.rows.loader import NextPhase, RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 from cm3leon_jax.data.rows.plan_statistics import (
   describe,
@@ -31,13 +34,62 @@ def open_rows(
   The rows contain instructions, pairs with their neighbors, texts and interleaved documents. In
   instructions, only the answers have a loss weight. `split` is "train" or "heldout". The held-out
   loss is computed on the rows of "heldout". Their neighbors are retrieved by the caption only, as
-  at inference, and have no loss weight (`DataConfig.for_heldout`). `write_starts`, which exactly
-  one process of a run sets, records in train/plan.jsonl where each window of the plan starts.
+  at inference, and have no loss weight (`DataConfig.for_heldout`). They have the mixture of the
+  first phase. `write_starts`, which exactly one process of a run sets, records in train/plan.jsonl
+  where each window of the plan starts, for a later phase in train/plan_ROW_DIGEST.jsonl.
 
   Raises:
     UserError: a document store is empty, the neighbors do not match the documents, a task has the
       same name as a document source, or all training documents together are shorter than one batch.
   """
+  phases = settings.phases() if split == "train" else settings.phases()[:1]
+  mixtures: list[list[RowSource]] = []
+  for _, one in phases:
+    mixtures.append(_after(mixtures[-1] if mixtures else [], _sources(one, workdir, split)))
+  sources = mixtures[-1]
+  needed = settings.train.global_batch_size * settings.data.sequence_length
+  # Every document has at least one token, so the first `needed` documents are enough.
+  total = sum(int(s.store.lengths[:needed].sum(dtype="int64")) for s in sources)
+  if split == "train" and total < needed:
+    raise UserError(
+      f"{workdir} has {total} training tokens, but one batch takes {needed} "
+      "(train.global_batch_size x data.sequence_length): add documents or lower one of the two."
+    )
+  has_names = settings.instructions.any or any(base_share(one, split) for _, one in phases)
+
+  def open_phase(k: int, before: RowLoader | None) -> RowLoader:
+    first, one = phases[k]
+    begin = before.plan.start_of_phase(first, len(mixtures[k])) if before else None
+    data = one.data if split == "train" else one.data.for_heldout()
+    starts = workdir / "train" / _starts_name(settings, k) if split == "train" else None
+    plan = RowPlan(mixtures[k], data, one.vocab, one.seed, starts, write_starts, begin)
+    following = None
+    if k + 1 < len(phases):
+      names = tuple(source.name for source in sources)
+      opens = functools.partial(open_phase, k + 1)
+      following = NextPhase(phases[k + 1][0], opens, names)
+    return RowLoader(plan, one.vocab, one.model.align_images, has_names, following)
+
+  return open_phase(0, None)
+
+
+def _starts_name(settings: Settings, phase: int) -> str:
+  """Returns the name of the file with the starts of a phase's windows, see `WindowStarts`."""
+  if not phase:
+    return "plan.jsonl"
+  phases = settings.data.phases[:phase]
+  digest = hashlib.sha256(json.dumps(phases, sort_keys=True).encode()).hexdigest()[:8]
+  return f"plan_{phases[-1][0]}_{digest}.jsonl"
+
+
+def _after(before: list[RowSource], sources: list[RowSource]) -> list[RowSource]:
+  """Returns the sources of a phase in an order that begins with those of the phase before it."""
+  new = {source.name: source for source in sources}
+  kept = [new.pop(old.name, dataclasses.replace(old, share=0.0)) for old in before]
+  return kept + [*new.values()]
+
+
+def _sources(settings: Settings, workdir: epath.Path, split: str) -> list[RowSource]:
   of_parent = base_share(settings, split)
   share = (1 - of_parent) * replay_share(settings, split)
   of_instructions = (settings.instructions, workdir / "instructions", settings.vocab)
@@ -50,20 +102,7 @@ def open_rows(
       f"config.instructions has a task with the name '{min(taken)}', which the logs use for "
       "documents: rename the task."
     )
-  sources += documents
-  data = settings.data if split == "train" else settings.data.for_heldout()
-  starts = workdir / "train" / "plan.jsonl" if split == "train" else None
-  plan = RowPlan(sources, data, settings.vocab, settings.seed, starts, write_starts)
-  needed = settings.train.global_batch_size * data.sequence_length
-  # Every document has at least one token, so the first `needed` documents are enough.
-  total = sum(int(s.store.lengths[:needed].sum(dtype="int64")) for s in sources)
-  if split == "train" and total < needed:
-    raise UserError(
-      f"{workdir} has {total} training tokens, but one batch takes {needed} "
-      "(train.global_batch_size x data.sequence_length): add documents or lower one of the two."
-    )
-  has_names = settings.instructions.any or bool(of_parent)
-  return RowLoader(plan, settings.vocab, settings.model.align_images, has_names)
+  return sources + documents
 
 
 def base_share(settings: Settings, split: str) -> float:
@@ -143,6 +182,13 @@ def document_sources(
         "pairs have the remaining share."
       )
   return sources
+
+
+def print_phases(settings: Settings) -> None:
+  """Prints which fields each phase of the mixture sets."""
+  for first, fields in settings.data.phases:
+    values = ", ".join(f"{name} = {value}" for name, value in fields.items())
+    distributed.print_once(f"rows: from row {first:,} on, {values}.")
 
 
 def look_at_rows(plan: RowPlan) -> dict[str, Any]:

@@ -167,6 +167,10 @@ def unused(section: str, fields: Mapping[str, Any]) -> set[str]:
     return {*fields} - {"source", "resolution", "downsample", "batch_size"}
   if section == "vocab" and fields.get("template", "cm3leon") == "cm3leon":
     return {"template"}  # Runs that are older than the field have no other.
+  if section == "optimizer" and fields.get("schedule") != "wsd":
+    return {"decay_fraction"}
+  if section == "data" and fields.get("image_loss_weight", 1) == 1:
+    return {"image_loss_weight"}
   return {"tied_start"} if section == "model" and fields.get("family") == "opt" else set()
 
 

@@ -11,9 +11,9 @@ import jax
 from jax.sharding import NamedSharding
 
 from cm3leon_jax.data.rows.loader import RowLoader, batches
+from cm3leon_jax.data.rows.skipped_rows import Remaining
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import spec
-from cm3leon_jax.training.faults.skipped_rows import Remaining
 from cm3leon_jax.training.step.numerics import TooManySkippedError
 
 

@@ -83,6 +83,15 @@ def used_step(folder: epath.PathLike) -> int | None:
     return newest and _used(checkpoints, newest)
 
 
+def next_row(folder: epath.PathLike) -> int:
+  """Returns the first row that a run has not read at its newest checkpoint; 0 without one."""
+  if not (epath.Path(folder) / FOLDER).exists():
+    return 0
+  with Checkpoints(folder, keep=1_000_000) as checkpoints:
+    newest = checkpoints.newest()
+    return 0 if newest is None else checkpoints.next_row(newest)
+
+
 def _used(checkpoints: Checkpoints, newest: int) -> int:
   best = checkpoints.best(newest)
   return best[0] if best else newest

@@ -8,6 +8,7 @@ import pytest
 
 from cm3leon_jax.commands import common, train
 from cm3leon_jax.config.settings import settings_from_config
+from cm3leon_jax.data.rows import skipped_rows
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.generation import heldout
@@ -16,7 +17,6 @@ from cm3leon_jax.run import pace
 from cm3leon_jax.stages import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training import decoder
-from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.saves import upkeep
 from cm3leon_jax.weights import reading
 from tests.data.stores import VOCAB

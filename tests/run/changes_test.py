@@ -5,11 +5,13 @@ import pytest
 
 from cm3leon_jax.config.settings import default_config, settings_from_config
 from cm3leon_jax.errors import UserError
+from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.run.changes import MAY_CHANGE, check_changes
 from cm3leon_jax.stages.table import identity
 from tests.refusals import refused
 
-RUN = {**identity(settings_from_config(default_config()), "train"), "inputs": {"documents": "1"}}
+SETTINGS = settings_from_config(default_config())
+RUN = plain({**identity(SETTINGS, "train"), "inputs": {"documents": "1"}})
 RATE = "optimizer.learning_rate"
 
 

@@ -2,7 +2,7 @@
 
 # B rows of a batch, L positions of a row, T tokens of a sample.
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import threading
 from typing import NamedTuple, Protocol
 
@@ -64,10 +64,12 @@ def build_sample(
   plan: SamplePlan,
   vocab: VocabLayout,
   neighbor_weight: float,
+  image_weight: float = 1.0,
 ) -> SampleTokens:
   """Builds the sample that `plan` describes: neighbors, document, and spans moved to the end.
 
-  If `plan.dropped`, the sample has only `<mask:0>` and the image.
+  If `plan.dropped`, the sample has only `<mask:0>` and the image. For the weights, see
+  `document_weights`.
 
     spans [(6, 8)], neighbor_weight 0.1
     tokens  = [</s> 50 <break> 519 520 <break> <mask:0> <break> 517 518 </s> <mask:0> 40 41 <eoss>]
@@ -94,7 +96,7 @@ def build_sample(
       f"document '{document.key}' gives a sample of {len(tokens)} tokens, but the plan has "
       f"{plan.length}: the store changed after planning; start the run again."
     )
-  weights = document_weights(plan, parts, of_neighbors, neighbor_weight, template)
+  weights = document_weights(plan, parts, of_neighbors, neighbor_weight, template, image_weight)
   return SampleTokens(tokens, weights, own, bool(plan.neighbors))
 
 
@@ -150,11 +152,28 @@ def rows_of_samples(
   return {name: np.stack([row[name] for row in rows]) for name in FIELDS}
 
 
+class NextPhase(NamedTuple):
+  """The phase of the mixture that follows the phase of a loader.
+
+  Attributes:
+    first_row: its first row.
+    open: returns its loader from the loader before it, from whose plan it continues.
+    source_names: names of its sources and of those of later phases.
+  """
+
+  first_row: int
+  open: Callable[["RowLoader"], "RowLoader"]
+  source_names: tuple[str, ...]
+
+
 class RowLoader:
   """Builds rows from their plan: `loader[i]` is row i, a dict of [L] arrays, see `pack_row`.
 
   With `mark_sources`, rows have an additional field `sources`, [L] int32: the number of the source
   of each position, counted from 1. Padding has 0.
+
+  Rows from `next_phase.first_row` on come from the loader that `next_phase` opens when the first of
+  them is read.
   """
 
   def __init__(
@@ -163,7 +182,10 @@ class RowLoader:
     vocab: VocabLayout,
     align_images: bool = False,
     mark_sources: bool = False,
+    next_phase: NextPhase | None = None,
   ):
+    self.next_phase = next_phase
+    self._next: RowLoader | None = None
     self.plan, self.vocab, self.align_images = plan, vocab, align_images
     self.mark_sources = mark_sources
     self._skipped: set[tuple[int, int, int]] = set()
@@ -171,10 +193,22 @@ class RowLoader:
 
   @property
   def source_names(self) -> tuple[str, ...]:
-    """Returns the names of the sources. () without `mark_sources`."""
+    """Returns the names of the sources of all phases. () without `mark_sources`."""
+    if self.next_phase and self.mark_sources:
+      return self.next_phase.source_names
     return tuple(source.name for source in self.plan.sources) if self.mark_sources else ()
 
+  def of_row(self, i: int) -> "RowLoader":
+    """Returns the loader of the phase of row `i`."""
+    if self.next_phase is None or i < self.next_phase.first_row:
+      return self
+    with self._lock:
+      self._next = self._next or self.next_phase.open(self)
+    return self._next.of_row(i)
+
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    if (loader := self.of_row(i)) is not self:
+      return loader[i]
     config, placements = self.plan.config, self.plan.row(i)
     samples = [self._sample(*placement[:3]) for placement in placements]
     pairs = [sample[:2] for sample in samples]
@@ -246,8 +280,9 @@ class RowLoader:
     if plan.neighbors:
       assert spec.bank is not None
       neighbors = [spec.bank[int(candidates[j])] for j in plan.neighbors]
-    weight = self.plan.config.neighbor_loss_weight
-    sample = build_sample(document, neighbors, plan, self.vocab, weight)
+    config = self.plan.config
+    factors = config.neighbor_loss_weight, config.image_loss_weight
+    sample = build_sample(document, neighbors, plan, self.vocab, *factors)
     # An erased document, which has no key, keeps its place in the row, but has no loss.
     return sample if document.key else sample._replace(weights=np.zeros_like(sample.weights))
 

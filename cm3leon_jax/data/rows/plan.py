@@ -209,11 +209,13 @@ class RowPlan:
     seed: int,
     starts_path: epath.PathLike | None = None,
     write_starts: bool = False,
+    begin: Start | None = None,
   ):
     """Opens the plan. Windows are planned only when a row is accessed.
 
     `starts_path` is the file with the starts of earlier windows, see `WindowStarts`. If
-    `write_starts`, new starts are appended to the file; only one process of a run sets it.
+    `write_starts`, new starts are appended to the file; only one process of a run sets it. `begin`
+    is the start of window 0 if the plan continues another one, see `start_of_phase`.
 
     Raises:
       ValueError: a source has a share above 0, but no documents.
@@ -225,20 +227,36 @@ class RowPlan:
         )
     self.sources, self.config, self.vocab, self.seed = sources, config, vocab, seed
     self.units = [Units(s.store, config.sequence_length) for s in sources]
-    identity = fingerprint(sources, config, vocab.num_masks, seed) if starts_path else ""
-    self._starts = WindowStarts(len(sources), starts_path, identity, write_starts)
+    begin = begin or Start(0, (0,) * len(sources), (0,) * len(sources))
+    identity = fingerprint(sources, config, vocab.num_masks, seed, begin) if starts_path else ""
+    self._starts = WindowStarts(begin, starts_path, identity, write_starts)
     self._windows: dict[int, list[list[Placement]]] = {}
     self._pass_seeds = functools.lru_cache(4_096)(functools.partial(pass_seeds, seed))
     self._generators = SampleGenerators()
     self._lock = threading.Lock()
 
   def row(self, i: int) -> list[Placement]:
-    """Returns the samples of row `i` (>= 0) in their order."""
+    """Returns the samples of row `i` in their order. The plan has no row before `begin`."""
     with self._lock:
-      while i >= self._starts[-1].first_row:
-        self._plan_window(len(self._starts) - 1)
-      window = self._starts.window_of(i)
+      window = self._window_of(i)
       return self._rows_of(window)[i - self._starts[window].first_row]
+
+  def start_of_phase(self, first_row: int, num_sources: int) -> Start:
+    """Returns where a plan of other shares continues this plan, at row `first_row`.
+
+    The passes over the sources go on. Samples of the last window whose rows are not read any more
+    are left out, and the shares count from zero. Sources beyond those of this plan are new.
+    """
+    with self._lock:
+      taken = self._starts[self._window_of(first_row - 1) + 1].taken
+    new = (0,) * (num_sources - len(taken))
+    return Start(first_row, (*taken, *new), (0,) * num_sources)
+
+  def _window_of(self, i: int) -> int:
+    """Returns the window of row `i`, and plans all windows up to it."""
+    while i >= self._starts[-1].first_row:
+      self._plan_window(len(self._starts) - 1)
+    return self._starts.window_of(i)
 
   def window(self, window: int) -> list[list[Placement]]:
     """Returns all rows of a window (>= 0) in their order."""
@@ -279,7 +297,8 @@ class RowPlan:
       ids = spec.candidates(units.locate(unit)[0])[list(plan.neighbors)].tolist()
       neighbors = [_lengths(spec.bank, j) for j in ids]
     document, weight = units.lengths(spec.store, unit), self.config.neighbor_loss_weight
-    return document_weights(plan, document, neighbors, weight, templates.of(self.vocab))
+    of_images, template = self.config.image_loss_weight, templates.of(self.vocab)
+    return document_weights(plan, document, neighbors, weight, template, of_images)
 
   def code_generator(self, source: int, pass_: int, unit: int) -> np.random.Generator:
     """Returns the generator that chooses the hidden codes of a unit, see `SampleGenerators.at`."""

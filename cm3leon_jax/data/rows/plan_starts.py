@@ -28,16 +28,23 @@ class Start(typing.NamedTuple):
   used: tuple[int, ...]
 
 
-def fingerprint(sources: Sequence[Any], config: DataConfig, max_spans: int, seed: int) -> str:
+# Fields of `DataConfig` that change no plan.
+UNPLANNED = (
+  *("read_threads", "neighbor_loss_weight", "image_loss_weight", "on_bad_record", "max_skipped"),
+  "phases",
+)
+
+
+def fingerprint(
+  sources: Sequence[Any], config: DataConfig, max_spans: int, seed: int, begin: Start
+) -> str:
   """Returns a digest of the inputs of a plan. It covers only evenly spaced values of arrays."""
-  fields = {
-    k: v
-    for k, v in dataclasses.asdict(config).items()
-    if k not in ("read_threads", "neighbor_loss_weight", "on_bad_record", "max_skipped")
-  }
+  fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in UNPLANNED}
   digest = hashlib.sha256(
     json.dumps([seed, max_spans, fields, [s.share for s in sources]]).encode()
   )
+  if begin.first_row:
+    digest.update(repr(begin).encode())
   for source in sources:
     stores = [source.store, *(() if source.bank is None else source.bank.parts)]
     arrays = [x for store in stores for x in (store.offsets, store.lengths)]
@@ -61,12 +68,14 @@ class WindowStarts:
 
   def __init__(
     self,
-    num_sources: int,
+    begin: Start,
     path: epath.PathLike | None = None,
     identity: str = "",
     writes: bool = False,
   ):
     """Reads the file `path` if it exists. With `writes`, the method `add` updates the file.
+
+    `begin` is the start of window 0.
 
     Raises:
       UserError: the fingerprint of the file is not `identity`, or a line changed after it was
@@ -74,7 +83,7 @@ class WindowStarts:
     """
     self._path = epath.Path(path) if path else None
     self._header, self._writes = _line({"fingerprint": identity}), bool(path) and writes
-    self._starts = [Start(0, (0,) * num_sources, (0,) * num_sources)]
+    self._starts = [begin]
     self._digests = [_digest("", self._header)]  # Digests of the header and of each line.
     self._whole = False  # Whether the file contains exactly these starts. If so, `_write` appends.
     if self._path and self._path.exists():

@@ -3,6 +3,7 @@
 # K neighbors of a document, T tokens of a sample.
 
 from collections.abc import Callable, Sequence
+import itertools
 import typing
 
 import numpy as np
@@ -109,6 +110,7 @@ def document_weights(
   neighbors: Sequence[Lengths],
   neighbor_weight: float,
   template: Template,
+  image_weight: float = 1.0,
 ) -> np.ndarray:
   """Computes the loss weight of predicting each token of a sample, [T] float32.
 
@@ -119,14 +121,22 @@ def document_weights(
   Args:
     document: lengths and kinds of the document's segments.
     neighbors: the same of each neighbor of the plan.
+    image_weight: factor of the weights of image codes.
   """
   if plan.dropped:  # Only the image has a loss, not what precedes it, such as `</s> <mask:0>`.
     weights = np.ones(plan.length, np.float32)
-    weights[: template.dropped_length(0) - 1] = 0
+    first = template.dropped_length(0) - 1
+    weights[:first] = 0
+    weights[first : first + int(document[0][-1])] *= image_weight
     return weights
   total = template.length([*neighbors, document])
   joined = np.ones(total + len(plan.spans) + 1, np.float32)
   if neighbors:
     joined[1 : template.start_of(neighbors, document)] = neighbor_weight
   joined[0] = 0
+  parts = [*neighbors, document]
+  kinds = itertools.chain.from_iterable(kinds for _, kinds in parts)
+  for place, is_image in zip(template.bounds(parts), kinds):
+    if is_image and image_weight != 1:
+      joined[slice(*place)] *= image_weight
   return joined[cm3.cm3_layout(total, plan.spans)[: plan.length]]

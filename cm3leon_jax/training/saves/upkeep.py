@@ -6,10 +6,10 @@ import datetime
 
 from etils import epath
 
+from cm3leon_jax.data.rows import skipped_rows
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.stages.stages import DONE
-from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.watch.metrics import LOG, cut_log
 from cm3leon_jax.weights import recovery

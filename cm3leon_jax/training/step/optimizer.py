@@ -32,8 +32,12 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
       config.learning_rate, max(1, steps - warmup), config.final_fraction
     )
   else:
-    end = config.learning_rate * config.final_fraction
-    decay = optax.linear_schedule(config.learning_rate, end, max(1, steps - warmup))
+    end, falling = config.learning_rate * config.final_fraction, steps - warmup
+    if config.schedule == "wsd":
+      falling = min(falling, round(config.decay_fraction * steps))
+    decay = optax.linear_schedule(
+      config.learning_rate, end, max(1, falling), steps - warmup - falling
+    )
   return optax.join_schedules(
     [optax.linear_schedule(0.0, config.learning_rate, max(1, warmup)), decay], [warmup]
   )

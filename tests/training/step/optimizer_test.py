@@ -25,6 +25,15 @@ def test_schedule_literals(schedule, middle):
   assert float(rate(110)) == pytest.approx(0.1)
 
 
+def test_the_rate_of_wsd_stays_at_its_peak_and_falls_over_the_last_steps():
+  config = OptimizerConfig(
+    learning_rate=1.0, warmup_steps=10, schedule="wsd", final_fraction=0.0, decay_fraction=0.25
+  )
+  rate = learning_rate_schedule(config, 200)
+  steps = (0, 5, 10, 100, 150, 175, 200)
+  assert [float(rate(s)) for s in steps] == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0, 0.5, 0.0])
+
+
 def test_warm_up_takes_at_most_half_of_a_short_run():
   rate = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=1_500), 20)
   assert float(rate(10)) == pytest.approx(1.0)

@@ -5,11 +5,11 @@ import jax
 import numpy as np
 import pytest
 
+from cm3leon_jax.data.rows import skipped_rows
 from cm3leon_jax.data.rows.loader import RowLoader
+from cm3leon_jax.data.rows.skipped_rows import parse, row_number
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.training.faults import skipped_rows
-from cm3leon_jax.training.faults.skipped_rows import parse, row_number
 from cm3leon_jax.training.saves import upkeep
 from cm3leon_jax.weights import checkpoint, reading
 from tests.data.stores import VOCAB, make_plan, make_sources
