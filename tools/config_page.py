@@ -84,6 +84,8 @@ def _values(schema: dict) -> str:
     return "dict"
   if "enum" in schema:
     return ", ".join(f"`{_show(value)}`" for value in schema["enum"])
+  if "prefixItems" in schema:
+    return f"({', '.join(map(_values, schema['prefixItems']))})"
   if schema["type"] == "array":
     return f"tuple of {_values(schema['items'])}"
   if schema["type"] == "object":

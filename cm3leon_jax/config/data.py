@@ -80,7 +80,7 @@ class DataConfig:
   """Changes of the mixture at given rows: ((N, {field: value, ...}), ...) sets fields from row N
   on, counted from 0, until a later phase sets them again. With B rows a step, row S x B is the
   first of step S + 1. The fields are those of this section that choose documents, neighbors, spans
-  and loss weights, and `replay_share` of `instructions`; see docs/training.md."""
+  and loss weights, and `replay_share` of `instructions`; see docs/checkpoints.md."""
   pack_window: PositiveInt = 65_536
   """Number of samples that are packed together by best fit. It bounds the planner's memory."""
   read_threads: PositiveInt = 2
