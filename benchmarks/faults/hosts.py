@@ -9,7 +9,7 @@ texts, and a phase changes the mixture at step 120. Runs of 200 steps:
   moved        four hosts, killed before step 120; the phase is added; one host, killed before step
                122; three hosts
 Each host records the digest of every row that a step gets. Prints a table. The exit code is 1 if a
-row differs, if a loss of `killed` is another number, or if one of `moved` differs by more than 1e-5.
+row differs, if a loss of `killed` differs at all, or one of `moved` by more than 1e-5.
 """
 
 from collections.abc import Iterator
