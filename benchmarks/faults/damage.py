@@ -201,7 +201,7 @@ class Trainer:
     import jax
 
     from cm3leon_jax.config.training import TrainConfig
-    from cm3leon_jax.training.decoder import restore_or_init
+    from cm3leon_jax.training.decoder import newest_checkpoint, restore_or_init
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -209,7 +209,9 @@ class Trainer:
         checkpoints = self._open(folder)
         if checked:
           config = TrainConfig(checkpoint_every=10)
-          step, state, row = restore_or_init(folder, checkpoints, self._steps, config)
+          step = newest_checkpoint(checkpoints)
+          row = 0 if step is None else checkpoints.next_row(step)
+          state = restore_or_init(folder, checkpoints, step, self._steps, config)
         else:  # Negative control: restore the newest checkpoint unchecked.
           step = max(STEPS)
           types = jax.eval_shape(self._steps.init)

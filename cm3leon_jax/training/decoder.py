@@ -1,6 +1,7 @@
 """Trains the decoder: restores or initializes a state, and runs the loop with its hooks."""
 
 from collections.abc import Callable, Iterator
+from concurrent import futures
 import contextlib
 import dataclasses
 import functools
@@ -106,31 +107,38 @@ def _opened(
     yield checkpoints, watch, hang, lease
 
 
-def restore_or_init(
-  folder: epath.Path, checkpoints: Checkpoints, steps: Steps, config: TrainConfig,
-  initial_params: Callable[[], dict] | None = None,
-) -> tuple[int | None, TrainState, int]:  # fmt: skip
-  """Restores the newest undamaged checkpoint, or initializes a state if there are no checkpoints.
-
-  `initial_params` is described in `DecoderTraining`. Returns (step of the checkpoint or None,
-  state, next row).
+def newest_checkpoint(checkpoints: Checkpoints) -> int | None:
+  """Returns the step of the newest undamaged checkpoint, None without checkpoints.
 
   Raises:
-    UserError: all checkpoints are damaged, or there is none although the log shows that the run
-      has passed a step at which it saves one.
+    UserError: all checkpoints are damaged.
   """
   newest = recovery.newest_whole(checkpoints)
   recovery.discard_unsealed(checkpoints)
-  newest = checkpoints.newest() if newest is None else newest
+  return checkpoints.newest() if newest is None else newest
+
+
+def restore_or_init(
+  folder: epath.Path, checkpoints: Checkpoints, newest: int | None, steps: Steps,
+  config: TrainConfig, initial_params: Callable[[], dict] | None = None,
+) -> TrainState:  # fmt: skip
+  """Restores the checkpoint of step `newest`, or initializes a state if it is None.
+
+  `initial_params` is described in `DecoderTraining`.
+
+  Raises:
+    UserError: there is no checkpoint although the log shows that the run has passed a step at which
+      it saves one.
+  """
   if newest is not None:
-    return newest, *checkpoints.restore(jax.eval_shape(steps.init), newest)
+    return checkpoints.restore(jax.eval_shape(steps.init), newest)[0]
   check_log(folder, config.checkpoint_every)
   state = steps.init()  # The initial state of the optimizer does not depend on the parameters.
   if initial_params is not None:
     params = initial_params()
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # Both are donated.
     state = dataclasses.replace(state, params=params, ema=ema)
-  return None, state, 0
+  return state
 
 
 def open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatch) -> Monitor:
@@ -209,6 +217,32 @@ def _summary(
   }
 
 
+def _ahead(steps: Steps, batches: Iterator, num_sources: int) -> tuple[Steps, Iterator]:
+  """Reads the first batch and compiles the train step in a thread, while the state is restored.
+
+  The first batch, and the first call of the returned `train`, wait for the thread. What fails in it
+  is raised there.
+  """
+  pool, mesh = futures.ThreadPoolExecutor(1), jax.sharding.get_mesh()
+  batch = pool.submit(next, batches)
+
+  def compile_train() -> None:
+    with jax.set_mesh(mesh):
+      steps.compile_train(batch.result(), num_sources)
+
+  compiled = pool.submit(compile_train)
+
+  def train(*args: Any, **more: Any) -> Any:
+    compiled.result()
+    return steps.train(*args, **more)
+
+  def all_batches() -> Iterator:
+    yield batch.result()
+    yield from batches
+
+  return dataclasses.replace(steps, train=train), all_batches()
+
+
 def _step_function(training: DecoderTraining, steps: Steps, state: TrainState) -> Callable:
   if training.take_step is not None:
     return training.take_step
@@ -252,13 +286,15 @@ def train(training: DecoderTraining, lease: Lease | None = None) -> dict:
   sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch", "length"))
   with _opened(folder, config, lease) as (checkpoints, watch, hang, held):
     training, steps = _compile(training)
-    newest, state, next_row = restore_or_init(
-      folder, checkpoints, steps, config, training.initial_params
-    )
+    newest = newest_checkpoint(checkpoints)
+    next_row = 0 if newest is None else checkpoints.next_row(newest)
+    batches = objective.batches(next_row, config.global_batch_size)
+    if training.take_step is None and (newest or 0) < config.steps:
+      steps, batches = _ahead(steps, batches, len(objective.names))
+    state = restore_or_init(folder, checkpoints, newest, steps, config, training.initial_params)
     rows = heldout.heldout_batches(training.heldout, config, sharding)
     evaluate = functools.partial(heldout.evaluate, steps, rows, training.heldout.source_names)
     take_step = _step_function(training, steps, state)
-    batches = objective.batches(next_row, config.global_batch_size)
     done = int(state.step)
     hang.continue_after(done)
     with distributed.together():

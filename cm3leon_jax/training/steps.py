@@ -10,6 +10,7 @@ import optax
 from cm3leon_jax.config.groups import Tuned
 from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.config.training import OptimizerConfig, TrainConfig
+from cm3leon_jax.mesh import abstract
 from cm3leon_jax.training.faults.fingerprint import fingerprint
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, eval_step, init_state, train_step
@@ -49,6 +50,12 @@ class Steps:
     """Returns these functions for the frozen parameters `base`, in the compute dtype."""
     train, evaluate = (functools.partial(step, base=base) for step in (self.train, self.evaluate))
     return dataclasses.replace(self, train=train, evaluate=evaluate, base=base)
+
+  def compile_train(self, batch: dict, num_sources: int) -> None:
+    """Compiles `train` for batches like this one, so that its first call need not."""
+    state = abstract(jax.eval_shape(self.init), jax.sharding.get_mesh())
+    step, more = (self.train, {}) if self.base is None else (self.train.func, {"base": self.base})
+    step.lower(state, batch, num_sources=num_sources, **more).compile()
 
 
 def compile_steps(
