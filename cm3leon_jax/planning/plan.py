@@ -12,7 +12,7 @@ from cm3leon_jax.errors import UserError
 from cm3leon_jax.mesh import BATCH, MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.transformer import KEPT
-from cm3leon_jax.planning import memory, utilization
+from cm3leon_jax.planning import memory, mesh_prices, utilization
 from cm3leon_jax.planning.hardware import Hardware, peak_of
 from cm3leon_jax.training.steps import compile_steps
 from cm3leon_jax.training.watch.flops import hardware_flops, model_flops
@@ -37,6 +37,7 @@ class Plan:
     step_mfu: `mfu` with the remat policy of the run, see planning/utilization.py.
     step_seconds: seconds per step at `step_mfu`, if it is not checked.
     faster: what would also fit into the memory and takes less time, with its flags; or "".
+    cheaper: (the plan's mesh at its best, a cheaper one), see planning/mesh_prices.py; or None.
     replay_every: a step is checked (computed twice) if its number is a multiple of `replay_every`;
       0 means never.
     checkpoint_bytes: bytes of parameters and optimizer state.
@@ -65,6 +66,7 @@ class Plan:
   save_bandwidth: float
   eval_batches: int
   faster: str
+  cheaper: tuple[mesh_prices.Option, mesh_prices.Option] | None
 
   @property
   def mean_step_seconds(self) -> float:
@@ -130,6 +132,7 @@ def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: f
   source = f"as {measured.source}, {measured.mfu:.0%} with remat like `{measured.remat}`"
   sizes = length, settings.tuned
   step_mfu = mfu or measured.mfu_of(settings.model, *sizes)
+  step_seconds = model_flops(settings.model, tokens, *sizes) / (peak * step_mfu)
   return Plan(
     hardware=hardware,
     mesh=mesh,
@@ -145,13 +148,14 @@ def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: f
     mfu=mfu or measured.mfu,
     mfu_source="" if mfu else source,
     step_mfu=step_mfu,
-    step_seconds=model_flops(settings.model, tokens, *sizes) / (peak * step_mfu),
+    step_seconds=step_seconds,
     replay_every=train.replay_every,
     checkpoint_bytes=checkpoint,
     saving_hosts=max(1, replica // (hardware.per_host * hardware.devices_per_chip)),
     save_bandwidth=bandwidth * 1e9,
     eval_batches=train.eval_batches,
     faster=_faster(settings, mesh, hardware),
+    cheaper=mesh_prices.cheaper(settings, mesh, hardware, step_seconds),
   )
 
 
@@ -278,6 +282,14 @@ def table(plan: Plan, title: str, spot: bool = False) -> str:
   }
   if plan.faster:
     rows["faster"] = plan.faster
+  if plan.cheaper:
+    now, best = plan.cheaper
+    price, other = (x.seconds * plan.tokens / plan.tokens_per_step for x in plan.cheaper)
+    rows["cheaper mesh"] = (
+      f"{other * hw.chips / 3600:,.0f} chip-hours, collectives included, with "
+      f"{' '.join(best.flags)}; this mesh {price * hw.chips / 3600:,.0f} at best, with "
+      f"{' '.join(now.flags[len(now.shape) :])}"
+    )
   if plan.flags:
     rows["flags"] = " ".join(plan.flags)
   return "\n".join([f"{title} on {hw}", *(f"  {name:<20}{text}" for name, text in rows.items())])
