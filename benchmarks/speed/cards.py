@@ -252,6 +252,9 @@ must fit, too: evaluation with the rest of the state in memory, or the prefill b
 - **decode**: one token for each of {prompts} prompts per replica, with two guidance streams each
   and a full cache of {positions:,} positions.
 """
+MUON = """\
+- **muon**: the train step with `--config.optimizer.name=muon`.
+"""
 ADAPTERS = """\
 - **adapters**: a train step of [adapters](../tuning.md#with-adapters) of rank {rank}, one row per
   device. Memory is arguments (frozen parameters, adapters, moments, rows) + temporaries. v5e-16 has
@@ -290,6 +293,8 @@ def page(size: str, cards: dict[str, dict]) -> str:
   parts = [HEADER.format(**fields)]
   if any(card.size == size and card.program == "adapters" for card in CARDS):
     parts += [ADAPTERS.format(rank=RANK), SHARED]
+  if any(card.size == size and card.program == "muon" for card in CARDS):
+    parts.append(MUON)
   of_gpus = {card.name for card in CARDS if card.gpu}
   for header, there in (("", cards.keys() - of_gpus), (OF_GPUS, cards.keys() & of_gpus)):
     if there:
