@@ -1,6 +1,6 @@
 """Plans a run: mesh, memory, time and checkpoints of a config on given hardware."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
 import math
 
@@ -9,7 +9,7 @@ import jax
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.config.training import on_mesh
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.mesh import BATCH, MeshConfig, create_mesh
+from cm3leon_jax.mesh import BATCH, FSDP, MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.transformer import KEPT
 from cm3leon_jax.planning import memory, mesh_prices, utilization
@@ -41,7 +41,7 @@ class Plan:
     replay_every: a step is checked (computed twice) if its number is a multiple of `replay_every`;
       0 means never.
     checkpoint_bytes: bytes of parameters and optimizer state.
-    saving_hosts: number of hosts that write a checkpoint, the hosts of one replica.
+    saving_hosts: number of hosts that write a checkpoint.
     save_bandwidth: bytes per second that each host writes.
   """
 
@@ -127,7 +127,6 @@ def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: f
   tokens = train.global_batch_size * length
   peak = peak_of(hardware.device_kind) * hardware.devices
   parameters, checkpoint = _state(settings)
-  replica = hardware.devices // mesh["data"]
   measured = utilization.nearest(hardware.platform, hardware.chip, parameters)
   source = f"as {measured.source}, {measured.mfu:.0%} with remat like `{measured.remat}`"
   sizes = length, settings.tuned
@@ -151,7 +150,7 @@ def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: f
     step_seconds=step_seconds,
     replay_every=train.replay_every,
     checkpoint_bytes=checkpoint,
-    saving_hosts=max(1, replica // (hardware.per_host * hardware.devices_per_chip)),
+    saving_hosts=_saving_hosts(settings, mesh, hardware),
     save_bandwidth=bandwidth * 1e9,
     eval_batches=train.eval_batches,
     faster=_faster(settings, mesh, hardware),
@@ -234,6 +233,18 @@ def _shape(config: MeshConfig, hardware: Hardware) -> dict[str, int]:
       f"number of {what}."
     )
   return shape
+
+
+def _saving_hosts(settings: Settings, shape: Mapping[str, int], hardware: Hardware) -> int:
+  """Returns how many hosts write a checkpoint.
+
+  All do, because Orbax divides an axis of each shard among its replicas. If neither the layers nor
+  the parts of the width are a multiple of the replicas, the hosts of one replica write everything.
+  """
+  data, fsdp = shape["data"], math.prod(shape[axis] for axis in FSDP)
+  if any(n % data == 0 for n in (settings.model.num_layers, settings.model.width // fsdp)):
+    return hardware.hosts
+  return max(1, hardware.hosts // data)
 
 
 def _state(settings: Settings) -> tuple[int, int]:
