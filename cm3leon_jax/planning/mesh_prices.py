@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 import dataclasses
 import math
+import operator
 
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.mesh import AXES, BATCH, FSDP
@@ -43,16 +44,13 @@ def cheaper(
     for data in _divisors(outer)
     for tensor in _divisors(inner)
   )
-  now = min(_options(settings, shape, hardware, step_seconds), key=_seconds, default=None)
+  seconds = operator.attrgetter("seconds")
+  now = min(_options(settings, shape, hardware, step_seconds), key=seconds, default=None)
   every = (option for s in shapes for option in _options(settings, s, hardware, step_seconds))
-  best = min(every, key=_seconds, default=None)
+  best = min(every, key=seconds, default=None)
   if now is None or best is None or best.seconds > (1 - LEAST) * now.seconds:
     return None
   return now, best
-
-
-def _seconds(option: Option) -> float:
-  return option.seconds
 
 
 def _divisors(number: int) -> list[int]:
@@ -77,8 +75,8 @@ def _options(
       if memory.estimate(other, shape).total <= hardware.memory * memory.GIB:
         sent = rows // n * sent_bytes(other, shape, n)
         mesh = (f"--config.mesh.{axis}={size}" for axis, size in shape.items())
-        flags = [*mesh, *flags, f"--config.model.remat_policy={policy}"]
-        yield Option(seconds + sent / CHIPS[hardware.chip].ici_bandwidth, shape, tuple(flags))
+        every = (*mesh, *flags, f"--config.model.remat_policy={policy}")
+        yield Option(seconds + sent / CHIPS[hardware.chip].ici_bandwidth, shape, every)
         break
 
 
@@ -95,5 +93,4 @@ def sent_bytes(settings: Settings, shape: Mapping[str, int], rows: int) -> float
   trained = shares.trained(model, settings.tuned, shape)[0]
   gathered = (2 * everything + trained) * (fsdp > 1) * (fsdp + shape["fsdp_inner"])
   activations = SUMS * model.num_layers * rows * settings.data.sequence_length * model.width
-  summed = trained * (shape["data"] > 1) + activations * (shape["tensor"] > 1)
-  return b * (gathered + 2 * summed)
+  return b * (gathered + 2 * (trained * (shape["data"] > 1) + activations * (shape["tensor"] > 1)))

@@ -242,9 +242,8 @@ def _saving_hosts(settings: Settings, shape: Mapping[str, int], hardware: Hardwa
   the parts of the width are a multiple of the replicas, the hosts of one replica write everything.
   """
   data, fsdp = shape["data"], math.prod(shape[axis] for axis in FSDP)
-  if any(n % data == 0 for n in (settings.model.num_layers, settings.model.width // fsdp)):
-    return hardware.hosts
-  return max(1, hardware.hosts // data)
+  shared = any(n % data == 0 for n in (settings.model.num_layers, settings.model.width // fsdp))
+  return hardware.hosts if shared else max(1, hardware.hosts // data)
 
 
 def _state(settings: Settings) -> tuple[int, int]:
@@ -295,10 +294,10 @@ def table(plan: Plan, title: str, spot: bool = False) -> str:
     rows["faster"] = plan.faster
   if plan.cheaper:
     now, best = plan.cheaper
-    price, other = (x.seconds * plan.tokens / plan.tokens_per_step for x in plan.cheaper)
+    hours = plan.tokens / plan.tokens_per_step * hw.chips / 3600
     rows["cheaper mesh"] = (
-      f"{other * hw.chips / 3600:,.0f} chip-hours, collectives included, with "
-      f"{' '.join(best.flags)}; this mesh {price * hw.chips / 3600:,.0f} at best, with "
+      f"{best.seconds * hours:,.0f} chip-hours, collectives included, with "
+      f"{' '.join(best.flags)}; this mesh {now.seconds * hours:,.0f} at best, with "
       f"{' '.join(now.flags[len(now.shape) :])}"
     )
   if plan.flags:

@@ -24,13 +24,12 @@ SUFFIX = ".jinja"
 TEMPLATES = dict.fromkeys(("gke_jobset.yaml", "gpu_jobset.yaml"), "jobset.yaml")
 TRIES = 5  # Number of attempts to create TPU VMs.
 KUBERNETES_SECRET = "cm3leon"
+SECRET = "from a Secret: kubectl create secret generic {secret} "
+SECRET += '--from-literal=WANDB_API_KEY="$WANDB_API_KEY"'
 # Maps a file to how the processes that it starts get the Weights & Biases key.
 KEYS = {
-  **dict.fromkeys(
-    ("gke_jobset.yaml", "gpu_jobset.yaml"),
-    "from a Secret: kubectl create secret generic {secret} "
-    '--from-literal=WANDB_API_KEY="$WANDB_API_KEY"',
-  ),
+  "gke_jobset.yaml": SECRET,
+  "gpu_jobset.yaml": SECRET,
   "tpu_vm.sh": "from the environment of tpu_vm.sh, at `watch` and `run`",
   "slurm.sbatch": "from the environment of sbatch",
 }
@@ -152,8 +151,8 @@ def files(job: PodJob) -> dict[str, str]:
   values |= {"secret": job.secret or KUBERNETES_SECRET}
   values |= {"MISTAKE": MISTAKE, "INTERRUPTED": INTERRUPTED, "TRIES": TRIES}
   return {
-    name: environment.get_template(f"{TEMPLATES.get(name, name)}{SUFFIX}").render(values)
-    for name in sorted(names)
+    n: environment.get_template(f"{TEMPLATES.get(n, n)}{SUFFIX}").render(values)
+    for n in sorted(names)
   }
 
 
