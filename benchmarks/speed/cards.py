@@ -34,7 +34,10 @@ import tempfile
 
 from absl import app, flags
 
-SIZES = ("7b", "760m", "350m")
+from cm3leon_jax.planning import hardware
+
+PRETRAINED = ("7b", "760m", "350m")
+SIZES = (*PRETRAINED, "chameleon_7b", "chameleon_lora")
 PROGRAMS = ("train", "evaluate", "decode")
 FOLDER = pathlib.Path(__file__).parents[2] / "docs" / "cards"
 PACKAGE = pathlib.Path(__file__).parents[2] / "cm3leon_jax"
@@ -45,7 +48,7 @@ KEPT = (
   "collective_seconds", "weights_gib", "cache_gib",
 )  # fmt: skip
 
-_SIZE = flags.DEFINE_enum("size", None, SIZES, "Model size of the cards (default: all).")
+_SIZE = flags.DEFINE_enum("size", None, SIZES, "Model size or config of the cards (default: all).")
 _CARD = flags.DEFINE_string("card", None, "The only card to compile, e.g. 7b/v5e-256/train.")
 _SLICE = flags.DEFINE_string("slice", None, "TPU slice of the cards, e.g. v5e-256 (default: all).")
 _GPU = flags.DEFINE_bool("gpu", False, "Take the cards of GPUs, not those of TPU slices.")
@@ -88,17 +91,31 @@ CHECKED_GPU = "h100-8/train"
 # Sizes of the program "plain", a train step without the Triton kernel. Heads of the 760M have 96
 # values, which the kernel does not support.
 PLAIN = ("350m",)
+SMALL = {"v5e-8": Slice("v5e-8", 1, (2, 4), 8), "h100-1": Slice("h100-1", 1, (1, 1), 1)}
 # Slices of the program "adapters" of the 7B.
 ADAPTED = {"v5e-16": Slice("v5e-16", 1, (4, 4)), "v5p-8": Slice("v5p-8", 1, (4, 1))}
 # Slices of the program "gqa", the decoding of cm3leon_7b:gqa.
 GROUPED = ("v5e-256",)
 RANK = 16
+PLACES = {**SLICES, **ADAPTED, **GPUS, **GPUS_7B, **SMALL}
 PROMPTS = 64  # Prompts per decoder replica; each has two guidance streams.
+# The same for Chameleon, whose images have 1,024 codes, and the positions of a sample.
+CHAMELEON = 4, 4_096
+
+
+def config_of(size: str) -> str:
+  """Returns the name of the config of a model size."""
+  return f"cm3leon_{size}" if size in PRETRAINED else size
+
+
+def prompts_of(size: str) -> int:
+  """Returns the number of prompts per decoder replica."""
+  return PROMPTS if size in PRETRAINED else CHAMELEON[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-  """A program compiled for a model size and a slice."""
+  """A program compiled for a model size, or another config, and a slice."""
 
   size: str
   where: str
@@ -112,9 +129,9 @@ class Card:
   @property
   def command(self) -> list[str]:
     """Arguments of `cm3leon aot_compile`."""
-    place = {**SLICES, **ADAPTED, **GPUS, **GPUS_7B}[self.where]
+    place = PLACES[self.where]
     variant = ":gqa" if self.program == "gqa" else ""
-    command = [f"--config=cm3leon_{self.size}{variant}", f"--topology={place.topology}"]
+    command = [f"--config={config_of(self.size)}{variant}", f"--topology={place.topology}"]
     if place.slices > 1:
       command.append(f"--slices={place.slices}")
     if self.compiled == "decode":
@@ -123,27 +140,33 @@ class Card:
       tensor = 4 if self.gpu and self.size == "760m" else place.tensor
       replicas = devices // tensor
       axes = {"data": replicas, "fsdp": 1, "tensor": tensor}
-      command.append(f"--decode_batch={PROMPTS * replicas}")
+      command.append(f"--decode_batch={prompts_of(self.size) * replicas}")
+      if self.size not in PRETRAINED:
+        command.append(f"--decode_positions={CHAMELEON[1]}")
     else:
       replicas = place.slices * place.hosts
       axes = {"data": replicas, "fsdp": place.fsdp[0], "fsdp_inner": place.fsdp[1]}
     command += [f"--config.mesh.{axis}={n}" for axis, n in axes.items()]
+    if self.size == "chameleon_7b" and self.compiled != "decode":
+      command.append("--config.train.rows_per_device=4")  # The config is not for training.
     if self.program == "adapters":
       command += [f"--config.adapter.rank={RANK}", "--batch_per_device=1"]
     if self.program == "plain":
       command.append("--config.model.attention=plain")
+    if self.program == "muon":
+      command.append("--config.optimizer.name=muon")
     return [*command, f"--program={self.compiled}"]
 
   @property
   def compiled(self) -> str:
     """Program of `cm3leon aot_compile`."""
-    other = {"adapters": "train", "plain": "train", "gqa": "decode"}
+    other = {"adapters": "train", "plain": "train", "muon": "train", "gqa": "decode"}
     return other.get(self.program, self.program)
 
   @property
   def gpu(self) -> bool:
     """Whether the devices are GPUs."""
-    return self.where in GPUS or self.where in GPUS_7B
+    return hardware.load(PLACES[self.where].topology).platform == "gpu"
 
   @property
   def compiler(self) -> str:
@@ -158,7 +181,7 @@ NOT_PRINTED = {("350m", "tpu7x-256", "decode")}
 CARDS = [
   Card(size, where, program)
   for where in SLICES
-  for size in SIZES
+  for size in PRETRAINED
   for program in PROGRAMS
   if (size, where, program) not in NOT_PRINTED
 ] + [
@@ -166,9 +189,17 @@ CARDS = [
   for program, slices in (("adapters", ADAPTED), ("gqa", GROUPED))
   for where in slices
 ]
-CARDS += [Card(size, where, name) for where in GPUS for size in SIZES for name in PROGRAMS]
+CARDS += [Card(size, where, name) for where in GPUS for size in PRETRAINED for name in PROGRAMS]
 CARDS += [Card("7b", where, name) for where in GPUS_7B for name in PROGRAMS]
 CARDS += [Card(size, "h100-8", "plain") for size in PLAIN]
+CARDS += [Card("350m", "v5e-256", "muon")]
+CARDS += [Card("chameleon_7b", "v5e-256", name) for name in ("train", "evaluate")]
+CARDS += [Card("chameleon_7b", where, "decode") for where in SMALL]
+CARDS += [
+  Card("chameleon_lora", where, name)
+  for where in (*SMALL, "h100-8")
+  for name in ("train", "evaluate")
+]
 
 
 def measure(card: Card) -> dict:
@@ -190,7 +221,7 @@ def measure(card: Card) -> dict:
 
 def stored(size: str) -> dict[str, dict]:
   """Returns the stored cards of a model size: name of a card -> its numbers."""
-  path = FOLDER / f"cm3leon_{size}.json"
+  path = FOLDER / f"{config_of(size)}.json"
   return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -200,11 +231,11 @@ def write(size: str, cards: dict[str, dict]) -> None:
   named = {
     card.name: cards[card.name] for card in CARDS if card.size == size and card.name in cards
   }
-  (FOLDER / f"cm3leon_{size}.json").write_text(json.dumps(named, indent=1) + "\n")
-  (FOLDER / f"cm3leon_{size}.md").write_text(page(size, named))
+  (FOLDER / f"{config_of(size)}.json").write_text(json.dumps(named, indent=1) + "\n")
+  (FOLDER / f"{config_of(size)}.md").write_text(page(size, named))
 
 
-HEADER = """# cm3leon_{size} on a slice
+HEADER = """# {config} on a slice
 Memory and FLOPs of the shipped config's programs per device, as the TPU compiler plans them.
 None of the programs has run. `python -m benchmarks.speed.cards` compiles missing cards and writes
 this page. [scaling.md](../scaling.md) explains the numbers. v5e-256 and v6e-256 have 256 chips.
@@ -219,7 +250,10 @@ must fit, too: evaluation with the rest of the state in memory, or the prefill b
 - **evaluate**: the held-out loss of the rows of one pass. The rest of the state also stays in
   memory.
 - **decode**: one token for each of {prompts} prompts per replica, with two guidance streams each
-  and a full cache of 1,152 positions.
+  and a full cache of {positions:,} positions.
+"""
+MUON = """\
+- **muon**: the train step with `--config.optimizer.name=muon`.
 """
 ADAPTERS = """\
 - **adapters**: a train step of [adapters](../tuning.md#with-adapters) of rank {rank}, one row per
@@ -235,7 +269,8 @@ XLA's compiler for GPUs planned these programs on a machine without one. `of` is
 the launchers give JAX, 92% (`XLA_PYTHON_CLIENT_MEM_FRACTION`); its default is 75%. Hosts have 8
 GPUs: `data` spans hosts, `fsdp` (decoding: `tensor`) the GPUs of a host. Nothing was autotuned, the
 compiler knows no links, and at run time sorts may use scratch memory of CUB.
-
+"""
+WITHOUT_KERNEL = """
 - **plain**: a train step without the Triton kernel of attention, which all others of this size use.
   The 760M is always plain: its heads have 96 values, and the kernel needs a power of two.
 """
@@ -253,13 +288,22 @@ The commands in this order, to be written after `cm3leon aot_compile`:
 
 def page(size: str, cards: dict[str, dict]) -> str:
   """Returns the page of a model size as Markdown."""
-  parts = [HEADER.format(size=size, prompts=PROMPTS)]
+  positions = 1_152 if size in PRETRAINED else CHAMELEON[1]
+  fields = {"config": config_of(size), "prompts": prompts_of(size), "positions": positions}
+  parts = [HEADER.format(**fields)]
   if any(card.size == size and card.program == "adapters" for card in CARDS):
     parts += [ADAPTERS.format(rank=RANK), SHARED]
+  if any(card.size == size and card.program == "muon" for card in CARDS):
+    parts.append(MUON)
   of_gpus = {card.name for card in CARDS if card.gpu}
   for header, there in (("", cards.keys() - of_gpus), (OF_GPUS, cards.keys() & of_gpus)):
     if there:
-      parts += [header, TABLE, *(_row(name, cards[name]) for name in cards if name in there)]
+      parts += [
+        header,
+        WITHOUT_KERNEL if header and size in PRETRAINED else "",
+        TABLE,
+        *(_row(name, cards[name]) for name in cards if name in there),
+      ]
   if cards:
     parts.append(COMMANDS.format(commands="\n".join(c["command"] for c in cards.values())))
   missing = [c.name for c in CARDS if c.size == size and c.name not in cards]
@@ -364,9 +408,8 @@ def chosen() -> list[Card]:
   names = [f"{card.size}/{card.name}" for card in CARDS]
   if _CARD.value not in (None, *names):
     raise app.UsageError(f"--card is '{_CARD.value}'; it must be one of {', '.join(names)}.")
-  slices = [*SLICES, *ADAPTED, *GPUS, *GPUS_7B]
-  if _SLICE.value not in (None, *slices):
-    raise app.UsageError(f"--slice is '{_SLICE.value}'; it must be one of {', '.join(slices)}.")
+  if _SLICE.value not in (None, *PLACES):
+    raise app.UsageError(f"--slice is '{_SLICE.value}'; it must be one of {', '.join(PLACES)}.")
   return [
     card
     for card, name in zip(CARDS, names)

@@ -83,8 +83,9 @@ def _evaluate_report(
   runs.
   """
   numbers = _model_numbers(settings, mesh, settings.train.micro_batch_size)
-  # A train step takes 6 FLOPs per parameter and token. The forward pass takes 2 of them.
-  numbers["model_flops"] /= 3
+  # A train step takes 6 FLOPs per trained parameter and token. The forward pass takes 2 of them.
+  length = settings.data.sequence_length
+  numbers["model_flops"] = flops.model_flops(settings.model, numbers["tokens"], length) / 3
   step, rest_bytes = programs.evaluation(settings, mesh)
   result = {**numbers, **report.compile_report(step, topology)}
   rest = rest_bytes / report.GIB

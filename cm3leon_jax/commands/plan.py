@@ -9,9 +9,10 @@ r"""Plans a pod job: estimates memory, days and costs, and writes files that sta
     --image=us-docker.pkg.dev#my-project/my-repository/cm3leon:gpu
 
 With --out, the command writes these files. For TPUs: gke_jobset.yaml and tpu_vm.sh. For GPUs:
-slurm.sbatch. Always: plan.json. Files of an earlier plan in that folder are replaced or removed,
-unless a user has changed them. The command compiles and starts nothing, so memory and costs are
-estimates. `cm3leon aot_compile` checks memory with the real compiler. docs/pods.md is the guide.
+gpu_jobset.yaml and slurm.sbatch. Always: plan.json. Files of an earlier plan in that folder are
+replaced or removed, unless a user has changed them. The command compiles and starts nothing, so
+memory and costs are estimates. `cm3leon aot_compile` checks memory with the real compiler.
+docs/pods.md is the guide.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Plans a run: mesh, memory, time and checkpoints of a config on given hardware."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
 import math
 
@@ -9,10 +9,10 @@ import jax
 from cm3leon_jax.config.settings import Settings
 from cm3leon_jax.config.training import on_mesh
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.mesh import BATCH, MeshConfig, create_mesh
+from cm3leon_jax.mesh import BATCH, FSDP, MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.transformer import KEPT
-from cm3leon_jax.planning import memory, utilization
+from cm3leon_jax.planning import memory, mesh_prices, utilization
 from cm3leon_jax.planning.hardware import Hardware, peak_of
 from cm3leon_jax.training.steps import compile_steps
 from cm3leon_jax.training.watch.flops import hardware_flops, model_flops
@@ -37,10 +37,11 @@ class Plan:
     step_mfu: `mfu` with the remat policy of the run, see planning/utilization.py.
     step_seconds: seconds per step at `step_mfu`, if it is not checked.
     faster: what would also fit into the memory and takes less time, with its flags; or "".
+    cheaper: (the plan's mesh at its best, a cheaper one), see planning/mesh_prices.py; or None.
     replay_every: a step is checked (computed twice) if its number is a multiple of `replay_every`;
       0 means never.
     checkpoint_bytes: bytes of parameters and optimizer state.
-    saving_hosts: number of hosts that write a checkpoint, the hosts of one replica.
+    saving_hosts: number of hosts that write a checkpoint.
     save_bandwidth: bytes per second that each host writes.
   """
 
@@ -65,6 +66,7 @@ class Plan:
   save_bandwidth: float
   eval_batches: int
   faster: str
+  cheaper: tuple[mesh_prices.Option, mesh_prices.Option] | None
 
   @property
   def mean_step_seconds(self) -> float:
@@ -125,11 +127,11 @@ def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: f
   tokens = train.global_batch_size * length
   peak = peak_of(hardware.device_kind) * hardware.devices
   parameters, checkpoint = _state(settings)
-  replica = hardware.devices // mesh["data"]
   measured = utilization.nearest(hardware.platform, hardware.chip, parameters)
   source = f"as {measured.source}, {measured.mfu:.0%} with remat like `{measured.remat}`"
   sizes = length, settings.tuned
   step_mfu = mfu or measured.mfu_of(settings.model, *sizes)
+  step_seconds = model_flops(settings.model, tokens, *sizes) / (peak * step_mfu)
   return Plan(
     hardware=hardware,
     mesh=mesh,
@@ -145,13 +147,14 @@ def make(settings: Settings, hardware: Hardware, mfu: float | None, bandwidth: f
     mfu=mfu or measured.mfu,
     mfu_source="" if mfu else source,
     step_mfu=step_mfu,
-    step_seconds=model_flops(settings.model, tokens, *sizes) / (peak * step_mfu),
+    step_seconds=step_seconds,
     replay_every=train.replay_every,
     checkpoint_bytes=checkpoint,
-    saving_hosts=max(1, replica // (hardware.per_host * hardware.devices_per_chip)),
+    saving_hosts=_saving_hosts(settings, mesh, hardware),
     save_bandwidth=bandwidth * 1e9,
     eval_batches=train.eval_batches,
     faster=_faster(settings, mesh, hardware),
+    cheaper=mesh_prices.cheaper(settings, mesh, hardware, step_seconds),
   )
 
 
@@ -232,6 +235,17 @@ def _shape(config: MeshConfig, hardware: Hardware) -> dict[str, int]:
   return shape
 
 
+def _saving_hosts(settings: Settings, shape: Mapping[str, int], hardware: Hardware) -> int:
+  """Returns how many hosts write a checkpoint.
+
+  All do, because Orbax divides an axis of each shard among its replicas. If neither the layers nor
+  the parts of the width are a multiple of the replicas, the hosts of one replica write everything.
+  """
+  data, fsdp = shape["data"], math.prod(shape[axis] for axis in FSDP)
+  shared = any(n % data == 0 for n in (settings.model.num_layers, settings.model.width // fsdp))
+  return hardware.hosts if shared else max(1, hardware.hosts // data)
+
+
 def _state(settings: Settings) -> tuple[int, int]:
   """Returns (number of parameters, bytes of a checkpoint)."""
   single = create_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
@@ -278,6 +292,14 @@ def table(plan: Plan, title: str, spot: bool = False) -> str:
   }
   if plan.faster:
     rows["faster"] = plan.faster
+  if plan.cheaper:
+    now, best = plan.cheaper
+    hours = plan.tokens / plan.tokens_per_step * hw.chips / 3600
+    rows["cheaper mesh"] = (
+      f"{best.seconds * hours:,.0f} chip-hours, collectives included, with "
+      f"{' '.join(best.flags)}; this mesh {now.seconds * hours:,.0f} at best, with "
+      f"{' '.join(now.flags[len(now.shape) :])}"
+    )
   if plan.flags:
     rows["flags"] = " ".join(plan.flags)
   return "\n".join([f"{title} on {hw}", *(f"  {name:<20}{text}" for name, text in rows.items())])

@@ -13,7 +13,7 @@ STORED = [card for card in cards.CARDS if card.name in cards.stored(card.size)]
 @pytest.mark.parametrize("size", cards.SIZES)
 def test_the_page_shows_every_card_that_is_stored(size):
   stored = cards.stored(size)
-  page = (cards.FOLDER / f"cm3leon_{size}.md").read_text()
+  page = (cards.FOLDER / f"{cards.config_of(size)}.md").read_text()
   assert page == cards.page(size, stored), "run python -m benchmarks.speed.cards"
   for card in cards.CARDS:
     if card.size == size and card.name in stored:
@@ -22,11 +22,11 @@ def test_the_page_shows_every_card_that_is_stored(size):
 
 
 def test_there_is_a_card_of_each_size_slice_and_program():
-  number = len(cards.SIZES) * len(cards.SLICES) * len(cards.PROGRAMS) - len(cards.NOT_PRINTED)
+  number = len(cards.PRETRAINED) * len(cards.SLICES) * len(cards.PROGRAMS) - len(cards.NOT_PRINTED)
   number += len(cards.ADAPTED) + len(cards.GROUPED)
-  number += (len(cards.GPUS) * len(cards.SIZES) + len(cards.GPUS_7B)) * len(cards.PROGRAMS)
-  number += len(cards.PLAIN)
-  assert len(cards.CARDS) == len({(c.size, c.name) for c in cards.CARDS}) == number == 72
+  number += (len(cards.GPUS) * len(cards.PRETRAINED) + len(cards.GPUS_7B)) * len(cards.PROGRAMS)
+  number += len(cards.PLAIN) + 1 + 2 + len(cards.SMALL) + 2 * len([*cards.SMALL, "h100-8"])
+  assert len(cards.CARDS) == len({(c.size, c.name) for c in cards.CARDS}) == number == 83
   assert [card for card in cards.CARDS if not card.gpu or card in STORED] == STORED
 
 

@@ -109,6 +109,10 @@ def test_one_process_continues_a_run_of_two_that_sigterm_stopped(whole, fresh):
   assert {path.name for path in digests.iterdir()} == {f"{stopped - 1}.json", f"{stopped}.json"}
   names = [n for n in read_json(digests / f"{stopped}.json") if "ocdbt.process" in n]
   assert {name.split("/")[1] for name in names} == {"ocdbt.process_0", "ocdbt.process_1"}
+  state = fresh / "train" / "checkpoints" / str(stopped) / "state"
+  parts = [state.glob(f"ocdbt.process_{i}/**/*") for i in range(2)]
+  sizes = [sum(path.stat().st_size for path in part if path.is_file()) for part in parts]
+  assert 2 * min(sizes) > max(sizes)  # The two replicas share a save; process 0 writes scalars.
   assert not (fresh / "train" / stages.DONE).exists()
   one_process(fresh)
   assert largest_difference(fresh, whole) < TOLERANCE

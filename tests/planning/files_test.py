@@ -55,9 +55,12 @@ def test_gpus_may_train_in_a_shared_folder_or_a_bucket(workdir):
   flags = ("--config=c", f"--workdir={workdir}")
   job = launchers.PodJob("run", hardware.load("h100-64"), flags)
   assert launchers.files(job) == {}
-  assert launchers.remarks(job) == ["slurm.sbatch needs a container image: give --image."]
+  names = ["gpu_jobset.yaml", "slurm.sbatch"]
+  assert sorted(launchers.remarks(job)) == [
+    f"{x} needs a container image: give --image." for x in names
+  ]
   job = dataclasses.replace(job, image=IMAGE)
-  assert list(launchers.files(job)) == ["slurm.sbatch"]
+  assert list(launchers.files(job)) == names
 
 
 @pytest.mark.parametrize("topology", ["v5e-256", "h100-64"])
@@ -76,7 +79,11 @@ def test_every_launcher_says_how_the_key_reaches_the_processes(topology):
   ("topology", "ignored"),
   [
     ("v5e-256", [("tpu_vm.sh", x) for x in ("queue", "service_account", "priority", "cpus")]),
-    ("h100-64", [("slurm.sbatch", x) for x in ("queue", "service_account", "spot")]),
+    (
+      "h100-64",
+      [("gpu_jobset.yaml", "spot")]
+      + [("slurm.sbatch", x) for x in ("queue", "service_account", "spot")],
+    ),
   ],
 )
 def test_a_flag_that_a_file_does_not_follow_is_named(topology, ignored):
@@ -94,7 +101,7 @@ def test_every_file_says_what_it_needs(topology):
   port = {"metrics_port": 9464, "queue": "q" if topology == "v5e-256" else ""}
   job = launchers.PodJob("run", hardware.load(topology), tuple(FLAGS), IMAGE, **port)
   texts = launchers.files(job)
-  assert len(texts) == (2 if topology == "v5e-256" else 1)
+  assert len(texts) == 2
   for name, text in texts.items():
     head = [line for line in text.splitlines()[:8] if line.startswith("# Needs: ")]
     assert len(head) == 1, name

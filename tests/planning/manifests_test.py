@@ -81,7 +81,8 @@ def written(topology="v5e-256", slices=1, flags=FLAGS, **options):
 
 
 def jobset(*args, **options) -> dict:
-  return yaml.safe_load(written(*args, **options)["gke_jobset.yaml"])
+  (text,) = [text for name, text in written(*args, **options).items() if "jobset" in name]
+  return yaml.safe_load(text)
 
 
 def job(manifest):
@@ -106,7 +107,7 @@ ALL = {
   "memory_gib": 100,
   "metrics_port": 9464,
 }
-HARDWARE = [("v5e-256", 1), ("v5p-256", 2), ("v6e-8", 1), ("v5p:4x4x8", 1)]
+HARDWARE = [("v5e-256", 1), ("v5p-256", 2), ("v6e-8", 1), ("v5p:4x4x8", 1), ("h100-64", 1)]
 
 
 @pytest.mark.parametrize(("topology", "slices"), HARDWARE)
@@ -141,6 +142,38 @@ def test_the_hardware_and_the_limits_of_a_job_are_in_its_manifests():
   assert pod(manifest)["containers"][0]["imagePullPolicy"] == "Always"  # A tag may move.
   resources = pod(manifest)["containers"][0]["resources"]
   assert resources["requests"] == {"cpu": "104", "memory": "224Gi"}  # Half of a ct5p-hightpu-4t.
+
+
+def test_the_processes_of_gpu_hosts_find_each_other_and_use_all_gpus():
+  """JobSet names a pod RUN-hosts-0-INDEX.RUN; PROCESS_ID is the index of the pod."""
+  manifest = jobset("h100-64", flags=AWKWARD, queue="gpus")
+  (replicated,) = manifest["spec"]["replicatedJobs"]
+  assert (replicated["name"], replicated["replicas"]) == ("hosts", 1)
+  assert job(manifest)["parallelism"] == job(manifest)["completions"] == 8
+  container = pod(manifest)["containers"][0]
+  address, count, process, *flags = container["args"]
+  assert address == "--coordinator_address=run-hosts-0-0.run:8476"
+  assert (count, process) == ("--num_processes=8", "--process_id=$(PROCESS_ID)")
+  assert [flag.replace("$$(", "$(") for flag in flags] == AWKWARD
+  fraction, index, _ = container["env"]
+  assert float(fraction["value"]) == hardware.GPU_FRACTION
+  path = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+  assert index == {"name": "PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": path}}}
+  assert container["resources"] == {"requests": {"cpu": "64"}, "limits": {"nvidia.com/gpu": "8"}}
+  assert not {"nodeSelector", "priorityClassName"} & pod(manifest).keys()
+  assert "annotations" not in manifest["metadata"]
+
+
+def test_a_shared_folder_of_gpu_hosts_is_mounted():
+  flags = ["--config=c", "--workdir=/scratch/runs/7b"]
+  image = IMAGE.replace("/", "#", 1)  # As SLURM's enroot wants it.
+  spec = pod(jobset("h100-16", flags=flags, memory_gib=900, cpus=96, image=image))
+  container = spec["containers"][0]
+  assert container["image"] == IMAGE
+  assert container["volumeMounts"][1] == {"name": "shared", "mountPath": "/scratch"}
+  assert spec["volumes"][1] == {"name": "shared", "hostPath": {"path": "/scratch"}}
+  assert container["resources"]["requests"] == {"cpu": "96", "memory": "900Gi"}
+  assert len(pod(jobset("h100-16"))["volumes"]) == 1
 
 
 def test_the_key_comes_from_a_secret_that_may_be_absent():
@@ -204,7 +237,9 @@ def jobset_action(manifest, exit_code=None, condition=None):
   return "RestartJobSet"
 
 
-def test_gke_restarts_a_preempted_run_but_not_after_a_mistake(manifest):
+@pytest.mark.parametrize("topology", ["v5e-256", "h100-64"])
+def test_kubernetes_restarts_a_preempted_run_but_not_after_a_mistake(topology):
+  manifest = jobset(topology)
   assert jobset_action(manifest, MISTAKE) == "FailJobSet"
   assert jobset_action(manifest, INTERRUPTED) == "RestartJobSetAndIgnoreMaxRestarts"
   assert jobset_action(manifest, 137, "DisruptionTarget") == "RestartJobSetAndIgnoreMaxRestarts"

@@ -85,13 +85,16 @@ GPU_CARDS = [
 
 @pytest.mark.parametrize("card", GPU_CARDS, ids=lambda card: f"{card.size}/{card.name}")
 def test_the_estimate_is_near_the_number_of_the_compiler_for_gpus(card):
-  place = {**cards.GPUS, **cards.GPUS_7B}[card.where]
+  place = cards.PLACES[card.where]
   mesh = (place.hosts, place.fsdp[0], 1, place.fsdp[1])
-  settings = settings_of(f"cm3leon_{card.size}", mesh, 4, "full")
+  rows = 4 if card.size in cards.PRETRAINED else 1
+  settings = settings_of(cards.config_of(card.size), mesh, rows, "full")
   attention = "plain" if card.program == "plain" else "auto"
   model = dataclasses.replace(settings.model, attention=attention)
   settings = dataclasses.replace(settings, model=model)
-  estimate = memory.estimate(settings, settings.mesh.over(8 * place.hosts), "gpu")
+  estimate = memory.estimate(
+    settings, settings.mesh.over(place.hosts * math.prod(place.fsdp)), "gpu"
+  )
   stored = cards.stored(card.size)[card.name]
   assert estimate.total / GIB == pytest.approx(stored["sum_gib"], rel=0.05)
 

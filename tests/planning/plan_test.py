@@ -13,8 +13,8 @@ from cm3leon_jax.commands import plan as command
 from cm3leon_jax.config.model import ModelConfig
 from cm3leon_jax.config.settings import settings_from_config
 from cm3leon_jax.errors import UserError
-from cm3leon_jax.mesh import MeshConfig
-from cm3leon_jax.planning import hardware, launchers, plan, utilization
+from cm3leon_jax.mesh import AXES, MeshConfig
+from cm3leon_jax.planning import hardware, launchers, mesh_prices, plan, utilization
 from cm3leon_jax.training.watch.flops import model_flops
 from tests.launched import launch
 from tests.refusals import check_refused, check_sentence, refused
@@ -72,6 +72,36 @@ def test_the_assumed_utilization_is_the_nearest_that_was_published(name, topolog
   assert "--mfu" not in plan.table(make(settings(name), topology), "x")
 
 
+def test_a_cheaper_mesh_is_proposed_with_both_prices_and_flags_that_fit(of_7b):
+  """With `tensor=8` the 7B moves more activations than it moves parameters without it."""
+  mesh = {"data": 1, "fsdp": 32, "tensor": 8}
+  made = make(settings("cm3leon_7b", mesh=mesh))
+  now, best = made.cheaper
+  assert (now.shape["tensor"], best.shape) == (8, {**of_7b[256].mesh})
+  assert best.seconds < 0.98 * now.seconds
+  [line] = [x for x in plan.table(made, "x").splitlines() if x.startswith("  cheaper mesh")]
+  hours = [f"{x.seconds * 41_723 * 256 / 3600:,.0f}" for x in (best, now)]
+  check_sentence(line, f"{hours[0]} chip-hours", *best.flags, f"this mesh {hours[1]} at best")
+  taken = make(settings("cm3leon_7b", best.flags))
+  assert taken.memory.total < taken.hardware.memory * 2**30
+  assert taken.cheaper is of_7b[256].cheaper is make(settings(), "h100-64").cheaper is None
+
+
+@pytest.mark.parametrize(
+  ("shape", "rows", "gib"),
+  [
+    ((1, 16, 16, 1), 4, 26.58 + 13.69 + 2 * 0.31),
+    ((1, 16, 16, 1), 1, (850.53 + 437.72 + 2 * 10.13) / 32),
+    ((1, 8, 16, 2), 2, (450.84 + 229.91 + 2 * 334.25) / 32),
+    ((8, 2, 8, 2), 2, (601.12 + 324.87 + 2 * 337.48) / 32),
+  ],
+)
+def test_the_bytes_of_collectives_are_near_the_compilers(shape, rows, gib):
+  """The 7B on v5e-256: GiB of a pass, gathered + scattered + twice all-reduced (docs/log.md)."""
+  sent = mesh_prices.sent_bytes(settings("cm3leon_7b"), dict(zip(AXES, shape)), rows)
+  assert sent / 2**30 == pytest.approx(gib, rel=0.05)
+
+
 @pytest.mark.parametrize(
   ("chip", "tokens_per_second", "peak"), [("v6e", 7_207, 918e12), ("h100", 5_762, 989.5e12)]
 )
@@ -109,15 +139,18 @@ def test_the_time_to_save_grows_on_a_small_slice(of_7b):
   ("topology", "slices", "mesh", "saving"),
   [
     ("v5e-256", 1, (1, 16, 16, 1), 64),
-    ("v5e-256", 2, (2, 16, 16, 1), 64),  # Only the hosts of one slice write.
+    ("v5e-256", 2, (2, 16, 16, 1), 128),  # Replicas share a save.
     ("v5p-256", 1, (1, 16, 8, 1), 32),
-    ("h100-64", 1, (8, 8, 1, 1), 1),
+    ("h100-64", 1, (8, 8, 1, 1), 8),
   ],
 )
 def test_the_mesh_follows_the_torus_and_its_flags_select_it(topology, slices, mesh, saving):
   made = make(settings(), topology, slices)
   assert tuple(made.mesh[axis] for axis in ("data", "fsdp", "fsdp_inner", "tensor")) == mesh
   assert made.saving_hosts == saving
+  odd = {"model": {"num_layers": 25, "width": 2_040, "num_heads": 8}}
+  if topology == "h100-64":  # 25 layers and 2,040 / 8 channels do not split into 8 parts.
+    assert make(settings(**odd), topology).saving_hosts == 1
   selected = settings(flags=made.flags)
   assert selected.mesh.over(made.hardware.chips) == made.mesh
   assert make(selected, topology, slices) == dataclasses.replace(made, flags=())

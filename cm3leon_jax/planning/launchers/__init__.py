@@ -21,12 +21,15 @@ from cm3leon_jax.planning.hardware import GPU_FRACTION, Hardware
 
 MISTAKE = UserError.exit_code
 SUFFIX = ".jinja"
+TEMPLATES = dict.fromkeys(("gke_jobset.yaml", "gpu_jobset.yaml"), "jobset.yaml")
 TRIES = 5  # Number of attempts to create TPU VMs.
 KUBERNETES_SECRET = "cm3leon"
+SECRET = "from a Secret: kubectl create secret generic {secret} "
+SECRET += '--from-literal=WANDB_API_KEY="$WANDB_API_KEY"'
 # Maps a file to how the processes that it starts get the Weights & Biases key.
 KEYS = {
-  "gke_jobset.yaml": "from a Secret: kubectl create secret generic {secret} "
-  '--from-literal=WANDB_API_KEY="$WANDB_API_KEY"',
+  "gke_jobset.yaml": SECRET,
+  "gpu_jobset.yaml": SECRET,
   "tpu_vm.sh": "from the environment of tpu_vm.sh, at `watch` and `run`",
   "slurm.sbatch": "from the environment of sbatch",
 }
@@ -96,6 +99,11 @@ class PodJob:
     return next((f.partition("=")[2] for f in self.flags if f.startswith("--workdir=")), "")
 
   @property
+  def shared_folder(self) -> str:
+    """Top folder of a workdir that is not in a bucket, such as /scratch of /scratch/run; or ""."""
+    return "/" + self.workdir.split("/")[1] if self.workdir.startswith("/") else ""
+
+  @property
   def config(self) -> str:
     """File or name of the config, without its variant; empty if no flag sets it."""
     values = (f.partition("=")[2] for f in self.flags if f.startswith("--config="))
@@ -143,14 +151,15 @@ def files(job: PodJob) -> dict[str, str]:
   values |= {"secret": job.secret or KUBERNETES_SECRET}
   values |= {"MISTAKE": MISTAKE, "INTERRUPTED": INTERRUPTED, "TRIES": TRIES}
   return {
-    name: environment.get_template(f"{name}{SUFFIX}").render(values) for name in sorted(names)
+    n: environment.get_template(f"{TEMPLATES.get(n, n)}{SUFFIX}").render(values)
+    for n in sorted(names)
   }
 
 
 def _with_image(job: PodJob) -> list[str]:
   """Returns the names of the files that start containers."""
   if job.hardware.platform == "gpu":
-    return ["slurm.sbatch"]
+    return ["slurm.sbatch", "gpu_jobset.yaml"]
   return [] if _of_one_host(job.hardware) else ["gke_jobset.yaml"]
 
 
@@ -178,7 +187,7 @@ def remarks(job: PodJob) -> list[str]:
   if _of_one_host(job.hardware):
     sentences.append("gke_jobset.yaml: GKE connects only slices of several hosts.")
   elif not job.image:
-    sentences.append(f"{_with_image(job)[0]} needs a container image: give --image.")
+    sentences += [f"{name} needs a container image: give --image." for name in _with_image(job)]
   if tpu and not job.hardware.tpu.runtime:
     sentences.append(f"tpu_vm.sh: {job.hardware.chip} runs in GKE only.")
   if job.config.endswith(".py") and pathlib.PurePosixPath(job.config).parts[0] not in COPIED:
@@ -195,6 +204,7 @@ def _ignored(job: PodJob) -> list[str]:
   table = {
     "gke_jobset.yaml": ["service_account"] * is_cloud,
     "tpu_vm.sh": [*others, *["service_account"] * (not is_cloud), "priority", "cpus", "memory_gib"],
+    "gpu_jobset.yaml": [*["service_account"] * is_cloud, "reservation", "spot"],
     "slurm.sbatch": [*others, "service_account", "spot"],
   }
   written = files(job)
