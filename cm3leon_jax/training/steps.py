@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import optax
@@ -54,7 +55,8 @@ class Steps:
   def compile_train(self, batch: dict, num_sources: int) -> None:
     """Compiles `train` for batches like this one, so that its first call need not."""
     state = abstract(jax.eval_shape(self.init), jax.sharding.get_mesh())
-    step, more = (self.train, {}) if self.base is None else (self.train.func, {"base": self.base})
+    train: Any = self.train
+    step, more = (train, {}) if self.base is None else (train.func, {"base": self.base})
     step.lower(state, batch, num_sources=num_sources, **more).compile()
 
 
