@@ -20,12 +20,13 @@ PHASED = (
 PAPER_NEIGHBORS, PAPER_CANDIDATES = 3, 4  # The paper uses 3 of 4 candidates.
 
 
-def _phases(value: Any) -> Any:
-  """Converts phases that JSON or a config contains to tuples."""
+def _phase(value: Any) -> Any:
+  """Converts a phase that JSON or a config contains to a tuple."""
   try:
-    return tuple((row, dict(fields)) for row, fields in value)
+    row, fields = value
+    return row, dict(fields)
   except (TypeError, ValueError) as error:
-    raise ValueError("it must be ((first row, {field: value, ...}), ...)") from error
+    raise ValueError("it must be (first row, {field: value, ...})") from error
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -74,7 +75,7 @@ class DataConfig:
   sample in its bundle. Its held-out documents show how much the run forgets. 0: none are read."""
   base_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
   """Share of training positions for documents of the base; needs `base_documents`."""
-  phases: Annotated[tuple[tuple[PositiveInt, dict[str, Any]], ...], BeforeValidator(_phases)] = (
+  phases: tuple[Annotated[tuple[PositiveInt, dict[str, Any]], BeforeValidator(_phase)], ...] = (
     dataclasses.field(default=(), hash=False)  # A section is hashed as a static argument.
   )
   """Changes of the mixture at given rows: ((N, {field: value, ...}), ...) sets fields from row N
