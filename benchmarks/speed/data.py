@@ -55,6 +55,10 @@ class LengthStore:
   def __len__(self) -> int:
     return len(self.offsets) - 1
 
+  @property
+  def parts(self) -> tuple["LengthStore", ...]:
+    return (self,)
+
   def segment_lengths(self, i: int) -> tuple[np.ndarray, np.ndarray]:
     part = slice(self.offsets[i], self.offsets[i + 1])
     return self.lengths[part], self.is_image[part]

@@ -8,15 +8,15 @@ Planning reads the lengths of documents and their candidate neighbors, but no to
 
 import bisect
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import threading
 import typing
-from typing import Any
 
 from etils import epath
-import grain
 import numpy as np
 
 from cm3leon_jax import templates
@@ -29,11 +29,20 @@ from cm3leon_jax.data.instructions.samples import (
   plan_instruction,
 )
 from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts, fingerprint
+from cm3leon_jax.data.rows.random_streams import (
+  MAX_MEAN,
+  RandomStreams,
+  SampleGenerators,
+  pass_seeds,
+  shuffled,
+)
+from cm3leon_jax.data.rows.sample_lengths import sample_lengths
 from cm3leon_jax.data.rows.sample_plan import SamplePlan, document_weights, plan_sample
+from cm3leon_jax.data.rows.units import Units
 from cm3leon_jax.templates import Lengths
 from cm3leon_jax.vocab import VocabLayout
 
-SCAN = 2**22  # Number of segment lengths that are read at a time.
+MIN_AHEAD = 256  # Smallest number of samples of a source that are planned at a time.
 
 
 class Placement(typing.NamedTuple):
@@ -72,87 +81,43 @@ class RowSource:
     return ids[ids >= 0]
 
 
-def long_texts(store: DocumentStore, most: int) -> tuple[np.ndarray, np.ndarray]:
-  """Finds documents that consist of one text longer than `most` tokens.
+class SampleQueue:
+  """The samples of a source that are planned ahead, in the order in which windows take them.
 
-  Returns the indices of these documents in ascending order, int64, and their lengths, int64.
-  """
-  offsets, lengths, is_image = map(np.asarray, (store.offsets, store.lengths, store.is_image))
-  long = [np.zeros(0, np.int64)]
-  for start in range(0, len(lengths), SCAN):
-    block = slice(start, start + SCAN)
-    long.append(start + np.flatnonzero((lengths[block] > most) & ~is_image[block]))
-  segments = np.concatenate(long)
-  documents = np.searchsorted(offsets, segments, side="right") - 1
-  alone = offsets[documents + 1] - offsets[documents] == 1
-  return documents[alone], lengths[segments[alone]].astype(np.int64)
-
-
-class Units:
-  """The units of a pass over a source: documents, and pieces of texts that do not fit into a row.
-
-    sequence_length = 5, the documents are a text of 3 tokens and a text of 9 tokens
-    units as (document, first token) = [(0, 0) (1, 0) (1, 4) (1, 8)]
-
-  Memory grows only with the number of documents that are cut into pieces.
+  Attributes:
+    samples: [n, 3] int64, pass, unit and number of positions of each sample.
   """
 
-  def __init__(self, store: DocumentStore, sequence_length: int):
-    """Finds the documents of `store` that must be cut."""
-    self._piece = sequence_length - 1  # A piece with </s> at both ends fills the row.
-    self._cut, lengths = long_texts(store, self._piece)
-    self._pieces = -(-lengths // self._piece)
-    more = np.cumsum(self._pieces - 1)
-    # Unit of the first piece of each cut document.
-    self._first = self._cut + more - (self._pieces - 1)
-    self._count = len(store) + (int(more[-1]) if len(more) else 0)
+  def __init__(self, plan: Callable[[int, int], np.ndarray]):
+    """Takes a function that plans (n) samples from the one with a given number on."""
+    self._plan, self._first, self._skipped = plan, 0, 0
+    self.samples = np.zeros((0, 3), np.int64)
 
-  def __len__(self) -> int:
-    return self._count
+  def skip_to(self, number: int) -> None:
+    """Continues at the sample `number`."""
+    self._skipped = number - self._first
+    known = 0 <= self._skipped <= len(self.samples)
+    self.samples = self.samples[self._skipped :] if known else self.samples[:0]
+    self._first = number
 
-  def locate(self, unit: int) -> tuple[int, int]:
-    """Returns the document of a unit, and the index of its first token: 0 for a whole document."""
-    at = int(self._first.searchsorted(unit, side="right")) - 1 if len(self._first) else -1
-    if at < 0:
-      return unit, 0
-    piece, pieces = unit - int(self._first[at]), int(self._pieces[at])
-    if piece < pieces:
-      return int(self._cut[at]), piece * self._piece
-    return int(self._cut[at]) + 1 + piece - pieces, 0
-
-  def lengths(self, store: DocumentStore, unit: int) -> tuple[list[int], list[bool]]:
-    """Returns the segment lengths of a unit, and whether each segment is an image."""
-    document, start = self.locate(unit)
-    lengths, is_image = (x.tolist() for x in store.segment_lengths(document))
-    if len(lengths) == 1 and not is_image[0]:
-      lengths = [min(lengths[0] - start, self._piece)]
-    return lengths, is_image
+  def extend(self) -> None:
+    """Plans as many more samples as the last window took, or doubles the number of samples."""
+    known = len(self.samples)
+    last = self._skipped if known else 0
+    more = self._plan(self._first + known, max(MIN_AHEAD, known, last))
+    self.samples = np.concatenate([self.samples, more])
 
 
-class SampleGenerators(threading.local):
-  """Reuses one generator per thread. A new generator per sample would be ten times slower."""
+class Window(typing.NamedTuple):
+  """A planned window: its samples as `Placement`s, [n, 4], the samples of each row, and its end."""
 
-  def __init__(self) -> None:
-    self._philox = np.random.Philox(0)
-    self._generator = np.random.Generator(self._philox)
-    self._state: Any = self._philox.state  # Any: the type stub rejects a tuple as the counter.
+  samples: np.ndarray
+  rows: list[list[int]]
+  end: Start
 
-  def at(self, key: np.ndarray, unit: int, number: int = 0) -> np.random.Generator:
-    """Returns a generator at the start of the random sequence (key, unit, number).
-
-    The generator is valid until the next call in this thread. Philox is a function of a key, [2]
-    uint64, and a counter (Salmon et al. 2011). Random sequences never overlap if the high
-    words of their counters differ.
-    """
-    self._state["state"] = {"key": key, "counter": (0, 0, unit, number)}
-    self._philox.state = self._state
-    return self._generator
-
-
-def pass_seeds(seed: int, source: int, pass_: int) -> tuple[np.ndarray, int]:
-  """Computes the random key of a pass, [2] uint64, and the seed for the order of its units."""
-  words = np.random.SeedSequence((seed, source, pass_)).generate_state(3, np.uint64)
-  return words[:2], int(words[2]) % 2**32
+  def row(self, at: int) -> list[Placement]:
+    """Returns the samples of the row with the number `at` in the window."""
+    return [Placement(*values) for values in self.samples[self.rows[at]].tolist()]
 
 
 def _lengths(bank: Bank | DocumentStore, document: int) -> Lengths:
@@ -172,23 +137,28 @@ def pack_best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
   # Number of free positions -> the rows with that many free positions.
   open_rows: dict[int, list[list[int]]] = collections.defaultdict(list)
   sizes: list[int] = []  # The keys of `open_rows` in ascending order.
-  for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-    at = bisect.bisect_left(sizes, lengths[i])
-    row: list[int] = []
-    free = row_length
-    if at == len(sizes):
-      rows.append(row)
-    else:
-      free = sizes[at]
-      row = open_rows[free].pop()
-      if not open_rows[free]:
-        del sizes[at], open_rows[free]
-    row.append(i)
-    free -= lengths[i]
-    if free:
-      if free not in open_rows:
-        bisect.insort(sizes, free)
-      open_rows[free].append(row)
+  longest = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
+  for length, group in itertools.groupby(longest, key=lengths.__getitem__):
+    left = list(group)
+    while left:
+      at = bisect.bisect_left(sizes, length)
+      row: list[int] = []
+      free = row_length
+      if at == len(sizes):
+        rows.append(row)
+      else:
+        free = sizes[at]
+        row = open_rows[free].pop()
+        if not open_rows[free]:
+          del sizes[at], open_rows[free]
+      count = free // length  # The fullest possible row stays the same while it has space.
+      row += left[:count]
+      free -= length * min(count, len(left))
+      left = left[count:]
+      if free:
+        if free not in open_rows:
+          bisect.insort(sizes, free)
+        open_rows[free].append(row)
   return rows
 
 
@@ -230,7 +200,12 @@ class RowPlan:
     begin = begin or Start(0, (0,) * len(sources), (0,) * len(sources))
     identity = fingerprint(sources, config, vocab.num_masks, seed, begin) if starts_path else ""
     self._starts = WindowStarts(begin, starts_path, identity, write_starts)
-    self._windows: dict[int, list[list[Placement]]] = {}
+    self._windows: dict[int, Window] = {}
+    self._ahead: dict[int, concurrent.futures.Future[Window]] = {}
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "row plan")
+    self._queues = [
+      SampleQueue(functools.partial(self._plan_samples, i)) for i in range(len(sources))
+    ]
     self._pass_seeds = functools.lru_cache(4_096)(functools.partial(pass_seeds, seed))
     self._generators = SampleGenerators()
     self._lock = threading.Lock()
@@ -238,8 +213,11 @@ class RowPlan:
   def row(self, i: int) -> list[Placement]:
     """Returns the samples of row `i` in their order. The plan has no row before `begin`."""
     with self._lock:
-      window = self._window_of(i)
-      return self._rows_of(window)[i - self._starts[window].first_row]
+      number = self._window_of(i)
+      window, at = self._planned(number), i - self._starts[number].first_row
+      if 2 * at >= len(window.rows) and number + 1 not in (*self._windows, *self._ahead):
+        self._ahead = {number + 1: self._submit(number + 1)}
+      return window.row(at)
 
   def start_of_phase(self, first_row: int, num_sources: int) -> Start:
     """Returns where a plan of other shares continues this plan, at row `first_row`.
@@ -263,7 +241,8 @@ class RowPlan:
     with self._lock:
       while window >= len(self._starts) - 1:
         self._plan_window(len(self._starts) - 1)
-      return self._rows_of(window)
+      planned = self._planned(window)
+      return [planned.row(at) for at in range(len(planned.rows))]
 
   def plan(self, source: int, pass_: int, unit: int) -> SamplePlan | InstructionPlan:
     """Plans the sample of one unit in one pass over its source."""
@@ -304,36 +283,81 @@ class RowPlan:
     """Returns the generator that chooses the hidden codes of a unit, see `SampleGenerators.at`."""
     return self._generators.at(self._pass_seeds(source, pass_)[0], unit, 1)
 
-  def _rows_of(self, window: int) -> list[list[Placement]]:
+  def _planned(self, window: int) -> Window:
     if window not in self._windows:
       self._plan_window(window)
     return self._windows[window]
 
-  def _samples(self, start: Start) -> tuple[list[Placement], list[int], list[int]]:
-    """Returns the samples of a window, and the units and positions used per source at its end."""
-    taken, used, samples = list(start.taken), list(start.used), []
-    sizes, shares = [len(u) for u in self.units], [s.share for s in self.sources]
-    progress = {i: used[i] / share for i, share in enumerate(shares) if share > 0}
-    for _ in range(self.config.pack_window):
-      source = min(progress, key=progress.__getitem__)
-      pass_, offset = divmod(taken[source], sizes[source])
-      order = self._pass_seeds(source, pass_)[1]
-      unit = grain.experimental.index_shuffle(
-        offset, max_index=sizes[source] - 1, seed=order, rounds=4
-      )
-      num_positions = self.plan(source, pass_, unit).length - 1
-      samples.append(Placement(source, pass_, unit, num_positions))
-      taken[source] += 1
-      used[source] += num_positions
-      progress[source] = used[source] / shares[source]
-    return samples, taken, used
+  def _submit(self, window: int) -> concurrent.futures.Future[Window]:
+    """Plans a window in the thread that plans all windows, one after another."""
+    return self._thread.submit(self._compute, window, self._starts[window])
 
   def _plan_window(self, window: int) -> None:
-    start = self._starts[window]
-    samples, taken, used = self._samples(start)
-    rows = pack_best_fit([s.num_positions for s in samples], self.config.sequence_length)
-    order = np.random.default_rng((self.seed, window)).permutation(len(rows))
-    self._windows[window] = [[samples[i] for i in rows[r]] for r in order]
-    self._starts.add(window + 1, Start(start.first_row + len(rows), tuple(taken), tuple(used)))
+    planned = (self._ahead.pop(window, None) or self._submit(window)).result()
+    self._windows[window] = planned
+    self._starts.add(window + 1, planned.end)
     while len(self._windows) > 4:
       del self._windows[next(iter(self._windows))]
+
+  def _compute(self, window: int, start: Start) -> Window:
+    samples = self._samples(start)
+    rows = pack_best_fit(samples[:, 3].tolist(), self.config.sequence_length)
+    order = np.random.default_rng((self.seed, window)).permutation(len(rows))
+    count = len(self.sources)
+    used = np.bincount(samples[:, 0], samples[:, 3], count).astype(np.int64) + start.used
+    taken = np.bincount(samples[:, 0], minlength=count) + start.taken
+    end = Start(start.first_row + len(rows), tuple(taken.tolist()), tuple(used.tolist()))
+    return Window(samples, [rows[r] for r in order], end)
+
+  def _samples(self, start: Start) -> np.ndarray:
+    """Returns the samples of a window as `Placement`s, [n, 4].
+
+    The next sample is always one of the source that has used the fewest positions for its share.
+    """
+    queues = [i for i, source in enumerate(self.sources) if source.share > 0]
+    for i in queues:
+      self._queues[i].skip_to(start.taken[i])
+    while True:
+      progress = [
+        (start.used[i] + np.cumsum([0, *self._queues[i].samples[:, 2]])) / self.sources[i].share
+        for i in queues
+      ]
+      # The order is known up to where the first source has no more planned samples.
+      end, short = min((p[-1], i) for i, p in zip(queues, progress))
+      known = [int(p.searchsorted(end)) for p in progress]
+      if sum(known) >= self.config.pack_window:
+        break
+      self._queues[short].extend()
+    order = np.concatenate([p[:n] for p, n in zip(progress, known)])
+    samples = [self._queues[i].samples[:n] for i, n in zip(queues, known)]
+    number = np.repeat(queues, known)
+    first = np.lexsort((number, order))[: self.config.pack_window]
+    return np.column_stack([number, np.concatenate(samples)])[first]
+
+  def _plan_samples(self, source: int, first: int, count: int) -> np.ndarray:
+    """Returns pass, unit and number of positions of the samples of a source from `first` on."""
+    size = len(self.units[source])
+    passes, offsets = np.divmod(np.arange(first, first + count), size)
+    seeds = [self._pass_seeds(source, pass_) for pass_ in range(passes[0], passes[-1] + 1)]
+    ends = np.searchsorted(passes, np.arange(passes[0], passes[-1] + 1), side="right")
+    parts = zip(np.split(offsets, ends[:-1]), seeds)
+    units = np.concatenate([shuffled(part, size, seed) for part, (_, seed) in parts])
+    keys = np.repeat([key for key, _ in seeds], np.diff(ends, prepend=0), axis=0)
+    lengths = self._lengths(source, passes, units, keys)
+    return np.column_stack([passes, units, lengths - 1])
+
+  def _lengths(
+    self, source: int, passes: np.ndarray, units: np.ndarray, keys: np.ndarray
+  ) -> np.ndarray:
+    """Returns the numbers of tokens of samples; `keys` are those of their passes."""
+    spec = self.sources[source]
+    if spec.instructions is not None or self.config.mean_spans >= MAX_MEAN:
+      places = zip(passes.tolist(), units.tolist())
+      return np.array([self.plan(source, pass_, unit).length for pass_, unit in places])
+    documents, segments = self.units[source].segments(spec.store, units)
+    candidates = np.zeros((len(units), 0), np.int64)
+    bank: Sequence[DocumentStore] = ()
+    if spec.neighbors is not None and spec.bank is not None:
+      candidates, bank = np.asarray(spec.neighbors[documents], np.int64), spec.bank.parts
+    streams = RandomStreams(keys, units)
+    return sample_lengths(segments, candidates, bank, streams, self.config, self.vocab)

@@ -9,8 +9,9 @@ import pytest
 from benchmarks.speed.data import LengthStore, synthetic_sources
 from cm3leon_jax.config.data import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader
-from cm3leon_jax.data.rows.plan import RowPlan, RowSource, Units, pack_best_fit
+from cm3leon_jax.data.rows.plan import RowPlan, RowSource, pack_best_fit
 from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, space_for_neighbors
+from cm3leon_jax.data.rows.units import Units
 from cm3leon_jax.errors import UserError
 from cm3leon_jax.vocab import VocabLayout
 from tests.data.stores import VOCAB, make_plan, make_sources
