@@ -20,6 +20,8 @@ from cm3leon_jax.training.watch.flops import hardware_flops, model_flops
 GIB = 2**30
 GRACE_SECONDS = 900
 SPOT_SECONDS = 30  # Seconds between Google Cloud's notice and the preemption of a machine.
+# Tokens per second of one core (docs/benchmarks.md): planning rows, and reading them.
+PLANNED, READ = 88_000_000, 6_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,16 @@ class Plan:
   def tokens_per_second(self) -> float:
     """Tokens per second of all devices."""
     return self.tokens_per_step / self.mean_step_seconds
+
+  @property
+  def rows_per_second(self) -> tuple[float, float]:
+    """Rows per second that a host needs, and that one of its cores plans and reads.
+
+    A core plans the rows of all hosts, but reads only those of its own.
+    """
+    length, hosts = self.tokens_per_step // self.rows, self.hardware.hosts
+    given = 1 / (length * (hosts / PLANNED + 1 / READ))
+    return self.tokens_per_second / length / hosts, given
 
   @property
   def days(self) -> float:
@@ -290,6 +302,9 @@ def table(plan: Plan, title: str, spot: bool = False) -> str:
     "time to stop": f"{plan.stop_seconds:,.0f} s from SIGTERM to the end; launchers give "
     f"{plan.grace_seconds:,} s{short}",
   }
+  needed, given = plan.rows_per_second
+  late = "" if needed < given else ": too few, the devices will wait for rows"
+  rows["rows of a host"] = f"{needed:,.1f} rows/s needed; one core gives {given:,.1f}{late}"
   if plan.faster:
     rows["faster"] = plan.faster
   if plan.cheaper:

@@ -7,9 +7,11 @@ import math
 import threading
 from typing import Any
 
+from grain.experimental import index_shuffle
 import numpy as np
 
 ROUNDS = 10
+FEW = 4_096  # Below this size, the cipher repeats too often for arrays.
 BLOCKS = 2  # Number of blocks that are computed at a time.
 MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 KEY_STEPS = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
@@ -98,7 +100,9 @@ def shuffled(places: np.ndarray, size: int, seed: int) -> np.ndarray:
   place: a block cipher (Simon, Beaulieu et al. 2013), repeated until its result is below `size`.
   """
   most = size - 1
-  bits = max(16, math.ceil(math.log2(max(most, 1)))) + 1 >> 1
+  if size < FEW:
+    return np.array([index_shuffle(i, most, seed, 4) for i in places.tolist()], np.int64)
+  bits = max(16, math.ceil(math.log2(most))) + 1 >> 1
   word = np.uint64(2**bits - 1)
   keys = [np.uint64(key) & word for key in _round_keys(seed)]
 
@@ -108,8 +112,9 @@ def shuffled(places: np.ndarray, size: int, seed: int) -> np.ndarray:
   def scrambled(x: np.ndarray) -> np.ndarray:
     return turned(x, 1) & turned(x, 8) ^ turned(x, 2)
 
-  result = places.astype(np.uint64)
-  left = np.arange(len(places) if most else 0)
+  # As in grain, 4**bits + 1 units have one place too many, which repeats the unit of place 0.
+  result = places.astype(np.uint64) % np.uint64(4**bits)
+  left = np.arange(len(places))
   while len(left):
     high, low = result[left] >> np.uint64(bits), result[left] & word
     for i in (0, 2):
