@@ -1,4 +1,4 @@
-"""Plans the samples of each training row as a pure function of (seed, row).
+"""Plans the samples of each row as a pure function of (sources, config, seed, row).
 
 Planning reads the lengths of documents and their candidate neighbors, but no tokens.
 """
@@ -101,7 +101,7 @@ class SampleQueue:
     self._first = number
 
   def extend(self) -> None:
-    """Plans as many more samples as the last window took, or doubles the number of samples."""
+    """Plans at least as many more samples as are known, or as the last window took."""
     known = len(self.samples)
     last = self._skipped if known else 0
     more = self._plan(self._first + known, max(MIN_AHEAD, known, last))

@@ -11,7 +11,7 @@ from grain.experimental import index_shuffle
 import numpy as np
 
 ROUNDS = 10
-FEW = 4_096  # Below this size, the cipher repeats too often for arrays.
+FEW = 4_096  # Below this size, `shuffled` repeats its cipher too often for arrays to be faster.
 BLOCKS = 2  # Number of blocks that are computed at a time.
 MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 KEY_STEPS = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
@@ -112,7 +112,8 @@ def shuffled(places: np.ndarray, size: int, seed: int) -> np.ndarray:
   def scrambled(x: np.ndarray) -> np.ndarray:
     return turned(x, 1) & turned(x, 8) ^ turned(x, 2)
 
-  # As in grain, 4**bits + 1 units have one place too many, which repeats the unit of place 0.
+  # A fault of grain that is kept, because it decides rows: of 4**bits + 1 units, one comes twice
+  # (at place 0 and at the last place) and one never.
   result = places.astype(np.uint64) % np.uint64(4**bits)
   left = np.arange(len(places))
   while len(left):
@@ -126,11 +127,12 @@ def shuffled(places: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 
 class RandomStreams:
-  """Draws what `numpy.random.Generator`s draw that `SampleGenerators.at` returns for n samples."""
+  """Draws what the generators of `SampleGenerators.at` draw, for n samples at number 0."""
 
   def __init__(self, keys: np.ndarray, units: np.ndarray):
     """Starts the sequences of the units [n] with the keys [n, 2] uint64."""
     self._keys, self._units = keys, units.astype(np.uint64)
+    # numpy counts before it computes a block.
     self._next_block = np.ones(len(units), np.uint64)
     self._words = np.zeros((len(units), 4 * BLOCKS), np.uint64)
     self._used = np.full(len(units), 4 * BLOCKS)

@@ -1,7 +1,8 @@
 """Computes the lengths of many samples at once.
 
 `sample_plan.plan_sample` defines the length of a sample. Here, arrays replace its branches and
-loops, and each sample draws the same random numbers in the same order.
+loops, and each sample draws the same random numbers in the same order, up to the last one that
+changes its length.
 """
 
 # n samples, C candidates, K neighbors, P documents of these samples, S segments.
@@ -71,8 +72,8 @@ def read_segments(parts: Sequence[DocumentStore], documents: np.ndarray) -> Segm
 class Samples:
   """Documents with their neighbors, joined by the template.
 
-  The parts of sample i are the documents `parts[i]` of `segments`, of which it has the first
-  `kept[i]` and the last: neighbors and the document itself.
+  The parts of sample i are the documents `parts[i]` of `segments`: its neighbors, then the document
+  itself. `join` leaves out the last neighbors.
   """
 
   def __init__(self, segments: Segments, parts: np.ndarray, vocab: VocabLayout):
