@@ -54,7 +54,7 @@ class Live:
   def __exit__(self, *_) -> None:
     self.http.close()
     self._server.should_exit = True
-    self._thread.join(60)
+    self._thread.join(90)  # Stopping may take the 60 seconds of `stop_seconds`.
     assert not self._thread.is_alive()
 
   def _check(self, answer: httpx.Response) -> None:
