@@ -13,11 +13,13 @@ from cm3leon_jax.data.rows.random_streams import RandomStreams, SampleGenerators
 from tests.data.stores import VOCAB, make_plan, make_sources
 
 
-def make_store(rng: np.random.Generator, documents: int) -> LengthStore:
+def make_store(rng: np.random.Generator, documents: int, longest: int) -> LengthStore:
   """Makes documents of 1 to 5 segments; some are one long text, some one image."""
   counts = rng.integers(1, 6, documents)
   is_image = rng.random(counts.sum()) < 0.4
-  texts = rng.integers(1, 30, counts.sum()) * rng.choice([1, 20], counts.sum(), p=[0.9, 0.1])
+  texts = rng.integers(1, longest + 1, counts.sum()) * rng.choice(
+    [1, 20], counts.sum(), p=[0.9, 0.1]
+  )
   lengths = np.where(is_image, 16, texts).astype(np.int32)
   return LengthStore(np.cumsum([0, *counts]), lengths, is_image)
 
@@ -38,6 +40,7 @@ class TwoParts:
 @given(
   st.integers(0, 2**32 - 1),
   st.sampled_from(["cm3leon", "chameleon"]),
+  st.sampled_from([1, 29]),
   st.sampled_from([24, 100, 400, 2_000]),
   st.sampled_from(["fixed", "paper", "uniform", "best"]),
   st.integers(0, 4),
@@ -45,10 +48,13 @@ class TwoParts:
   st.tuples(*[st.sampled_from([0.0, 0.3, 1.0])] * 3),
 )
 def test_arrays_compute_the_length_of_every_sample(
-  seed, template, length, sampling, neighbors, mean_spans, rates
+  seed, template, longest, length, sampling, neighbors, mean_spans, rates
 ):
   rng = np.random.default_rng(seed)
-  store, bank = make_store(rng, 40), TwoParts(make_store(rng, 20), make_store(rng, 10))
+  store, bank = (
+    make_store(rng, 40, longest),
+    TwoParts(make_store(rng, 20, 29), make_store(rng, 10, 2)),
+  )
   source = RowSource(store, 0.6, rng.integers(-1, 30, (40, 5)).astype(np.int32), bank)
   dropout, whole, condition = rates
   config = DataConfig(
@@ -62,7 +68,7 @@ def test_arrays_compute_the_length_of_every_sample(
     condition_dropout=condition,
   )
   vocab = dataclasses.replace(VOCAB, num_special=int(rng.integers(8, 30)), template=template)
-  plan = RowPlan([source, RowSource(make_store(rng, 30), 0.4)], config, vocab, seed)
+  plan = RowPlan([source, RowSource(make_store(rng, 30, longest), 0.4)], config, vocab, seed)
   rows = plan.window(1)
   assert {sample.source for row in rows for sample in row} == {0, 1}
   for sample in (sample for row in rows for sample in row):
