@@ -84,7 +84,7 @@ class Plan:
   def rows_per_second(self) -> tuple[float, float]:
     """Rows per second that a host needs, and that one of its cores plans and reads.
 
-    A core plans the rows of all hosts, but reads only those of its own.
+    A core plans the rows of all hosts, and reads the rows of its host.
     """
     length, hosts = self.tokens_per_step // self.rows, self.hardware.hosts
     given = 1 / (length * (hosts / PLANNED + 1 / READ))

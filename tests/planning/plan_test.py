@@ -129,6 +129,18 @@ def test_a_lighter_remat_policy_takes_less_time_and_is_proposed_if_it_fits():
   assert make(settings("cm3leon_7b", flags), "v5p-256").faster == ""
 
 
+def test_rows_that_a_core_cannot_give_are_reported(of_7b):
+  made = of_7b[256]
+  needed, given = made.rows_per_second
+  assert needed * 64 * 4_096 == pytest.approx(made.tokens_per_second)
+  # 64 hosts: for a row of its own, a core plans 64 rows and reads one.
+  assert given == pytest.approx(1 / (64 * 4_096 / 88e6 + 4_096 / 6e6))
+  fast = dataclasses.replace(made, step_seconds=made.step_seconds * needed / given * 0.99)
+  assert "devices will wait" in plan.table(fast, "")
+  slow = dataclasses.replace(made, step_seconds=made.step_seconds * needed / given * 1.01)
+  assert "devices will wait" not in plan.table(slow, "")
+
+
 def test_the_time_to_save_grows_on_a_small_slice(of_7b):
   assert of_7b[256].grace_seconds == 900
   assert of_7b[64].stop_seconds == pytest.approx(976, rel=0.08)  # See docs/pods.md.

@@ -343,10 +343,10 @@ class RowPlan:
     parts = zip(np.split(offsets, ends[:-1]), seeds)
     units = np.concatenate([shuffled(part, size, seed) for part, (_, seed) in parts])
     keys = np.repeat([key for key, _ in seeds], np.diff(ends, prepend=0), axis=0)
-    lengths = self._lengths(source, passes, units, keys)
+    lengths = self._sample_lengths(source, passes, units, keys)
     return np.column_stack([passes, units, lengths - 1])
 
-  def _lengths(
+  def _sample_lengths(
     self, source: int, passes: np.ndarray, units: np.ndarray, keys: np.ndarray
   ) -> np.ndarray:
     """Returns the numbers of tokens of samples; `keys` are those of their passes."""
