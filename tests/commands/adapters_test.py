@@ -141,9 +141,13 @@ def test_step_0_has_the_losses_of_the_base_and_only_adapters_are_saved(base, ada
   run = read_json(adapted / "train" / "config.json")["run"]
   assert run["init_from"] == dataclasses.asdict(initial.find(settings, str(base)))
   assert run.keys() - read_json(full / "config.json")["run"].keys() == {"adapter"}
-  sizes = [size_of(folder / "checkpoints") for folder in (adapted / "train", full)]
-  # The first folder has two checkpoints, and half of their bytes describe the arrays.
-  assert 3 * sizes[0] < 2 * sizes[1]
+  # Under load, Orbax leaves data in a checkpoint that nothing reads: 56 kB were seen.
+  small, large = (
+    min(size_of(step) for step in (folder / "checkpoints").iterdir())
+    for folder in (adapted / "train", full)
+  )
+  # Half of the bytes of a small checkpoint describe the arrays.
+  assert 3 * 2 * small < 2 * large
 
 
 def test_several_adapters_share_a_base_that_never_changes(base, adapted, make):
